@@ -1,0 +1,39 @@
+"""`python -m voco_jax.ask --run DIR --image FILE "question"`: look at pictures once, answer one or more questions."""
+
+import argparse
+from pathlib import Path
+
+from voco_jax.data.images import load_image
+from voco_jax.data.pipeline import stack_images
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.infer.generate import Answerer
+from voco_jax.run import load_run
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m voco_jax.ask", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; again for more than one")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
+    parser.add_argument("question", nargs="+", help="each question is asked on its own")
+    args = parser.parse_args()
+    if any(not question.strip() for question in args.question):
+        raise UserError("question: expected text, found none")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    for image in args.image:
+        load_image(image)  # what is wrong with the pictures shows itself before the model is loaded
+
+    run = load_run(args.run)
+    answerer = Answerer(run.model, run.encoder)
+    visual = answerer.see(stack_images(args.image, len(args.image), run.processor)[None]) if args.image else None
+    rows = [0] * len(args.question)
+    for question, answer in zip(
+        args.question, answerer.answer(args.question, visual, rows, args.max_new_tokens), strict=True
+    ):
+        print(f"{question}\n  {answer}")
+
+
+if __name__ == "__main__":
+    main()

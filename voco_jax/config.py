@@ -1,0 +1,164 @@
+"""Configurations: every key with its default and meaning, and the command line that sets them."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from voco_jax.errors import UserError
+from voco_jax.models import presets
+from voco_jax.models.llama import LlamaConfig, RopeScaling
+from voco_jax.models.vit import ViTConfig
+
+
+def default_config() -> ConfigDict:
+    """All keys. A config file changes those that differ; the command line, any: `--config.optim.learning_rate=1e-3`."""
+    config = ConfigDict()
+    config.workdir = "runs/default"  # checkpoints, this config, the tokenizer and the metrics go here
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.llama = llama_preset("demo")
+    config.model.vision = vision_preset("demo")
+    config.model.compressor = "voco"  # or 'none' (LLaVA), 'average_pool', 'qformer'
+    config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' they are in the text all the same
+    config.model.num_compressed_tokens = 1  # tokens an image with average_pool and qformer
+    config.model.num_qformer_layers = 2
+    config.model.param_dtype = "float32"
+    config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
+    config.model.attention = "xla"
+    config.model.unroll_layers = False  # straight-line code: for few and small layers
+
+    config.tokenizer = ConfigDict()
+    config.tokenizer.source = "train"  # a directory or a hub name; 'train' makes a small one from the data
+    config.tokenizer.vocab_size = 512  # at most, with 'train'
+
+    config.data = ConfigDict()
+    config.data.source = "easyvqa"
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
+    config.data.batch_size = 16  # records (pictures with their conversations) a step
+    config.data.images_per_record = 1
+    config.data.conversations_per_record = 8  # drawn anew each time the record comes up
+    config.data.rows_per_record = 1  # read rows over which a record's conversations are laid out
+    config.data.row_length = 128  # tokens a read row
+    config.data.num_threads = 1  # that prepare batches
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest)
+    config.optim.learning_rate = 1e-3
+    config.optim.schedule = "cosine"  # or 'linear'; down to zero at the last step
+    config.optim.warmup_steps = 100
+    config.optim.weight_decay = 0.0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.99
+    config.optim.clip_norm = 1.0
+
+    config.train = ConfigDict()
+    config.train.steps = 1000
+    config.train.log_every = 20
+    config.train.checkpoint_every = 500
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 64  # records at once
+    config.eval.max_new_tokens = 8
+
+    return config.lock()
+
+
+def llama_preset(name: str) -> ConfigDict:
+    """Dimensions of a language model by name (`voco_jax/models/presets.py`), as a config of its own."""
+    return ConfigDict(dataclasses.asdict(_preset(presets.LLAMA, "llama", name)), convert_dict=True)
+
+
+def vision_preset(name: str) -> ConfigDict:
+    """Dimensions of a vision tower by name."""
+    return ConfigDict(dataclasses.asdict(_preset(presets.VIT, "vision", name)), convert_dict=True)
+
+
+def _preset(table: dict, kind: str, name: str):
+    if name not in table:
+        raise UserError(f"{kind} preset: expected one of {', '.join(table)}; found {name!r}")
+    return table[name]
+
+
+def llama_config(config: ConfigDict) -> LlamaConfig:
+    """The dataclass of `config.model.llama`."""
+    fields = config.model.llama.to_dict()
+    scaling = fields.pop("rope_scaling")
+    return LlamaConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+
+
+def vision_config(config: ConfigDict) -> ViTConfig:
+    return ViTConfig(**config.model.vision.to_dict())
+
+
+def parse_command_line(argv: Sequence[str]) -> ConfigDict:
+    """The config of `--config=FILE --config.key=value …`; UserError names a wrong key's nearest valid one."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
+    try:
+        rest = values(list(argv))
+        if len(rest) > 1:
+            raise UserError(f"command line: {rest[1]!r} is no option; use --config=FILE --config.KEY=VALUE")
+        if values["config"].value is None:
+            raise UserError("command line: --config=FILE is missing, for example --config=configs/easyvqa.py")
+        config = values["config"].value
+        config.to_dict()  # a file that could not be read shows itself here
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"config: {_one_line(error)}") from error
+    return config
+
+
+def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
+    with open(path, "w") as file:
+        json.dump(config.to_dict(), file, indent=2)
+        file.write("\n")
+
+
+def load_config(path: str | os.PathLike) -> ConfigDict:
+    """A config written by `save_config`; UserError names an unknown or missing key."""
+    try:
+        with open(path) as file:
+            stored = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; a run directory holds config.json, tokenizer/ and checkpoints/") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
+    config = default_config()
+    if missing := _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys():
+        raise UserError(f"{path}: key {min(missing)!r} is missing")
+    try:
+        with config.unlocked():
+            config.model.llama.rope_scaling = stored["model"]["llama"].pop("rope_scaling")
+        config.update(stored)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    return config
+
+
+def first_difference(a: ConfigDict, b: ConfigDict) -> tuple[str, object, object] | None:
+    """(key, value in a, value in b) of the first key that differs."""
+    flat_a, flat_b = _flat(a), _flat(b)
+    for key in sorted(flat_a.keys() | flat_b.keys()):
+        if flat_a.get(key) != flat_b.get(key):
+            return key, flat_a.get(key), flat_b.get(key)
+    return None
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).strip("'\"").split())

@@ -1,0 +1,59 @@
+"""easy-VQA (https://github.com/vzhou842/easy-VQA, MIT): 5,000 pictures of one coloured shape, 48,248 questions.
+
+The pictures and questions come with the PyPI package `easy-vqa`; nothing is downloaded.
+"""
+
+from collections import Counter, defaultdict
+import functools
+import importlib.util
+import json
+from pathlib import Path
+import re
+
+from voco_jax.data.sources import Record
+from voco_jax.errors import UserError
+
+SPLITS = ("train", "test")
+KINDS = ("shape", "color", "yes/no")
+
+
+def load(split: str) -> list[Record]:
+    """One record a picture, with all its questions (each a conversation of its own)."""
+    if split not in SPLITS:
+        raise UserError(f"easyvqa: expected a split of {', '.join(SPLITS)}; found {split!r}")
+    root = _package_data() / split
+    by_picture = defaultdict(list)
+    for question, answer, picture in json.loads((root / "questions.json").read_text()):
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        by_picture[picture].append(turns)
+    return [Record(images=[root / "images" / f"{i}.png"], conversations=by_picture[i]) for i in sorted(by_picture)]
+
+
+def question_kind(question: str) -> str:
+    """'color', 'shape' or 'yes/no', by the question's words."""
+    if re.match(r"what (color|is the color)\b", question):
+        return "color"
+    return "shape" if question.startswith("what ") else "yes/no"
+
+
+class Guesser:
+    """What can be had without the picture: the most frequent answer to each training question, and of all."""
+
+    def __init__(self, questions_answers: list[tuple[str, str]]):
+        by_question = defaultdict(Counter)
+        for question, answer in questions_answers:
+            by_question[question][answer] += 1
+        self.majority = Counter(answer for _, answer in questions_answers).most_common(1)[0][0]
+        self._by_question = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
+
+    def __call__(self, question: str) -> str:
+        return self._by_question.get(question, self.majority)
+
+
+@functools.cache
+def _package_data() -> Path:
+    # Found without importing: the package's own __init__ reads every file.
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise UserError("easyvqa: the package easy-vqa is not installed; pip install 'voco_jax[demo]' brings it")
+    return Path(spec.origin).parent / "data"

@@ -1,0 +1,69 @@
+"""From samples to rows of fixed size: one-dimensional integer arrays from which every mask is derived."""
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from voco_jax.data.conversations import Sample
+from voco_jax.errors import UserError
+
+PADDING_SEGMENT = 0
+
+
+@dataclasses.dataclass
+class Row:
+    """One read row, every array [T]. `targets` is the next token, `weights` 1 where it is a label, else 0."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    visual: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def truncate(sample: Sample, length: int) -> Sample | None:
+    """The sample cut to `length` tokens; None where an image would be cut or no label would be left."""
+    if len(sample) <= length:
+        return sample
+    if (sample.visual[length:] >= 0).any() or not sample.labels[:length].any():
+        return None
+    return Sample(sample.tokens[:length], sample.labels[:length], sample.visual[:length], sample.num_images)
+
+
+def pack_row(samples: Sequence[Sample], length: int, first_visual: Sequence[int] | None = None) -> Row:
+    """Lay whole samples one after the other, each a segment (1, 2, …) with positions from 0; 0 is padding.
+
+    `first_visual[i]` is where sample i's first visual token stands among the row's (default 0: all samples speak of
+    the same images). Raises UserError where they do not fit or a label follows an image directly: in the two streams
+    a slot has no output of its own, so nothing can predict that label.
+
+    >>> sample = Sample(tokens=np.array([9, 5, 6, 7]), labels=np.array([0, 0, 1, 1], bool),
+    ...                 visual=np.array([0, -1, -1, -1]), num_images=1)
+    >>> row = pack_row([sample, sample], length=9)
+    >>> row.segment_ids.tolist(), row.positions.tolist()
+    ([1, 1, 1, 1, 2, 2, 2, 2, 0], [0, 1, 2, 3, 0, 1, 2, 3, 0])
+    >>> row.targets.tolist(), row.weights.tolist()
+    ([5, 6, 7, 0, 5, 6, 7, 0, 0], [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    """
+    total = sum(len(sample) for sample in samples)
+    if total > length:
+        raise UserError(f"row: {len(samples)} samples of {total} tokens do not fit into {length}")
+    row = Row(*(np.zeros(length, np.int32) for _ in range(5)), np.zeros(length, np.float32))
+    row.visual[:] = -1
+    start = 0
+    for i, sample in enumerate(samples):
+        end = start + len(sample)
+        row.tokens[start:end] = sample.tokens
+        row.positions[start:end] = np.arange(len(sample))
+        row.segment_ids[start:end] = i + 1
+        offset = first_visual[i] if first_visual is not None else 0
+        row.visual[start:end] = np.where(sample.visual >= 0, sample.visual + offset, -1)
+        row.targets[start : end - 1] = sample.tokens[1:]
+        row.weights[start : end - 1] = sample.labels[1:]
+        start = end
+    return row

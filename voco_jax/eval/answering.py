@@ -1,0 +1,40 @@
+"""Put every question of a test set to a run: each picture is compressed once, then read for all of its questions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from voco_jax.data.conversations import Encoder
+from voco_jax.data.pipeline import stack_images
+from voco_jax.data.sources import Record
+from voco_jax.eval.scoring import Answer
+from voco_jax.infer.generate import Answerer
+from voco_jax.run import Run
+
+
+def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
+    """Greedy answers to the first question of every conversation of the records, in their order."""
+    answerer = Answerer(run.model, run.encoder)
+    batch_size, max_new_tokens = run.config.eval.batch_size, run.config.eval.max_new_tokens
+    answers = []
+    total = sum(len(record.conversations) for record in records)
+    with tqdm(total=total, unit="question", desc="evaluating", mininterval=0.5) as bar:
+        for start in range(0, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            pixels = [stack_images(r.images, run.config.data.images_per_record, run.processor) for r in batch]
+            pixels += [np.zeros_like(pixels[0])] * (batch_size - len(batch))  # one shape, one compilation
+            asked = [(row, turns) for row, record in enumerate(batch) for turns in record.conversations]
+            prompts = [encode_first_question(run.encoder, turns, len(batch[row].images)) for row, turns in asked]
+            visual = answerer.see(np.stack(pixels))
+            given = answerer.complete(prompts, visual, [row for row, _ in asked], max_new_tokens)
+            for (row, turns), text in zip(asked, given, strict=True):
+                question = turns[0]["value"].replace("<image>", "").strip()
+                answers.append(Answer(str(batch[row].images[0]), question, turns[1]["value"], text))
+            bar.update(len(asked))
+    return answers
+
+
+def encode_first_question(encoder: Encoder, turns: Sequence[dict], num_images: int):
+    """The prompt of a conversation's first turn."""
+    return encoder.encode(turns[:1], num_images)

@@ -1,0 +1,62 @@
+"""`python -m voco_jax.evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at."""
+
+import argparse
+import json
+from pathlib import Path
+
+from voco_jax.data import easyvqa
+from voco_jax.data.sources import load_records
+from voco_jax.errors import one_line_errors
+from voco_jax.eval.answering import answer_all
+from voco_jax.eval.pictures import draw_answers
+from voco_jax.eval.scoring import accuracy_by_kind, table
+from voco_jax.models.voco import COMPRESSORS
+from voco_jax.run import Run, load_run
+
+
+def evaluate(run: Run) -> dict:
+    """Score a run on its test split; returns what `results.json` says, with the answers under 'answers'."""
+    data = run.config.data
+    answers = answer_all(run, load_records(data.source, data.test_split))
+    guesser = easyvqa.Guesser(
+        [
+            (turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"])
+            for record in load_records(data.source, data.train_split)
+            for turns in record.conversations
+        ]
+    )
+    columns = {
+        "this run": accuracy_by_kind(answers, easyvqa.question_kind),
+        "guess from the question": accuracy_by_kind(answers, easyvqa.question_kind, (guesser(a.question) for a in answers)),
+        "most frequent answer": accuracy_by_kind(answers, easyvqa.question_kind, (guesser.majority for _ in answers)),
+    }
+    right, total = columns["this run"]["overall"]
+    return {
+        "step": run.step,
+        "compressor": run.config.model.compressor,
+        "accuracy": right / total,
+        "counts": columns,
+        "answers": answers,
+    }
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m voco_jax.evaluate", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
+    parser.add_argument(
+        "--compressor", choices=COMPRESSORS, help="run the model as another kind than it was trained as ('voco': lower bound)"
+    )
+    args = parser.parse_args()
+    run = load_run(args.run, compressor=args.compressor)
+    results = evaluate(run)
+    answers = results.pop("answers")
+    suffix = f".{args.compressor}" if args.compressor else ""
+    (args.run / f"results{suffix}.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw_answers(answers, args.run / f"answers{suffix}.png")
+    print(table(results["counts"]))
+    print(f"written: {args.run}/results{suffix}.json, {args.run}/answers{suffix}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""CLIP's vision transformer: class token, learned positions, pre-norm layers, quick-GELU."""
+
+import dataclasses
+
+import einops
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from voco_jax.models.stack import apply_if, scan_layers, stack_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Field names are those of Hugging Face's `CLIPVisionConfig`, and LLaVA's two choices of features.
+
+    `select_layer` counts hidden states as Hugging Face does: 0 is the embeddings, -1 the last layer's output, and
+    -2 (LLaVA) the one before. `select_feature` is 'patch' (class token dropped) or 'cls_patch'.
+    """
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    select_layer: int = -2
+    select_feature: str = "patch"
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"select_feature must be 'patch' or 'cls_patch', found {self.select_feature!r}")
+        if not -self.num_hidden_layers - 1 <= self.select_layer <= self.num_hidden_layers:
+            raise ValueError(f"select_layer {self.select_layer} does not exist with {self.num_hidden_layers} layers")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_features(self) -> int:
+        """Features an image: P, or P + 1 with the class token."""
+        return self.num_patches + (self.select_feature == "cls_patch")
+
+    @property
+    def num_active_layers(self) -> int:
+        """Layers below the selected hidden state; those above are kept (they belong to the checkpoint) but not run."""
+        return self.select_layer % (self.num_hidden_layers + 1)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x · sigmoid(1.702 x): the GELU approximation that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class ViTLayer(nnx.Module):
+    """Pre-norm encoder layer: full attention, then an MLP with quick-GELU, all with biases."""
+
+    def __init__(self, config: ViTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        c = config
+        heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        init = nnx.initializers.normal(c.initializer_range)
+        self.layer_norm1 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
+        self.q_proj = nnx.LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
+        self.k_proj = nnx.LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
+        self.v_proj = nnx.LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
+        self.out_proj = nnx.LinearGeneral(heads, c.hidden_size, axis=(-2, -1), kernel_init=init, **kwargs)
+        self.layer_norm2 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
+        self.fc1 = nnx.Linear(c.hidden_size, c.intermediate_size, kernel_init=init, **kwargs)
+        self.fc2 = nnx.Linear(c.intermediate_size, c.hidden_size, kernel_init=init, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.layer_norm1(x)
+        x = x + self.out_proj(jax.nn.dot_product_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y)))
+        return x + self.fc2(quick_gelu(self.fc1(self.layer_norm2(x))))
+
+
+class ViT(nnx.Module):
+    """Pictures to features: `pixel_values` [..., height, width, 3] to [..., features, D_vision]."""
+
+    def __init__(self, config: ViTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, unroll=False, rngs: nnx.Rngs):
+        c = self.config = config
+        self.dtype = dtype
+        self.unroll = unroll
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        init = nnx.initializers.normal(c.initializer_range)
+        # A convolution whose stride is its size is one matrix product on flattened patches (row, column, channel).
+        self.patch_embedding = nnx.Linear(
+            3 * c.patch_size**2, c.hidden_size, use_bias=False, kernel_init=init, **kwargs
+        )
+        self.class_embedding = nnx.Param(init(rngs.params(), (c.hidden_size,), param_dtype))
+        self.position_embedding = nnx.Param(init(rngs.params(), (c.num_patches + 1, c.hidden_size), param_dtype))
+        self.pre_layernorm = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
+        self.layers = stack_layers(
+            lambda rngs: ViTLayer(c, dtype=dtype, param_dtype=param_dtype, rngs=rngs), c.num_hidden_layers, rngs
+        )
+        # Part of every CLIP checkpoint; only the pooled output, which LLaVA does not use, passes through it.
+        self.post_layernorm = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        c = self.config
+        *lead, height, width, channels = pixel_values.shape
+        if (height, width, channels) != (c.image_size, c.image_size, 3):
+            raise ValueError(
+                f"pixel_values: expected [..., {c.image_size}, {c.image_size}, 3], found {list(pixel_values.shape)}"
+            )
+        patches = einops.rearrange(
+            pixel_values.reshape(-1, height, width, 3).astype(self.dtype),
+            "b (rows p) (columns q) c -> b (rows columns) (p q c)",
+            p=c.patch_size,
+            q=c.patch_size,
+        )
+        x = self.patch_embedding(patches)
+        class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, c.hidden_size))
+        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
+        x = self.pre_layernorm(x)
+
+        def body(layer, x, _, index):
+            active = c.num_active_layers == c.num_hidden_layers or index < c.num_active_layers
+            return apply_if(active, layer, x), None
+
+        x, _ = scan_layers(body, x, self.layers, unroll=self.unroll)
+        if c.select_feature == "patch":
+            x = x[:, 1:]
+        return x.reshape(*lead, *x.shape[1:])

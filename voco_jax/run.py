@@ -1,0 +1,118 @@
+"""A run directory: `config.json`, `tokenizer/`, `checkpoints/<step>/`, `metrics.jsonl`. Training makes it; the other
+commands take it."""
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from voco_jax.config import llama_config, load_config, vision_config
+from voco_jax.data.conversations import Encoder, get_template
+from voco_jax.data.images import ImageProcessor
+from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
+from voco_jax.errors import UserError
+from voco_jax.models.voco import VoCoConfig, VoCoLlama
+from voco_jax.train.checkpoint import Checkpointer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run directory holds, restored."""
+
+    directory: Path
+    config: ConfigDict
+    model: VoCoLlama
+    encoder: Encoder
+    processor: ImageProcessor
+    step: int
+
+
+def load_run(directory: str | Path, *, compressor: str | None = None) -> Run:
+    """Restore the newest checkpoint of a run; UserError says what is missing or does not fit.
+
+    `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
+    paper's lower bound.
+    """
+    directory = Path(directory)
+    config = load_config(directory / "config.json")
+    if compressor is not None:
+        config.model.compressor = compressor
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    model_config = make_model_config(config, tokenizer)
+    graphdef, params = abstract_model(model_config)
+    step, params = Checkpointer(directory).restore_params(params)
+    return Run(
+        directory=directory,
+        config=config,
+        model=nnx.merge(graphdef, params),
+        encoder=make_encoder(config, tokenizer, model_config),
+        processor=ImageProcessor(config.model.vision.image_size),
+        step=step,
+    )
+
+
+def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
+    """The model that a config and a tokenizer describe; UserError names a value that cannot be."""
+    m, ids = config.model, prompt_ids(tokenizer)
+    try:
+        llama = llama_config(config)
+        # A tokenizer trained with the model sets its vocabulary; a pretrained one may need rows for added tokens.
+        if llama.vocab_size < len(tokenizer) or config.tokenizer.source == "train":
+            llama = dataclasses.replace(llama, vocab_size=len(tokenizer))
+        return VoCoConfig(
+            llama=llama,
+            vision=vision_config(config),
+            compressor=m.compressor,
+            num_voco_tokens=m.num_voco_tokens,
+            voco_token_id=ids.voco_token_id,
+            prefix_ids=ids.prefix_ids,
+            suffix_ids=ids.suffix_ids,
+            num_compressed_tokens=m.num_compressed_tokens,
+            num_qformer_layers=m.num_qformer_layers,
+            dtype=resolve_dtype(m.dtype),
+            param_dtype=m.param_dtype,
+            attention=m.attention,
+            unroll_layers=m.unroll_layers,
+        )
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
+
+
+def resolve_dtype(name: str) -> str:
+    """'auto' is bfloat16 on accelerators and float32 on a CPU, which has no fast bfloat16."""
+    if name == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    try:
+        return jnp.dtype(name).name
+    except TypeError:
+        raise UserError(f"config.model.dtype: expected auto, float32 or bfloat16; found {name!r}") from None
+
+
+def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Encoder:
+    """The prompt rules of a config for the kind of visual tokens its model has."""
+    external = model_config.compressor in ("average_pool", "qformer")
+    return Encoder(
+        tokenizer=tokenizer,
+        template=get_template(config.data.template),
+        num_voco_tokens=0 if external else model_config.num_voco_tokens,
+        num_visual_tokens=model_config.num_visual_tokens,
+        compressed=model_config.compressor == "voco",
+    )
+
+
+def abstract_model(model_config: VoCoConfig):
+    """(graphdef, parameters as shapes and dtypes) of a model; nothing is allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VoCoLlama(model_config, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init_params(model_config: VoCoConfig, seed: int):
+    """Random parameters, a nested dict of arrays."""
+
+    def init():
+        return nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(seed))))
+
+    return jax.jit(init)()

@@ -1,0 +1,78 @@
+"""Checkpoints of a run, by Orbax: parameters, optimizer and the data iterator's place, together under one step."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from voco_jax.errors import UserError
+
+_HANDLERS = {
+    "params": ocp.StandardCheckpointHandler,
+    "opt_state": ocp.StandardCheckpointHandler,
+    "data": ocp.JsonCheckpointHandler,
+}
+
+
+class Checkpointer:
+    """`<run>/checkpoints/<step>/`. A save is written apart and renamed, so a killed one leaves no half checkpoint."""
+
+    def __init__(self, run: Path, *, create: bool = False, keep: int = 2):
+        self.directory = Path(run).resolve() / "checkpoints"
+        if not create and not self.directory.is_dir():
+            raise UserError(f"{self.directory}: no checkpoint found")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
+        handlers = {name: handler() for name, handler in _HANDLERS.items()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, params, opt_state, data_state: dict) -> None:
+        """Start writing; returns before it is done."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            opt_state=ocp.args.StandardSave(opt_state),
+            data=ocp.args.JsonSave(data_state),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, params, opt_state):
+        """(params, opt_state, data_state) of a step, shaped, typed and sharded as the abstract values given."""
+        self._check_shapes(step, params)
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                opt_state=ocp.args.StandardRestore(opt_state),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return items.params, items.opt_state, items.data
+
+    def restore_params(self, params):
+        """(step, parameters) of the newest checkpoint; UserError where there is none or it is another model's."""
+        step = self.latest_step()
+        if step is None:
+            raise UserError(f"{self.directory}: no checkpoint found")
+        self._check_shapes(step, params)
+        items = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
+        return step, items.params
+
+    def close(self) -> None:
+        """Wait for the last save."""
+        self._manager.close()
+
+    def _check_shapes(self, step: int, params) -> None:
+        expected = dict(_named_shapes(params))
+        found = dict(_named_shapes(self._manager.item_metadata(step).params.tree))
+        where = self.directory / str(step)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
+                raise UserError("{}: {}: expected {}, found {}".format(where, name, *shapes))
+
+
+def _named_shapes(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), tuple(leaf.shape)
