@@ -1,6 +1,6 @@
 """Train a small VoCo-LLaMA from scratch on easy-VQA, one VoCo token a picture.
 
-    python -m voco_jax.train --config=configs/easyvqa.py
+python -m voco_jax.train --config=configs/easyvqa.py
 """
 
 from voco_jax.config import default_config

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Sequence:
     """One conversation. `tokens` [n] has -1 at patches, whose features are `patch` [n] (image, patch) pairs."""
@@ -31,11 +32,18 @@ class Sequence:
     compress_position: np.ndarray  # [n]
     read_position: np.ndarray  # [n]
 
+    def padded(self, length: int) -> "Sequence":
+        """With tokens at the end that nobody sees, in a segment of their own: equal lengths compile once."""
+        room = length - len(self.tokens)
+        padded = jax.tree.map(lambda x: np.pad(x, [(0, room)] + [(0, 0)] * (x.ndim - 1)), self)
+        padded.segment[length - room :] = 99
+        return padded
+
     def allowed(self) -> np.ndarray:
         i, j = np.indices((len(self.tokens),) * 2)
         same_segment = self.segment[i] == self.segment[j]
         text_may_see = (self.segment[j] < 0) | self.is_voco[j]
-        return (j <= i) & np.where(self.segment[i] >= 0, same_segment, text_may_see)
+        return (j <= i) & jnp.where(self.segment[i] >= 0, same_segment, text_may_see)
 
 
 def rms_norm(x, scale, eps=1e-5):
@@ -53,7 +61,7 @@ def rotate(x, positions, theta):
 def logits(params: dict, config, sequence: Sequence, features) -> jax.Array:
     """[n, V] of one sequence; `params` is the model's nested dict, `features` [images, P, D]."""
     llama, c = params["llama"], config.llama
-    embedded = llama["embed_tokens"]["embedding"][np.maximum(sequence.tokens, 0)]
+    embedded = llama["embed_tokens"]["embedding"][jnp.maximum(sequence.tokens, 0)]
     patches = features[sequence.patch[:, 0], sequence.patch[:, 1]]
     x = jnp.where((sequence.tokens >= 0)[:, None], embedded, patches)
     inside = (sequence.segment[:, None] == sequence.segment[None]) & (sequence.segment >= 0)[:, None]

@@ -50,7 +50,7 @@ def test_projected_features(golden, features):
 
 
 def test_logits_of_each_row_alone(model, golden, features):
-    """The golden logits begin at the newline after the image: three come from the compress stream, the rest are read."""
+    """The golden logits begin at the newline after the image: three are the compress stream's, the rest are read."""
     compressed = model.compress_logits(features)
     for i in range(2):
         sample = read_stream(golden[f"rows{i}"])

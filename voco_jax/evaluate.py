@@ -27,7 +27,9 @@ def evaluate(run: Run) -> dict:
     )
     columns = {
         "this run": accuracy_by_kind(answers, easyvqa.question_kind),
-        "guess from the question": accuracy_by_kind(answers, easyvqa.question_kind, (guesser(a.question) for a in answers)),
+        "guess from the question": accuracy_by_kind(
+            answers, easyvqa.question_kind, (guesser(a.question) for a in answers)
+        ),
         "most frequent answer": accuracy_by_kind(answers, easyvqa.question_kind, (guesser.majority for _ in answers)),
     }
     right, total = columns["this run"]["overall"]
@@ -45,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.evaluate", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
     parser.add_argument(
-        "--compressor", choices=COMPRESSORS, help="run the model as another kind than it was trained as ('voco': lower bound)"
+        "--compressor",
+        choices=COMPRESSORS,
+        help="run the model as another kind than it was trained as ('voco': lower bound)",
     )
     args = parser.parse_args()
     run = load_run(args.run, compressor=args.compressor)

@@ -112,7 +112,9 @@ def make_dataset(records: Sequence[EncodedRecord], data: ConfigDict, processor: 
     if not records:
         raise UserError("data: no usable conversation in the training set")
     if len(records) < data.batch_size:
-        raise UserError(f"data.batch_size: expected at most {len(records)}, the number of records; found {data.batch_size}")
+        raise UserError(
+            f"data.batch_size: expected at most {len(records)}, the number of records; found {data.batch_size}"
+        )
     dataset = (
         grain.MapDataset.source(records)
         .seed(seed)

@@ -8,6 +8,9 @@ from voco_jax.errors import UserError
 
 VOCO_TOKEN = "<voco>"
 
+# transformers is here for its tokenizers; it need not say at every start that there is no PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptIds:

@@ -99,5 +99,8 @@ def _num_images(visual: Visual, num_visual_tokens: int) -> int:
 
 
 def _bucket(n: int, smallest: int) -> int:
-    """The next power of two from `smallest` on."""
-    return max(smallest, 1 << (n - 1).bit_length())
+    """The next of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … from `smallest` on: few sizes, and none a quarter too large."""
+    if n <= smallest:
+        return smallest
+    step = max(1, 1 << (n - 1).bit_length() >> 3)
+    return -(-n // step) * step

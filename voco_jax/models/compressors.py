@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from voco_jax.models.linear import Linear
 from voco_jax.models.stack import scan_layers, stack_layers
 
 
@@ -15,7 +16,7 @@ class AveragePool(nnx.Module):
 
     def __init__(self, num_tokens: int, hidden_size: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.num_tokens = num_tokens
-        self.linear = nnx.Linear(hidden_size, hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.linear = Linear(hidden_size, hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         *lead, num_patches, hidden_size = features.shape
@@ -41,8 +42,8 @@ class QFormerLayer(nnx.Module):
         self.norm_cross = nnx.LayerNorm(hidden_size, **kwargs)
         self.cross_attention = attention()
         self.norm_mlp = nnx.LayerNorm(hidden_size, **kwargs)
-        self.fc1 = nnx.Linear(hidden_size, 4 * hidden_size, **kwargs)
-        self.fc2 = nnx.Linear(4 * hidden_size, hidden_size, **kwargs)
+        self.fc1 = Linear(hidden_size, 4 * hidden_size, **kwargs)
+        self.fc2 = Linear(4 * hidden_size, hidden_size, **kwargs)
 
     def __call__(self, queries: jax.Array, features: jax.Array) -> jax.Array:
         queries = queries + self.self_attention(self.norm_self(queries))
@@ -66,7 +67,7 @@ class QFormer(nnx.Module):
             rngs,
         )
         self.norm = nnx.LayerNorm(hidden_size, **kwargs)
-        self.linear = nnx.Linear(hidden_size, hidden_size, **kwargs)
+        self.linear = Linear(hidden_size, hidden_size, **kwargs)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         *lead, num_patches, hidden_size = features.shape

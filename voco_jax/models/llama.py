@@ -2,10 +2,11 @@
 
 Shape legend for the whole package:
   B rows   T tokens of a read row   I images of a row   S tokens of one compress segment   P patches of an image
-  K VoCo tokens of an image   D hidden size   F MLP width   N query heads   G key/value heads   H head size   V vocabulary
+  K VoCo tokens of an image   D hidden size   F MLP width   N query heads   G key/value heads   H head size
+  V vocabulary
 
-A layer is given as its parts (`project_qkv`, `finish`) rather than as one call, because two streams run through it and
-what stands between the parts, which keys a query may see, is the subject of `voco.py`.
+A layer is given as its parts (`project_kv`, `project_q`, `finish`) rather than as one call, because two streams run
+through it and what stands between the parts, which keys a query may see, is the subject of `voco.py`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import stack_layers
 
 
@@ -101,7 +103,7 @@ class LlamaLayer(nnx.Module):
 
         def linear(shape_in, shape_out, kernel_init=init):
             axis = (-2, -1) if isinstance(shape_in, tuple) else -1
-            return nnx.LinearGeneral(
+            return LinearGeneral(
                 shape_in, shape_out, axis=axis, use_bias=False, kernel_init=kernel_init,
                 dtype=dtype, param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
@@ -154,7 +156,7 @@ class Llama(nnx.Module):
             config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, kernel_init=init,
                 dtype=dtype, param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import apply_if, scan_layers, stack_layers
 
 
@@ -70,13 +71,13 @@ class ViTLayer(nnx.Module):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         init = nnx.initializers.normal(c.initializer_range)
         self.layer_norm1 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
-        self.q_proj = nnx.LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
-        self.k_proj = nnx.LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
-        self.v_proj = nnx.LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
-        self.out_proj = nnx.LinearGeneral(heads, c.hidden_size, axis=(-2, -1), kernel_init=init, **kwargs)
+        self.q_proj = LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
+        self.k_proj = LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
+        self.v_proj = LinearGeneral(c.hidden_size, heads, kernel_init=init, **kwargs)
+        self.out_proj = LinearGeneral(heads, c.hidden_size, axis=(-2, -1), kernel_init=init, **kwargs)
         self.layer_norm2 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
-        self.fc1 = nnx.Linear(c.hidden_size, c.intermediate_size, kernel_init=init, **kwargs)
-        self.fc2 = nnx.Linear(c.intermediate_size, c.hidden_size, kernel_init=init, **kwargs)
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size, kernel_init=init, **kwargs)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size, kernel_init=init, **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.layer_norm1(x)
@@ -94,9 +95,7 @@ class ViT(nnx.Module):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         init = nnx.initializers.normal(c.initializer_range)
         # A convolution whose stride is its size is one matrix product on flattened patches (row, column, channel).
-        self.patch_embedding = nnx.Linear(
-            3 * c.patch_size**2, c.hidden_size, use_bias=False, kernel_init=init, **kwargs
-        )
+        self.patch_embedding = Linear(3 * c.patch_size**2, c.hidden_size, use_bias=False, kernel_init=init, **kwargs)
         self.class_embedding = nnx.Param(init(rngs.params(), (c.hidden_size,), param_dtype))
         self.position_embedding = nnx.Param(init(rngs.params(), (c.num_patches + 1, c.hidden_size), param_dtype))
         self.pre_layernorm = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)

@@ -133,7 +133,9 @@ class VoCoLlama(nnx.Module):
 
     def forward(self, read: Read, features: jax.Array | None) -> jax.Array:
         """As `__call__`, from visual embeddings [B, I, P, D]."""
-        compress = self._compress_inputs(features) if self.config.compressor == "voco" and features is not None else None
+        compress = (
+            self._compress_inputs(features) if self.config.compressor == "voco" and features is not None else None
+        )
         _, hidden, _, _ = self._run(compress, read, self._read_inputs(read, features))
         return self.llama.logits(hidden)
 
@@ -162,7 +164,9 @@ class VoCoLlama(nnx.Module):
 
     def decode(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One step: tokens [B] at positions [B] join the cache; returns the logits [B, V] and the cache."""
-        read = Read(tokens[:, None], positions[:, None], jnp.ones_like(tokens)[:, None], -jnp.ones_like(tokens)[:, None])
+        read = Read(
+            tokens[:, None], positions[:, None], jnp.ones_like(tokens)[:, None], -jnp.ones_like(tokens)[:, None]
+        )
         _, hidden, _, (keys, values) = self._run(None, read, self._read_inputs(read, None), cache=cache)
         return self.llama.logits(hidden)[:, 0], Cache(keys, values, cache.lengths + 1)
 
@@ -171,11 +175,11 @@ class VoCoLlama(nnx.Module):
     def _compress_inputs(self, features: jax.Array) -> jax.Array:
         """[B, I, P, D] to segments [B, I, S, D]: prefix, image, suffix, K VoCo tokens."""
         c = self.config
-        B, I, _, D = features.shape
+        num_rows, num_images, _, hidden_size = features.shape
 
         def text(ids):
             embedded = self.llama.embed_tokens(jnp.array(ids, jnp.int32))
-            return jnp.broadcast_to(embedded, (B, I, len(ids), D))
+            return jnp.broadcast_to(embedded, (num_rows, num_images, len(ids), hidden_size))
 
         suffix = (*c.suffix_ids, *(c.voco_token_id,) * c.num_voco_tokens)
         return jnp.concatenate([text(c.prefix_ids), features, text(suffix)], axis=2)

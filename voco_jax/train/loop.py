@@ -44,7 +44,7 @@ def train(config: ConfigDict) -> Path:
     num_params = sum(x.size for x in jax.tree.leaves(abstract_params))
     print(f"model: {num_params:,} parameters, compressor {model_config.compressor}, {model_config.dtype}")
 
-    # Where to begin: the directory comes into being only now, when all that can be wrong with the input has shown itself
+    # Where to begin. The directory comes into being only now, when what can be wrong with the input has shown itself.
     if not resuming:
         _create_workdir(workdir, config, tokenizer)
     checkpointer = Checkpointer(workdir, create=True)
@@ -119,7 +119,12 @@ class MetricsLog:
         mean = float(np.mean(self._losses))
         self._losses.clear()
         self._bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} questions/s")
-        line = {"step": step, "loss": round(mean, 6), "questions_per_second": round(speed, 1), "seconds": round(seconds, 2)}
+        line = {
+            "step": step,
+            "loss": round(mean, 6),
+            "questions_per_second": round(speed, 1),
+            "seconds": round(seconds, 2),
+        }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

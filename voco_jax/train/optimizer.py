@@ -10,7 +10,9 @@ from voco_jax.errors import UserError
 def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up to the learning rate, then cosine or linear decay to zero at the last step."""
     if not 0 <= optim.warmup_steps < steps:
-        raise UserError(f"optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {optim.warmup_steps}")
+        raise UserError(
+            f"optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {optim.warmup_steps}"
+        )
     decay_steps = steps - optim.warmup_steps
     decays = {
         "cosine": optax.cosine_decay_schedule(optim.learning_rate, decay_steps),

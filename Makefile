@@ -1,0 +1,33 @@
+# Each target sets up what it needs: `make demo` and `make test` work in a fresh checkout.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/easyvqa
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint table1 clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m voco_jax.train --config=configs/easyvqa.py --config.workdir=$(RUN)
+	$(BIN)/python -m voco_jax.evaluate --run $(RUN)
+	$(BIN)/python -m voco_jax.ask --run $(RUN) --image docs/pictures/question.png \
+	  "what shape is in the image?" "what color is the shape?" "is there a circle?" "does the image not contain a red shape?"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The paper's Table 1 on easy-VQA: seven trainings, about an hour on 2 cores.
+table1: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.table1
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.%: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"python: expected 3.11 or later, found {v[0]}.{v[1]}; make PYTHON=… chooses another" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@

@@ -1,0 +1,39 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# setup.py gives the ranges that should work; constraints.txt the versions that were tested.
+setup(
+    name="voco_jax",
+    version="0.1.0",
+    description="VoCo-LLaMA in JAX: vision-language models that compress an image into a few tokens of their own",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["voco_jax", "voco_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "einops>=0.8",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10.2,<0.13",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.0,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5,<6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "demo": ["easy-vqa==1.0"],
+        "test": ["easy-vqa==1.0", "pytest>=8", "ruff>=0.9", "safetensors>=0.5"],
+    },
+)
