@@ -1,8 +1,13 @@
+import os
 from pathlib import Path
 
-import pytest
+# Before jax is imported. Most of a test's time is compilation, and nothing here runs long enough to repay optimizing.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["MPLBACKEND"] = "Agg"
 
-from voco_jax.data.tokenizer import load_tokenizer
+import pytest  # noqa: E402
+
+from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 
@@ -11,3 +16,14 @@ DATA = Path(__file__).parent / "data"
 def llama_tokenizer():
     """A real 32,000-piece sentencepiece tokenizer of Llama's kind, with `<voco>` added."""
     return load_tokenizer(DATA / "llama_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """Trained here: one token a word."""
+    return train_tokenizer(["USER: what is it? ASSISTANT: a red cat\n"] * 9, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Path:
+    return DATA / "reference" / "chelsea.png"

@@ -125,5 +125,4 @@ def test_pixels(name):
     pixels = processor(load_image(reference.DIRECTORY / f"{name}.png"))
     expected = np.load(reference.DIRECTORY / "pixels.npz")[name].transpose(1, 2, 0)
     one_grey_level = 1 / 255 / np.array(processor.std)
-    # The golden pixels are float16, which rounds values around 2 by up to 1e-3.
-    assert (np.abs(pixels - expected) <= one_grey_level + 1e-3).all()
+    assert (np.abs(pixels - expected) <= one_grey_level).all()

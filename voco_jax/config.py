@@ -42,7 +42,8 @@ def default_config() -> ConfigDict:
     config.data.test_split = "test"
     config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
     config.data.batch_size = 16  # records (pictures with their conversations) a step
-    config.data.images_per_record = 1
+    config.data.images_per_record = 1  # at most
+    config.data.aspect_ratio = "pad"  # to a square with the mean colour, or 'crop' its middle
     config.data.conversations_per_record = 8  # drawn anew each time the record comes up
     config.data.rows_per_record = 1  # read rows over which a record's conversations are laid out
     config.data.row_length = 128  # tokens a read row

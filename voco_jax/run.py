@@ -49,7 +49,7 @@ def load_run(directory: str | Path, *, compressor: str | None = None) -> Run:
         config=config,
         model=nnx.merge(graphdef, params),
         encoder=make_encoder(config, tokenizer, model_config),
-        processor=ImageProcessor(config.model.vision.image_size),
+        processor=make_processor(config),
         step=step,
     )
 
@@ -89,6 +89,14 @@ def resolve_dtype(name: str) -> str:
         return jnp.dtype(name).name
     except TypeError:
         raise UserError(f"config.model.dtype: expected auto, float32 or bfloat16; found {name!r}") from None
+
+
+def make_processor(config: ConfigDict) -> ImageProcessor:
+    """What makes pixel values of a picture; UserError names a value that cannot be."""
+    try:
+        return ImageProcessor(config.model.vision.image_size, config.data.aspect_ratio)
+    except ValueError as error:
+        raise UserError(f"config.data.{error}") from None
 
 
 def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Encoder:

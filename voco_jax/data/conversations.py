@@ -114,6 +114,9 @@ class Encoder:
         """Text pieces and whether they are labels; `<image>` still stands in the text."""
         t, eos = self.template, self.tokenizer.eos_token
         values = [turn["value"] for turn in turns]
+        for i, value in enumerate(values):
+            if not value.replace(IMAGE, "").strip():
+                raise ConversationError(f"turn {i} ({turns[i]['from']}): expected text beside {IMAGE}, found none")
         head = ""
         if values[0].count(IMAGE) == sum(value.count(IMAGE) for value in values) == 1:
             values[0] = values[0].replace(IMAGE, "").strip()

@@ -12,12 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import first_difference, load_config, save_config
-from voco_jax.data.images import ImageProcessor
 from voco_jax.data.pipeline import encode_records, make_dataset, report_line
 from voco_jax.data.sources import load_records
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.run import abstract_model, init_params, make_encoder, make_model_config
+from voco_jax.run import abstract_model, init_params, make_encoder, make_model_config, make_processor
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import make_train_step
@@ -34,8 +33,7 @@ def train(config: ConfigDict) -> Path:
     model_config = make_model_config(config, tokenizer)
     encoded, counts = encode_records(records, make_encoder(config, tokenizer, model_config), config.data.row_length)
     print(f"data: {config.data.source}/{config.data.train_split}: {len(encoded)} records, {report_line(counts)}")
-    processor = ImageProcessor(config.model.vision.image_size)
-    batches = iter(make_dataset(encoded, config.data, processor, config.seed))
+    batches = iter(make_dataset(encoded, config.data, make_processor(config), config.seed))
 
     # Model and optimizer
     optimizer = make_optimizer(config.optim, config.train.steps)

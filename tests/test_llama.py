@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from voco_jax.models import presets
+from voco_jax.models.linear import LinearGeneral, dot_general
+from voco_jax.models.llama import LlamaConfig, RopeScaling, apply_rope, rope_frequencies, rope_tables
+from voco_jax.models.vit import ViTConfig
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import abstract_model
+
+
+def test_rope_turns_pairs_of_half_a_head_apart():
+    """Position 1, theta 100, four dimensions: pairs (0, 2) by 1 radian and (1, 3) by 1/10."""
+    config = LlamaConfig(hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=100.0)
+    turned = apply_rope(jnp.array([[[1.0, 1.0, 0.0, 0.0]]]), rope_tables(config, jnp.array([1])))
+    expected = [[[np.cos(1.0), np.cos(0.1), np.sin(1.0), np.sin(0.1)]]]
+    np.testing.assert_allclose(turned, expected, rtol=1e-6)
+
+
+def test_llama_3_scaling():
+    """Fast pairs are left alone, slow ones divided by 8, the three between are interpolated."""
+    plain = LlamaConfig(hidden_size=64, num_attention_heads=1, num_key_value_heads=1, rope_theta=500000.0)
+    scaled = LlamaConfig(**vars(plain) | {"rope_scaling": RopeScaling()})
+    ratio = np.asarray(rope_frequencies(plain) / rope_frequencies(scaled))
+    turns = 8192 * np.asarray(rope_frequencies(plain)) / (2 * np.pi)  # in the original context
+    np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.sum() == 3
+    share = (turns[between] - 1) / 3
+    np.testing.assert_allclose(1 / ratio[between], share + (1 - share) / 8, rtol=1e-5)
+
+
+def test_head_counts_must_divide():
+    with pytest.raises(ValueError, match=r"num_attention_heads \(9\) must be a multiple of num_key_value_heads \(4\)"):
+        LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=4)
+
+
+def count(params) -> int:
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("llama", "parameters"),
+    [
+        # Hugging Face's counts of these checkpoints.
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_language_presets_have_the_real_sizes(llama, parameters):
+    config = VoCoConfig(llama=presets.LLAMA[llama], vision=presets.VIT["demo"], voco_token_id=0)
+    _, params = abstract_model(config)
+    assert count(params["llama"]) == parameters
+
+
+@pytest.mark.parametrize(
+    ("vision", "parameters", "patches"), [("clip-vit-l-14", 303_179_776, 256), ("clip-vit-l-14-336", 303_507_456, 576)]
+)
+def test_vision_presets_have_the_real_sizes(vision, parameters, patches):
+    config = VoCoConfig(llama=presets.LLAMA["demo"], vision=presets.VIT[vision], voco_token_id=0)
+    _, params = abstract_model(config)
+    assert count(params["vision_tower"]) == parameters
+    assert presets.VIT[vision].num_patches == patches
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(patch_size=5), "image_size 336 is no multiple of patch_size 5"),
+        (dict(select_layer=-26), "select_layer -26 does not exist with 24 layers"),
+        (dict(select_feature="cls"), "select_feature must be 'patch' or 'cls_patch', found 'cls'"),
+    ],
+)
+def test_wrong_vision_dimensions(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ViTConfig(**wrong)
+
+
+def test_dot_general_is_laxs():
+    x, kernel = np.random.default_rng(0).normal(size=(2, 5, 3, 4)), np.random.default_rng(1).normal(size=(3, 4, 6, 2))
+    axes = (((2, 3), (0, 1)), ((), ()))
+    np.testing.assert_allclose(dot_general(x, kernel, axes), np.einsum("btnh,nhde->btde", x, kernel), rtol=1e-5)
+    with pytest.raises(ValueError, match="expected tokens"):
+        dot_general(x, kernel, (((1, 2), (0, 1)), ((), ())))
+
+
+def test_linear_layers_lower_for_a_tpu_without_flattening():
+    from flax import nnx
+
+    layer = nnx.eval_shape(lambda: LinearGeneral(8, (2, 4), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(layer)
+    function = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    x = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
+    assert "reshape" in function.trace(state, x).lower(lowering_platforms=("cpu",)).as_text()
+    tpu = function.trace(state, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tensor<32x8xf32>" not in tpu and "dot_general" in tpu

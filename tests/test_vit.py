@@ -1,0 +1,62 @@
+"""The vision tower's choices; its numbers are compared with the released code's in test_reference.py."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from voco_jax.models.vit import ViT, ViTConfig, quick_gelu
+
+CONFIG = ViTConfig(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=3,
+                   num_attention_heads=2, select_layer=-1)  # fmt: skip
+PIXELS = np.random.default_rng(0).normal(size=(2, 3, 8, 8, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(CONFIG, rngs=nnx.Rngs(0)))))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), state)
+
+
+def features(params, pixels=PIXELS, unroll=False, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: ViT(config, unroll=unroll, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, params)(pixels)
+
+
+def first_layers(params, n: int):
+    return params | {"layers": jax.tree.map(lambda p: p[:n], params["layers"])}
+
+
+def test_quick_gelu():
+    np.testing.assert_allclose(quick_gelu(np.array([-1.0, 0.0, 2.0])), [-1 / (1 + np.exp(1.702)), 0, 2 / (1 + np.exp(-3.404))], atol=1e-6)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_selected_layer_is_the_output_of_the_layers_below(params, unroll):
+    expected = features(first_layers(params, 2), num_hidden_layers=2)
+    np.testing.assert_allclose(features(params, select_layer=-2, unroll=unroll), expected, atol=1e-5)
+    np.testing.assert_allclose(features(params, select_layer=2, unroll=unroll), expected, atol=1e-5)
+    assert np.abs(features(params) - expected).max() > 0.1
+
+
+def test_class_token(params):
+    both = features(params, select_feature="cls_patch")
+    assert both.shape == (2, 3, 5, 8)
+    np.testing.assert_array_equal(both[:, :, 1:], features(params))
+
+
+def test_patches_are_read_row_by_row(params):
+    """Without layers above the embeddings a feature depends on its own patch alone: the second is the upper right one."""
+    changed = PIXELS.copy()
+    changed[:, :, :4, 4:] += 1
+    before, after = (features(params, pixels, select_layer=0) for pixels in (PIXELS, changed))
+    assert np.abs(before - after).max((0, 1, 3)).astype(bool).tolist() == [False, True, False, False]
+
+
+def test_pictures_of_another_size(params):
+    with pytest.raises(ValueError, match=r"pixel_values: expected \[..., 8, 8, 3\], found \[1, 8, 12, 3\]"):
+        features(params, np.zeros((1, 8, 12, 3), np.float32))
