@@ -47,7 +47,9 @@ def test_a_prompt_ends_at_the_assistant(small_tokenizer):
 
 
 def test_images_stay_where_they_stand(small_tokenizer):
-    sample = encoder(small_tokenizer, "bare").encode(turns("is <image> red?", "a cat", "and <image><image>?", "it is"), 3)
+    sample = encoder(small_tokenizer, "bare").encode(
+        turns("is <image> red?", "a cat", "and <image><image>?", "it is"), 3
+    )
     v = VOCO * 2 + "\n"
     expected = f"<s>USER: is {v} red? ASSISTANT: a cat</s>USER: and {v}{v}? ASSISTANT: it is</s>"
     assert text(small_tokenizer, sample) == expected
@@ -66,7 +68,9 @@ def test_an_image_in_the_middle_of_the_first_turn_moves_to_the_front(small_token
 def test_uncompressed_images_stand_in_the_text(small_tokenizer):
     sample = encoder(small_tokenizer, "bare", compressed=False).encode(turns("<image>\nwhat is it?", "a cat"), 1)
     assert sample.visual.tolist()[:5] == [-1, 0, 1, 2, -1]  # BOS, three patches
-    assert text(small_tokenizer, sample, sample.visual < 0) == f"<s>\n{VOCO}{VOCO}\nUSER: what is it? ASSISTANT: a cat</s>"
+    assert (
+        text(small_tokenizer, sample, sample.visual < 0) == f"<s>\n{VOCO}{VOCO}\nUSER: what is it? ASSISTANT: a cat</s>"
+    )
     without_voco = encoder(small_tokenizer, "llava_v1", voco=0, compressed=False)
     sample = without_voco.encode(turns("<image>\nwhat is it?", "a cat"), 1)
     assert text(small_tokenizer, sample, sample.visual < 0).startswith("<s>\nA chat between a curious user and an")

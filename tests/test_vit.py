@@ -32,7 +32,9 @@ def first_layers(params, n: int):
 
 
 def test_quick_gelu():
-    np.testing.assert_allclose(quick_gelu(np.array([-1.0, 0.0, 2.0])), [-1 / (1 + np.exp(1.702)), 0, 2 / (1 + np.exp(-3.404))], atol=1e-6)
+    np.testing.assert_allclose(
+        quick_gelu(np.array([-1.0, 0.0, 2.0])), [-1 / (1 + np.exp(1.702)), 0, 2 / (1 + np.exp(-3.404))], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("unroll", [False, True])

@@ -101,9 +101,12 @@ def vision_config(config: ConfigDict) -> ViTConfig:
 def parse_command_line(argv: Sequence[str]) -> ConfigDict:
     """The config of `--config=FILE --config.key=value …`; UserError names a wrong key's nearest valid one."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
+    argv = list(argv)
+    config_flags.DEFINE_config_file(
+        "config", None, "a Python file with get_config()", flag_values=values, sys_argv=argv
+    )
     try:
-        rest = values(list(argv))
+        rest = values(argv)
         if len(rest) > 1:
             raise UserError(f"command line: {rest[1]!r} is no option; use --config=FILE --config.KEY=VALUE")
         if values["config"].value is None:
@@ -131,7 +134,9 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
     config = default_config()
-    if missing := _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys():
+    missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
+    missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
+    if missing:
         raise UserError(f"{path}: key {min(missing)!r} is missing")
     try:
         with config.unlocked():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from voco_jax.data import easyvqa
 from voco_jax.data.sources import load_records
-from voco_jax.errors import one_line_errors
+from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval.answering import answer_all
 from voco_jax.eval.pictures import draw_answers
 from voco_jax.eval.scoring import accuracy_by_kind, table
@@ -14,10 +14,10 @@ from voco_jax.models.voco import COMPRESSORS
 from voco_jax.run import Run, load_run
 
 
-def evaluate(run: Run) -> dict:
+def evaluate(run: Run, max_records: int | None = None) -> dict:
     """Score a run on its test split; returns what `results.json` says, with the answers under 'answers'."""
     data = run.config.data
-    answers = answer_all(run, load_records(data.source, data.test_split))
+    answers = answer_all(run, load_records(data.source, data.test_split)[:max_records])
     guesser = easyvqa.Guesser(
         [
             (turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"])
@@ -51,9 +51,12 @@ def main() -> None:
         choices=COMPRESSORS,
         help="run the model as another kind than it was trained as ('voco': lower bound)",
     )
+    parser.add_argument("--max-records", type=int, help="only the first so many pictures of the test split")
     args = parser.parse_args()
+    if args.max_records is not None and args.max_records < 1:
+        raise UserError(f"--max-records: expected at least 1, found {args.max_records}")
     run = load_run(args.run, compressor=args.compressor)
-    results = evaluate(run)
+    results = evaluate(run, args.max_records)
     answers = results.pop("answers")
     suffix = f".{args.compressor}" if args.compressor else ""
     (args.run / f"results{suffix}.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,96 @@
+"""Config files and command lines: what they set, and one line for what they cannot."""
+
+from pathlib import Path
+import re
+
+import pytest
+
+from voco_jax.config import default_config, first_difference, llama_config, load_config, parse_command_line, save_config
+from voco_jax.errors import UserError
+from voco_jax.models import presets
+from voco_jax.models.llama import RopeScaling
+
+FILE = f"--config={Path(__file__).parents[1] / 'configs/easyvqa.py'}"
+
+
+def parse(*arguments):
+    return parse_command_line(["train", *arguments])
+
+
+def test_the_command_line_sets_keys():
+    config = parse(FILE, "--config.optim.learning_rate=0.5", "--config.model.llama.hidden_size=64")
+    assert config.optim.learning_rate == 0.5
+    assert llama_config(config).hidden_size == 64
+    assert config.model.num_voco_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optim.learning_rat=1", r"Did you mean \"learning_rate\" instead of \"learning_rat\""),
+        ("--config.optm.learning_rate=1", r"Did you mean \"optim\" instead of \"optm\""),
+        ("--config.train.steps=many", "many"),
+        ("--conf.train.steps=3", "conf"),
+        ("train", "'train' is no option; use --config=FILE --config.KEY=VALUE"),
+    ],
+)
+def test_wrong_keys_and_values(argument, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(FILE, argument)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_file_that_is_not_there():
+    with pytest.raises(UserError, match=r"--config=FILE is missing, for example --config=configs/easyvqa.py"):
+        parse()
+    with pytest.raises(UserError, match="configs/nothing.py"):
+        parse("--config=configs/nothing.py")
+
+
+def test_a_config_file_with_a_mistyped_key(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from voco_jax.config import default_config\ndef get_config():\n"
+        "  config = default_config()\n  config.model.num_vocotokens = 2\n  return config\n"
+    )
+    with pytest.raises(UserError, match=r"Did you mean \"num_voco_tokens\" instead of \"num_vocotokens\""):
+        parse(f"--config={file}")
+
+
+def test_saved_and_loaded(tmp_path):
+    config = parse(FILE, "--config.seed=7")
+    save_config(config, tmp_path / "config.json")
+    loaded = load_config(tmp_path / "config.json")
+    assert first_difference(config, loaded) is None
+    loaded.optim.b1 = 0.5
+    assert first_difference(config, loaded) == ("optim.b1", 0.9, 0.5)
+
+
+def test_rope_scaling_survives_a_file(tmp_path):
+    from voco_jax.config import llama_preset
+
+    config = default_config()
+    with config.unlocked():
+        config.model.llama = llama_preset("llama-3.1-8b")
+    save_config(config, tmp_path / "config.json")
+    assert llama_config(load_config(tmp_path / "config.json")) == presets.LLAMA["llama-3.1-8b"]
+    assert presets.LLAMA["llama-3.1-8b"].rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    with pytest.raises(UserError, match="llama preset: expected one of vicuna-7b, .*; found 'vicuna'"):
+        llama_preset("vicuna")
+
+
+def test_stored_configs_that_do_not_fit(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=r"config.json: not found; a run directory holds config.json"):
+        load_config(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
+        load_config(path)
+    save_config(default_config(), path)
+    path.write_text(re.sub(r'"num_voco_tokens": 1,\n', "", path.read_text()))
+    with pytest.raises(UserError, match=r"config.json: key 'model.num_voco_tokens' is missing"):
+        load_config(path)
+    save_config(default_config(), path)
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 0, "speed": 1'))
+    with pytest.raises(UserError, match=r"config.json: .*Did you mean \"seed\" instead of \"speed\""):
+        load_config(path)
