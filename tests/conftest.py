@@ -7,7 +7,9 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest  # noqa: E402
 
+from tests import tiny  # noqa: E402
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
+from voco_jax.train.loop import train  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 
@@ -27,3 +29,9 @@ def small_tokenizer():
 @pytest.fixture(scope="session")
 def picture() -> Path:
     return DATA / "reference" / "chelsea.png"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A directory as training leaves it. Tests must not write into it."""
+    return train(tiny.config(tmp_path_factory.mktemp("runs") / "tiny"))

@@ -52,7 +52,7 @@ def test_class_token(params):
 
 
 def test_patches_are_read_row_by_row(params):
-    """Without layers above the embeddings a feature depends on its own patch alone: the second is the upper right one."""
+    """Below the first layer a feature depends on its own patch alone: the second is the upper right one."""
     changed = PIXELS.copy()
     changed[:, :, :4, 4:] += 1
     before, after = (features(params, pixels, select_layer=0) for pixels in (PIXELS, changed))

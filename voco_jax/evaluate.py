@@ -7,7 +7,7 @@ from pathlib import Path
 from voco_jax.data import easyvqa
 from voco_jax.data.sources import load_records
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.eval.answering import answer_all
+from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.pictures import draw_answers
 from voco_jax.eval.scoring import accuracy_by_kind, table
 from voco_jax.models.voco import COMPRESSORS
@@ -20,7 +20,7 @@ def evaluate(run: Run, max_records: int | None = None) -> dict:
     answers = answer_all(run, load_records(data.source, data.test_split)[:max_records])
     guesser = easyvqa.Guesser(
         [
-            (turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"])
+            (question_of(turns), turns[1]["value"])
             for record in load_records(data.source, data.train_split)
             for turns in record.conversations
         ]

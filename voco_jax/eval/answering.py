@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.data.conversations import Encoder
+from voco_jax.data.conversations import IMAGE, Encoder
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.sources import Record
 from voco_jax.eval.scoring import Answer
@@ -29,10 +29,14 @@ def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
             visual = answerer.see(np.stack(pixels))
             given = answerer.complete(prompts, visual, [row for row, _ in asked], max_new_tokens)
             for (row, turns), text in zip(asked, given, strict=True):
-                question = turns[0]["value"].replace("<image>", "").strip()
-                answers.append(Answer(str(batch[row].images[0]), question, turns[1]["value"], text))
+                answers.append(Answer(str(batch[row].images[0]), question_of(turns), turns[1]["value"], text))
             bar.update(len(asked))
     return answers
+
+
+def question_of(turns: Sequence[dict]) -> str:
+    """The text of a conversation's first turn, without image markers."""
+    return turns[0]["value"].replace(IMAGE, "").strip()
 
 
 def encode_first_question(encoder: Encoder, turns: Sequence[dict], num_images: int):

@@ -56,6 +56,7 @@ class VoCoConfig:
     unroll_layers: bool = False
 
     def __post_init__(self):
+        attention.get_adapter(self.attention)  # a name that does not exist shows itself here
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; found {self.compressor!r}")
         if self.compressor == "voco" and self.num_voco_tokens < 1:

@@ -51,9 +51,8 @@ def train(config: ConfigDict) -> Path:
         abstract_opt_state = jax.eval_shape(optimizer.init, abstract_params)
         params, opt_state, data_state = checkpointer.restore(start, abstract_params, abstract_opt_state)
         batches.set_state(data_state)
-        print(
-            f"{workdir}: {'complete' if start == config.train.steps else 'resuming'}, at step {start} of {config.train.steps}"
-        )
+        state = "complete" if start == config.train.steps else "resuming"
+        print(f"{workdir}: {state}, at step {start} of {config.train.steps}")
     else:
         params = init_params(model_config, config.seed)
         opt_state = jax.jit(optimizer.init)(params)

@@ -1,0 +1,118 @@
+"""`python -m voco_jax.evaluate` and `ask` on a real run; and what they say to bad input."""
+
+import json
+import subprocess
+import sys
+
+from PIL import Image
+import pytest
+
+from tests import tiny
+from voco_jax import ask, evaluate
+from voco_jax.eval.scoring import Answer, accuracy_by_kind, table
+from voco_jax.train import __main__ as train_main
+
+
+def run_main(module, monkeypatch, capsys, *arguments):
+    """(exit status, standard output, standard error) of a command."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    try:
+        module.main()
+        status = 0
+    except SystemExit as exit:
+        status = exit.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def copy(run, to):
+    """A run that may be written into."""
+    import shutil
+
+    return shutil.copytree(run, to / "run")
+
+
+def test_evaluate(tiny_run, tmp_path, monkeypatch, capsys):
+    run = copy(tiny_run, tmp_path)
+    status, out, _ = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 5)
+    assert status == 0
+    results = json.loads((run / "results.json").read_text())
+    right, total = results["counts"]["this run"]["overall"]
+    assert total == 11 + 7 + 9 + 17 + 9  # questions about the first five test pictures
+    assert results["accuracy"] == right / total and results["step"] == 40
+    kinds = results["counts"]["this run"]
+    assert sum(kinds[kind][0] for kind in ("color", "shape", "yes/no")) == right
+    assert f"| overall | {total} | {100 * right / total:.1f} % |" in out
+    with Image.open(run / "answers.png") as sheet:
+        assert sheet.width > 1000 and len(sheet.convert("L").getcolors()) > 50
+
+
+def test_an_uncompressed_run_can_be_read_through_voco_tokens(tmp_path, monkeypatch, capsys):
+    """The paper's lower bound: train with the image in the open, ask with the slots alone."""
+    workdir = tmp_path / "run"
+    changes = dict(model__compressor="none", data__row_length=88, train__steps=4, train__checkpoint_every=4)
+    monkeypatch.chdir(tiny.CONFIG_FILE.parents[1])
+    assert run_main(train_main, monkeypatch, capsys, *tiny.arguments(workdir, **changes))[0] == 0
+    for arguments, file in ((), "results.json"), (("--compressor", "voco"), "results.voco.json"):
+        assert run_main(evaluate, monkeypatch, capsys, "--run", workdir, "--max-records", 3, *arguments)[0] == 0
+        assert json.loads((workdir / file).read_text())["compressor"] == ("voco" if arguments else "none")
+
+
+def test_ask(tiny_run, picture, monkeypatch, capsys):
+    questions = ["what shape is in the image?", "is there a circle?"]
+    status, out, _ = run_main(ask, monkeypatch, capsys, "--run", tiny_run, "--image", picture, *questions)
+    assert status == 0
+    lines = out.splitlines()
+    assert [lines[0], lines[2]] == questions
+
+
+def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
+    command = [sys.executable, "-m", "voco_jax.ask", "--run", tiny_run, "--image", picture, "is there a circle?"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tiny.CONFIG_FILE.parents[1])
+    assert done.stdout.startswith("is there a circle?\n  ") and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nothing.png", "what?"], "nothing.png: picture not found"),
+        (["--image", __file__, "what?"], "test_command_lines.py: not a readable picture"),
+        (["--image", "{picture}", " "], "question: expected text, found none"),
+        (["--image", "{picture}", "what <voco>?"], "contains the special token '<voco>'"),
+        (["--image", "{picture}", "what <image>?"], "expected 1 <image> markers, one an image; found 2"),
+        (["--image", "{picture}", "--max-new-tokens", "0", "what?"], "--max-new-tokens: expected at least 1, found 0"),
+        (["--run", "nowhere", "what?"], "nowhere/config.json: not found; a run directory holds"),
+    ],
+)
+def test_ask_about_what_cannot_be(tiny_run, picture, monkeypatch, capsys, arguments, message):
+    arguments = [argument.format(picture=picture) for argument in arguments]
+    status, out, err = run_main(ask, monkeypatch, capsys, "--run", tiny_run, *arguments)
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_mistyped_key(tmp_path, monkeypatch, capsys):
+    arguments = [*tiny.arguments(tmp_path / "run"), "--config.optim.learning_rat=1"]
+    status, _, err = run_main(train_main, monkeypatch, capsys, *arguments)
+    assert status == 2 and err.count("\n") == 1
+    assert 'Did you mean "learning_rate" instead of "learning_rat"' in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_literally():
+    answers = [
+        Answer("0.png", "what color?", "red", "Red."),
+        Answer("0.png", "what color?", "red", "blue"),
+        Answer("1.png", "is it?", "yes", " yes "),
+    ]
+    kind = lambda question: "color" if "color" in question else "yes/no"  # noqa: E731
+    counts = accuracy_by_kind(answers, kind)
+    assert counts == {"overall": (2, 3), "color": (1, 2), "yes/no": (1, 1)}
+    guessed = accuracy_by_kind(answers, kind, ["red", "red", "no"])
+    assert table({"run": counts, "guess": guessed}).splitlines() == [
+        "| questions | number | run | guess |",
+        "|---|---:|---:|---:|",
+        "| color | 2 | 50.0 % | 100.0 % |",
+        "| yes/no | 1 | 100.0 % | 0.0 % |",
+        "| overall | 3 | 66.7 % | 66.7 % |",
+    ]

@@ -1,0 +1,148 @@
+"""Training as its users meet it: it learns, survives being killed, and refuses what does not fit together."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from voco_jax.config import load_config, save_config
+from voco_jax.errors import UserError
+from voco_jax.run import load_run
+from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.train.loop import train
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def params(run: Path):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(load_run(run).model))
+
+
+def test_the_loss_falls(tiny_run):
+    loss = list(losses(tiny_run).values())
+    assert len(loss) == 40
+    assert np.mean(loss[-5:]) < 0.3 * loss[0]
+
+
+def test_a_run_directory_is_whole(tiny_run):
+    assert sorted(path.name for path in tiny_run.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "tokenizer",
+    ]
+    assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["30", "40"]
+    assert load_run(tiny_run).step == 40
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path):
+    """A real process, killed without warning between two checkpoints; parameters and losses end bit for bit alike."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "voco_jax.train", *tiny.arguments(run)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tiny.CONFIG_FILE.parents[1])
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 14):
+        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    step = Checkpointer(run).latest_step() or 0
+    assert step < 40, "was already complete"
+
+    train(tiny.config(run))
+    assert losses(run) == losses(tiny_run)
+    jax.tree.map(np.testing.assert_array_equal, params(run), params(tiny_run))
+
+
+def test_a_complete_run_is_left_alone(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run with workdir = "):
+        train(tiny.config(run))
+    config = load_config(run / "config.json")
+    config.workdir = str(run)
+    save_config(config, run / "config.json")
+    before = (run / "metrics.jsonl").read_text()
+    train(tiny.config(run))
+    assert "complete, at step 40 of 40" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_directory_in_use(tiny_run, tmp_path):
+    with pytest.raises(UserError, match=r"holds a run with model.num_voco_tokens = 1, this config has 2; take another"):
+        train(tiny.config(tiny_run, model__num_voco_tokens=2))
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="expected a run or an empty directory, found other files"):
+        train(tiny.config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(optim__name="sgd"), "optim.name: expected adamw or muon; found 'sgd'"),
+        (dict(optim__schedule="step"), "optim.schedule: expected one of cosine, linear; found 'step'"),
+        (dict(optim__warmup_steps=40), r"optim.warmup_steps: expected 0 to 39 \(train.steps is 40\); found 40"),
+        (dict(data__batch_size=5000), "data.batch_size: expected at most 4000, the number of records; found 5000"),
+        (dict(data__row_length=5), "data: no usable conversation in the training set"),
+        (dict(data__template="chat"), "template: expected one of"),
+        (dict(data__source="coco"), "data.source: expected one of easyvqa; found 'coco'"),
+        (dict(data__aspect_ratio="stretch"), "config.data.aspect_ratio: expected pad or crop, found 'stretch'"),
+        (dict(model__compressor="pool"), "config.model: compressor must be one of voco, none, average_pool, qformer"),
+        (dict(model__llama__num_attention_heads=3), r"config.model: num_attention_heads \(3\) must be a multiple"),
+        (dict(model__attention="flash"), "attention 'flash' is unknown; there are: xla"),
+        (dict(model__dtype="float33"), "config.model.dtype: expected auto, float32 or bfloat16; found 'float33'"),
+        (dict(model__num_voco_tokens=0), "config.model: num_voco_tokens must be at least 1, found 0"),
+    ],
+)
+def test_configs_that_cannot_be(tmp_path, changes, message):
+    """One line, and no directory is left behind."""
+    with pytest.raises(UserError, match=message) as error:
+        train(tiny.config(tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number(tmp_path):
+    with pytest.raises(UserError, match=r"training: loss is nan at step \d+; a lower optim.learning_rate may help"):
+        train(tiny.config(tmp_path / "run", optim__learning_rate=1e20, optim__name="adamw"))
+
+
+def test_a_checkpoint_of_another_shape(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = load_config(run / "config.json")
+    config.model.llama.intermediate_size = 48
+    save_config(config, run / "config.json")
+    expected = (
+        r"checkpoints/40: llama.layers.down_proj.kernel: expected shape \(2, 48, 32\), found shape \(2, 32, 32\)$"
+    )
+    with pytest.raises(UserError, match=expected):
+        load_run(run)
+    config.model.llama.intermediate_size = 32
+    config.model.compressor = "average_pool"
+    save_config(config, run / "config.json")
+    with pytest.raises(UserError, match=r"compressor.linear.bias: expected shape \(32,\), found no such parameter$"):
+        load_run(run)
+
+
+def test_a_run_without_checkpoint(tiny_run, tmp_path):
+    with pytest.raises(UserError, match=r"config.json: not found; a run directory holds"):
+        load_run(tmp_path)
+    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UserError, match=r"run/checkpoints: no checkpoint found$"):
+        load_run(run)
