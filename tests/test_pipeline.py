@@ -1,5 +1,6 @@
 """easy-VQA through the Grain pipeline: what is in a batch, what is counted, and that it resumes where it stood."""
 
+import dataclasses
 import itertools
 import json
 
@@ -146,3 +147,11 @@ def test_too_few_records(records, data):
         make_dataset(records, data, ImageProcessor(64), seed=0)
     with pytest.raises(UserError, match="no usable conversation"):
         make_dataset([], data, ImageProcessor(64), seed=0)
+
+
+def test_a_picture_that_is_missing(records, data, tmp_path):
+    """Found in the middle of training, in Grain's own thread: still one line that names the file."""
+    missing = [dataclasses.replace(record, images=[tmp_path / "gone.png"]) for record in records]
+    with pytest.raises(UserError, match=r"gone.png: picture not found") as error:
+        next(iter(make_dataset(missing, data, ImageProcessor(64), seed=0)))
+    assert "\n" not in str(error.value)

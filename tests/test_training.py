@@ -140,6 +140,16 @@ def test_a_checkpoint_of_another_shape(tiny_run, tmp_path):
         load_run(run)
 
 
+@pytest.mark.parametrize("lost", ["params", "params/_METADATA", "params/manifest.ocdbt"])
+def test_a_damaged_checkpoint(tiny_run, tmp_path, lost):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    lost = run / "checkpoints" / "40" / lost
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises(UserError, match=r"checkpoints/40: the checkpoint is damaged: ") as error:
+        load_run(run)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_without_checkpoint(tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"config.json: not found; a run directory holds"):
         load_run(tmp_path)

@@ -243,3 +243,18 @@ def test_a_row_without_images_is_plain_text():
     no_pixels = model(read, np.zeros((1, 0, 8, 8, 3), np.float32))
     np.testing.assert_array_equal(no_pixels, model(read, None))
     np.testing.assert_allclose(no_pixels, model(read, np.ones((1, 1, 8, 8, 3), np.float32)), atol=1e-5)
+
+
+def test_computing_in_bfloat16():
+    """Parameters stay float32, logits are float32; between them bfloat16, near the float32 numbers."""
+    graphdef, params = make(CONFIG)
+    graphdef_bf16, _ = make(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    features = jnp.array(np.random.default_rng(0).normal(size=(1, IMAGES, PATCHES, 32)), jnp.float32)
+    exact = nnx.merge(graphdef, params).forward(two_samples(), features)
+    model = nnx.merge(graphdef_bf16, params)
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert model.compress(features.astype(jnp.bfloat16)).keys.dtype == jnp.bfloat16
+    rounded = model.forward(two_samples(), features.astype(jnp.bfloat16))
+    assert rounded.dtype == jnp.float32
+    difference = np.abs(rounded - exact)[0, :7].max()
+    assert 0 < difference < 0.05 * np.abs(exact).max()

@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: parameters, optimizer and the data iterator's place, together under one step."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -40,13 +41,11 @@ class Checkpointer:
     def restore(self, step: int, params, opt_state):
         """(params, opt_state, data_state) of a step, shaped, typed and sharded as the abstract values given."""
         self._check_shapes(step, params)
-        items = self._manager.restore(
+        items = self._restore(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                opt_state=ocp.args.StandardRestore(opt_state),
-                data=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(params),
+            opt_state=ocp.args.StandardRestore(opt_state),
+            data=ocp.args.JsonRestore(),
         )
         return items.params, items.opt_state, items.data
 
@@ -56,21 +55,34 @@ class Checkpointer:
         if step is None:
             raise UserError(f"{self.directory}: no checkpoint found")
         self._check_shapes(step, params)
-        items = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
-        return step, items.params
+        return step, self._restore(step, params=ocp.args.StandardRestore(params)).params
 
     def close(self) -> None:
         """Wait for the last save."""
         self._manager.close()
 
+    def _restore(self, step: int, **args):
+        with self._damage_as_user_error(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+
     def _check_shapes(self, step: int, params) -> None:
-        expected = dict(_named_shapes(params))
-        found = dict(_named_shapes(self._manager.item_metadata(step).params.tree))
-        where = self.directory / str(step)
+        with self._damage_as_user_error(step):
+            metadata = self._manager.item_metadata(step)["params"]
+            if metadata is None:
+                raise ValueError("params has no metadata")
+        expected, found = dict(_named_shapes(params)), dict(_named_shapes(metadata.tree))
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
-                raise UserError("{}: {}: expected {}, found {}".format(where, name, *shapes))
+                raise UserError("{}: {}: expected {}, found {}".format(self.directory / str(step), name, *shapes))
+
+    @contextlib.contextmanager
+    def _damage_as_user_error(self, step: int):
+        try:
+            yield
+        except (KeyError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.directory / str(step)}: the checkpoint is damaged: {reason:.300}") from error
 
 
 def _named_shapes(tree):
