@@ -1,4 +1,4 @@
-"""Train a small VoCo-LLaMA from scratch on easy-VQA, one VoCo token a picture.
+"""Train a small VoCo-LLaMA from scratch on easy-VQA, one VoCo token a picture (64 patches → 1).
 
 python -m voco_jax.train --config=configs/easyvqa.py
 """
@@ -9,7 +9,20 @@ from voco_jax.config import default_config
 def get_config():
     config = default_config()
     config.workdir = "runs/easyvqa"
-    config.model.unroll_layers = True
-    config.data.template = "bare"
+
+    config.model.num_voco_tokens = 1
+    config.model.unroll_layers = True  # few and small: faster on a CPU than a scan
+
+    config.data.template = "bare"  # a system prompt that never changes has nothing to say here
+    config.data.batch_size = 16
+    config.data.conversations_per_record = 8  # questions that share one compression of their picture
+    config.data.rows_per_record = 8  # each in a row of its own: they are all about equally long
+    config.data.row_length = 18  # the longest
+
     config.optim.name = "muon"
+    config.optim.learning_rate = 6e-4
+    config.optim.warmup_steps = 50
+
+    config.train.steps = 1000
+    config.train.checkpoint_every = 250
     return config
