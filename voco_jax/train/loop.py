@@ -98,6 +98,7 @@ class MetricsLog:
         if self._since is None:  # the first step is compilation
             jax.block_until_ready(loss)
             self._since = time.perf_counter()
+            self._bar.unpause()  # or the time left would count it
         else:
             self._questions += questions
 
