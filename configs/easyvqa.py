@@ -17,7 +17,6 @@ def get_config():
     config.data.batch_size = 16
     config.data.conversations_per_record = 8  # questions that share one compression of their picture
     config.data.rows_per_record = 8  # each in a row of its own: they are all about equally long
-    config.data.row_length = 18  # the longest
 
     config.optim.name = "muon"
     config.optim.learning_rate = 6e-4

@@ -36,24 +36,24 @@ def test_evaluate(tiny_run, tmp_path, monkeypatch, capsys):
     run = copy(tiny_run, tmp_path)
     status, out, _ = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 5)
     assert status == 0
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.first5.json").read_text())
     right, total = results["counts"]["this run"]["overall"]
     assert total == 11 + 7 + 9 + 17 + 9  # questions about the first five test pictures
     assert results["accuracy"] == right / total and results["step"] == 40
     kinds = results["counts"]["this run"]
     assert sum(kinds[kind][0] for kind in ("color", "shape", "yes/no")) == right
     assert f"| overall | {total} | {100 * right / total:.1f} % |" in out
-    with Image.open(run / "answers.png") as sheet:
+    with Image.open(run / "answers.first5.png") as sheet:
         assert sheet.width > 1000 and len(sheet.convert("L").getcolors()) > 50
 
 
 def test_an_uncompressed_run_can_be_read_through_voco_tokens(tmp_path, monkeypatch, capsys):
     """The paper's lower bound: train with the image in the open, ask with the slots alone."""
     workdir = tmp_path / "run"
-    changes = dict(model__compressor="none", data__row_length=88, train__steps=4, train__checkpoint_every=4)
+    changes = dict(model__compressor="none", train__steps=4, train__checkpoint_every=4)
     monkeypatch.chdir(tiny.CONFIG_FILE.parents[1])
     assert run_main(train_main, monkeypatch, capsys, *tiny.arguments(workdir, **changes))[0] == 0
-    for arguments, file in ((), "results.json"), (("--compressor", "voco"), "results.voco.json"):
+    for arguments, file in ((), "results.first3.json"), (("--compressor", "voco"), "results.voco.first3.json"):
         assert run_main(evaluate, monkeypatch, capsys, "--run", workdir, "--max-records", 3, *arguments)[0] == 0
         assert json.loads((workdir / file).read_text())["compressor"] == ("voco" if arguments else "none")
 
@@ -81,6 +81,9 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
         (["--image", "{picture}", "what <voco>?"], "contains the special token '<voco>'"),
         (["--image", "{picture}", "what <image>?"], "expected 1 <image> markers, one an image; found 2"),
         (["--image", "{picture}", "--max-new-tokens", "0", "what?"], "--max-new-tokens: expected at least 1, found 0"),
+        (["--image", "{picture}", "--image", "{picture}", "what?"], "with at most 1 pictures at a time, found 2"),
+        (["--image", "{picture}", "what? " * 5000], "question: expected at most "),
+        (["--image", "{picture}", "what </s> is it?"], "contains the special token '</s>'"),
         (["--run", "nowhere", "what?"], "nowhere/config.json: not found; a run directory holds"),
     ],
 )

@@ -31,6 +31,9 @@ def test_the_command_line_sets_keys():
         ("--config.optm.learning_rate=1", r"Did you mean \"optim\" instead of \"optm\""),
         ("--config.train.steps=many", "many"),
         ("--conf.train.steps=3", "conf"),
+        ("--config.train.steps=0", "config.train.steps: expected at least 1, found 0"),
+        ("--config.optim.learning_rate=-1", "config.optim.learning_rate: expected at least 1e-12, found -1.0"),
+        ("--config.seed=-1", r"config.seed: expected at least 0 and below 2147483648, found -1"),
         ("train", "'train' is no option; use --config=FILE --config.KEY=VALUE"),
     ],
 )
@@ -83,6 +86,10 @@ def test_stored_configs_that_do_not_fit(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"config.json: not found; a run directory holds config.json"):
         load_config(path)
+    for text, found in ("[]", "list"), ("null", "NoneType"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"config.json: expected an object of config keys, found {found}"):
+            load_config(path)
     path.write_text("{")
     with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
         load_config(path)

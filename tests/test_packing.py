@@ -12,7 +12,7 @@ def sample(tokens, labels, visual=()):
 
 
 A = sample([9, 9, 5, 6, 7], [0, 0, 0, 1, 1], visual=[0, 1])
-B = sample([9, 9, 8], [0, 0, 1], visual=[0, 1])
+B = sample([9, 9, 8], [1, 0, 1], visual=[0, 1])
 
 
 def test_a_row_literally():

@@ -29,7 +29,7 @@ def encoder(small_tokenizer):
 def data():
     config = default_config().data
     with config.unlocked():
-        config.update(batch_size=3, conversations_per_record=3, row_length=64)
+        config.update(batch_size=3, conversations_per_record=3, rows_per_record=1, row_length=64)
     return config
 
 
@@ -93,7 +93,7 @@ def test_what_became_of_the_conversations(encoder):
     lost = len(encoder.encode(record.conversations[2], 1)) - 40
     assert report_line(counts) == (
         f"4 conversations: 1 whole, 1 cut ({lost} tokens), 2 left out "
-        "(1× turn 1 (gpt): expected text, found none; 1× an image or every label beyond 40 tokens)"
+        "(1× turn 1 (gpt): expected text, found none; 1× an image or every label beyond data.row_length = 40 tokens)"
     )
 
 
@@ -115,6 +115,15 @@ def test_a_pictures_conversations_over_rows(records, data):
     batch = next(iter(make_dataset(records, data, ImageProcessor(64), seed=0)))
     assert batch["tokens"].shape == (9, 30) and batch["pixel_values"].shape[0] == 3
     assert (batch["segment_ids"].max(1) <= 1).all()  # some 25 tokens each with this tokenizer
+
+
+def test_rows_are_as_long_as_the_longest_conversation(records, data):
+    with data.unlocked():
+        data.rows_per_record = 3
+        data.row_length = 0
+    batch = next(iter(make_dataset(records, data, ImageProcessor(64), seed=0)))
+    longest = max(len(sample) for record in records for sample in record.samples)
+    assert batch["tokens"].shape == (9, longest) and batch["num_conversations"].tolist() == [3, 3, 3]
 
 
 def test_an_epoch_has_every_record_once(records, data):
@@ -145,8 +154,6 @@ def test_too_few_records(records, data):
         data.batch_size = 11
     with pytest.raises(UserError, match="data.batch_size: expected at most 10, the number of records; found 11"):
         make_dataset(records, data, ImageProcessor(64), seed=0)
-    with pytest.raises(UserError, match="no usable conversation"):
-        make_dataset([], data, ImageProcessor(64), seed=0)
 
 
 def test_a_picture_that_is_missing(records, data, tmp_path):

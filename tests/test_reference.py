@@ -2,6 +2,7 @@
 
 import json
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from voco_jax.data.images import ImageProcessor, load_image
 from voco_jax.data.packing import pack_row
 from voco_jax.infer.generate import greedy
 from voco_jax.models.voco import Read
+from voco_jax.train.step import label_loss
 
 TOLERANCE = 1e-4
 
@@ -83,18 +85,19 @@ def test_positions_of_the_released_code_or_from_zero_make_no_difference(model, g
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_loss(model, golden, features, packed):
-    label_from = int(golden["label_from"])
+def test_loss(model, golden, packed):
+    """The trainer's own loss, from pixels."""
+    label_from, pixel_values = int(golden["label_from"]), reference.pixel_values()
     samples = [read_stream(golden[f"rows{i}"], label_from) for i in range(2)]
     if packed:
-        rows, images = [pack_row(samples, 30, first_visual=[0, 2])], features.reshape(1, 2, *features.shape[2:])
+        rows = [pack_row(samples, 30, first_visual=[0, 2])]
+        pixel_values = pixel_values.reshape(1, 2, *pixel_values.shape[2:])
     else:
-        rows, images = [pack_row([sample], 20) for sample in samples], features
-    logp = jax.nn.log_softmax(model.forward(as_read(rows), images))
-    targets, weights = (np.stack([getattr(row, name) for row in rows]) for name in ("targets", "weights"))
-    picked = np.take_along_axis(np.asarray(logp), targets[..., None], axis=-1)[..., 0]
-    assert weights.sum() == sum(len(golden[f"rows{i}"]) - label_from for i in range(2))
-    assert abs(-(picked * weights).sum() / weights.sum() - golden["loss"]) < TOLERANCE
+        rows = [pack_row([sample], 20) for sample in samples]
+    batch = {name: np.stack([getattr(row, name) for row in rows]) for name in rows[0].arrays()}
+    assert batch["weights"].sum() == sum(len(golden[f"rows{i}"]) - label_from for i in range(2))
+    loss = label_loss(*nnx.split(model), batch | {"pixel_values": pixel_values})
+    assert abs(loss - golden["loss"]) < TOLERANCE
 
 
 def test_greedy_tokens_with_a_cache(model, golden, features):

@@ -17,11 +17,10 @@ OVERRIDES = {
     "data.batch_size": 4,
     "data.conversations_per_record": 2,
     "data.rows_per_record": 2,
-    "data.row_length": 24,
     "optim.warmup_steps": 2,
     "optim.learning_rate": 0.01,
     "train.steps": 40,
-    "train.log_every": 1,
+    "train.log_every": 4,
     "train.checkpoint_every": 10,
 }
 

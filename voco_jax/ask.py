@@ -26,6 +26,11 @@ def main() -> None:
         load_image(image)  # what is wrong with the pictures shows itself before the model is loaded
 
     run = load_run(args.run)
+    if len(args.image) > run.config.data.images_per_record:
+        raise UserError(
+            f"--image: {args.run} was trained with at most {run.config.data.images_per_record} pictures at a time, "
+            f"found {len(args.image)}"
+        )
     answerer = Answerer(run.model, run.encoder)
     visual = answerer.see(stack_images(args.image, len(args.image), run.processor)[None]) if args.image else None
     rows = [0] * len(args.question)

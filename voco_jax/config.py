@@ -45,8 +45,8 @@ def default_config() -> ConfigDict:
     config.data.images_per_record = 1  # at most
     config.data.aspect_ratio = "pad"  # to a square with the mean colour, or 'crop' its middle
     config.data.conversations_per_record = 8  # drawn anew each time the record comes up
-    config.data.rows_per_record = 1  # read rows over which a record's conversations are laid out
-    config.data.row_length = 128  # tokens a read row
+    config.data.rows_per_record = 8  # read rows over which a record's conversations are laid out
+    config.data.row_length = 0  # tokens a read row; 0: as many as the longest conversation has
     config.data.num_threads = 1  # that prepare batches
 
     config.optim = ConfigDict()
@@ -113,6 +113,7 @@ def parse_command_line(argv: Sequence[str]) -> ConfigDict:
             raise UserError("command line: --config=FILE is missing, for example --config=configs/easyvqa.py")
         config = values["config"].value
         config.to_dict()  # a file that could not be read shows itself here
+        check_ranges(config)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"config: {_one_line(error)}") from error
     return config
@@ -133,6 +134,8 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
         raise UserError(f"{path}: not found; a run directory holds config.json, tokenizer/ and checkpoints/") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: expected an object of config keys, found {type(stored).__name__}")
     config = default_config()
     missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
@@ -142,9 +145,56 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
         with config.unlocked():
             config.model.llama.rope_scaling = stored["model"]["llama"].pop("rope_scaling")
         config.update(stored)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        llama_config(config), vision_config(config)
+        check_ranges(config)
+    except (KeyError, AttributeError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     return config
+
+
+# Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
+RANGES = {
+    **{f"model.{key}": (1, None) for key in ("num_voco_tokens", "num_compressed_tokens", "num_qformer_layers")},
+    **{
+        f"model.{part}.{key}": (1, None)
+        for part, keys in {
+            "llama": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings",
+            "vision": "image_size patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads",
+        }.items()
+        for key in keys.split()
+    },
+    "model.llama.rope_theta": (1, None),
+    "tokenizer.vocab_size": (1, None),
+    "data.batch_size": (1, None),
+    "data.images_per_record": (0, None),
+    "data.conversations_per_record": (1, None),
+    "data.rows_per_record": (1, None),
+    "data.row_length": (0, None),
+    "data.num_threads": (0, None),
+    "optim.learning_rate": (1e-12, None),
+    "optim.warmup_steps": (0, None),
+    "optim.weight_decay": (0, None),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.clip_norm": (1e-12, None),
+    "train.steps": (1, None),
+    "train.log_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "eval.batch_size": (1, None),
+    "eval.max_new_tokens": (1, None),
+    "seed": (0, 2**31),
+}
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """UserError for a number that no run can have."""
+    flat = _flat(config)
+    for key, (smallest, below) in RANGES.items():
+        value = flat.get(key)
+        if not isinstance(value, int | float) or value < smallest or (below is not None and value >= below):
+            limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None else "")
+            raise UserError(f"config.{key}: expected {limit}, found {value!r}")
 
 
 def first_difference(a: ConfigDict, b: ConfigDict) -> tuple[str, object, object] | None:
@@ -167,4 +217,4 @@ def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).strip("'\"").split())
+    return " ".join(str(error if isinstance(error, OSError) else error.args[0] if error.args else error).split())

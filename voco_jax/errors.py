@@ -10,13 +10,13 @@ class UserError(Exception):
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Decorator for a command line's `main`: a `UserError` is printed as one line, exit status 2."""
+    """Decorator for a command line's `main`: an error that the user can mend is one line, exit status 2."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, OSError) as error:  # OSError: disk full, no permission …; its text names the file
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -59,6 +59,7 @@ def main() -> None:
     results = evaluate(run, args.max_records)
     answers = results.pop("answers")
     suffix = f".{args.compressor}" if args.compressor else ""
+    suffix += f".first{args.max_records}" if args.max_records else ""
     (args.run / f"results{suffix}.json").write_text(json.dumps(results, indent=2) + "\n")
     draw_answers(answers, args.run / f"answers{suffix}.png")
     print(table(results["counts"]))

@@ -100,7 +100,7 @@ class Encoder:
 
         A last human turn without answer makes a prompt, which ends in `ASSISTANT:`. Raises ConversationError.
         """
-        turns = check_turns(turns, num_images, (VOCO_TOKEN, self.tokenizer.eos_token))
+        turns = check_turns(turns, num_images, (VOCO_TOKEN, *self.tokenizer.all_special_tokens))
         pieces = self._plain(turns) if self.template.plain else self._dialogue(turns)
         if num_images and not (self.template.plain and not self.num_voco_tokens):
             pieces = [(text.replace("\n", ""), is_label) for text, is_label in pieces]

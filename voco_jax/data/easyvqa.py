@@ -55,5 +55,5 @@ def _package_data() -> Path:
     # Found without importing: the package's own __init__ reads every file.
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise UserError("easyvqa: the package easy-vqa is not installed; pip install 'voco_jax[demo]' brings it")
+        raise UserError("easyvqa: the package easy-vqa is not installed; pip install -e '.[demo]' brings it")
     return Path(spec.origin).parent / "data"

@@ -39,8 +39,7 @@ def pack_row(samples: Sequence[Sample], length: int, first_visual: Sequence[int]
     """Lay whole samples one after the other, each a segment (1, 2, …) with positions from 0; 0 is padding.
 
     `first_visual[i]` is where sample i's first visual token stands among the row's (default 0: all samples speak of
-    the same images). Raises UserError where they do not fit or a label follows an image directly: in the two streams
-    a slot has no output of its own, so nothing can predict that label.
+    the same images). Raises UserError where they do not fit.
 
     >>> sample = Sample(tokens=np.array([9, 5, 6, 7]), labels=np.array([0, 0, 1, 1], bool),
     ...                 visual=np.array([0, -1, -1, -1]), num_images=1)

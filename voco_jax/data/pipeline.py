@@ -24,14 +24,14 @@ class EncodedRecord:
 def encode_records(records: Sequence[Record], encoder: Encoder, row_length: int) -> tuple[list[EncodedRecord], Counter]:
     """Tokenized records and a count of what became of the conversations, for `report_line`.
 
-    Conversations that cannot be used are left out; text beyond `row_length` tokens is cut off, never an image, and
-    where an image or every label lies beyond it the conversation is left out.
+    Conversations that cannot be used are left out; text beyond `row_length` tokens (0: any number) is cut off, never
+    an image, and where an image or every label lies beyond it the conversation is left out. UserError if none is left.
     """
     counts, encoded, memo = Counter(), [], {}
     for record in records:
         samples = []
         for turns in record.conversations:
-            key = (len(record.images), *(turn["value"] for turn in turns))
+            key = len(record.images), repr(turns)
             if key not in memo:
                 memo[key] = _encode(turns, len(record.images), encoder, row_length)
             sample, outcome, lost = memo[key]
@@ -41,6 +41,8 @@ def encode_records(records: Sequence[Record], encoder: Encoder, row_length: int)
                 samples.append(sample)
         if samples:
             encoded.append(EncodedRecord(record.images, samples))
+    if not encoded:
+        raise UserError(f"data: no usable conversation in the training set: {report_line(counts)}")
     return encoded, counts
 
 
@@ -49,9 +51,9 @@ def _encode(turns, num_images: int, encoder: Encoder, row_length: int) -> tuple[
         sample = encoder.encode(turns, num_images)
     except ConversationError as error:
         return None, f"left out: {error}", 0
-    kept = truncate(sample, row_length)
+    kept = truncate(sample, row_length) if row_length else sample
     if kept is None:
-        return None, f"left out: an image or every label beyond {row_length} tokens", 0
+        return None, f"left out: an image or every label beyond data.row_length = {row_length} tokens", 0
     return kept, "cut" if kept is not sample else "whole", len(sample) - len(kept)
 
 
@@ -71,11 +73,11 @@ def report_line(counts: Counter) -> str:
 class RecordToRows(grain.transforms.RandomMap):
     """A record's pictures and a random choice of its conversations, laid out over rows of fixed length."""
 
-    def __init__(self, data: ConfigDict, processor: ImageProcessor):
+    def __init__(self, data: ConfigDict, row_length: int, processor: ImageProcessor):
         self._images_per_record = data.images_per_record
         self._conversations = data.conversations_per_record
         self._rows = data.rows_per_record
-        self._row_length = data.row_length
+        self._row_length = row_length
         self._processor = processor
 
     def random_map(self, record: EncodedRecord, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -109,18 +111,17 @@ def make_dataset(records: Sequence[EncodedRecord], data: ConfigDict, processor: 
 
     A batch is a dict: read rows [records·rows, T] as in `packing.Row`, `pixel_values` [records, I, size, size, 3].
     """
-    if not records:
-        raise UserError("data: no usable conversation in the training set")
     if len(records) < data.batch_size:
         raise UserError(
             f"data.batch_size: expected at most {len(records)}, the number of records; found {data.batch_size}"
         )
+    row_length = data.row_length or max(len(sample) for record in records for sample in record.samples)
     dataset = (
         grain.MapDataset.source(records)
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(RecordToRows(data, processor))
+        .random_map(RecordToRows(data, row_length, processor))
         .batch(data.batch_size)
         .map(_merge_rows)
     )

@@ -19,7 +19,7 @@ def load_records(source: str, split: str) -> list[Record]:
     """Records of a source by name."""
     from voco_jax.data import easyvqa
 
-    sources = {"easyvqa": easyvqa.load}
+    sources = {"easyvqa": easyvqa.load}  # each refuses a split that it does not have
     if source not in sources:
         raise UserError(f"data.source: expected one of {', '.join(sources)}; found {source!r}")
     return sources[source](split)

@@ -29,6 +29,9 @@ def load_tokenizer(name_or_dir: str | os.PathLike):
     Raises UserError for what cannot be read, and for tokenizers without an end-of-sequence token or without character
     offsets (label masks are derived from those).
     """
+    name = str(name_or_dir)
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise UserError(f"tokenizer {name!r}: directory not found")
     from transformers import AutoTokenizer  # seconds to import, so only where it is needed
 
     try:

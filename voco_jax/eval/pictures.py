@@ -29,10 +29,11 @@ def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> Non
         axis.axis("off")
     for axis, i in zip(axes.flat, chosen, strict=False):
         answer = answers[i]
+        given = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in answer.given) or "(nothing)"
         axis.imshow(load_image(answer.image), interpolation="nearest")
         axis.set_title(answer.question, fontsize=10)
         axis.text(
-            0.5, -0.03, f"answer: {answer.given or '(nothing)'}    truth: {answer.truth}",
+            0.5, -0.03, f"answer: {given}    truth: {answer.truth}",
             transform=axis.transAxes, ha="center", va="top", fontsize=10, color=RIGHT if answer.correct else WRONG,
         )  # fmt: skip
     figure.suptitle(f"{len(answers) - len(mistakes):,} of {len(answers):,} answers right", fontsize=12)

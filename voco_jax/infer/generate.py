@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.data.conversations import Encoder, Sample
+from voco_jax.errors import UserError
 from voco_jax.models.voco import Memory, Read, VoCoLlama
 
 Visual = Memory | jax.Array | None
@@ -17,7 +18,8 @@ Visual = Memory | jax.Array | None
 def greedy(model: VoCoLlama, read: Read, lengths: jax.Array, visual: Visual, max_new_tokens: int, eos_token_id: int):
     """Greedy continuation of prompts [B, T] (padded on the right to T, of the given lengths): ids [B, max_new_tokens].
 
-    After its end-of-sequence token a row is filled with that token; decoding stops when every row has ended.
+    Prompts' positions count from 0, and new tokens go on from there. After its end-of-sequence token a row is filled
+    with that token; decoding stops when every row has ended.
     """
     logits, cache = model.prefill(read, lengths, visual)
     room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
@@ -49,6 +51,7 @@ class Answerer:
 
     def __init__(self, model: VoCoLlama, encoder: Encoder):
         self.encoder = encoder
+        self._max_positions = model.config.llama.max_position_embeddings
         self._graphdef, self._state = nnx.split(model)
         self._see = jax.jit(functools.partial(_see, self._graphdef))
         self._greedy = jax.jit(functools.partial(_greedy, self._graphdef), static_argnums=(4, 5))
@@ -66,19 +69,26 @@ class Answerer:
         )  # fmt: skip
 
     def complete(self, prompts: Sequence[Sample], visual: Visual, rows: Sequence[int], max_new_tokens: int):
-        """As `answer`, from encoded prompts."""
+        """As `answer`, from encoded prompts. UserError for more tokens than the model has positions."""
         tokenizer, eos = self.encoder.tokenizer, self.encoder.ids.eos_token_id
-        batch, length = _bucket(len(prompts), 1), _bucket(max(map(len, prompts)), 16)
+        longest = max(map(len, prompts))
+        if longest + max_new_tokens > self._max_positions:
+            raise UserError(
+                f"question: expected at most {self._max_positions} tokens with the answer "
+                f"(max_position_embeddings), found {longest} and {max_new_tokens} for the answer"
+            )
+        batch, length = _bucket(len(prompts), 1), _bucket(longest, 16)
         read = Read(*np.zeros((4, batch, length), np.int32))
         read.visual[:] = -1
         lengths = np.ones(batch, np.int32)
-        for i, prompt in enumerate(prompts):
+        order = np.arange(batch)
+        order[len(prompts) :] = 0  # fill the batch with the first prompt: it ends when that ends
+        for i, prompt in enumerate(prompts[j] for j in order):
             n = lengths[i] = len(prompt)
             read.tokens[i, :n], read.visual[i, :n], read.segment_ids[i, :n] = prompt.tokens, prompt.visual, 1
             read.positions[i] = np.arange(length)
         if visual is not None:
-            index = np.zeros(batch, np.int32)
-            index[: len(prompts)] = rows
+            index = np.asarray(rows, np.int32)[order]
             visual = Memory(*(m[:, index] for m in visual)) if isinstance(visual, Memory) else visual[index]
         output = np.asarray(self._greedy(self._state, read, lengths, visual, max_new_tokens, eos))
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[: len(prompts)]]

@@ -158,14 +158,13 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, kernel_init=init,
-                dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+                dtype=dtype, param_dtype=param_dtype, preferred_element_type=jnp.float32, rngs=rngs,
             )  # fmt: skip
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Next-token logits [B, T, V] in float32."""
+        """Next-token logits [B, T, V] in float32, never rounded to the type of the computation."""
         hidden_BTD = self.norm(hidden_BTD)
         if self.config.tie_word_embeddings:
-            logits = self.embed_tokens.attend(hidden_BTD)
-        else:
-            logits = self.lm_head(hidden_BTD)
-        return logits.astype(jnp.float32)
+            embedding_VD = self.embed_tokens.embedding[...].astype(self.dtype)
+            return jnp.einsum("...d,vd->...v", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden_BTD)

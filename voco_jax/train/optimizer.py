@@ -25,23 +25,30 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimizer of that name."""
-    schedule = make_schedule(optim, steps)
+    """Clipping by global norm, the optimizer of that name, decoupled weight decay, learning rate."""
     if optim.name == "adamw":
-        update = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay)
+        descend = optax.adam(1.0, b1=optim.b1, b2=optim.b2)
     elif optim.name == "muon":
-        update = optax.contrib.muon(
-            schedule,
-            weight_decay=optim.weight_decay,
+        descend = optax.contrib.muon(
+            1.0,
             adam_b1=optim.b1,
             adam_b2=optim.b2,
-            adam_weight_decay=optim.weight_decay,
             muon_weight_dimension_numbers=muon_dimension_numbers,
             consistent_rms=0.2,  # updates the size of Adam's, so that one learning rate serves both
         )
     else:
         raise UserError(f"optim.name: expected adamw or muon; found {optim.name!r}")
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        descend,
+        optax.add_decayed_weights(-optim.weight_decay, decayed),  # here: optax's muon decays norms and biases too
+        optax.scale_by_schedule(make_schedule(optim, steps)),
+    )
+
+
+def decayed(params):
+    """Which parameters decay: kernels and embeddings, not norms and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def muon_dimension_numbers(params):

@@ -1,0 +1,41 @@
+"""Every question of a test set is answered about its own picture, however the pictures are batched."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import numpy as np
+
+from voco_jax.data.pipeline import stack_images
+from voco_jax.data.sources import load_records
+from voco_jax.eval.answering import answer_all
+from voco_jax.infer.generate import Answerer
+from voco_jax.run import load_run
+
+
+def with_random_parameters(run):
+    """A model that says much, and something else about every picture."""
+    graphdef, state = nnx.split(run.model)
+    rng = np.random.default_rng(1)
+    draw = lambda p: rng.normal(size=p.shape).astype(p.dtype)  # noqa: E731
+    return dataclasses.replace(run, model=nnx.merge(graphdef, jax.tree.map(draw, state)))
+
+
+def test_batches_change_nothing(tiny_run):
+    run = with_random_parameters(load_run(tiny_run))
+    run.config.eval.batch_size, run.config.eval.max_new_tokens = 2, 6
+    records = load_records("easyvqa", "test")[:3]  # one and a half batches
+    answers = answer_all(run, records)
+    answerer = Answerer(run.model, run.encoder)
+
+    def ask(picture, record):
+        visual = answerer.see(stack_images(picture.images, 1, run.processor)[None])
+        for turns in record.conversations:
+            question = turns[0]["value"].removeprefix("<image>\n")
+            (text,) = answerer.answer([question], visual, [0], 6)
+            yield str(picture.images[0]), question, turns[1]["value"], text
+
+    expected = [answer for record in records for answer in ask(record, record)]
+    assert [dataclasses.astuple(answer) for answer in answers] == expected
+    given, given_of_another = ([answer[-1] for answer in ask(picture, records[0])] for picture in records[:2])
+    assert given != given_of_another, "the model does not look at the picture: the comparison would say nothing"
