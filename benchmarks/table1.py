@@ -23,7 +23,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
+from voco_jax.config import parse_command_line
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.train.optimizer import make_schedule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
 
@@ -86,7 +88,7 @@ def collect(out: Path) -> dict[str, dict[str, float]]:
         rows[name] = {kind: 100 * right / total for kind, (right, total) in counts.items()}
     upper, lower = rows["upper bound"]["overall"], rows[LOWER]["overall"]
     for row in rows.values():
-        row["retention"] = 100 * (row["overall"] - lower) / (upper - lower)
+        row["retention"] = 100 * (row["overall"] - lower) / (upper - lower) if upper != lower else float("nan")
     return rows
 
 
@@ -130,8 +132,10 @@ def main() -> None:
     jobs = min(len(all_cpus), 4) if args.jobs is None else args.jobs
     if not 1 <= jobs <= len(all_cpus):
         raise UserError(f"--jobs: expected 1 to {len(all_cpus)}, found {jobs}")
-    args.out.mkdir(parents=True, exist_ok=True)
     common = {"train.steps": args.steps, "seed": args.seed}
+    config = parse_command_line(["", f"--config={CONFIG}", *(f"--config.{key}={v}" for key, v in common.items())])
+    make_schedule(config.optim, args.steps)  # steps that cannot be show themselves here, not in seven logs
+    args.out.mkdir(parents=True, exist_ok=True)
 
     shares = queue.SimpleQueue()
     for job in range(jobs):

@@ -1,5 +1,7 @@
 """Learning rate over the steps, clipping, weight decay, and Muon's idea of a matrix."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,7 @@ def test_muon_updates_are_orthogonal_matrices_of_adams_size():
 
 
 def test_which_axes_are_matrices_to_muon():
-    _, params = make(CONFIG)
+    _, params = make(dataclasses.replace(CONFIG, compressor="qformer"))
     dimensions = {
         jax.tree_util.keystr(path, simple=True, separator="."): value
         for path, value in jax.tree_util.tree_leaves_with_path(
@@ -83,5 +85,8 @@ def test_which_axes_are_matrices_to_muon():
     assert axes("llama.layers.q_proj.kernel") == ((1,), (2, 3))  # [layers, width, heads, head size]
     assert axes("llama.layers.o_proj.kernel") == ((1, 2), (3,))
     assert axes("llama.layers.down_proj.kernel") == ((1,), (2,))
+    assert axes("vision_tower.layers.out_proj.kernel") == ((1, 2), (3,))
+    assert axes("cross_attention.query.kernel") == ((1,), (2, 3))
+    assert axes("cross_attention.out.kernel") == ((1, 2), (3,))
     assert axes("llama.embed_tokens.embedding") is None and axes("llama.lm_head.kernel") is None
     assert axes("llama.layers.input_layernorm.scale") is None

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import table1
 from tests import tiny
 
@@ -25,6 +27,14 @@ def test_retention_is_the_share_of_what_the_picture_adds(tmp_path):
     assert "| VoCo, 1 token | 80.0 % | 80.0 % | 40.0 % | 40.0 % | 75.0 % |" in table1.markdown(rows)
     table1.draw(rows, tmp_path / "table1.png")
     assert (tmp_path / "table1.png").stat().st_size > 1000
+
+
+def test_steps_that_cannot_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["table1", "--steps", "10", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        table1.main()
+    assert "error: optim.warmup_steps: expected 0 to 9 (train.steps is 10); found 50" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_differ_only_in_the_model():

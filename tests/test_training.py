@@ -41,6 +41,7 @@ def test_the_loss_falls(tiny_run):
 
 def test_a_run_directory_is_whole(tiny_run):
     assert sorted(path.name for path in tiny_run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "metrics.jsonl",
@@ -86,28 +87,44 @@ def test_a_run_killed_before_its_first_checkpoint_may_be_replaced(tmp_path):
 
 
 def test_a_complete_run_is_left_alone(tiny_run, tmp_path, capsys):
+    """Wherever it stands, and however it is asked to say what it does."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run with workdir = "):
-        train(tiny.config(run))
-    config = load_config(run / "config.json")
-    config.workdir = str(run)
-    save_config(config, run / "config.json")
     before = (run / "metrics.jsonl").read_text()
-    train(tiny.config(run))
+    train(tiny.config(run, train__log_every=7, eval__max_new_tokens=9))
     assert "complete, at step 40 of 40" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_text() == before
+    assert load_run(run).config.eval.max_new_tokens == 9
 
 
-def test_a_directory_in_use(tiny_run, tmp_path):
+def test_a_directory_of_another_run(tiny_run):
     with pytest.raises(UserError, match=r"holds a run with model.num_voco_tokens = 1, this config has 2; take another"):
         train(tiny.config(tiny_run, model__num_voco_tokens=2))
-    (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match="expected a run or an empty directory, found other files"):
-        train(tiny.config(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
-    with pytest.raises(UserError, match="precious.txt: expected a run or an empty directory, found other files"):
-        train(tiny.config(tmp_path / "precious.txt"))
-    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("names", [["precious.txt"], ["config.json", "model.safetensors"], ["config.json"]])
+def test_a_directory_of_other_things(tmp_path, names):
+    """Somebody's language model, say, with a config.json of its own; or a run's results without its checkpoints."""
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    for workdir in tmp_path, tmp_path / names[0]:
+        with pytest.raises(UserError, match="expected a run or an empty directory, found other files"):
+            train(tiny.config(workdir))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+def test_a_directory_held_by_another_process(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="run: another process is training in it"):
+            train(tiny.config(run))
+        holder.communicate(b"\n")
+    assert [path.name for path in run.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +141,22 @@ def test_a_directory_in_use(tiny_run, tmp_path):
         (dict(model__compressor="pool"), "config.model: compressor must be one of voco, none, average_pool, qformer"),
         (dict(model__llama__num_attention_heads=3), r"config.model: num_attention_heads \(3\) must be a multiple"),
         (dict(model__attention="flash"), "attention 'flash' is unknown; there are: xla"),
-        (dict(model__dtype="float33"), "config.model.dtype: expected auto, float32 or bfloat16; found 'float33'"),
+        (
+            dict(model__dtype="float33"),
+            "config.model.dtype: expected auto, .* or float16; found 'float33'",
+        ),
+        (
+            dict(model__param_dtype="int8"),
+            "config.model.param_dtype: expected auto, .* found 'int8'",
+        ),
+        (
+            dict(model__compressor="qformer", model__llama__hidden_size=33),
+            "config.model: qformer: hidden_size 33 is",
+        ),
+        (dict(model__llama__max_position_embeddings=10), "max_position_embeddings: a conversation has .* for 10"),
+        (dict(model__llama__max_position_embeddings=60), "max_position_embeddings: a compressed image has .* for 60"),
+        (dict(data__rows_per_record=1), r"data.rows_per_record: expected at least data.conversations_per_record \(2\)"),
+        (dict(optim__learning_rate="nan"), "config.optim.learning_rate: expected at least 1e-12, found nan"),
         (dict(model__num_voco_tokens=0), "config.model.num_voco_tokens: expected at least 1, found 0"),
         (dict(model__compressor="average_pool", model__num_compressed_tokens=5), "config.model: average pooling: 64 "),
         (dict(data__test_split="validation"), "easyvqa: expected a split of train, test; found 'validation'"),
@@ -147,6 +179,14 @@ def test_a_loss_that_is_no_number(tmp_path):
     assert Checkpointer(tmp_path / "run").latest_step() is None
 
 
+def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
+    """The loss of the step that spoils them is still a number."""
+    changes = dict(optim__learning_rate=1e39, optim__warmup_steps=0, train__checkpoint_every=1)
+    with pytest.raises(UserError, match="training: parameters are not finite after step 1; a lower"):
+        train(tiny.config(tmp_path / "run", **changes))
+    assert Checkpointer(tmp_path / "run").latest_step() is None
+
+
 def test_a_checkpoint_of_another_shape(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     config = load_config(run / "config.json")
@@ -164,11 +204,20 @@ def test_a_checkpoint_of_another_shape(tiny_run, tmp_path):
         load_run(run)
 
 
-@pytest.mark.parametrize("lost", ["params", "params/_METADATA", "params/manifest.ocdbt"])
+@pytest.mark.parametrize("lost", ["params", "params/_METADATA", "params/manifest.ocdbt", "params/d"])
 def test_a_damaged_checkpoint(tiny_run, tmp_path, lost):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     lost = run / "checkpoints" / "40" / lost
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises(UserError, match=r"checkpoints/40: the checkpoint is damaged: ") as error:
+        load_run(run)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_checkpoint(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    for file in (run / "checkpoints" / "40" / "params").rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(UserError, match=r"checkpoints/40: the checkpoint is damaged: ") as error:
         load_run(run)
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import json
+import math
 import os
 
 from absl import flags
@@ -110,6 +111,8 @@ def parse_command_line(argv: Sequence[str]) -> ConfigDict:
         if len(rest) > 1:
             raise UserError(f"command line: {rest[1]!r} is no option; use --config=FILE --config.KEY=VALUE")
         if values["config"].value is None:
+            if any(argument.startswith("--config=") for argument in argv):
+                raise UserError("config: get_config() of the config file returned nothing")
             raise UserError("command line: --config=FILE is missing, for example --config=configs/easyvqa.py")
         config = values["config"].value
         config.to_dict()  # a file that could not be read shows itself here
@@ -120,9 +123,12 @@ def parse_command_line(argv: Sequence[str]) -> ConfigDict:
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
-    with open(path, "w") as file:
+    """Written apart and renamed: the file is whole, or as it was."""
+    temporary = f"{path}.new"
+    with open(temporary, "w") as file:
         json.dump(config.to_dict(), file, indent=2)
         file.write("\n")
+    os.replace(temporary, path)
 
 
 def load_config(path: str | os.PathLike) -> ConfigDict:
@@ -165,6 +171,8 @@ RANGES = {
         for key in keys.split()
     },
     "model.llama.rope_theta": (1, None),
+    **{f"model.{key}": (0, None) for key in ("llama.initializer_range", "vision.initializer_range")},
+    **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
     "tokenizer.vocab_size": (1, None),
     "data.batch_size": (1, None),
     "data.images_per_record": (0, None),
@@ -192,15 +200,17 @@ def check_ranges(config: ConfigDict) -> None:
     flat = _flat(config)
     for key, (smallest, below) in RANGES.items():
         value = flat.get(key)
-        if not isinstance(value, int | float) or value < smallest or (below is not None and value >= below):
+        if not (isinstance(value, int | float) and smallest <= value < (math.inf if below is None else below)):
             limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None else "")
             raise UserError(f"config.{key}: expected {limit}, found {value!r}")
 
 
-def first_difference(a: ConfigDict, b: ConfigDict) -> tuple[str, object, object] | None:
-    """(key, value in a, value in b) of the first key that differs."""
+def first_difference(a: ConfigDict, b: ConfigDict, ignore: Sequence[str] = ()) -> tuple[str, object, object] | None:
+    """(key, value in a, value in b) of the first key that differs; some keys, or groups of keys, do not count."""
     flat_a, flat_b = _flat(a), _flat(b)
     for key in sorted(flat_a.keys() | flat_b.keys()):
+        if any(key == free or key.startswith(f"{free}.") for free in ignore):
+            continue
         if flat_a.get(key) != flat_b.get(key):
             return key, flat_a.get(key), flat_b.get(key)
     return None

@@ -60,9 +60,11 @@ def main() -> None:
     answers = results.pop("answers")
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
-    (args.run / f"results{suffix}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results["counts"]))  # first, whatever becomes of the files
+    temporary = args.run / f"results{suffix}.json.new"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.rename(args.run / f"results{suffix}.json")
     draw_answers(answers, args.run / f"answers{suffix}.png")
-    print(table(results["counts"]))
     print(f"written: {args.run}/results{suffix}.json, {args.run}/answers{suffix}.png")
 
 

@@ -1,12 +1,12 @@
 """A run directory: `config.json`, `tokenizer/`, `checkpoints/<step>/`, `metrics.jsonl`. Training makes it; the other
 commands take it."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from voco_jax.config import llama_config, load_config, vision_config
@@ -43,7 +43,8 @@ def load_run(directory: str | Path, *, compressor: str | None = None) -> Run:
     tokenizer = load_tokenizer(directory / "tokenizer")
     model_config = make_model_config(config, tokenizer)
     graphdef, params = abstract_model(model_config)
-    step, params = Checkpointer(directory).restore_params(params)
+    with contextlib.closing(Checkpointer(directory)) as checkpointer:
+        step, params = checkpointer.restore_params(params)
     return Run(
         directory=directory,
         config=config,
@@ -73,7 +74,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             num_compressed_tokens=m.num_compressed_tokens,
             num_qformer_layers=m.num_qformer_layers,
             dtype=resolve_dtype(m.dtype),
-            param_dtype=m.param_dtype,
+            param_dtype=resolve_dtype(m.param_dtype, "param_dtype"),
             attention=m.attention,
             unroll_layers=m.unroll_layers,
         )
@@ -81,14 +82,13 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
         raise UserError(f"config.model: {error}") from None
 
 
-def resolve_dtype(name: str) -> str:
-    """'auto' is bfloat16 on accelerators and float32 on a CPU, which has no fast bfloat16."""
+def resolve_dtype(name: str, key: str = "dtype") -> str:
+    """The dtype that `config.model.<key>` names; 'auto' is bfloat16, but float32 on a CPU (which has no fast bf16)."""
     if name == "auto":
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    try:
-        return jnp.dtype(name).name
-    except TypeError:
-        raise UserError(f"config.model.dtype: expected auto, float32 or bfloat16; found {name!r}") from None
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"config.model.{key}: expected auto, float32, bfloat16 or float16; found {name!r}")
+    return name
 
 
 def make_processor(config: ConfigDict) -> ImageProcessor:

@@ -115,6 +115,11 @@ def make_dataset(records: Sequence[EncodedRecord], data: ConfigDict, processor: 
         raise UserError(
             f"data.batch_size: expected at most {len(records)}, the number of records; found {data.batch_size}"
         )
+    if not data.row_length and data.rows_per_record < data.conversations_per_record:
+        raise UserError(
+            f"data.rows_per_record: expected at least data.conversations_per_record ({data.conversations_per_record}) "
+            f"where data.row_length is 0 and a row may hold one conversation only; found {data.rows_per_record}"
+        )
     row_length = data.row_length or max(len(sample) for record in records for sample in record.samples)
     dataset = (
         grain.MapDataset.source(records)

@@ -29,13 +29,13 @@ def load_tokenizer(name_or_dir: str | os.PathLike):
     Raises UserError for what cannot be read, and for tokenizers without an end-of-sequence token or without character
     offsets (label masks are derived from those).
     """
-    name = str(name_or_dir)
-    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+    name = os.path.expanduser(name_or_dir)
+    if name.startswith((".", "/")) and not os.path.isdir(name):
         raise UserError(f"tokenizer {name!r}: directory not found")
     from transformers import AutoTokenizer  # seconds to import, so only where it is needed
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"tokenizer {str(name_or_dir)!r}: cannot be loaded: {reason}") from error

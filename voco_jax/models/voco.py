@@ -61,6 +61,11 @@ class VoCoConfig:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; found {self.compressor!r}")
         if self.compressor == "voco" and self.num_voco_tokens < 1:
             raise ValueError(f"num_voco_tokens must be at least 1, found {self.num_voco_tokens}")
+        if self.compressor == "qformer" and self.llama.hidden_size % self.llama.num_attention_heads:
+            raise ValueError(
+                f"qformer: hidden_size {self.llama.hidden_size} is no multiple of num_attention_heads "
+                f"{self.llama.num_attention_heads}"
+            )
         if not 0 <= self.voco_token_id < self.llama.vocab_size:
             raise ValueError(f"voco_token_id {self.voco_token_id} is outside a vocabulary of {self.llama.vocab_size}")
 
@@ -70,6 +75,13 @@ class VoCoConfig:
         if self.compressor == "voco":
             return self.num_voco_tokens
         return self.vision.num_features if self.compressor == "none" else self.num_compressed_tokens
+
+    @property
+    def compress_length(self) -> int:
+        """Tokens of one image's segment of the compress stream (S); 0 where there is none."""
+        if self.compressor != "voco":
+            return 0
+        return len(self.prefix_ids) + self.vision.num_features + len(self.suffix_ids) + self.num_voco_tokens
 
 
 class Memory(NamedTuple):

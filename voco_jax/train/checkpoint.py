@@ -80,8 +80,11 @@ class Checkpointer:
     def _damage_as_user_error(self, step: int):
         try:
             yield
-        except (KeyError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # Orbax raises all kinds, bare Exception among them
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             raise UserError(f"{self.directory / str(step)}: the checkpoint is damaged: {reason:.300}") from error
 
 

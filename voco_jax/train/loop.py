@@ -17,12 +17,12 @@ from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import make_train_step
-from voco_jax.train.workdir import check_workdir, create_workdir
+from voco_jax.train.workdir import check_workdir, open_workdir
 
 
 def train(config: ConfigDict) -> Path:
     """Train as the config says, from the run's newest checkpoint if there is one; returns the run directory."""
-    workdir = Path(config.workdir)
+    workdir = Path(config.workdir).expanduser()
     resuming = check_workdir(workdir, config)
 
     # Data
@@ -32,6 +32,7 @@ def train(config: ConfigDict) -> Path:
     model_config = make_model_config(config, tokenizer)
     encoded, counts = encode_records(records, make_encoder(config, tokenizer, model_config), config.data.row_length)
     print(f"data: {config.data.source}/{config.data.train_split}: {len(encoded)} records, {report_line(counts)}")
+    _check_positions(encoded, model_config)
     batches = iter(make_dataset(encoded, config.data, make_processor(config), config.seed))
 
     # Model and optimizer
@@ -45,9 +46,10 @@ def train(config: ConfigDict) -> Path:
     # The directory comes into being only now, when what can be wrong with the input has shown itself
     if not resuming:
         _try_first_batch(batches, train_step, abstract_params, abstract_opt_state)
-        create_workdir(workdir, config, tokenizer)
-
-    with contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer:
+    with (
+        open_workdir(workdir, config, tokenizer),
+        contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer,
+    ):
         # Where to begin
         start = checkpointer.latest_step() or 0
         if start:
@@ -71,6 +73,17 @@ def train(config: ConfigDict) -> Path:
                     _check_finite(params, step)
                     checkpointer.save(step, params, opt_state, batches.get_state())
     return workdir
+
+
+def _check_positions(encoded, model_config) -> None:
+    """UserError for more tokens than the language model has positions."""
+    limit = model_config.llama.max_position_embeddings
+    conversation = max(len(sample) for record in encoded for sample in record.samples)
+    for what, found in ("conversation", conversation), ("compressed image", model_config.compress_length):
+        if found > limit:
+            raise UserError(
+                f"config.model.llama.max_position_embeddings: a {what} has {found} tokens, found room for {limit}"
+            )
 
 
 def _try_first_batch(batches, train_step, abstract_params, abstract_opt_state) -> None:

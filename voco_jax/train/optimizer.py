@@ -62,7 +62,8 @@ def muon_dimension_numbers(params):
         first = int("layers" in name)
         if "kernel" not in name or "lm_head" in name or param.ndim - first < 2:
             return None
-        inputs = param.ndim - first - 1 if "o_proj" in name or "out_proj" in name else 1
+        heads_first = path[-2].key in ("o_proj", "out_proj", "out")
+        inputs = param.ndim - first - 1 if heads_first else 1
         axes = tuple(range(first, param.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 
