@@ -124,7 +124,7 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/table1"), help="default: runs/table1")
-    parser.add_argument("--steps", type=int, default=1000, help="of every training (default 1000)")
+    parser.add_argument("--steps", type=int, default=850, help="of every training (default 850)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, help="trainings at a time (default: as many as there are CPUs, at most 4)")
     args = parser.parse_args()

@@ -14,14 +14,14 @@ def get_config():
     config.model.unroll_layers = True  # few and small: faster on a CPU than a scan
 
     config.data.template = "bare"  # a system prompt that never changes has nothing to say here
-    config.data.batch_size = 16
-    config.data.conversations_per_record = 8  # questions that share one compression of their picture
-    config.data.rows_per_record = 8  # each in a row of its own: they are all about equally long
+    config.data.batch_size = 32
+    config.data.conversations_per_record = 4  # questions that share one compression of their picture
+    config.data.rows_per_record = 4  # each in a row of its own: they are all about equally long
 
     config.optim.name = "muon"
     config.optim.learning_rate = 6e-4
     config.optim.warmup_steps = 50
 
-    config.train.steps = 1000
+    config.train.steps = 850
     config.train.checkpoint_every = 250
     return config
