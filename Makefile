@@ -19,7 +19,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The paper's Table 1 on easy-VQA: seven trainings, about an hour on 2 cores.
+# The paper's Table 1 on easy-VQA: seven trainings, 50 minutes on 2 cores.
 table1: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.table1
 

@@ -110,13 +110,11 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
     axis.bar_label(bars, labels, padding=4, fontsize=9)
     lower = rows[LOWER]["overall"]
     axis.axvline(lower, color="#9ca3af", linestyle=":", linewidth=1)
-    axis.set_xlim(max(0, lower - 10), 116)
-    axis.set_xticks(range(60, 101, 10))
-    axis.spines.bottom.set_bounds(max(0, lower - 10), 100)
+    axis.set_xlim(0, 100)
     axis.set_xlabel("easy-VQA test questions right, %")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
