@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from voco_jax.config import first_difference, load_config, save_config
+from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.train.checkpoint import Checkpointer
 
@@ -61,6 +62,6 @@ def open_workdir(workdir: Path, config: ConfigDict, tokenizer) -> Iterator[None]
             raise UserError(f"workdir {workdir}: another process is training in it") from None
         if not check_workdir(workdir, config):
             (workdir / "metrics.jsonl").unlink(missing_ok=True)
-            tokenizer.save_pretrained(workdir / "tokenizer")
+            save_tokenizer(tokenizer, workdir / "tokenizer")
         save_config(config, workdir / "config.json")
         yield
