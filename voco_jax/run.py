@@ -1,6 +1,7 @@
 """A run directory: `config.json`, `tokenizer/`, `checkpoints/<step>/`, `metrics.jsonl`. Training makes it; the other
 commands take it."""
 
+from collections.abc import Collection
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -9,7 +10,7 @@ from flax import nnx
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.config import llama_config, load_config, vision_config
+from voco_jax.config import default_config, llama_config, load_config, vision_config
 from voco_jax.data.conversations import Encoder, get_template
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
@@ -53,6 +54,30 @@ def load_run(directory: str | Path, *, compressor: str | None = None) -> Run:
         processor=make_processor(config),
         step=step,
     )
+
+
+def begin_with_run(config: ConfigDict) -> ConfigDict:
+    """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one.
+
+    UserError for a config that asks for other dimensions than the run has.
+    """
+    if not config.init_from:
+        return config
+    directory = Path(config.init_from).expanduser()
+    run = load_config(directory / "config.json")
+    config, default = config.copy_and_resolve_references(), default_config()
+    with config.unlocked():
+        for part in ("llama", "vision"):
+            for key, value in config.model[part].items():
+                there = run.model[part][key]
+                if value not in (default.model[part][key], there):
+                    raise UserError(
+                        f"config.model.{part}.{key}: {config.init_from} has {there!r}, found {value!r}; "
+                        "with init_from it need not be given"
+                    )
+            config.model[part] = run.model[part]
+        config.tokenizer.source = str(directory / "tokenizer")
+    return config
 
 
 def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
@@ -117,10 +142,11 @@ def abstract_model(model_config: VoCoConfig):
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init_params(model_config: VoCoConfig, seed: int):
-    """Random parameters, a nested dict of arrays."""
+def init_params(model_config: VoCoConfig, seed: int, parts: Collection[str] | None = None):
+    """Random parameters, a nested dict of arrays: all, or some of the top level's ('projector' …) alone."""
 
     def init():
-        return nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(seed))))
+        params = nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(seed))))
+        return params if parts is None else {part: params[part] for part in parts}
 
     return jax.jit(init)()

@@ -32,7 +32,7 @@ class Checkpointer:
     def save(self, step: int, params, opt_state, data_state: dict) -> None:
         """Start writing; returns before it is done."""
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
+            params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_by_layers, params)),
             opt_state=ocp.args.StandardSave(opt_state),
             data=ocp.args.JsonSave(data_state),
         )
@@ -57,6 +57,14 @@ class Checkpointer:
         self._check_shapes(step, params)
         return step, self._restore(step, params=ocp.args.StandardRestore(params)).params
 
+    def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Shape by dotted path of the stored parameters; UserError for a damaged checkpoint."""
+        with self._damage_as_user_error(step):
+            metadata = self._manager.item_metadata(step)["params"]
+            if metadata is None:
+                raise ValueError("params has no metadata")
+            return dict(_named_shapes(metadata.tree))
+
     def close(self) -> None:
         """Wait for the last save."""
         self._manager.close()
@@ -66,11 +74,7 @@ class Checkpointer:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     def _check_shapes(self, step: int, params) -> None:
-        with self._damage_as_user_error(step):
-            metadata = self._manager.item_metadata(step)["params"]
-            if metadata is None:
-                raise ValueError("params has no metadata")
-        expected, found = dict(_named_shapes(params)), dict(_named_shapes(metadata.tree))
+        expected, found = dict(_named_shapes(params)), self.param_shapes(step)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
@@ -86,6 +90,13 @@ class Checkpointer:
                 cause = cause.__cause__
             reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             raise UserError(f"{self.directory / str(step)}: the checkpoint is damaged: {reason:.300}") from error
+
+
+def _by_layers(path, param) -> ocp.SaveArgs:
+    """Stacked layers are stored one a chunk, so that a converter need not hold the stack."""
+    if not any(getattr(key, "key", None) == "layers" for key in path):
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=max(1, param.nbytes // param.shape[0]), shard_axes=(0,))
 
 
 def _named_shapes(tree):

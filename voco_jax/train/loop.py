@@ -12,7 +12,14 @@ from voco_jax.data.pipeline import encode_records, make_dataset, report_line
 from voco_jax.data.sources import load_records
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.run import abstract_model, init_params, make_encoder, make_model_config, make_processor
+from voco_jax.run import (
+    abstract_model,
+    begin_with_run,
+    init_params,
+    make_encoder,
+    make_model_config,
+    make_processor,
+)
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
@@ -22,6 +29,7 @@ from voco_jax.train.workdir import check_workdir, open_workdir
 
 def train(config: ConfigDict) -> Path:
     """Train as the config says, from the run's newest checkpoint if there is one; returns the run directory."""
+    config = begin_with_run(config)
     workdir = Path(config.workdir).expanduser()
     resuming = check_workdir(workdir, config)
 
@@ -58,7 +66,7 @@ def train(config: ConfigDict) -> Path:
             state = "complete" if start == config.train.steps else "resuming"
             print(f"{workdir}: {state}, at step {start} of {config.train.steps}")
         else:
-            params = init_params(model_config, config.seed)
+            params = _first_params(config, model_config, abstract_params)
             opt_state = jax.jit(optimizer.init)(params)
 
         # The loop
@@ -73,6 +81,16 @@ def train(config: ConfigDict) -> Path:
                     _check_finite(params, step)
                     checkpointer.save(step, params, opt_state, batches.get_state())
     return workdir
+
+
+def _first_params(config: ConfigDict, model_config, abstract_params):
+    """Those of the run to begin with, in this run's dtype; or random ones."""
+    if not config.init_from:
+        return init_params(model_config, config.seed)
+    with contextlib.closing(Checkpointer(Path(config.init_from).expanduser())) as checkpointer:
+        step, params = checkpointer.restore_params(abstract_params)
+    print(f"parameters: {config.init_from}, step {step}")
+    return params
 
 
 def _check_positions(encoded, model_config) -> None:

@@ -1,0 +1,25 @@
+"""Teach a converted LLaVA to compress: the released recipe's optimizer, on easy-VQA until data of your own is read.
+
+python -m voco_jax.train --config=configs/voco_finetune.py --config.init_from=runs/llava --config.workdir=runs/voco
+"""
+
+from voco_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.workdir = "runs/voco"
+
+    config.model.num_voco_tokens = 2  # as the released checkpoints
+
+    config.data.batch_size = 32
+    config.data.conversations_per_record = 4  # 128 conversations a step
+    config.data.rows_per_record = 4
+
+    config.optim.learning_rate = 2e-5
+    config.optim.b2 = 0.999
+    config.optim.warmup_steps = 10
+
+    config.train.steps = 300
+    config.train.checkpoint_every = 100
+    return config

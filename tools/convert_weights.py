@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Weights in and out, streamed: PyTorch and Hugging Face checkpoints to runs of voco_jax, and back.
+
+    python tools/convert_weights.py inspect SRC
+    python tools/convert_weights.py to-jax SRC DST
+    python tools/convert_weights.py to-jax DST --llm DIR --vision-tower DIR --projector mm_projector.bin
+    python tools/convert_weights.py to-hf RUN DST --format voco
+    python tools/convert_weights.py verify A B
+
+SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LlavaForConditionalGeneration directory, a Llama
+directory or a Llama GGUF file. Nothing in it is ever run, and nothing is written until all of it is understood.
+"""
+
+import argparse
+from pathlib import Path
+import signal
+import sys
+
+from voco_jax.convert.inspect import describe, describe_run
+from voco_jax.convert.sources import Source, open_parts, open_source
+from voco_jax.convert.tensors import DTYPES
+from voco_jax.convert.to_hf import WRITTEN, parse_size, to_hf
+from voco_jax.convert.to_jax import Options, to_jax
+from voco_jax.convert.verify import open_side, verify
+from voco_jax.errors import UserError, one_line_errors
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, where SRC only names its own")
+    parser.add_argument("--llm", type=Path, metavar="DIR", help="instead of SRC: a Llama directory or GGUF file")
+    parser.add_argument("--projector", type=Path, metavar="FILE", help="with --llm: mm_projector.bin")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("inspect", help="format, configuration, tensors, and what is missing or unknown")
+    command.add_argument("paths", nargs="*", metavar="SRC", type=Path)
+    add_source_options(command)
+
+    command = commands.add_parser("to-jax", help="a run directory from a PyTorch or Hugging Face checkpoint")
+    command.add_argument("paths", nargs="+", metavar="[SRC] DST", type=Path)
+    add_source_options(command)
+    command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    command.add_argument("--voco-init", choices=("normal", "mean"), default="mean", help="rows of <voco>, where new")
+    command.add_argument("--num-voco-tokens", type=int, default=1, metavar="K", help="an image (released code: 2)")
+    command.add_argument("--compressor", choices=("voco", "none"), default="voco", help="none: plain LLaVA")
+    command.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the tokenizer in SRC")
+    command.add_argument("--init-missing", action="store_true", help="draw a missing projector or vision tower")
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn")
+
+    command = commands.add_parser("to-hf", help="a PyTorch checkpoint from a run directory")
+    command.add_argument("run", type=Path)
+    command.add_argument("destination", type=Path, metavar="DST")
+    command.add_argument("--format", choices=WRITTEN, required=True)
+    command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    command.add_argument("--max-shard-size", default="5GB", help="default 5GB")
+
+    command = commands.add_parser("verify", help="compare two checkpoints of any formats tensor by tensor")
+    command.add_argument("a", type=Path, metavar="A")
+    command.add_argument("b", type=Path, metavar="B")
+    command.add_argument("--vision-tower", type=Path, metavar="DIR", help="of whichever only names its own")
+    command.add_argument(
+        "--allow-more-rows", action="store_true", help="one may have rows for added tokens that the other has not"
+    )
+    return parser
+
+
+def source_of(args, paths: list[Path]) -> Source:
+    """SRC, or the parts that take its place."""
+    if args.llm is None:
+        if len(paths) != 1:
+            raise UserError(f"{args.command}: expected one SRC, or --llm; found {len(paths)}")
+        if args.projector is not None:
+            raise UserError("--projector: expected with --llm only")
+        return open_source(paths[0], args.vision_tower)
+    if paths:
+        raise UserError(f"{args.command}: expected SRC or --llm, found both")
+    return open_parts(args.llm, args.vision_tower, args.projector)
+
+
+@one_line_errors
+def main() -> None:
+    args = make_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is tidied up on the way out
+    if args.command == "inspect" and len(args.paths) == 1 and (args.paths[0] / "checkpoints").is_dir():
+        print(describe_run(args.paths[0]))
+    elif args.command == "inspect":
+        report, understood = describe(source_of(args, args.paths))
+        print(report)
+        sys.exit(0 if understood else 2)
+    elif args.command == "to-jax":
+        *sources, destination = args.paths
+        source = source_of(args, sources)
+        if args.num_voco_tokens < 1:
+            raise UserError(f"--num-voco-tokens: expected at least 1, found {args.num_voco_tokens}")
+        options = Options(
+            args.dtype, args.voco_init, args.num_voco_tokens, args.compressor, args.init_missing, args.seed
+        )
+        warn(to_jax(source, destination, args.tokenizer, options))
+        print(f"written: {destination} (ask it: python -m voco_jax.ask --run {destination} --image FILE QUESTION)")
+    elif args.command == "to-hf":
+        warn(to_hf(args.run, args.destination, args.format, args.dtype, parse_size(args.max_shard_size)))
+        print(f"written: {args.destination}")
+    else:
+        compare(args)
+
+
+def compare(args) -> None:
+    a, b = open_side(args.a, args.vision_tower), open_side(args.b, args.vision_tower)
+    result = verify(a, b, allow_more_rows=args.allow_more_rows)
+    for line in result.notes + result.problems:
+        print(line)
+    print(f"{result.identical} of {result.tensors} tensors are identical")
+    if result.where:
+        print(f"worst difference: {result.worst:.3g} in {result.where}")
+    sys.exit(0 if result.equal else 1)
+
+
+def warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

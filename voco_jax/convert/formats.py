@@ -1,0 +1,77 @@
+"""The formats a checkpoint comes in: what each puts before the names of `rules.py`, and what may be passed over."""
+
+from collections.abc import Mapping
+import dataclasses
+import re
+
+from voco_jax.convert.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Prefixes by part. `projector_names` are the two linear layers' (a Sequential numbers them 0 and 2)."""
+
+    name: str
+    llm: str
+    head: str
+    projector: str
+    vision: str
+    projector_names: tuple[str, str] = ("linear_1", "linear_2")
+
+    def their_name(self, rule: Rule, layer: int | None = None) -> str:
+        """The tensor's whole name in this format."""
+        name = rule.theirs if layer is None else rule.theirs.format(layer)
+        if rule.part == "projector":
+            for ours, theirs in zip(("linear_1", "linear_2"), self.projector_names, strict=True):
+                name = name.replace(ours, theirs)
+        return getattr(self, rule.part) + name
+
+
+_LLAVA_VISION = "model.vision_tower.vision_tower.vision_model."
+
+# The first of each name is the one that is written.
+FORMATS = (
+    Format("voco", "model.", "", "model.mm_projector.", _LLAVA_VISION, ("0", "2")),
+    Format(
+        "llava-hf", "language_model.model.", "language_model.", "multi_modal_projector.", "vision_tower.vision_model."
+    ),
+    # transformers 5 writes the vision tower without its own prefix, …
+    Format("llava-hf", "language_model.model.", "language_model.", "multi_modal_projector.", "vision_tower."),
+    # … and from 4.52 on a state dict has these names.
+    Format("llava-hf", "model.language_model.", "", "model.multi_modal_projector.", "model.vision_tower.vision_model."),
+    Format("llava-hf", "model.language_model.", "", "model.multi_modal_projector.", "model.vision_tower."),
+)
+LLAMA = Format("llama", "model.", "", "", "")
+VISION = (Format("clip", "", "", "", "vision_model."), Format("clip", "", "", "", ""))
+PROJECTOR = (
+    Format("projector", "", "", "model.mm_projector.", "", ("0", "2")),
+    Format("projector", "", "", "mm_projector.", "", ("0", "2")),
+    Format("projector", "", "", "", "", ("0", "2")),
+    Format("projector", "", "", "multi_modal_projector.", ""),
+)
+
+# Buffers that are computed, not trained; and the text half of CLIP.
+_BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids")
+_CLIP_TEXT = re.compile(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale")
+
+
+def passed_over(name: str, format: Format) -> bool:
+    """Whether a tensor is rightly left out."""
+    return bool(_BUFFERS.fullmatch(name) or format.name == "clip" and _CLIP_TEXT.fullmatch(name))
+
+
+def recognise(names: Mapping[str, object], formats, parts: tuple[str, ...]) -> Format | None:
+    """The format whose prefixes explain the most names of these parts; None if none explains any of each part."""
+    anchors = {
+        "llm": "embed_tokens.weight",
+        "projector": "linear_1.weight",
+        "vision": "embeddings.class_embedding",
+    }
+
+    def has(format: Format, part: str) -> bool:
+        return format.their_name(Rule("", part, anchors[part], None)) in names
+
+    for format in formats:
+        if all(has(format, part) for part in parts):
+            return format
+    return None

@@ -1,0 +1,215 @@
+"""A checkpoint as it comes: which format it is, its dimensions, and its tensors under the names of `rules.py`."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from pathlib import Path
+
+from voco_jax.convert import hf_configs
+from voco_jax.convert.formats import FORMATS, LLAMA, PROJECTOR, VISION, Format, passed_over, recognise
+from voco_jax.convert.gguf_files import read_gguf
+from voco_jax.convert.rules import RULES
+from voco_jax.convert.safetensors_files import read_index, read_safetensors
+from voco_jax.convert.tensors import Tensor, inside, name_leads_out, same_bytes
+from voco_jax.convert.torch_files import read_torch
+from voco_jax.convert.vocabulary import EMBEDDING, HEAD
+from voco_jax.errors import UserError
+from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.vit import ViTConfig
+
+Key = tuple[str, int | None]  # (our parameter's path, layer)
+
+
+@dataclasses.dataclass
+class Source:
+    """`tensors` holds the whole checkpoint; a part that is None or empty is not in it."""
+
+    format: str
+    path: Path
+    llama: LlamaConfig | None = None
+    vision: ViTConfig | None = None
+    tokenizer: Path | None = None
+    tensors: dict[Key, Tensor] = dataclasses.field(default_factory=dict)
+    names: dict[Key, str] = dataclasses.field(default_factory=dict)  # as the checkpoint has them
+    problems: list[str] = dataclasses.field(default_factory=list)  # unknown, doubled
+    aspect_ratio: str = "pad"
+    whole: bool = False  # of a format that has all parts; others may come without vision tower and projector
+
+    def parts(self) -> set[str]:
+        return {path.split(".")[0] for path, _ in self.tensors}
+
+    def missing_parts(self) -> list[str]:
+        expected = ("llama", "projector", "vision_tower") if self.whole else ("llama",)
+        return [part for part in expected if part not in self.parts()]
+
+    def take(self, tensors: Mapping[str, Tensor], format: Format, parts: tuple[str, ...]) -> None:
+        """Sort tensors under our names; those of other parts, unknown ones and doubles become problems."""
+        left = dict(tensors)
+        layers = {
+            "llm": self.llama.num_hidden_layers if self.llama else 0,
+            "vision": self.vision.num_hidden_layers if self.vision else 0,
+        }
+        for rule in RULES:
+            if rule.part not in parts:
+                continue
+            for layer in range(layers[rule.part]) if rule.stacked else (None,):
+                name = format.their_name(rule, layer)
+                if name not in left:
+                    continue  # what is missing shows itself when the model is filled
+                key = rule.ours, layer
+                if key in self.tensors:
+                    self.problems.append(f"{name} doubled ({self.tensors[key].file.name}, {left[name].file.name})")
+                self.tensors[key], self.names[key] = left.pop(name), name
+        if "head" in parts and self.llama.tie_word_embeddings:
+            self._drop_tied_head()
+        self.problems += [f"{name} unknown ({left[name].file.name})" for name in left if not passed_over(name, format)]
+
+    def _drop_tied_head(self) -> None:
+        """Some writers store the head of tied embeddings too: the same values a second time, or a contradiction."""
+        head, embedding = (self.tensors.get((path, None)) for path in (HEAD, EMBEDDING))
+        if head is None or embedding is None:
+            return
+        del self.tensors[HEAD, None]
+        name = self.names.pop((HEAD, None))
+        if head.shape != embedding.shape or not same_bytes(head.read(), embedding.read()):
+            self.problems.append(f"{name} differs from the embedding, but tie_word_embeddings is set")
+
+
+def read_directory(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face directory: safetensors or PyTorch files, in one piece or several with an index."""
+    for stem, suffix, read in (("model", ".safetensors", read_safetensors), ("pytorch_model", ".bin", read_torch)):
+        index = directory / f"{stem}{suffix}.index.json"
+        if index.exists():
+            return _read_shards(directory, index, f"{stem}-*{suffix}", read)
+        if (directory / f"{stem}{suffix}").exists():
+            return read(directory / f"{stem}{suffix}")
+    raise UserError(f"{directory}: expected model.safetensors or pytorch_model.bin, or an index of shards; found none")
+
+
+def _read_shards(directory: Path, index: Path, pattern: str, read: Callable) -> dict[str, Tensor]:
+    weight_map = read_index(index)
+    files = {name: inside(directory, name) for name in sorted(set(weight_map.values()))}
+    for name, file in files.items():
+        if not file.exists():
+            raise UserError(f"{index}: the shard {name} is not there")
+    strays = {file.name for file in directory.glob(pattern)} - files.keys()
+    if strays:
+        raise UserError(f"{index}: the shard {min(strays)} is missing from the index")
+    tensors = {}
+    for name, file in files.items():
+        for tensor_name, tensor in read(file).items():
+            if weight_map.get(tensor_name) != name:
+                where = weight_map.get(tensor_name, "nowhere")
+                raise UserError(f"{index}: {tensor_name}: expected in {where}, found in {name}")
+            tensors[tensor_name] = tensor
+    lost = weight_map.keys() - tensors.keys()
+    if lost:
+        raise UserError(f"{index}: {min(lost)}: expected in {weight_map[min(lost)]}, which does not hold it")
+    return tensors
+
+
+def open_source(path: Path, vision_tower: Path | None = None) -> Source:
+    """A LLaVA or VoCo-LLaMA directory, released or Hugging Face's; or one that holds a language model alone.
+
+    `vision_tower`: a CLIP directory, for released checkpoints that only name theirs.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: not found")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path}: expected a directory or a .gguf file")
+        return open_parts(path, vision_tower)
+    file = path / "config.json"
+    fields = hf_configs.read_json(file)
+    kind = fields.get("model_type")
+    if kind == "llava_llama" or "mm_vision_tower" in fields:  # the first releases call themselves 'llava' as well
+        return _open_llava(path, fields, vision_tower)
+    if kind == "llava":
+        return _open_llava_hf(path, fields, vision_tower)
+    if kind == "llama":
+        return open_parts(path, vision_tower)
+    raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {kind!r}")
+
+
+def _open_llava(path: Path, fields: dict, vision_tower: Path | None) -> Source:
+    file = path / "config.json"
+    tensors = read_directory(path)
+    layer, feature = hf_configs.features_of_llava(fields, file)
+    own = any(name.startswith(FORMATS[0].vision) for name in tensors)
+    name = fields.get("mm_vision_tower") or ""
+    if not isinstance(name, str):
+        raise UserError(f"{file}: mm_vision_tower: expected a name, found {name!r}")
+    beside = vision_tower
+    if not beside and name and not name_leads_out(name) and (path / name / "config.json").exists():
+        beside = path / name
+    if beside:
+        config = beside / "config.json"
+        vision = hf_configs.vision_from_hf(hf_configs.read_json(config), config, layer, feature)
+    else:
+        vision = hf_configs.vision_of_hub(name, file, layer, feature)
+    source = Source("voco", path, hf_configs.llama_from_hf(fields, file), vision, _tokenizer(path), whole=True)
+    source.aspect_ratio = hf_configs.aspect_ratio_of_llava(fields, file)
+    source.take(tensors, FORMATS[0], ("llm", "head", "projector") + (("vision",) if own else ()))
+    if not own:
+        if not beside:
+            raise UserError(f"{path}: has no vision tower inside, and names {name!r}: give it with --vision-tower DIR")
+        _take_vision(source, beside)
+    return source
+
+
+def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None) -> Source:
+    file = path / "config.json"
+    if vision_tower:
+        raise UserError(f"{path}: has its vision tower inside; --vision-tower is for checkpoints without")
+    layer, feature = hf_configs.features_of_llava_hf(fields, file)
+    text = hf_configs.section(fields, "text_config", file)
+    # transformers 5 writes what it was told at the top, and a default below
+    tied = bool(fields.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    vision = hf_configs.vision_of_llava_hf(fields, file, layer, feature)
+    llama = hf_configs.llama_from_hf(text | {"tie_word_embeddings": tied}, file)
+    source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True)
+    source.aspect_ratio = hf_configs.aspect_ratio_of_llava_hf(path)
+    tensors = read_directory(path)
+    parts = ("llm", "projector", "vision")
+    format = recognise(tensors, FORMATS[1:], parts)
+    if format is None:
+        raise UserError(
+            f"{path}: expected tensors of LlavaForConditionalGeneration, found {min(tensors, default='none')}"
+        )
+    source.take(tensors, format, (*parts, "head"))
+    return source
+
+
+def open_parts(llm: Path, vision_tower: Path | None = None, projector: Path | None = None) -> Source:
+    """A language model, a CLIP vision tower and a projector, each from where it lies; the last two may be missing."""
+    if llm.suffix == ".gguf":
+        config, tensors = read_gguf(llm)
+        source = Source("gguf", llm, config, tokenizer=llm)
+        source.take(tensors, LLAMA, ("llm", "head"))
+    else:
+        file = llm / "config.json"
+        source = Source("llama", llm, hf_configs.llama_from_hf(hf_configs.read_json(file), file), None, _tokenizer(llm))
+        source.take(read_directory(llm), LLAMA, ("llm", "head"))
+    if vision_tower:
+        config = vision_tower / "config.json"
+        source.vision = hf_configs.vision_from_hf(hf_configs.read_json(config), config, -2, "patch")
+        _take_vision(source, vision_tower)
+    if projector:
+        tensors = read_safetensors(projector) if projector.suffix == ".safetensors" else read_torch(projector)
+        format = recognise(tensors, PROJECTOR, ("projector",))
+        if format is None:
+            raise UserError(f"{projector}: expected mm_projector.0.weight …, found {min(tensors, default='none')}")
+        source.take(tensors, format, ("projector",))
+    return source
+
+
+def _take_vision(source: Source, directory: Path) -> None:
+    tensors = read_directory(directory)
+    format = recognise(tensors, VISION, ("vision",))
+    if format is None:
+        raise UserError(f"{directory}: expected a CLIP vision tower, found {min(tensors, default='none')}")
+    source.take(tensors, format, ("vision",))
+
+
+def _tokenizer(directory: Path) -> Path | None:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    return directory if any((directory / name).exists() for name in names) else None

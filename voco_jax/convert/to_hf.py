@@ -1,0 +1,187 @@
+"""A run of ours to a PyTorch checkpoint: the released code's format, or Hugging Face's LLaVA."""
+
+from collections.abc import Iterator
+import json
+import math
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+from tqdm import tqdm
+
+from voco_jax.config import load_config
+from voco_jax.convert import hf_configs
+from voco_jax.convert.directories import check_is_new, check_space, new_directory
+from voco_jax.convert.findings import Findings
+from voco_jax.convert.formats import FORMATS, VISION, Format
+from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.rules import BY_OURS
+from voco_jax.convert.safetensors_files import write_safetensors
+from voco_jax.convert.tensors import DTYPES, Tensor
+from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
+from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from voco_jax.errors import UserError
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import abstract_model, make_model_config
+
+WRITTEN = {format.name: format for format in reversed(FORMATS)}  # the first of each name
+IMAGE_TOKEN = "<image>"
+
+
+def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max_shard_size: int) -> list[str]:
+    """Write a directory with sharded safetensors, config, tokenizer and image processor; returns warnings."""
+    check_is_new(destination)
+    config: ConfigDict = load_config(run / "config.json")
+    tokenizer = load_tokenizer(run / "tokenizer")
+    model_config = make_model_config(config, tokenizer)
+    stored = StoredParams(run)
+    check_run(run, stored, model_config, format_name)
+    format, num_image_rows = WRITTEN[format_name], 0
+    if format_name == "llava-hf":
+        num_image_rows = add_image_token(tokenizer, model_config)
+    findings = Findings()
+    tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, num_image_rows))
+    # The released code's vision tower lies inside and, as it reads it, beside
+    beside = [(n.removeprefix(format.vision), t) for n, t in tensors if n.startswith(format.vision)]
+    beside = [(VISION[0].vision + n, t) for n, t in beside] if format_name == "voco" else []
+    total = sum(tensor.nbytes for _, tensor in tensors + beside)
+    check_space(destination, total)
+    dtypes = {tensor.dtype.name for _, tensor in tensors}
+    written_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    with new_directory(destination) as directory, tqdm(total=total, unit="B", unit_scale=True, desc="to-hf") as bar:
+        if beside:
+            tower = directory / "vision_tower"
+            tower.mkdir()
+            write_safetensors(tower / "model.safetensors", beside, bar.update)
+            fields = hf_configs.vision_to_hf(model_config.vision) | {"architectures": ["CLIPVisionModel"]}
+            write_json(tower / "config.json", fields | {"torch_dtype": beside[0][1].dtype.name})
+        write_shards(directory, tensors, max_shard_size, bar.update)
+        write_configs(directory, format_name, model_config, config.data.aspect_ratio, tokenizer, written_dtype)
+        save_tokenizer(tokenizer, directory)
+        return findings.finish(run)
+
+
+def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: str) -> None:
+    """UserError for what the format has no place for, and for a checkpoint that is not its config's."""
+    others = sorted(path for path in stored.shapes if path not in BY_OURS)
+    if others:
+        raise UserError(f"{run}: {others[0]}: format {format_name} has no place for compressor {config.compressor}")
+    _, params = abstract_model(config)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(key_path, simple=True, separator=".")
+        if stored.shapes.get(path) != leaf.shape:
+            raise UserError(f"{run}: {path}: config.json has shape {leaf.shape}, found {stored.shapes.get(path)}")
+    llama = config.llama
+    if format_name == "voco" and llama.head_dim * llama.num_attention_heads != llama.hidden_size:
+        raise UserError(
+            f"{run}: head_dim {llama.head_dim}: the released code has hidden_size / num_attention_heads alone; "
+            "--format llava-hf has a place for it"
+        )
+
+
+def named_tensors(
+    stored: StoredParams, format: Format, dtype, findings: Findings, num_image_rows: int
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order of the layers; values are read, and checked, when their turn comes."""
+
+    def tensor(path: str, layer: int | None, name: str) -> Tensor:
+        rule = BY_OURS[path]
+        shape = rule.transform.their_shape(stored.shapes[path][layer is not None :])
+        wanted = dtype or stored.dtype(path)
+        rows = num_image_rows if path in VOCABULARY else 0
+        shape = (shape[0] + rows, *shape[1:])
+
+        def read() -> np.ndarray:
+            values = findings.check(name, stored.read(path, layer), wanted)
+            values = rule.transform.to_theirs(values)
+            return with_fresh_rows(values, shape[0]) if rows else values
+
+        return Tensor(shape, wanted, Path(path), read)
+
+    for path in stored.shapes:
+        rule = BY_OURS[path]
+        for layer in range(stored.shapes[path][0]) if rule.stacked else (None,):
+            name = format.their_name(rule, layer)
+            yield name, tensor(path, layer, name)
+
+
+def add_image_token(tokenizer, model_config: VoCoConfig) -> int:
+    """Rows that `<image>`, which Hugging Face's LLaVA has as a token, needs beyond those of the model."""
+    if IMAGE_TOKEN in tokenizer.get_added_vocab():
+        return 0
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return max(0, len(tokenizer) - model_config.llama.vocab_size)
+
+
+def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_size: int, progress) -> None:
+    """`model.safetensors`, or `model-00001-of-….safetensors` and their index; one larger tensor is a shard alone."""
+    shards, size = [[]], 0
+    for name, tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor))
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0], progress)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(directory / file, shard, progress)
+        weight_map |= dict.fromkeys((name for name, _ in shard), file)
+    total = sum(tensor.nbytes for _, tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def write_configs(
+    directory: Path, format_name: str, model_config: VoCoConfig, aspect_ratio: str, tokenizer, dtype: str
+) -> None:
+    """config.json and what the image processor needs to know."""
+    llama, vision = model_config.llama, model_config.vision
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        # As the released code pads: with <unk>, where there is no token for it
+        "pad_token_id": tokenizer.unk_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    if format_name == "voco":
+        config = hf_configs.config_to_llava(llama, vision, dtype, ids, aspect_ratio)
+        write_json(directory / "config.json", config)
+        # The released code pads by itself, before it
+        write_json(
+            directory / "vision_tower" / "preprocessor_config.json", hf_configs.preprocessor_to_hf(vision, "crop")
+        )
+        return
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    config = hf_configs.config_to_llava_hf(llama, vision, dtype, ids, image)
+    config["text_config"]["vocab_size"] = max(llama.vocab_size, len(tokenizer))
+    write_json(directory / "config.json", config)
+    write_json(directory / "preprocessor_config.json", hf_configs.preprocessor_to_hf(vision, aspect_ratio))
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+    }
+    write_json(directory / "processor_config.json", processor)
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '200MB' or a plain number."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+    number = text.upper().rstrip("KMGB")
+    try:
+        size = float(number) * units[text.upper()[len(number) :]]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 1 <= size < 1e18:
+        raise UserError(f"--max-shard-size: expected a size such as 5GB, found {text!r}")
+    return int(size)

@@ -1,0 +1,172 @@
+"""PyTorch and Hugging Face checkpoints to a run of ours, tensor by tensor."""
+
+from collections.abc import Callable
+import dataclasses
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+from tqdm import tqdm
+
+from voco_jax.config import default_config, load_config, save_config
+from voco_jax.convert.directories import check_is_new, check_space, new_directory
+from voco_jax.convert.findings import Findings, listing
+from voco_jax.convert.gguf_files import gguf_tokenizer
+from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
+from voco_jax.convert.rules import BY_OURS
+from voco_jax.convert.sources import Source
+from voco_jax.convert.tensors import DTYPES
+from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
+from voco_jax.data.tokenizer import VOCO_TOKEN, add_voco_token, load_tokenizer, save_tokenizer
+from voco_jax.errors import UserError
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import abstract_model, init_params, make_model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`dtype` None: as stored. `voco_init`: the rows of added tokens are drawn ('normal') or the mean row ('mean')."""
+
+    dtype: str | None = None
+    voco_init: str = "mean"
+    num_voco_tokens: int = 1
+    compressor: str = "voco"
+    init_missing: bool = False
+    seed: int = 0
+
+
+def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True) -> list[str]:
+    """Everything about the tensors that does not fit the model, before tokens are added; parts not there at all do.
+
+    `same_dtypes`: the layers of a stack must have one dtype.
+    """
+    as_stored = dataclasses.replace(config.llama, vocab_size=source.llama.vocab_size)
+    _, params = abstract_model(dataclasses.replace(config, llama=as_stored, voco_token_id=0))
+    problems = list(source.problems)
+    parts = source.parts()
+    for path, rule, layer, shape in layers_of({part: params[part] for part in params if part in parts}):
+        tensor = source.tensors.get((path, layer))
+        where = path if layer is None else f"{path} (layer {layer})"
+        if tensor is None:
+            problems.append(f"{where} missing (expected {list(rule.transform.their_shape(shape))})")
+        elif tensor.shape != rule.transform.their_shape(shape):
+            expected = list(rule.transform.their_shape(shape))
+            problems.append(f"{source.names[path, layer]}: expected shape {expected}, found {list(tensor.shape)}")
+        elif tensor.dtype not in DTYPES.values():
+            problems.append(f"{source.names[path, layer]}: expected {', '.join(DTYPES)}; found {tensor.dtype}")
+        elif same_dtypes and layer and tensor.dtype != source.tensors.get((path, 0), tensor).dtype:
+            expected = source.tensors[path, 0].dtype
+            problems.append(f"{source.names[path, layer]}: expected {expected} as layer 0, found {tensor.dtype}")
+    return problems
+
+
+def layers_of(model_params: dict):
+    """(path, rule, layer or None, shape of one layer) of every parameter that has a rule, layer by layer."""
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(model_params):
+        path = jax.tree_util.keystr(key_path, simple=True, separator=".")
+        rule = BY_OURS.get(path)
+        if rule is None:
+            continue
+        if rule.stacked:
+            yield from ((path, rule, layer, leaf.shape[1:]) for layer in range(leaf.shape[0]))
+        else:
+            yield path, rule, None, leaf.shape
+
+
+def load_source_tokenizer(source: Source, given: Path | None):
+    """(the tokenizer given or of the source, with `<voco>`; whether that was new to it)."""
+    place = given or source.tokenizer
+    if place is None:
+        raise UserError(f"{source.path}: no tokenizer inside; give one with --tokenizer DIR")
+    tokenizer = gguf_tokenizer(place) if place.suffix == ".gguf" else load_tokenizer(place, add_voco=False)
+    is_new = VOCO_TOKEN not in tokenizer.get_added_vocab()
+    add_voco_token(tokenizer)
+    return tokenizer, is_new
+
+
+def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, options: Options) -> list[str]:
+    """Write a run directory with checkpoint 0; returns warnings. UserError for whatever does not fit, all together."""
+    check_is_new(destination)
+    tokenizer, voco_is_new = load_source_tokenizer(source, tokenizer_dir)
+    config = run_config(source, len(tokenizer), options, destination)
+    model_config = make_model_config(config, tokenizer)
+    _, ours = abstract_model(model_config)
+    missing = [part for part in ours if part not in source.parts()]
+    if missing and ("llama" in missing or not options.init_missing):
+        hint = "" if "llama" in missing else "; --init-missing draws it at random"
+        raise UserError(f"{source.path}: no {listing(missing)}{hint}")
+    problems = check_source(source, model_config, same_dtypes=options.dtype is None)
+    if problems:
+        raise UserError(f"{source.path}: {len(problems)} tensors do not fit: {listing(problems)}")
+
+    # A released VoCo-LLaMA's row is trained, though its tokenizer may have come without the token; another's is padding
+    fresh = {model_config.voco_token_id} if voco_is_new and source.format != "voco" else set()
+    findings = Findings()
+    drawn = init_params(model_config, options.seed, missing)
+    parameters = jax.tree_util.tree_map_with_path(parameter_maker(source, options, findings, drawn, fresh), ours)
+    total = sum(parameter.nbytes for parameter in jax.tree.leaves(parameters))
+    check_space(destination, total)
+    with new_directory(destination) as run:
+        save_config(config, run / "config.json")
+        load_config(run / "config.json")  # what nobody could load must not be written
+        with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
+            write_checkpoint(run, parameters, bar.update)
+        save_tokenizer(tokenizer, run / "tokenizer")
+        return findings.finish(source.path)
+
+
+def parameter_maker(source: Source, options: Options, findings: Findings, drawn: dict, fresh: set[int]) -> Callable:
+    """From (key path, shape and dtype of our parameter) to how it comes out of the source; nothing is read yet.
+
+    `drawn`: parts that the source does not have; `fresh`: tokens whose rows are new though the source has them.
+    """
+    dtype = DTYPES[options.dtype] if options.dtype else None
+
+    def parameter(key_path, leaf) -> Parameter:
+        path = jax.tree_util.keystr(key_path, simple=True, separator=".")
+        if path.split(".")[0] in drawn:
+            values = np.asarray(_at(drawn, path))
+            return Parameter(values.shape, values.dtype, False, lambda _: values)
+        rule = BY_OURS[path]
+        wanted = dtype or source.tensors[path, 0 if rule.stacked else None].dtype
+
+        def read(layer: int) -> np.ndarray:
+            key = path, layer if rule.stacked else None
+            values = findings.check(source.names[key], source.tensors[key].read(), wanted)
+            if path in VOCABULARY:
+                num_rows = rule.transform.their_shape(leaf.shape)[0]
+                std, seed = source.llama.initializer_range, (options.seed, VOCABULARY.index(path))
+                values = with_fresh_rows(values, num_rows, fresh, options.voco_init, std, seed)
+            return rule.transform.to_ours(values, leaf.shape[1:] if rule.stacked else leaf.shape)
+
+        return Parameter(leaf.shape, wanted, rule.stacked, read)
+
+    return parameter
+
+
+def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> ConfigDict:
+    """The config of the run: dimensions as the source has them, the defaults of VoCo training for the rest."""
+    config = default_config()
+    with config.unlocked():
+        llama = dataclasses.replace(source.llama, vocab_size=max(vocabulary, source.llama.vocab_size))
+        config.model.llama = ConfigDict(dataclasses.asdict(llama), convert_dict=True)
+        if source.vision is not None:
+            config.model.vision = ConfigDict(dataclasses.asdict(source.vision), convert_dict=True)
+        dtypes = {tensor.dtype.name for tensor in source.tensors.values()}
+        # Parts may differ; what they are restored to must hold the values of all
+        config.model.param_dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
+        config.model.num_voco_tokens = options.num_voco_tokens
+        config.model.compressor = options.compressor
+        config.tokenizer.source = str(run / "tokenizer")
+        config.data.aspect_ratio = source.aspect_ratio
+        config.data.row_length = min(2048, llama.max_position_embeddings)
+        config.eval.max_new_tokens = 64
+        config.eval.batch_size = 8
+    return config
+
+
+def _at(tree: dict, path: str):
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
