@@ -8,21 +8,10 @@ from PIL import Image
 import pytest
 
 from tests import tiny
+from tests.commands import run_main
 from voco_jax import ask, evaluate
 from voco_jax.eval.scoring import Answer, accuracy_by_kind, table
 from voco_jax.train import __main__ as train_main
-
-
-def run_main(module, monkeypatch, capsys, *arguments):
-    """(exit status, standard output, standard error) of a command."""
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-    try:
-        module.main()
-        status = 0
-    except SystemExit as exit:
-        status = exit.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def copy(run, to):

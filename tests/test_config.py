@@ -88,7 +88,7 @@ def test_stored_configs_that_do_not_fit(tmp_path):
         load_config(path)
     for text, found in ("[]", "list"), ("null", "NoneType"):
         path.write_text(text)
-        with pytest.raises(UserError, match=f"config.json: expected an object of config keys, found {found}"):
+        with pytest.raises(UserError, match=f"config.json: expected an object, found {found}"):
             load_config(path)
     path.write_text("{")
     with pytest.raises(UserError, match=r"config.json: not readable as JSON"):

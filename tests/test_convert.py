@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import reference
+from tests.commands import run_main
 from tests.conftest import DATA
 from tests.test_two_streams import CONFIG
 from voco_jax.config import parse_command_line
@@ -27,21 +28,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TOKENIZER = ["--tokenizer", DATA / "llama_tokenizer"]
 
 
-def run_tool(tool, monkeypatch, capsys, *arguments):
-    """(exit status, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-    try:
-        tool.main()
-        status = 0
-    except SystemExit as exit:
-        status = exit.code or 0
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    return lambda *arguments: run_tool(convert_weights, monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_main(convert_weights, monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -79,10 +68,10 @@ def test_every_transform_has_its_inverse():
 
 def test_the_golden_checkpoint_gives_its_golden_logits(golden_run, monkeypatch, capsys):
     arguments = ["--checkpoint", golden_run, "--golden", reference.DIRECTORY / "golden.npz"]
-    status, out, err = run_tool(check_logits, monkeypatch, capsys, *arguments)
+    status, out, err = run_main(check_logits, monkeypatch, capsys, *arguments)
     assert status == 0 and err == ""
     assert out.count("12 of 12 greedy tokens agree") == 2 and out.endswith("passed\n")
-    status, out, _ = run_tool(check_logits, monkeypatch, capsys, *arguments, "--tolerance", "1e-12")
+    status, out, _ = run_main(check_logits, monkeypatch, capsys, *arguments, "--tolerance", "1e-12")
     assert status == 1 and out.endswith("FAILED\n")
 
 
@@ -107,7 +96,7 @@ def test_round_trip(golden_run, tmp_path, convert, format_name, monkeypatch, cap
         one_has_more = format_name == "llava-hf" and (a, b) != (there, back)
         assert ("32001 and 32002 rows" in out) == one_has_more
         assert convert("verify", a, b)[0] == int(one_has_more)
-    status, _, _ = run_tool(
+    status, _, _ = run_main(
         check_logits, monkeypatch, capsys, "--checkpoint", back, "--golden", reference.DIRECTORY / "golden.npz"
     )
     assert status == 0
@@ -233,10 +222,10 @@ def test_golden_files_that_are_not_as_described(golden_run, tmp_path, monkeypatc
     for message, changes in bad.items():
         file = tmp_path / "golden.npz"
         np.savez(file, **{key: value for key, value in (golden | changes).items() if value is not None})
-        status, _, err = run_tool(check_logits, monkeypatch, capsys, "--checkpoint", golden_run, "--golden", file)
+        status, _, err = run_main(check_logits, monkeypatch, capsys, "--checkpoint", golden_run, "--golden", file)
         assert status == 2 and message in err and len(err.splitlines()) == 1, err
     file.write_bytes(b"PK")
-    assert run_tool(check_logits, monkeypatch, capsys, "--checkpoint", golden_run, "--golden", file)[0] == 2
+    assert run_main(check_logits, monkeypatch, capsys, "--checkpoint", golden_run, "--golden", file)[0] == 2
 
 
 @pytest.mark.parametrize("init", ["normal", "mean"])

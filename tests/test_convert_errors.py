@@ -114,85 +114,10 @@ def not_a_number(source):
     return "values that are not finite in model.layers.1.mlp.up_proj.weight; model.mm_projector.0.bias"
 
 
-def more_layers(source):
-    change_config(source, num_hidden_layers=3)
-    return "9 tensors do not fit: llama.layers.down_proj.kernel (layer 2) missing"
-
-
-def fewer_layers(source):
-    change_config(source, num_hidden_layers=1)
-    return "9 tensors do not fit: model.layers.1.input_layernorm.weight unknown"
-
-
-def other_heads(source):
-    change_config(source, num_key_value_heads=2)
-    return "4 tensors do not fit: model.layers.0.self_attn.k_proj.weight: expected shape [16, 32], found [32, 32]"
-
-
-def tied(source):
-    change_config(source, tie_word_embeddings=True)
-    return "lm_head.weight differs from the embedding, but tie_word_embeddings is set"
-
-
-def other_activation(source):
-    change_config(source, hidden_act="gelu")
-    return "config.json: hidden_act: expected 'silu', found 'gelu'"
-
-
-def other_projector(source):
-    change_config(source, mm_projector_type="linear")
-    return "config.json: mm_projector_type: expected 'mlp2x_gelu', found 'linear'"
-
-
-def other_squares(source):
-    change_config(source, image_aspect_ratio="anyres")
-    return "config.json: image_aspect_ratio: expected 'pad' or 'square' or None, found 'anyres'"
-
-
-def other_rope(source):
-    change_config(source, rope_scaling={"type": "linear", "factor": 2.0})
-    return "config.json: rope_type: expected 'default' or 'llama3', found 'linear'"
-
-
 def other_model(source):
     change_config(source, model_type="mistral")
     (source / "config.json").write_text((source / "config.json").read_text().replace("mm_vision_tower", "x"))
     return "config.json: model_type: expected 'llava_llama', 'llava' or 'llama'; found 'mistral'"
-
-
-def sliding_window(source):
-    change_config(source, sliding_window=4)
-    return "config.json: sliding_window: expected None, found 4"
-
-
-def dimension_as_text(source):
-    change_config(source, num_hidden_layers="2")
-    return "config.json: llama.num_hidden_layers: expected a whole number above 0, found '2'"
-
-
-def dimension_of_nothing(source):
-    change_config(source, num_key_value_heads=0)
-    return "config.json: llama.num_key_value_heads: expected a whole number above 0, found 0"
-
-
-def number_as_text(source):
-    change_config(source, rms_norm_eps="1e-5")
-    return "config.json: llama.rms_norm_eps: expected a number above 0, found '1e-5'"
-
-
-def rope_as_text(source):
-    change_config(source, rope_scaling="linear")
-    return "config.json: rope_scaling: expected an object, found 'linear'"
-
-
-def tower_as_list(source):
-    change_config(source, mm_vision_tower=["a"])
-    return "config.json: mm_vision_tower: expected a name, found ['a']"
-
-
-def tower_of_nowhere(source):
-    change_config(source, mm_vision_tower="/nowhere/clip")
-    return "config.json: mm_vision_tower '/nowhere/clip' is not known; give it with --vision-tower DIR"
 
 
 def other_vision_model(source):
@@ -316,15 +241,64 @@ def truncated_pickle(source):
     return "pytorch_model.bin: not a PyTorch checkpoint that can be read safely"
 
 
+# One key of config.json, its value, and what is said.
+CONFIG_FAULTS = {
+    "more_layers": ("num_hidden_layers", 3, "9 tensors do not fit: llama.layers.down_proj.kernel (layer 2) missing"),
+    "fewer_layers": ("num_hidden_layers", 1, "9 tensors do not fit: model.layers.1.input_layernorm.weight unknown"),
+    "other_heads": (
+        "num_key_value_heads",
+        2,
+        "4 tensors do not fit: model.layers.0.self_attn.k_proj.weight: expected shape [16, 32], found [32, 32]",
+    ),
+    "tied": ("tie_word_embeddings", True, "lm_head.weight differs from the embedding, but tie_word_embeddings is set"),
+    "other_activation": ("hidden_act", "gelu", "config.json: hidden_act: expected 'silu', found 'gelu'"),
+    "other_projector": (
+        "mm_projector_type",
+        "linear",
+        "config.json: mm_projector_type: expected 'mlp2x_gelu', found 'linear'",
+    ),
+    "other_squares": (
+        "image_aspect_ratio",
+        "anyres",
+        "config.json: image_aspect_ratio: expected 'pad' or 'square' or None, found 'anyres'",
+    ),
+    "other_rope": (
+        "rope_scaling",
+        {"type": "linear", "factor": 2.0},
+        "config.json: rope_type: expected 'default' or 'llama3', found 'linear'",
+    ),
+    "sliding_window": ("sliding_window", 4, "config.json: sliding_window: expected None, found 4"),
+    "dimension_as_text": (
+        "num_hidden_layers",
+        "2",
+        "config.json: llama.num_hidden_layers: expected a whole number above 0, found '2'",
+    ),
+    "dimension_of_nothing": (
+        "num_key_value_heads",
+        0,
+        "config.json: llama.num_key_value_heads: expected a whole number above 0, found 0",
+    ),
+    "number_as_text": (
+        "rms_norm_eps",
+        "1e-5",
+        "config.json: llama.rms_norm_eps: expected a number above 0, found '1e-5'",
+    ),
+    "rope_as_text": ("rope_scaling", "linear", "config.json: rope_scaling: expected an object, found 'linear'"),
+    "tower_as_list": ("mm_vision_tower", ["a"], "config.json: mm_vision_tower: expected a name, found ['a']"),
+    "tower_of_nowhere": (
+        "mm_vision_tower",
+        "/nowhere/clip",
+        "config.json: mm_vision_tower '/nowhere/clip' is not known; give it with --vision-tower DIR",
+    ),
+}
+
 FAULTS = [
     truncated, truncated_header, empty, no_header, impossible_offsets, quantized, no_weights, extra_tensor,
-    missing_tensor, transposed_tensor, several_problems, mixed_dtypes, not_a_number, more_layers, fewer_layers,
-    other_heads, tied, other_activation, other_projector, other_squares, other_rope, other_model, no_config,
-    broken_config, sliding_window, dimension_as_text, dimension_of_nothing, number_as_text, rope_as_text,
-    tower_as_list, tower_of_nowhere, other_vision_model, no_projector, no_language_model, doubled_in_the_header,
-    overlapping_tensors, pickle_that_changes_what_it_is_given, shard_not_there, shard_missing_from_index,
-    tensor_in_another_shard, tensor_doubled, path_out_of_the_directory, broken_index, pickle_that_runs_code,
-    pickle_of_something_else, truncated_pickle,
+    missing_tensor, transposed_tensor, several_problems, mixed_dtypes, not_a_number, other_model, no_config,
+    broken_config, other_vision_model, no_projector, no_language_model, doubled_in_the_header, overlapping_tensors,
+    pickle_that_changes_what_it_is_given, shard_not_there, shard_missing_from_index, tensor_in_another_shard,
+    tensor_doubled, path_out_of_the_directory, broken_index, pickle_that_runs_code, pickle_of_something_else,
+    truncated_pickle,
 ]  # fmt: skip
 
 
@@ -352,6 +326,15 @@ def test_bad_checkpoint(fault, source, tmp_path, convert):  # noqa: F811
     assert_one_line(status, err, message)
     assert os.listdir(tmp_path) == ["source"]
     assert not Path("/tmp/voco_jax_test_was_here").exists()
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_config_that_contradicts(fault, source, tmp_path, convert):  # noqa: F811
+    key, value, message = CONFIG_FAULTS[fault]
+    change_config(source, **{key: value})
+    status, _, err = convert("to-jax", source, tmp_path / "run", *TOKENIZER)
+    assert_one_line(status, err, message)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_inspect_tells_what_does_not_fit(source, convert):  # noqa: F811

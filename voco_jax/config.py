@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
 from voco_jax.models import presets
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
@@ -134,15 +135,7 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
 
 def load_config(path: str | os.PathLike) -> ConfigDict:
     """A config written by `save_config`; UserError names an unknown or missing key."""
-    try:
-        with open(path) as file:
-            stored = json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; a run directory holds config.json, tokenizer/ and checkpoints/") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({_one_line(error)})") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: expected an object of config keys, found {type(stored).__name__}")
+    stored = read_object(path, hint="a run directory holds config.json, tokenizer/ and checkpoints/")
     config = default_config()
     missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one

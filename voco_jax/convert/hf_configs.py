@@ -1,7 +1,6 @@
 """Hugging Face's and LLaVA's `config.json`, to our dataclasses and back; what we do not compute is refused."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
 from voco_jax.models import presets
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
@@ -18,18 +18,6 @@ HUB_TOWERS = {
     "openai/clip-vit-large-patch14-336": "clip-vit-l-14-336",
     "openai/clip-vit-large-patch14": "clip-vit-l-14",
 }
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected an object, found {type(content).__name__}")
-    return content
 
 
 def _expect(file: Path, fields: dict, **expected) -> None:
@@ -155,7 +143,7 @@ def aspect_ratio_of_llava_hf(directory: Path) -> str:
     file = directory / "preprocessor_config.json"
     if not file.exists():
         return "pad"  # as LLaVA-1.5 was trained
-    fields = read_json(file)
+    fields = read_object(file)
     for key, expected in (("image_mean", ImageProcessor.mean), ("image_std", ImageProcessor.std)):
         if not np.allclose(fields.get(key, expected), expected, atol=1e-6):
             raise UserError(f"{file}: {key}: expected CLIP's {list(expected)}, found {fields[key]}")

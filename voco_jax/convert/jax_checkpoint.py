@@ -43,6 +43,8 @@ _IN_FLIGHT = 2**28  # bytes being written while the next are computed; many smal
 
 
 class _ParameterHandler(type_handlers.TypeHandler):
+    """Writes; what it wrote is read as the `jax.Array`s that it says it is, by Orbax's own handler."""
+
     def __init__(self, progress: Callable[[int], None]):
         self._progress = progress
 

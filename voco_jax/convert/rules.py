@@ -4,6 +4,7 @@ Names are given part by part (language model, head, projector, vision tower), as
 put before them (`formats.py`). `{}` is the layer's number; our layers are stacked, [layers, ...].
 """
 
+import abc
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -13,17 +14,20 @@ import numpy as np
 from voco_jax.convert.tensors import transpose
 
 
-class Transform:
+class Transform(abc.ABC):
     """From a tensor of theirs to a parameter of ours (one layer of it) and back, given the shape of ours."""
 
+    @abc.abstractmethod
     def their_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Shape of theirs."""
 
+    @abc.abstractmethod
     def to_ours(self, theirs: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        raise NotImplementedError
+        """Theirs in the shape of ours."""
 
+    @abc.abstractmethod
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The inverse of `to_ours`."""
 
 
 class Copy(Transform):

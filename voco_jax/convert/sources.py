@@ -13,6 +13,7 @@ from voco_jax.convert.tensors import Tensor, inside, name_leads_out, same_bytes
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
 from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 
@@ -119,7 +120,7 @@ def open_source(path: Path, vision_tower: Path | None = None) -> Source:
             raise UserError(f"{path}: expected a directory or a .gguf file")
         return open_parts(path, vision_tower)
     file = path / "config.json"
-    fields = hf_configs.read_json(file)
+    fields = read_object(file)
     kind = fields.get("model_type")
     if kind == "llava_llama" or "mm_vision_tower" in fields:  # the first releases call themselves 'llava' as well
         return _open_llava(path, fields, vision_tower)
@@ -143,7 +144,7 @@ def _open_llava(path: Path, fields: dict, vision_tower: Path | None) -> Source:
         beside = path / name
     if beside:
         config = beside / "config.json"
-        vision = hf_configs.vision_from_hf(hf_configs.read_json(config), config, layer, feature)
+        vision = hf_configs.vision_from_hf(read_object(config), config, layer, feature)
     else:
         vision = hf_configs.vision_of_hub(name, file, layer, feature)
     source = Source("voco", path, hf_configs.llama_from_hf(fields, file), vision, _tokenizer(path), whole=True)
@@ -187,11 +188,11 @@ def open_parts(llm: Path, vision_tower: Path | None = None, projector: Path | No
         source.take(tensors, LLAMA, ("llm", "head"))
     else:
         file = llm / "config.json"
-        source = Source("llama", llm, hf_configs.llama_from_hf(hf_configs.read_json(file), file), None, _tokenizer(llm))
+        source = Source("llama", llm, hf_configs.llama_from_hf(read_object(file), file), None, _tokenizer(llm))
         source.take(read_directory(llm), LLAMA, ("llm", "head"))
     if vision_tower:
         config = vision_tower / "config.json"
-        source.vision = hf_configs.vision_from_hf(hf_configs.read_json(config), config, -2, "patch")
+        source.vision = hf_configs.vision_from_hf(read_object(config), config, -2, "patch")
         _take_vision(source, vision_tower)
     if projector:
         tensors = read_safetensors(projector) if projector.suffix == ".safetensors" else read_torch(projector)

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from voco_jax.config import llama_config, load_config, vision_config
 from voco_jax.convert.findings import listing
-from voco_jax.convert.hf_configs import read_json
 from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.rules import BY_OURS
@@ -17,6 +16,7 @@ from voco_jax.convert.sources import Key, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
 from voco_jax.convert.vocabulary import VOCABULARY
 from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
 
 # Of the configurations; these do not change what a model computes, and rows are compared as tensors.
 _FREE = ("vocab_size", "initializer_range", "max_position_embeddings")
@@ -64,7 +64,7 @@ def open_side(path: Path, vision_tower: Path | None = None) -> Side:
                 shapes[name, layer] = rule.transform.their_shape(shape[layer is not None :])
         configs = _flat(llama=llama_config(config), vision=vision_config(config))
         return Side(path, configs, shapes, lambda key: BY_OURS[key[0]].transform.to_theirs(stored.read(*key)))
-    if path.is_dir() and "mm_vision_tower" not in read_json(path / "config.json"):
+    if path.is_dir() and "mm_vision_tower" not in read_object(path / "config.json"):
         vision_tower = None
     source = open_source(path, vision_tower)
     problems = problems_of(source)

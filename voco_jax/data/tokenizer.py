@@ -8,6 +8,7 @@ from pathlib import Path
 import shutil
 
 from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
 
 VOCO_TOKEN = "<voco>"
 
@@ -60,7 +61,7 @@ def _legacy(directory: Path) -> dict[str, bool]:
     file = directory / "tokenizer_config.json"
     if not (directory / "tokenizer.model").exists() or (directory / "tokenizer.json").exists() or not file.exists():
         return {}
-    config = json.loads(file.read_text())
+    config = read_object(file)
     is_llama = str(config.get("tokenizer_class")).startswith("Llama")
     return {"legacy": True} if is_llama and config.get("legacy") is None else {}
 

@@ -1,0 +1,20 @@
+"""JSON files that users may have damaged."""
+
+import json
+import os
+
+from voco_jax.errors import UserError
+
+
+def read_object(path: str | os.PathLike, hint: str = "") -> dict:
+    """A file that holds one JSON object; UserError for any other, with a hint for one that is not there."""
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found{hint and f'; {hint}'}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, found {type(content).__name__}")
+    return content
