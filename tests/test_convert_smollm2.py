@@ -48,3 +48,15 @@ def test_tokenizer(smollm2, gguf_file):
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     text = "In 1984, 3.14 llamas' wool — naïve?\n\tprint(x)  # 你好<|im_start|>"
     assert smollm2.encoder.tokenizer(text).input_ids == tokenizer(text).input_ids
+
+
+def test_loss_on_a_sentence(smollm2):
+    """2.32 nats a token; 3.18 if the heads' dimensions stay in llama.cpp's order, which " Paris" would survive."""
+    text = "The Eiffel Tower is a wrought-iron lattice tower in Paris, France. It is named after the engineer Gustave "
+    text += "Eiffel, whose company designed and built the tower."
+    ids = np.array(smollm2.encoder.tokenizer(text).input_ids, np.int32)
+    row = pack_row([Sample(ids, np.ones(len(ids), bool), np.full(len(ids), -1, np.int32), num_images=0)], len(ids))
+    logits = np.asarray(smollm2.model(Read(*(getattr(row, name)[None] for name in Read._fields)), None))[0]
+    logits = logits - logits.max(-1, keepdims=True)
+    picked = logits[np.arange(len(ids) - 1), ids[1:]]
+    assert np.mean(np.log(np.exp(logits[:-1]).sum(-1)) - picked) < 2.6
