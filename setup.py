@@ -38,6 +38,8 @@ setup(
         "test": [
             "easy-vqa==1.0",
             "gguf>=0.17",
+            # libtpu, which compiles for TPUs and needs none
+            'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

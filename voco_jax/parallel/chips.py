@@ -1,0 +1,130 @@
+"""TPU chips in numbers, and a topology's devices for compiling where there is no TPU.
+
+Peaks, HBM and links are those of Google's pages on each generation (cloud.google.com/tpu/docs). The clock is what the
+peak and the matrix units make it: 131,072 FLOP a cycle × 1.50 GHz = 197 TFLOP/s (v5e), 262,144 × 1.75 (v5p),
+524,288 × 1.75 (v6e). v4 is not in the table: nothing here was checked on it.
+"""
+
+from dataclasses import dataclass
+import importlib.util
+import math
+import os
+import re
+
+from voco_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One kind of TPU chip, as the compiler sees it (a v5p chip's two cores are one device)."""
+
+    name: str  # 'v5e'
+    hbm_bytes: int  # what the compiler lets a program use is a little less
+    peak_flops: float  # bfloat16 FLOP/s
+    clock_hz: float
+    flops_per_cycle: int  # of all matrix units together
+    mxu_width: int  # rows and columns of a matrix unit: a smaller contraction or output leaves the rest idle
+    hbm_bandwidth: float  # bytes/s
+    ici_bandwidth: float  # bytes/s a chip, all links together
+    dimensions: int  # of the torus
+    accelerator_type: str  # TPU_ACCELERATOR_TYPE, {} is the number of cores as the name counts them
+    cores_per_chip: int  # in that name
+    chips_per_host: tuple[int, int, int]
+    examples: tuple[str, ...]
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v5e",
+            hbm_bytes=16 * 2**30,
+            peak_flops=197e12,
+            clock_hz=1.50e9,
+            flops_per_cycle=131_072,
+            mxu_width=128,
+            hbm_bandwidth=819e9,
+            ici_bandwidth=200e9,
+            dimensions=2,
+            accelerator_type="v5litepod-{}",
+            cores_per_chip=1,
+            chips_per_host=(2, 2, 1),
+            examples=("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
+        ),
+        Chip(
+            name="v5p",
+            hbm_bytes=95 * 2**30,
+            peak_flops=459e12,
+            clock_hz=1.75e9,
+            flops_per_cycle=262_144,
+            mxu_width=128,
+            hbm_bandwidth=2765e9,
+            ici_bandwidth=600e9,
+            dimensions=3,
+            accelerator_type="v5p-{}",
+            cores_per_chip=2,
+            chips_per_host=(2, 2, 1),
+            examples=("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4"),
+        ),
+        Chip(
+            name="v6e",
+            hbm_bytes=32 * 2**30,
+            peak_flops=918e12,
+            clock_hz=1.75e9,
+            flops_per_cycle=524_288,
+            mxu_width=256,
+            hbm_bandwidth=1640e9,
+            ici_bandwidth=448e9,
+            dimensions=2,
+            accelerator_type="v6e-{}",
+            cores_per_chip=1,
+            chips_per_host=(2, 2, 1),
+            examples=("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
+        ),
+    )
+}
+
+
+def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
+    """('v5e:8x8') → (the chip, (8, 8)); UserError lists the forms there are."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    chip = CHIPS.get(match[1]) if match else None
+    shape = tuple(map(int, match[2].split("x"))) if match else ()
+    if chip is None or len(shape) != chip.dimensions or math.prod(shape) == 0:
+        forms = ", ".join(example for chip in CHIPS.values() for example in chip.examples)
+        raise UserError(f"topology: expected chip:shape, for example {forms}; found {topology!r}")
+    return chip, shape
+
+
+def topology_devices(topology: str) -> tuple[Chip, list]:
+    """The chip, and the devices of a topology such as 'v5e:8x8': they compile and do not run. No TPU is needed.
+
+    Call it before jax is first used in the process: what libtpu reads from the environment is set here, and jax is
+    told to stay off real accelerators. Raises UserError where the name is not a topology or libtpu is not installed.
+    """
+    chip, shape = parse_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "libtpu, the TPU compiler, is not installed (it needs no TPU): pip install -e '.[tpu]' "
+            "brings jax[tpu] with the libtpu of the installed jax"
+        )
+    os.environ.update(
+        TPU_ACCELERATOR_TYPE=chip.accelerator_type.format(math.prod(shape) * chip.cores_per_chip),
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_SKIP_MDS_QUERY="1",  # no metadata server is asked what this machine is
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # compiling takes no chip: several processes may
+        JAX_PLATFORMS="cpu",
+    )
+    import jax  # not at the top: the environment comes first
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")  # where jax was imported before
+    # A slice smaller than a host is one host of that size.
+    bounds = tuple(min(a, b) for a, b in zip((*shape, 1)[:3], chip.chips_per_host, strict=True))
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, num_slices=1
+        )
+    except Exception as error:  # jaxlib raises its own kinds, with libtpu's words
+        raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
+    return chip, list(description.devices)
