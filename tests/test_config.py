@@ -3,9 +3,18 @@
 from pathlib import Path
 import re
 
+from absl import flags
 import pytest
 
-from voco_jax.config import default_config, first_difference, llama_config, load_config, parse_command_line, save_config
+from voco_jax.config import (
+    default_config,
+    first_difference,
+    llama_config,
+    load_config,
+    parse_command_line,
+    parse_flags,
+    save_config,
+)
 from voco_jax.errors import UserError
 from voco_jax.models import presets
 from voco_jax.models.llama import RopeScaling
@@ -43,6 +52,23 @@ def test_wrong_keys_and_values(argument, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_command_with_flags_of_its_own():
+    def define_flags(values):
+        flags.DEFINE_string("topology", "", "a slice", flag_values=values)
+        flags.DEFINE_integer("chips", 4, "of it", flag_values=values)
+
+    def parse(*arguments):
+        config, values = parse_flags(["aot", FILE, *arguments], define_flags)
+        return config.seed, values.topology, values.chips
+
+    assert parse("--topology=v5e:4x4", "--config.seed=3") == (3, "v5e:4x4", 4)
+    with pytest.raises(UserError, match="command line: flag --chips=many: invalid literal") as error:
+        parse("--chips=many")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="command line: Unknown command line flag 'topolgy'"):
+        parse("--topolgy=v5e:4x4")
+
+
 def test_a_config_file_that_is_not_there():
     with pytest.raises(UserError, match=r"--config=FILE is missing, for example --config=configs/easyvqa.py"):
         parse()
@@ -61,10 +87,12 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
 
 
 def test_saved_and_loaded(tmp_path):
-    config = parse(FILE, "--config.seed=7")
+    config = parse(FILE, "--config.seed=7", "--config.train.freeze=('vision_tower', 'llama.norm')")
+    assert config.train.freeze == ("vision_tower", "llama.norm")
     save_config(config, tmp_path / "config.json")
     loaded = load_config(tmp_path / "config.json")
     assert first_difference(config, loaded) is None
+    assert loaded.train.freeze == config.train.freeze  # which JSON takes for a list
     loaded.optim.b1 = 0.5
     assert first_difference(config, loaded) == ("optim.b1", 0.9, 0.5)
 

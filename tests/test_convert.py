@@ -110,6 +110,38 @@ def test_round_trip(golden_run, tmp_path, convert, format_name, monkeypatch, cap
         )
 
 
+@pytest.mark.parametrize("multiple", [1, 8, 128])
+def test_a_padded_vocabulary(multiple, golden_run, tmp_path, convert, monkeypatch, capsys):
+    """Zeros in our checkpoint, nothing of them in what is written: values and shapes are the original's, to the bit."""
+    run, voco, hf = tmp_path / "run", tmp_path / "voco", tmp_path / "hf"
+    arguments = ["--num-voco-tokens", 2, "--vocab-multiple", multiple, *TOKENIZER]
+    assert convert("to-jax", reference.DIRECTORY, run, *arguments)[0] == 0
+    llama, rows = load_run(run).model.llama, {1: 32001, 8: 32008, 128: 32128}[multiple]
+    embedding, head = np.asarray(llama.embed_tokens.embedding[...]), np.asarray(llama.lm_head.kernel[...])
+    assert embedding.shape == head.shape[::-1] == (rows, 32)
+    assert embedding[:32001].any(axis=1).all() and not embedding[32001:].any() and not head[:, 32001:].any()
+    config = json.loads((run / "config.json").read_text())["model"]["llama"]
+    assert (config["vocab_size"], config["vocab_multiple"]) == (32001, multiple)
+
+    assert convert("to-hf", run, voco, "--format", "voco")[0] == 0
+    assert convert("to-hf", run, hf, "--format", "llava-hf")[0] == 0
+    original = load_file(reference.DIRECTORY / "model.safetensors")
+    written, theirs = tensors_of(voco), tensors_of(hf)
+    assert written.keys() == original.keys()
+    for name, tensor in original.items():
+        assert written[name].shape == tensor.shape and written[name].tobytes() == tensor.tobytes(), name
+    fields = json.loads((voco / "config.json").read_text())
+    assert fields["vocab_size"] == 32001 and "vocab_multiple" not in fields
+    known = original["lm_head.weight"]  # <image> is one row more: the mean of those that are there
+    assert theirs["language_model.lm_head.weight"].shape == (32002, 32)
+    np.testing.assert_allclose(theirs["language_model.lm_head.weight"][-1], known.mean(0, np.float32), atol=1e-4)
+    for other in voco, reference.DIRECTORY, golden_run:  # the last is padded to 128
+        status, out, _ = convert("verify", run, other)
+        assert status == 0 and "96 of 96 tensors are identical" in out
+    golden = ["--checkpoint", run, "--golden", reference.DIRECTORY / "golden.npz"]
+    assert run_main(check_logits, monkeypatch, capsys, *golden)[0] == 0
+
+
 def test_verify_finds_one_changed_value(golden_run, tmp_path, convert):
     from safetensors.numpy import save_file
 
@@ -181,7 +213,8 @@ def test_inspect(convert, golden_run):
     assert "format: voco" in out and "2,176,112 parameters" in out and "llama.num_hidden_layers = 2" in out
     assert "model.layers.0.self_attn.q_proj.weight " in out and "everything fits" in out
     status, out, _ = convert("inspect", golden_run)
-    assert status == 0 and "format: voco_jax run, step 0" in out and "2,176,112 parameters" in out
+    assert status == 0 and "format: voco_jax run, step 0" in out and "llama.vocab_multiple = 128" in out
+    assert "2,176,112 parameters and 8,128 of padding" in out
     assert "llama.layers.q_proj.kernel " in out and "[2, 32, 4, 8]" in out
 
 
@@ -242,14 +275,16 @@ def test_rows_of_new_tokens(golden_run, tmp_path, convert, init, small_tokenizer
     params = load_run(run).model
     embedding = np.asarray(params.llama.embed_tokens.embedding[...], np.float32)
     known = load_file(reference.DIRECTORY / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
-    assert params.config.voco_token_id == 32003 and embedding.shape == (32004, 32)
+    assert params.config.voco_token_id == 32003 and embedding.shape == (32128, 32)
     np.testing.assert_array_equal(embedding[:32001], known)
+    np.testing.assert_array_equal(embedding[32004:], 0)
+    new = embedding[32001:32004]
     if init == "mean":
-        np.testing.assert_allclose(embedding[32001:], np.tile(known.mean(0), (3, 1)), atol=1e-3)
+        np.testing.assert_allclose(new, np.tile(known.mean(0), (3, 1)), atol=1e-3)
     else:
-        assert 0.015 < embedding[32001:].std() < 0.025
+        assert 0.015 < new.std() < 0.025
         head = np.asarray(params.llama.lm_head.kernel[...], np.float32).T
-        assert abs(np.corrcoef(embedding[32001:].ravel(), head[32001:].ravel())[0, 1]) < 0.5  # drawn apart
+        assert abs(np.corrcoef(new.ravel(), head[32001:32004].ravel())[0, 1]) < 0.5  # drawn apart
 
 
 def test_restored_straight_onto_a_mesh(golden_run):
@@ -279,6 +314,8 @@ for path, x in jax.tree_util.tree_leaves_with_path(restored):
     np.testing.assert_array_equal(np.asarray(x), stored.read(name))
 kernel = restored["llama"]["layers"]["gate_proj"]["kernel"]
 assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 16)} and len(kernel.sharding.device_set) == 8
+embedding = restored["llama"]["embed_tokens"]["embedding"]  # 32,001 rows would not shard
+assert {s.data.shape for s in embedding.addressable_shards} == {(32128 // 2, 32 // 4)}
 """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     result = subprocess.run([sys.executable, "-c", script, golden_run], env=environment, capture_output=True, text=True)
@@ -302,6 +339,7 @@ def test_training_goes_on_from_a_converted_checkpoint(golden_run, tmp_path):
     assert str(before.dtype) == "float16" and str(after.dtype) == "float32"
     difference = np.abs(np.asarray(after) - np.asarray(before, np.float32))
     assert 0 < difference.max() < 3 * config.optim.learning_rate
+    assert run.config.model.llama.vocab_multiple == 128 and not np.asarray(after)[32001:].any()
     assert run.encoder.tokenizer.get_vocab() == load_run(golden_run).encoder.tokenizer.get_vocab()
     with pytest.raises(UserError, match=r"llama.hidden_size: .*run has 32, found 64; with init_from it need not"):
         train(parse_command_line(["train", *arguments, "--config.model.llama.hidden_size=64"]))

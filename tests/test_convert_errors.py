@@ -379,6 +379,7 @@ def test_bad_arguments(source, tmp_path, convert, golden_run):  # noqa: F811
             "to-hf", golden_run, tmp_path / "run", "--format", "voco", "--max-shard-size", "5 parsecs",
         ),
         "--num-voco-tokens: expected at least 1": ("to-jax", source, tmp_path / "run", "--num-voco-tokens", 0),
+        "--vocab-multiple: expected at least 1, found 0": ("to-jax", source, tmp_path / "run", "--vocab-multiple", 0),
         "expected a directory or a .gguf file": ("to-jax", source / "config.json", tmp_path / "run", *TOKENIZER),
     }  # fmt: skip
     for message, arguments in bad.items():

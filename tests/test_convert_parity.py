@@ -252,9 +252,10 @@ def test_a_padded_row_becomes_that_of_a_new_token(tmp_path, convert):  # noqa: F
         assert convert(*arguments)[0] == 0
         ours = load_run(run).model
         embedding = np.asarray(ours.llama.embed_tokens.embedding[...])
-        assert ours.config.voco_token_id == 32001 and embedding.shape == rows.shape
+        assert ours.config.voco_token_id == 32001 and embedding.shape == (32128, 32)
+        assert not embedding[len(rows) :].any()
         others = np.arange(len(rows)) != 32001
-        np.testing.assert_array_equal(embedding[others], rows[others])
+        np.testing.assert_array_equal(embedding[: len(rows)][others], rows[others])
         if init == "mean":
             np.testing.assert_allclose(embedding[32001], rows[others].mean(0), atol=1e-4)
         else:

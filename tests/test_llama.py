@@ -1,3 +1,6 @@
+import dataclasses
+
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,7 @@ import pytest
 
 from voco_jax.models import presets
 from voco_jax.models.linear import LinearGeneral, dot_general
-from voco_jax.models.llama import LlamaConfig, RopeScaling, apply_rope, rope_frequencies, rope_tables
+from voco_jax.models.llama import Llama, LlamaConfig, RopeScaling, apply_rope, rope_frequencies, rope_tables
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import abstract_model
@@ -79,6 +82,45 @@ def test_vision_presets_have_the_real_sizes(vision, parameters, patches):
 def test_wrong_vision_dimensions(wrong, message):
     with pytest.raises(ValueError, match=message):
         ViTConfig(**wrong)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_of_the_vocabulary_changes_nothing(tied):
+    """The same logits; and no gradient goes into the rows that no token has, whatever stands in them."""
+    plain = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    padded = dataclasses.replace(plain, vocab_multiple=32)
+    assert (plain.padded_vocab_size, padded.padded_vocab_size) == (50, 64)
+    model, wide = Llama(plain, rngs=nnx.Rngs(0)), Llama(padded, rngs=nnx.Rngs(1))
+    graphdef, state = nnx.split(wide)
+    params = nnx.to_pure_dict(state)
+    assert params["embed_tokens"]["embedding"].shape == (64, 16)
+    narrow = nnx.to_pure_dict(nnx.state(model))
+    params["embed_tokens"]["embedding"] = (
+        params["embed_tokens"]["embedding"].at[:50].set(narrow["embed_tokens"]["embedding"])
+    )
+    if not tied:
+        assert params["lm_head"]["kernel"].shape == (16, 64)
+        params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[:, :50].set(narrow["lm_head"]["kernel"])
+    tokens = jnp.array([[3, 49, 7], [0, 1, 2]])
+
+    def logits(model):
+        return model.logits(model.embed_tokens(tokens))
+
+    def loss(params):
+        return jax.nn.logsumexp(logits(nnx.merge(graphdef, params)), axis=-1).sum()
+
+    found = logits(nnx.merge(graphdef, params))
+    assert found.shape == (2, 3, 50)
+    np.testing.assert_allclose(found, logits(model), atol=1e-6, rtol=0)
+    gradients = jax.grad(loss)(params)
+    embedding = gradients["embed_tokens"]["embedding"]
+    assert np.abs(embedding[:50]).max() > 0 and not embedding[50:].any()
+    if not tied:
+        head = gradients["lm_head"]["kernel"]
+        assert np.abs(head[:, :50]).min(axis=0).all() and not head[:, 50:].any()
 
 
 def test_dot_general_is_laxs():

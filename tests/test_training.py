@@ -16,7 +16,7 @@ import pytest
 from tests import tiny
 from voco_jax.config import load_config, save_config
 from voco_jax.errors import UserError
-from voco_jax.run import load_run
+from voco_jax.run import begin_with_run, load_run
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.loop import train
 
@@ -140,7 +140,7 @@ def test_a_directory_held_by_another_process(tmp_path):
         (dict(data__aspect_ratio="stretch"), "config.data.aspect_ratio: expected pad or crop, found 'stretch'"),
         (dict(model__compressor="pool"), "config.model: compressor must be one of voco, none, average_pool, qformer"),
         (dict(model__llama__num_attention_heads=3), r"config.model: num_attention_heads \(3\) must be a multiple"),
-        (dict(model__attention="flash"), "attention 'flash' is unknown; there are: xla"),
+        (dict(model__attention="flash"), "attention 'flash' is unknown; there are: cudnn, splash, xla"),
         (
             dict(model__dtype="float33"),
             "config.model.dtype: expected auto, .* or float16; found 'float33'",
@@ -163,6 +163,12 @@ def test_a_directory_held_by_another_process(tmp_path):
         (dict(optim__b2=1.0), "config.optim.b2: expected at least 0 and below 1, found 1.0"),
         (dict(train__log_every=0), "config.train.log_every: expected at least 1, found 0"),
         (dict(tokenizer__source="./nowhere"), "tokenizer './nowhere': directory not found"),
+        (
+            dict(mesh__tensor=2),
+            "config.mesh: expected sizes whose product is 1, the devices there are; found data 1, .*2",
+        ),
+        (dict(model__remat="some"), "config.model: remat must be one of none, full, .*; found 'some'"),
+        (dict(train__freeze="('vision',)"), "train.freeze: expected parts such as .*vision_tower; found 'vision'"),
     ],
 )
 def test_configs_that_cannot_be(tmp_path, changes, message):
@@ -171,6 +177,24 @@ def test_configs_that_cannot_be(tmp_path, changes, message):
         train(tiny.config(tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_no_directory(tmp_path):
+    config = tiny.config(tmp_path)
+    config.workdir = "gs://bucket/run"
+    with pytest.raises(UserError, match="config.workdir: expected a directory of .*found 'gs://bucket/run'"):
+        train(config)
+
+
+def test_a_run_that_begins_with_another(tiny_run, tmp_path):
+    """Dimensions, tokenizer and parameters are the other's, whose config does not say how long its vocabulary is."""
+    config = tiny.config(
+        tmp_path / "run", init_from=tiny_run, optim__learning_rate=1e-9, optim__warmup_steps=0, train__steps=3
+    )
+    assert begin_with_run(config).model.llama.vocab_size == load_run(tiny_run).model.config.llama.vocab_size
+    run = train(config)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params(run), params(tiny_run))
+    assert train(config) == run  # complete: the config that was stored is the one that is asked for
 
 
 def test_a_loss_that_is_no_number(tmp_path):

@@ -49,6 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the tokenizer in SRC")
     command.add_argument("--init-missing", action="store_true", help="draw a missing projector or vision tower")
     command.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    command.add_argument(
+        "--vocab-multiple",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary to shard (default 128; 1: none)",
+    )
 
     command = commands.add_parser("to-hf", help="a PyTorch checkpoint from a run directory")
     command.add_argument("run", type=Path)
@@ -95,8 +102,16 @@ def main() -> None:
         source = source_of(args, sources)
         if args.num_voco_tokens < 1:
             raise UserError(f"--num-voco-tokens: expected at least 1, found {args.num_voco_tokens}")
+        if args.vocab_multiple < 1:
+            raise UserError(f"--vocab-multiple: expected at least 1, found {args.vocab_multiple}")
         options = Options(
-            args.dtype, args.voco_init, args.num_voco_tokens, args.compressor, args.init_missing, args.seed
+            args.dtype,
+            args.voco_init,
+            args.num_voco_tokens,
+            args.compressor,
+            args.init_missing,
+            args.seed,
+            args.vocab_multiple,
         )
         warn(to_jax(source, destination, args.tokenizer, options))
         print(f"written: {destination} (ask it: python -m voco_jax.ask --run {destination} --image FILE QUESTION)")

@@ -1,6 +1,6 @@
 """Configurations: every key with its default and meaning, and the command line that sets them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import math
@@ -32,8 +32,15 @@ def default_config() -> ConfigDict:
     config.model.num_qformer_layers = 2
     config.model.param_dtype = "float32"
     config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
-    config.model.attention = "xla"
+    config.model.attention = "xla"  # any platform; or 'splash' (TPU), 'cudnn' (NVIDIA GPU): see voco_jax/attention
+    config.model.remat = "none"  # or 'full' and lines between: REMAT in voco_jax/models/stack.py
     config.model.unroll_layers = False  # straight-line code: for few and small layers
+
+    config.mesh = ConfigDict()  # devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.frame = 1
+    config.mesh.tensor = 1
 
     config.tokenizer = ConfigDict()
     config.tokenizer.source = "train"  # a directory or a hub name; 'train' makes a small one from the data
@@ -63,6 +70,7 @@ def default_config() -> ConfigDict:
     config.optim.clip_norm = 1.0
 
     config.train = ConfigDict()
+    config.train.freeze = ()  # parts that stay as they are, for example ("vision_tower",) or ("llama.layers",)
     config.train.steps = 1000
     config.train.log_every = 20
     config.train.checkpoint_every = 500
@@ -103,15 +111,23 @@ def vision_config(config: ConfigDict) -> ViTConfig:
 
 def parse_command_line(argv: Sequence[str]) -> ConfigDict:
     """The config of `--config=FILE --config.key=value …`; UserError names a wrong key's nearest valid one."""
+    return parse_flags(argv, lambda values: None)[0]
+
+
+def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> tuple[ConfigDict, flags.FlagValues]:
+    """`parse_command_line` for a command with flags of its own, which `define` adds to the ones for the config."""
     values = flags.FlagValues()
     argv = list(argv)
     config_flags.DEFINE_config_file(
         "config", None, "a Python file with get_config()", flag_values=values, sys_argv=argv
     )
+    define(values)
+    own = sorted(set(values) - {"config"})
     try:
         rest = values(argv)
         if len(rest) > 1:
-            raise UserError(f"command line: {rest[1]!r} is no option; use --config=FILE --config.KEY=VALUE")
+            options = ", ".join(["--config=FILE --config.KEY=VALUE", *(f"--{name}" for name in own)])
+            raise UserError(f"command line: {rest[1]!r} is no option; use {options}")
         if values["config"].value is None:
             if any(argument.startswith("--config=") for argument in argv):
                 raise UserError("config: get_config() of the config file returned nothing")
@@ -119,9 +135,11 @@ def parse_command_line(argv: Sequence[str]) -> ConfigDict:
         config = values["config"].value
         config.to_dict()  # a file that could not be read shows itself here
         check_ranges(config)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except flags.Error as error:
+        raise UserError(f"command line: {_one_line(error)}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"config: {_one_line(error)}") from error
-    return config
+    return config, values
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
@@ -159,7 +177,7 @@ RANGES = {
         f"model.{part}.{key}": (1, None)
         for part, keys in {
             "llama": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim max_position_embeddings",
+            "num_key_value_heads head_dim max_position_embeddings vocab_multiple",
             "vision": "image_size patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads",
         }.items()
         for key in keys.split()
@@ -167,6 +185,7 @@ RANGES = {
     "model.llama.rope_theta": (1, None),
     **{f"model.{key}": (0, None) for key in ("llama.initializer_range", "vision.initializer_range")},
     **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
+    **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "frame", "tensor")},
     "tokenizer.vocab_size": (1, None),
     "data.batch_size": (1, None),
     "data.images_per_record": (0, None),

@@ -66,6 +66,8 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
     directory = Path(config.init_from).expanduser()
     run = load_config(directory / "config.json")
     config, default = config.copy_and_resolve_references(), default_config()
+    # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
+    run.model.llama.vocab_size = make_model_config(run, load_tokenizer(directory / "tokenizer")).llama.vocab_size
     with config.unlocked():
         for part in ("llama", "vision"):
             for key, value in config.model[part].items():
@@ -101,6 +103,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             dtype=resolve_dtype(m.dtype),
             param_dtype=resolve_dtype(m.param_dtype, "param_dtype"),
             attention=m.attention,
+            remat=m.remat,
             unroll_layers=m.unroll_layers,
         )
     except ValueError as error:
@@ -142,11 +145,14 @@ def abstract_model(model_config: VoCoConfig):
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init_params(model_config: VoCoConfig, seed: int, parts: Collection[str] | None = None):
-    """Random parameters, a nested dict of arrays: all, or some of the top level's ('projector' …) alone."""
+def init_params(model_config: VoCoConfig, seed: int, parts: Collection[str] | None = None, shardings=None):
+    """Random parameters, a nested dict of arrays: all, or some of the top level's ('projector' …) alone.
+
+    With `shardings` each device makes its own shards, and no more; the numbers are the same on any mesh.
+    """
 
     def init():
         params = nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(seed))))
         return params if parts is None else {part: params[part] for part in parts}
 
-    return jax.jit(init)()
+    return jax.jit(init, out_shardings=shardings)()

@@ -1,14 +1,30 @@
 """Attention kernels behind one interface, chosen by name.
 
-An adapter is a module with two functions, `causal(q, k, v, segment_ids)` for training and prefill and
-`cached(q, k, v, lengths)` for decoding (see `xla.py`, the adapter for any platform). Both streams of the model need
-nothing else: the compress stream is causal attention over images as batch, the read stream causal attention inside
-segments. An adapter that cannot honour a request raises; nothing falls back.
+An adapter is a module with four functions (shapes and limits in `xla.py`, the adapter for any platform):
+
+    causal(q, k, v, segment_ids)      the read stream: causal attention inside the segments of a row
+    chunked(q, k, v, chunk)           the compress stream: rows of images, each `chunk` tokens, causal in itself
+    row_shape(num_segments, chunk)    how the kernel likes images laid out in rows: (images a row, places a row)
+    cached(q, k, v, lengths)          decoding: one query a row
+
+An adapter that cannot honour a request raises ValueError; nothing falls back.
+
+| adapter  | platform                  | causal, chunked                   | rows of images          |
+|----------|---------------------------|-----------------------------------|-------------------------|
+| `xla`    | any                       | every pair of tokens              | one image, no padding   |
+| `splash` | TPU; CPU, interpreted     | only blocks with a visible pair   | several images, padding |
+| `cudnn`  | NVIDIA GPU, 16-bit floats | fused; packed text through a bias | one image, no padding   |
+
+Decoding is XLA's everywhere, because none of the fused kernels is made for one query a row: that step reads the cache
+once, and memory bandwidth is all there is to it.
+
+Under an ambient mesh (`jax.set_mesh`) rows are sharded over data and fsdp, rows of images over frame too, heads over
+tensor.
 """
 
-from voco_jax.attention import xla
+from voco_jax.attention import cudnn, splash, xla
 
-ADAPTERS = {"xla": xla}
+ADAPTERS = {"xla": xla, "splash": splash, "cudnn": cudnn}
 
 
 def get_adapter(name: str):

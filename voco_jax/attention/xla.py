@@ -1,6 +1,9 @@
 """Attention by XLA: any platform, any layout; what every other kernel is compared with."""
 
+from collections.abc import Callable
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 
@@ -8,22 +11,52 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     """Causal attention inside segments: query i sees key j where j ≤ i and both stand in the same segment.
 
     Args:
-      q: queries [B, T, N, H]; k, v: keys and values [B, T, G, H], N a multiple of G.
-      segment_ids: integers [B, T], or None for one segment a row. Padding is a segment of its own like any other.
+      q: queries [R, T, N, H], not scaled; k, v: keys and values [R, T, G, H], N a multiple of G.
+      segment_ids: integers [R, T], or None for one segment a row. Padding is a segment of its own like any other.
 
-    Returns: [B, T, N, H]
+    Returns: [R, T, N, H]
     """
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), "context")
+
+
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+    """Causal attention inside segments of `chunk` tokens that follow each other from a row's start.
+
+    Args:
+      q: queries [R, C, N, H], not scaled; k, v: keys and values [R, C, G, H]. C // chunk segments, then C % chunk
+        places of padding.
+
+    Returns: [R, C, N, H]. Padding's outputs are finite and mean nothing (here: zeros).
+    """
+    return each_chunk(causal, q, k, v, chunk)
+
+
+def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
+    """How one device's `num_segments` segments are best laid out: (segments a row, places a row C).
+
+    Segments a row divide num_segments; C is at least segments a row · chunk. Here: one segment, no padding.
+    """
+    return 1, chunk
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-    """One decoding step: each row's query sees the first `lengths` [B] places of its cache.
+    """One decoding step: each row's query sees the first `lengths` [R] places of its cache.
 
     Args:
-      q: [B, 1, N, H]; k, v: [B, C, G, H] with C ≥ lengths.
+      q: [R, 1, N, H]; k, v: [R, C, G, H] with C ≥ lengths.
 
-    Returns: [B, 1, N, H]
+    Returns: [R, 1, N, H]
     """
     visible = jnp.arange(k.shape[1]) < lengths[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None, :])
+
+
+def each_chunk(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+    """`chunked` by a causal kernel that takes one segment a row: `attend(q, k, v)` of [R·segments, chunk, …]."""
+    num_rows, length = q.shape[:2]
+    used = length // chunk * chunk
+    if not used:
+        raise ValueError(f"attention: a row of {length} places does not hold a segment of {chunk} tokens")
+    attended = attend(*(x[:, :used].reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v)))
+    return jnp.pad(attended.reshape(num_rows, used, *q.shape[2:]), ((0, 0), (0, length - used), (0, 0), (0, 0)))

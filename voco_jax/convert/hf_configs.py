@@ -65,7 +65,7 @@ def llama_from_hf(fields: dict, file: Path) -> LlamaConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{file}: rope_type: expected 'default' or 'llama3', found {kind!r}")
-    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_theta", "rope_scaling"}
+    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_theta", "rope_scaling", "vocab_multiple"}
     defaults = {"intermediate_size": 11008, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     values = defaults | {"vocab_size": 32000} | {name: fields[name] for name in names if fields.get(name) is not None}
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
@@ -173,6 +173,7 @@ def vision_of_hub(name: str, file: Path, select_layer: int, select_feature: str)
 def llama_to_hf(config: LlamaConfig) -> dict:
     """Fields that transformers before and after version 5 read."""
     fields = dataclasses.asdict(config)
+    del fields["vocab_multiple"]  # padding is cut on the way out
     scaling = fields.pop("rope_scaling")
     if scaling is not None:
         fields["rope_scaling"] = {"rope_type": "llama3", **scaling}

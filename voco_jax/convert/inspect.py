@@ -4,12 +4,15 @@ import dataclasses
 import math
 from pathlib import Path
 
-from voco_jax.config import llama_config, load_config, vision_config
+from voco_jax.config import load_config, vision_config
 from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import check_source
+from voco_jax.convert.vocabulary import VOCABULARY
+from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import make_model_config
 
 
 def describe(source: Source) -> tuple[str, bool]:
@@ -40,12 +43,16 @@ def describe(source: Source) -> tuple[str, bool]:
 def describe_run(run: Path) -> str:
     """Report on a run directory of ours."""
     config, stored = load_config(run / "config.json"), StoredParams(run)
+    llama = make_model_config(config, load_tokenizer(run / "tokenizer")).llama
+    num_tables = sum(path in stored.shapes for path in VOCABULARY)
+    padding = num_tables * (llama.padded_vocab_size - llama.vocab_size) * llama.hidden_size
     parameters = sum(math.prod(shape) for shape in stored.shapes.values())
     size = sum(math.prod(shape) * stored.dtype(path).itemsize for path, shape in stored.shapes.items())
     lines = [f"format: voco_jax run, step {stored.step}", f"tokenizer: {run / 'tokenizer'}", "", "configuration"]
     lines += [f"  compressor = {config.model.compressor!r}", f"  num_voco_tokens = {config.model.num_voco_tokens}"]
-    lines += _configuration("llama", llama_config(config)) + _configuration("vision", vision_config(config))
-    lines += ["", f"{len(stored.shapes)} arrays, {parameters:,} parameters, {size / 1e9:.2f} GB", ""]
+    lines += _configuration("llama", llama) + _configuration("vision", vision_config(config))
+    count = f"{parameters - padding:,} parameters" + (f" and {padding:,} of padding" if padding else "")
+    lines += ["", f"{len(stored.shapes)} arrays, {count}, {size / 1e9:.2f} GB", ""]
     return "\n".join(lines + _columns([[p, stored.dtype(p).name, str(list(s))] for p, s in stored.shapes.items()]))
 
 

@@ -19,7 +19,7 @@ from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.safetensors_files import write_safetensors
 from voco_jax.convert.tensors import DTYPES, Tensor
-from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
+from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
 from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
@@ -40,8 +40,8 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
     format, num_image_rows = WRITTEN[format_name], 0
     if format_name == "llava-hf":
         num_image_rows = add_image_token(tokenizer, model_config)
-    findings = Findings()
-    tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, num_image_rows))
+    findings, vocab_size = Findings(), model_config.llama.vocab_size
+    tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, vocab_size, num_image_rows))
     # The released code's vision tower lies inside and, as it reads it, beside
     beside = [(n.removeprefix(format.vision), t) for n, t in tensors if n.startswith(format.vision)]
     beside = [(VISION[0].vision + n, t) for n, t in beside] if format_name == "voco" else []
@@ -81,20 +81,23 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
 
 
 def named_tensors(
-    stored: StoredParams, format: Format, dtype, findings: Findings, num_image_rows: int
+    stored: StoredParams, format: Format, dtype, findings: Findings, vocab_size: int, num_image_rows: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) in the order of the layers; values are read, and checked, when their turn comes."""
+    """(name, tensor) in the order of the layers; values are read, and checked, when their turn comes.
+
+    The vocabulary's padding is cut, and rows for `<image>` follow.
+    """
 
     def tensor(path: str, layer: int | None, name: str) -> Tensor:
         rule = BY_OURS[path]
-        shape = rule.transform.their_shape(stored.shapes[path][layer is not None :])
+        shape = true_shape(path, rule.transform.their_shape(stored.shapes[path][layer is not None :]), vocab_size)
         wanted = dtype or stored.dtype(path)
         rows = num_image_rows if path in VOCABULARY else 0
         shape = (shape[0] + rows, *shape[1:])
 
         def read() -> np.ndarray:
             values = findings.check(name, stored.read(path, layer), wanted)
-            values = rule.transform.to_theirs(values)
+            values = without_padding(path, rule.transform.to_theirs(values), vocab_size)
             return with_fresh_rows(values, shape[0]) if rows else values
 
         return Tensor(shape, wanted, Path(path), read)

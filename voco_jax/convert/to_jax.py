@@ -26,7 +26,10 @@ from voco_jax.run import abstract_model, init_params, make_model_config
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`dtype` None: as stored. `voco_init`: the rows of added tokens are drawn ('normal') or the mean row ('mean')."""
+    """`dtype` None: as stored. `voco_init`: the rows of added tokens are drawn ('normal') or the mean row ('mean').
+
+    `vocab_multiple`: zeros pad the vocabulary to a multiple of it, which shards over so many devices.
+    """
 
     dtype: str | None = None
     voco_init: str = "mean"
@@ -34,6 +37,7 @@ class Options:
     compressor: str = "voco"
     init_missing: bool = False
     seed: int = 0
+    vocab_multiple: int = 128
 
 
 def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True) -> list[str]:
@@ -41,7 +45,7 @@ def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True
 
     `same_dtypes`: the layers of a stack must have one dtype.
     """
-    as_stored = dataclasses.replace(config.llama, vocab_size=source.llama.vocab_size)
+    as_stored = dataclasses.replace(config.llama, vocab_size=source.llama.vocab_size, vocab_multiple=1)
     _, params = abstract_model(dataclasses.replace(config, llama=as_stored, voco_token_id=0))
     problems = list(source.problems)
     parts = source.parts()
@@ -104,7 +108,9 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
     fresh = {model_config.voco_token_id} if voco_is_new and source.format != "voco" else set()
     findings = Findings()
     drawn = init_params(model_config, options.seed, missing)
-    parameters = jax.tree_util.tree_map_with_path(parameter_maker(source, options, findings, drawn, fresh), ours)
+    parameters = jax.tree_util.tree_map_with_path(
+        parameter_maker(source, options, findings, drawn, fresh, model_config.llama.vocab_size), ours
+    )
     total = sum(parameter.nbytes for parameter in jax.tree.leaves(parameters))
     check_space(destination, total)
     with new_directory(destination) as run:
@@ -116,10 +122,13 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
         return findings.finish(source.path)
 
 
-def parameter_maker(source: Source, options: Options, findings: Findings, drawn: dict, fresh: set[int]) -> Callable:
+def parameter_maker(
+    source: Source, options: Options, findings: Findings, drawn: dict, fresh: set[int], vocab_size: int
+) -> Callable:
     """From (key path, shape and dtype of our parameter) to how it comes out of the source; nothing is read yet.
 
-    `drawn`: parts that the source does not have; `fresh`: tokens whose rows are new though the source has them.
+    `drawn`: parts that the source does not have; `fresh`: tokens whose rows are new though the source has them;
+    `vocab_size`: rows without padding.
     """
     dtype = DTYPES[options.dtype] if options.dtype else None
 
@@ -135,9 +144,9 @@ def parameter_maker(source: Source, options: Options, findings: Findings, drawn:
             key = path, layer if rule.stacked else None
             values = findings.check(source.names[key], source.tensors[key].read(), wanted)
             if path in VOCABULARY:
-                num_rows = rule.transform.their_shape(leaf.shape)[0]
+                padded_rows = rule.transform.their_shape(leaf.shape)[0]
                 std, seed = source.llama.initializer_range, (options.seed, VOCABULARY.index(path))
-                values = with_fresh_rows(values, num_rows, fresh, options.voco_init, std, seed)
+                values = with_fresh_rows(values, vocab_size, fresh, options.voco_init, std, seed, padded_rows)
             return rule.transform.to_ours(values, leaf.shape[1:] if rule.stacked else leaf.shape)
 
         return Parameter(leaf.shape, wanted, rule.stacked, read)
@@ -149,7 +158,11 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
     """The config of the run: dimensions as the source has them, the defaults of VoCo training for the rest."""
     config = default_config()
     with config.unlocked():
-        llama = dataclasses.replace(source.llama, vocab_size=max(vocabulary, source.llama.vocab_size))
+        llama = dataclasses.replace(
+            source.llama,
+            vocab_size=max(vocabulary, source.llama.vocab_size),
+            vocab_multiple=options.vocab_multiple,
+        )
         config.model.llama = ConfigDict(dataclasses.asdict(llama), convert_dict=True)
         if source.vision is not None:
             config.model.vision = ConfigDict(dataclasses.asdict(source.vision), convert_dict=True)

@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.config import llama_config, load_config, vision_config
+from voco_jax.config import load_config, vision_config
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Key, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
-from voco_jax.convert.vocabulary import VOCABULARY
+from voco_jax.convert.vocabulary import VOCABULARY, true_shape, without_padding
+from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
+from voco_jax.run import make_model_config
 
-# Of the configurations; these do not change what a model computes, and rows are compared as tensors.
-_FREE = ("vocab_size", "initializer_range", "max_position_embeddings")
+# Of the configurations; these do not change what a model computes, and rows, but for padding, are compared as tensors.
+_FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +57,24 @@ def open_side(path: Path, vision_tower: Path | None = None) -> Side:
     """
     if (path / "checkpoints").is_dir():
         stored, config = StoredParams(path), load_config(path / "config.json")
+        llama = make_model_config(config, load_tokenizer(path / "tokenizer")).llama
         shapes = {}
         for name, shape in stored.shapes.items():
             rule = BY_OURS.get(name)
             if rule is None:
                 raise UserError(f"{path}: {name}: no format has a place for it; it cannot be compared")
             for layer in range(shape[0]) if rule.stacked else (None,):
-                shapes[name, layer] = rule.transform.their_shape(shape[layer is not None :])
-        configs = _flat(llama=llama_config(config), vision=vision_config(config))
-        return Side(path, configs, shapes, lambda key: BY_OURS[key[0]].transform.to_theirs(stored.read(*key)))
+                theirs = rule.transform.their_shape(shape[layer is not None :])
+                if name in VOCABULARY and theirs[0] != llama.padded_vocab_size:
+                    expected = f"{llama.padded_vocab_size} rows with padding"
+                    raise UserError(f"{path}: {name}: config.json has {expected}, found {theirs[0]}")
+                shapes[name, layer] = true_shape(name, theirs, llama.vocab_size)
+
+        def read(key: Key) -> np.ndarray:
+            theirs = BY_OURS[key[0]].transform.to_theirs(stored.read(*key))
+            return without_padding(key[0], theirs, llama.vocab_size)
+
+        return Side(path, _flat(llama=llama, vision=vision_config(config)), shapes, read)
     if path.is_dir() and "mm_vision_tower" not in read_object(path / "config.json"):
         vision_tower = None
     source = open_source(path, vision_tower)

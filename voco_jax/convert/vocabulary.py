@@ -1,4 +1,4 @@
-"""Rows of the embedding and the head for tokens that a checkpoint does not have yet."""
+"""Rows of the embedding and the head for tokens that a checkpoint does not have yet, and rows that only pad them."""
 
 from collections.abc import Collection, Sequence
 
@@ -15,21 +15,36 @@ def with_fresh_rows(
     init: str = "mean",
     std: float = 0.0,
     seed: int | Sequence[int] = 0,
+    padded_rows: int = 0,
 ) -> np.ndarray:
     """[vocabulary, D] with `num_rows` rows; new are those at the end and those that `fresh` names.
 
     `init`: 'mean', each is the mean of the rows that are not new; 'normal', drawn with this standard deviation.
+    `padded_rows`: zeros follow, up to so many rows.
     """
     fresh = sorted({*fresh, *range(len(values), num_rows)})
-    if not fresh:
+    padded_rows = max(padded_rows, num_rows)
+    if not fresh and padded_rows == len(values):
         return values
-    if init == "mean":
+    if not fresh:
+        new = values[:0]
+    elif init == "mean":
         overwritten = [i for i in fresh if i < len(values)]
         total = values.sum(axis=0, dtype=np.float32) - values[overwritten].sum(axis=0, dtype=np.float32)
         new = total / (len(values) - len(overwritten))
     else:
         new = std * np.random.default_rng(seed).normal(size=(len(fresh), values.shape[1]))
-    result = np.empty((num_rows, values.shape[1]), values.dtype)
+    result = np.zeros((padded_rows, values.shape[1]), values.dtype)
     result[: len(values)] = values
     result[fresh] = new.astype(values.dtype)
     return result
+
+
+def true_shape(path: str, theirs: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """A tensor's shape in their layout, without rows of padding."""
+    return (vocab_size, *theirs[1:]) if path in VOCABULARY else theirs
+
+
+def without_padding(path: str, theirs: np.ndarray, vocab_size: int) -> np.ndarray:
+    """A tensor in their layout, without rows of padding."""
+    return theirs[:vocab_size] if path in VOCABULARY else theirs

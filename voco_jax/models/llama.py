@@ -14,10 +14,12 @@ import math
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import stack_layers
+from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Field names are those of Hugging Face's `LlamaConfig`."""
+    """Field names are those of Hugging Face's `LlamaConfig`, but for `vocab_multiple`: how we store a vocabulary."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -47,6 +49,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    vocab_multiple: int = 1  # rows of embedding and head are padded to a multiple of it, so that they shard
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -58,6 +61,11 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, found {self.head_dim}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows that the embedding and the head have (V'); nothing ever looks at those from `vocab_size` on."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:
@@ -79,17 +87,48 @@ def rope_frequencies(config: LlamaConfig) -> jax.Array:
 
 
 def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., T, 1, H/2] in float32 for integer positions [..., T]."""
+    """Cosines and sines [..., T, 1, H], float32, for integer positions [..., T]; the first half of sines is negated."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate heads [..., T, heads, H]; dimension i is paired with i + H/2, as in Hugging Face's Llama."""
     cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    turned = jnp.dot(x, half_turn(x.shape[-1], x.dtype), precision=jax.lax.Precision.HIGHEST)
+    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def half_turn(size: int, dtype) -> jax.Array:
+    """The matrix that swaps the halves of [..., size]; each result is one term, and so exact in any dtype.
+
+    A TPU would have to move halves of its 128 lanes about for a slice or a roll, which takes longer than this product.
+    """
+    return jnp.roll(jnp.eye(size, dtype=dtype), size // 2, axis=0)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x`, computed once and written to memory; so is its gradient.
+
+    XLA for TPUs would rather compute a norm or an activation again for each tile of the matrix product that takes it,
+    which makes the product 10 to 40 % longer by the compiler's own estimate.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+@jax.custom_vjp
+def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up, SwiGLU's activation; its gradients are made in one pass, each written once (see `whole`)."""
+    return jax.nn.silu(gate) * up
+
+
+def _silu_times_bwd(kept, gradient):
+    *kept, gradient = whole((*kept, gradient))
+    return whole(jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *kept)[1](gradient))
+
+
+silu_times.defvjp(lambda gate, up: (silu_times(gate, up), (gate, up)), _silu_times_bwd)
 
 
 class LlamaLayer(nnx.Module):
@@ -123,18 +162,19 @@ class LlamaLayer(nnx.Module):
 
     def project_kv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys before rotary positions and values, each [B, T, G, H]."""
-        y = self.input_layernorm(x_BTD)
+        y = whole(self.input_layernorm(x_BTD))
         return self.k_proj(y), self.v_proj(y)
 
     def project_q(self, x_BTD: jax.Array) -> jax.Array:
         """Queries before rotary positions: [B, T, N, H]."""
-        return self.q_proj(self.input_layernorm(x_BTD))
+        return self.q_proj(whole(self.input_layernorm(x_BTD)))
 
     def finish(self, x_BTD: jax.Array, attended_BTNH: jax.Array) -> jax.Array:
         """Residual stream after attention's output projection and the SwiGLU MLP."""
-        x_BTD = x_BTD + self.o_proj(attended_BTNH)
-        y = self.post_attention_layernorm(x_BTD)
-        return x_BTD + self.down_proj(jax.nn.silu(self.gate_proj(y)) * self.up_proj(y))
+        x_BTD = x_BTD + checkpoint_name(self.o_proj(attended_BTNH), "attention_out")
+        y = whole(self.post_attention_layernorm(x_BTD))
+        gate, up = checkpoint_name(self.gate_proj(y), "gate"), checkpoint_name(self.up_proj(y), "up")
+        return x_BTD + self.down_proj(whole(silu_times(gate, up)))
 
 
 class Llama(nnx.Module):
@@ -145,8 +185,9 @@ class Llama(nnx.Module):
         self.dtype = dtype
         init = nnx.initializers.normal(config.initializer_range)
         self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.hidden_size, embedding_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+            config.padded_vocab_size, config.hidden_size, embedding_init=init,
+            dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
         self.layers = stack_layers(
             lambda rngs: LlamaLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             config.num_hidden_layers,
@@ -157,14 +198,33 @@ class Llama(nnx.Module):
         )
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, use_bias=False, kernel_init=init,
+                config.hidden_size, config.padded_vocab_size, use_bias=False, kernel_init=init,
                 dtype=dtype, param_dtype=param_dtype, preferred_element_type=jnp.float32, rngs=rngs,
             )  # fmt: skip
 
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embeddings [B, T, D] of token ids [B, T].
+
+        Over a mesh every device looks its columns up for all tokens, and rows travel home: 4,096 numbers a token
+        rather than the table, and gradients are summed in the table's own precision where they stay.
+        """
+        if jax.sharding.get_abstract_mesh().empty:
+            return self.embed_tokens(tokens_BT)
+        table = constrain(self.embed_tokens.embedding[...], None, PARAMS)
+        x = jnp.take(table, constrain(tokens_BT, "data"), axis=0).astype(self.dtype)
+        x = constrain(constrain(x, "data", None, PARAMS), "data", None, "fsdp")
+        return constrain(x, ROWS)
+
+    def head(self) -> jax.Array:
+        """The matrix [D, V'] from normalised hidden states to logits, as it is stored."""
+        return self.embed_tokens.embedding[...].T if self.config.tie_word_embeddings else self.lm_head.kernel[...]
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Next-token logits [B, T, V] in float32, never rounded to the type of the computation."""
+        """Next-token logits [B, T, V] in float32, never rounded to the type of the computation; none for padding."""
         hidden_BTD = self.norm(hidden_BTD)
         if self.config.tie_word_embeddings:
             embedding_VD = self.embed_tokens.embedding[...].astype(self.dtype)
-            return jnp.einsum("...d,vd->...v", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
-        return self.lm_head(hidden_BTD)
+            logits = jnp.einsum("...d,vd->...v", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(hidden_BTD)
+        return logits[..., : self.config.vocab_size]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.models.linear import Linear, LinearGeneral
-from voco_jax.models.stack import apply_if, scan_layers, stack_layers
+from voco_jax.models.stack import apply_below, scan_layers, stack_layers
+from voco_jax.parallel.mesh import IMAGES, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,18 @@ class ViTLayer(nnx.Module):
 class ViT(nnx.Module):
     """Pictures to features: `pixel_values` [..., height, width, 3] to [..., features, D_vision]."""
 
-    def __init__(self, config: ViTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, unroll=False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        unroll: bool = False,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
         c = self.config = config
-        self.dtype = dtype
-        self.unroll = unroll
+        self.dtype, self.unroll, self.remat = dtype, unroll, remat
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         init = nnx.initializers.normal(c.initializer_range)
         # A convolution whose stride is its size is one matrix product on flattened patches (row, column, channel).
@@ -121,13 +130,13 @@ class ViT(nnx.Module):
         x = self.patch_embedding(patches)
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, c.hidden_size))
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
-        x = self.pre_layernorm(x)
+        x = constrain(self.pre_layernorm(x), IMAGES)
 
         def body(layer, x, _, index):
-            active = c.num_active_layers == c.num_hidden_layers or index < c.num_active_layers
-            return apply_if(active, layer, x), None
+            x = apply_below(index, c.num_active_layers, c.num_hidden_layers, layer, x)
+            return constrain(x, IMAGES), None
 
-        x, _ = scan_layers(body, x, self.layers, unroll=self.unroll)
+        x, _ = scan_layers(body, x, self.layers, dtype=self.dtype, unroll=self.unroll, remat=self.remat)
         if c.select_feature == "patch":
             x = x[:, 1:]
         return x.reshape(*lead, *x.shape[1:])

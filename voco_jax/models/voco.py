@@ -19,16 +19,19 @@ the read stream like words, and there is no compress stream: LLaVA, and the pape
 import dataclasses
 from typing import NamedTuple
 
+import einops
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from voco_jax import attention
 from voco_jax.models.compressors import AveragePool, QFormer
 from voco_jax.models.llama import Llama, LlamaConfig, apply_rope, rope_tables
 from voco_jax.models.projector import Projector
-from voco_jax.models.stack import apply_if, scan_layers
+from voco_jax.models.stack import REMAT, apply_below, scan_layers
 from voco_jax.models.vit import ViT, ViTConfig
+from voco_jax.parallel.mesh import IMAGES, ROWS, axis_size, constrain
 
 COMPRESSORS = ("voco", "none", "average_pool", "qformer")
 
@@ -53,10 +56,13 @@ class VoCoConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "xla"
+    remat: str = "none"
     unroll_layers: bool = False
 
     def __post_init__(self):
         attention.get_adapter(self.attention)  # a name that does not exist shows itself here
+        if self.remat != "none" and self.remat not in REMAT:
+            raise ValueError(f"remat must be one of none, {', '.join(REMAT)}; found {self.remat!r}")
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; found {self.compressor!r}")
         if self.compressor == "voco" and self.num_voco_tokens < 1:
@@ -119,7 +125,7 @@ class VoCoLlama(nnx.Module):
         c = self.config = config
         kwargs = dict(dtype=jnp.dtype(c.dtype), param_dtype=jnp.dtype(c.param_dtype), rngs=rngs)
         self.attention = attention.get_adapter(c.attention)
-        self.vision_tower = ViT(c.vision, unroll=c.unroll_layers, **kwargs)
+        self.vision_tower = ViT(c.vision, unroll=c.unroll_layers, remat=c.remat, **kwargs)
         self.projector = Projector(c.vision.hidden_size, c.llama.hidden_size, **kwargs)
         self.llama = Llama(c.llama, **kwargs)
         if c.compressor == "average_pool":
@@ -133,36 +139,45 @@ class VoCoLlama(nnx.Module):
     # ---- The public functions: one for training, three for inference -------------------------------------------
 
     def __call__(self, read: Read, pixel_values: jax.Array | None) -> jax.Array:
-        """Next-token logits [B, T, V] (float32) of read rows and their own images [B, I, height, width, 3]."""
+        """Next-token logits [R, T, V] (float32) of read rows and their images [B, I, height, width, 3]."""
+        return self.llama.logits(self.hidden(read, pixel_values))
+
+    def hidden(self, read: Read, pixel_values: jax.Array | None) -> jax.Array:
+        """As `__call__`, before the final norm and the head: [R, T, D]."""
         features = self.encode_images(pixel_values) if pixel_values is not None and pixel_values.shape[1] else None
-        return self.forward(read, features)
+        return self._hidden(read, features)
 
     def encode_images(self, pixel_values: jax.Array) -> jax.Array:
         """Visual embeddings [B, I, P, D] of pictures [B, I, height, width, 3] (one token with external compressors)."""
-        features = self.projector(self.vision_tower(pixel_values))
+        features = self.projector(self.vision_tower(by_device(pixel_values)))
         if self.config.compressor in ("average_pool", "qformer"):
             features = self.compressor(features)
-        return features
+        return constrain(by_row(features, *pixel_values.shape[:2]), ROWS, "frame")
 
     def forward(self, read: Read, features: jax.Array | None) -> jax.Array:
         """As `__call__`, from visual embeddings [B, I, P, D]."""
-        compress = (
-            self._compress_inputs(features) if self.config.compressor == "voco" and features is not None else None
-        )
+        return self.llama.logits(self._hidden(read, features))
+
+    def _hidden(self, read: Read, features: jax.Array | None) -> jax.Array:
+        compress = self._compress_rows(features) if self.config.compressor == "voco" and features is not None else None
         _, hidden, _, _ = self._run(compress, read, self._read_inputs(read, features))
-        return self.llama.logits(hidden)
+        return hidden
 
     def compress(self, features: jax.Array) -> Memory:
         """The memory of the images whose embeddings are [B, I, P, D]."""
         self._require_voco("compress")
-        _, _, memory, _ = self._run(self._compress_inputs(features))
+        _, _, memory, _ = self._run(self._compress_rows(features))
         return memory
 
     def compress_logits(self, features: jax.Array) -> jax.Array:
         """Logits [B, I, S, V] of the compress stream itself: no use but to compare with other implementations."""
         self._require_voco("compress_logits")
-        hidden, _, _, _ = self._run(self._compress_inputs(features), whole_last_layer=True)
-        return self.llama.logits(hidden)
+        rows = self._compress_rows(features)
+        hidden, _, _, _ = self._run(rows, whole_last_layer=True)
+        segments = hidden[:, : rows.segments_per_row * self.config.compress_length]
+        return self.llama.logits(
+            by_row(segments.reshape(-1, self.config.compress_length, hidden.shape[-1]), *rows.images)
+        )
 
     def prefill(self, read: Read, lengths: jax.Array, visual: Memory | jax.Array | None) -> tuple[jax.Array, Cache]:
         """Read prompts [B, T] of the given lengths (the rest is padding on the right), one conversation a row.
@@ -185,21 +200,30 @@ class VoCoLlama(nnx.Module):
 
     # ---- Inputs of the streams ---------------------------------------------------------------------------------
 
-    def _compress_inputs(self, features: jax.Array) -> jax.Array:
-        """[B, I, P, D] to segments [B, I, S, D]: prefix, image, suffix, K VoCo tokens."""
+    def _compress_rows(self, features: jax.Array) -> "CompressRows":
+        """[B, I, P, D] to segments (prefix, image, suffix, K VoCo tokens), laid out over rows as the kernel likes them.
+
+        Images stay on the device that has their embeddings: a device's images, and no others, share its rows.
+        """
         c = self.config
-        num_rows, num_images, _, hidden_size = features.shape
+        images, hidden_size = features.shape[:2], features.shape[-1]
+        features = by_device(features)
+        n = len(features)
+        per_row, length = self.attention.row_shape(n // axis_size(*IMAGES), c.compress_length)
 
         def text(ids):
             embedded = self.llama.embed_tokens(jnp.array(ids, jnp.int32))
-            return jnp.broadcast_to(embedded, (num_rows, num_images, len(ids), hidden_size))
+            return jnp.broadcast_to(embedded, (n, len(ids), hidden_size))
 
         suffix = (*c.suffix_ids, *(c.voco_token_id,) * c.num_voco_tokens)
-        return jnp.concatenate([text(c.prefix_ids), features, text(suffix)], axis=2)
+        x = jnp.concatenate([text(c.prefix_ids), features, text(suffix)], axis=1)
+        x = x.reshape(n // per_row, per_row * c.compress_length, hidden_size)
+        x = constrain(jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0)]), IMAGES)
+        return CompressRows(x, per_row, images)
 
     def _read_inputs(self, read: Read, features: jax.Array | None) -> jax.Array:
         """Embeddings [B, T, D]; without VoCo compression the visual tokens' come from the images' [B, I, M, D]."""
-        embedded = self.llama.embed_tokens(read.tokens)
+        embedded = self.llama.embed(read.tokens)
         if self.config.compressor == "voco" or features is None:
             return embedded
         return fill_visual(embedded, features.reshape(len(features), -1, features.shape[-1]), read.visual)
@@ -212,7 +236,7 @@ class VoCoLlama(nnx.Module):
 
     def _run(
         self,
-        compress: jax.Array | None,
+        compress: "CompressRows | None",
         read: Read | None = None,
         read_embeddings: jax.Array | None = None,
         memory: Memory | None = None,
@@ -222,13 +246,14 @@ class VoCoLlama(nnx.Module):
     ):
         """Run the streams that are given through all layers.
 
-        compress [B, I, S, D] makes the memory that `read` uses; without it, `memory` is what was kept of an earlier
-        run. With `cache`, `read` is one token a row that joins it. Returns (compress hidden states, read hidden
+        compress makes the memory that `read` uses; without it, `memory` is what was kept of an earlier run. With
+        `cache`, `read` is one token a row that joins it. Returns (compress hidden states [rows, C, D], read hidden
         states, memory, (keys, values) of the read stream), None where there is nothing.
         """
         c, adapter = self.config, self.attention
-        K, last = c.num_voco_tokens, c.llama.num_hidden_layers - 1
-        compress_rope = None if compress is None else rope_tables(c.llama, jnp.arange(compress.shape[2]))
+        K, S, num_layers = c.num_voco_tokens, c.compress_length, c.llama.num_hidden_layers
+        rows, segments = (None, None) if compress is None else (compress.rows, compress)
+        compress_rope = None if rows is None else rope_tables(c.llama, jnp.arange(rows.shape[1]) % S)
         read_rope = None if read is None else rope_tables(c.llama, read.positions)
 
         def body(layer, carry, kept, index):
@@ -236,34 +261,67 @@ class VoCoLlama(nnx.Module):
             memory, cached = kept
             if compress is not None:
                 k, v = layer.project_kv(compress)
-                memory = tuple(m[:, :, -K:].reshape(len(m), -1, *m.shape[3:]) for m in (k, v))
+                memory = tuple(segments.slots(m, S, K) for m in (k, v))
 
                 def advance(compress):
-                    q = apply_rope(layer.project_q(compress), compress_rope)
-                    q, k_, v_ = (m.reshape(-1, *m.shape[2:]) for m in (q, apply_rope(k, compress_rope), v))
-                    return layer.finish(compress, adapter.causal(q, k_, v_).reshape(*compress.shape[:3], *q.shape[2:]))
+                    q = checkpoint_name(apply_rope(layer.project_q(compress), compress_rope), "query")
+                    k_, v_ = checkpoint_name(apply_rope(k, compress_rope), "key"), checkpoint_name(v, "value")
+                    return constrain(layer.finish(compress, adapter.chunked(q, k_, v_, S)), IMAGES)
 
                 # Nobody reads what the compress stream's last layer would put out: its K and V are all it is for.
-                compress = apply_if(whole_last_layer or index != last, advance, compress)
+                run = num_layers if whole_last_layer else num_layers - 1
+                compress = apply_below(index, run, num_layers, advance, compress)
             if x is None:
                 return (compress, x), (memory, None)
-            q = apply_rope(layer.project_q(x), read_rope)
+            q = checkpoint_name(apply_rope(layer.project_q(x), read_rope), "query")
             k, v = layer.project_kv(x)
             if memory is not None:
                 k, v = (fill_visual(text, visual, read.visual) for text, visual in zip((k, v), memory, strict=True))
-            k = apply_rope(k, read_rope)
+            k, v = checkpoint_name(apply_rope(k, read_rope), "key"), checkpoint_name(v, "value")
             if cached is None:
                 attended = adapter.causal(q, k, v, read.segment_ids)
             else:
                 k, v = (append(old, new, cache.lengths) for old, new in zip(cached, (k, v), strict=True))
                 attended = adapter.cached(q, k, v, cache.lengths + 1)
-            return (compress, layer.finish(x, attended)), (memory, (k, v))
+            return (compress, constrain(layer.finish(x, attended), ROWS)), (memory, (k, v))
 
         kept = (memory, None if cache is None else (cache.keys, cache.values))
         (compress, x), (memory, keys_values) = scan_layers(
-            body, (compress, read_embeddings), self.llama.layers, kept, unroll=c.unroll_layers
-        )
+            body, (rows, read_embeddings), self.llama.layers, kept,
+            dtype=jnp.dtype(c.dtype), unroll=c.unroll_layers, remat=c.remat,
+        )  # fmt: skip
         return compress, x, None if memory is None else Memory(*memory), keys_values
+
+
+class CompressRows(NamedTuple):
+    """The compress stream's input: `rows` [rows, C, D], each with some images' segments, then padding.
+
+    Images are in the order of `by_device`.
+    """
+
+    rows: jax.Array
+    segments_per_row: int
+    images: tuple[int, int]  # B, I
+
+    def slots(self, x: jax.Array, segment_length: int, num_tokens: int) -> jax.Array:
+        """The last places of each segment of [rows, C, G, H]: [B, I·K, G, H], on all devices that share the rows."""
+        ends = [(i + 1) * segment_length for i in range(self.segments_per_row)]
+        x = jnp.stack([x[:, end - num_tokens : end] for end in ends], axis=1)
+        x = by_row(x.reshape(-1, num_tokens, *x.shape[3:]), *self.images)
+        # Over the frame axis this is where a row's frames meet, and all that ever travels of them.
+        return constrain(x.reshape(len(x), -1, *x.shape[3:]), ROWS, None, "tensor")
+
+
+def by_device(x: jax.Array) -> jax.Array:
+    """Images [B, I, ...] to [B·I, ...], ordered (row shard, frame shard, row, image): each device's in one piece."""
+    x = einops.rearrange(x, "(r b) (f i) ... -> (r f b i) ...", r=axis_size(*ROWS), f=axis_size("frame"))
+    return constrain(x, IMAGES)
+
+
+def by_row(x: jax.Array, num_rows: int, num_images: int) -> jax.Array:
+    """The way back: [B·I, ...] to [B, I, ...]."""
+    r, f = axis_size(*ROWS), axis_size("frame")
+    return einops.rearrange(x, "(r f b i) ... -> (r b) (f i) ...", r=r, f=f, b=num_rows // r, i=num_images // f)
 
 
 def fill_visual(text: jax.Array, visual: jax.Array, index: jax.Array) -> jax.Array:

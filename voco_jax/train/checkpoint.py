@@ -16,7 +16,11 @@ _HANDLERS = {
 
 
 class Checkpointer:
-    """`<run>/checkpoints/<step>/`. A save is written apart and renamed, so a killed one leaves no half checkpoint."""
+    """`<run>/checkpoints/<step>/`. A save is written apart and renamed, so a killed one leaves no half checkpoint.
+
+    Of several processes, each writes and reads its own shards: all must call the same methods in the same order, with
+    arrays that are spread over all devices (or copied to all), and one data_state, of which the first's is kept.
+    """
 
     def __init__(self, run: Path, *, create: bool = False, keep: int = 2):
         self.directory = Path(run).resolve() / "checkpoints"
@@ -39,12 +43,15 @@ class Checkpointer:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, params, opt_state):
-        """(params, opt_state, data_state) of a step, shaped, typed and sharded as the abstract values given."""
+        """(params, opt_state, data_state) of a step, shaped, typed and sharded as the abstract values given.
+
+        What has no sharding goes to one device, wherever it was when it was saved.
+        """
         self._check_shapes(step, params)
         items = self._restore(
             step,
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(opt_state),
+            params=ocp.args.StandardRestore(_placed(params)),
+            opt_state=ocp.args.StandardRestore(_placed(opt_state)),
             data=ocp.args.JsonRestore(),
         )
         return items.params, items.opt_state, items.data
@@ -55,7 +62,7 @@ class Checkpointer:
         if step is None:
             raise UserError(f"{self.directory}: no checkpoint found")
         self._check_shapes(step, params)
-        return step, self._restore(step, params=ocp.args.StandardRestore(params)).params
+        return step, self._restore(step, params=ocp.args.StandardRestore(_placed(params))).params
 
     def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Shape by dotted path of the stored parameters; UserError for a damaged checkpoint."""
@@ -97,6 +104,14 @@ def _by_layers(path, param) -> ocp.SaveArgs:
     if not any(getattr(key, "key", None) == "layers" for key in path):
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=max(1, param.nbytes // param.shape[0]), shard_axes=(0,))
+
+
+def _placed(tree):
+    """Abstract values, all with a sharding: Orbax would ask for the devices that they were saved from."""
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda x: x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree
+    )
 
 
 def _named_shapes(tree):

@@ -1,37 +1,71 @@
 """The trainer, top down: data, model, optimizer, resume, loop."""
 
+from collections.abc import Callable
 import contextlib
+import functools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+import optax
 
 from voco_jax.data.conversations import get_template
 from voco_jax.data.pipeline import encode_records, make_dataset, report_line
 from voco_jax.data.sources import load_records
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.run import (
-    abstract_model,
-    begin_with_run,
-    init_params,
-    make_encoder,
-    make_model_config,
-    make_processor,
-)
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.parallel.distributed import check_same, together
+from voco_jax.parallel.mesh import make_mesh
+from voco_jax.parallel.sharding import batch_shardings, put_batch
+from voco_jax.run import begin_with_run, init_params, make_encoder, make_model_config, make_processor
 from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.train.freeze import split_params
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
-from voco_jax.train.workdir import check_workdir, open_workdir
+from voco_jax.train.workdir import check_workdir, open_workdir, workdir_path
+
+
+class _Setup(NamedTuple):
+    """What can be made, and found wrong, before a directory is written."""
+
+    config: ConfigDict
+    workdir: Path
+    resuming: bool
+    mesh: Mesh
+    tokenizer: Any
+    model_config: VoCoConfig
+    batches: Any
+    optimizer: optax.GradientTransformation
+    state: AbstractState
+    train_step: Callable
 
 
 def train(config: ConfigDict) -> Path:
-    """Train as the config says, from the run's newest checkpoint if there is one; returns the run directory."""
+    """Train as the config says, from the run's newest checkpoint if there is one; returns the run directory.
+
+    Several processes (`voco_jax/parallel/distributed.py`) call it together.
+    """
+    with together():  # so nothing in it waits for other processes
+        run = _set_up(config)
+    vocabulary = sorted(run.tokenizer.get_vocab().items())
+    check_same({"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary})
+    with jax.set_mesh(run.mesh):
+        _train(run)
+    return run.workdir
+
+
+def _set_up(config: ConfigDict) -> _Setup:
     config = begin_with_run(config)
-    workdir = Path(config.workdir).expanduser()
+    workdir = workdir_path(config)
     resuming = check_workdir(workdir, config)
+    mesh = make_mesh(config.mesh)
 
     # Data
     records = load_records(config.data.source, config.data.train_split)
@@ -39,57 +73,62 @@ def train(config: ConfigDict) -> Path:
     tokenizer = _make_tokenizer(config, records, workdir if resuming else None)
     model_config = make_model_config(config, tokenizer)
     encoded, counts = encode_records(records, make_encoder(config, tokenizer, model_config), config.data.row_length)
-    print(f"data: {config.data.source}/{config.data.train_split}: {len(encoded)} records, {report_line(counts)}")
+    _say(f"data: {config.data.source}/{config.data.train_split}: {len(encoded)} records, {report_line(counts)}")
     _check_positions(encoded, model_config)
+    # Every process makes every batch whole, and puts the rows of its own devices there (a pipeline a host is to come).
     batches = iter(make_dataset(encoded, config.data, make_processor(config), config.seed))
 
-    # Model and optimizer
+    # Model and optimizer, their places on the mesh
     optimizer = make_optimizer(config.optim, config.train.steps)
-    graphdef, abstract_params = abstract_model(model_config)
-    abstract_opt_state = jax.eval_shape(optimizer.init, abstract_params)
-    train_step = make_train_step(graphdef, optimizer)
-    num_params = sum(x.size for x in jax.tree.leaves(abstract_params))
-    print(f"model: {num_params:,} parameters, compressor {model_config.compressor}, {model_config.dtype}")
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, model_config, optimizer, mesh)
+        train_step = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
+        num_params, num_frozen = (_count(p) for p in split_params(state.params, config.train.freeze))
+        frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
+        _say(f"model: {num_params:,} parameters{frozen}, compressor {model_config.compressor}, {model_config.dtype}")
+        # The directory comes into being only later, when what can be wrong with the input has shown itself
+        if not resuming:
+            _try_first_batch(batches, train_step, state)
+    return _Setup(config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step)
 
-    # The directory comes into being only now, when what can be wrong with the input has shown itself
-    if not resuming:
-        _try_first_batch(batches, train_step, abstract_params, abstract_opt_state)
+
+def _train(run: _Setup) -> None:
+    config, state, batches, workdir = run.config, run.state, run.batches, run.workdir
     with (
-        open_workdir(workdir, config, tokenizer),
+        open_workdir(workdir, config, run.tokenizer),
         contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer,
     ):
         # Where to begin
         start = checkpointer.latest_step() or 0
         if start:
-            params, opt_state, data_state = checkpointer.restore(start, abstract_params, abstract_opt_state)
+            params, opt_state, data_state = checkpointer.restore(start, state.params, state.opt_state)
             batches.set_state(data_state)
-            state = "complete" if start == config.train.steps else "resuming"
-            print(f"{workdir}: {state}, at step {start} of {config.train.steps}")
+            progress = "complete" if start == config.train.steps else "resuming"
+            _say(f"{workdir}: {progress}, at step {start} of {config.train.steps}")
         else:
-            params = _first_params(config, model_config, abstract_params)
-            opt_state = jax.jit(optimizer.init)(params)
+            params = _first_params(config, run.model_config, state)
+            opt_state = init_opt_state(config, run.optimizer, params, state.shardings[1])
 
         # The loop
         with MetricsLog(workdir / "metrics.jsonl", start, config.train) as log:
             for step in range(start + 1, config.train.steps + 1):
                 batch = next(batches)
                 count = int(batch.pop("num_conversations").sum())
-                params, opt_state, loss = train_step(params, opt_state, batch)
+                params, opt_state, loss = run.train_step(params, opt_state, put_batch(run.mesh, batch))
                 log.add(step, loss, count)
                 if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                     log.settle()
                     _check_finite(params, step)
                     checkpointer.save(step, params, opt_state, batches.get_state())
-    return workdir
 
 
-def _first_params(config: ConfigDict, model_config, abstract_params):
+def _first_params(config: ConfigDict, model_config, state: AbstractState):
     """Those of the run to begin with, in this run's dtype; or random ones."""
     if not config.init_from:
-        return init_params(model_config, config.seed)
+        return init_params(model_config, config.seed, shardings=state.shardings[0])
     with contextlib.closing(Checkpointer(Path(config.init_from).expanduser())) as checkpointer:
-        step, params = checkpointer.restore_params(abstract_params)
-    print(f"parameters: {config.init_from}, step {step}")
+        step, params = checkpointer.restore_params(state.params)
+    _say(f"parameters: {config.init_from}, step {step}")
     return params
 
 
@@ -104,19 +143,29 @@ def _check_positions(encoded, model_config) -> None:
             )
 
 
-def _try_first_batch(batches, train_step, abstract_params, abstract_opt_state) -> None:
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _count(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _try_first_batch(batches, train_step, state: AbstractState) -> None:
     """Make a batch and trace the step with it, computing nothing; what cannot be done raises here."""
-    state = batches.get_state()
+    place = batches.get_state()
     batch = next(batches)
     batch.pop("num_conversations")
-    batches.set_state(state)
+    batches.set_state(place)
+    batch_shardings(jax.sharding.get_mesh(), batch)
     try:
-        jax.eval_shape(train_step, abstract_params, abstract_opt_state, batch)
+        jax.eval_shape(train_step, state.params, state.opt_state, batch)
     except ValueError as error:
         raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
 
 
-@jax.jit
+@functools.partial(jax.jit, out_shardings=P())
 def _all_finite(params) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 

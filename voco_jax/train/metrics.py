@@ -1,6 +1,7 @@
 """What a run says of itself while it trains: a progress bar, and `metrics.jsonl` for plots."""
 
 import json
+import os
 from pathlib import Path
 import sys
 import time
@@ -18,15 +19,21 @@ class MetricsLog:
 
     A step's loss is read when the next step is already under way. What a killed run logged after its last checkpoint
     is forgotten: those steps are about to come again, and give the same lines but for the clock.
+
+    Of several processes the first alone writes and shows, but all look at the loss, so that all end when it is no
+    number. `questions` are those of all processes.
     """
 
     def __init__(self, path: Path, start: int, train: ConfigDict):
-        self._path, self._train = path, train
+        first = jax.process_index() == 0
+        self._path, self._train = path if first else Path(os.devnull), train
         self._pending: tuple[int, jax.Array] | None = None
         self._losses: list[float] = []
         self._questions, self._since = 0, None
         interval = 0.5 if sys.stderr.isatty() else 20
-        self._bar = tqdm(total=train.steps, initial=start, unit="step", desc="training", mininterval=interval)
+        self._bar = tqdm(
+            total=train.steps, initial=start, unit="step", desc="training", mininterval=interval, disable=not first
+        )
 
     def __enter__(self):
         _drop_after(self._path, self._bar.n)

@@ -1,0 +1,35 @@
+"""VoCo-LLaMA 7B: the released recipe's image stage, all of the language model and the projector, on a TPU slice.
+
+Does it fit, and how fast should it be? A machine without a TPU can tell:
+
+python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
+"""
+
+from voco_jax.config import default_config, llama_preset, vision_preset
+
+
+def get_config():
+    config = default_config()
+    config.workdir = "runs/voco_7b"
+
+    config.model.llama = llama_preset("vicuna-7b")
+    config.model.llama.vocab_size = 32001  # Llama's 32,000 and <voco>
+    config.model.llama.vocab_multiple = 128
+    config.model.vision = vision_preset("clip-vit-l-14-336")
+    config.model.num_voco_tokens = 1  # 576 patches → 1
+    config.model.dtype = "bfloat16"
+    config.model.attention = "splash"
+    config.model.remat = "full"
+
+    config.data.batch_size = 128  # pictures, each with one conversation in a row of its own
+    config.data.conversations_per_record = 1
+    config.data.rows_per_record = 1
+    config.data.row_length = 2048
+
+    config.optim.learning_rate = 2e-5
+    config.optim.b2 = 0.999
+    config.optim.warmup_steps = 312  # 3 %
+
+    config.train.freeze = ("vision_tower",)
+    config.train.steps = 10400  # two epochs of 665,000 conversations
+    return config

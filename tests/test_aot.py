@@ -1,0 +1,121 @@
+"""`python -m voco_jax.aot` as a person or a program reads it, on programs small enough to compile in seconds."""
+
+from dataclasses import dataclass
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.commands import run_main
+from voco_jax import aot
+from voco_jax.config import default_config
+from voco_jax.parallel.chips import CHIPS, topology_devices
+
+CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8"),
+        (["--topology=v5e:8"], "topology: expected chip:shape, for example v5e:2x2,"),
+        (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
+        (["--topology=v5e:2x2", "--fast"], "fast"),
+        (["--topology=v5e:2x2", "more"], "'more' is no option; use --config=FILE --config.KEY=VALUE, --json"),
+        (["--topology=v5e:2x2", "--xla=vmem"], "--xla: expected NAME=VALUE, found 'vmem'"),
+        pytest.param(["--topology=v6e:3x5"], "topology v6e:3x5: ", marks=needs_libtpu),
+    ],
+)
+def test_what_cannot_be_asked(monkeypatch, capsys, arguments, message):
+    status, output, error = run_main(aot, monkeypatch, capsys, f"--config={CONFIG}", *arguments)
+    assert (status, output) == (2, "")
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert any(part in error for part in message.split("|")), error
+
+
+@dataclass(frozen=True)
+class Small:
+    """A program of one matmul and an all-gather."""
+
+    function: object
+    arguments: tuple
+    model_flops: float = 2 * 4096.0 * 1024 * 1024
+    tokens: int = 4096
+    images: int = 3
+
+
+def small_program(mesh, rows: int) -> Small:
+    def step(x, w):
+        return jnp.tanh(x @ w)
+
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    shapes = ((rows, 1024), (1024, 1024))
+    return Small(jax.jit(step), tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spec) for shape in shapes))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    _, devices = topology_devices("v5e:2x2")
+    return jax.sharding.Mesh(np.array(devices).reshape(1, 4, 1, 1), ("data", "fsdp", "frame", "tensor"))
+
+
+ABOUT = {"chips": 4, "compile_seconds": 1.0, "jax": "0", "libtpu": "0"}
+
+
+@needs_libtpu
+def test_report(mesh):
+    program = small_program(mesh, 4096)
+    compiled, seconds = aot.compile_step(program, mesh)
+    assert seconds > 0
+    report = json.loads(json.dumps(aot.make_report(program, compiled, CHIPS["v5e"], 4)))
+    assert report["program_flops"] == report["model_flops"]
+    assert report["hbm"]["arguments"] == aot.argument_bytes(program) == (4096 + 1024) * 1024 * 2 / 4
+    assert report["hbm"]["total"] == sum(report["hbm"][k] for k in ("arguments", "outputs", "temporaries", "program"))
+    (low, high), tokens, mfu = (report[key] for key in ("step_seconds", "tokens_per_second", "mfu"))
+    assert 0 < low <= high
+    assert tokens == [4096 / high, 4096 / low]
+    assert mfu == [report["model_flops"] / (4 * 197e12 * s) for s in (high, low)] and mfu[1] < 1
+    text = aot.render(ABOUT | report, "headline")
+    assert len(text.splitlines()) <= 42 and max(map(len, text.splitlines())) <= 120
+    for part in ("arguments", "of 16", "4,096   and 3 images", "all-gather", "MFU", "matmul"):
+        assert part in text
+
+
+@needs_libtpu
+def test_too_large(mesh):
+    program = small_program(mesh, 2**25)  # 16 GiB a device come in, and as much goes out
+    with pytest.raises(aot.DoesNotFit) as found:
+        aot.compile_step(program, mesh)
+    assert found.value.needed > 16 * 2**30 > found.value.available > 15 * 2**30
+    assert aot.argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
+
+
+def test_advice():
+    config = default_config()
+    with config.unlocked():
+        config.data.batch_size = 64
+        config.model.remat = "dots"
+    shape = {"data": 2, "fsdp": 4, "frame": 1, "tensor": 1}
+    weights = aot.advice(config, shape, arguments=12e9, available=16e9)  # weights and optimizer fill it
+    assert weights[0].startswith("config.mesh.fsdp") and "2 times over" in weights[0]
+    activations = aot.advice(config, shape, arguments=1e9, available=16e9)
+    assert activations[0] == "config.data.batch_size (now 64, 8 a device): fewer rows a device"
+    assert activations[1].startswith("config.model.remat (now 'dots')")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: … Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+        ("the total memory required for HLO temporaries (56.00G) exceeds available HBM (15.75G).", 56),
+    ],
+)
+def test_libtpu_says_how_much(message, needed):
+    error = aot.too_large(message)
+    assert (error.needed, error.available) == (needed * 2**30, 15.75 * 2**30)
+    assert aot.too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None

@@ -1,0 +1,250 @@
+"""Does this run fit that TPU slice, and how fast should it be? Asked of the TPU compiler, on a machine without a TPU.
+
+    python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
+    python -m voco_jax.aot --config=… --config.data.batch_size=256 --topology=v5p:2x2x4 --step=compress --json
+
+The whole step is compiled as it would be for the real slice; nothing is run. HBM is what the compiler assigns. Times
+are estimates from its cycles; `voco_jax/parallel/hlo_cost.py` says how they come about. What does not fit ends with
+status 1 and says by how much.
+"""
+
+from dataclasses import asdict
+import importlib.metadata
+import json
+import math
+import re
+import sys
+import time
+
+from absl import flags
+import jax
+from ml_collections import ConfigDict
+
+from voco_jax.config import parse_flags
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.parallel.chips import Chip, topology_devices
+from voco_jax.parallel.hlo_cost import estimate
+
+STEPS = ("train", "compress", "read", "decode")
+GIB = 2**30
+
+
+class DoesNotFit(Exception):
+    """The compiler found no room in HBM."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(needed, available)
+        self.needed, self.available = needed, available  # bytes a device
+
+
+def compile_step(program, mesh, compiler_options: dict[str, str] | None = None):
+    """(compiled, seconds) of a Program on a mesh of a topology's devices; DoesNotFit where HBM is too small."""
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = program.function.lower(*program.arguments)
+        try:
+            compiled = lowered.compile(compiler_options=compiler_options)
+        except jax.errors.JaxRuntimeError as error:
+            if (misfit := too_large(str(error))) is not None:
+                raise misfit from error
+            raise UserError(f"the TPU compiler: {str(error).strip().splitlines()[0]}") from error
+    return compiled, time.monotonic() - start
+
+
+def too_large(message: str) -> DoesNotFit | None:
+    """What libtpu says of HBM in an error, if that is the error. Its two ways; the second leaves the arguments out."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message
+    )
+    if match is None:
+        return None
+    numbers, units = match.groups()[::2], match.groups()[1::2]
+    return DoesNotFit(*(float(n) * 2 ** (10 * (1 + "KMGT".index(u))) for n, u in zip(numbers, units, strict=True)))
+
+
+def make_report(program, compiled, chip: Chip, num_chips: int) -> dict:
+    """What `--json` prints of a step that fits: bytes and seconds; ranges are [lower, upper]."""
+    memory = compiled.memory_analysis()
+    hbm = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # not written over arguments
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    hbm["total"] = sum(hbm.values())
+    cost = estimate(compiled.as_text(), chip)
+    seconds = [cost.seconds_b, cost.seconds_a]
+    if not cost.seconds_b:
+        raise UserError("the compiled program holds no estimated cycles: this libtpu is not one the estimate can read")
+    return {
+        "fits": True,
+        "hbm": hbm | {"chip": chip.hbm_bytes, "share": hbm["total"] / chip.hbm_bytes},
+        "tokens": program.tokens,
+        "images": program.images,
+        "model_flops": program.model_flops,
+        "program_flops": (cost.matmul_flops + cost.attention_flops) * num_chips,
+        "step_seconds": seconds,
+        "tokens_per_second": [program.tokens / s for s in reversed(seconds)],
+        "mfu": [program.model_flops / (s * num_chips * chip.peak_flops) for s in reversed(seconds)],
+        "classes": {kind: [cost.classes_b[kind], cost.classes_a[kind]] for kind in cost.classes_a},
+        "attention_share": [cost.attention_seconds / s for s in reversed(seconds)],
+        "dearest": [asdict(dear) for dear in cost.dearest[:10]],
+        "collectives": [asdict(collective) for collective in cost.collectives],
+        "collective_seconds": cost.collective_seconds,
+        "copies": {"bytes": cost.copied_bytes, "seconds": cost.copied_seconds},
+        "left_out": cost.left_out,
+    }
+
+
+def render(report: dict, headline: str) -> str:
+    """The report for a person, about 40 lines."""
+    hbm, chips = report["hbm"], report["chips"]
+    lines = [
+        headline,
+        f"compiled in {report['compile_seconds']:.0f} s by jax {report['jax']}, libtpu {report['libtpu']}; "
+        "nothing was run, times are estimates",
+        "",
+        "HBM a device",
+        *(f"  {name:<22}{hbm[name] / GIB:9.2f} GiB" for name in ("arguments", "outputs", "temporaries", "program")),
+        f"  {'total':<22}{hbm['total'] / GIB:9.2f} GiB   {hbm['share']:.0%} of {hbm['chip'] / GIB:.0f}",
+        "",
+        f"A step on all {chips} chips",
+        f"  {'tokens':<22}{report['tokens']:>9,}"
+        + (f"   and {report['images']:,} images compressed" if report["images"] else ""),
+        f"  {'FLOPs by the model':<22}{report['model_flops'] / 1e12:>9,.1f} T",
+        f"  {'FLOPs in the program':<22}{report['program_flops'] / 1e12:>9,.1f} T   recomputation included",
+        f"  {'time, B to A':<22}{_range(report['step_seconds'], 1e3)} ms",
+        f"  {'tokens/s':<22}{_range(report['tokens_per_second'], 1, ',.0f')}",
+        f"  {'tokens/s a chip':<22}{_range(report['tokens_per_second'], 1 / chips, ',.0f')}",
+        f"  {'MFU':<22}{_range(report['mfu'], 100, '.1f')} %",
+        "",
+        "Time by class of ops, B to A",
+    ]
+    for kind, seconds in report["classes"].items():
+        share = _range(report["attention_share"], 100, ".0f").strip()
+        note = f"   splash at the matrix units' minimum, {share} % of the step" if kind == "attention" else ""
+        if any(seconds):
+            lines.append(f"  {kind:<22}{_range(seconds, 1e3)} ms{note}")
+    lines += ["", "Dearest over the ideal (A)    over ms   of ms"]
+    for dear in report["dearest"][:6]:
+        where = f"{dear['label']}  {dear['source']}".strip()
+        lines.append(f"  {dear['kind']:<22}{dear['excess_seconds'] * 1e3:13.1f}{dear['seconds'] * 1e3:8.1f}   {where}")
+    lines += ["", "Not in the estimate (exposed: synchronous, nothing runs beside it)"]
+    for sent in report["collectives"]:
+        lines.append(
+            f"  {sent['kind']:<22}{sent['bytes'] / GIB:9.2f} GiB sent a device in {sent['count']:,.0f}, "
+            f"{sent['seconds'] * 1e3:.1f} ms at the links' speed, {sent['exposed_seconds'] * 1e3:.1f} exposed"
+        )
+    copies = report["copies"]
+    lines.append(
+        f"  {'copies HBM–VMEM':<22}{copies['bytes'] / GIB:9.2f} GiB, {copies['seconds'] * 1e3:.1f} ms at HBM's speed"
+    )
+    if report["left_out"]:
+        what = ", ".join(f"{name} × {count:,.0f}" for name, count in sorted(report["left_out"].items())[:5])
+        lines.append(f"  without cycles: {what}" + (" …" if len(report["left_out"]) > 5 else ""))
+    return "\n".join(lines)
+
+
+def _range(values: list[float], factor: float, form: str = "") -> str:
+    """'749.6 – 814.9'. Without a form: a digit after the point, three where the numbers are small."""
+    form = form or (",.1f" if values[1] * factor >= 10 else ".3f")
+    low, high = (format(value * factor, form) for value in values)
+    return f"{low:>9}" if low == high else f"{low:>9} – {high}"
+
+
+def argument_bytes(program) -> float:
+    """Bytes a device of a program's arguments: weights, optimizer state, batch."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(program.arguments)
+    )
+
+
+def advice(config: ConfigDict, mesh_shape: dict[str, int], arguments: float, available: float) -> list[str]:
+    """Settings that would make a step that does not fit smaller, the most promising first."""
+    num_rows = mesh_shape["data"] * mesh_shape["fsdp"]
+    weights = []
+    if mesh_shape["data"] > 1:
+        weights.append(
+            f"config.mesh.fsdp: weights and optimizer state lie on {mesh_shape['fsdp'] * mesh_shape['frame']} × "
+            f"{mesh_shape['tensor']} devices, {mesh_shape['data']} times over (config.mesh.data)"
+        )
+    weights.append(f"a larger slice, or config.mesh.tensor (now {mesh_shape['tensor']}): fewer weights a device")
+    activations = []
+    batch = config.data.get("batch_size")
+    if batch and batch > num_rows:
+        activations.append(f"config.data.batch_size (now {batch}, {batch / num_rows:g} a device): fewer rows a device")
+    remat = config.model.get("remat")
+    if remat is not None and remat != "full":
+        activations.append(f"config.model.remat (now '{remat}'): 'full' keeps least")
+    activations.append(f"config.mesh.frame (now {mesh_shape['frame']}): images spread over more devices")
+    return weights + activations if arguments > available / 2 else activations + weights
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("topology", None, "chip and shape of the slice, v5e:8x8", flag_values=values)
+    flags.DEFINE_enum("step", "train", STEPS, "what to compile", flag_values=values)
+    flags.DEFINE_bool("json", False, "one JSON object instead of a report", flag_values=values)
+    flags.DEFINE_multi_string("xla", [], "a compiler option, name=value; again for more than one", flag_values=values)
+
+
+@one_line_errors
+def main() -> None:
+    config, values = parse_flags(sys.argv, define_flags)
+    topology, step = values["topology"].value, values["step"].value
+    if topology is None:
+        raise UserError("command line: --topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
+    options = dict(option.split("=", 1) for option in values["xla"].value if "=" in option)
+    if wrong := [option for option in values["xla"].value if "=" not in option]:
+        raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")
+    chip, devices = topology_devices(topology)
+
+    from voco_jax.parallel.mesh import make_mesh
+    from voco_jax.parallel.programs import make_program
+
+    mesh = make_mesh(config.mesh, devices)
+    program = make_program(config, step, mesh)
+    print(f"compiling for {len(devices)} × {chip.name} …", file=sys.stderr, flush=True)
+    about = {
+        "config": next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config=")),
+        "step": step,
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": dict(mesh.shape),
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+    try:
+        compiled, seconds = compile_step(program, mesh, options)
+    except DoesNotFit as error:
+        help = advice(config, about["mesh"], arguments := argument_bytes(program), error.available)
+        report = about | {
+            "fits": False,
+            "hbm": {"needed": error.needed, "available": error.available, "arguments": arguments},
+            "advice": help,
+        }
+        print(json.dumps(report) if values["json"].value else render_misfit(report))
+        sys.exit(1)
+    report = about | {"compile_seconds": seconds} | make_report(program, compiled, chip, len(devices))
+    axes = ", ".join(f"{axis} {size}" for axis, size in about["mesh"].items() if size > 1) or "one device"
+    headline = f"{about['config']}: {step} on {topology}, {len(devices)} chips (mesh: {axes})"
+    print(json.dumps(report) if values["json"].value else render(report, headline))
+
+
+def render_misfit(report: dict) -> str:
+    hbm = report["hbm"]
+    over = hbm["needed"] - hbm["available"]
+    return "\n".join(
+        [
+            f"{report['config']}: {report['step']} does not fit {report['topology']}: at least "
+            f"{hbm['needed'] / GIB:.2f} GiB of {hbm['available'] / GIB:.2f} GiB a device, "
+            f"{over / GIB:.2f} GiB ({over / hbm['available']:.0%}) too much; "
+            f"arguments alone are {hbm['arguments'] / GIB:.2f} GiB",
+            "What would help:",
+            *(f"  {line}" for line in report["advice"]),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

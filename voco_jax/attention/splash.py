@@ -1,0 +1,261 @@
+"""Splash attention: JAX's block-sparse kernel for TPUs, interpreted (slowly) on CPU so that it can be tested there.
+
+Both streams are causal attention inside pieces of a row, so most blocks of queries × keys hold no visible pair, and
+the kernel never visits them. Which blocks, of what size, is decided here, from the shape alone: `choose_blocks` for a
+row, `row_shape` for how many images share one.
+"""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+import jax.numpy as jnp
+import numpy as np
+
+from voco_jax.attention.platform import platform
+from voco_jax.attention.xla import cached
+
+__all__ = ["Blocks", "cached", "causal", "choose_blocks", "chunked", "row_shape"]
+
+LANES = 128  # rows and blocks come in multiples of it
+
+# What the kernels cost on a v5e, in cycles, by the compiler's own schedule: instruction bundles for blocks of 128² to
+# 1024² in bf16 (libtpu 0.0.42), 128 dimensions a head; 64 differ little, since a matrix unit has 128 rows. The backward
+# kernels run at the matrix units' speed (5, 4 and 3 matmuls of 32 cycles); the forward one has a softmax to wait for.
+TILE_CYCLES = {"forward": 98, "fused": 160, "dkv": 128, "dq": 97}  # for 128 queries × 128 keys of a visited block
+STEP_CYCLES = 600  # for a step of the grid, visited or not: the schedule's 450 to 650; Pallas's guide gives 0.35 µs
+HBM_BYTES_PER_CYCLE = 546  # 819 GB/s at 1.5 GHz
+# A token of padding goes through a layer's matmuls for nothing: about 24·D² FLOPs, at 131,072 a cycle, over D / 128
+# heads (this module counts cycles a head), for D = 4096. Narrower models pay less for it; the choice hardly moves.
+TOKEN_CYCLES = 24 * 4096 * 128 / 131_072
+
+
+class Blocks(NamedTuple):
+    """Blocks of queries × keys, forward and backward, and how many of them a head visits."""
+
+    forward: tuple[int, int]
+    forward_visits: int
+    backward: tuple[int, int]
+    backward_visits: int
+    fused: bool
+
+    @property
+    def scope(self) -> str:
+        """Says in the compiled program what its kernels do: they are custom calls, of which nothing else tells."""
+        (fq, fk), (bq, bk) = self.forward, self.backward
+        fused = "_fused" if self.fused else ""
+        return f"splash_f{self.forward_visits}x{fq}x{fk}_b{self.backward_visits}x{bq}x{bk}{fused}"
+
+
+# ---- The adapter's functions -----------------------------------------------------------------------------------
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """As `xla.causal`, for T a multiple of 128. ValueError: another T, or what `_attend` refuses."""
+    if q.shape[1] % LANES:
+        raise ValueError(
+            f"attention 'splash' needs rows of a multiple of {LANES} tokens, found {q.shape[1]}: change data.row_length"
+        )
+    return _attend(q, k, v, segment_ids, None, ("data", "fsdp"))
+
+
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+    """As `xla.chunked`, for C a multiple of 128 (as `row_shape` gives it); padding is one more segment.
+
+    ValueError: another C, or what `_attend` refuses.
+    """
+    length = q.shape[1]
+    if length % LANES or length < chunk:
+        raise ValueError(
+            f"attention 'splash' needs rows of a multiple of {LANES} places that hold a segment of {chunk} tokens, "
+            f"found {length} places"
+        )
+    return _attend(q, k, v, None, chunk, ("data", "fsdp", "frame"))
+
+
+@cache
+def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
+    """As `xla.row_shape`: the layout with the fewest cycles, padding's matmuls and attention's blocks together.
+
+    Several images share a row because one of, say, 580 tokens wastes 60 places of 640 and seven waste 36 of 4,096.
+    """
+
+    def cycles_per_segment(layout):
+        segments, length = layout
+        blocks = choose_blocks(length, chunk)
+        attention = _forward_cycles(length, chunk, *blocks.forward)
+        return (length * TOKEN_CYCLES + attention) / segments
+
+    layouts = []
+    for segments in range(1, num_segments + 1):
+        shortest = -(-segments * chunk // LANES) * LANES
+        # A row that is a little longer may divide into larger blocks. Rows of 8,192 places waste next to nothing, and
+        # the kernel's mask costs time at start-up that grows with the square.
+        if num_segments % segments == 0 and (segments == 1 or shortest <= 8192):
+            layouts += [(segments, length) for length in range(shortest, shortest + 1024, LANES)]
+    return min(layouts, key=cycles_per_segment)
+
+
+# ---- Which blocks ----------------------------------------------------------------------------------------------
+
+
+@cache
+def choose_blocks(length: int, chunk: int | None) -> Blocks:
+    """The cheapest blocks for a row of `length` places in segments of `chunk` (None: one segment).
+
+    Large blocks run at the matrix units' full speed but cover more pairs that nobody may see; small ones pay the
+    overhead of many steps. A side is a multiple of 128 that divides the length, at most 1024: four MiB of scores in
+    fp32, of the 16 MiB of fast memory that a v5e allows a kernel.
+
+    The backward pass is one kernel or two. One ("fused") computes scores once, five matmuls a block rather than
+    seven, but writes a partial dq for every block of keys, visited or not, to be summed from HBM: it wins in rows of
+    few blocks, loses in long rows of short segments. Its partial sums are rounded to the dtype of q.
+    """
+    chunk = chunk or length
+    sides = [side for side in range(LANES, min(length, 1024) + 1, LANES) if length % side == 0]
+    pairs = [(q, k) for q in sides for k in sides]
+    forward = min(pairs, key=lambda pair: _forward_cycles(length, chunk, *pair))
+    fused, backward = min(
+        ((fused, pair) for fused in (True, False) for pair in pairs),
+        key=lambda option: _backward_cycles(length, chunk, *option[1], fused=option[0]),
+    )
+    return Blocks(
+        forward, sum(_visits(length, chunk, *forward)), backward, sum(_visits(length, chunk, *backward)), fused
+    )
+
+
+def _visits(length: int, chunk: int, block_q: int, block_kv: int, by_keys: bool = False) -> list[int]:
+    """Blocks with a visible pair, for each block of queries (or of keys)."""
+    if by_keys:  # the same picture, seen from the other corner: keys are seen up to the end of their segment
+        ends = [min((start + block_kv - 1) // chunk * chunk + chunk, length) for start in range(0, length, block_kv)]
+        return [-(-end // block_q) - i * block_kv // block_q for i, end in enumerate(ends)]
+    return [
+        -(-(start + block_q) // block_kv) - start // chunk * chunk // block_kv for start in range(0, length, block_q)
+    ]
+
+
+def _steps(visits: list[int]) -> int:
+    """The kernel's grid is as wide as its widest row."""
+    return len(visits) * max(visits)
+
+
+def _forward_cycles(length: int, chunk: int, block_q: int, block_kv: int) -> float:
+    visits = _visits(length, chunk or length, block_q, block_kv)
+    tiles = sum(visits) * block_q * block_kv / LANES**2
+    return tiles * TILE_CYCLES["forward"] + _steps(visits) * STEP_CYCLES
+
+
+def _backward_cycles(length: int, chunk: int, block_q: int, block_kv: int, fused: bool) -> float:
+    visits = _visits(length, chunk, block_q, block_kv)
+    tiles = sum(visits) * block_q * block_kv / LANES**2
+    if fused:
+        steps = (length // block_q) * (length // block_kv)
+        read_again = steps * block_q * LANES * 2 / HBM_BYTES_PER_CYCLE  # writing them hides behind the matmuls
+        return tiles * TILE_CYCLES["fused"] + steps * STEP_CYCLES + read_again
+    steps = _steps(visits) + _steps(_visits(length, chunk, block_q, block_kv, by_keys=True))
+    return tiles * (TILE_CYCLES["dkv"] + TILE_CYCLES["dq"]) + steps * STEP_CYCLES
+
+
+# ---- The kernel ------------------------------------------------------------------------------------------------
+
+
+class _Chunks(masks.ChunkedCausalMask):
+    """ChunkedCausalMask whose every query carries its segment's first place along.
+
+    The original divides by the chunk's length for every pair of a block, which makes the kernels 15 to 20 % longer by
+    the compiler's schedule (v5e, 512² blocks); here a pair costs two comparisons.
+    """
+
+    def __init__(self, length: int, chunk: int):
+        super().__init__((length, length), chunk)
+        place = self.q_sequence
+        self.q_sequence = place << 16 | place // chunk * chunk
+        self.mask_function = lambda q, kv: (kv <= q >> 16) & (kv >= q & 0xFFFF)
+
+
+@cache
+def _kernel(length: int, chunk: int | None, interpret: bool) -> kernels.SplashAttentionKernel:
+    """For any number of heads: all have the same mask."""
+    if length >= 1 << 15:
+        raise ValueError(f"attention 'splash' takes rows of less than {1 << 15} places, found {length}")
+    blocks = choose_blocks(length, chunk)
+    (bq, bk), (bq_back, bk_back) = blocks.forward, blocks.backward
+    sizes = kernels.BlockSizes(
+        block_q=bq,
+        block_kv=bk,
+        block_kv_compute=bk,
+        block_q_dkv=bq_back,
+        block_kv_dkv=bk_back,
+        block_kv_dkv_compute=bk_back,
+        block_q_dq=None if blocks.fused else bq_back,
+        block_kv_dq=None if blocks.fused else bk_back,
+        use_fused_bwd_kernel=blocks.fused,
+    )
+    mask = masks.CausalMask((length, length)) if chunk is None else _Chunks(length, chunk)
+    # `make_splash_mha` would put the arrays that say which blocks to visit on a device of the ambient mesh, where
+    # ahead-of-time compilation has none. As numpy arrays they are constants of whatever is being traced.
+    mask = masks.MultiHeadMask([mask])
+    forward, mask_function = mask_info.process_mask(mask, blocks.forward)
+    dq = None if blocks.fused else mask_info.process_mask(mask, blocks.backward)[0]
+    dkv, _ = mask_info.process_mask_dkv(mask, blocks.backward, shrink_grid=not blocks.fused)
+    return kernels.SplashAttentionKernel(
+        forward,
+        dq,
+        dkv,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernels.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name="context",
+        mask_function=mask_function,
+        interpret=interpret,
+    )
+
+
+def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array:
+    """The kernel over rows and heads, sharded as the ambient mesh says.
+
+    Its output and the scores' logsumexp are named "context": a remat policy that keeps them need not run it again.
+    ValueError: another platform than TPU and CPU; a mesh that does not divide rows or heads; heads that do not go
+    into groups.
+    """
+    if (found := platform()) not in ("tpu", "cpu"):
+        raise ValueError(f"attention 'splash' needs a TPU (or a CPU, to test), found platform {found!r}")
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"attention 'splash' needs a multiple of the {kv_heads} key-value heads, found {heads} heads")
+    kernel = _kernel(q.shape[1], chunk, interpret=found == "cpu")
+
+    def attend(q, k, v, ids):
+        rows = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        ids = ids if ids is None else kernels.SegmentIds(ids, ids)
+        with jax.named_scope(choose_blocks(q.shape[1], chunk).scope):
+            return jnp.swapaxes(jax.vmap(kernel)(*rows, ids), 1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(q, k, v, segment_ids)
+    shards = int(np.prod([mesh.shape[axis] for axis in row_axes]))
+    if len(q) % shards:
+        raise ValueError(
+            f"attention 'splash': {len(q)} rows do not divide over mesh axes {', '.join(row_axes)} ({shards} shards)"
+        )
+    if heads % mesh.shape["tensor"] or kv_heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"attention 'splash': {heads} heads with {kv_heads} key-value heads do not divide over mesh.tensor = "
+            f"{mesh.shape['tensor']}"
+        )
+    P = jax.sharding.PartitionSpec
+    spec = P(row_axes, None, "tensor", None)
+    # The kernel is a constant of the mapped function: every device gets all of its masks, as all heads share them.
+    mapped = jax.shard_map(
+        partial(attend, ids=None) if segment_ids is None else attend,
+        in_specs=(spec,) * 3 if segment_ids is None else (*(spec,) * 3, P(row_axes, None)),
+        out_specs=spec,
+        check_vma=False,
+    )
+    return mapped(q, k, v) if segment_ids is None else mapped(q, k, v, segment_ids)

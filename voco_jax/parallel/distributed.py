@@ -1,0 +1,170 @@
+"""Several processes, usually one a host, that work as one: whom to ask for the others, before any device is touched.
+
+    python -m voco_jax.train --config=… --coordinator=HOST:PORT --num_processes=N --process_id=I
+
+or the same in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (jax itself reads the first of them alone),
+or nothing at all where jax finds out by itself: TPU pods, SLURM, Kubernetes, Open MPI. Elsewhere a process is alone.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import threading
+
+from absl import flags
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from voco_jax.errors import UserError
+
+_FLAGS = ("--coordinator", "--num_processes", "--process_id")
+_HINT = "--coordinator, --num_processes and --process_id set it by hand"
+_LONGEST = 1024  # bytes of an error that other processes are told
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags that `start` takes, for `parse_flags`."""
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to all processes the same", flag_values=values)
+    flags.DEFINE_integer("num_processes", 0, "how many there are", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer("initialization_timeout", 300, "seconds to wait for the others", flag_values=values)
+
+
+def start(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, initialization_timeout: int = 300
+) -> None:
+    """Join the other processes, if there are any. Call it once, before jax is asked for a device.
+
+    coordinator, num_processes and process_id are given all three or not at all; then the environment is asked, and
+    then jax. With the first two, each process sees all devices of its machine, or those of JAX_LOCAL_DEVICE_IDS.
+    UserError for what cannot be; where the others do not come in time, one line and exit status 2.
+    """
+    if initialization_timeout < 1:
+        raise UserError(f"--initialization_timeout: expected at least 1 second, found {initialization_timeout}")
+    given = (coordinator or None, num_processes or None, None if process_id == -1 else process_id)
+    names = _FLAGS if any(value is not None for value in given) else _VARIABLES
+    if names is _VARIABLES:
+        given = tuple(os.environ.get(name) or None for name in _VARIABLES)
+    if any(value is not None for value in given):
+        address, count, index = _checked(names, given)
+        if index == 0:
+            _check_port(names[0], address)
+        who, hint = f"process {index} of {count}, coordinator {address}", ""
+        # Nothing is asked of a cluster that somebody may be in: what was said holds
+        arguments = dict(
+            coordinator_address=address, num_processes=count, process_id=index, cluster_detection_method="deactivate"
+        )
+    elif _in_a_cluster():
+        who, hint, arguments = "as the cluster says", f"; {_HINT}", {}
+    else:
+        return
+    with _deadline(who, initialization_timeout):
+        try:
+            # jax would end the process with a stack trace of C++ when its time is up: ours comes first
+            jax.distributed.initialize(**arguments, initialization_timeout=initialization_timeout + 60)
+        except Exception as error:  # each kind of cluster has its own
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"distributed: {who}: {reason}{hint}") from error
+    if jax.process_index() == 0:
+        count, local = jax.device_count(), jax.local_device_count()
+        print(f"distributed: process 0 of {jax.process_count()}, {count} devices, {local} local", flush=True)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes leave at one time; what one of them raises in it, the others raise as a UserError.
+
+    Without it they would wait in the next collective for one that is gone, and end minutes later with a stack trace.
+    """
+    error, text = None, ""
+    try:
+        yield
+    except Exception as caught:
+        error, text = caught, str(caught) if isinstance(caught, UserError | OSError) else repr(caught)
+    if jax.process_count() > 1:
+        own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+        for process, line in enumerate(multihost_utils.process_allgather(own)):
+            line = line.tobytes().rstrip(b"\0").decode(errors="replace")
+            if line and error is None:
+                error = UserError(f"process {process}: {line}")
+    if error is not None:
+        raise error
+
+
+def check_same(values: dict[str, object]) -> None:
+    """UserError where the processes do not agree: names what differs, and the first process that differs from 0.
+
+    Values are told apart by their repr. All processes call this, with the same names.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in values.values()]
+    found = multihost_utils.process_allgather(np.stack(digests))
+    for name, *by_process in zip(values, *found, strict=True):
+        for process, digest in enumerate(by_process):
+            if (digest != by_process[0]).any():
+                raise UserError(f"process {process}: expected the {name} of process 0, found another")
+
+
+def _checked(names: tuple[str, ...], given: tuple) -> tuple[str, int, int]:
+    """(address, number of processes, this one's); UserError names the flag or variable."""
+    missing = [name for name, value in zip(names, given, strict=True) if value is None]
+    if missing:
+        raise UserError(f"{', '.join(names)}: expected all three or none; {' and '.join(missing)} missing")
+    address, *numbers = given
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"{names[0]}: expected HOST:PORT, found {address!r}")
+    for name, number in zip(names[1:], numbers, strict=True):
+        try:
+            int(number)
+        except ValueError:
+            raise UserError(f"{name}: expected a whole number, found {number!r}") from None
+    count, index = map(int, numbers)
+    if count < 1:
+        raise UserError(f"{names[1]}: expected at least 1, found {count}")
+    if not 0 <= index < count:
+        raise UserError(f"{names[2]}: expected 0 to {count - 1}, one less than {names[1]}; found {index}")
+    return address, count, index
+
+
+def _check_port(name: str, address: str) -> None:
+    """UserError where the coordinator's port is taken, of which jax may die without a word."""
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(f"{name}: port {port} of process 0's machine: {error.strerror}") from None
+
+
+def _in_a_cluster() -> bool:
+    """Whether jax would find the other processes by itself. Only a machine with TPUs asks a metadata server."""
+    from jax._src.clusters import ClusterEnv  # there is no public way to ask; the same in jax 0.10 to 0.12
+
+    try:
+        return any(kind.is_env_present() for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    except Exception as error:  # no metadata server, no permission to ask Kubernetes …
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"distributed: as the cluster says: {reason}; {_HINT}") from error
+
+
+@contextlib.contextmanager
+def _deadline(who: str, seconds: int) -> Iterator[None]:
+    """End the process with one line if the block takes longer: it waits inside of jax, where nothing can interrupt."""
+
+    def give_up():
+        print(f"error: distributed: {who}: the others did not come within {seconds} s", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

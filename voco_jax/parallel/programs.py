@@ -1,0 +1,145 @@
+"""The programs of a run as shapes: what `python -m voco_jax.aot` compiles for machines that are not there."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from voco_jax.config import llama_config, vision_config
+from voco_jax.errors import UserError
+from voco_jax.models.flops import llama_forward, model_flops
+from voco_jax.models.voco import Cache, Memory, Read, VoCoConfig
+from voco_jax.parallel.mesh import ROWS
+from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
+from voco_jax.run import abstract_model, resolve_dtype
+from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.state import abstract_state
+from voco_jax.train.step import make_train_step
+
+STEPS = ("train", "compress", "read", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments, and what a step of it does, all devices together.
+
+    `tokens` counts read tokens, the slots (or the uncompressed images' tokens) among them; `model_flops` is by the
+    formula of `models/flops.py`.
+    """
+
+    function: Callable
+    arguments: tuple[Any, ...]
+    model_flops: float
+    tokens: int
+    images: int
+
+
+def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
+    """One of `STEPS` for a config over a mesh; UserError for shapes that the mesh does not divide.
+
+    A batch is `data.batch_size` records of `images_per_record` images and `rows_per_record` rows of `row_length`
+    tokens. 'compress' takes the images, 'read' is the prefill of the rows, 'decode' one token a row with a cache of
+    `row_length` places.
+    """
+    if step not in STEPS:
+        raise UserError(f"step: expected one of {', '.join(STEPS)}; found {step!r}")
+    if not config.data.row_length:
+        raise UserError("config.data.row_length: expected the tokens of a row, found 0 (no data is read here)")
+    with jax.set_mesh(mesh):
+        return _train(config, mesh) if step == "train" else _infer(config, step, mesh)
+
+
+def model_of(config: ConfigDict) -> VoCoConfig:
+    """The model of a config, without its tokenizer: the prompt's ids are Llama's, the vocabulary the config's."""
+    m = config.model
+    llama = llama_config(config)
+    dtype = "bfloat16" if m.dtype == "auto" else resolve_dtype(m.dtype)
+    try:
+        return VoCoConfig(
+            llama=llama, vision=vision_config(config), compressor=m.compressor, num_voco_tokens=m.num_voco_tokens,
+            voco_token_id=llama.vocab_size - 1, num_compressed_tokens=m.num_compressed_tokens,
+            num_qformer_layers=m.num_qformer_layers, dtype=dtype,
+            param_dtype=resolve_dtype(m.param_dtype, "param_dtype"), attention=m.attention, remat=m.remat,
+            unroll_layers=m.unroll_layers,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
+
+
+def _train(config: ConfigDict, mesh: Mesh) -> Program:
+    model_config = model_of(config)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state = abstract_state(config, model_config, optimizer, mesh)
+    function = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
+    batch = abstract_batch(config)
+    batch = with_shardings(batch, batch_shardings(mesh, batch))
+    rows, images = config.data.batch_size * config.data.rows_per_record, _num_images(config)
+    return Program(
+        function,
+        (state.params, state.opt_state, batch),
+        model_flops(model_config, rows, config.data.row_length, images, config.train.freeze),
+        rows * config.data.row_length,
+        images,
+    )
+
+
+def abstract_batch(config: ConfigDict) -> dict:
+    """A batch of `data/pipeline.py`, as the training step takes it, by shapes."""
+    data, size = config.data, config.model.vision.image_size
+    rows = (data.batch_size * data.rows_per_record, data.row_length)
+    integers = jax.ShapeDtypeStruct(rows, jnp.int32)
+    return dict.fromkeys((*Read._fields, "targets"), integers) | {
+        "weights": jax.ShapeDtypeStruct(rows, jnp.float32),
+        "pixel_values": jax.ShapeDtypeStruct((data.batch_size, data.images_per_record, size, size, 3), jnp.float32),
+    }
+
+
+def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
+    c, data = model_of(config), config.data
+    graphdef, params = abstract_model(c)
+    params = with_shardings(params, param_shardings(mesh, params))
+    batch = abstract_batch(config)
+    batch = with_shardings(batch, batch_shardings(mesh, batch))
+    rows, length = batch["tokens"].shape
+    num_images, dtype = _num_images(config), jnp.dtype(c.dtype)
+
+    def array(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    def keys_and_values(batch_size, places):
+        llama = c.llama
+        shape = (llama.num_hidden_layers, batch_size, places, llama.num_key_value_heads, llama.head_dim)
+        return (array(shape, dtype, None, ROWS, None, "tensor"),) * 2
+
+    def jitted(function, **kwargs):
+        return jax.jit(lambda params, *inputs: function(nnx.merge(graphdef, params), *inputs), **kwargs)
+
+    per_row = array((rows,), jnp.int32, ROWS)
+    if step == "compress":
+        function = jitted(lambda model, pixels: model.compress(model.encode_images(pixels)))
+        return Program(function, (params, batch["pixel_values"]), model_flops(c, 0, 0, num_images), 0, num_images)
+    if step == "read":
+        slots = data.images_per_record * c.num_visual_tokens
+        visual = None
+        if slots and c.compressor == "voco":
+            visual = Memory(*keys_and_values(data.batch_size, slots))
+        elif slots:
+            shape = (data.batch_size, data.images_per_record, c.num_visual_tokens, c.llama.hidden_size)
+            visual = array(shape, dtype, ROWS)
+        read = Read(*(batch[name] for name in Read._fields))
+        function = jitted(lambda model, *inputs: model.prefill(*inputs))
+        return Program(function, (params, read, per_row, visual), model_flops(c, rows, length, 0), rows * length, 0)
+    cache = Cache(*keys_and_values(rows, length), per_row)
+    function = jitted(lambda model, *inputs: model.decode(*inputs), donate_argnums=(3,))
+    flops = rows * llama_forward(c.llama, 1, 2 * length, with_head=True)  # a token sees all places, not half
+    return Program(function, (params, per_row, per_row, cache), flops, rows, 0)
+
+
+def _num_images(config: ConfigDict) -> int:
+    return config.data.batch_size * config.data.images_per_record

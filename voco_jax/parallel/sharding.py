@@ -1,0 +1,146 @@
+"""Where every array lives: one table for parameters, by path, and one for batches."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from voco_jax.errors import UserError
+from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
+
+# Path (of a layer's parameter: without the leading layer axis) to the axes of its dimensions; the first that matches.
+RULES = (
+    (r"embed_tokens\.embedding", ("tensor", PARAMS)),  # [V, D]
+    (r"lm_head\.kernel", (PARAMS, "tensor")),  # [D, V]
+    (r"\b(q|k|v)_proj\.kernel|attention\.(query|key|value)\.kernel", (PARAMS, "tensor", None)),  # [D, heads, H]
+    (r"\b(q|k|v)_proj\.bias|attention\.(query|key|value)\.bias", ("tensor", None)),  # [heads, H]
+    (r"\b(o|out)_proj\.kernel|attention\.out\.kernel", ("tensor", None, PARAMS)),  # [heads, H, D]
+    (r"(gate_proj|up_proj|fc1|linear_1)\.kernel", (PARAMS, "tensor")),  # [D, F]
+    (r"(fc1|linear_1)\.bias", ("tensor",)),  # [F]
+    (r"(down_proj|fc2|linear_2)\.kernel", ("tensor", PARAMS)),  # [F, D]
+    (r"compressor\.linear\.kernel", (PARAMS, None)),
+    (r"patch_embedding\.kernel", (None, PARAMS)),  # [3·patch², D]
+    (r"norm|bias|class_embedding|position_embedding|queries|scale|ns_coeffs", ()),  # small: on every device
+)  # fmt: skip
+
+BATCH = {"pixel_values": (ROWS, "frame")}  # [records, I, size, size, 3]; everything else is [rows, T]
+
+
+def param_spec(path: str) -> P:
+    """The partition spec of a parameter by its dotted path, stacked layers' leading axis included."""
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return P(None, *spec) if re.search(r"\blayers\.", path) and spec else P(*spec)
+    raise ValueError(f"{path}: no sharding rule for this parameter (voco_jax/parallel/sharding.py)")
+
+
+def param_shardings(mesh: Mesh, params):
+    """A tree of `NamedSharding` for a tree of parameters, or of anything with parameters' paths at its leaves' ends.
+
+    Optimizer state holds trees like the parameters' (moments) and scalars (counts). UserError for a dimension that
+    its axes do not divide.
+    """
+
+    def sharding(path, leaf):
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = param_spec(name)
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            count = _count(mesh, axes)
+            if size % count:
+                hint = "; model.llama.vocab_multiple pads it" if re.search("embed_tokens|lm_head", name) else ""
+                raise UserError(
+                    f"config.mesh: {name} {list(leaf.shape)}: {count} devices along {axes} do not divide {size}{hint}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def batch_shardings(mesh: Mesh, batch: dict):
+    """A `NamedSharding` for each array of a batch; UserError where rows or images do not divide."""
+
+    def sharding(name, array):
+        spec = BATCH.get(name, (ROWS,))
+        for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_record"), strict=False):
+            if size % (count := _count(mesh, axes)):
+                expected = f"expected a multiple of {count}, the devices along {axes}"
+                raise UserError(f"config.{key}: {name} {list(array.shape)}: {expected}; found {size}")
+        return NamedSharding(mesh, P(*spec))
+
+    return {name: sharding(name, array) for name, array in batch.items()}
+
+
+def put_batch(mesh: Mesh, batch: dict) -> dict:
+    """A batch of numpy arrays on the devices; in several processes each gives the rows of its own devices."""
+    shardings = batch_shardings(mesh, batch)
+    return {
+        name: jax.make_array_from_callback(array.shape, shardings[name], lambda index, array=array: array[index])
+        for name, array in batch.items()
+    }
+
+
+def with_shardings(abstract, shardings):
+    """Shapes and dtypes with shardings, for restoring into place and for compiling ahead of time."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def gather_layer(layer: dict, dtype) -> dict:
+    """A layer's parameters as its matrix products want them: kernels cast, then gathered from `PARAMS`.
+
+    Cast first: half the bytes travel. A kernel's gradient is summed and spread again in one reduce-scatter.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return layer
+
+    def gather(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return gather_param(leaf, P(*param_spec(f"layers.{name}")[1:]), dtype) if name.endswith("kernel") else leaf
+
+    return jax.tree_util.tree_map_with_path(gather, layer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_param(param: jax.Array, spec: P, dtype) -> jax.Array:
+    """`param`, stored as `spec` says, in `dtype` and whole along `PARAMS`.
+
+    The barriers keep one gather for both streams, and one reduce-scatter of the sum of their gradients; XLA would
+    rather pull each into the matrix products, as loops over the shards, and move a kernel as often as it is used.
+    """
+    order, back = _travelling_order(spec)
+    gathered = constrain(param.astype(dtype).transpose(order), *(None if spec[i] == PARAMS else spec[i] for i in order))
+    return jax.lax.optimization_barrier(gathered).transpose(back)
+
+
+def _gather_fwd(param, spec, dtype):
+    return gather_param(param, spec, dtype), jnp.zeros((), param.dtype)
+
+
+def _gather_bwd(spec, dtype, like, gradient):
+    order, back = _travelling_order(spec)
+    spread = constrain(jax.lax.optimization_barrier(gradient.transpose(order)), *(spec[i] for i in order))
+    return (spread.transpose(back).astype(like.dtype),)
+
+
+def _travelling_order(spec: P) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How a kernel's axes are ordered while it travels, and back: heads first, head size last.
+
+    That is how XLA lays the operand of a product with heads out; what is gathered so need not be copied again.
+    """
+    if len(spec) != 3:
+        return (*range(len(spec)),), (*range(len(spec)),)
+    return ((1, 0, 2), (1, 0, 2)) if spec[0] == PARAMS else ((0, 2, 1), (0, 2, 1))
+
+
+gather_param.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _count(mesh: Mesh, axes) -> int:
+    count = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        count *= mesh.shape[axis]
+    return count
