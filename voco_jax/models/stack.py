@@ -1,7 +1,6 @@
 """A stack of equal layers whose parameters share one leading axis, so that 32 layers compile like one."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 from flax import nnx
@@ -34,43 +33,55 @@ def stack_layers(make_layer: Callable[[nnx.Rngs], nnx.Module], num_layers: int, 
 
 
 def scan_layers(
-    body: Callable, carry: Any, layers: nnx.Module, xs: Any = None, *, dtype, unroll: bool = False, remat: str = "none"
+    body: Callable,
+    carry: Any,
+    layers: nnx.Module,
+    xs: Any = None,
+    *,
+    dtype,
+    count: int | None = None,
+    last: Callable | None = None,
+    unroll: bool = False,
+    remat: str = "none",
 ):
-    """Run `carry, y = body(layer, carry, x, index)` over the layers; returns the last carry and the stacked ys.
+    """Run `carry, y = body(layer, carry, x)` over the layers; returns the last carry and the stacked ys.
 
-    `xs` is a pytree with a leading layer axis. Under `unroll` the layers become straight-line code and `index` is a
-    Python integer (longer to compile; faster for the few small layers of a CPU model); else `index` is traced.
-    `remat` is 'none' (the backward pass finds every value kept) or a line of `REMAT`. Kernels that are spread over
-    devices are gathered in `dtype`, a layer at a time.
+    `xs` is a pytree with a leading layer axis. Of the layers the first `count` are run (None: all), the last of them
+    by the function `last` if there is one. `unroll` makes straight-line code of them: longer to compile, faster for
+    the few small layers of a CPU model. `remat` is 'none' (the backward pass finds every value kept) or a line of
+    `REMAT`. Kernels that are spread over devices are gathered in `dtype`, a layer at a time.
     """
     graphdef, stacked = nnx.split(layers)
-    stacked = nnx.to_pure_dict(stacked)
+    inputs = (nnx.to_pure_dict(stacked), xs)
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    count = num_layers if count is None else count
 
-    def step(carry, inputs, index):
-        state, x = inputs
-        return body(nnx.merge(graphdef, gather_layer(state, dtype)), carry, x, index)
+    def remembering(body, in_loop=False):
+        def step(carry, inputs):
+            state, x = inputs
+            return body(nnx.merge(graphdef, gather_layer(state, dtype)), carry, x)
 
-    def remembering(step):
         if remat == "none":
             return step
         policy = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
-        return jax.checkpoint(step, policy=policy, prevent_cse=unroll)
+        return jax.checkpoint(step, policy=policy, prevent_cse=not in_loop)
 
-    if not unroll:
-        step = remembering(step)
-        return jax.lax.scan(lambda c, inputs: step(c, *inputs), carry, ((stacked, xs), jnp.arange(num_layers)))
+    def at(index: int):
+        return jax.tree.map(lambda leaf: leaf[index], inputs)
+
+    # A layer that differs stands after the loop. A conditional inside would cost more than it saves: its weights'
+    # gradients would be summed over devices by themselves, and again with those of the layer's other uses.
+    looped = count if last is None else count - 1
     ys = []
-    for index in range(num_layers):
-        inputs = jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, xs))
-        carry, y = remembering(functools.partial(step, index=index))(carry, inputs)
+    if unroll:
+        for index in range(looped):
+            carry, y = remembering(body)(carry, at(index))
+            ys.append(jax.tree.map(lambda leaf: leaf[None], y))
+    elif looped:
+        some = inputs if looped == num_layers else jax.tree.map(lambda leaf: leaf[:looped], inputs)
+        carry, y = jax.lax.scan(remembering(body, in_loop=True), carry, some)
         ys.append(y)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
-
-
-def apply_below(index: int | jax.Array, count: int, of: int, function: Callable, x: jax.Array) -> jax.Array:
-    """`function(x)` in the first `count` of `of` layers, else x; costs nothing where `index` is known to Python."""
-    if count == of or isinstance(index, int):
-        return function(x) if count == of or index < count else x
-    with jax.named_scope(f"taken_{count}_of_{of}"):  # for the estimate of ahead-of-time compiling (hlo_cost.py)
-        return jax.lax.cond(index < count, function, lambda x: x, x)
+    if last is not None:
+        carry, y = remembering(last)(carry, at(count - 1))
+        ys.append(jax.tree.map(lambda leaf: leaf[None], y))
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *ys) if ys else None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.models.linear import Linear, LinearGeneral
-from voco_jax.models.stack import apply_below, scan_layers, stack_layers
+from voco_jax.models.stack import scan_layers, stack_layers
 from voco_jax.parallel.mesh import IMAGES, constrain
 
 
@@ -132,11 +132,10 @@ class ViT(nnx.Module):
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
         x = constrain(self.pre_layernorm(x), IMAGES)
 
-        def body(layer, x, _, index):
-            x = apply_below(index, c.num_active_layers, c.num_hidden_layers, layer, x)
-            return constrain(x, IMAGES), None
-
-        x, _ = scan_layers(body, x, self.layers, dtype=self.dtype, unroll=self.unroll, remat=self.remat)
+        x, _ = scan_layers(
+            lambda layer, x, _: (constrain(layer(x), IMAGES), None), x, self.layers, count=c.num_active_layers,
+            dtype=self.dtype, unroll=self.unroll, remat=self.remat,
+        )  # fmt: skip
         if c.select_feature == "patch":
             x = x[:, 1:]
         return x.reshape(*lead, *x.shape[1:])

@@ -17,6 +17,7 @@ the read stream like words, and there is no compress stream: LLaVA, and the pape
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import einops
@@ -29,7 +30,7 @@ from voco_jax import attention
 from voco_jax.models.compressors import AveragePool, QFormer
 from voco_jax.models.llama import Llama, LlamaConfig, apply_rope, rope_tables
 from voco_jax.models.projector import Projector
-from voco_jax.models.stack import REMAT, apply_below, scan_layers
+from voco_jax.models.stack import REMAT, scan_layers
 from voco_jax.models.vit import ViT, ViTConfig
 from voco_jax.parallel.mesh import IMAGES, ROWS, axis_size, constrain
 
@@ -251,26 +252,21 @@ class VoCoLlama(nnx.Module):
         states, memory, (keys, values) of the read stream), None where there is nothing.
         """
         c, adapter = self.config, self.attention
-        K, S, num_layers = c.num_voco_tokens, c.compress_length, c.llama.num_hidden_layers
+        K, S = c.num_voco_tokens, c.compress_length
         rows, segments = (None, None) if compress is None else (compress.rows, compress)
         compress_rope = None if rows is None else rope_tables(c.llama, jnp.arange(rows.shape[1]) % S)
         read_rope = None if read is None else rope_tables(c.llama, read.positions)
 
-        def body(layer, carry, kept, index):
+        def body(layer, carry, kept, *, keys_and_values_only=False):
             compress, x = carry
             memory, cached = kept
             if compress is not None:
                 k, v = layer.project_kv(compress)
                 memory = tuple(segments.slots(m, S, K) for m in (k, v))
-
-                def advance(compress):
+                if not keys_and_values_only:
                     q = checkpoint_name(apply_rope(layer.project_q(compress), compress_rope), "query")
-                    k_, v_ = checkpoint_name(apply_rope(k, compress_rope), "key"), checkpoint_name(v, "value")
-                    return constrain(layer.finish(compress, adapter.chunked(q, k_, v_, S)), IMAGES)
-
-                # Nobody reads what the compress stream's last layer would put out: its K and V are all it is for.
-                run = num_layers if whole_last_layer else num_layers - 1
-                compress = apply_below(index, run, num_layers, advance, compress)
+                    k, v = checkpoint_name(apply_rope(k, compress_rope), "key"), checkpoint_name(v, "value")
+                    compress = constrain(layer.finish(compress, adapter.chunked(q, k, v, S)), IMAGES)
             if x is None:
                 return (compress, x), (memory, None)
             q = checkpoint_name(apply_rope(layer.project_q(x), read_rope), "query")
@@ -286,8 +282,11 @@ class VoCoLlama(nnx.Module):
             return (compress, constrain(layer.finish(x, attended), ROWS)), (memory, (k, v))
 
         kept = (memory, None if cache is None else (cache.keys, cache.values))
+        # Nobody reads what the compress stream's last layer would put out: its K and V are all it is for.
+        shorten = compress is not None and not whole_last_layer
         (compress, x), (memory, keys_values) = scan_layers(
             body, (rows, read_embeddings), self.llama.layers, kept,
+            last=functools.partial(body, keys_and_values_only=True) if shorten else None,
             dtype=jnp.dtype(c.dtype), unroll=c.unroll_layers, remat=c.remat,
         )  # fmt: skip
         return compress, x, None if memory is None else Memory(*memory), keys_values
