@@ -1,6 +1,6 @@
 """`python -m voco_jax.aot` as a person or a program reads it, on programs small enough to compile in seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import importlib.util
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ ABOUT = {"chips": 4, "compile_seconds": 1.0, "jax": "0", "libtpu": "0"}
 @needs_libtpu
 def test_report(mesh):
     program = small_program(mesh, 4096)
-    compiled, seconds = aot.compile_step(program, mesh)
+    compiled, seconds = aot.compile_step(program, mesh, CHIPS["v5e"])
     assert seconds > 0
     report = json.loads(json.dumps(aot.make_report(program, compiled, CHIPS["v5e"], 4)))
     assert report["program_flops"] == report["model_flops"]
@@ -82,15 +82,25 @@ def test_report(mesh):
     assert mfu == [report["model_flops"] / (4 * 197e12 * s) for s in (high, low)] and mfu[1] < 1
     text = aot.render(ABOUT | report, "headline")
     assert len(text.splitlines()) <= 42 and max(map(len, text.splitlines())) <= 120
-    for part in ("arguments", "of 16", "4,096   and 3 images", "all-gather", "MFU", "matmul"):
+    for part in ("arguments", "of 15.75", "4,096   and 3 images", "all-gather", "MFU", "matmul"):
         assert part in text
+
+
+@needs_libtpu
+def test_what_the_compiler_lets_through_may_still_be_too_large(mesh):
+    program = small_program(mesh, 4096)
+    compiled, _ = aot.compile_step(program, mesh, CHIPS["v5e"])
+    small = replace(CHIPS["v5e"], hbm_bytes=sum(aot.hbm_bytes(compiled).values()) - 1)
+    with pytest.raises(aot.DoesNotFit) as found:
+        aot.compile_step(program, mesh, small)
+    assert (found.value.needed, found.value.available) == (small.hbm_bytes + 1, small.hbm_bytes)
 
 
 @needs_libtpu
 def test_too_large(mesh):
     program = small_program(mesh, 2**25)  # 16 GiB a device come in, and as much goes out
     with pytest.raises(aot.DoesNotFit) as found:
-        aot.compile_step(program, mesh)
+        aot.compile_step(program, mesh, CHIPS["v5e"])
     assert found.value.needed > 16 * 2**30 > found.value.available > 15 * 2**30
     assert aot.argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
 

@@ -30,14 +30,14 @@ GIB = 2**30
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room in HBM."""
+    """HBM is too small, by the compiler's word or by the sum of what it assigned."""
 
     def __init__(self, needed: float, available: float):
         super().__init__(needed, available)
         self.needed, self.available = needed, available  # bytes a device
 
 
-def compile_step(program, mesh, compiler_options: dict[str, str] | None = None):
+def compile_step(program, mesh, chip: Chip, compiler_options: dict[str, str] | None = None):
     """(compiled, seconds) of a Program on a mesh of a topology's devices; DoesNotFit where HBM is too small."""
     start = time.monotonic()
     with jax.set_mesh(mesh):
@@ -48,7 +48,21 @@ def compile_step(program, mesh, compiler_options: dict[str, str] | None = None):
             if (misfit := too_large(str(error))) is not None:
                 raise misfit from error
             raise UserError(f"the TPU compiler: {str(error).strip().splitlines()[0]}") from error
+    # libtpu compares temporaries alone with HBM where they are the most: what it compiles may still be too large.
+    if (total := sum(hbm_bytes(compiled).values())) > chip.hbm_bytes:
+        raise DoesNotFit(total, chip.hbm_bytes)
     return compiled, time.monotonic() - start
+
+
+def hbm_bytes(compiled) -> dict[str, int]:
+    """What a compiled step takes of each device's HBM, by kind."""
+    memory = compiled.memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # not written over arguments
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
 
 
 def too_large(message: str) -> DoesNotFit | None:
@@ -64,13 +78,7 @@ def too_large(message: str) -> DoesNotFit | None:
 
 def make_report(program, compiled, chip: Chip, num_chips: int) -> dict:
     """What `--json` prints of a step that fits: bytes and seconds; ranges are [lower, upper]."""
-    memory = compiled.memory_analysis()
-    hbm = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # not written over arguments
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-    }
+    hbm = hbm_bytes(compiled)
     hbm["total"] = sum(hbm.values())
     cost = estimate(compiled.as_text(), chip)
     seconds = [cost.seconds_b, cost.seconds_a]
@@ -106,7 +114,7 @@ def render(report: dict, headline: str) -> str:
         "",
         "HBM a device",
         *(f"  {name:<22}{hbm[name] / GIB:9.2f} GiB" for name in ("arguments", "outputs", "temporaries", "program")),
-        f"  {'total':<22}{hbm['total'] / GIB:9.2f} GiB   {hbm['share']:.0%} of {hbm['chip'] / GIB:.0f}",
+        f"  {'total':<22}{hbm['total'] / GIB:9.2f} GiB   {hbm['share']:.0%} of {hbm['chip'] / GIB:g}",
         "",
         f"A step on all {chips} chips",
         f"  {'tokens':<22}{report['tokens']:>9,}"
@@ -215,7 +223,7 @@ def main() -> None:
         "libtpu": importlib.metadata.version("libtpu"),
     }
     try:
-        compiled, seconds = compile_step(program, mesh, options)
+        compiled, seconds = compile_step(program, mesh, chip, options)
     except DoesNotFit as error:
         help = advice(config, about["mesh"], arguments := argument_bytes(program), error.available)
         report = about | {

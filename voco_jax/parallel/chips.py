@@ -1,6 +1,7 @@
 """TPU chips in numbers, and a topology's devices for compiling where there is no TPU.
 
-Peaks, HBM and links are those of Google's pages on each generation (cloud.google.com/tpu/docs). The clock is what the
+Peaks, HBM's speed and links are those of Google's pages on each generation (cloud.google.com/tpu/docs), HBM's size is
+what libtpu's own messages say of it. The clock is what the
 peak and the matrix units make it: 131,072 FLOP a cycle × 1.50 GHz = 197 TFLOP/s (v5e), 262,144 × 1.75 (v5p),
 524,288 × 1.75 (v6e). v4 is not in the table: nothing here was checked on it.
 """
@@ -19,7 +20,7 @@ class Chip:
     """One kind of TPU chip, as the compiler sees it (a v5p chip's two cores are one device)."""
 
     name: str  # 'v5e'
-    hbm_bytes: int  # what the compiler lets a program use is a little less
+    hbm_bytes: float  # that a program may use, by the compiler; a little less than is there
     peak_flops: float  # bfloat16 FLOP/s
     clock_hz: float
     flops_per_cycle: int  # of all matrix units together
@@ -38,7 +39,7 @@ CHIPS = {
     for chip in (
         Chip(
             name="v5e",
-            hbm_bytes=16 * 2**30,
+            hbm_bytes=15.75 * 2**30,
             peak_flops=197e12,
             clock_hz=1.50e9,
             flops_per_cycle=131_072,
@@ -53,7 +54,7 @@ CHIPS = {
         ),
         Chip(
             name="v5p",
-            hbm_bytes=95 * 2**30,
+            hbm_bytes=95.74 * 2**30,
             peak_flops=459e12,
             clock_hz=1.75e9,
             flops_per_cycle=262_144,
@@ -68,7 +69,7 @@ CHIPS = {
         ),
         Chip(
             name="v6e",
-            hbm_bytes=32 * 2**30,
+            hbm_bytes=31.25 * 2**30,
             peak_flops=918e12,
             clock_hz=1.75e9,
             flops_per_cycle=524_288,

@@ -1,6 +1,6 @@
 """What a compiled TPU step should cost, from its HLO text: an estimate, nothing is run.
 
-Method: add up libtpu's `estimated_cycles`, with every loop multiplied out and every conditional weighted.
+Method: add up libtpu's `estimated_cycles`, with every loop multiplied out.
 
     A, the upper end: all estimated cycles as they stand;
     B, the lower end: the same, but no op without a matmul takes longer than HBM needs for what it reads and writes.
@@ -9,13 +9,12 @@ Both include splash attention at its minimum (below), because its custom calls c
 of another project, 16B on v5e-256 and 32B on v5p-128, the measured step lay between B and A.
 
 **What is counted.** Instructions that the device executes one after the other: the entry computation's, loop bodies' ×
-their turns, branches' × the share of turns that take them. A fusion counts by its own cycles, never by its inside's.
+their turns. A fusion counts by its own cycles, never by its inside's.
 `x-start`/`x-done` pairs (copies, slices, collectives) run beside the others and carry no cycles: bytes only. An
 `async-start` that wraps a whole computation is walked like a call, so that cycles found there are in A and B (no
 overlap assumed); the libtpu versions tried print none of that kind in these programs.
 
-**Conditionals.** `taken_n_of_m` in the op_name of a branch's instructions (jax.named_scope) says that the branch is
-taken n of m times. Without it the dearest branch counts.
+**Conditionals.** The dearest branch counts.
 
 **Matmul FLOPs** come from shapes, 2 × multiply-adds, and serve as a check: dots, and the convolutions into which XLA
 turns them on TPU. Padding counts nothing, as a window's tap that falls on it is not a product.
@@ -47,7 +46,6 @@ from voco_jax.parallel.hlo_flops import matmul_flops
 CLASSES = ("matmul", "attention", "collectives", "the rest")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
 SPLASH = re.compile(r"splash_f(\d+)x(\d+)x(\d+)_b(\d+)x(\d+)x(\d+)")
-TAKEN = re.compile(r"taken_(\d+)_of_(\d+)")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 SCAFFOLDING = re.compile(
     r"while|body|cond|closed_call|eval_jaxpr|checkpoint|shard_map|branch_\d+_fun|jit\((?!silu).*\)|pallas_call|vmap\(.*\)"
@@ -201,31 +199,9 @@ class _Walk:
         return ops
 
     def conditional(self, instruction: Instruction, frame: Frame) -> list[Op]:
-        names = hlo.branches(instruction)
-        branches = [self.module.computations[name] for name in names]
+        branches = [self.module.computations[name] for name in hlo.branches(instruction)]
         costs = [self.ops(Frame(branch, instruction, frame)) for branch in branches]
-        depth = len(TAKEN.findall(instruction.op_name))
-        shares = [self.share(branch, depth) for branch in branches]
-        if all(share is None for share in shares):
-            return max(costs, key=lambda ops: sum(op.count * op.cycles for op in ops))
-        rest = 1 - sum(share for share in shares if share is not None)  # of the branches that say nothing
-        return [
-            op
-            for ops, share in zip(costs, shares, strict=True)
-            for op in _scaled(ops, max(rest, 0) if share is None else share)
-        ]
-
-    def share(self, branch: Computation, depth: int) -> float | None:
-        """What most of a branch's instructions say in their scope `taken_n_of_m`, below `depth` enclosing ones."""
-        votes = Counter()
-        for instruction in branch:
-            scopes = TAKEN.findall(instruction.op_name)
-            if len(scopes) > depth:
-                votes[scopes[depth]] += 1
-        if not votes:
-            return None
-        taken, of = map(int, votes.most_common(1)[0][0])
-        return taken / of
+        return max(costs, key=lambda ops: sum(op.count * op.cycles for op in ops))
 
     def op(self, instruction: Instruction, computation: Computation) -> list[Op]:
         opcode = instruction.opcode
