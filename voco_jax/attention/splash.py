@@ -20,7 +20,8 @@ from voco_jax.attention.xla import cached
 
 __all__ = ["Blocks", "cached", "causal", "choose_blocks", "chunked", "row_shape"]
 
-LANES = 128  # rows and blocks come in multiples of it
+LANES = 128  # the kernel's rows and blocks come in multiples of it
+SUBLANES = 8
 
 # What the kernels cost on a v5e, in cycles, by the compiler's own schedule: instruction bundles for blocks of 128² to
 # 1024² in bf16 (libtpu 0.0.42), 128 dimensions a head; 64 differ little, since a matrix unit has 128 rows. The backward
@@ -31,6 +32,10 @@ HBM_BYTES_PER_CYCLE = 546  # 819 GB/s at 1.5 GHz
 # A token of padding goes through a layer's matmuls for nothing: about 24·D² FLOPs, at 131,072 a cycle, over D / 128
 # heads (this module counts cycles a head), for D = 4096. Narrower models pay less for it; the choice hardly moves.
 TOKEN_CYCLES = 24 * 4096 * 128 / 131_072
+
+
+# What matrix products take longer for tokens that are no multiple of 128 (584 against 4,096, v5e, the same schedule).
+RAGGED = 0.04
 
 
 class Blocks(NamedTuple):
@@ -54,25 +59,14 @@ class Blocks(NamedTuple):
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """As `xla.causal`, for T a multiple of 128. ValueError: another T, or what `_attend` refuses."""
-    if q.shape[1] % LANES:
-        raise ValueError(
-            f"attention 'splash' needs rows of a multiple of {LANES} tokens, found {q.shape[1]}: change data.row_length"
-        )
+    """As `xla.causal`. ValueError: what `_attend` refuses."""
     return _attend(q, k, v, segment_ids, None, ("data", "fsdp"))
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    """As `xla.chunked`, for C a multiple of 128 (as `row_shape` gives it); padding is one more segment.
-
-    ValueError: another C, or what `_attend` refuses.
-    """
-    length = q.shape[1]
-    if length % LANES or length < chunk:
-        raise ValueError(
-            f"attention 'splash' needs rows of a multiple of {LANES} places that hold a segment of {chunk} tokens, "
-            f"found {length} places"
-        )
+    """As `xla.chunked`; padding is one more segment. ValueError: C less than a segment, or what `_attend` refuses."""
+    if (length := q.shape[1]) < chunk:
+        raise ValueError(f"attention 'splash': a row of {length} places does not hold a segment of {chunk} tokens")
     return _attend(q, k, v, None, chunk, ("data", "fsdp", "frame"))
 
 
@@ -81,21 +75,30 @@ def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
     """As `xla.row_shape`: the layout with the fewest cycles, padding's matmuls and attention's blocks together.
 
     Several images share a row because one of, say, 580 tokens wastes 60 places of 640 and seven waste 36 of 4,096.
+    Where their number does not allow it, a row ends at the next multiple of 8, the sublanes of a TPU's tiles, and is
+    padded for the kernel alone.
     """
 
     def cycles_per_segment(layout):
         segments, length = layout
-        blocks = choose_blocks(length, chunk)
-        attention = _forward_cycles(length, chunk, *blocks.forward)
-        return (length * TOKEN_CYCLES + attention) / segments
+        places = padded_length(length, chunk)
+        cycles = length * TOKEN_CYCLES + _forward_cycles(places, chunk, *choose_blocks(places, chunk).forward)
+        if length % LANES:
+            cycles += length * TOKEN_CYCLES * RAGGED
+            cycles += (
+                4 * 2 * places * LANES * 2 / HBM_BYTES_PER_CYCLE
+            )  # q, k, v, output: read and written, 2 bytes each
+        return cycles / segments
 
     layouts = []
     for segments in range(1, num_segments + 1):
-        shortest = -(-segments * chunk // LANES) * LANES
+        used = segments * chunk
         # A row that is a little longer may divide into larger blocks. Rows of 8,192 places waste next to nothing, and
         # the kernel's mask costs time at start-up that grows with the square.
-        if num_segments % segments == 0 and (segments == 1 or shortest <= 8192):
-            layouts += [(segments, length) for length in range(shortest, shortest + 1024, LANES)]
+        if num_segments % segments == 0 and (segments == 1 or used <= 8192):
+            aligned = -(-used // LANES) * LANES
+            lengths = (-(-used // SUBLANES) * SUBLANES, *range(aligned, aligned + 1024, LANES))
+            layouts += [(segments, length) for length in lengths]
     return min(layouts, key=cycles_per_segment)
 
 
@@ -127,6 +130,21 @@ def choose_blocks(length: int, chunk: int | None) -> Blocks:
     )
 
 
+@cache
+def padded_length(length: int, chunk: int | None) -> int:
+    """Places that the kernel is given for a row of `length`: a little more may divide into larger blocks."""
+    shortest = -(-length // LANES) * LANES
+
+    def cycles(length):
+        blocks = choose_blocks(length, chunk)
+        size = chunk or length
+        return _forward_cycles(length, size, *blocks.forward) + _backward_cycles(
+            length, size, *blocks.backward, fused=blocks.fused
+        )
+
+    return min(range(shortest, shortest + 1024, LANES), key=cycles)
+
+
 def _visits(length: int, chunk: int, block_q: int, block_kv: int, by_keys: bool = False) -> list[int]:
     """Blocks with a visible pair, for each block of queries (or of keys)."""
     if by_keys:  # the same picture, seen from the other corner: keys are seen up to the end of their segment
@@ -143,7 +161,7 @@ def _steps(visits: list[int]) -> int:
 
 
 def _forward_cycles(length: int, chunk: int, block_q: int, block_kv: int) -> float:
-    visits = _visits(length, chunk or length, block_q, block_kv)
+    visits = _visits(length, chunk, block_q, block_kv)
     tiles = sum(visits) * block_q * block_kv / LANES**2
     return tiles * TILE_CYCLES["forward"] + _steps(visits) * STEP_CYCLES
 
@@ -228,13 +246,19 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"attention 'splash' needs a multiple of the {kv_heads} key-value heads, found {heads} heads")
-    kernel = _kernel(q.shape[1], chunk, interpret=found == "cpu")
+    length = q.shape[1]
+    places = padded_length(length, chunk)
+    kernel = _kernel(places, chunk, interpret=found == "cpu")
+
+    def pad(x, axis):  # what stands behind a row's end is in the future of its queries
+        return jnp.pad(x, [(0, places - length if i == axis else 0) for i in range(x.ndim)])
 
     def attend(q, k, v, ids):
-        rows = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        ids = ids if ids is None else kernels.SegmentIds(ids, ids)
-        with jax.named_scope(choose_blocks(q.shape[1], chunk).scope):
-            return jnp.swapaxes(jax.vmap(kernel)(*rows, ids), 1, 2)
+        rows = (pad(jnp.swapaxes(x, 1, 2), 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        if ids is not None:
+            ids = kernels.SegmentIds(*(pad(ids, 1),) * 2)
+        with jax.named_scope(choose_blocks(places, chunk).scope):
+            return jnp.swapaxes(jax.vmap(kernel)(*rows, ids)[:, :, :length], 1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

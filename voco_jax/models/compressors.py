@@ -73,7 +73,5 @@ class QFormer(nnx.Module):
         *lead, num_patches, hidden_size = features.shape
         features = self.norm_features(features.reshape(-1, num_patches, hidden_size))
         queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (len(features), *self.queries.shape))
-        queries, _ = scan_layers(
-            lambda layer, x, _: (layer(x, features), None), queries, self.layers, dtype=self.dtype
-        )
+        queries, _ = scan_layers(lambda layer, x, _: (layer(x, features), None), queries, self.layers, dtype=self.dtype)
         return self.linear(self.norm(queries)).reshape(*lead, -1, hidden_size)
