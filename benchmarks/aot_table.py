@@ -1,14 +1,13 @@
-"""Does it fit, and how fast should it be: a table and a growth plot over many TPU slices, without a TPU.
+"""Does it fit, how fast should it be, how does it grow: tables and a plot over many TPU slices, without a TPU.
 
-    python -m benchmarks.aot_table --out docs/aot        (minutes a case; what is there already is kept)
+    python -m benchmarks.aot_table --out docs/aot        (two minutes a case; what is there already is kept)
 
-Each case is one `python -m voco_jax.aot --json` in a process of its own; its answer stays beside the table as JSON,
-with the command that gave it, so a second call runs only what is missing or has changed.
+Each case (`benchmarks/aot_cases.py`) is one `python -m voco_jax.aot --json` in a process of its own; its answer stays
+beside the tables as JSON, with the command that gave it, so a second call runs only what is missing or has changed.
 """
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 import json
 from pathlib import Path
 import re
@@ -21,34 +20,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
+from benchmarks import aot_cases
+from benchmarks.aot_cases import Case, Peer
 from voco_jax.errors import UserError, one_line_errors
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    config: str
-    topology: str
-    step: str = "train"
-    overrides: dict = field(default_factory=dict)  # config keys
-    size: int = 0  # place on the growth plot's axis; 0: not in the plot
-
-    @property
-    def arguments(self) -> list[str]:
-        keys = [f"--config.{key}={value}" for key, value in self.overrides.items()]
-        return [f"--config={self.config}", *keys, f"--topology={self.topology}", f"--step={self.step}"]
-
-
-CASES = (
-    Case("demo", "configs/easyvqa.py", "v5e:2x2"),
-    *(
-        Case(f"demo, {n} records", "configs/easyvqa.py", "v5e:2x2", "compress", {"data.batch_size": n}, size=n)
-        for n in (16, 32, 64)
-    ),
-)
-GROWTH_AXIS = "records a step"
 
 
 def result_file(out: Path, case: Case) -> Path:
@@ -79,32 +55,105 @@ def run(out: Path, case: Case) -> None:
     log.unlink()
 
 
-def markdown(rows: list[tuple[Case, dict]]) -> str:
+Rows = list[tuple[Case, dict]]
+
+
+def fits_table(rows: Rows) -> str:
     lines = [
-        "| case | step | slice | HBM GiB a device: arguments / temporaries / total | time ms, B–A "
-        "| tokens/s a chip, A–B | MFU %, A–B | attention % | sent GiB a device, ms at links' speed | compiled in s |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | step | slice | HBM GiB a device: arguments + temporaries = total | step ms, B–A "
+        "| tokens/s a chip, A–B | MFU %, A–B | attention % | sent GiB a device | exposed ms | compiled in s |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, result in rows:
         hbm = result["hbm"]
         head = f"| {case.name} | {case.step} | {case.topology}"
         if not result["fits"]:
             needed = f"does not fit: at least {hbm['needed'] / GIB:.2f} of {hbm['available'] / GIB:.2f}"
-            lines.append(f"{head} | {needed} |" + " – |" * 6)
+            lines.append(f"{head} | {needed} |" + " – |" * 7)
             continue
-        memory = " / ".join(f"{hbm[key] / GIB:.2f}" for key in ("arguments", "temporaries", "total"))
-        sent = sum(collective["bytes"] for collective in result["collectives"]) / GIB
         cells = [
-            f"{memory} ({hbm['share']:.0%})",
+            f"{hbm['arguments'] / GIB:.2f} + {hbm['temporaries'] / GIB:.2f} = {hbm['total'] / GIB:.2f} "
+            f"({hbm['share']:.0%} of the chip's)",
             span(result["step_seconds"], 1e3, ",.1f"),
-            span(result["tokens_per_second"], 1 / result["chips"], ",.0f"),
+            span(tokens_per_second(result), 1 / result["chips"], ",.0f"),
             span(result["mfu"], 100, ".1f"),
             span(result["attention_share"], 100, ".0f"),
-            f"{sent:.2f}, {result['collective_seconds'] * 1e3:.1f}",
+            f"{sum(collective['bytes'] for collective in result['collectives']) / GIB:.2f}",
+            f"{exposed(result):.1f}",
             f"{result['compile_seconds']:.0f}",
         ]
         lines.append(f"{head} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def speed_table(rows: Rows, peers: dict[str, Peer]) -> str:
+    """Step and HBM beside the peer's; how many times the peer's tokens/s, by either end of the range."""
+    lines = [
+        "| run | HBM GiB | peer's | step s, B–A | peer's | × the peer's tokens/s, by A, by B "
+        "| tokens/s a chip, A–B | MFU %, A–B |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case, result in rows:
+        if not result["fits"]:
+            lines.append(f"| {case.name} | does not fit |" + " – |" * 6)
+            continue
+        peer = peers.get(case.name)
+        b, a = result["step_seconds"]
+        beside = ("–", "–", "–")
+        if peer is not None:
+            peer_b, peer_a = peer.seconds
+            beside = f"{peer.hbm_gib:.2f}", f"{peer_b:.2f}–{peer_a:.2f}", f"{peer_a / a:.2f}, {peer_b / b:.2f}"
+        cells = [
+            f"{result['hbm']['total'] / GIB:.2f}",
+            beside[0],
+            f"{b:.3f}–{a:.3f}",
+            *beside[1:],
+            span(tokens_per_second(result), 1 / result["chips"], ",.0f"),
+            span(result["mfu"], 100, ".1f"),
+        ]
+        lines.append(f"| {case.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def class_table(rows: Rows) -> str:
+    """Where the time goes (A), and the dearest ops over the ideal."""
+    lines = [
+        "| run | matmul ms | attention | the rest, B–A | exposed collectives | dearest over the ideal (A), ms |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for case, result in rows:
+        if result["fits"]:
+            classes = result["classes"]
+            dearest = "; ".join(
+                f"{dear['label']} {dear['excess_seconds'] * 1e3:.0f} of {dear['seconds'] * 1e3:.0f}"
+                for dear in result["dearest"][:3]
+            )
+            lines.append(
+                f"| {case.name} | {classes['matmul'][1] * 1e3:,.0f} | {classes['attention'][1] * 1e3:,.0f} "
+                f"| {span(classes['the rest'], 1e3, ',.0f')} | {exposed(result):,.0f} | {dearest} |"
+            )
+    return "\n".join(lines)
+
+
+def tokens_per_second(result: dict) -> list[float]:
+    """Read and compress tokens, without padding; [lower, upper]."""
+    tokens = result["tokens"] + result["compress_tokens"]
+    return [tokens / seconds for seconds in reversed(result["step_seconds"])]
+
+
+def exposed(result: dict) -> float:
+    """Milliseconds at the links' speed of collectives that nothing runs beside."""
+    return sum(collective["exposed_seconds"] for collective in result["collectives"]) * 1e3
+
+
+def flops_lines(rows: Rows) -> list[str]:
+    """The program's FLOPs for pictures compressed, over those for one causal row of the same tokens."""
+    lines = []
+    for (case, compressed), (_, plain) in zip(rows[::2], rows[1::2], strict=True):
+        if compressed["fits"] and plain["fits"]:
+            ratio = compressed["program_flops"] / plain["program_flops"]
+            lines.append(f"{case.name}: {ratio:.3f} × the FLOPs of plain causal attention over the same tokens.")
+    return lines
 
 
 def span(values: list[float], factor: float, form: str) -> str:
@@ -112,27 +161,78 @@ def span(values: list[float], factor: float, form: str) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def draw(rows: list[tuple[Case, dict]], axis_name: str, path: Path) -> None:
-    """Time (a band from B to A) and HBM of the cases that have a size."""
-    grown = sorted(((case.size, result) for case, result in rows if case.size and result["fits"]), key=lambda x: x[0])
-    sizes = [size for size, _ in grown]
-    lower, upper = zip(*([s * 1e3 for s in result["step_seconds"]] for _, result in grown), strict=True)
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
-    time.fill_between(sizes, lower, upper, color="#2563eb", alpha=0.3, linewidth=0)
-    time.plot(sizes, upper, "o-", color="#2563eb", markersize=4)
-    time.plot(sizes, lower, "o-", color="#2563eb", markersize=4)
-    time.set_ylabel("estimated time, ms (B to A)")
-    totals = [result["hbm"]["total"] / GIB for _, result in grown]
-    memory.plot(sizes, totals, "o-", color="#2563eb", markersize=4)
+def draw(series: dict[str, dict[int, dict]], path: Path) -> None:
+    """Time (a band from B to A) and HBM over the frames that a device compresses."""
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for color, (name, grown) in zip(("#2563eb", "#ea580c"), series.items(), strict=False):
+        frames = sorted(grown)
+        lower, upper = zip(*([s * 1e3 for s in grown[n]["step_seconds"]] for n in frames), strict=True)
+        time.fill_between(frames, lower, upper, color=color, alpha=0.25, linewidth=0)
+        time.plot(frames, upper, "o-", color=color, markersize=4, label=name)
+        time.plot(frames, lower, "o-", color=color, markersize=4)
+        memory.plot(frames, [grown[n]["hbm"]["total"] / GIB for n in frames], "o-", color=color, markersize=4)
+    time.set_ylabel("estimated step, ms (B to A)")
+    time.legend(frameon=False)
     memory.set_ylabel("HBM a device, GiB")
     for axis in (time, memory):
-        axis.set_xlabel(axis_name)
+        axis.set_xlabel("frames a device")
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def write(out: Path, results: dict[str, dict]) -> str:
+    """tables.md and growth.png, of the cases that have a result; returns the text."""
+
+    def rows(cases) -> Rows:
+        return [(case, results[case.name]) for case in cases if case.name in results]
+
+    growth = {
+        name: {frames: case for frames, case in cases.items() if results.get(case.name, {}).get("fits")}
+        for name, cases in aot_cases.GROWTH.items()
+    }
+    speed = rows([case for case, _ in aot_cases.SPEED] + list(aot_cases.PICTURE_SPEED))
+    pictures = rows(aot_cases.PICTURE_SPEED)
+    growing = rows(case for cases in aot_cases.GROWTH.values() for case in cases.values())
+    sections = [
+        ("Does it fit", rows(aot_cases.FITS), fits_table),
+        ("How fast", speed, lambda r: speed_table(r, {case.name: peer for case, peer in aot_cases.SPEED})),
+        ("Where the time goes", speed, class_table),
+        ("Growth", growing, fits_table),
+    ]
+    parts = []
+    for title, some, table in sections:
+        if some:
+            parts += [f"## {title}", table(some)]
+        if some is speed and len(pictures) == len(aot_cases.PICTURE_SPEED) and title == "How fast":
+            parts += ["\n\n".join(flops_lines(pictures))]
+    if any(len(cases) > 1 for cases in growth.values()):
+        a_device = {
+            name: {max(1, frames // mesh_frames(case)): results[case.name] for frames, case in cases.items()}
+            for name, cases in growth.items()
+        }
+        draw({name: grown for name, grown in a_device.items() if grown}, out / "growth.png")
+        parts += ["![time and HBM over frames a device](growth.png)"]
+    made_by = next(iter(results.values()))
+    text = "\n\n".join(
+        [
+            "# Compiled for TPUs, on a machine without one",
+            "Made by `python -m benchmarks.aot_table --out docs/aot` with "
+            f"jax {made_by['jax']} and libtpu {made_by['libtpu']}. Nothing was run: HBM is what the compiler assigns, "
+            "times are estimates from its cycles ([pods.md](../pods.md) says how to read them). Each line is one "
+            "`python -m voco_jax.aot`; the JSON files here have its arguments and its whole answer.",
+            *parts,
+        ]
+    )
+    (out / "tables.md").write_text(text + "\n")
+    return text
+
+
+def mesh_frames(case: Case) -> int:
+    return case.overrides.get("mesh.frame", 1)
 
 
 @one_line_errors
@@ -144,9 +244,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, found {args.jobs}")
-    cases = [case for case in CASES if args.only in case.name]
+    cases = [case for case in aot_cases.CASES if args.only in case.name]
     if not cases:
-        raise UserError(f"--only: no case has {args.only!r} in its name; there are: {', '.join(c.name for c in CASES)}")
+        raise UserError(
+            f"--only: no case has {args.only!r} in its name; there are: {'; '.join(c.name for c in aot_cases.CASES)}"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [case for case in cases if load(args.out, case) is None]
     failures = []
@@ -159,12 +261,9 @@ def main() -> None:
                 failures.append(str(future.exception()))  # the others go on
             else:
                 future.result()
-    rows = [(case, result) for case in cases if (result := load(args.out, case)) is not None]
-    if rows:
-        (args.out / "table.md").write_text(markdown(rows) + "\n")
-        print(markdown(rows))
-    if sum(bool(case.size and result["fits"]) for case, result in rows) > 1:
-        draw(rows, GROWTH_AXIS, args.out / "growth.png")
+    results = {case.name: result for case in aot_cases.CASES if (result := load(args.out, case)) is not None}
+    if results:
+        print(write(args.out, results))
     if failures:
         raise UserError("; ".join(failures))
 

@@ -47,6 +47,7 @@ class Small:
     model_flops: float = 2 * 4096.0 * 1024 * 1024
     tokens: int = 4096
     images: int = 3
+    compress_tokens: int = 30
 
 
 def small_program(mesh, rows: int) -> Small:

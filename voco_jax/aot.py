@@ -88,6 +88,7 @@ def make_report(program, compiled, chip: Chip, num_chips: int) -> dict:
         "fits": True,
         "hbm": hbm | {"chip": chip.hbm_bytes, "share": hbm["total"] / chip.hbm_bytes},
         "tokens": program.tokens,
+        "compress_tokens": program.compress_tokens,
         "images": program.images,
         "model_flops": program.model_flops,
         "program_flops": (cost.matmul_flops + cost.attention_flops) * num_chips,

@@ -29,8 +29,8 @@ STEPS = ("train", "compress", "read", "decode")
 class Program:
     """A jitted function with abstract arguments, and what a step of it does, all devices together.
 
-    `tokens` counts read tokens, the slots (or the uncompressed images' tokens) among them; `model_flops` is by the
-    formula of `models/flops.py`.
+    `tokens` counts read tokens, the slots (or the uncompressed images' tokens) among them, `compress_tokens` those of
+    the images' segments; padding is in neither. `model_flops` is by the formula of `models/flops.py`.
     """
 
     function: Callable
@@ -38,6 +38,7 @@ class Program:
     model_flops: float
     tokens: int
     images: int
+    compress_tokens: int = 0
 
 
 def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
@@ -86,6 +87,7 @@ def _train(config: ConfigDict, mesh: Mesh) -> Program:
         model_flops(model_config, rows, config.data.row_length, images, config.train.freeze),
         rows * config.data.row_length,
         images,
+        images * model_config.compress_length,
     )
 
 
@@ -123,7 +125,8 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
     per_row = array((rows,), jnp.int32, ROWS)
     if step == "compress":
         function = jitted(lambda model, pixels: model.compress(model.encode_images(pixels)))
-        return Program(function, (params, batch["pixel_values"]), model_flops(c, 0, 0, num_images), 0, num_images)
+        flops = model_flops(c, 0, 0, num_images)
+        return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
     if step == "read":
         slots = data.images_per_record * c.num_visual_tokens
         visual = None

@@ -1,0 +1,22 @@
+"""LLaVA's first stage: the projector learns to translate, from pictures and captions; all else stays as it is.
+
+python -m voco_jax.aot --config=configs/projector_7b.py --topology=v5e:4x4
+"""
+
+from configs import voco_7b
+
+
+def get_config():
+    config = voco_7b.get_config()
+    config.workdir = "runs/projector_7b"
+
+    config.model.compressor = "none"
+    config.data.batch_size = 256
+    config.data.row_length = 768  # 576 patches and a caption
+
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 65  # 3 %
+
+    config.train.freeze = ("vision_tower", "llama")
+    config.train.steps = 2180  # one epoch of 558,000 captions
+    return config

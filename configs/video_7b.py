@@ -1,0 +1,19 @@
+"""VoCo-LLaMA 7B on video: 64 frames of 576 patches a clip, 8 tokens a frame, a clip's frames spread over 4 devices.
+
+python -m voco_jax.aot --config=configs/video_7b.py --topology=v5e:8x8
+"""
+
+from configs import voco_7b
+
+
+def get_config():
+    config = voco_7b.get_config()
+    config.workdir = "runs/video_7b"
+
+    config.mesh.frame = 4
+    config.model.num_voco_tokens = 8
+
+    config.data.batch_size = 16  # clips, each with one conversation
+    config.data.images_per_record = 64
+    config.data.row_length = 1024  # 512 of them are slots
+    return config

@@ -1,0 +1,16 @@
+"""VoCo-LLaMA 13B: as voco_7b, with Vicuna 13B.
+
+python -m voco_jax.aot --config=configs/voco_13b.py --topology=v5p:2x2x4
+"""
+
+from configs import voco_7b
+from voco_jax.config import llama_preset
+
+
+def get_config():
+    config = voco_7b.get_config()
+    config.workdir = "runs/voco_13b"
+    config.model.llama = llama_preset("vicuna-13b")
+    config.model.llama.vocab_size = 32001
+    config.model.llama.vocab_multiple = 128
+    return config
