@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN ?= runs/easyvqa
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint table1 clean
+.PHONY: demo test lint table1 aot clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m voco_jax.train --config=configs/easyvqa.py --config.workdir=$(RUN)
@@ -22,6 +22,10 @@ lint: $(VENV)/.test
 # The paper's Table 1 on easy-VQA: seven trainings, 50 minutes on 2 cores.
 table1: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.table1
+
+# What fits which TPU slice, and how fast it should be: an hour on 2 cores. Answers that are there are kept.
+aot: $(VENV)/.test
+	$(BIN)/python -m benchmarks.aot_table --out docs/aot
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -184,55 +184,48 @@ def draw(series: dict[str, dict[int, dict]], path: Path) -> None:
     plt.close(figure)
 
 
-def write(out: Path, results: dict[str, dict]) -> str:
-    """tables.md and growth.png, of the cases that have a result; returns the text."""
+def page(results: dict[str, dict]) -> str:
+    """The tables, in Markdown, of the cases that have a result."""
 
     def rows(cases) -> Rows:
         return [(case, results[case.name]) for case in cases if case.name in results]
 
-    growth = {
-        name: {frames: case for frames, case in cases.items() if results.get(case.name, {}).get("fits")}
+    peers = {case.name: peer for case, peer in aot_cases.SPEED}
+    pictures = rows(aot_cases.PICTURE_SPEED)
+    speed = rows(case for case, _ in aot_cases.SPEED) + pictures
+    growing = rows(case for cases in aot_cases.GROWTH.values() for case in cases.values())
+    any_result = next(iter(results.values()))
+    parts = [
+        "# Compiled for TPUs, on a machine without one",
+        "Made by `python -m benchmarks.aot_table --out docs/aot` with "
+        f"jax {any_result['jax']} and libtpu {any_result['libtpu']}. Nothing was run: HBM is what the compiler "
+        "assigns, times are estimates from its cycles; [pods.md](../pods.md) says how to read them. Each line is one "
+        "`python -m voco_jax.aot`; the JSON files here have its arguments and its whole answer.",
+    ]
+    if fits := rows(aot_cases.FITS):
+        parts += ["## Does it fit", fits_table(fits)]
+    if speed:
+        parts += ["## How fast", speed_table(speed, peers)]
+    if len(pictures) == len(aot_cases.PICTURE_SPEED):
+        parts += flops_lines(pictures)
+    if speed:
+        parts += ["## Where the time goes", class_table(speed)]
+    if growing:
+        parts += ["## Growth", fits_table(growing), "![time and HBM over frames a device](growth.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def grown(results: dict[str, dict]) -> dict[str, dict[int, dict]]:
+    """Of each series with two results or more: {frames a device: result}."""
+    series = {
+        name: {
+            frames // case.overrides.get("mesh.frame", 1): results[case.name]
+            for frames, case in cases.items()
+            if results.get(case.name, {}).get("fits")
+        }
         for name, cases in aot_cases.GROWTH.items()
     }
-    speed = rows([case for case, _ in aot_cases.SPEED] + list(aot_cases.PICTURE_SPEED))
-    pictures = rows(aot_cases.PICTURE_SPEED)
-    growing = rows(case for cases in aot_cases.GROWTH.values() for case in cases.values())
-    sections = [
-        ("Does it fit", rows(aot_cases.FITS), fits_table),
-        ("How fast", speed, lambda r: speed_table(r, {case.name: peer for case, peer in aot_cases.SPEED})),
-        ("Where the time goes", speed, class_table),
-        ("Growth", growing, fits_table),
-    ]
-    parts = []
-    for title, some, table in sections:
-        if some:
-            parts += [f"## {title}", table(some)]
-        if some is speed and len(pictures) == len(aot_cases.PICTURE_SPEED) and title == "How fast":
-            parts += ["\n\n".join(flops_lines(pictures))]
-    if any(len(cases) > 1 for cases in growth.values()):
-        a_device = {
-            name: {max(1, frames // mesh_frames(case)): results[case.name] for frames, case in cases.items()}
-            for name, cases in growth.items()
-        }
-        draw({name: grown for name, grown in a_device.items() if grown}, out / "growth.png")
-        parts += ["![time and HBM over frames a device](growth.png)"]
-    made_by = next(iter(results.values()))
-    text = "\n\n".join(
-        [
-            "# Compiled for TPUs, on a machine without one",
-            "Made by `python -m benchmarks.aot_table --out docs/aot` with "
-            f"jax {made_by['jax']} and libtpu {made_by['libtpu']}. Nothing was run: HBM is what the compiler assigns, "
-            "times are estimates from its cycles ([pods.md](../pods.md) says how to read them). Each line is one "
-            "`python -m voco_jax.aot`; the JSON files here have its arguments and its whole answer.",
-            *parts,
-        ]
-    )
-    (out / "tables.md").write_text(text + "\n")
-    return text
-
-
-def mesh_frames(case: Case) -> int:
-    return case.overrides.get("mesh.frame", 1)
+    return {name: by_frames for name, by_frames in series.items() if len(by_frames) > 1}
 
 
 @one_line_errors
@@ -263,7 +256,10 @@ def main() -> None:
                 future.result()
     results = {case.name: result for case in aot_cases.CASES if (result := load(args.out, case)) is not None}
     if results:
-        print(write(args.out, results))
+        (args.out / "tables.md").write_text(page(results))
+        print(page(results))
+    if series := grown(results):
+        draw(series, args.out / "growth.png")
     if failures:
         raise UserError("; ".join(failures))
 

@@ -14,6 +14,7 @@ from voco_jax.config import (
     parse_command_line,
     parse_flags,
     save_config,
+    vision_config,
 )
 from voco_jax.errors import UserError
 from voco_jax.models import presets
@@ -129,3 +130,11 @@ def test_stored_configs_that_do_not_fit(tmp_path):
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 0, "speed": 1'))
     with pytest.raises(UserError, match=r"config.json: .*Did you mean \"seed\" instead of \"speed\""):
         load_config(path)
+
+
+def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
+    files = list((Path(__file__).parents[1] / "configs").glob("*.py"))
+    configs = [parse(f"--config={file}") for file in files]
+    for config in configs:
+        llama_config(config), vision_config(config)
+    assert len({config.workdir for config in (*configs, default_config())}) == len(files) + 1
