@@ -196,6 +196,60 @@ def test_an_asynchronous_collective_counts_once():
     assert alone.exposed_seconds == alone.seconds == gathered.seconds
 
 
+@pytest.mark.parametrize(
+    ("kind", "result", "sent"),
+    [
+        ("all-gather", "[256,128]", 3),
+        ("reduce-scatter", "[16,128]", 3 / 4),
+        ("all-reduce", "[64,128]", 2 * 3 / 4),
+        ("all-to-all", "[64,128]", 3 / 4),
+        ("collective-permute", "[64,128]", 1),
+    ],
+)
+def test_what_a_device_sends_around_a_ring_of_four(kind, result, sent):
+    text = f"""ENTRY %e (a: f32[64,128]) -> f32{result} {{
+  %a = f32[64,128] parameter(0)
+  ROOT %c = f32{result} {kind}(%a), channel_id=1, replica_groups=[4,4]<=[16]
+}}"""
+    (collective,) = estimate(text, V5E).collectives
+    assert (collective.kind, collective.bytes) == (kind, sent * 64 * 128 * 4)
+    assert collective.seconds == collective.exposed_seconds == collective.bytes / V5E.ici_bandwidth
+
+
+def test_asynchronous_copies_count_what_is_moved_and_no_cycles():
+    text = """ENTRY %e (a: f32[64,128]) -> f32[16,128] {
+  %a = f32[64,128] parameter(0)
+  %s = ((f32[64,128]), f32[16,128]{1,0:S(1)}, s32[]) slice-start(%a), slice={[0:16], [0:128]}
+  %p = f32[16,128]{1,0:S(1)} slice-done(%s)
+  %c = (f32[16,128], f32[16,128]{1,0:S(1)}, u32[]) copy-start(%p)
+  ROOT %d = f32[16,128] copy-done(%c)
+}"""
+    cost = estimate(text, V5E)
+    assert cost.copied_bytes == 2 * 16 * 128 * 4 and cost.copied_seconds == cost.copied_bytes / V5E.hbm_bandwidth
+    assert cost.seconds_a == 0 and not cost.left_out
+
+
+def test_an_update_in_place_moves_the_update():
+    """B: what a fusion writes of a large array, and what it reads of a sliced one."""
+    text = """%fused (p0: f32[64,128], p1: f32[64,128], p2: s32[]) -> f32[64,128] {
+  %p0 = f32[64,128] parameter(0)
+  %p1 = f32[64,128] parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[2,128] dynamic-slice(%p1, %p2, %zero), dynamic_slice_sizes={2,128}
+  ROOT %u = f32[64,128] dynamic-update-slice(%p0, %row, %p2, %zero)
+}
+ENTRY %e (a: f32[64,128], b: f32[64,128], i: s32[]) -> f32[64,128] {
+  %a = f32[64,128] parameter(0)
+  %b = f32[64,128] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[64,128] fusion(%a, %b, %i), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"900000"}
+}"""
+    index = 4  # bytes
+    moved = 2 * 2 * 128 * 4 + index
+    assert estimate(text, V5E).seconds_b == pytest.approx(moved / V5E.hbm_bandwidth)
+
+
 def test_names_are_short():
     assert (
         shorten("jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/rematted_computation/dot")

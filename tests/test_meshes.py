@@ -187,7 +187,9 @@ def a_training_step_keeps_what_is_frozen_and_where_things_are():
         before = jax.device_get(params)
         opt_state = init_opt_state(config, optimizer, params, state.shardings[1])
         for _ in range(2):
+            given = params["llama"]["layers"]["q_proj"]["kernel"], *jax.tree.leaves(opt_state)
             params, opt_state, loss = step(params, opt_state, put_batch(mesh, random_batch(BASE)))
+            assert all(leaf.is_deleted() for leaf in given)
         assert loss.is_fully_replicated and np.isfinite(float(loss))
     assert "vision_tower" not in str(jax.tree.structure(opt_state)) and "projector" in str(
         jax.tree.structure(opt_state)

@@ -19,13 +19,16 @@ import time
 from absl import flags
 import jax
 from ml_collections import ConfigDict
+from ml_collections.config_flags import get_config_filename
 
 from voco_jax.config import parse_flags
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel.chips import Chip, topology_devices
+from voco_jax.parallel.hlo import HLOError
 from voco_jax.parallel.hlo_cost import estimate
+from voco_jax.parallel.mesh import make_mesh
+from voco_jax.parallel.programs import STEPS, make_program
 
-STEPS = ("train", "compress", "read", "decode")
 GIB = 2**30
 
 
@@ -38,10 +41,16 @@ class DoesNotFit(Exception):
 
 
 def compile_step(program, mesh, chip: Chip, compiler_options: dict[str, str] | None = None):
-    """(compiled, seconds) of a Program on a mesh of a topology's devices; DoesNotFit where HBM is too small."""
+    """(compiled, seconds) of a Program on a mesh of a topology's devices.
+
+    DoesNotFit where HBM is too small; UserError for what the model, its attention or the compiler cannot do.
+    """
     start = time.monotonic()
     with jax.set_mesh(mesh):
-        lowered = program.function.lower(*program.arguments)
+        try:
+            lowered = program.function.lower(*program.arguments)
+        except ValueError as error:  # an attention adapter, or a compressor without what the step asks of it
+            raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
         try:
             compiled = lowered.compile(compiler_options=compiler_options)
         except jax.errors.JaxRuntimeError as error:
@@ -80,7 +89,10 @@ def make_report(program, compiled, chip: Chip, num_chips: int) -> dict:
     """What `--json` prints of a step that fits: bytes and seconds; ranges are [lower, upper]."""
     hbm = hbm_bytes(compiled)
     hbm["total"] = sum(hbm.values())
-    cost = estimate(compiled.as_text(), chip)
+    try:
+        cost = estimate(compiled.as_text(), chip)
+    except HLOError as error:
+        raise UserError(f"the compiled program: {error}") from error
     seconds = [cost.seconds_b, cost.seconds_a]
     if not cost.seconds_b:
         raise UserError("the compiled program holds no estimated cycles: this libtpu is not one the estimate can read")
@@ -119,7 +131,8 @@ def render(report: dict, headline: str) -> str:
         "",
         f"A step on all {chips} chips",
         f"  {'tokens':<22}{report['tokens']:>9,}"
-        + (f"   and {report['images']:,} images compressed" if report["images"] else ""),
+        + (f"   and {report['images']:,} images" if report["images"] else "")
+        + (f" in {report['compress_tokens']:,} to compress" if report["compress_tokens"] else ""),
         f"  {'FLOPs by the model':<22}{report['model_flops'] / 1e12:>9,.1f} T",
         f"  {'FLOPs in the program':<22}{report['program_flops'] / 1e12:>9,.1f} T   recomputation included",
         f"  {'time, B to A':<22}{_range(report['step_seconds'], 1e3)} ms",
@@ -207,15 +220,11 @@ def main() -> None:
     if wrong := [option for option in values["xla"].value if "=" not in option]:
         raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")
     chip, devices = topology_devices(topology)
-
-    from voco_jax.parallel.mesh import make_mesh
-    from voco_jax.parallel.programs import make_program
-
     mesh = make_mesh(config.mesh, devices)
     program = make_program(config, step, mesh)
     print(f"compiling for {len(devices)} × {chip.name} …", file=sys.stderr, flush=True)
     about = {
-        "config": next(a.removeprefix("--config=") for a in sys.argv if a.startswith("--config=")),
+        "config": get_config_filename(values["config"]),
         "step": step,
         "topology": topology,
         "chips": len(devices),
@@ -226,11 +235,11 @@ def main() -> None:
     try:
         compiled, seconds = compile_step(program, mesh, chip, options)
     except DoesNotFit as error:
-        help = advice(config, about["mesh"], arguments := argument_bytes(program), error.available)
+        arguments = argument_bytes(program)
         report = about | {
             "fits": False,
             "hbm": {"needed": error.needed, "available": error.available, "arguments": arguments},
-            "advice": help,
+            "advice": advice(config, about["mesh"], arguments, error.available),
         }
         print(json.dumps(report) if values["json"].value else render_misfit(report))
         sys.exit(1)

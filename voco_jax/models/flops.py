@@ -3,7 +3,7 @@
 A multiply and an add count as two. Matrix products with parameters cost 2 a parameter and token forward, as much again
 for the gradient of their inputs, and again for the parameters' own where those train: 6·N a token in all. Causal
 attention over T tokens costs 2·N·H·T a token and layer forward (half of the square), three times that in training.
-Embedding, norms and rotary positions are left out; what remat computes again does not count.
+Embedding, norms, rotary positions and the external compressors are left out; what remat computes again does not count.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,21 @@ def layer_params(c: LlamaConfig) -> int:
     return attention + 3 * c.hidden_size * c.intermediate_size
 
 
-def llama_forward(c: LlamaConfig, tokens: int, context: int, *, with_head: bool) -> float:
+def layers_forward(c: LlamaConfig, tokens: int, context: int) -> float:
     """Tokens through all layers, `context` tokens a causal row."""
     attention = 2 * c.num_attention_heads * c.head_dim * context
-    head = 2 * c.hidden_size * c.vocab_size if with_head else 0
-    return tokens * (c.num_hidden_layers * (2 * layer_params(c) + attention) + head)
+    return tokens * c.num_hidden_layers * (2 * layer_params(c) + attention)
+
+
+def head_forward(c: LlamaConfig, tokens: int) -> float:
+    return tokens * 2 * c.hidden_size * c.vocab_size
 
 
 def compress_forward(c: VoCoConfig, images: int) -> float:
     """Images through the compress stream; its last layer makes keys and values only."""
     tokens, llama = images * c.compress_length, c.llama
     last = 2 * llama.hidden_size * llama.head_dim * 2 * llama.num_key_value_heads
-    whole = llama_forward(llama, tokens, c.compress_length, with_head=False) / llama.num_hidden_layers
+    whole = layers_forward(llama, tokens, c.compress_length) / llama.num_hidden_layers
     return whole * (llama.num_hidden_layers - 1) + tokens * last
 
 
@@ -47,19 +50,24 @@ def projector_forward(c: VoCoConfig, images: int) -> float:
     return images * c.vision.num_features * 2 * (c.vision.hidden_size * width + width**2)
 
 
-def model_flops(c: VoCoConfig, rows: int, length: int, images: int, freeze: Sequence[str] | None = None) -> float:
-    """A step over read rows [rows, length] and images: forward alone, or (with `freeze`) a training step.
+def training_flops(c: VoCoConfig, rows: int, length: int, images: int, freeze: Sequence[str] = ()) -> float:
+    """A training step over read rows [rows, length] and images, `freeze` as in `train/freeze.py`.
 
     A frozen part has no gradient of its own parameters; one that nothing before it trains has no backward pass.
     """
-    compressed = c.compressor == "voco"
-    llama = llama_forward(c.llama, rows * length, length, with_head=True)
-    llama += compress_forward(c, images) if compressed else 0
-    projector, vision = projector_forward(c, images), vision_forward(c.vision, images)
-    if freeze is None:
-        return llama + projector + vision
-    total, trains = 0.0, False  # whether this part or one below it trains, and so has a backward pass
-    for part, forward in ("vision_tower", vision), ("projector", projector), ("llama", llama):
-        trains = trains or part not in freeze
-        total += forward * (1 + trains + (part not in freeze))
+    layers = layers_forward(c.llama, rows * length, length)
+    layers += compress_forward(c, images) if c.compressor == "voco" else 0
+    head = "llama.embed_tokens" if c.llama.tie_word_embeddings else "llama.lm_head"
+    parts = (
+        ("vision_tower", vision_forward(c.vision, images)),
+        ("projector", projector_forward(c, images)),
+        ("llama.embed_tokens", 0.0),
+        ("llama.layers", layers),
+        (head, head_forward(c.llama, rows * length)),
+    )
+    total, trains = 0.0, False  # whether this part or one before it trains, and so has a backward pass
+    for part, forward in parts:
+        frozen = any(f"{part}.".startswith(f"{path}.") for path in freeze)
+        trains = trains or not frozen
+        total += forward * (1 + trains + (not frozen))
     return total

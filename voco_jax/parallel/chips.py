@@ -1,9 +1,9 @@
 """TPU chips in numbers, and a topology's devices for compiling where there is no TPU.
 
 Peaks, HBM's speed and links are those of Google's pages on each generation (cloud.google.com/tpu/docs), HBM's size is
-what libtpu's own messages say of it. The clock is what the
-peak and the matrix units make it: 131,072 FLOP a cycle × 1.50 GHz = 197 TFLOP/s (v5e), 262,144 × 1.75 (v5p),
-524,288 × 1.75 (v6e). v4 is not in the table: nothing here was checked on it.
+what libtpu's own messages say of it. The clock is what the peak and the matrix units make it: 131,072 FLOP a cycle ×
+1.50 GHz = 197 TFLOP/s (v5e), 262,144 × 1.75 (v5p), 524,288 × 1.75 (v6e). v4 is not in the table: nothing here was
+checked on it.
 """
 
 from dataclasses import dataclass

@@ -85,7 +85,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as caught:
-        error, text = caught, str(caught) if isinstance(caught, UserError | OSError) else repr(caught)
+        error = caught
+        text = (str(caught) if isinstance(caught, UserError | OSError) else "") or repr(caught)  # empty is no error
     if jax.process_count() > 1:
         own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
         for process, line in enumerate(multihost_utils.process_allgather(own)):

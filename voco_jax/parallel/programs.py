@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 
 from voco_jax.config import llama_config, vision_config
 from voco_jax.errors import UserError
-from voco_jax.models.flops import llama_forward, model_flops
+from voco_jax.models.flops import (
+    compress_forward,
+    head_forward,
+    layers_forward,
+    projector_forward,
+    training_flops,
+    vision_forward,
+)
 from voco_jax.models.voco import Cache, Memory, Read, VoCoConfig
 from voco_jax.parallel.mesh import ROWS
 from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
@@ -59,9 +66,9 @@ def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
 def model_of(config: ConfigDict) -> VoCoConfig:
     """The model of a config, without its tokenizer: the prompt's ids are Llama's, the vocabulary the config's."""
     m = config.model
-    llama = llama_config(config)
     dtype = "bfloat16" if m.dtype == "auto" else resolve_dtype(m.dtype)
     try:
+        llama = llama_config(config)
         return VoCoConfig(
             llama=llama, vision=vision_config(config), compressor=m.compressor, num_voco_tokens=m.num_voco_tokens,
             voco_token_id=llama.vocab_size - 1, num_compressed_tokens=m.num_compressed_tokens,
@@ -84,7 +91,7 @@ def _train(config: ConfigDict, mesh: Mesh) -> Program:
     return Program(
         function,
         (state.params, state.opt_state, batch),
-        model_flops(model_config, rows, config.data.row_length, images, config.train.freeze),
+        training_flops(model_config, rows, config.data.row_length, images, config.train.freeze),
         rows * config.data.row_length,
         images,
         images * model_config.compress_length,
@@ -124,8 +131,11 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
 
     per_row = array((rows,), jnp.int32, ROWS)
     if step == "compress":
+        if not num_images:
+            raise UserError("config.data.images_per_record: expected at least 1 for step compress, found 0")
         function = jitted(lambda model, pixels: model.compress(model.encode_images(pixels)))
-        flops = model_flops(c, 0, 0, num_images)
+        flops = vision_forward(c.vision, num_images) + projector_forward(c, num_images)
+        flops += compress_forward(c, num_images)
         return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
     if step == "read":
         slots = data.images_per_record * c.num_visual_tokens
@@ -137,10 +147,11 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
             visual = array(shape, dtype, ROWS)
         read = Read(*(batch[name] for name in Read._fields))
         function = jitted(lambda model, *inputs: model.prefill(*inputs))
-        return Program(function, (params, read, per_row, visual), model_flops(c, rows, length, 0), rows * length, 0)
+        flops = layers_forward(c.llama, rows * length, length) + head_forward(c.llama, rows)  # of each last token alone
+        return Program(function, (params, read, per_row, visual), flops, rows * length, 0)
     cache = Cache(*keys_and_values(rows, length), per_row)
     function = jitted(lambda model, *inputs: model.decode(*inputs), donate_argnums=(3,))
-    flops = rows * llama_forward(c.llama, 1, 2 * length, with_head=True)  # a token sees all places, not half
+    flops = layers_forward(c.llama, rows, 2 * length) + head_forward(c.llama, rows)  # all places are seen, not half
     return Program(function, (params, per_row, per_row, cache), flops, rows, 0)
 
 
