@@ -3,7 +3,8 @@
     python -m benchmarks.aot_table --out docs/aot        (two minutes a case; what is there already is kept)
 
 Each case (`benchmarks/aot_cases.py`) is one `python -m voco_jax.aot --json` in a process of its own; its answer stays
-beside the tables as JSON, with the command that gave it, so a second call runs only what is missing or has changed.
+beside the tables as JSON, with the command that gave it, and a second call runs only what is missing. After a change of
+code or configs, or with another libtpu, begin with an empty folder.
 """
 
 import argparse
@@ -255,6 +256,9 @@ def main() -> None:
             else:
                 future.result()
     results = {case.name: result for case in aot_cases.CASES if (result := load(args.out, case)) is not None}
+    if len(versions := {(result["jax"], result["libtpu"]) for result in results.values()}) > 1:
+        found = "; ".join(f"jax {jax}, libtpu {libtpu}" for jax, libtpu in sorted(versions))
+        raise UserError(f"{args.out}: expected answers of one compiler, found {found}: remove the older JSON files")
     if results:
         (args.out / "tables.md").write_text(page(results))
         print(page(results))

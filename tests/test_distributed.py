@@ -50,7 +50,11 @@ def run_two(arguments, variables, script=SCRIPT) -> list[subprocess.CompletedPro
         )
         for i in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [
         subprocess.CompletedProcess([], process.returncode, *output)
         for process, output in zip(processes, outputs, strict=True)

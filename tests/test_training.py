@@ -253,3 +253,9 @@ def test_a_run_without_checkpoint(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(UserError, match=r"run/checkpoints: no checkpoint found$"):
         load_run(run)
+
+
+def test_a_kernel_for_other_devices(tiny_run):
+    assert load_run(tiny_run, attention="xla").model.config.attention == "xla"
+    with pytest.raises(UserError, match=r"attention 'splash' needs a tpu, found cpu; 'xla' .* \(--attention\)$"):
+        load_run(tiny_run, attention="splash")

@@ -105,7 +105,7 @@ def make_report(program, compiled, chip: Chip, num_chips: int) -> dict:
         "model_flops": program.model_flops,
         "program_flops": (cost.matmul_flops + cost.attention_flops) * num_chips,
         "step_seconds": seconds,
-        "tokens_per_second": [program.tokens / s for s in reversed(seconds)],
+        "tokens_per_second": [(program.tokens + program.compress_tokens) / s for s in reversed(seconds)],
         "mfu": [program.model_flops / (s * num_chips * chip.peak_flops) for s in reversed(seconds)],
         "classes": {kind: [cost.classes_b[kind], cost.classes_a[kind]] for kind in cost.classes_a},
         "attention_share": [cost.attention_seconds / s for s in reversed(seconds)],
@@ -131,10 +131,11 @@ def render(report: dict, headline: str) -> str:
         "",
         f"A step on all {chips} chips",
         f"  {'tokens':<22}{report['tokens']:>9,}"
-        + (f"   and {report['images']:,} images" if report["images"] else "")
-        + (f" in {report['compress_tokens']:,} to compress" if report["compress_tokens"] else ""),
-        f"  {'FLOPs by the model':<22}{report['model_flops'] / 1e12:>9,.1f} T",
-        f"  {'FLOPs in the program':<22}{report['program_flops'] / 1e12:>9,.1f} T   recomputation included",
+        + (f" to read, {report['compress_tokens']:,} to compress" if report["compress_tokens"] else "")
+        + (f"   ({report['images']:,} images)" if report["images"] else ""),
+        f"  {'FLOPs by the model':<22}{_range([report['model_flops']] * 2, 1e-12)} T",
+        f"  {'FLOPs in the program':<22}{_range([report['program_flops']] * 2, 1e-12)} T   with padding"
+        + (" and what remat repeats" if report["step"] == "train" else ""),
         f"  {'time, B to A':<22}{_range(report['step_seconds'], 1e3)} ms",
         f"  {'tokens/s':<22}{_range(report['tokens_per_second'], 1, ',.0f')}",
         f"  {'tokens/s a chip':<22}{_range(report['tokens_per_second'], 1 / chips, ',.0f')}",
@@ -182,7 +183,7 @@ def argument_bytes(program) -> float:
     )
 
 
-def advice(config: ConfigDict, mesh_shape: dict[str, int], arguments: float, available: float) -> list[str]:
+def advice(config: ConfigDict, step: str, mesh_shape: dict[str, int], arguments: float, available: float) -> list[str]:
     """Settings that would make a step that does not fit smaller, the most promising first."""
     num_rows = mesh_shape["data"] * mesh_shape["fsdp"]
     weights = []
@@ -193,13 +194,13 @@ def advice(config: ConfigDict, mesh_shape: dict[str, int], arguments: float, ava
         )
     weights.append(f"a larger slice, or config.mesh.tensor (now {mesh_shape['tensor']}): fewer weights a device")
     activations = []
-    batch = config.data.get("batch_size")
-    if batch and batch > num_rows:
+    batch = config.data.batch_size
+    if batch > num_rows:
         activations.append(f"config.data.batch_size (now {batch}, {batch / num_rows:g} a device): fewer rows a device")
-    remat = config.model.get("remat")
-    if remat is not None and remat != "full":
-        activations.append(f"config.model.remat (now '{remat}'): 'full' keeps least")
-    activations.append(f"config.mesh.frame (now {mesh_shape['frame']}): images spread over more devices")
+    if step == "train" and config.model.remat != "full":
+        activations.append(f"config.model.remat (now '{config.model.remat}'): 'full' keeps least")
+    if step in ("train", "compress") and config.data.images_per_record > 1:
+        activations.append(f"config.mesh.frame (now {mesh_shape['frame']}): images spread over more devices")
     return weights + activations if arguments > available / 2 else activations + weights
 
 
@@ -239,7 +240,7 @@ def main() -> None:
         report = about | {
             "fits": False,
             "hbm": {"needed": error.needed, "available": error.available, "arguments": arguments},
-            "advice": advice(config, about["mesh"], arguments, error.available),
+            "advice": advice(config, step, about["mesh"], arguments, error.available),
         }
         print(json.dumps(report) if values["json"].value else render_misfit(report))
         sys.exit(1)

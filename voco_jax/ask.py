@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from voco_jax.attention import ADAPTERS
 from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.errors import UserError, one_line_errors
@@ -14,6 +15,7 @@ from voco_jax.run import load_run
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.ask", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
+    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; again for more than one")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("question", nargs="+", help="each question is asked on its own")
@@ -25,7 +27,7 @@ def main() -> None:
     for image in args.image:
         load_image(image)  # what is wrong with the pictures shows itself before the model is loaded
 
-    run = load_run(args.run)
+    run = load_run(args.run, attention=args.attention)
     if len(args.image) > run.config.data.images_per_record:
         raise UserError(
             f"--image: {args.run} was trained with at most {run.config.data.images_per_record} pictures at a time, "

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from voco_jax.attention import ADAPTERS
 from voco_jax.data import easyvqa
 from voco_jax.data.sources import load_records
 from voco_jax.errors import UserError, one_line_errors
@@ -46,6 +47,7 @@ def evaluate(run: Run, max_records: int | None = None) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.evaluate", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
+    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
     parser.add_argument(
         "--compressor",
         choices=COMPRESSORS,
@@ -55,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_records is not None and args.max_records < 1:
         raise UserError(f"--max-records: expected at least 1, found {args.max_records}")
-    run = load_run(args.run, compressor=args.compressor)
+    run = load_run(args.run, compressor=args.compressor, attention=args.attention)
     results = evaluate(run, args.max_records)
     answers = results.pop("answers")
     suffix = f".{args.compressor}" if args.compressor else ""

@@ -10,6 +10,7 @@ from flax import nnx
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax.attention import check_platform
 from voco_jax.config import default_config, llama_config, load_config, vision_config
 from voco_jax.data.conversations import Encoder, get_template
 from voco_jax.data.images import ImageProcessor
@@ -31,18 +32,24 @@ class Run:
     step: int
 
 
-def load_run(directory: str | Path, *, compressor: str | None = None) -> Run:
+def load_run(directory: str | Path, *, compressor: str | None = None, attention: str | None = None) -> Run:
     """Restore the newest checkpoint of a run; UserError says what is missing or does not fit.
 
     `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
-    paper's lower bound.
+    paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
     """
     directory = Path(directory)
     config = load_config(directory / "config.json")
     if compressor is not None:
         config.model.compressor = compressor
+    if attention is not None:
+        config.model.attention = attention
     tokenizer = load_tokenizer(directory / "tokenizer")
     model_config = make_model_config(config, tokenizer)
+    try:
+        check_platform(model_config.attention)
+    except ValueError as error:
+        raise UserError(f"{directory}: {error} (--attention)") from None
     graphdef, params = abstract_model(model_config)
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
         step, params = checkpointer.restore_params(params)

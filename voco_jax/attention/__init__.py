@@ -22,9 +22,12 @@ Under an ambient mesh (`jax.set_mesh`) rows are sharded over data and fsdp, rows
 tensor.
 """
 
+import jax
+
 from voco_jax.attention import cudnn, splash, xla
 
 ADAPTERS = {"xla": xla, "splash": splash, "cudnn": cudnn}
+PLATFORMS = {"xla": None, "splash": "tpu", "cudnn": "gpu"}  # where it is of use; None: anywhere
 
 
 def get_adapter(name: str):
@@ -32,3 +35,10 @@ def get_adapter(name: str):
     if name not in ADAPTERS:
         raise ValueError(f"attention {name!r} is unknown; there are: {', '.join(sorted(ADAPTERS))}")
     return ADAPTERS[name]
+
+
+def check_platform(name: str) -> None:
+    """ValueError where an adapter is not for this machine's devices (splash on a CPU, interpreted, is for tests)."""
+    needed, found = PLATFORMS[name], jax.default_backend()
+    if needed not in (None, found):
+        raise ValueError(f"attention {name!r} needs a {needed}, found {found}; 'xla' computes the same anywhere")

@@ -32,8 +32,6 @@ HBM_BYTES_PER_CYCLE = 546  # 819 GB/s at 1.5 GHz
 # A token of padding goes through a layer's matmuls for nothing: about 24·D² FLOPs, at 131,072 a cycle, over D / 128
 # heads (this module counts cycles a head), for D = 4096. Narrower models pay less for it; the choice hardly moves.
 TOKEN_CYCLES = 24 * 4096 * 128 / 131_072
-
-
 # What matrix products take longer for tokens that are no multiple of 128 (584 against 4,096, v5e, the same schedule).
 RAGGED = 0.04
 
@@ -107,7 +105,7 @@ def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
 
 @cache
 def choose_blocks(length: int, chunk: int | None) -> Blocks:
-    """The cheapest blocks for a row of `length` places in segments of `chunk` (None: one segment).
+    """The cheapest blocks for a row of `length` places (a multiple of 128) in segments of `chunk` (None: one segment).
 
     Large blocks run at the matrix units' full speed but cover more pairs that nobody may see; small ones pay the
     overhead of many steps. A side is a multiple of 128 that divides the length, at most 1024: four MiB of scores in
