@@ -143,11 +143,12 @@ def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
         "vision.intermediate_size": 512, "vision.num_attention_heads": 4,
     }  # fmt: skip
     keys = [f"--config.model.{key}={value}" for key, value in sizes.items()]
-    keys += ["--config.data.batch_size=32", "--config.data.row_length=512", "--topology=v5e:4x4", "--json"]
+    keys += ["--config.data.batch_size=32", "--config.data.row_length=512", "--config.mesh.tensor=2"]
+    keys += ["--topology=v5e:4x4", "--json"]
     status, output, error = run_main(aot, monkeypatch, capsys, f"--config={CONFIG.parent / 'voco_7b.py'}", *keys)
     assert status == 0, error
     report = json.loads(output)
-    assert report["mesh"] == {"data": 1, "fsdp": 16, "frame": 1, "tensor": 1}
+    assert report["mesh"] == {"data": 1, "fsdp": 8, "frame": 1, "tensor": 2}
     assert (report["tokens"], report["images"], report["compress_tokens"]) == (32 * 512, 32, 32 * (64 + 4))
     # A sixteenth of weights and two moments in float32, of the frozen tower's weights, and of the batch.
     layer = 4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512
@@ -155,9 +156,12 @@ def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
     projector = 256 * 512 + 512 + 512 * 512 + 512
     batch = 32 * (6 * 512 + 112 * 112 * 3) * 4
     tower = 3 * (4 * 256**2 + 2 * 256 * 512) + 3 * 14**2 * 256 + 65 * 256
-    expected = (llama + projector) * 3 * 4 + tower * 4 + batch
-    assert expected < report["hbm"]["arguments"] * 16 < 1.05 * expected  # norms and biases are on every device
+    expected = (llama + projector) * 3 * 4 + tower * 4 + 2 * batch  # rows are not spread over tensor
+    assert expected < report["hbm"]["arguments"] * 16 < 1.1 * expected  # norms and biases are on every device
     # Layers are computed again in the backward pass, all but the down projection.
     assert 1.15 < report["program_flops"] / report["model_flops"] < 1.5
     assert report["classes"]["attention"][0] > 0 and 0.02 < report["attention_share"][0] < 0.5
-    assert {"all-gather"} < {collective["kind"] for collective in report["collectives"]}
+    # A layer's kernels are gathered twice, in bfloat16; head, embeddings and tower come on top.
+    sent = {collective["kind"]: collective["bytes"] for collective in report["collectives"]}
+    gathered = 2 * 4 * (4 * 512 * 512 + 3 * 512 * 1408) / 2 * 2 * 7 / 8
+    assert gathered < sent["all-gather"] < 1.25 * gathered
