@@ -5,10 +5,14 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "Agg"
 
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import tiny  # noqa: E402
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
+from voco_jax.parallel.chips import topology_devices  # noqa: E402
+from voco_jax.parallel.mesh import AXES  # noqa: E402
 from voco_jax.train.loop import train  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
@@ -35,3 +39,10 @@ def picture() -> Path:
 def tiny_run(tmp_path_factory) -> Path:
     """A directory as training leaves it. Tests must not write into it."""
     return train(tiny.config(tmp_path_factory.mktemp("runs") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tpu_mesh() -> jax.sharding.Mesh:
+    """Four v5e chips that are not there, along fsdp."""
+    _, devices = topology_devices("v5e:2x2")
+    return jax.sharding.Mesh(np.array(devices).reshape(1, 4, 1, 1), AXES)

@@ -1,22 +1,20 @@
 """`python -m voco_jax.aot` as a person or a program reads it, on programs small enough to compile in seconds."""
 
 from dataclasses import dataclass, replace
-import importlib.util
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.commands import run_main
+from tests.tpu import needs_libtpu
 from voco_jax import aot
 from voco_jax.config import default_config
-from voco_jax.parallel.chips import CHIPS, topology_devices
+from voco_jax.parallel.chips import CHIPS
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
 @pytest.mark.parametrize(
@@ -59,19 +57,13 @@ def small_program(mesh, rows: int) -> Small:
     return Small(jax.jit(step), tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spec) for shape in shapes))
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    _, devices = topology_devices("v5e:2x2")
-    return jax.sharding.Mesh(np.array(devices).reshape(1, 4, 1, 1), ("data", "fsdp", "frame", "tensor"))
-
-
 ABOUT = {"step": "train", "chips": 4, "compile_seconds": 1.0, "jax": "0", "libtpu": "0"}
 
 
 @needs_libtpu
-def test_report(mesh):
-    program = small_program(mesh, 4096)
-    compiled, seconds = aot.compile_step(program, mesh, CHIPS["v5e"])
+def test_report(tpu_mesh):
+    program = small_program(tpu_mesh, 4096)
+    compiled, seconds = aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
     assert seconds > 0
     report = json.loads(json.dumps(aot.make_report(program, compiled, CHIPS["v5e"], 4)))
     assert report["program_flops"] == report["model_flops"]
@@ -88,20 +80,20 @@ def test_report(mesh):
 
 
 @needs_libtpu
-def test_what_the_compiler_lets_through_may_still_be_too_large(mesh):
-    program = small_program(mesh, 4096)
-    compiled, _ = aot.compile_step(program, mesh, CHIPS["v5e"])
+def test_what_the_compiler_lets_through_may_still_be_too_large(tpu_mesh):
+    program = small_program(tpu_mesh, 4096)
+    compiled, _ = aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
     small = replace(CHIPS["v5e"], hbm_bytes=sum(aot.hbm_bytes(compiled).values()) - 1)
     with pytest.raises(aot.DoesNotFit) as found:
-        aot.compile_step(program, mesh, small)
+        aot.compile_step(program, tpu_mesh, small)
     assert (found.value.needed, found.value.available) == (small.hbm_bytes + 1, small.hbm_bytes)
 
 
 @needs_libtpu
-def test_too_large(mesh):
-    program = small_program(mesh, 2**25)  # 16 GiB a device come in, and as much goes out
+def test_too_large(tpu_mesh):
+    program = small_program(tpu_mesh, 2**25)  # 16 GiB a device come in, and as much goes out
     with pytest.raises(aot.DoesNotFit) as found:
-        aot.compile_step(program, mesh, CHIPS["v5e"])
+        aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
     assert found.value.needed > 16 * 2**30 > found.value.available > 15 * 2**30
     assert aot.argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
 

@@ -1,19 +1,18 @@
 """The estimate of a compiled step against what is known by hand; nothing here runs on a TPU."""
 
 from functools import partial
-import importlib.util
 import math
 import re
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from tests.tpu import needs_libtpu
 from voco_jax.errors import UserError
 from voco_jax.parallel import hlo
-from voco_jax.parallel.chips import CHIPS, parse_topology, topology_devices
+from voco_jax.parallel.chips import CHIPS, parse_topology
 from voco_jax.parallel.hlo_cost import estimate, group_size, shorten
 from voco_jax.parallel.hlo_flops import matmul_flops
 
@@ -266,15 +265,6 @@ def test_a_topology_that_is_none(name):
         parse_topology(name)
 
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    _, devices = topology_devices("v5e:2x2")
-    return jax.sharding.Mesh(np.array(devices).reshape(1, 4, 1, 1), ("data", "fsdp", "frame", "tensor"))
-
-
 def cost_of(function, mesh, *arguments):
     arguments = [
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec))
@@ -289,14 +279,14 @@ def cost_of(function, mesh, *arguments):
 
 
 @needs_libtpu
-def test_scanned_nested_and_differentiated(mesh):
+def test_scanned_nested_and_differentiated(tpu_mesh):
     def loss(w, x):
         def layer(x, w):
             return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x), None
 
         return jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
 
-    cost = cost_of(jax.grad(loss, argnums=(0, 1)), mesh, ((5, 256, 256), P()), ((4 * 512, 256), P("fsdp")))
+    cost = cost_of(jax.grad(loss, argnums=(0, 1)), tpu_mesh, ((5, 256, 256), P()), ((4 * 512, 256), P("fsdp")))
     assert cost.matmul_flops == 3 * 5 * 3 * 2 * 512 * 256 * 256  # forward, dw, dx
     peak = cost.matmul_flops / V5E.peak_flops
     assert peak < cost.classes_a["matmul"] < 10 * peak  # small, and yet no trip count forgotten
@@ -304,7 +294,7 @@ def test_scanned_nested_and_differentiated(mesh):
 
 
 @needs_libtpu
-def test_the_dearest_branch_and_collectives(mesh):
+def test_the_dearest_branch_and_collectives(tpu_mesh):
     def body(i, x, w):  # which branch is taken cannot be told when compiling
         return jax.lax.cond(x[0, 0] > i, lambda x: jnp.tanh(x @ w), lambda x: x + 1, x)
 
@@ -318,7 +308,7 @@ def test_the_dearest_branch_and_collectives(mesh):
         return each(x, w)
 
     arguments = ((4 * 512, 1024), P("fsdp")), ((1024, 1024), P("fsdp"))
-    cost = cost_of(step, mesh, *arguments)
+    cost = cost_of(step, tpu_mesh, *arguments)
     assert cost.matmul_flops == 8 * 2 * 512 * 1024 * 1024
     sent = {collective.kind: (collective.count, collective.bytes) for collective in cost.collectives}
     assert sent == {"all-gather": (1, 3 / 4 * 1024 * 1024 * 2), "reduce-scatter": (1, 3 / 4 * 512 * 1024 * 2)}
@@ -327,7 +317,7 @@ def test_the_dearest_branch_and_collectives(mesh):
 
 @needs_libtpu
 @pytest.mark.parametrize("fused", [False, True])
-def test_splash_attention(mesh, fused):
+def test_splash_attention(tpu_mesh, fused):
     heads, length, head_dim, block = 2, 512, 128, 256
     sizes = {f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")}
     if not fused:
@@ -348,7 +338,7 @@ def test_splash_attention(mesh, fused):
         return each(q, k, v).astype(jnp.float32).sum()
 
     shape = ((4 * 3, heads, length, head_dim), P("fsdp"))
-    cost = cost_of(jax.grad(attention, argnums=(0, 1, 2)), mesh, *[shape] * 3)
+    cost = cost_of(jax.grad(attention, argnums=(0, 1, 2)), tpu_mesh, *[shape] * 3)
     matmuls = 2 + (5 if fused else 3 + 4)
     assert cost.attention_flops == 3 * heads * 3 * matmuls * 2 * block * block * head_dim
     assert cost.attention_seconds == pytest.approx(cost.attention_flops / V5E.peak_flops, rel=0.01)

@@ -1,7 +1,6 @@
 """FLOPs by formula against the sizes of the model's kernels, and against what a step's program holds; wrong configs."""
 
 import dataclasses
-import importlib.util
 import math
 
 import jax
@@ -9,6 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.commands import run_main
+from tests.tpu import needs_libtpu
 from voco_jax import aot
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
@@ -125,7 +125,7 @@ def test_what_cannot_be_compiled_is_one_line(step, changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@needs_libtpu
 def test_the_command_line_says_so(monkeypatch, capsys):
     arguments = ["--config", tiny.CONFIG_FILE, "--config.data.row_length=64", "--config.model.attention=cudnn"]
     status, output, error = run_main(aot, monkeypatch, capsys, *arguments, "--topology=v5e:2x2")
