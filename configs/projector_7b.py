@@ -4,6 +4,7 @@ python -m voco_jax.aot --config=configs/projector_7b.py --topology=v5e:4x4
 """
 
 from configs import voco_7b
+from voco_jax.config import source, sources
 
 
 def get_config():
@@ -11,6 +12,10 @@ def get_config():
     config.workdir = "runs/projector_7b"
 
     config.model.compressor = "none"
+    config.data.train = sources(
+        captions=source("llava", file="data/blip_laion_cc_sbu_558k.json", images="data/pretrain"),
+    )
+    config.data.template = "plain"
     config.data.batch_size = 256
     config.data.row_length = 768  # 576 patches and a caption
 

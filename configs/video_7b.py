@@ -4,6 +4,7 @@ python -m voco_jax.aot --config=configs/video_7b.py --topology=v5e:8x8
 """
 
 from configs import voco_7b
+from voco_jax.config import source, sources
 
 
 def get_config():
@@ -13,7 +14,12 @@ def get_config():
     config.mesh.frame = 4
     config.model.num_voco_tokens = 8
 
+    config.data.train = sources(
+        video_chatgpt=source("video_qa", file="data/VideoInstruct100K.json", videos="data/activitynet"),
+    )
+    config.data.template = "voco_video"
+    config.data.video.num_frames = 64
     config.data.batch_size = 16  # clips, each with one conversation
-    config.data.images_per_record = 64
+    config.data.images_per_bin = 64
     config.data.row_length = 1024  # 512 of them are slots
     return config

@@ -3,9 +3,10 @@
 Does it fit, and how fast should it be? A machine without a TPU can tell:
 
 python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
+python -m voco_jax.train --config=configs/voco_7b.py --config.init_from=runs/llava
 """
 
-from voco_jax.config import default_config, llama_preset, vision_preset
+from voco_jax.config import default_config, llama_preset, source, sources, vision_preset
 
 
 def get_config():
@@ -21,10 +22,16 @@ def get_config():
     config.model.attention = "splash"
     config.model.remat = "full"
 
-    config.data.batch_size = 128  # pictures, each with one conversation in a row of its own
-    config.data.conversations_per_record = 1
-    config.data.rows_per_record = 1
+    config.data.train = sources(
+        mix665k=source("llava", file="data/llava_v1_5_mix665k.json", images="data/images"),
+    )
+    config.data.test = sources()
+    config.data.layout = "group"  # the released recipe: batches of one modality and of like length
+    config.data.batch_size = 128  # conversations, each in a row of its own
+    config.data.conversations_per_record = 0
+    config.data.rows_per_bin = 1
     config.data.row_length = 2048
+    config.data.num_workers = 8
 
     config.optim.learning_rate = 2e-5
     config.optim.b2 = 0.999

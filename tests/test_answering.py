@@ -6,8 +6,9 @@ from flax import nnx
 import jax
 import numpy as np
 
+from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
-from voco_jax.data.sources import load_records
+from voco_jax.data.sources import easyvqa
 from voco_jax.eval.answering import answer_all
 from voco_jax.infer.generate import Answerer
 from voco_jax.run import load_run
@@ -24,12 +25,12 @@ def with_random_parameters(run):
 def test_batches_change_nothing(tiny_run):
     run = with_random_parameters(load_run(tiny_run))
     run.config.eval.batch_size, run.config.eval.max_new_tokens = 2, 6
-    records = load_records("easyvqa", "test")[:3]  # one and a half batches
+    records = easyvqa.load("test")[:3]  # one and a half batches
     answers = answer_all(run, records)
     answerer = Answerer(run.model, run.encoder)
 
     def ask(picture, record):
-        visual = answerer.see(stack_images(picture.images, 1, run.processor)[None])
+        visual = answerer.see(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
         for turns in record.conversations:
             question = turns[0]["value"].removeprefix("<image>\n")
             (text,) = answerer.answer([question], visual, [0], 6)

@@ -64,7 +64,7 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "nothing.png", "what?"], "nothing.png: picture not found"),
+        (["--image", "nothing.png", "what?"], "nothing.png: not found"),
         (["--image", __file__, "what?"], "test_command_lines.py: not a readable picture"),
         (["--image", "{picture}", " "], "question: expected text, found none"),
         (["--image", "{picture}", "what <voco>?"], "contains the special token '<voco>'"),

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -43,6 +44,22 @@ def test_pixels_are_normalised(size, aspect_ratio):
     np.testing.assert_allclose(white[0, 0], corner, atol=1e-6)
 
 
+def test_pixels_normalised_on_a_device(picture):
+    """Training sends grey levels to the devices and normalises them there."""
+    processor = ImageProcessor(64)
+    image = load_image(picture)
+    on_device = jax.jit(processor.normalize)(processor.square(image))
+    assert processor.square(image).dtype == np.uint8 and on_device.dtype == np.float32
+    np.testing.assert_allclose(on_device, processor(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(90, 31), (31, 90), (16, 5), (5, 3), (200, 199), (64, 64), (640, 480), (7, 1)])
+def test_padding_half_way_is_padding_first(size):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    expected = pad_to_square(noise, MEAN_COLOUR).resize((16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(ImageProcessor(16).square(noise), np.asarray(expected))
+
+
 def test_cropping_takes_the_middle():
     pixels = ImageProcessor(8, "crop")(halves(24, 8))
     expected = ImageProcessor(8).normalize(np.asarray(halves(24, 8))[:, 8:16])
@@ -68,18 +85,21 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 
 def test_unreadable_pictures(tmp_path, picture):
-    with pytest.raises(UserError, match=r"nothing.png: picture not found$"):
+    with pytest.raises(UserError, match=r"nothing.png: not found$"):
         load_image(tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match=r"text.png: not a readable picture \(.*\)$"):
         load_image(tmp_path / "text.png")
+    (tmp_path / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"program.jpg: not a readable picture \(of no known format\)"):
+        load_image(tmp_path / "program.jpg")  # PostScript, which Pillow would have Ghostscript run
     (tmp_path / "half.png").write_bytes(picture.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"half.png: not a readable picture \(.*\)$"):
         load_image(tmp_path / "half.png")
 
 
 def test_places_without_a_picture_are_zero(picture):
-    pixels = stack_images([picture], 3, ImageProcessor(16))
+    pixels = stack_images([load_image(picture)], 3, ImageProcessor(16))
     assert pixels.shape == (3, 16, 16, 3) and (pixels[1:] == 0).all() and (pixels[0] != 0).any()
-    with pytest.raises(UserError, match=r"images_per_record: expected at least 2 \(.*chelsea.png …\), found 1"):
-        stack_images([picture] * 2, 1, ImageProcessor(16))
+    with pytest.raises(UserError, match=r"images_per_bin: expected at least 2, found 1"):
+        stack_images([load_image(picture)] * 2, 1, ImageProcessor(16))

@@ -1,164 +1,210 @@
-"""easy-VQA through the Grain pipeline: what is in a batch, what is counted, and that it resumes where it stood."""
+"""Batches: what is in them, and that they are the same for any workers, hosts and interruptions."""
 
-import dataclasses
-import itertools
+from collections import Counter
 import json
 
 import numpy as np
 import pytest
 
-from voco_jax.config import default_config
-from voco_jax.data import easyvqa
+from tests.record_lists import ListSource, data_config, greys, make_batches, plain_picture, turns
 from voco_jax.data.conversations import TEMPLATES, Encoder
-from voco_jax.data.images import ImageProcessor
-from voco_jax.data.pipeline import encode_records, make_dataset, report_line
-from voco_jax.data.sources import Record, load_records
+from voco_jax.data.records import Picture, Record
 from voco_jax.errors import UserError
 
-
-def turns(question, answer):
-    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+ANSWERS = ["red", "a cat", "it is a red cat"]
 
 
 @pytest.fixture(scope="module")
 def encoder(small_tokenizer):
-    return Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
-
-
-@pytest.fixture
-def data():
-    config = default_config().data
-    with config.unlocked():
-        config.update(batch_size=3, conversations_per_record=3, rows_per_record=1, row_length=64)
-    return config
+    return Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
 
 
 @pytest.fixture(scope="module")
-def records(encoder):
-    encoded, _ = encode_records(load_records("easyvqa", "train")[:10], encoder, 64)
-    return encoded
+def source():
+    """40 records: one to three conversations about a picture of a grey level of its own, and five about none."""
+    records = [
+        Record(
+            [plain_picture(5 + i)],
+            conversations=[turns(f"what is {i}?", ANSWERS[(i + j) % 3]) for j in range(1 + i % 3)],
+        )
+        for i in range(35)
+    ]
+    text = [[{"from": "human", "value": f"who is {i}?"}, {"from": "gpt", "value": "a cat"}] for i in range(35, 40)]
+    return ListSource([*records, *(Record(conversations=[conversation]) for conversation in text)])
 
 
-def test_easyvqa_is_whole():
-    train, test = (load_records("easyvqa", split) for split in easyvqa.SPLITS)
-    assert (len(train), sum(len(r.conversations) for r in train)) == (4000, 38575)
-    assert (len(test), sum(len(r.conversations) for r in test)) == (1000, 9673)
-    assert all(record.images[0].is_file() for record in train + test)
-    answers = {conversation[1]["value"] for record in train for conversation in record.conversations}
-    assert len(answers) == 13
-    with pytest.raises(UserError, match="easyvqa: expected a split of train, test; found 'validation'"):
-        load_records("easyvqa", "validation")
-    with pytest.raises(UserError, match="data.source: expected one of easyvqa; found 'coco'"):
-        load_records("coco", "train")
+def packed(**changes):
+    """Bins of two rows of 80 tokens (some four conversations each) and five images."""
+    keys = dict(batch_size=4, rows_per_bin=2, row_length=80, images_per_bin=5, conversations_per_record=0)
+    return data_config(**keys | changes)
 
 
-def test_what_can_be_had_without_looking():
-    pairs = {
-        split: [
-            (turns[0]["value"].removeprefix("<image>\n"), turns[1]["value"])
-            for record in load_records("easyvqa", split)
-            for turns in record.conversations
-        ]
-        for split in easyvqa.SPLITS
-    }
-    guesser = easyvqa.Guesser(pairs["train"])
-    right = np.mean([guesser(question) == answer for question, answer in pairs["test"]])
-    majority = np.mean([guesser.majority == answer for _, answer in pairs["test"]])
-    assert (round(100 * right, 1), round(100 * majority, 1)) == (67.0, 37.3)
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("question", "kind"),
-    [
-        ("what color is the shape?", "color"),
-        ("what is the color of the circle?", "color"),
-        ("what is the blue shape?", "shape"),
-        ("what shape does the image contain?", "shape"),
-        ("is there not a circle?", "yes/no"),
-    ],
-)
-def test_kinds_of_questions(question, kind):
-    assert easyvqa.question_kind(question) == kind
+def questions(batch, tokenizer) -> list[str]:
+    """The numbers that a batch's conversations ask for, in order."""
+    found = []
+    for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+        for segment in range(1, segments.max() + 1):
+            text = tokenizer.decode(tokens[segments == segment])
+            found.append(text.split(" is ")[1].split("?")[0].strip())
+    return found
 
 
-def test_what_became_of_the_conversations(encoder):
-    long = "is it " + "very " * 60 + "red?"
-    record = Record(
-        ["a.png"], [turns("what is it?", "cat"), turns("what is it?", ""), turns("why?", "so " * 60), turns(long, "no")]
-    )
-    encoded, counts = encode_records([record], encoder, 40)
-    assert [len(sample) <= 40 for sample in encoded[0].samples] == [True, True]
-    whole, cut = encoded[0].samples
-    assert (cut.visual >= 0).sum() == 1 and len(cut) == 40
-    lost = len(encoder.encode(record.conversations[2], 1)) - 40
-    assert report_line(counts) == (
-        f"4 conversations: 1 whole, 1 cut ({lost} tokens), 2 left out "
-        "(1× turn 1 (gpt): expected text, found none; 1× an image or every label beyond data.row_length = 40 tokens)"
-    )
+def test_a_batch(source, encoder, small_tokenizer, tmp_path):
+    batch = next(make_batches([source], encoder, packed(), tmp_path))
+    shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
+    rows = dict.fromkeys(("tokens", "positions", "segment_ids", "visual", "targets"), ((8, 80), "int32"))
+    pixels = ((4, 5, 8, 8, 3), "uint8")
+    assert shapes == rows | {"weights": ((8, 80), "float32"), "pixel_values": pixels}
+    said = small_tokenizer.decode(batch["targets"][batch["weights"] > 0]).split("</s>")
+    assert {answer.strip() for answer in said} <= {*ANSWERS, ""}
+    # The slots of every conversation are those of its own picture
+    grey = greys(batch)
+    checked = 0
+    for b in range(4):
+        for row in (2 * b, 2 * b + 1):
+            for segment in range(1, batch["segment_ids"][row].max() + 1):
+                here = batch["segment_ids"][row] == segment
+                slots = batch["visual"][row][here]
+                asked = small_tokenizer.decode(batch["tokens"][row][here]).split(" is ")[1].split("?")[0]
+                if int(asked) < 35:
+                    first, second = slots[slots >= 0]
+                    assert second == first + 1 and grey[b][first // 2] == 5 + int(asked)
+                    checked += 1
+                else:
+                    assert (slots == -1).all()
+    assert checked > 10
 
 
-def test_a_batch(records, data, small_tokenizer):
-    batch = next(iter(make_dataset(records, data, ImageProcessor(64), seed=0)))
-    assert batch["pixel_values"].shape == (3, 1, 64, 64, 3)
-    assert batch["tokens"].shape == (3, 64)
-    assert batch["num_conversations"].tolist() == [batch["segment_ids"].max(1)[i] for i in range(3)]
-    labels = batch["targets"][batch["weights"] > 0]
-    answers = small_tokenizer.decode(labels).replace("</s>", " ").split()
-    possible = {turns[1]["value"] for record in load_records("easyvqa", "train") for turns in record.conversations}
-    assert answers and set(answers) <= possible
+def test_one_compression_serves_all_conversations_about_a_picture(source, encoder, tmp_path):
+    for batch in [next(make_batches([source], encoder, packed(), tmp_path))]:
+        for bin_ in greys(batch):
+            shown = [grey for grey in bin_ if grey]
+            assert len(set(shown)) == len(shown)
 
 
-def test_a_pictures_conversations_over_rows(records, data):
-    with data.unlocked():
-        data.rows_per_record = 3
-        data.row_length = 30
-    batch = next(iter(make_dataset(records, data, ImageProcessor(64), seed=0)))
-    assert batch["tokens"].shape == (9, 30) and batch["pixel_values"].shape[0] == 3
-    assert (batch["segment_ids"].max(1) <= 1).all()  # some 25 tokens each with this tokenizer
+def test_every_conversation_of_an_epoch_arrives_once(source, encoder, small_tokenizer, tmp_path):
+    batches = make_batches([source], encoder, packed(batch_size=1), tmp_path)
+    epoch = batches.loader.plan.bins(0)
+    found = Counter(q for _ in epoch for q in questions(next(batches), small_tokenizer))
+    assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40)})
+    assert batches.report.seen == sum(found.values()) and not batches.report.bad
 
 
-def test_rows_are_as_long_as_the_longest_conversation(records, data):
-    with data.unlocked():
-        data.rows_per_record = 3
-        data.row_length = 0
-    batch = next(iter(make_dataset(records, data, ImageProcessor(64), seed=0)))
-    longest = max(len(sample) for record in records for sample in record.samples)
-    assert batch["tokens"].shape == (9, longest) and batch["num_conversations"].tolist() == [3, 3, 3]
+@pytest.mark.parametrize("layout", ["pack", "group"])
+def test_resumes_after_any_batch(source, encoder, layout, tmp_path):
+    data = packed(layout=layout, rows_per_bin=3)
+    batches = make_batches([source], encoder, data, tmp_path)
+    states, given = [], []
+    for _ in range(12):  # into the second epoch
+        states.append(json.loads(json.dumps(batches.get_state())))
+        given.append(next(batches))
+    assert batches.loader.plan.locate(11 * 4)[0] >= 1
+    again = make_batches([source], encoder, data, tmp_path)
+    for state, expected in reversed(list(zip(states, given, strict=True))):
+        again.set_state(state)
+        same(next(again), expected)
+        assert len(json.dumps(state)) < 100
+    again.close()
 
 
-def test_an_epoch_has_every_record_once(records, data):
-    with data.unlocked():
-        data.batch_size = 5
-    batches = itertools.islice(make_dataset(records, data, ImageProcessor(64), seed=3), 2)
-    pictures = np.concatenate([batch["pixel_values"] for batch in batches]).reshape(10, -1)
-    assert len(np.unique(pictures, axis=0)) == 10
+@pytest.mark.parametrize("num_threads", [0, 4])
+def test_threads_change_nothing(source, encoder, num_threads, tmp_path):
+    one = make_batches([source], encoder, packed(), tmp_path)
+    many = make_batches([source], encoder, packed(num_threads=num_threads), tmp_path)
+    for _ in range(5):
+        same(next(one), next(many))
 
 
-def test_resumes_where_it_stood(records, data):
-    dataset = make_dataset(records, data, ImageProcessor(64), seed=1)
-    batches = iter(dataset)
-    next(batches), next(batches)
-    state = json.loads(json.dumps(batches.get_state()))
-    expected = next(batches)
-    again = iter(dataset)
-    again.set_state(state)
-    found = next(again)
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name])
-    other = next(iter(make_dataset(records, data, ImageProcessor(64), seed=2)))
-    assert (other["tokens"] != next(iter(dataset))["tokens"]).any()
+def test_workers_change_nothing(source, encoder, tmp_path):
+    """Three processes, stopped and gone on with none of them."""
+    alone = make_batches([source], encoder, packed(), tmp_path)
+    workers = make_batches([source], encoder, packed(num_workers=3), tmp_path)
+    for _ in range(5):
+        same(next(alone), next(workers))
+    state = workers.get_state()
+    workers.close()
+    other = make_batches([source], encoder, packed(), tmp_path)
+    other.set_state(state)
+    same(next(alone), next(other))
 
 
-def test_too_few_records(records, data):
-    with data.unlocked():
-        data.batch_size = 11
-    with pytest.raises(UserError, match="data.batch_size: expected at most 10, the number of records; found 11"):
-        make_dataset(records, data, ImageProcessor(64), seed=0)
+def test_hosts_come_and_go(source, encoder, small_tokenizer, tmp_path):
+    """One host, two, then four: each global batch is what one host would have had, and the epoch loses nothing."""
+    data = packed()
+    whole = make_batches([source], encoder, data, tmp_path)
+    found, state = Counter(), whole.get_state()
+    bins = len(whole.loader.plan.bins(0))
+    for hosts in (1, 2, 4, 4):
+        shares = [range(h * 4 // hosts, (h + 1) * 4 // hosts) for h in range(hosts)]
+        parts = [make_batches([source], encoder, data, tmp_path, shard=share) for share in shares]
+        for part in parts:
+            part.set_state(state)
+        loaded = [next(part) for part in parts]
+        expected = next(whole)
+        same({name: np.concatenate([x[name] for x in loaded]) for name in expected}, expected)
+        states = [part.get_state() for part in parts]
+        assert all(s == states[0] for s in states)
+        state = states[0]
+        found.update(questions(expected, small_tokenizer))
+    assert bins <= 16
+    first_epoch = Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40)})
+    assert not first_epoch - found  # and what is more belongs to the next epoch
+    later = sum(whole.loader.plan.count(range(i, i + 1)) for i in range(bins, 16))
+    assert sum(found.values()) == sum(first_epoch.values()) + later
 
 
-def test_a_picture_that_is_missing(records, data, tmp_path):
-    """Found in the middle of training, in Grain's own thread: still one line that names the file."""
-    missing = [dataclasses.replace(record, images=[tmp_path / "gone.png"]) for record in records]
-    with pytest.raises(UserError, match=r"gone.png: picture not found") as error:
-        next(iter(make_dataset(missing, data, ImageProcessor(64), seed=0)))
-    assert "\n" not in str(error.value)
+def test_the_state_of_other_data_is_refused(source, encoder, tmp_path):
+    state = make_batches([source], encoder, packed(), tmp_path).get_state()
+    fewer = make_batches([ListSource(source.records[1:])], encoder, packed(), tmp_path)
+    with pytest.raises(UserError, match="data: expected the records that this run began with .* found others"):
+        fewer.set_state(state)
+
+
+def test_weight_by_conversation(source, encoder, tmp_path):
+    by_token = next(make_batches([source], encoder, packed(), tmp_path))
+    batch = next(make_batches([source], encoder, packed(loss_weighting="conversation"), tmp_path))
+    assert set(np.unique(by_token["weights"])) == {0.0, 1.0}
+    np.testing.assert_array_equal(batch["weights"] > 0, by_token["weights"] > 0)
+    for weights, segments in zip(batch["weights"], batch["segment_ids"], strict=True):
+        sums = [weights[segments == s].sum() for s in range(1, segments.max() + 1)]
+        np.testing.assert_allclose(sums, 1, rtol=1e-6)
+
+
+def test_rows_are_as_long_as_the_longest_conversation(source, encoder, tmp_path):
+    data = data_config(batch_size=2, images_per_bin=1, rows_per_bin=2, row_length=0, conversations_per_record=2)
+    batches = make_batches([source], encoder, data, tmp_path)
+    batch = next(batches)
+    longest = max(len(encoder.encode(r.conversations[0], len(r.images))) for r in source.records)
+    assert longest - 4 <= batch["tokens"].shape[1] <= longest + 4 and batch["tokens"].shape[0] == 4
+
+
+def test_what_cannot_be_loaded_leaves_its_place_empty(source, encoder, small_tokenizer, tmp_path):
+    """A picture that is gone takes its conversations with it, and nothing else: the others are as they were."""
+    gone = [Record([Picture(tmp_path / "gone.png")], conversations=source.records[4].conversations)]
+    broken = ListSource([*source.records[:4], *gone, *source.records[5:]])
+    data = packed(batch_size=1, max_bad_share=0.05)
+    batches = make_batches([broken], encoder, data, tmp_path)
+    found = Counter(q for _ in batches.loader.plan.bins(0) for q in questions(next(batches), small_tokenizer))
+    assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40) if i != 4})
+    assert batches.report.bad == {"missing file": 2} and batches.report.seen == sum(found.values()) + 2
+    assert batches.report.examples["missing file"] == [f"list[4]: {tmp_path / 'gone.png'}: not found"] * 2
+
+    strict = make_batches([broken], encoder, packed(batch_size=1, max_bad_share=0.01), tmp_path)
+    with pytest.raises(UserError, match=r"data: 2 of the first \d+ records cannot be used.*missing file: list\[4\]"):
+        for _ in strict.loader.plan.bins(0):
+            next(strict)
+
+
+def test_augmentation_is_off_unless_asked_for(source, encoder, tmp_path):
+    plain = next(make_batches([source], encoder, packed(), tmp_path))
+    jitter = packed(color_jitter=0.5)
+    first, again = (next(make_batches([source], encoder, jitter, tmp_path)) for _ in range(2))
+    same(first, again)  # random, yet the same after an interruption
+    assert (first["pixel_values"] != plain["pixel_values"]).any()
+    np.testing.assert_array_equal(first["tokens"], plain["tokens"])

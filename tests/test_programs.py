@@ -93,7 +93,7 @@ def test_programs_hold_the_flops_of_the_formula(step):
     config = default_config()
     config.model.llama.update(dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=8192))
     config.model.update(dict(dtype="float32", unroll_layers=True))
-    config.data.update(dict(batch_size=2, images_per_record=2, rows_per_record=1, row_length=64))
+    config.data.update(dict(batch_size=2, images_per_bin=2, rows_per_bin=1, row_length=64))
     mesh = make_mesh(config.mesh)
     program = make_program(config, step, mesh)
     with jax.set_mesh(mesh):
@@ -110,7 +110,7 @@ def test_programs_hold_the_flops_of_the_formula(step):
             {"model.llama.num_attention_heads": 3},
             r"config.model: num_attention_heads \(3\) must be",
         ),
-        ("compress", {"data.images_per_record": 0}, "config.data.images_per_record: expected at least 1 .*, found 0"),
+        ("compress", {"data.images_per_bin": 0}, "config.data.images_per_bin: expected at least 1 .*, found 0"),
         ("compress", {"model.compressor": "none"}, "config.model: compress: a model with compressor 'none' has no"),
         ("read", {"model.attention": "cudnn"}, "config.model: attention 'cudnn' needs an NVIDIA GPU, found"),
     ],

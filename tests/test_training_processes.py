@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     workdir = tmp_path / "two"
     first, second = run(workdir)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert subjects(first.stdout) == ["distributed", "data", "model", "trained"] and not subjects(second.stdout)
+    assert subjects(first.stdout) == ["distributed", "data", "data", "model", "trained"] and not subjects(second.stdout)
 
     alone = losses(train(tiny.config(tmp_path / "one", **CHANGES)))
     np.testing.assert_allclose(losses(workdir), alone, rtol=1e-5)

@@ -199,7 +199,7 @@ def advice(config: ConfigDict, step: str, mesh_shape: dict[str, int], arguments:
         activations.append(f"config.data.batch_size (now {batch}, {batch / num_rows:g} a device): fewer rows a device")
     if step == "train" and config.model.remat != "full":
         activations.append(f"config.model.remat (now '{config.model.remat}'): 'full' keeps least")
-    if step in ("train", "compress") and config.data.images_per_record > 1:
+    if step in ("train", "compress") and config.data.images_per_bin > 1:
         activations.append(f"config.mesh.frame (now {mesh_shape['frame']}): images spread over more devices")
     return weights + activations if arguments > available / 2 else activations + weights
 

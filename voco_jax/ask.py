@@ -24,17 +24,16 @@ def main() -> None:
         raise UserError("question: expected text, found none")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
-    for image in args.image:
-        load_image(image)  # what is wrong with the pictures shows itself before the model is loaded
+    images = [load_image(image) for image in args.image]  # first: what is wrong with one shows itself at once
 
     run = load_run(args.run, attention=args.attention)
-    if len(args.image) > run.config.data.images_per_record:
+    if len(images) > run.config.data.images_per_bin:
         raise UserError(
-            f"--image: {args.run} was trained with at most {run.config.data.images_per_record} pictures at a time, "
-            f"found {len(args.image)}"
+            f"--image: {args.run} was trained with at most {run.config.data.images_per_bin} pictures at a time, "
+            f"found {len(images)}"
         )
     answerer = Answerer(run.model, run.encoder)
-    visual = answerer.see(stack_images(args.image, len(args.image), run.processor)[None]) if args.image else None
+    visual = answerer.see(stack_images(images, len(images), run.processor)[None]) if images else None
     rows = [0] * len(args.question)
     for question, answer in zip(
         args.question, answerer.answer(args.question, visual, rows, args.max_new_tokens), strict=True

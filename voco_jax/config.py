@@ -47,17 +47,35 @@ def default_config() -> ConfigDict:
     config.tokenizer.vocab_size = 512  # at most, with 'train'
 
     config.data = ConfigDict()
-    config.data.source = "easyvqa"
-    config.data.train_split = "train"
-    config.data.test_split = "test"
+    config.data.train = sources(easyvqa=source("easyvqa"))  # by name; see SOURCE_KEYS below and docs/data.md
+    config.data.test = sources(easyvqa=source("easyvqa", split="test"))
     config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
-    config.data.batch_size = 16  # records (pictures with their conversations) a step
-    config.data.images_per_record = 1  # at most
     config.data.aspect_ratio = "pad"  # to a square with the mean colour, or 'crop' its middle
-    config.data.conversations_per_record = 8  # drawn anew each time the record comes up
-    config.data.rows_per_record = 8  # read rows over which a record's conversations are laid out
+
+    config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
+    config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
+    config.data.images_per_bin = 1
+    config.data.rows_per_bin = 8
     config.data.row_length = 0  # tokens a read row; 0: as many as the longest conversation has
-    config.data.num_threads = 1  # that prepare batches
+    config.data.conversations_per_record = 8  # of a record, drawn anew each time it comes up; 0: all
+    config.data.share_images = True  # records about one picture go into one bin, which compresses it once
+    config.data.loss_weighting = "token"  # all labels count alike, or 'conversation': all conversations do
+
+    config.data.video = ConfigDict()
+    config.data.video.num_frames = 8  # spread evenly over the clip; 0: by fps
+    config.data.video.fps = 0.0  # frames a second of the clip
+    config.data.video.max_frames = 0  # at most, by fps; 0: any number
+    config.data.video.random_offset = True  # in training, within the even spacing
+    config.data.video.timestamps = False  # each frame's time in the text before it
+
+    config.data.random_crop = 1.0  # augmentation: the least share of a picture's sides that is kept; 1: no cropping
+    config.data.color_jitter = 0.0  # brightness, contrast and saturation change by at most this share
+
+    config.data.max_bad_share = 0.01  # of records that cannot be used; with more the run stops
+    config.data.cache_dir = "~/.cache/voco_jax"  # where indices of large sources are kept
+    config.data.num_workers = 0  # processes that load batches, and that make the index
+    config.data.num_threads = 1  # in each of them
+    config.data.prefetch = 2  # batches made ahead, by each worker
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest)
@@ -80,6 +98,38 @@ def default_config() -> ConfigDict:
     config.eval.max_new_tokens = 8
 
     return config.lock()
+
+
+# The keys of each kind of source with their defaults. All have `weight`: how often an epoch takes each record.
+SOURCE_KEYS = {
+    "easyvqa": {"split": "train"},
+    "llava": {"file": "", "images": "", "videos": ""},  # JSON or JSONL; the directories its paths start from
+    "video_qa": {"file": "", "videos": ""},  # JSON or JSONL of video, question, answer
+    "array_record": {"files": ""},  # a directory or a pattern; written by tools/build_records.py
+    "tfds": {
+        "name": "", "split": "train", "data_dir": "",
+        "image": "image", "question": "question", "answer": "answer", "prompt": "",  # features; or one fixed question
+    },
+}  # fmt: skip
+
+
+def source(kind: str, **keys) -> ConfigDict:
+    """A source for `config.data.train` or `.test`: `source("llava", file="mix.json", images="pictures")`."""
+    if kind not in SOURCE_KEYS:
+        raise UserError(f"source: expected a kind of {', '.join(SOURCE_KEYS)}; found {kind!r}")
+    known = {"weight": 1.0} | SOURCE_KEYS[kind]
+    for key, value in keys.items():
+        if key not in known:
+            raise UserError(f"source {kind}: expected a key of {', '.join(known)}; found {key!r}")
+        expected = float if key == "weight" else str
+        if not isinstance(value, (int, float) if expected is float else str):
+            raise UserError(f"source {kind}: {key}: expected {expected.__name__}, found {value!r}")
+    return ConfigDict({"kind": kind} | known | keys)
+
+
+def sources(**by_name: ConfigDict) -> ConfigDict:
+    """Several sources, each under a name of your own; together they are a mixture."""
+    return ConfigDict(by_name)
 
 
 def llama_preset(name: str) -> ConfigDict:
@@ -157,11 +207,15 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     config = default_config()
     missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
+    missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources
     if missing:
         raise UserError(f"{path}: key {min(missing)!r} is missing")
     try:
         with config.unlocked():
             config.model.llama.rope_scaling = stored["model"]["llama"].pop("rope_scaling")
+            for key in ("train", "test"):
+                by_name = stored["data"].pop(key)
+                config.data[key] = sources(**{name: source(**keys) for name, keys in by_name.items()})
         config.update(stored)
         llama_config(config), vision_config(config)
         check_ranges(config)
@@ -188,11 +242,19 @@ RANGES = {
     **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "frame", "tensor")},
     "tokenizer.vocab_size": (1, None),
     "data.batch_size": (1, None),
-    "data.images_per_record": (0, None),
-    "data.conversations_per_record": (1, None),
-    "data.rows_per_record": (1, None),
+    "data.images_per_bin": (0, None),
+    "data.rows_per_bin": (1, None),
     "data.row_length": (0, None),
+    "data.conversations_per_record": (0, None),
+    "data.video.num_frames": (0, None),
+    "data.video.fps": (0, None),
+    "data.video.max_frames": (0, None),
+    "data.random_crop": (1e-3, 1.0000001),
+    "data.color_jitter": (0, 1),
+    "data.max_bad_share": (0, 1.0000001),
+    "data.num_workers": (0, None),
     "data.num_threads": (0, None),
+    "data.prefetch": (1, None),
     "optim.learning_rate": (1e-12, None),
     "optim.warmup_steps": (0, None),
     "optim.weight_decay": (0, None),

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from voco_jax.attention import ADAPTERS
-from voco_jax.data import easyvqa
-from voco_jax.data.sources import load_records
+from voco_jax.data.records import Record
+from voco_jax.data.sources import easyvqa
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.pictures import draw_answers
@@ -16,15 +16,10 @@ from voco_jax.run import Run, load_run
 
 
 def evaluate(run: Run, max_records: int | None = None) -> dict:
-    """Score a run on its test split; returns what `results.json` says, with the answers under 'answers'."""
-    data = run.config.data
-    answers = answer_all(run, load_records(data.source, data.test_split)[:max_records])
+    """Score a run on its test set; returns what `results.json` says, with the answers under 'answers'."""
+    answers = answer_all(run, _easyvqa(run, "test")[:max_records])
     guesser = easyvqa.Guesser(
-        [
-            (question_of(turns), turns[1]["value"])
-            for record in load_records(data.source, data.train_split)
-            for turns in record.conversations
-        ]
+        [(question_of(turns), turns[1]["value"]) for record in _easyvqa(run, "train") for turns in record.conversations]
     )
     columns = {
         "this run": accuracy_by_kind(answers, easyvqa.question_kind),
@@ -41,6 +36,14 @@ def evaluate(run: Run, max_records: int | None = None) -> dict:
         "counts": columns,
         "answers": answers,
     }
+
+
+def _easyvqa(run: Run, key: str) -> list[Record]:
+    found = list(run.config.data[key].values())
+    if [source.kind for source in found] != ["easyvqa"]:
+        kinds = ", ".join(source.kind for source in found) or "none"
+        raise UserError(f"{run.directory}: config.data.{key}: only easyvqa can be scored; found {kinds}")
+    return easyvqa.load(found[0].split)
 
 
 @one_line_errors

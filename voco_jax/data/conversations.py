@@ -15,14 +15,22 @@ import dataclasses
 
 import numpy as np
 
+from voco_jax.data.records import IMAGE_COUNT, NO_ANSWER, NOT_UTF8, SPECIAL_TOKEN, WRONG_FORM, BadRecord, shown
 from voco_jax.data.tokenizer import VOCO_TOKEN, prompt_ids
 from voco_jax.errors import UserError
 
 IMAGE = "<image>"
+VIDEO = "<video>"
 
 
-class ConversationError(UserError):
+class ConversationError(BadRecord):
     """A conversation that cannot be used; the message says why. Training counts such samples and goes on."""
+
+    def __init__(self, message: str, kind: str = WRONG_FORM):
+        super().__init__(kind, message)
+
+    def __reduce__(self):
+        return ConversationError, (self.message, self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +124,8 @@ class Encoder:
         values = [turn["value"] for turn in turns]
         for i, value in enumerate(values):
             if not value.replace(IMAGE, "").strip():
-                raise ConversationError(f"turn {i} ({turns[i]['from']}): expected text beside {IMAGE}, found none")
+                reason = f"turn {i} ({turns[i]['from']}): expected text beside {IMAGE}, found none"
+                raise ConversationError(reason, NO_ANSWER if i % 2 else WRONG_FORM)
         head = ""
         if values[0].count(IMAGE) == sum(value.count(IMAGE) for value in values) == 1:
             values[0] = values[0].replace(IMAGE, "").strip()
@@ -181,13 +190,32 @@ class Encoder:
         return list(encoding.input_ids), [bool(is_label_char[start]) for start, _ in encoding.offset_mapping]
 
 
+def spread_video(turns: Sequence[dict], frames: Sequence[str]) -> list[dict]:
+    """The turns with an image marker a frame in place of `<video>`, each after its text of `frames` (or none).
+
+    >>> spread_video([{"from": "human", "value": "<video>\\nWho wins?"}], ["00:00.5 ", "00:01.5 "])
+    [{'from': 'human', 'value': '00:00.5 <image>00:01.5 <image>\\nWho wins?'}]
+    """
+    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+    texts = [text if isinstance(text, str) else "" for text in texts]  # for check_turns to find
+    found = sum(text.count(VIDEO) for text in texts)
+    if found != 1:
+        raise ConversationError(f"conversation: expected 1 {VIDEO} marker, found {found}", IMAGE_COUNT)
+    images = "".join(text + IMAGE for text in frames)
+    return [
+        turn | {"value": text.replace(VIDEO, images)} if VIDEO in text else turn
+        for turn, text in zip(turns, texts, strict=True)
+    ]
+
+
 def check_turns(turns: Sequence[dict], num_images: int, special: Sequence[str]) -> list[dict]:
     """The turns from the first human one on; ConversationError where they are not a conversation."""
-    if not turns:
+    if not isinstance(turns, Sequence) or not turns:
         raise ConversationError("conversation: expected at least one turn, found none")
     for i, turn in enumerate(turns):
-        if turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise ConversationError(f"turn {i}: expected 'from' (human or gpt) and 'value' (text), found {turn!r:.100}")
+        role = turn.get("from") if isinstance(turn, dict) else None
+        if role not in ("human", "gpt") or not isinstance(turn.get("value"), str):
+            raise ConversationError(f"turn {i}: expected 'from' (human or gpt) and 'value' (text), found {shown(turn)}")
     turns = list(turns[1:] if turns[0]["from"] == "gpt" else turns)
     if not turns:
         raise ConversationError("conversation: expected a human turn, found none")
@@ -196,11 +224,21 @@ def check_turns(turns: Sequence[dict], num_images: int, special: Sequence[str]) 
         if turn["from"] != expected:
             raise ConversationError(f"turn {i}: expected from {expected}, found from {turn['from']}")
         if not turn["value"].strip():
-            raise ConversationError(f"turn {i} ({turn['from']}): expected text, found none")
+            kind = NO_ANSWER if i % 2 else WRONG_FORM
+            raise ConversationError(f"turn {i} ({turn['from']}): expected text, found none", kind)
+        if not turn["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in turn["value"]):
+            raise ConversationError(f"turn {i} ({turn['from']}): half of a surrogate pair, which is no text", NOT_UTF8)
+        # What the text becomes without its markers and newlines is looked at too: "<vo<image>co>" has a token inside.
+        without = turn["value"].replace("\n", "").replace(IMAGE, "")
         for token in special:
-            if token in turn["value"]:
-                raise ConversationError(f"turn {i} ({turn['from']}): contains the special token {token!r}")
+            if token in turn["value"] or token in without:
+                reason = f"turn {i} ({turn['from']}): contains the special token {token!r}"
+                raise ConversationError(reason, SPECIAL_TOKEN)
+        if IMAGE in without or turn["value"].replace("\n", "").count(IMAGE) != turn["value"].count(IMAGE):
+            reason = f"turn {i} ({turn['from']}): an {IMAGE} marker around another or around a newline"
+            raise ConversationError(reason, IMAGE_COUNT)
     found = sum(turn["value"].count(IMAGE) for turn in turns)
     if found != num_images:
-        raise ConversationError(f"conversation: expected {num_images} {IMAGE} markers, one an image; found {found}")
+        reason = f"conversation: expected {num_images} {IMAGE} markers, one an image; found {found}"
+        raise ConversationError(reason, IMAGE_COUNT)
     return turns

@@ -13,7 +13,7 @@ PADDING_SEGMENT = 0
 
 @dataclasses.dataclass
 class Row:
-    """One read row, every array [T]. `targets` is the next token, `weights` 1 where it is a label, else 0."""
+    """One read row, every array [T]. `targets` is the next token, `weights` above 0 where it is a label, else 0."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -35,11 +35,17 @@ def truncate(sample: Sample, length: int) -> Sample | None:
     return Sample(sample.tokens[:length], sample.labels[:length], sample.visual[:length], sample.num_images)
 
 
-def pack_row(samples: Sequence[Sample], length: int, first_visual: Sequence[int] | None = None) -> Row:
+WEIGHTINGS = ("token", "conversation")
+
+
+def pack_row(
+    samples: Sequence[Sample], length: int, first_visual: Sequence[int] | None = None, weighting: str = "token"
+) -> Row:
     """Lay whole samples one after the other, each a segment (1, 2, …) with positions from 0; 0 is padding.
 
     `first_visual[i]` is where sample i's first visual token stands among the row's (default 0: all samples speak of
-    the same images). Raises UserError where they do not fit.
+    the same images). With `weighting` 'conversation' a sample's weights sum to 1, however many labels it has. Raises
+    UserError where they do not fit.
 
     >>> sample = Sample(tokens=np.array([9, 5, 6, 7]), labels=np.array([0, 0, 1, 1], bool),
     ...                 visual=np.array([0, -1, -1, -1]), num_images=1)
@@ -63,6 +69,7 @@ def pack_row(samples: Sequence[Sample], length: int, first_visual: Sequence[int]
         offset = first_visual[i] if first_visual is not None else 0
         row.visual[start:end] = np.where(sample.visual >= 0, sample.visual + offset, -1)
         row.targets[start : end - 1] = sample.tokens[1:]
-        row.weights[start : end - 1] = sample.labels[1:]
+        labels = sample.labels[1:]
+        row.weights[start : end - 1] = labels / max(1, labels.sum()) if weighting == "conversation" else labels
         start = end
     return row

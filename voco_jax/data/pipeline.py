@@ -1,140 +1,214 @@
-"""The Grain pipeline: records to batches of fixed shape, shuffled by seed, resumable from a small state."""
+"""The Grain pipeline: the plan's bins to batches of fixed shape, loaded by threads and worker processes.
 
-from collections import Counter
-from collections.abc import Sequence
+A batch is a function of its number alone, whatever the number of hosts, workers and threads; so where a training
+stands is that number, and it goes on anywhere.
+"""
+
+from collections.abc import Iterator, Sequence
 import dataclasses
+import json
 
+from absl import flags
 import grain
 from ml_collections import ConfigDict
 import numpy as np
+from PIL import Image
 
-from voco_jax.data.conversations import ConversationError, Encoder, Sample
-from voco_jax.data.images import ImageProcessor, load_image
-from voco_jax.data.packing import pack_row, truncate
-from voco_jax.data.sources import Record
+from voco_jax.data.augment import augment, augments
+from voco_jax.data.images import ImageProcessor
+from voco_jax.data.packing import pack_row
+from voco_jax.data.plan import Placed, Plan
+from voco_jax.data.records import TOO_LONG, BadRecord, Record
+from voco_jax.data.reports import Report
+from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedRecord:
-    images: Sequence
-    samples: Sequence[Sample]
+@dataclasses.dataclass
+class BinLoader(grain.transforms.Map):
+    """A bin's `Placed` conversations to its arrays: read rows [rows, T] as in `packing.Row`, and pictures.
 
-
-def encode_records(records: Sequence[Record], encoder: Encoder, row_length: int) -> tuple[list[EncodedRecord], Counter]:
-    """Tokenized records and a count of what became of the conversations, for `report_line`.
-
-    Conversations that cannot be used are left out; text beyond `row_length` tokens (0: any number) is cut off, never
-    an image, and where an image or every label lies beyond it the conversation is left out. UserError if none is left.
+    `pixel_values` [images, size, size, 3] are uint8, to be normalised where they are used; places without a picture
+    are zero, and never read. A record that cannot be loaded leaves its places empty, and `report` says so.
     """
-    counts, encoded, memo = Counter(), [], {}
-    for record in records:
-        samples = []
-        for turns in record.conversations:
-            key = len(record.images), repr(turns)
-            if key not in memo:
-                memo[key] = _encode(turns, len(record.images), encoder, row_length)
-            sample, outcome, lost = memo[key]
-            counts[outcome] += 1
-            counts["tokens cut"] += lost
-            if sample is not None:
-                samples.append(sample)
-        if samples:
-            encoded.append(EncodedRecord(record.images, samples))
-    if not encoded:
-        raise UserError(f"data: no usable conversation in the training set: {report_line(counts)}")
-    return encoded, counts
+
+    sources: Sequence
+    maker: SampleMaker
+    plan: Plan
+    processor: ImageProcessor
+    weighting: str
+    data: ConfigDict
+
+    def map(self, placed: list[Placed]) -> dict:
+        shape, report = self.plan.shape, Report()
+        rows: list[list] = [[] for _ in range(shape.rows)]
+        firsts: list[list[int]] = [[] for _ in range(shape.rows)]
+        pixels = np.zeros((shape.images, self.processor.size, self.processor.size, 3), np.uint8)
+        num_images = 0
+        for item in sorted({p.item for p in placed}):
+            conversations = [p for p in placed if p.item == item]
+            loaded = self._load_item(conversations, rows, shape.images - num_images, report)
+            if loaded is None:
+                continue
+            images, samples = loaded
+            for p, sample in samples:
+                rows[p.row].append(sample)
+                firsts[p.row].append(num_images * self.maker.encoder.num_visual_tokens)
+            for image in images:
+                pixels[num_images] = self.processor.square(image)
+                num_images += 1
+        packed = [
+            pack_row(row, shape.row_length, first, self.weighting).arrays()
+            for row, first in zip(rows, firsts, strict=True)
+        ]
+        arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+        return arrays | {"pixel_values": pixels, "report": json.dumps(report.to_dict())}
+
+    def _load_item(self, conversations: list[Placed], rows, room: int, report: Report):
+        """(images, [(place, sample)]) of conversations that share their images, of which there is room for `room`;
+        None where nothing of it is usable."""
+        samples, images, images_of = [], None, None
+        held, record = None, None
+        for p in conversations:
+            report.seen += 1
+            source = self.sources[p.source]
+            try:
+                if held != (p.source, p.record):
+                    record, held = source[p.record], (p.source, p.record)
+                times = self._times(p, record)
+                sample, _ = self.maker.sample(record, p.conversation, times)
+                used = sum(map(len, rows[p.row])) + sum(len(s) for q, s in samples if q.row == p.row)
+                if used + len(sample) > self.plan.shape.row_length:
+                    raise BadRecord(TOO_LONG, "conversation: longer than it was when the index was made")
+                if sample.num_images > room:
+                    raise BadRecord(TOO_LONG, "conversation: has more images than when the index was made")
+                if images is None:  # all of an item have the same; the first that can be read gives them
+                    odd: list[str] = []
+                    images = self.maker.load_images(record, times, odd.append)
+                    for kind in odd:
+                        report.add_odd(kind, source.where(p.record))
+                    if augments(self.data):
+                        images = [augment(image, self.data, self._rng(p)) for image in images]  # all frames alike
+                    images_of = sample.num_images
+                if sample.num_images != images_of:
+                    raise BadRecord(TOO_LONG, "conversation: has other images than when the index was made")
+            except BadRecord as error:
+                report.add_bad(error, source.where(p.record))
+                continue
+            samples.append((p, sample))
+        return (images, samples) if samples else None
+
+    def _rng(self, p: Placed) -> np.random.Generator:
+        return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))
+
+    def _times(self, p: Placed, record: Record) -> np.ndarray | None:
+        moved = record.video is not None and self.data.video.random_offset
+        return self.maker.frame_times(record, self._rng(p) if moved else None)
 
 
-def _encode(turns, num_images: int, encoder: Encoder, row_length: int) -> tuple[Sample | None, str, int]:
-    try:
-        sample = encoder.encode(turns, num_images)
-    except ConversationError as error:
-        return None, f"left out: {error}", 0
-    kept = truncate(sample, row_length) if row_length else sample
-    if kept is None:
-        return None, f"left out: an image or every label beyond data.row_length = {row_length} tokens", 0
-    return kept, "cut" if kept is not sample else "whole", len(sample) - len(kept)
+class _Bins:
+    """This host's bins in the order of its batches, from batch `first` on: what Grain reads from."""
+
+    def __init__(self, plan: Plan, batch_size: int, shard: Sequence[int], first: int, num_batches: int):
+        self._plan, self._batch_size, self._shard, self._first = plan, batch_size, list(shard), first
+        self._num_batches = num_batches
+
+    def __len__(self):
+        return (self._num_batches - self._first) * len(self._shard)
+
+    def __getitem__(self, i: int) -> list[Placed]:
+        batch, row = divmod(i, len(self._shard))
+        return self._plan[(self._first + batch) * self._batch_size + self._shard[row]]
 
 
-def report_line(counts: Counter) -> str:
-    """`38575 conversations: 38573 whole, 1 cut (12 tokens), 1 left out (turn 0 (human): expected text, found none)`"""
-    left_out = {outcome: n for outcome, n in counts.items() if outcome.startswith("left out: ")}
-    parts = [f"{counts['whole']} whole"]
-    if counts["cut"]:
-        parts.append(f"{counts['cut']} cut ({counts['tokens cut']} tokens)")
-    if left_out:
-        reasons = "; ".join(f"{n}× {outcome.removeprefix('left out: ')}" for outcome, n in left_out.items())
-        parts.append(f"{sum(left_out.values())} left out ({reasons})")
-    total = counts["whole"] + counts["cut"] + sum(left_out.values())
-    return f"{total} conversations: {', '.join(parts)}"
+class Batches(Iterator):
+    """An iterator of batches that can be put at any batch, and says where it is.
 
+    `report` is what the batches given so far said of their records; when too many are bad, `next` raises.
+    """
 
-class RecordToRows(grain.transforms.RandomMap):
-    """A record's pictures and a random choice of its conversations, laid out over rows of fixed length."""
+    def __init__(
+        self, loader: BinLoader, batch_size: int, shard: Sequence[int] | None = None, num_batches: int = 2**40
+    ):
+        """`shard` are the bins of each global batch that are loaded here (None: all)."""
+        self.loader, self.batch_size, self.report = loader, batch_size, Report()
+        self.shard = list(range(batch_size)) if shard is None else list(shard)
+        self._num_batches, self._next, self._iterator = num_batches, 0, None
+        self._fingerprint = loader.plan.fingerprint()
+        self._total = loader.plan.num_conversations
 
-    def __init__(self, data: ConfigDict, row_length: int, processor: ImageProcessor):
-        self._images_per_record = data.images_per_record
-        self._conversations = data.conversations_per_record
-        self._rows = data.rows_per_record
-        self._row_length = row_length
-        self._processor = processor
+    def dataset(self) -> grain.MapDataset:
+        """Batches from the next one on, by number."""
+        bins = _Bins(self.loader.plan, self.batch_size, self.shard, self._next, self._num_batches)
+        return grain.MapDataset.source(bins).map(self.loader).batch(len(self.shard), batch_fn=_join)
 
-    def random_map(self, record: EncodedRecord, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        order = rng.permutation(len(record.samples))[: self._conversations]
-        rows: list[list[Sample]] = [[] for _ in range(self._rows)]
-        for i in order:  # first row with room; a conversation that finds none waits for the record's next turn
-            sample = record.samples[i]
-            for row in rows:
-                if sum(map(len, row)) + len(sample) <= self._row_length:
-                    row.append(sample)
-                    break
-        arrays = [pack_row(row, self._row_length).arrays() for row in rows]
-        batch = {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}
-        batch["pixel_values"] = stack_images(record.images, self._images_per_record, self._processor)
-        batch["num_conversations"] = np.int32(sum(map(len, rows)))
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            data = self.loader.data
+            threads = grain.ReadOptions(data.num_threads, prefetch_buffer_size=max(1, data.prefetch))
+            dataset = self.dataset().to_iter_dataset(threads)
+            if data.num_workers:
+                if not flags.FLAGS.is_parsed():
+                    flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
+                workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=max(1, data.prefetch))
+                dataset = dataset.mp_prefetch(workers)
+            self._iterator = iter(dataset)
+        return self._account(next(self._iterator))
+
+    def count(self, batch: int) -> int:
+        """Conversations of a batch by its number, those of all hosts."""
+        return self.loader.plan.count(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+
+    def peek(self) -> dict[str, np.ndarray]:
+        """The next batch, made here and now; it still comes next."""
+        batch = self.dataset()[0]
+        batch.pop("report")
         return batch
 
+    def _account(self, batch: dict) -> dict[str, np.ndarray]:
+        self._next += 1
+        for said in batch.pop("report"):
+            self.report.merge(Report.from_dict(json.loads(said)))
+        self.report.check(self.loader.data.max_bad_share, self._total)
+        return batch
 
-def stack_images(images: Sequence, count: int, processor: ImageProcessor) -> np.ndarray:
-    """`pixel_values` [count, size, size, 3] of picture files; places without a picture are zero, and never read."""
+    def get_state(self) -> dict:
+        """Where the iterator is: small, and the same on all hosts."""
+        return self.state_at(self._next)
+
+    def state_at(self, batches: int) -> dict:
+        """Where the iterator is after so many batches."""
+        return {"batches": batches, "plan": self._fingerprint}
+
+    def set_state(self, state: dict) -> None:
+        """Go on from where `get_state` was asked; UserError for the state of other data."""
+        if state.get("plan") != self._fingerprint:
+            raise UserError(
+                f"data: expected the records that this run began with (plan {state.get('plan')}), found others "
+                f"({self._fingerprint}): a file has changed; begin another run with init_from"
+            )
+        self.close()
+        self._next = int(state["batches"])
+
+    def close(self) -> None:
+        """Stop the workers; a later `next` goes on."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def _join(bins: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Arrays of bins to those of a batch: rows [bins·rows, T], pictures [bins, images, …], one report a bin."""
+    batch = {name: np.stack([arrays[name] for arrays in bins]) for name in bins[0] if name != "report"}
+    rows = {name: x if name == "pixel_values" else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+    return rows | {"report": [arrays["report"] for arrays in bins]}
+
+
+def stack_images(images: Sequence[Image.Image], count: int, processor: ImageProcessor) -> np.ndarray:
+    """`pixel_values` [count, size, size, 3], float32; places without a picture are zero, and never read."""
     if len(images) > count:
-        raise UserError(f"data.images_per_record: expected at least {len(images)} ({images[0]} …), found {count}")
+        raise UserError(f"config.data.images_per_bin: expected at least {len(images)}, found {count}")
     pixels = np.zeros((count, processor.size, processor.size, 3), np.float32)
     for i, image in enumerate(images):
-        pixels[i] = processor(load_image(image))
+        pixels[i] = processor(image)
     return pixels
-
-
-def make_dataset(records: Sequence[EncodedRecord], data: ConfigDict, processor: ImageProcessor, seed: int):
-    """Endless batches, each record once an epoch: a Grain dataset whose iterator's state says where it stands.
-
-    A batch is a dict: read rows [records·rows, T] as in `packing.Row`, `pixel_values` [records, I, size, size, 3].
-    """
-    if len(records) < data.batch_size:
-        raise UserError(
-            f"data.batch_size: expected at most {len(records)}, the number of records; found {data.batch_size}"
-        )
-    if not data.row_length and data.rows_per_record < data.conversations_per_record:
-        raise UserError(
-            f"data.rows_per_record: expected at least data.conversations_per_record ({data.conversations_per_record}) "
-            f"where data.row_length is 0 and a row may hold one conversation only; found {data.rows_per_record}"
-        )
-    row_length = data.row_length or max(len(sample) for record in records for sample in record.samples)
-    dataset = (
-        grain.MapDataset.source(records)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(RecordToRows(data, row_length, processor))
-        .batch(data.batch_size)
-        .map(_merge_rows)
-    )
-    options = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads)
-    return dataset.to_iter_dataset(options)
-
-
-def _merge_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of a record to rows of the batch: [records, rows, T] to [records·rows, T]."""
-    apart = ("pixel_values", "num_conversations")
-    return {name: x if name in apart else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}

@@ -6,8 +6,9 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.data.conversations import IMAGE, Encoder
+from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
-from voco_jax.data.sources import Record
+from voco_jax.data.records import Record
 from voco_jax.eval.scoring import Answer
 from voco_jax.infer.generate import Answerer
 from voco_jax.run import Run
@@ -22,7 +23,10 @@ def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
     with tqdm(total=total, unit="question", desc="evaluating", mininterval=0.5) as bar:
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
-            pixels = [stack_images(r.images, run.config.data.images_per_record, run.processor) for r in batch]
+            pixels = [
+                stack_images([load_image(p) for p in r.images], run.config.data.images_per_bin, run.processor)
+                for r in batch
+            ]
             pixels += [np.zeros_like(pixels[0])] * (batch_size - len(batch))  # one shape, one compilation
             asked = [(row, turns) for row, record in enumerate(batch) for turns in record.conversations]
             prompts = [encode_first_question(run.encoder, turns, len(batch[row].images)) for row, turns in asked]

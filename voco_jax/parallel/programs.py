@@ -51,7 +51,7 @@ class Program:
 def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
     """One of `STEPS` for a config over a mesh; UserError for shapes that the mesh does not divide.
 
-    A batch is `data.batch_size` records of `images_per_record` images and `rows_per_record` rows of `row_length`
+    A batch is `data.batch_size` bins of `images_per_bin` images and `rows_per_bin` rows of `row_length`
     tokens. 'compress' takes the images, 'read' is the prefill of the rows, 'decode' one token a row with a cache of
     `row_length` places.
     """
@@ -87,7 +87,7 @@ def _train(config: ConfigDict, mesh: Mesh) -> Program:
     function = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
     batch = abstract_batch(config)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
-    rows, images = config.data.batch_size * config.data.rows_per_record, _num_images(config)
+    rows, images = config.data.batch_size * config.data.rows_per_bin, _num_images(config)
     return Program(
         function,
         (state.params, state.opt_state, batch),
@@ -101,11 +101,11 @@ def _train(config: ConfigDict, mesh: Mesh) -> Program:
 def abstract_batch(config: ConfigDict) -> dict:
     """A batch of `data/pipeline.py`, as the training step takes it, by shapes."""
     data, size = config.data, config.model.vision.image_size
-    rows = (data.batch_size * data.rows_per_record, data.row_length)
+    rows = (data.batch_size * data.rows_per_bin, data.row_length)
     integers = jax.ShapeDtypeStruct(rows, jnp.int32)
     return dict.fromkeys((*Read._fields, "targets"), integers) | {
         "weights": jax.ShapeDtypeStruct(rows, jnp.float32),
-        "pixel_values": jax.ShapeDtypeStruct((data.batch_size, data.images_per_record, size, size, 3), jnp.float32),
+        "pixel_values": jax.ShapeDtypeStruct((data.batch_size, data.images_per_bin, size, size, 3), jnp.float32),
     }
 
 
@@ -132,18 +132,18 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
     per_row = array((rows,), jnp.int32, ROWS)
     if step == "compress":
         if not num_images:
-            raise UserError("config.data.images_per_record: expected at least 1 for step compress, found 0")
+            raise UserError("config.data.images_per_bin: expected at least 1 for step compress, found 0")
         function = jitted(lambda model, pixels: model.compress(model.encode_images(pixels)))
         flops = vision_forward(c.vision, num_images) + projector_forward(c, num_images)
         flops += compress_forward(c, num_images)
         return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
     if step == "read":
-        slots = data.images_per_record * c.num_visual_tokens
+        slots = data.images_per_bin * c.num_visual_tokens
         visual = None
         if slots and c.compressor == "voco":
             visual = Memory(*keys_and_values(data.batch_size, slots))
         elif slots:
-            shape = (data.batch_size, data.images_per_record, c.num_visual_tokens, c.llama.hidden_size)
+            shape = (data.batch_size, data.images_per_bin, c.num_visual_tokens, c.llama.hidden_size)
             visual = array(shape, dtype, ROWS)
         read = Read(*(batch[name] for name in Read._fields))
         function = jitted(lambda model, *inputs: model.prefill(*inputs))
@@ -156,4 +156,4 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
 
 
 def _num_images(config: ConfigDict) -> int:
-    return config.data.batch_size * config.data.images_per_record
+    return config.data.batch_size * config.data.images_per_bin

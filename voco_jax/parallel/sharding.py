@@ -26,7 +26,7 @@ RULES = (
     (r"norm|bias|class_embedding|position_embedding|queries|scale|ns_coeffs", ()),  # small: on every device
 )  # fmt: skip
 
-BATCH = {"pixel_values": (ROWS, "frame")}  # [records, I, size, size, 3]; everything else is [rows, T]
+BATCH = {"pixel_values": (ROWS, "frame")}  # [bins, I, size, size, 3]; everything else is [rows, T]
 
 
 def param_spec(path: str) -> P:
@@ -66,7 +66,7 @@ def batch_shardings(mesh: Mesh, batch: dict):
 
     def sharding(name, array):
         spec = BATCH.get(name, (ROWS,))
-        for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_record"), strict=False):
+        for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_bin"), strict=False):
             if size % (count := _count(mesh, axes)):
                 expected = f"expected a multiple of {count}, the devices along {axes}"
                 raise UserError(f"config.{key}: {name} {list(array.shape)}: {expected}; found {size}")
@@ -75,11 +75,40 @@ def batch_shardings(mesh: Mesh, batch: dict):
     return {name: sharding(name, array) for name, array in batch.items()}
 
 
-def put_batch(mesh: Mesh, batch: dict) -> dict:
-    """A batch of numpy arrays on the devices; in several processes each gives the rows of its own devices."""
-    shardings = batch_shardings(mesh, batch)
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Which of a batch's elements (bins) this process's devices hold; UserError where they do not divide."""
+    name = "pixel_values"
+    sharding = batch_shardings(mesh, {name: jax.ShapeDtypeStruct((batch_size,), jnp.uint8)})[name]
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    return sorted({row for rows in slices for row in range(*rows.indices(batch_size))})
+
+
+def put_batch(mesh: Mesh, batch: dict, rows: list[int] | None = None, batch_size: int = 0) -> dict:
+    """A batch of numpy arrays on the devices. In several processes each has only the elements `rows` (see
+    `local_rows`) of the `batch_size` that the whole batch has."""
+    if rows is None:
+        rows, batch_size = list(range(len(batch["pixel_values"]))), len(batch["pixel_values"])
+    whole = whole_shapes(batch, batch_size)
+    shardings = batch_shardings(mesh, whole)
+
+    def place(name, array):
+        per_element = len(array) // len(rows)
+
+        def part(index):
+            start, stop, _ = index[0].indices(whole[name].shape[0])
+            at = rows.index(start // per_element) * per_element
+            return array[(slice(at, at + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(whole[name].shape, shardings[name], part)
+
+    return {name: place(name, array) for name, array in batch.items()}
+
+
+def whole_shapes(batch: dict, batch_size: int) -> dict:
+    """Shapes of a batch of `batch_size` elements of which one process has some."""
+    held = len(batch["pixel_values"])
     return {
-        name: jax.make_array_from_callback(array.shape, shardings[name], lambda index, array=array: array[index])
+        name: jax.ShapeDtypeStruct((len(array) // held * batch_size, *array.shape[1:]), array.dtype)
         for name, array in batch.items()
     }
 

@@ -1,9 +1,11 @@
 """The trainer, top down: data, model, optimizer, resume, loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import itertools
 from pathlib import Path
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -11,19 +13,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+import numpy as np
 import optax
+from tqdm import tqdm
 
-from voco_jax.data.conversations import get_template
-from voco_jax.data.pipeline import encode_records, make_dataset, report_line
-from voco_jax.data.sources import load_records
-from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from voco_jax.data.pipeline import Batches
+from voco_jax.data.sources import open_sources
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.parallel.sharding import batch_shardings, put_batch
-from voco_jax.run import begin_with_run, init_params, make_encoder, make_model_config, make_processor
+from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
+from voco_jax.run import begin_with_run, init_params, make_processor
 from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.train.data import open_training_data
 from voco_jax.train.freeze import split_params
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
@@ -41,7 +44,7 @@ class _Setup(NamedTuple):
     mesh: Mesh
     tokenizer: Any
     model_config: VoCoConfig
-    batches: Any
+    batches: Batches
     optimizer: optax.GradientTransformation
     state: AbstractState
     train_step: Callable
@@ -55,7 +58,10 @@ def train(config: ConfigDict) -> Path:
     with together():  # so nothing in it waits for other processes
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
-    check_same({"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary})
+    plan = run.batches.get_state()["plan"]
+    check_same(
+        {"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary, "data files": plan}
+    )
     with jax.set_mesh(run.mesh):
         _train(run)
     return run.workdir
@@ -68,15 +74,13 @@ def _set_up(config: ConfigDict) -> _Setup:
     mesh = make_mesh(config.mesh)
 
     # Data
-    records = load_records(config.data.source, config.data.train_split)
-    load_records(config.data.source, config.data.test_split)  # a wrong name should not show itself after training
-    tokenizer = _make_tokenizer(config, records, workdir if resuming else None)
-    model_config = make_model_config(config, tokenizer)
-    encoded, counts = encode_records(records, make_encoder(config, tokenizer, model_config), config.data.row_length)
-    _say(f"data: {config.data.source}/{config.data.train_split}: {len(encoded)} records, {report_line(counts)}")
-    _check_positions(encoded, model_config)
-    # Every process makes every batch whole, and puts the rows of its own devices there (a pipeline a host is to come).
-    batches = iter(make_dataset(encoded, config.data, make_processor(config), config.seed))
+    shard = local_rows(mesh, config.data.batch_size)  # every process loads the rows of its own devices
+    tokenizer, model_config, batches, longest = open_training_data(
+        config, run=workdir if resuming else None, shard=shard, say=_say
+    )
+    if config.data.test:
+        open_sources(config, "test")  # a wrong name should not show itself after training
+    _check_positions(longest, model_config)
 
     # Model and optimizer, their places on the mesh
     optimizer = make_optimizer(config.optim, config.train.steps)
@@ -88,7 +92,7 @@ def _set_up(config: ConfigDict) -> _Setup:
         _say(f"model: {num_params:,} parameters{frozen}, compressor {model_config.compressor}, {model_config.dtype}")
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:
-            _try_first_batch(batches, train_step, state)
+            _try_first_batch(config, batches, train_step, state)
     return _Setup(config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step)
 
 
@@ -97,6 +101,7 @@ def _train(run: _Setup) -> None:
     with (
         open_workdir(workdir, config, run.tokenizer),
         contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer,
+        contextlib.closing(batches),
     ):
         # Where to begin
         start = checkpointer.latest_step() or 0
@@ -110,16 +115,39 @@ def _train(run: _Setup) -> None:
             opt_state = init_opt_state(config, run.optimizer, params, state.shardings[1])
 
         # The loop
+        steps = range(start + 1, config.train.steps + 1)
         with MetricsLog(workdir / "metrics.jsonl", start, config.train) as log:
-            for step in range(start + 1, config.train.steps + 1):
-                batch = next(batches)
-                count = int(batch.pop("num_conversations").sum())
-                params, opt_state, loss = run.train_step(params, opt_state, put_batch(run.mesh, batch))
-                log.add(step, loss, count)
+            for step, batch in zip(steps, _feed(config, run.mesh, batches, len(steps)), strict=True):
+                params, opt_state, loss = run.train_step(params, opt_state, batch)
+                log.add(step, loss, batches.count(step - 1))
                 if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                     log.settle()
                     _check_finite(params, step)
-                    checkpointer.save(step, params, opt_state, batches.get_state())
+                    checkpointer.save(step, params, opt_state, batches.state_at(step))
+    if batches.report.bad or batches.report.odd:
+        for line in batches.report.lines("conversations"):
+            _say(f"data, this process's since step {start}: {line}")
+
+
+def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:
+    """Batches on the devices, pictures normalised there, the next one always on its way while a step computes."""
+    normalize = jax.jit(make_processor(config).normalize)
+
+    def on_devices(batch):
+        batch = put_batch(mesh, batch, batches.shard, config.data.batch_size)
+        return batch | {"pixel_values": normalize(batch["pixel_values"])}
+
+    coming, known = None, set()
+    for batch in itertools.islice(batches, count):
+        for kind in sorted(batches.report.examples.keys() - known):
+            known.add(kind)
+            tqdm.write(f"data: first record of this kind: {kind}: {batches.report.examples[kind][0]}", file=sys.stderr)
+        following = on_devices(batch)
+        if coming is not None:
+            yield coming
+        coming = following
+    if coming is not None:
+        yield coming
 
 
 def _first_params(config: ConfigDict, model_config, state: AbstractState):
@@ -132,10 +160,9 @@ def _first_params(config: ConfigDict, model_config, state: AbstractState):
     return params
 
 
-def _check_positions(encoded, model_config) -> None:
+def _check_positions(conversation: int, model_config) -> None:
     """UserError for more tokens than the language model has positions."""
     limit = model_config.llama.max_position_embeddings
-    conversation = max(len(sample) for record in encoded for sample in record.samples)
     for what, found in ("conversation", conversation), ("compressed image", model_config.compress_length):
         if found > limit:
             raise UserError(
@@ -152,12 +179,11 @@ def _count(params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _try_first_batch(batches, train_step, state: AbstractState) -> None:
+def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: AbstractState) -> None:
     """Make a batch and trace the step with it, computing nothing; what cannot be done raises here."""
-    place = batches.get_state()
-    batch = next(batches)
-    batch.pop("num_conversations")
-    batches.set_state(place)
+    batch = batches.peek()
+    batch["pixel_values"] = batch["pixel_values"].astype(np.float32)
+    batch = whole_shapes(batch, config.data.batch_size)
     batch_shardings(jax.sharding.get_mesh(), batch)
     try:
         jax.eval_shape(train_step, state.params, state.opt_state, batch)
@@ -174,14 +200,3 @@ def _check_finite(params, step: int) -> None:
     """Parameters that are no numbers must not become the checkpoint that everything goes on from."""
     if not _all_finite(params):
         raise UserError(f"training: parameters are not finite after step {step}; a lower optim.learning_rate may help")
-
-
-def _make_tokenizer(config: ConfigDict, records, run: Path | None):
-    if run is not None:
-        return load_tokenizer(run / "tokenizer")
-    if config.tokenizer.source != "train":
-        return load_tokenizer(config.tokenizer.source)
-    texts = {turn.get("value", "") for record in records for turns in record.conversations for turn in turns}
-    system = get_template(config.data.template).system
-    prompts = (f"{system}{' ' if system else ''}USER: {text} ASSISTANT: {text}" for text in sorted(texts))
-    return train_tokenizer(prompts, config.tokenizer.vocab_size)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 import re
 
-from voco_jax.data.sources import Record
+from voco_jax.data.records import Picture, Record
 from voco_jax.errors import UserError
 
 SPLITS = ("train", "test")
@@ -26,7 +26,30 @@ def load(split: str) -> list[Record]:
     for question, answer, picture in json.loads((root / "questions.json").read_text()):
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         by_picture[picture].append(turns)
-    return [Record(images=[root / "images" / f"{i}.png"], conversations=by_picture[i]) for i in sorted(by_picture)]
+    return [
+        Record([Picture(root / "images" / f"{i}.png")], conversations=by_picture[i], name=f"easyvqa/{split}[{n}]")
+        for n, i in enumerate(sorted(by_picture))
+    ]
+
+
+class EasyVqaSource:
+    """`load` as a source."""
+
+    def __init__(self, split: str = "train"):
+        self._records = load(split)
+        self._split = split
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Record:
+        return self._records[i]
+
+    def where(self, i: int) -> str:
+        return self._records[i].name
+
+    def fingerprint(self) -> str:
+        return f"easyvqa {self._split} {len(self)} {_package_data()}"
 
 
 def question_kind(question: str) -> str:

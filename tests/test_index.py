@@ -1,0 +1,107 @@
+"""What the index knows of records, and when it has to look at them again."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.record_lists import ListSource, plain_picture, turns
+from voco_jax.data import index as index_module
+from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.index import make_index
+from voco_jax.data.records import Record
+from voco_jax.data.samples import SampleMaker
+from voco_jax.data.sources.llava import LlavaSource
+from voco_jax.data.video import FrameSampling
+from voco_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def encoder(small_tokenizer):
+    return Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
+
+
+def maker(encoder, row_length=40, max_images=2):
+    return SampleMaker(encoder, row_length, max_images, FrameSampling(4))
+
+
+def test_literally(encoder, tmp_path):
+    one, other = plain_picture(1), plain_picture(2)
+    long = "is it " + "very " * 60 + "red?"
+    records = [
+        Record(
+            [one], conversations=[turns("what is it?", "a cat"), turns("what is it?", ""), turns("what?", "so " * 60)]
+        ),
+        Record([one, other, one], conversations=[turns("what is it?", "a cat")]),
+        Record([other], conversations=[turns(long, "no")]),
+        Record([one], conversations=[turns("what is it?", "a red cat")]),
+        Record(conversations=[[{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a cat"}]]),
+    ]
+    index = make_index(ListSource(records), maker(encoder), tmp_path, 0, "test")
+    assert index.records.tolist() == [0, 3, 4] and index.num_images.tolist() == [1, 1, 0]
+    assert index.pictures[0] == index.pictures[1] != 0 and index.pictures[2] == 0
+    assert index.offsets.tolist() == [0, 2, 3, 4] and index.conversations.tolist() == [0, 2, 0, 0]
+    expected = [len(encoder.encode(r.conversations[0], len(r.images))) for r in (records[0], records[3], records[4])]
+    assert index.lengths.tolist() == [expected[0], 40, *expected[1:]]
+    lost = len(encoder.encode(records[0].conversations[2], 1)) - 40
+    assert index.report.lines("conversations") == [
+        f"7 conversations: 4 good (1 cut by {lost} tokens), 3 left out",
+        "  2 left out: does not fit; list[1]: expected at most config.data.images_per_bin = 2 images, found 3 | "
+        f"list[2]: conversation of {len(encoder.encode(records[2].conversations[0], 1))} tokens: an image or every "
+        "answer beyond config.data.row_length = 40 tokens",
+        "  1 left out: no answer; list[0]: turn 1 (gpt): expected text, found none",
+    ]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of 600 text rows, some of them broken."""
+    lines = []
+    for i in range(600):
+        conversation = [{"from": "human", "value": "what is it? " * (i % 3 + 1)}, {"from": "gpt", "value": "a cat"}]
+        lines.append("{" if i % 100 == 7 else json.dumps({"conversations": conversation}))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def same(a, b):
+    for name, array in a.arrays.items():
+        np.testing.assert_array_equal(array, b.arrays[name], err_msg=name)
+    assert a.report == b.report
+
+
+def test_processes_find_the_same(rows, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "WORTH_WORKERS", 0)
+    source = LlavaSource(str(rows))
+    alone = make_index(source, maker(encoder), tmp_path / "a", 0, "test")
+    assert (len(alone), alone.report.bad) == (594, {"broken JSON": 6})
+    same(make_index(source, maker(encoder), tmp_path / "b", 2, "test"), alone)
+
+
+def test_a_long_look_is_kept_until_something_changes(rows, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "KEPT_FROM", 0)
+    looked = []
+    scan = index_module._scan
+    monkeypatch.setattr(index_module, "_scan", lambda *args: looked.append(args) or scan(*args))
+
+    def look(**changes):
+        looked.clear()
+        index = make_index(LlavaSource(str(rows)), maker(encoder, **changes), tmp_path / "cache", 0, "test")
+        return index, bool(looked)
+
+    first, fresh = look()
+    assert fresh
+    again, fresh = look()
+    assert not fresh
+    same(first, again)
+    assert look(row_length=39)[1] and look(max_images=3)[1] and not look()[1]
+    rows.write_text(rows.read_text() + "\n{}")
+    changed, fresh = look()
+    assert fresh and changed.report.seen == first.report.seen + 1
+
+    (kept,) = {f for f in (tmp_path / "cache").iterdir() if f.stat().st_mtime_ns == max(
+        g.stat().st_mtime_ns for g in (tmp_path / "cache").iterdir())}  # fmt: skip
+    kept.write_bytes(kept.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"index-\w+.npz: damaged .* delete it, and the index is made anew"):
+        look()

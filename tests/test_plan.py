@@ -1,0 +1,165 @@
+"""What an epoch takes, in which bins: every conversation as often as its weight says, whatever the layout."""
+
+from collections import Counter
+import copy
+
+import numpy as np
+import pytest
+
+from voco_jax.data.best_fit import BinShape
+from voco_jax.data.index import Index
+from voco_jax.data.plan import Plan, group_by_length, rows_of
+from voco_jax.data.reports import Report
+from voco_jax.errors import UserError
+
+
+def index(lengths, num_images=None, pictures=None) -> Index:
+    """Of records whose conversations have these lengths: `[[5, 6], [7]]` has two in its first record."""
+    counts = [len(of_record) for of_record in lengths]
+    n = len(lengths)
+    return Index(
+        records=np.arange(n) * 10,  # places in a source of which nine of ten records are unusable
+        num_images=np.array([1] * n if num_images is None else num_images),
+        pictures=np.arange(1, n + 1) if pictures is None else np.array(pictures),
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        conversations=np.concatenate([np.arange(c) for c in counts]),
+        lengths=np.concatenate([np.array(of_record) for of_record in lengths]),
+        report=Report(),
+    )
+
+
+def random_index(rng, n) -> Index:
+    images = rng.integers(0, 3, n)
+    pictures = np.where(images > 0, rng.integers(1, n // 2, n), 0)
+    images = np.where(pictures > 0, 1 + pictures % 2, 0)
+    return index([rng.integers(1, 30, rng.integers(1, 4)).tolist() for _ in range(n)], images, pictures)
+
+
+def conversations(plan, epoch) -> Counter:
+    return Counter((p.source, p.record, p.conversation) for i in plan.bins(epoch) for p in plan[i])
+
+
+@pytest.mark.parametrize("layout", ["pack", "group"])
+@pytest.mark.parametrize("share", [True, False])
+def test_an_epoch_has_every_conversation_once_and_bins_hold_them(layout, share):
+    first, second = (random_index(np.random.default_rng(seed), n) for seed, n in ((1, 90), (2, 40)))
+    shape = BinShape(rows=3, row_length=40, images=5)
+    plan = Plan([first, second], [1, 1], shape, seed=7, layout=layout, batch_size=4, share_images=share)
+    expected = {
+        (s, int(i.records[r]), int(c)): int(i.lengths[k])
+        for s, i in enumerate((first, second))
+        for r in range(len(i))
+        for k in range(i.offsets[r], i.offsets[r + 1])
+        for c in [i.conversations[k]]
+    }
+    images = {
+        (s, int(i.records[r])): (int(i.pictures[r]), int(i.num_images[r]))
+        for s, i in enumerate((first, second))
+        for r in range(len(i))
+    }
+    orders = []
+    for epoch in range(3):
+        assert conversations(plan, epoch) == Counter(list(expected))
+        for b in plan.bins(epoch):
+            used = np.zeros(shape.rows, int)
+            held = {}
+            for p in plan[b]:
+                used[p.row] += expected[p.source, p.record, p.conversation]
+                held.setdefault(p.item, set()).add(images[p.source, p.record])
+                assert p.epoch == epoch
+            assert used.max() <= shape.row_length
+            assert all(len(pictures) == 1 for pictures in held.values())  # an item has one set of images
+            assert sum(n for pictures in held.values() for _, n in pictures) <= shape.images
+        orders.append([(p.source, p.record) for b in plan.bins(epoch) for p in plan[b]])
+        tokens = sum(expected.values()) / (len(plan.bins(epoch)) * 120)
+        assert plan.use(epoch).tokens == pytest.approx(tokens)
+        assert plan.count(plan.bins(epoch)) == len(expected)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_the_bins_of_epochs_follow_one_another():
+    plan = Plan([random_index(np.random.default_rng(3), 50)], [1], BinShape(1, 60, 4), seed=0)
+    first, second = plan.bins(0), plan.bins(1)
+    assert first.start == 0 and second.start == first.stop
+    assert plan.locate(first.stop - 1) == (0, len(first) - 1) and plan.locate(first.stop) == (1, 0)
+    late = Plan([random_index(np.random.default_rng(3), 50)], [1], BinShape(1, 60, 4), seed=0)
+    assert late[second.stop + 2] == plan[second.stop + 2]  # no matter what was asked before
+    assert copy.deepcopy(plan)[7] == plan[7]
+
+
+def test_seeds_differ():
+    plans = [Plan([random_index(np.random.default_rng(3), 50)], [1], BinShape(1, 60, 4), seed=s) for s in (0, 0, 1)]
+    assert plans[0][0] == plans[1][0] != plans[2][0]
+    assert plans[0].fingerprint() == plans[1].fingerprint() != plans[2].fingerprint()
+
+
+def test_conversations_about_one_picture_share_it():
+    records = index([[5], [6], [7], [8]], pictures=[3, 9, 3, 3])
+    together = Plan([records], [1], BinShape(1, 100, 4), seed=0)
+    items = Counter()
+    for p in together[0]:
+        items[p.record, p.item] += 1
+    by_record = {record: item for record, item in items}
+    assert by_record[0] == by_record[20] == by_record[30] != by_record[10]
+    assert together.use().images == 2 / 4
+    assert Plan([records], [1], BinShape(1, 100, 4), seed=0, share_images=False).use().images == 1.0
+    small = Plan([records], [1], BinShape(1, 16, 4), seed=0)  # 5 + 7 + 8 do not fit one row: compressed twice
+    assert sum(small.use().images * 4 for _ in small.bins(0)) == 3
+
+
+@pytest.mark.parametrize("weight", [2, 0.5, 1.5])
+def test_weights_are_how_often_a_record_comes_up(weight):
+    ten, four = index([[5]] * 10), index([[6]] * 4)
+    plan = Plan([ten, four], [1, weight], BinShape(1, 20, 3), seed=0)
+    counts = [conversations(plan, epoch) for epoch in range(4)]
+    for count in counts:
+        assert [count[0, i * 10, 0] for i in range(10)] == [1] * 10
+        assert sum(n for (source, _, _), n in count.items() if source == 1) == 4 * weight
+    whole = sum(counts, Counter())  # over four epochs all come up equally often
+    assert [whole[1, i * 10, 0] for i in range(4)] == [4 * weight] * 4
+
+
+def test_a_record_that_comes_up_twice_is_not_read_twice_at_once():
+    plan = Plan([index([[5], [5]], pictures=[1, 2])], [2], BinShape(1, 20, 4), seed=0)
+    for i in plan.bins(0):
+        items = Counter((p.item, p.record) for p in plan[i])
+        assert set(items.values()) == {1}
+
+
+def test_some_conversations_of_a_record():
+    plan = Plan([index([[5] * 8, [5]])], [1], BinShape(4, 5, 1), seed=0, conversations_per_record=3)
+    drawn = [sorted(c for (_, r, c), _ in conversations(plan, epoch).items() if r == 0) for epoch in range(6)]
+    assert all(len(d) == 3 for d in drawn) and len(set(map(tuple, drawn))) > 2
+    assert all(conversations(plan, epoch)[0, 10, 0] == 1 for epoch in range(6))
+
+
+def test_groups_are_of_one_modality_and_sorted():
+    rng = np.random.default_rng(0)
+    lengths, with_images = rng.integers(1, 1000, 100), rng.random(100) < 0.7
+    order = group_by_length(lengths, with_images, 8, np.random.default_rng(1))
+    assert sorted(order) == list(range(100))
+    batches = [order[i : i + 8] for i in range(0, 100, 8)]
+    whole = with_images.sum() // 8 + (~with_images).sum() // 8
+    kinds = [bool(with_images[batch[0]]) for batch in batches[:whole]]
+    assert all((with_images[batch] == kind).all() for batch, kind in zip(batches, kinds, strict=False))
+    assert 0 < sum(kinds) < whole and kinds != sorted(kinds, reverse=True)  # the modalities take turns
+    assert all((np.diff(lengths[batch]) <= 0).all() for batch in batches)
+
+
+def test_a_group_bin_has_one_record():
+    plan = Plan([random_index(np.random.default_rng(5), 30)], [1], BinShape(3, 40, 5), seed=0, layout="group")
+    assert len(plan.bins(0)) == 30 and all(len({p.record for p in plan[i]}) == 1 for i in plan.bins(0))
+
+
+def test_rows_of():
+    shape = BinShape(rows=2, row_length=10, images=0)
+    assert rows_of([4, 6, 7, 3], shape) == [1, 1, 0, 0]
+    assert rows_of([10], shape) == [0] and rows_of([11], shape) is None
+    assert rows_of([6, 6, 6], shape) is None
+
+
+def test_plans_that_cannot_be():
+    with pytest.raises(UserError, match="config.data.layout: expected pack or group, found 'heap'"):
+        Plan([index([[5]])], [1], BinShape(1, 10, 1), seed=0, layout="heap")
+    with pytest.raises(UserError, match="config.data.train: expected at least one record an epoch"):
+        Plan([index([[5]])], [0.5], BinShape(1, 10, 1), seed=0)

@@ -1,0 +1,197 @@
+"""What is known of every record before training: how many images it has, how many tokens its conversations.
+
+From these lengths alone the plan of an epoch follows (`plan.py`), the same on every host and in every worker. Records
+that cannot be used show themselves here, as far as text and video headers tell.
+"""
+
+from collections.abc import Iterable
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+import time
+import zipfile
+
+import numpy as np
+from tqdm import tqdm
+
+from voco_jax.data.records import BadRecord, Picture, Record
+from voco_jax.data.reports import Report
+from voco_jax.data.samples import SampleMaker
+from voco_jax.errors import UserError
+
+CHUNK = 256  # records that a worker process looks at in one go
+WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
+KEPT_FROM = 5.0  # seconds; an index that took longer is kept in the cache directory
+VERSION = 2  # of the arrays' meaning: an older cache is made anew
+
+
+@dataclasses.dataclass
+class Index:
+    """Arrays of the n usable records of a source and their m usable conversations.
+
+    records [n]: their places in the source. num_images [n]. pictures [n]: equal where the images are the same, 0 for
+    none. offsets [n + 1]: record i has conversations offsets[i] … offsets[i + 1]. conversations [m]: which of the
+    record's. lengths [m]: tokens.
+    """
+
+    records: np.ndarray
+    num_images: np.ndarray
+    pictures: np.ndarray
+    offsets: np.ndarray
+    conversations: np.ndarray
+    lengths: np.ndarray
+    report: Report
+
+    def __len__(self):
+        return len(self.records)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "report"}
+
+    def fingerprint(self) -> str:
+        """Of the arrays: two indices with the same give the same plans."""
+        digest = hashlib.sha256()
+        for array in self.arrays.values():
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_workers: int, label: str) -> Index:
+    """Look at every record of a source, in `num_workers` processes (0: this one), unless a kept index says it all."""
+    file = _cache_file(source, maker, Path(cache_dir).expanduser())
+    if file.exists():
+        return _load(file)
+    start = time.monotonic()
+    chunks = [range(at, min(at + CHUNK, len(source))) for at in range(0, len(source), CHUNK)]
+    with tqdm(total=len(source), unit="record", desc=f"indexing {label}", mininterval=0.5, delay=2) as bar:
+        parts = []
+        for chunk, part in zip(chunks, _scan_all(source, maker, chunks, num_workers), strict=True):
+            parts.append(part)
+            bar.update(len(chunk))
+    index = _join(parts)
+    if time.monotonic() - start > KEPT_FROM:
+        _save(index, file)
+    return index
+
+
+def _scan_all(source, maker: SampleMaker, chunks: list[range], num_workers: int) -> Iterable[Index]:
+    if num_workers == 0 or len(source) < WORTH_WORKERS:
+        yield from (_scan(source, maker, chunk) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("spawn")  # jax has threads, which a fork would cut
+    workers = min(num_workers, len(chunks))
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (source, maker)) as pool:
+        yield from pool.map(_scan_in_worker, chunks)
+
+
+def _begin_worker(source, maker: SampleMaker) -> None:
+    global _worker
+    _worker = source, maker
+
+
+def _scan_in_worker(chunk: range) -> Index:
+    return _scan(*_worker, chunk)
+
+
+def _scan(source, maker: SampleMaker, chunk: range) -> Index:
+    records, num_images, pictures, offsets, conversations, lengths = [], [], [], [0], [], []
+    report = Report()
+    for i in chunk:
+        try:
+            record = source[i]
+            times = maker.frame_times(record)
+        except BadRecord as error:
+            report.seen += 1
+            report.add_bad(error, source.where(i))
+            continue
+        found = _lengths(record, times, maker, report, source.where(i))
+        if found:
+            records.append(i)
+            num_images.append(len(record.images) if times is None else len(times))
+            pictures.append(_picture_key(record))
+            conversations += found
+            lengths += found.values()
+            offsets.append(len(lengths))
+    return Index(
+        np.array(records, np.int64), np.array(num_images, np.int32), np.array(pictures, np.int64),
+        np.array(offsets, np.int64), np.array(conversations, np.int32), np.array(lengths, np.int32), report,
+    )  # fmt: skip
+
+
+def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: str) -> dict[int, int]:
+    """Tokens of the record's usable conversations; the report hears of all."""
+    lengths = {}
+    for i in range(len(record.conversations)):
+        report.seen += 1
+        try:
+            sample, cut = maker.sample(record, i, times)
+        except BadRecord as error:
+            report.add_bad(error, where)
+            continue
+        lengths[i] = len(sample)
+        report.cut += cut > 0
+        report.tokens_cut += cut
+    return lengths
+
+
+def _picture_key(record: Record) -> int:
+    names = [_picture_name(picture) for picture in record.images]
+    if record.video is not None:
+        names = ["video", str(record.video)]  # a picture may be called the same
+    if not names:
+        return 0
+    digest = hashlib.blake2b("\0".join(names).encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _picture_name(picture: Picture) -> str:
+    if picture.name or picture.data is None:
+        return str(picture)
+    return hashlib.sha256(picture.data).hexdigest()
+
+
+def _join(parts: list[Index]) -> Index:
+    joined, report = {}, Report()
+    for part in parts:
+        report.merge(part.report)
+    for name in parts[0].arrays:
+        joined[name] = np.concatenate([part.arrays[name] for part in parts])
+    counts = [np.diff(part.offsets) for part in parts]
+    joined["offsets"] = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+    return Index(**joined, report=report)
+
+
+# ---- The cache: an .npz file a source and way of encoding -------------------------------------------------------
+
+
+def _cache_file(source, maker: SampleMaker, directory: Path) -> Path:
+    encoder = maker.encoder
+    parts = (
+        VERSION, source.fingerprint(), encoder.tokenizer.backend_tokenizer.to_str(), encoder.template,
+        encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed,
+        maker.row_length, maker.max_images, maker.sampling, maker.timestamps,
+    )  # fmt: skip
+    return directory / f"index-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.npz"
+
+
+def _save(index: Index, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        np.savez(stream, report=json.dumps(index.report.to_dict()), **index.arrays)
+    temporary.replace(file)  # several processes of a host may do this at once, and write the same
+
+
+def _load(file: Path) -> Index:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored}
+        report = Report.from_dict(json.loads(str(arrays.pop("report"))))
+        return Index(**arrays, report=report)
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: damaged ({error!r:.100}); delete it, and the index is made anew") from None

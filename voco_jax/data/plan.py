@@ -1,0 +1,278 @@
+"""Which conversations stand in which batch: a pure function of the seed, the epoch and the lengths in the index.
+
+An epoch takes every record of every source `weight` times, in random order, and lays its conversations out over bins.
+A bin is what one element of a batch holds: read rows of a fixed number of tokens and a fixed number of images. The
+epochs' bins follow one another, so a bin has a number; `batch_size` bins are a batch, and where a training stands is
+one number too. Every host and every worker makes the same plan, and takes its own bins from it.
+
+Two layouts: 'pack' fills bins by best fit (`best_fit.py`); 'group' is the released code's recipe, a conversation a bin,
+each batch of one modality and sorted by length.
+"""
+
+from collections.abc import Sequence
+import hashlib
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from voco_jax.data.best_fit import Bins, BinShape, pack
+from voco_jax.data.index import Index
+from voco_jax.errors import UserError
+
+LAYOUTS = ("pack", "group")
+
+
+class Placed(NamedTuple):
+    """A conversation's place in a bin: what it is (source, record, conversation of the record) and its row.
+
+    Those of one `item` of the bin share their images.
+    """
+
+    item: int
+    source: int
+    record: int
+    conversation: int
+    row: int
+    epoch: int
+
+
+class Use(NamedTuple):
+    """How much of an epoch's bins is filled: shares of the read rows' tokens and of the image slots."""
+
+    tokens: float
+    images: float
+    bins: int
+
+
+class Plan:
+    """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one. Small enough to be sent to workers."""
+
+    def __init__(
+        self,
+        indices: Sequence[Index],
+        weights: Sequence[float],
+        shape: BinShape,
+        *,
+        seed: int,
+        layout: str = "pack",
+        batch_size: int = 1,
+        conversations_per_record: int = 0,
+        share_images: bool = True,
+    ):
+        if layout not in LAYOUTS:
+            raise UserError(f"config.data.layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
+        sizes = [len(index) for index in indices]
+        self.shape, self.seed, self._layout, self._batch_size = shape, seed, layout, batch_size
+        self._weights, self._sizes, self._first = list(weights), sizes, np.cumsum([0, *sizes])
+        self._per_record, self._share = conversations_per_record, share_images
+        # All sources' arrays as one; records are numbered through
+        self._source = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        self._records = np.concatenate([index.records for index in indices])
+        self._num_images = np.concatenate([index.num_images for index in indices])
+        # Sources share no pictures: what is called the same in two sets of shards need not be the same
+        apart = [np.where(index.pictures, index.pictures ^ (i << 48), 0) for i, index in enumerate(indices)]
+        self._pictures = np.concatenate(apart)
+        self._counts = np.concatenate([np.diff(index.offsets) for index in indices])
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._conversations = np.concatenate([index.conversations for index in indices])
+        self._lengths = np.concatenate([index.lengths for index in indices])
+        self._lock = threading.RLock()  # threads that load bins ask for them at once
+        self._ends: list[int] = []  # bins up to and with each epoch
+        self._epochs: dict[int, _Epoch] = {}
+        if max(weight * size for weight, size in zip(self._weights, sizes, strict=True)) < 1:
+            raise UserError("config.data.train: expected at least one record an epoch; see the sources' weights")
+
+    def __getstate__(self):
+        return self.__dict__ | {"_epochs": {}, "_lock": None}
+
+    def __setstate__(self, state: dict):
+        self.__dict__ = state | {"_lock": threading.RLock()}
+
+    def __getitem__(self, i: int) -> list[Placed]:
+        epoch, bin_ = self.locate(i)
+        plan = self._epoch(epoch)
+        placed = []
+        for n, item in enumerate(plan.items[plan.offsets[bin_] : plan.offsets[bin_ + 1]].tolist()):
+            for c in range(plan.item_offsets[item], plan.item_offsets[item + 1]):
+                record, conversation = int(plan.records[c]), int(self._conversations[plan.conversations[c]])
+                where = int(self._source[record]), int(self._records[record])
+                placed.append(Placed(n, *where, conversation, int(plan.rows[c]), epoch))
+        return placed
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(epoch, bin of the epoch) of the i-th bin."""
+        with self._lock:
+            while not self._ends or i >= self._ends[-1]:
+                epoch = len(self._ends)
+                self._ends.append((self._ends[-1] if epoch else 0) + len(self._epoch(epoch).offsets) - 1)
+        epoch = int(np.searchsorted(self._ends, i, side="right"))
+        return epoch, i - (self._ends[epoch - 1] if epoch else 0)
+
+    def bins(self, epoch: int) -> range:
+        """The numbers of an epoch's bins."""
+        while len(self._ends) <= epoch:
+            self.locate(self._ends[-1] if self._ends else 0)
+        return range(self._ends[epoch - 1] if epoch else 0, self._ends[epoch])
+
+    @property
+    def num_conversations(self) -> int:
+        """Of all records together."""
+        return len(self._lengths)
+
+    def count(self, bins: range) -> int:
+        """Conversations in some bins."""
+        total = 0
+        for i in bins:
+            epoch, bin_ = self.locate(i)
+            plan = self._epoch(epoch)
+            items = plan.items[plan.offsets[bin_] : plan.offsets[bin_ + 1]]
+            total += int((plan.item_offsets[items + 1] - plan.item_offsets[items]).sum())
+        return total
+
+    def use(self, epoch: int = 0) -> Use:
+        """How full the bins of an epoch are."""
+        plan, shape = self._epoch(epoch), self.shape
+        bins = len(plan.offsets) - 1
+        tokens = int(self._lengths[plan.conversations].sum())
+        images = int(plan.num_images.sum())
+        return Use(tokens / (bins * shape.rows * shape.row_length), images / max(1, bins * shape.images), bins)
+
+    def fingerprint(self) -> str:
+        """Of all that the plan follows from."""
+        digest = hashlib.sha256()
+        numbers = self.seed, self._weights, self._sizes, self.shape, self._layout, self._batch_size
+        digest.update(repr((*numbers, self._per_record, self._share)).encode())
+        for array in self._records, self._num_images, self._pictures, self._counts, self._conversations, self._lengths:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+    # ---- An epoch ----------------------------------------------------------------------------------------------
+
+    def _epoch(self, epoch: int) -> "_Epoch":
+        with self._lock:
+            if epoch not in self._epochs:
+                if len(self._epochs) > 1:  # the workers of two epochs' border need both
+                    del self._epochs[min(self._epochs)]
+                self._epochs[epoch] = self._make_epoch(epoch)
+            return self._epochs[epoch]
+
+    def _make_epoch(self, epoch: int) -> "_Epoch":
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(np.concatenate([self._draw(source, epoch) for source in range(len(self._sizes))]))
+        records, conversations = self._choose(order, rng)
+        records, conversations, item_offsets = self._form_items(order, records, conversations)
+        num_images = self._num_images[records[item_offsets[:-1]]]
+        lengths = self._lengths[conversations]
+        if self._layout == "pack":
+            bins = pack(num_images, item_offsets, lengths, self.shape)
+            order = rng.permutation(len(bins.offsets) - 1)
+        else:
+            bins = _one_each(item_offsets, lengths, self.shape)
+            totals = np.add.reduceat(lengths, item_offsets[:-1])
+            order = group_by_length(totals, num_images > 0, self._batch_size, rng)
+        sizes = np.diff(bins.offsets)[order]
+        items = np.concatenate([bins.items[bins.offsets[b] : bins.offsets[b + 1]] for b in order.tolist()])
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images)
+
+    def _draw(self, source: int, epoch: int) -> np.ndarray:
+        """A source's records of an epoch: `weight` times all of them.
+
+        Of an endless row of shuffles, epoch e takes what stands from e·weight·n to (e + 1)·weight·n: with weight 1/2
+        two epochs take every record once.
+        """
+        n, weight = self._sizes[source], self._weights[source]
+        start, end = int(epoch * weight * n), int((epoch + 1) * weight * n)
+        rounds = range(start // n, -(-end // n)) if n else ()
+        shuffles = [np.random.default_rng((self.seed, 1 + source, i)).permutation(n) for i in rounds]
+        if not shuffles:
+            return np.zeros(0, np.int64)
+        first = start // n * n
+        return np.concatenate(shuffles)[start - first : end - first] + self._first[source]
+
+    def _choose(self, order: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """For each record of the order all its conversations, or a random few in random order: (place in the order,
+        conversation), both [c]."""
+        counts = self._counts[order]
+        if self._per_record:
+            within = [rng.permutation(n)[: self._per_record] for n in counts.tolist()]
+            counts, within = np.minimum(counts, self._per_record), np.concatenate(within)
+        else:
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.repeat(np.arange(len(order)), counts)
+        return places, self._starts[order[places]] + within
+
+    def _form_items(self, order: np.ndarray, places: np.ndarray, conversations: np.ndarray):
+        """(records [c], conversations [c], where items begin [items + 1]): an item shares its images.
+
+        Conversations about the same images stand side by side, where the first of them stood, as far as a bin has
+        room for all; a record that comes up a second time in an epoch (its weight is above 1) shares with none.
+        """
+        keys = -1 - places
+        if self._share and self._layout == "pack":
+            pictures, again = self._pictures[order], np.ones(len(order), bool)
+            again[np.unique(order, return_index=True)[1]] = False
+            keys = np.where((pictures == 0) | again, -1 - np.arange(len(order)), pictures)[places]
+            _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+            sharing = np.argsort(first[inverse], kind="stable")
+            places, conversations, keys = places[sharing], conversations[sharing], keys[sharing]
+        starts: list[int] = []
+        held: list[int] = []  # lengths of the item's conversations
+        previous = None
+        for i, (key, length) in enumerate(zip(keys.tolist(), self._lengths[conversations].tolist(), strict=True)):
+            if key != previous or rows_of([*held, length], self.shape) is None:
+                starts.append(i)
+                held, previous = [], key
+            held.append(length)
+        return order[places], conversations, np.array([*starts, len(places)], np.int64)
+
+
+def rows_of(lengths: Sequence[int], shape: BinShape) -> list[int] | None:
+    """The row of each conversation, the longest first into the first row with room; None where one has none."""
+    if len(lengths) == 1:
+        return [0] if lengths[0] <= shape.row_length else None
+    free, rows = [shape.row_length] * shape.rows, [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, room in enumerate(free) if room >= lengths[i]), None)
+        if row is None:
+            return None
+        free[row] -= lengths[i]
+        rows[i] = row
+    return rows
+
+
+def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: BinShape) -> Bins:
+    """Every item in a bin of its own."""
+    items = np.arange(len(item_offsets) - 1)
+    rows = [rows_of(lengths[a:b].tolist(), shape) for a, b in zip(item_offsets, item_offsets[1:], strict=False)]
+    return Bins(np.arange(len(items) + 1), items, np.concatenate([np.array(r, np.int64) for r in rows]))
+
+
+class _Epoch(NamedTuple):
+    """offsets [bins + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]."""
+
+    offsets: np.ndarray
+    items: np.ndarray
+    item_offsets: np.ndarray
+    records: np.ndarray
+    conversations: np.ndarray
+    rows: np.ndarray
+    num_images: np.ndarray
+
+
+def group_by_length(lengths: np.ndarray, with_images: np.ndarray, batch_size: int, rng) -> np.ndarray:
+    """An order in which every batch is random items of one modality, longest first: LLaVA's `group_by_modality_length`.
+
+    What is left of the two modalities fills the last batches, mixed.
+    """
+    batches, rest = [], []
+    for members in (np.flatnonzero(with_images), np.flatnonzero(~with_images)):
+        members = rng.permutation(members)
+        whole = len(members) // batch_size * batch_size
+        batches += list(members[:whole].reshape(-1, batch_size))
+        rest.append(members[whole:])
+    batches = [batches[i] for i in rng.permutation(len(batches))]
+    rest = np.concatenate(rest)
+    batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
+    return np.concatenate([batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches])

@@ -1,0 +1,83 @@
+"""`python -m voco_jax.data.preview --config=configs/easyvqa.py --out preview.png`: a training batch to look at.
+
+Before a pod spends hours on it: the pictures of a bin under their numbers, the text of its read rows, which tokens are
+trained on, where one packed conversation ends and the next begins, and how much of it all is padding. What is drawn
+comes from the batch's arrays alone, as the model gets them. No model is made.
+"""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+import numpy as np
+
+from voco_jax.config import parse_flags
+from voco_jax.data.packing import PADDING_SEGMENT
+from voco_jax.data.preview.sheet import bin_arrays, count_conversations, draw_batch, used_images
+from voco_jax.data.preview.text import make_decoder
+from voco_jax.data.reports import Report
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.run import begin_with_run
+from voco_jax.train.data import TrainingData, open_training_data
+
+
+def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report) -> list[str]:
+    """What is in a batch, and how much of its budgets is used; lines."""
+    tokens, used = batch["tokens"], batch["segment_ids"] != PADDING_SEGMENT
+    bins, slots = batch["pixel_values"].shape[:2]
+    visual = [bin_arrays(batch, i)["visual"] for i in range(bins)]
+    images = sum(len(used_images(of_bin, data.model_config.num_visual_tokens)) for of_bin in visual)
+    trained_on = (batch["weights"] > 0).sum() / max(1, used.sum())
+    here, epoch = f"{used.mean():.1%} of {tokens.size:,} tokens", data.batches.loader.plan.use()
+    there = f"{epoch.tokens:.1%} of the tokens"
+    if slots:
+        here += f" and {images:,} of {bins * slots:,} image slots"
+        there += f" and {epoch.images:.1%} of the slots"
+    lines = [
+        f"{bins} bins × {len(tokens) // bins} rows × {tokens.shape[1]:,} tokens; "
+        f"{count_conversations(batch['segment_ids'])} conversations; longest in the data: {data.longest:,} tokens",
+        f"used: {here}; in a whole epoch {there}",
+        f"trained on: {trained_on:.1%} of the used tokens, weighted by {data.batches.loader.weighting}",
+    ]
+    return lines + ([line.strip() for line in report.lines("conversations")] if report.bad or report.odd else [])
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("out", "preview.png", "the picture to write", flag_values=values)
+    flags.DEFINE_integer("batch", 0, "which batch; 0 is that of the first step", flag_values=values)
+    flags.DEFINE_integer("bins", 4, "how many of its bins at most", flag_values=values)
+
+
+@one_line_errors
+def main() -> None:
+    config, values = parse_flags(sys.argv, _define_flags)
+    out, number = Path(values.out), values.batch
+    if not 0 <= number < config.train.steps:
+        raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
+    if values.bins < 1:
+        raise UserError(f"--bins: expected at least 1, found {values.bins}")
+    if out.suffix != ".png":
+        raise UserError(f"--out: expected a file ending in .png, found {values.out}")
+    if not out.parent.is_dir() or out.is_dir():  # now, not when the data have been read
+        raise UserError(f"--out: expected a file in a directory that is there, found {values.out}")
+    data = open_training_data(begin_with_run(config))
+    batch, report = data.batches.dataset()[number], Report()
+    for said in batch.pop("report"):
+        report.merge(Report.from_dict(json.loads(said)))
+    file, changes = (
+        config_flags.get_config_filename(values["config"]),
+        config_flags.get_override_values(values["config"]),
+    )
+    header = [f"{file}, batch {number}: step {number + 1} of {config.train.steps}"]
+    header += [" ".join(f"--config.{key}={value}" for key, value in changes.items())] if changes else []
+    header += describe(batch, data, report)
+    decode = make_decoder(data.tokenizer)
+    shown = draw_batch(batch, data.model_config.num_visual_tokens, decode, header, values.bins, out)
+    print(f"written: {out} ({shown} of {len(batch['pixel_values'])} bins of batch {number})")
+
+
+if __name__ == "__main__":
+    main()

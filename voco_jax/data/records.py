@@ -1,0 +1,99 @@
+"""What a data source gives: a record is pictures or a clip with the conversations about them; or it is bad, and why."""
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+import reprlib
+
+from voco_jax.errors import UserError
+
+# Every kind of record that is left out, and of one that is read though it is odd, as reports name them.
+BROKEN_JSON = "broken JSON"
+NOT_UTF8 = "not UTF-8"
+WRONG_FORM = "not a conversation"
+NO_ANSWER = "no answer"
+IMAGE_COUNT = "<image> count"
+SPECIAL_TOKEN = "special token in the text"
+OUTSIDE = "path outside the root"
+MISSING = "missing file"
+UNREADABLE_PICTURE = "unreadable picture"
+TOO_LARGE = "picture too large"
+UNREADABLE_VIDEO = "unreadable video"
+TOO_LONG = "does not fit"
+DAMAGED = "damaged shard"
+
+
+class BadRecord(UserError):
+    """A record that cannot be used: its kind, and one line that names file, what was expected and what was found.
+
+    Training counts such records and goes on (`reports.py`); a command that was asked for this one record says the line.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(kind, message)  # both, so that it can be pickled
+        self.kind, self.message = kind, message
+
+    def __str__(self):
+        return self.message
+
+
+def shown(value) -> str:
+    """Any value from data as part of a message: short, however long or deep it is, on one line.
+
+    >>> shown([[[[[[[[]]]]]]]]), shown("a" * 99)
+    ('[[[[[[...]]]]]]', "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'")
+    """
+    return " ".join(_SHORT.repr(value).split())[:200]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An encoded picture: a file, or the bytes of one (then `name` is for messages)."""
+
+    file: Path | None = None
+    data: bytes | None = None
+    name: str = ""
+
+    def __str__(self):
+        return self.name or str(self.file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """An encoded video: a file, or the bytes of one."""
+
+    file: Path | None = None
+    data: bytes | None = None
+    name: str = ""
+
+    def __str__(self):
+        return self.name or str(self.file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Frames taken from a video beforehand, each an encoded picture, with the second at which each is shown."""
+
+    pictures: Sequence[Picture]
+    times: Sequence[float]
+    name: str = ""  # of the video
+
+    def __str__(self):
+        return self.name or ", ".join(map(str, self.pictures))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Pictures, or one video, and conversations, each about all of them: lists of turns in LLaVA's form.
+
+    `<image>` in a turn stands for a picture each, `<video>` for all frames of the video.
+    """
+
+    images: Sequence[Picture] = ()
+    video: Clip | Frames | None = None
+    conversations: Sequence[list[dict]] = ()
+    name: str = ""  # where it is, for messages: "mix665k.json[17]"

@@ -1,0 +1,101 @@
+"""What became of the records: how many were seen, which were left out or odd, by kind, with the first of each."""
+
+from collections import Counter
+import dataclasses
+
+from voco_jax.data.records import BadRecord
+from voco_jax.errors import UserError
+
+EXAMPLES = 3  # that are named of each kind
+
+
+def one_line(text: str, most: int = 500) -> str:
+    """Text with names from data in it, which may hold anything: printable, on one line, of at most `most` characters.
+
+    >>> one_line("a\\nb\\x1b[2J.jpg: not found")
+    'a b\\\\x1b[2J.jpg: not found'
+    """
+    text = " ".join(text[: 2 * most].split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@dataclasses.dataclass
+class Report:
+    """Counts by kind. `bad` are left out; `odd` are read, but are not what one would expect (a CMYK picture, …).
+
+    `cut` counts conversations that lost text to the row's length, `tokens_cut` how much.
+    """
+
+    seen: int = 0
+    bad: Counter = dataclasses.field(default_factory=Counter)
+    odd: Counter = dataclasses.field(default_factory=Counter)
+    cut: int = 0
+    tokens_cut: int = 0
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_bad(self) -> int:
+        return sum(self.bad.values())
+
+    def add_bad(self, error: BadRecord, where: str = "") -> None:
+        self.bad[error.kind] += 1
+        self._example(error.kind, f"{where}: {error.message}" if where else error.message)
+
+    def add_odd(self, kind: str, where: str) -> None:
+        self.odd[kind] += 1
+        self._example(kind, where)
+
+    def _example(self, kind: str, text: str) -> None:
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(one_line(text))
+
+    def merge(self, other: "Report") -> "Report":
+        """Add another's counts to these; returns self."""
+        self.seen += other.seen
+        self.bad.update(other.bad)
+        self.odd.update(other.odd)
+        self.cut += other.cut
+        self.tokens_cut += other.tokens_cut
+        for kind, examples in other.examples.items():
+            for text in examples:
+                self._example(kind, text)
+        return self
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "bad": dict(self.bad), "odd": dict(self.odd)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Report":
+        return cls(**values | {"bad": Counter(values["bad"]), "odd": Counter(values["odd"])})
+
+    def lines(self, unit: str = "records") -> list[str]:
+        """`665298 records: 665290 good, 8 left out` and a line for each kind with its first examples."""
+        head = f"{self.seen} {unit}: {self.seen - self.num_bad} good"
+        if self.cut:
+            head += f" ({self.cut} cut by {self.tokens_cut} tokens)"
+        if self.bad:
+            head += f", {self.num_bad} left out"
+        lines = [head]
+        for counts, what in (self.bad, "left out"), (self.odd, "read all the same"):
+            for kind, n in counts.most_common():
+                lines.append(f"  {n} {what}: {kind}; {' | '.join(self.examples[kind])}")
+        return lines
+
+    def check(
+        self, max_bad_share: float, total: int, least: int = 1000, option: str = "config.data.max_bad_share"
+    ) -> None:
+        """UserError when more than `max_bad_share` of the records are bad; `option` is what the user calls that.
+
+        Before `least` records (or `total`, all that there are) have been seen, so many are assumed: the first bad
+        record of a run must not end it.
+        """
+        allowed = max_bad_share * max(self.seen, min(total, least))
+        if self.num_bad > allowed:
+            worst, n = self.bad.most_common(1)[0]
+            raise UserError(
+                f"data: {self.num_bad} of the first {self.seen} records cannot be used, more than {option} = "
+                f"{max_bad_share:g} allows; {n}× {worst}: {self.examples[worst][0]}"
+            )

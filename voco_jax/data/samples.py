@@ -1,0 +1,86 @@
+"""A record's conversations as samples: what the index measures beforehand, and what training then loads, alike."""
+
+from collections.abc import Callable
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from voco_jax.data.conversations import Encoder, Sample, spread_video
+from voco_jax.data.images import load_image
+from voco_jax.data.packing import truncate
+from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Record, shown
+from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
+
+_REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions again and again encode them once
+
+
+@dataclasses.dataclass
+class SampleMaker:
+    """Turns records into samples of at most `row_length` tokens (0: any) about at most `max_images` images.
+
+    `timestamps` puts each frame's time before it. Same record, same number of images and (but for the digits of a
+    time stamp) of tokens, whatever `rng` gives to `frame_times`.
+    """
+
+    encoder: Encoder
+    row_length: int
+    max_images: int
+    sampling: FrameSampling
+    timestamps: bool = False
+
+    def __post_init__(self):
+        self._encoded: dict = {}
+
+    def __getstate__(self):
+        return self.__dict__ | {"_encoded": {}}
+
+    def frame_times(self, record: Record, rng: np.random.Generator | None = None) -> np.ndarray | None:
+        """Seconds at which the record's video is looked at; None for pictures. BadRecord for a video without frames."""
+        if record.video is None:
+            return None
+        return sample_times(probe(record.video), self.sampling, rng)
+
+    def sample(self, record: Record, conversation: int, times: np.ndarray | None) -> tuple[Sample, int]:
+        """One conversation's sample and how many of its tokens were cut off; BadRecord for one that cannot be used."""
+        turns = record.conversations[conversation]
+        num_images = len(record.images) if times is None else len(times)
+        if num_images > self.max_images:
+            limit = f"config.data.images_per_bin = {self.max_images}"
+            raise BadRecord(TOO_LONG, f"expected at most {limit} images, found {num_images}")
+        key = (num_images, _text_of(turns), None if times is None or not self.timestamps else times.tobytes())
+        found = self._encoded.get(key)  # other threads are here too, and one of them may clear it
+        if found is None:
+            if len(self._encoded) >= _REMEMBERED:
+                self._encoded.clear()
+            found = self._encoded[key] = self._sample(turns, num_images, times)
+        return found
+
+    def _sample(self, turns, num_images: int, times: np.ndarray | None) -> tuple[Sample, int]:
+        if times is not None:
+            turns = spread_video(turns, [f"{format_time(t)} " if self.timestamps else "" for t in times])
+        sample = self.encoder.encode(turns, num_images)
+        if not sample.labels.any():
+            raise BadRecord(NO_ANSWER, "conversation: expected an answer, found none")
+        kept = truncate(sample, self.row_length) if self.row_length else sample
+        if kept is None:
+            reason = f"an image or every answer beyond config.data.row_length = {self.row_length} tokens"
+            raise BadRecord(TOO_LONG, f"conversation of {len(sample)} tokens: {reason}")
+        return kept, len(sample) - len(kept)
+
+    def load_images(self, record: Record, times: np.ndarray | None, on_odd: Callable[[str], None]) -> list[Image.Image]:
+        """The record's pictures, or its video's frames at `times`, in RGB; BadRecord for what cannot be read."""
+        if record.video is None:
+            return [load_image(picture, on_odd) for picture in record.images]
+        return read_frames(record.video, times)
+
+
+def _text_of(turns) -> tuple:
+    """What of a conversation its sample depends on; BadRecord where it is not of the form that it should have."""
+    if not isinstance(turns, list):
+        raise BadRecord(WRONG_FORM, f"conversation: expected a list of turns, found {shown(turns)}")
+    texts = [(turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None) for turn in turns]
+    for i, (role, value) in enumerate(texts):
+        if not isinstance(role, str) or not isinstance(value, str):
+            raise BadRecord(WRONG_FORM, f"turn {i}: expected 'from' and 'value', both text; found {shown(turns[i])}")
+    return tuple(texts)

@@ -1,0 +1,155 @@
+"""A directory of shards: what its files are called, how they become whole, and the manifest of what belongs there.
+
+    manifest.json                      what it was made from and how; when all is done, every shard's size and SHA-256
+    data-00003-of-00120.array_record   records
+    data-00003-of-00120.json           how many, and what was left out; written before the shard
+    report.json                        what was left out of all
+
+Every file is written under a temporary name and renamed when it is whole, so a name without `.partial` is a whole file.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+import re
+import secrets
+
+from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
+
+MANIFEST, REPORT = "manifest.json", "report.json"
+FORMAT, VERSION = "voco_jax records", 1
+SHARD = ".array_record"
+_OURS = re.compile(r"(data-\d{5,}-of-\d{5,}\.(array_record|json)|manifest\.json|report\.json)")
+_PARTIAL = re.compile(_OURS.pattern + r"\.[0-9a-f]{8}\.partial")
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """File names of the shards, without their endings.
+
+    >>> shard_names(2)
+    ['data-00000-of-00002', 'data-00001-of-00002']
+    """
+    return [f"data-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
+
+
+def temporary_name(file: Path) -> Path:
+    """Beside `file`, its name until it is whole. Each attempt has its own: one that lives on cannot spoil the next."""
+    return file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
+
+
+def publish(temporary: Path, file: Path) -> None:
+    """Give a written file its name, once its bytes are on the disk."""
+    _sync(temporary)
+    temporary.replace(file)
+    _sync(file.parent)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """An object as JSON: the file is whole, or as it was."""
+    temporary = temporary_name(file)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        publish(temporary, file)
+    except OSError as error:  # that of a full disk names no file
+        raise UserError(f"{file}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def begin(directory: Path, arguments: dict, num_shards: int) -> Iterator[dict]:
+    """A directory to write in, and its manifest; for no other process meanwhile.
+
+    A new or empty one gets a manifest. One that was begun with the same `arguments` goes on: whole files stay, and what
+    is left over of a killed attempt goes. UserError, and nothing changed, for any other.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: another process is writing there") from None
+        manifest = _begin(directory, arguments, num_shards)
+        try:
+            yield manifest
+        finally:
+            _remove_left_over(directory)  # of processes that were killed
+    finally:
+        os.close(descriptor)
+
+
+def _begin(directory: Path, arguments: dict, num_shards: int) -> dict:
+    names = sorted(os.listdir(directory))
+    begun = MANIFEST in names
+    foreign = foreign_files(names, num_shards) if begun else [n for n in names if not _PARTIAL.fullmatch(n)]
+    manifest = read_manifest(directory) if begun else {}
+    if begun and manifest["arguments"] != arguments:
+        was = manifest["arguments"]
+        key = next(key for key in {**arguments, **was} if arguments.get(key) != was.get(key))
+        found = f"{key} = {was.get(key)!r:.200}, not {arguments.get(key)!r:.200}"
+        raise UserError(f"{directory}: was begun with {found}; nothing was changed (choose another directory)")
+    if foreign:
+        raise UserError(f"{directory}: expected a new or empty directory, found {foreign[0]!r}; nothing was changed")
+    _remove_left_over(directory)
+    if not begun:
+        manifest = {"format": FORMAT, "version": VERSION, "arguments": arguments, "num_shards": num_shards}
+        manifest["complete"] = False
+        write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def foreign_files(names: list[str], num_shards: int) -> list[str]:
+    """Names that no build with so many shards writes; what is left over of a killed one is not foreign."""
+    expected = {MANIFEST, REPORT, *(n + end for n in shard_names(num_shards) for end in (SHARD, ".json"))}
+    return [name for name in names if name not in expected and not _PARTIAL.fullmatch(name)]
+
+
+def _remove_left_over(directory: Path) -> None:
+    for name in left_over(os.listdir(directory)):
+        (directory / name).unlink(missing_ok=True)
+
+
+def left_over(names: list[str]) -> list[str]:
+    return [name for name in names if _PARTIAL.fullmatch(name)]
+
+
+def read_manifest(directory: Path) -> dict:
+    """UserError where there is none of ours."""
+    file = directory / MANIFEST
+    manifest = read_object(file, "it stands beside the shards that tools/build_records.py writes")
+    kinds = {"arguments": dict, "complete": bool, "num_shards": int}
+    if manifest.get("complete"):
+        kinds |= {"shards": list, "records": int, "rows": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION or wrong:
+        what = f"of {FORMAT}, version {VERSION}" + (f"; {wrong[0]} is missing" if wrong else "")
+        raise UserError(f"{file}: expected the manifest {what}")
+    return manifest
+
+
+def check_complete(directory: Path) -> None:
+    """UserError unless every shard that the manifest names is there in its full length, where there is a manifest."""
+    if not (directory / MANIFEST).exists():
+        return
+    manifest = read_manifest(directory)
+    if not manifest["complete"]:
+        raise UserError(f"{directory}: not complete; run tools/build_records.py again with the same arguments")
+    for name, shard in zip(shard_names(manifest["num_shards"]), manifest["shards"], strict=False):
+        file = directory / f"{name}{SHARD}"
+        size = file.stat().st_size if file.exists() else None
+        if size != shard["bytes"]:
+            found = "none" if size is None else f"{size} bytes"
+            raise UserError(f"{file}: expected {shard['bytes']} bytes, found {found}; the manifest says so")

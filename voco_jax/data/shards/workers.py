@@ -1,0 +1,106 @@
+"""Work spread over processes, which end with the process that started them, however that one ends."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import multiprocessing
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+import signal
+import time
+from typing import Any
+
+from voco_jax.errors import UserError
+
+TICK = 0.1  # seconds between two words of progress
+
+
+def run_tasks(work: Callable, tasks: Iterable, num_workers: int, on_ticks: Callable[[int], Any]) -> Iterator:
+    """Results of `work(task, tick)`, as they come; it calls `tick()` for every step, and `on_ticks` hears how many.
+
+    `work` is sent to each process once. Its UserError or OSError is raised here, and a UserError for a process that
+    dies; then, as after Ctrl-C, the others are killed.
+    """
+    context = multiprocessing.get_context("spawn")  # what a fork copies of threads' locks may hang
+    tasks = deque(tasks)
+    workers: dict[Connection, Any] = {}
+    try:
+        for _ in range(min(num_workers, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            with _no_interrupt():
+                process.start()
+                workers[ours] = process
+            theirs.close()  # now its end closes when the process ends, and ours when this one does
+            ours.send(tasks.popleft())
+        while workers:
+            for connection in wait(list(workers)):
+                kind, value = _receive(connection, workers[connection])
+                if kind == "ticks":
+                    on_ticks(value)
+                elif kind == "error":
+                    raise value
+                else:
+                    if tasks:
+                        connection.send(tasks.popleft())
+                    else:
+                        connection.close()
+                        workers.pop(connection).join()
+                    yield value
+    finally:
+        for process in workers.values():
+            process.kill()
+        for process in workers.values():
+            process.join()
+
+
+def _receive(connection: Connection, process) -> tuple[str, Any]:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        status = process.exitcode
+        how = f"was killed by signal {-status} (out of memory?)" if status < 0 else f"ended with status {status}"
+        raise UserError(f"a worker process {how}") from None
+
+
+@contextlib.contextmanager
+def _no_interrupt():
+    """Ctrl-C goes to all processes of a terminal: those started here never see it."""
+    resource_tracker.ensure_running()  # which unblocks signals when it begins
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _serve(connection: Connection, work: Callable) -> None:
+    """A worker process: tasks come until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ticker = _Ticker(connection)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            task = connection.recv()
+            try:
+                result = "result", work(task, ticker)
+            except (UserError, OSError) as error:
+                result = "error", error
+            ticker.flush()
+            connection.send(result)
+
+
+class _Ticker:
+    """Counts, and now and then tells."""
+
+    def __init__(self, connection: Connection):
+        self._connection, self._count, self._told = connection, 0, time.monotonic()
+
+    def __call__(self) -> None:
+        self._count += 1
+        if time.monotonic() - self._told > TICK:
+            self.flush()
+
+    def flush(self) -> None:
+        self._connection.send(("ticks", self._count))
+        self._count, self._told = 0, time.monotonic()

@@ -1,0 +1,136 @@
+"""Question sets in JSON or JSONL: LLaVA's conversations about pictures or videos, and video questions with answers.
+
+LLaVA (mix665k as published), a row; text-only rows have no `image`, `image` may be a list, `video` may stand for it:
+
+    {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat are the colors of the bus in the image?"},
+        {"from": "gpt", "value": "The bus in the image is white and red."}, …]}
+
+Video questions: `{"video": "clips/a.mp4", "question": "…", "answer": "…"}`, or Video-ChatGPT's `video_id` (without an
+ending), `q` and `a`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture, Record, shown
+from voco_jax.data.sources.json_rows import JsonRows
+from voco_jax.data.sources.roots import inside
+from voco_jax.errors import UserError
+
+VIDEO = "<video>"
+VIDEO_ENDINGS = (".mp4", ".webm", ".avi", ".mkv", ".mov")
+
+
+class LlavaSource:
+    """Rows of a LLaVA file as records; `images` and `videos` are the directories its paths start from."""
+
+    def __init__(self, file: str, images: str = "", videos: str = ""):
+        self._rows = JsonRows(file)
+        self._images, self._videos = _root(images, "images"), _root(videos, "videos")
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Record:
+        row = _object(self._rows[i])
+        if not isinstance(row.get("conversations"), list):
+            raise BadRecord(WRONG_FORM, f"expected 'conversations', a list of turns; found {_shown(row)}")
+        images, video = row.get("image"), row.get("video")
+        if images is not None and video is not None:
+            raise BadRecord(WRONG_FORM, "expected 'image' or 'video', found both")
+        if images is None:
+            images = []
+        elif not isinstance(images, list):
+            images = [images]
+        root = self._images or self._videos
+        if images and root is None:
+            raise UserError(f"{self._rows.file}: has pictures; the source's key 'images' names their directory")
+        if video is not None and (self._videos or self._images) is None:
+            raise UserError(f"{self._rows.file}: has videos; the source's key 'videos' names their directory")
+        return Record(
+            images=[Picture(inside(root, name)) for name in images],
+            video=None if video is None else Clip(inside(self._videos or self._images, video)),
+            conversations=[row["conversations"]],
+        )
+
+    def where(self, i: int) -> str:
+        return f"{self._rows.file.name}[{i}]"
+
+    def fingerprint(self) -> str:
+        return f"llava {self._rows.fingerprint()} {self._images} {self._videos}"
+
+
+class VideoQuestionSource:
+    """Rows of video, question and answer as records; `videos` is the directory their files are in."""
+
+    def __init__(self, file: str, videos: str):
+        self._rows = JsonRows(file)
+        root = _root(videos, "videos")
+        if root is None:
+            raise UserError(f"{file}: the source's key 'videos' names the directory of the videos; found none")
+        self._videos: Path = root
+        # By name without ending, because Video-ChatGPT's rows have none. One listing, not a look for each ending.
+        self._by_stem = {p.stem: p.name for p in sorted(root.iterdir(), reverse=True) if _is_video(p)}
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Record:
+        row = _object(self._rows[i])
+        name = _first(row, "video", "video_id", "video_name")
+        question, answer = _first(row, "question", "q", "Q"), _first(row, "answer", "a", "A")
+        file = inside(self._videos, name)
+        if not _is_video(file):
+            if file.parent != self._videos or file.name not in self._by_stem:
+                raise BadRecord(MISSING, f"{file}: expected a video of this name, ending in {', '.join(VIDEO_ENDINGS)}")
+            file = self._videos / self._by_stem[file.name]
+        return Record(video=Clip(file), conversations=[question_turns(question, answer, VIDEO)])
+
+    def where(self, i: int) -> str:
+        return f"{self._rows.file.name}[{i}]"
+
+    def fingerprint(self) -> str:
+        return f"video_qa {self._rows.fingerprint()} {self._videos}"
+
+
+def _is_video(file: Path) -> bool:
+    return file.suffix.lower() in VIDEO_ENDINGS
+
+
+def question_turns(question: str, answer: str, marker: str) -> list[dict]:
+    """A question and its answer as LLaVA's turns, the picture or video (`marker`) before the question.
+
+    >>> question_turns("What is it?", "A bus.", "<image>")
+    [{'from': 'human', 'value': '<image>\\nWhat is it?'}, {'from': 'gpt', 'value': 'A bus.'}]
+    """
+    return [{"from": "human", "value": f"{marker}\n{question}"}, {"from": "gpt", "value": answer}]
+
+
+def _root(directory: str, key: str) -> Path | None:
+    if not directory:
+        return None
+    path = Path(directory).expanduser().absolute()
+    if not path.is_dir():
+        raise UserError(f"{directory}: expected a directory (the source's key '{key}'), found none")
+    return path
+
+
+def _object(row) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise BadRecord(WRONG_FORM, f"expected an object, found {_shown(row)}")
+    return row
+
+
+def _first(row: Mapping, *keys: str) -> str:
+    for key in keys:
+        if key in row:
+            if not isinstance(row[key], str):
+                raise BadRecord(WRONG_FORM, f"{key}: expected text, found {shown(row[key])}")
+            return row[key]
+    raise BadRecord(WRONG_FORM, f"expected a key {' or '.join(keys)}, found {_shown(row)}")
+
+
+def _shown(value) -> str:
+    return f"keys {', '.join(map(str, value))}"[:100] if isinstance(value, Mapping) else shown(value)

@@ -1,0 +1,433 @@
+"""Videos: how long a clip is, at which times to look into it, and the pictures that it shows then.
+
+Clips are read with PyAV, by one thread: whoever wants more reads clips in several processes. A clip comes from
+anywhere, so only mp4, webm/matroska and avi are opened, and nothing but the clip itself: no playlists, no network.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+from fractions import Fraction
+import io
+import math
+import stat
+
+import numpy as np
+from PIL import Image
+
+from voco_jax.data.images import MAX_SIDE, load_image
+from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames
+from voco_jax.errors import UserError
+
+FORMATS = "mov,matroska,avi"  # FFmpeg's names of what may be opened; mov is mp4 too, matroska is webm too
+MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory is taken for it
+LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
+
+# What turns a frame upright, by the signs of a, b, c, d of its display matrix (x' = a x + c y, y' = b x + d y).
+TURNS = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # these angles are anticlockwise
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameSampling:
+    """How many frames of a clip are taken: `num_frames`, or where that is 0, `fps` a second and `max_frames` at most.
+
+    `max_frames` 0 is no limit. No clip gives more frames than it has.
+    """
+
+    num_frames: int = 8
+    fps: float = 1.0
+    max_frames: int = 0
+
+    def __post_init__(self):
+        if self.num_frames < 0 or self.max_frames < 0:
+            raise ValueError(f"num_frames, max_frames: expected 0 or more, found {self.num_frames}, {self.max_frames}")
+        if not self.num_frames and not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps: expected more than 0 where num_frames is 0, found {self.fps}")
+
+    def count(self, info: "VideoInfo") -> int:
+        """Frames taken of a clip: 1 … info.num_frames."""
+        wanted = self.num_frames or max(1, round(info.duration * self.fps))
+        limit = self.max_frames if self.max_frames and not self.num_frames else wanted
+        return min(wanted, limit, info.num_frames)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """`duration` in seconds, from when the first frame is shown until the last one no longer is; `num_frames` ≥ 1."""
+
+    duration: float
+    num_frames: int
+
+
+def sample_times(info: VideoInfo, sampling: FrameSampling, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Times to look at, in seconds after the first frame: float64 [n], ascending; n is the same with any `rng`.
+
+    The clip is n equal parts; the middle of each, or with `rng` a place that is drawn once and is the same in each
+    part. Where n is all the frames there is nothing to choose, and middles are what rounded time stamps cannot upset.
+    """
+    n = sampling.count(info)
+    offset = 0.5 if rng is None else rng.random()  # drawn even where unused: what is drawn next depends on no clip
+    return (np.arange(n) + (0.5 if n == info.num_frames else offset)) * info.duration / n
+
+
+def format_time(seconds: float) -> str:
+    """A time stamp, minutes:seconds; minutes take the place of hours.
+
+    >>> format_time(7.25), format_time(59.96), format_time(4503.2)
+    ('00:07.2', '01:00.0', '75:03.2')
+    """
+    tenths = round(seconds * 10)
+    return f"{tenths // 600:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
+
+
+def probe(clip: Clip | Frames) -> VideoInfo:
+    """Duration and frames of a clip, without decoding: of an mp4 by its index, else by reading through the file.
+
+    BadRecord: MISSING, or UNREADABLE_VIDEO where the file is none, is cut off or has no frames.
+    """
+    if isinstance(clip, Frames):
+        times = _relative_times(clip)
+        n = len(times)
+        return VideoInfo(float(times[-1] * n / max(1, n - 1)), n)
+    with _open(clip) as video:
+        if video.indexed:  # headers tell no end: B-frames and variable rates move the last frame
+            num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
+            packets = [(p.pts, p.duration) for p in video.last_group() if _shown(p)]
+        else:
+            video.rewind()
+            packets = [(p.dts if video.untimed else p.pts, p.duration) for p in video.packets() if _shown(p)]
+            num_frames = len(packets)
+        starts = [start for start, _ in packets if start is not None]
+        if not starts:
+            raise video.bad("expected frames, found none")
+        # An mp4 has durations between decoding times; of the packets only the last has one that reordering leaves.
+        end = max(starts) + (packets[-1][1] or 0)
+        return VideoInfo(video.seconds(end), num_frames)
+
+
+def read_frames(clip: Clip | Frames, times: Sequence[float] | np.ndarray) -> list[Image.Image]:
+    """The pictures shown at `times` (seconds after the first frame, in any order): RGB, upright, one for each time.
+
+    That is the last frame that begins at the time or before it; the last of all where the clip is over, the first
+    where the time is negative. A frame wanted twice is decoded once and is one object. BadRecord: MISSING, or
+    UNREADABLE_VIDEO where a frame wanted cannot be decoded.
+    """
+    times = np.asarray(times, np.float64)
+    if times.ndim != 1 or not np.isfinite(times).all():
+        raise ValueError(f"times: expected finite seconds [n], found {times}")
+    if isinstance(clip, Frames):
+        return _read_pictures(clip, times)
+    with _open(clip) as video:
+        ticks = [video.ticks(float(time)) for time in times]
+        shown = _pictures(video, sorted(set(ticks)))
+    return [shown[tick] for tick in ticks]
+
+
+def _relative_times(frames: Frames) -> np.ndarray:
+    times = np.asarray(frames.times, np.float64)
+    if len(times) != len(frames.pictures) or not len(times):
+        found = f"{len(frames.pictures)} and {len(times)}"
+        raise BadRecord(UNREADABLE_VIDEO, f"frames: expected pictures and as many times, found {found}")
+    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise BadRecord(UNREADABLE_VIDEO, f"{frames.pictures[0]}: expected ascending times, found {times.tolist()}")
+    return times - times[0]
+
+
+def _read_pictures(frames: Frames, times: np.ndarray) -> list[Image.Image]:
+    places = np.maximum(np.searchsorted(_relative_times(frames), times, side="right") - 1, 0)
+    shown = {}
+    for place in set(places.tolist()):
+        picture = frames.pictures[place]
+        try:
+            shown[place] = load_image(picture)
+        except BadRecord as error:
+            kind = MISSING if error.kind == MISSING else UNREADABLE_VIDEO
+            raise BadRecord(kind, f"{picture}: expected a video's frame, found: {error}") from None
+    return [shown[place] for place in places.tolist()]
+
+
+def _shown(packet) -> bool:
+    """Whether the packet brings a frame to be shown: VP8 has some that others only refer to."""
+    if not packet.size or packet.is_discard or packet.is_corrupt:  # corrupt: cut off by the file's end
+        return False
+    return packet.stream.codec_context.name not in ("vp8", "libvpx") or bool(memoryview(packet)[0] & 0x10)
+
+
+@contextlib.contextmanager
+def _open(clip: Clip) -> Iterator["_Video"]:
+    """The clip, opened; whatever PyAV finds wrong with it while it is open is a BadRecord."""
+    try:
+        import av
+    except ImportError:
+        raise UserError(f"{clip}: the package av is not installed; pip install -e '.[video]' brings it") from None
+    try:
+        with contextlib.ExitStack() as stack:
+            yield _Video(str(clip), stack.enter_context(_file(clip)), stack)
+    # Python's own errors are of reading the file, and PyAV's of values that no video has.
+    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise BadRecord(UNREADABLE_VIDEO, f"{clip}: expected a video (mp4, webm, avi), found: {found}") from None
+
+
+def _file(clip: Clip) -> io.IOBase:
+    if clip.data is not None:
+        return io.BytesIO(clip.data)
+    try:
+        mode = clip.file.stat().st_mode
+    except FileNotFoundError:
+        raise BadRecord(MISSING, f"{clip}: expected a video, found no such file") from None
+    if not stat.S_ISREG(mode):  # a pipe would be waited for
+        raise BadRecord(UNREADABLE_VIDEO, f"{clip}: expected a video file, found a directory, pipe or device")
+    return open(clip.file, "rb")
+
+
+class _Video:
+    """An opened clip and its video stream. Ticks are the stream's unit of time, and absolute, as in the file."""
+
+    def __init__(self, name: str, file: io.IOBase, stack: contextlib.ExitStack):
+        self.name, self.file, self.stack = name, file, stack
+        self.open()
+        self.tick: Fraction = self.stream.time_base
+        formats = self.container.format.name.split(",")
+        # A plain mp4 has a table of all its frames; one in fragments does not, and counts none in its header.
+        self.indexed = "mov" in formats and self.stream.frames > 0
+        # avi has no presentation times, and what FFmpeg makes up for them is wrong where frames are reordered.
+        self.untimed = "avi" in formats and self.stream.codec_context.has_b_frames
+        if self.indexed:
+            end = max((entry.pos + entry.size for entry in self.stream.index_entries), default=0)
+            if end > self.container.size:
+                raise self.bad(f"expected {end} bytes or more, found {self.container.size}: the file is cut off")
+        first, starts = None, []
+        for packet in self.packets():
+            first = packet if first is None else first
+            start = packet.dts if self.untimed else packet.pts
+            if start is not None and not packet.is_discard:
+                starts.append(start)
+            # what follows is shown after it is decoded, so not before this one's dts
+            if starts and (len(starts) > LOOKAHEAD or packet.dts is not None and packet.dts > min(starts)):
+                break
+        if not starts:
+            raise self.bad("expected frames with time stamps, found none")
+        self.origin = min(starts)
+        self.start = min(t for t in (first.pts, first.dts) if t is not None)
+
+    def open(self):
+        import av
+
+        # Of a file object no other file is looked for; playlists and the like are refused before they are parsed.
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
+        self.file.seek(0)
+        self.container = self.stack.enter_context(
+            av.open(self.file, container_options=options, metadata_errors="replace")
+        )
+        self.stream = self.container.streams.best("video")
+        if self.stream is None or self.stream.disposition & av.stream.Disposition.attached_pic:
+            raise self.bad("expected a video stream, found none")
+        codec = self.stream.codec_context
+        if codec is None:
+            raise self.bad("expected a video codec that FFmpeg decodes, found another")
+        if codec.width * codec.height > MAX_PIXELS:
+            raise self.bad(f"expected frames of {MAX_PIXELS} pixels at most, found {codec.width} x {codec.height}")
+        if max(codec.width, codec.height) > MAX_SIDE:
+            raise self.bad(f"expected sides of {MAX_SIDE} pixels at most, found {codec.width} x {codec.height}")
+        codec.thread_count, codec.options = 1, {"max_pixels": str(MAX_PIXELS)}
+        for stream in self.container.streams:
+            if stream.index != self.stream.index:
+                stream.discard = av.stream.Discard.all
+
+    def bad(self, message: str) -> BadRecord:
+        return BadRecord(UNREADABLE_VIDEO, f"{self.name}: {message}")
+
+    def packets(self) -> Iterator:
+        """The stream's packets from where the container stands, without the empty one at the end."""
+        return (packet for packet in self.container.demux(self.stream) if packet.size)
+
+    def ticks(self, seconds: float) -> int:
+        """The last tick at `seconds` or before; a frame's own time in float64 is that frame's tick."""
+        seconds = min(max(seconds, 0.0), 1e9)
+        ticks = math.floor(Fraction(seconds) / self.tick)
+        return self.origin + ticks + (float((ticks + 1) * self.tick) <= seconds)
+
+    def seconds(self, ticks: int) -> float:
+        return float((ticks - self.origin) * self.tick)
+
+    def seek(self, ticks: int) -> bool:
+        """To the last keyframe that the container finds at `ticks` or before; False where it finds none."""
+        import av
+
+        try:
+            self.container.seek(ticks, stream=self.stream)
+        except av.FFmpegError:
+            return False
+        return True
+
+    def rewind(self):
+        """To the clip's first packet, also where there is no index to find it by."""
+        if not self.seek(self.start):
+            self.container.close()
+            self.open()
+
+    def seek_key(self, ticks: int) -> tuple[int, int] | None:
+        """Of the last keyframe shown at `ticks` or before: what to seek to, and when it is shown.
+
+        None where the clip is to be read from its start. Leaves the container anywhere.
+        """
+        target = ticks
+        for _ in range(4):  # a sound file takes two; a damaged one could take as many as it has ticks
+            if target <= self.start or not self.seek(target):
+                break
+            key = next((packet for packet in self.packets() if packet.is_keyframe), None)
+            if key is not None and key.pts is not None and key.pts <= ticks:
+                return (target, key.pts) if key.pts > self.origin else None
+            stamps = [t for t in (key.pts, key.dts) if t is not None] if key is not None else []
+            target = min([target, *stamps]) - 1  # mp4 seeks by decoding times, which are earlier
+        return None
+
+    def seek_keys(self, wanted: list[int]) -> dict[int, tuple[int, int] | None]:
+        """`seek_key` of ascending ticks; where there is an index, it seeks once for those of one group of frames."""
+        keys, before, group = {}, None, -1
+        for ticks in wanted:
+            entry = self.stream.index_entries.search_timestamp(ticks) if self.indexed else -1
+            # what the first try found for an earlier time, or the very first group: found again for this one
+            if entry >= 0 and entry == group and (keys[before][0] == before if keys[before] else entry == 0):
+                keys[ticks] = keys[before]
+            else:
+                keys[ticks], group, before = self.seek_key(ticks), entry, ticks
+        return keys
+
+    def last_group(self) -> list:
+        """The packets from the last keyframe on, of a clip with an index."""
+        if not self.seek(max(entry.timestamp for entry in self.stream.index_entries)):
+            self.rewind()
+        return list(self.packets())
+
+
+class _Pass:
+    """Decodes a clip once, from where its container stands onwards; it is asked for ascending times.
+
+    `times`: when the frames are shown, of a clip without time stamps. `key`: when the keyframe is shown that the
+    container stands at; nothing before it is right, and `odd` is set if no frame comes of it.
+    """
+
+    def __init__(self, video: _Video, times: list[int] | None = None, key: int | None = None):
+        self.video, self.times, self.key, self.odd = video, times, key, False
+        self.packets = video.packets()
+        self.queue, self.frames = deque(), deque()  # read and not decoded; decoded and not yet shown
+        self.coming = []  # when the packets read are shown
+        self.last_dts, self.decoded = -math.inf, 0
+        self.ended, self.drained, self.begun = False, False, False
+        self.keys = set()  # keyframes given to the decoder, by when they are shown
+        self.shown = None
+
+    def at(self, ticks: int):
+        """The frame shown at `ticks`; the first, where this pass begins later; None where no frame comes."""
+        while True:
+            due = self.read_ahead(ticks)
+            if self.shown is not None and due is not None and self.shown.pts >= due:
+                return self.shown
+            if not self.frames and not self.decode():
+                return self.shown
+            if self.frames and self.shown is not None and self.frames[0].pts > ticks:
+                return self.shown
+            if self.frames:
+                self.shown = self.frames.popleft()
+                if self.shown.pts > ticks:
+                    return self.shown
+
+    def read_ahead(self, ticks: int) -> int | None:
+        """When the frame shown at `ticks` begins; None as long as a packet not yet read might be it."""
+        while not self.ended and len(self.queue) < LOOKAHEAD and (self.last_dts <= ticks or not self.queue):
+            packet = next(self.packets, None)
+            if packet is None:
+                self.ended = True
+                break
+            self.queue.append(packet)
+            self.last_dts = packet.dts if packet.dts is not None else self.last_dts
+            if packet.pts is not None and not packet.is_discard:
+                self.coming.append(packet.pts)
+        if self.times is not None or not (self.ended or self.last_dts > ticks):
+            return None
+        if self.shown is not None:
+            self.coming = [pts for pts in self.coming if pts >= self.shown.pts]
+        return max((pts for pts in self.coming if pts <= ticks), default=None)
+
+    def decode(self) -> bool:
+        """Decodes a packet, or after the last one what is left in the decoder; False where nothing is left."""
+        if self.queue:
+            packet = self.queue.popleft()
+            if packet.is_corrupt:
+                raise self.video.bad(f"expected a whole packet, found it cut off at byte {packet.pos}")
+            if packet.is_keyframe:
+                self.keys.add(packet.pts)
+        elif self.ended and not self.drained:
+            packet, self.drained = None, True
+        else:
+            return False
+        for frame in _decode(self.video.stream, packet):
+            if self.times is not None:  # in the order in which they are shown
+                frame.pts = self.times[min(self.decoded, len(self.times) - 1)]
+            self.decoded += 1
+            if frame.pts is None:
+                raise self.video.bad(f"expected a time stamp on frame {self.decoded} of those decoded, found none")
+            if self.key is not None and frame.pts < self.key:  # refers to frames before the keyframe
+                continue
+            self.odd = self.odd or (self.key is not None and not self.begun and frame.pts != self.key)
+            self.begun = True
+            if frame.is_corrupt:
+                raise self.video.bad(f"expected whole frames, found a damaged one at {self.video.seconds(frame.pts)} s")
+            self.frames.append(frame)
+        return True
+
+
+def _decode(stream, packet) -> list:
+    """All decoding goes through here. None for `packet` asks for the frames that the decoder still holds."""
+    return stream.decode(packet)
+
+
+def _pictures(video: _Video, wanted: list[int]) -> dict[int, Image.Image]:
+    """The picture shown at each of the ascending ticks `wanted`."""
+    times, keys = None, dict.fromkeys(wanted)
+    if video.untimed:
+        video.rewind()
+        times = sorted(packet.dts for packet in video.packets() if packet.dts is not None)
+    else:
+        keys = video.seek_keys(wanted)
+    shown, run, last, image = {}, None, None, None
+    for tick in wanted:
+        key = keys[tick]
+        # What the decoder has begun is not begun again, and what lies between two groups of frames is never decoded.
+        if run is None or (key is not None and key[1] not in run.keys):
+            if key is None or not video.seek(key[0]):
+                key = None
+                video.rewind()
+            run = _Pass(video, times, key and key[1])
+        frame = run.at(tick)
+        if run.odd or frame is None:  # the keyframe is none to begin from (H.264 that refreshes bit by bit): no seeking
+            video.rewind()
+            run, keys = _Pass(video, times), dict.fromkeys(wanted)
+            frame = run.at(tick)
+        if frame is None:
+            raise video.bad(f"expected a frame at {video.seconds(tick)} s, found none that can be decoded")
+        if frame is not last:
+            last, image = frame, _upright(frame)
+        shown[tick] = image
+    return shown
+
+
+def _upright(frame) -> Image.Image:
+    image = frame.to_image(threads=1)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "=i4")[:5] / 65536
+    turn = TURNS.get(tuple(int(v) for v in np.sign(np.round([a, b, c, d]))))
+    return image if turn is None else image.transpose(turn)

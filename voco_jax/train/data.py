@@ -1,0 +1,117 @@
+"""The training set of a config: sources, tokenizer, index, plan, batches."""
+
+from collections.abc import Callable, Sequence
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from voco_jax.data.best_fit import BinShape
+from voco_jax.data.conversations import get_template
+from voco_jax.data.index import Index, make_index
+from voco_jax.data.packing import WEIGHTINGS
+from voco_jax.data.pipeline import Batches, BinLoader
+from voco_jax.data.plan import Plan
+from voco_jax.data.records import BadRecord
+from voco_jax.data.reports import Report
+from voco_jax.data.samples import SampleMaker
+from voco_jax.data.sources import open_sources
+from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from voco_jax.data.video import FrameSampling
+from voco_jax.errors import UserError
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import make_encoder, make_model_config, make_processor
+
+
+class TrainingData(NamedTuple):
+    """Batches and what they were made with. `longest` is the longest conversation, in tokens."""
+
+    tokenizer: object
+    model_config: VoCoConfig
+    batches: Batches
+    longest: int
+
+
+def open_training_data(
+    config: ConfigDict,
+    *,
+    run: Path | None = None,
+    shard: Sequence[int] | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainingData:
+    """Look at the training set of a config, and make the plan of its first epoch.
+
+    `run` is a directory whose tokenizer is taken, `shard` the bins of every batch that this process loads. `say` is
+    told what was found. Raises UserError for what cannot be trained on.
+    """
+    data = config.data
+    if data.loss_weighting not in WEIGHTINGS:
+        expected = f"expected {' or '.join(WEIGHTINGS)}"
+        raise UserError(f"config.data.loss_weighting: {expected}, found {data.loss_weighting!r}")
+    if not data.video.num_frames and not data.video.fps:
+        raise UserError("config.data.video: expected num_frames or fps above 0, found neither")
+    sources, weights = open_sources(config, "train")
+    tokenizer = make_tokenizer(config, sources, run)
+    model_config = make_model_config(config, tokenizer)
+    sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
+    encoder = make_encoder(config, tokenizer, model_config)
+    maker = SampleMaker(encoder, data.row_length, data.images_per_bin, sampling, data.video.timestamps)
+    indices = [
+        make_index(source, maker, data.cache_dir, data.num_workers, name)
+        for name, source in zip(sorted(data.train), sources, strict=True)
+    ]
+    report = _report(indices, sorted(data.train), say)
+    report.check(data.max_bad_share, report.seen)
+    longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
+    if not longest:
+        raise UserError("config.data.train: no usable conversation")
+    plan = Plan(
+        indices,
+        weights,
+        BinShape(data.rows_per_bin, data.row_length or longest, data.images_per_bin),
+        seed=config.seed,
+        layout=data.layout,
+        batch_size=data.batch_size,
+        conversations_per_record=data.conversations_per_record,
+        share_images=data.share_images,
+    )
+    use = plan.use()
+    say(
+        f"data: {use.bins} bins, {math.ceil(use.bins / data.batch_size)} batches an epoch; "
+        f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
+    )
+    loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
+    return TrainingData(tokenizer, model_config, Batches(loader, data.batch_size, shard), longest)
+
+
+def _report(indices: Sequence[Index], names: Sequence[str], say: Callable[[str], None]) -> Report:
+    whole = Report()
+    for index, name in zip(indices, names, strict=True):
+        head, *kinds = index.report.lines("conversations")
+        say(f"data: {name}: {head}, {len(index)} records")
+        for line in kinds:
+            say(line)
+        whole.merge(index.report)
+    return whole
+
+
+def make_tokenizer(config: ConfigDict, sources: Sequence, run: Path | None):
+    """The run's tokenizer, or the config's, or one trained on the conversations of the sources."""
+    if run is not None:
+        return load_tokenizer(run / "tokenizer")
+    if config.tokenizer.source != "train":
+        return load_tokenizer(config.tokenizer.source)
+    texts = {text for source in sources for i in range(len(source)) for text in _texts(source, i)}
+    system = get_template(config.data.template).system
+    prompts = (f"{system}{' ' if system else ''}USER: {text} ASSISTANT: {text}" for text in sorted(texts))
+    return train_tokenizer(prompts, config.tokenizer.vocab_size)
+
+
+def _texts(source, i: int) -> list[str]:
+    try:
+        turns = [turn for conversation in source[i].conversations for turn in conversation]
+    except BadRecord:
+        return []  # the index will count it
+    values = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+    return [value.encode(errors="ignore").decode() for value in values if isinstance(value, str)]
