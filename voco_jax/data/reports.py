@@ -48,7 +48,7 @@ class Report:
 
     def _example(self, kind: str, text: str) -> None:
         examples = self.examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES:
+        if text not in examples and len(examples) < EXAMPLES:
             examples.append(one_line(text))
 
     def merge(self, other: "Report") -> "Report":

@@ -82,7 +82,7 @@ def open_training_data(
         f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
     )
     loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
-    return TrainingData(tokenizer, model_config, Batches(loader, data.batch_size, shard), longest)
+    return TrainingData(tokenizer, model_config, Batches(loader, data.batch_size, shard, config.train.steps), longest)
 
 
 def _report(indices: Sequence[Index], names: Sequence[str], say: Callable[[str], None]) -> Report:
