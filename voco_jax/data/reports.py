@@ -48,8 +48,9 @@ class Report:
 
     def _example(self, kind: str, text: str) -> None:
         examples = self.examples.setdefault(kind, [])
+        text = one_line(text)
         if text not in examples and len(examples) < EXAMPLES:
-            examples.append(one_line(text))
+            examples.append(text)
 
     def merge(self, other: "Report") -> "Report":
         """Add another's counts to these; returns self."""
