@@ -19,6 +19,7 @@ from voco_jax.errors import UserError
 from voco_jax.run import begin_with_run, load_run
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.loop import train
+from voco_jax.train.workdir import check_workdir
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -264,3 +265,11 @@ def test_a_kernel_for_other_devices(tiny_run):
     assert load_run(tiny_run, attention="xla").model.config.attention == "xla"
     with pytest.raises(UserError, match=r"attention 'splash' needs a tpu, found cpu; 'xla' .* \(--attention\)$"):
         load_run(tiny_run, attention="splash")
+
+
+def test_how_data_is_loaded_may_change(tiny_run):
+    """A run goes on with other workers; batches are the same (test_pipeline.py)."""
+    changes = dict(data__num_workers=3, data__prefetch=9, data__cache_dir="/elsewhere", data__max_bad_share=0.5)
+    assert check_workdir(tiny_run, tiny.config(tiny_run, **changes))
+    with pytest.raises(UserError, match="holds a run with data.layout = 'pack', this config has 'group'"):
+        check_workdir(tiny_run, tiny.config(tiny_run, data__layout="group"))

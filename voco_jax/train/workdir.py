@@ -26,7 +26,8 @@ _SEEN_WITHIN = 60  # seconds until a network file system must show what another 
 
 # What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
 _FREE = (
-    "workdir", "eval", "train.log_every", "train.checkpoint_every", "data.num_threads",
+    "workdir", "eval", "train.log_every", "train.checkpoint_every",
+    "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
     "mesh", "model.attention", "model.remat", "model.unroll_layers",
 )  # fmt: skip
 
