@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.mix665k import PARTS, Mix, mix665k, shared, unshared
-from voco_jax.data.best_fit import BinShape, pack, suggest_images, usage
+from voco_jax.data.best_fit import BinShape, first_fit, pack, suggest_images, usage
 
 
 def contents(bins):
@@ -186,3 +186,9 @@ def test_the_generated_mix():
     tokens = np.add.reduceat(items.lengths, items.offsets[:-1])
     assert items.lengths.sum() == mix.lengths.sum() and len(items.num_images) < 0.75 * len(mix.lengths)
     assert tokens[np.diff(items.offsets) > 1].max() <= 1024
+
+
+def test_first_fit():
+    assert first_fit([4, 6, 7, 3], [10, 10]) == [1, 1, 0, 0]
+    assert first_fit([10], [10, 10]) == [0] and first_fit([11], [10, 10]) is None
+    assert first_fit([6, 6, 6], [10, 10]) is None and first_fit([6, 6], [5, 12]) == [1, 1]

@@ -8,7 +8,7 @@ import pytest
 
 from voco_jax.data.best_fit import BinShape
 from voco_jax.data.index import Index
-from voco_jax.data.plan import Plan, group_by_length, rows_of
+from voco_jax.data.plan import Plan, group_by_length
 from voco_jax.data.reports import Report
 from voco_jax.errors import UserError
 
@@ -149,13 +149,6 @@ def test_groups_are_of_one_modality_and_sorted():
 def test_a_group_bin_has_one_record():
     plan = Plan([random_index(np.random.default_rng(5), 30)], [1], BinShape(3, 40, 5), seed=0, layout="group")
     assert len(plan.bins(0)) == 30 and all(len({p.record for p in plan[i]}) == 1 for i in plan.bins(0))
-
-
-def test_rows_of():
-    shape = BinShape(rows=2, row_length=10, images=0)
-    assert rows_of([4, 6, 7, 3], shape) == [1, 1, 0, 0]
-    assert rows_of([10], shape) == [0] and rows_of([11], shape) is None
-    assert rows_of([6, 6, 6], shape) is None
 
 
 def test_plans_that_cannot_be():

@@ -11,7 +11,7 @@ Only integers are compared, and nothing is drawn at random: the plan is the same
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 from typing import NamedTuple
 
@@ -105,6 +105,22 @@ def suggest_images(
     return min(sorted(tried), key=cost)
 
 
+def first_fit(lengths: Sequence[int], left: Sequence[int]) -> list[int] | None:
+    """A row for each length, the longest first into the first row with so many tokens left; None where one has none.
+
+    >>> first_fit([4, 6, 7, 3], [10, 10])
+    [1, 1, 0, 0]
+    """
+    left, rows = list(left), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, room in enumerate(left) if room >= lengths[i]), None)
+        if row is None:
+            return None
+        left[row] -= lengths[i]
+        rows[i] = row
+    return rows
+
+
 class _Items:
     """The arguments of `pack` as lists, checked; and how an item's conversations go into rows."""
 
@@ -128,15 +144,7 @@ class _Items:
         start, end = self.offsets[item], self.offsets[item + 1]
         if self.tokens[item] > sum(left):
             return None
-        left, rows = left[:], [0] * (end - start)
-        for i in sorted(range(end - start), key=lambda i: -self.lengths[start + i]):
-            length = self.lengths[start + i]
-            row = next((row for row, room in enumerate(left) if room >= length), None)
-            if row is None:
-                return None
-            left[row] -= length
-            rows[i] = row
-        return rows
+        return first_fit(self.lengths[start:end], left)
 
 
 class _Pool:

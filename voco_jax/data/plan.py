@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from voco_jax.data.best_fit import Bins, BinShape, pack
+from voco_jax.data.best_fit import Bins, BinShape, first_fit, pack
 from voco_jax.data.index import Index
 from voco_jax.errors import UserError
 
@@ -64,6 +64,7 @@ class Plan:
             raise UserError(f"config.data.layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
         sizes = [len(index) for index in indices]
         self.shape, self.seed, self._layout, self._batch_size = shape, seed, layout, batch_size
+        self._empty = [shape.row_length] * shape.rows  # tokens left in the rows of a bin
         self._weights, self._sizes, self._first = list(weights), sizes, np.cumsum([0, *sizes])
         self._per_record, self._share = conversations_per_record, share_images
         # All sources' arrays as one; records are numbered through
@@ -221,31 +222,18 @@ class Plan:
         held: list[int] = []  # lengths of the item's conversations
         previous = None
         for i, (key, length) in enumerate(zip(keys.tolist(), self._lengths[conversations].tolist(), strict=True)):
-            if key != previous or rows_of([*held, length], self.shape) is None:
+            if key != previous or first_fit([*held, length], self._empty) is None:
                 starts.append(i)
                 held, previous = [], key
             held.append(length)
         return order[places], conversations, np.array([*starts, len(places)], np.int64)
 
 
-def rows_of(lengths: Sequence[int], shape: BinShape) -> list[int] | None:
-    """The row of each conversation, the longest first into the first row with room; None where one has none."""
-    if len(lengths) == 1:
-        return [0] if lengths[0] <= shape.row_length else None
-    free, rows = [shape.row_length] * shape.rows, [0] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row, room in enumerate(free) if room >= lengths[i]), None)
-        if row is None:
-            return None
-        free[row] -= lengths[i]
-        rows[i] = row
-    return rows
-
-
 def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: BinShape) -> Bins:
     """Every item in a bin of its own."""
     items = np.arange(len(item_offsets) - 1)
-    rows = [rows_of(lengths[a:b].tolist(), shape) for a, b in zip(item_offsets, item_offsets[1:], strict=False)]
+    empty = [shape.row_length] * shape.rows
+    rows = [first_fit(lengths[a:b].tolist(), empty) for a, b in zip(item_offsets, item_offsets[1:], strict=False)]
     return Bins(np.arange(len(items) + 1), items, np.concatenate([np.array(r, np.int64) for r in rows]))
 
 

@@ -51,8 +51,8 @@ _SHORT.maxstring = _SHORT.maxother = 75
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """An encoded picture: a file, or the bytes of one (then `name` is for messages)."""
+class Encoded:
+    """A file, or the bytes of one (then `name` is for messages)."""
 
     file: Path | None = None
     data: bytes | None = None
@@ -62,16 +62,12 @@ class Picture:
         return self.name or str(self.file)
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """An encoded video: a file, or the bytes of one."""
+class Picture(Encoded):
+    """An encoded picture."""
 
-    file: Path | None = None
-    data: bytes | None = None
-    name: str = ""
 
-    def __str__(self):
-        return self.name or str(self.file)
+class Clip(Encoded):
+    """An encoded video."""
 
 
 @dataclasses.dataclass(frozen=True)
