@@ -87,6 +87,13 @@ def test_the_bins_of_epochs_follow_one_another():
     assert copy.deepcopy(plan)[7] == plan[7]
 
 
+def test_bins_come_in_random_order():
+    """Packing leaves what is left over to its last bins; training must not meet it always last."""
+    plan = Plan([index([[6]] * 31)], [1], BinShape(1, 20, 3), seed=0)
+    emptiest = [min(range(11), key=lambda i: len(plan[plan.bins(epoch)[i]])) for epoch in range(8)]
+    assert len(set(emptiest)) > 3
+
+
 def test_seeds_differ():
     plans = [Plan([random_index(np.random.default_rng(3), 50)], [1], BinShape(1, 60, 4), seed=s) for s in (0, 0, 1)]
     assert plans[0][0] == plans[1][0] != plans[2][0]

@@ -69,7 +69,8 @@ def test_the_offset_is_random_by_epoch_and_the_same_when_resumed(source, encoder
     even = make_batches([source], encoder, config(), tmp_path, size=16)
     first, second, still = next(batches), next(batches), next(even)
     assert (first["pixel_values"] != still["pixel_values"]).any()
-    assert (first["pixel_values"] != second["pixel_values"]).any()
+    sums = [np.sort(batch["pixel_values"].sum(axis=(2, 3, 4)).ravel()) for batch in (first, second)]
+    assert (sums[0] != sums[1]).any()  # other frames, not the same in another order
     again = make_batches([source], encoder, config(random_offset=True), tmp_path, size=16)
     again.set_state({**again.get_state(), "batches": 1})
     np.testing.assert_array_equal(next(again)["pixel_values"], second["pixel_values"])
