@@ -38,9 +38,9 @@ setup(
         "demo": ["easy-vqa==1.0"],
         "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
         "tfds": ["tensorflow-datasets>=4.9.10"],
-        "video": ["av>=15"],
+        "video": ["av>=18,<19"],
         "test": [
-            "av>=15",
+            "av>=18,<19",
             "easy-vqa==1.0",
             "gguf>=0.17",
             # libtpu, which compiles for TPUs and needs none
