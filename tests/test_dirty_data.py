@@ -551,7 +551,7 @@ def test_deep_values_in_turns(tmp_path, tokenizer_dir):
     """At every depth that JSON can be read to, and beyond."""
     lines = [
         b'{"conversations": [{"from": "human", "value": ' + b"[" * depth + b"]" * depth + b"}]}"
-        for depth in range(800, 1000)
+        for depth in (*range(800, 999), 200_000)
     ]
     write_rows(tmp_path, [*lines, about(None)])
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
