@@ -24,6 +24,7 @@ def index(lengths, num_images=None, pictures=None) -> Index:
         offsets=np.concatenate([[0], np.cumsum(counts)]),
         conversations=np.concatenate([np.arange(c) for c in counts]),
         lengths=np.concatenate([np.array(of_record) for of_record in lengths]),
+        digests=np.arange(sum(counts)),
         report=Report(),
     )
 
@@ -85,6 +86,29 @@ def test_the_bins_of_epochs_follow_one_another():
     late = Plan([random_index(np.random.default_rng(3), 50)], [1], BinShape(1, 60, 4), seed=0)
     assert late[second.stop + 2] == plan[second.stop + 2]  # no matter what was asked before
     assert copy.deepcopy(plan)[7] == plan[7]
+
+
+def test_groups_stay_whole_in_later_epochs():
+    """63 records do not divide by 8: empty bins fill the last batch."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 2, 63)
+    records = index([[int(n)] for n in rng.integers(1, 99, 63)], images, np.where(images, np.arange(1, 64), 0))
+    plan = Plan([records], [1], BinShape(1, 100, 1), seed=0, layout="group", batch_size=8)
+    for epoch in range(3):
+        bins = plan.bins(epoch)
+        assert len(bins) == 64 and bins.start % 8 == 0 and sum(map(len, (plan[i] for i in bins))) == 63
+        for start in bins[: 8 * (images.sum() // 8 + (63 - images.sum()) // 8) : 8]:
+            batch = [plan[i][0].record // 10 for i in range(start, start + 8)]
+            assert len(set(images[batch])) == 1 and (np.diff(records.lengths[batch]) <= 0).all()
+
+
+def test_other_words_of_the_same_length_are_other_data():
+    plans = []
+    for change in (lambda i: None, lambda i: i.digests.__setitem__(1, 77), lambda i: i.pictures.__iadd__(5)):
+        records = index([[5], [6], [7]])
+        change(records)
+        plans.append(Plan([records], [1], BinShape(1, 20, 3), seed=0).fingerprint())
+    assert plans[0] != plans[1] and plans[0] == plans[2]  # the same pictures in another directory
 
 
 def test_bins_come_in_random_order():

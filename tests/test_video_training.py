@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+import re
 
 import numpy as np
 import pytest
@@ -84,6 +85,17 @@ def test_time_stamps_stand_between_the_frames(source, encoder, small_tokenizer, 
         stamps = [f"00:{t:04.1f}" for t in (info.duration * (np.arange(3) + 0.5) / 3)]
         line = "\n".join(f"{stamp} <voco><voco>" for stamp in stamps)
         assert any(line in row for row in text), (line, text)
+
+
+def test_questions_about_one_clip_have_the_times_of_its_frames(encoder, small_tokenizer, tmp_path):
+    rows = [{"video_id": "bikes", "q": f"what is {i}?", "a": "a cat"} for i in range(3)]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    source = VideoQuestionSource(str(tmp_path / "questions.json"), str(CLIPS))
+    data = config(timestamps=True, random_offset=True, num_frames=2)
+    batch = next(make_batches([source], encoder, data, tmp_path, size=16))
+    text = "".join(small_tokenizer.decode(tokens) for tokens in batch["tokens"])
+    stamps = re.findall(r"\d\d:\d\d\.\d", text)
+    assert len(stamps) == 6 and len(set(stamps)) == 2 and len(frames_of(batch)) == 2
 
 
 def test_frames_by_rate(source, encoder, tmp_path):

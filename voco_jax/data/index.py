@@ -14,11 +14,12 @@ import os
 from pathlib import Path
 import time
 import zipfile
+import zlib
 
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.data.records import BadRecord, Picture, Record
+from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
@@ -26,7 +27,7 @@ from voco_jax.errors import UserError
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
 KEPT_FROM = 5.0  # seconds; an index that took longer is kept in the cache directory
-VERSION = 2  # of the arrays' meaning: an older cache is made anew
+VERSION = 3  # of the arrays' meaning: an older cache is made anew
 
 
 @dataclasses.dataclass
@@ -35,7 +36,7 @@ class Index:
 
     records [n]: their places in the source. num_images [n]. pictures [n]: equal where the images are the same, 0 for
     none. offsets [n + 1]: record i has conversations offsets[i] … offsets[i + 1]. conversations [m]: which of the
-    record's. lengths [m]: tokens.
+    record's. lengths [m]: tokens. digests [m]: checksums of the tokens.
     """
 
     records: np.ndarray
@@ -44,6 +45,7 @@ class Index:
     offsets: np.ndarray
     conversations: np.ndarray
     lengths: np.ndarray
+    digests: np.ndarray
     report: Report
 
     def __len__(self):
@@ -74,7 +76,8 @@ def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_wor
             parts.append(part)
             bar.update(len(chunk))
     index = _join(parts)
-    if time.monotonic() - start > KEPT_FROM:
+    passing = {MISSING, UNREADABLE_VIDEO} & index.report.bad.keys()  # files that may come
+    if time.monotonic() - start > KEPT_FROM and not passing:
         _save(index, file)
     return index
 
@@ -99,7 +102,7 @@ def _scan_in_worker(chunk: range) -> Index:
 
 
 def _scan(source, maker: SampleMaker, chunk: range) -> Index:
-    records, num_images, pictures, offsets, conversations, lengths = [], [], [], [0], [], []
+    records, num_images, pictures, offsets, conversations, lengths, digests = [], [], [], [0], [], [], []
     report = Report()
     for i in chunk:
         try:
@@ -115,16 +118,18 @@ def _scan(source, maker: SampleMaker, chunk: range) -> Index:
             num_images.append(len(record.images) if times is None else len(times))
             pictures.append(_picture_key(record))
             conversations += found
-            lengths += found.values()
+            lengths += [length for length, _ in found.values()]
+            digests += [digest for _, digest in found.values()]
             offsets.append(len(lengths))
     return Index(
         np.array(records, np.int64), np.array(num_images, np.int32), np.array(pictures, np.int64),
-        np.array(offsets, np.int64), np.array(conversations, np.int32), np.array(lengths, np.int32), report,
+        np.array(offsets, np.int64), np.array(conversations, np.int32), np.array(lengths, np.int32),
+        np.array(digests, np.int64), report,
     )  # fmt: skip
 
 
-def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: str) -> dict[int, int]:
-    """Tokens of the record's usable conversations; the report hears of all."""
+def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: str) -> dict[int, tuple[int, int]]:
+    """(tokens, their checksum) of the record's usable conversations; the report hears of all."""
     lengths = {}
     for i in range(len(record.conversations)):
         report.seen += 1
@@ -133,7 +138,7 @@ def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: s
         except BadRecord as error:
             report.add_bad(error, where)
             continue
-        lengths[i] = len(sample)
+        lengths[i] = len(sample), zlib.crc32(sample.tokens.tobytes())
         report.cut += cut > 0
         report.tokens_cut += cut
     return lengths

@@ -75,7 +75,7 @@ class BinLoader(grain.transforms.Map):
             try:
                 if held != (p.source, p.record):
                     record, held = source[p.record], (p.source, p.record)
-                times = self._times(p, record)
+                times = self._times(conversations[0], record)  # the frames are the same for all
                 sample, _ = self.maker.sample(record, p.conversation, times)
                 used = sum(map(len, rows[p.row])) + sum(len(s) for q, s in samples if q.row == p.row)
                 if used + len(sample) > self.plan.shape.row_length:

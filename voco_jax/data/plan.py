@@ -78,6 +78,7 @@ class Plan:
         self._starts = np.cumsum(self._counts) - self._counts
         self._conversations = np.concatenate([index.conversations for index in indices])
         self._lengths = np.concatenate([index.lengths for index in indices])
+        self._digests = np.concatenate([index.digests for index in indices])
         self._lock = threading.RLock()  # threads that load bins ask for them at once
         self._ends: list[int] = []  # bins up to and with each epoch
         self._epochs: dict[int, _Epoch] = {}
@@ -144,8 +145,14 @@ class Plan:
         digest = hashlib.sha256()
         numbers = self.seed, self._weights, self._sizes, self.shape, self._layout, self._batch_size
         digest.update(repr((*numbers, self._per_record, self._share)).encode())
-        for array in self._records, self._num_images, self._pictures, self._counts, self._conversations, self._lengths:
-            digest.update(np.ascontiguousarray(array).tobytes())
+        # Which pictures are the same, not what they are called: data may move to another directory
+        _, first, inverse = np.unique(self._pictures, return_index=True, return_inverse=True)
+        plan = self._epoch(0)  # what packing and numpy make of all this, in the versions at hand
+        for array in (
+            self._records, self._num_images, first[inverse], self._counts, self._conversations, self._lengths,
+            self._digests, plan.offsets, plan.items, plan.records, plan.rows,
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]
 
     # ---- An epoch ----------------------------------------------------------------------------------------------
@@ -175,6 +182,8 @@ class Plan:
         sizes = np.diff(bins.offsets)[order]
         items = np.concatenate([bins.items[bins.offsets[b] : bins.offsets[b + 1]] for b in order.tolist()])
         offsets = np.concatenate([[0], np.cumsum(sizes)])
+        if self._layout == "group":  # empty bins fill the last batch, so that the next epoch's groups are whole batches
+            offsets = np.append(offsets, np.full(-len(sizes) % self._batch_size, offsets[-1]))
         return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images)
 
     def _draw(self, source: int, epoch: int) -> np.ndarray:

@@ -26,12 +26,18 @@ SOURCES = {
 
 def open_sources(config: ConfigDict, key: str) -> tuple[Sequence, list[float]]:
     """The sources of `config.data.<key>` (train or test), by name, and their weights; UserError names what is wrong."""
+    from voco_jax.config import SOURCE_KEYS  # here: worker processes import this module, and need no flax
+
     sources, weights = [], []
     for name, keys in sorted(config.data[key].items()):
         if keys.kind not in SOURCES:
             raise UserError(f"config.data.{key}.{name}.kind: expected one of {', '.join(SOURCES)}; found {keys.kind!r}")
         if not 0 <= keys.weight < math.inf:
             raise UserError(f"config.data.{key}.{name}.weight: expected a number of 0 or more, found {keys.weight!r}")
+        if {*keys} - {"kind", "weight"} != {*SOURCE_KEYS[keys.kind]}:
+            expected = ", ".join(SOURCE_KEYS[keys.kind])
+            found = ", ".join(sorted({*keys} - {"kind", "weight"}))
+            raise UserError(f"config.data.{key}.{name}: a {keys.kind} has the keys {expected}; found {found}")
         arguments = {k: v for k, v in keys.items() if k not in ("kind", "weight")}
         try:
             sources.append(SOURCES[keys.kind](**arguments))

@@ -92,7 +92,8 @@ class VideoQuestionSource:
         return f"{self._rows.file.name}[{i}]"
 
     def fingerprint(self) -> str:
-        return f"video_qa {self._rows.fingerprint()} {self._videos}"
+        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._videos.iterdir() if p.is_file())
+        return f"video_qa {self._rows.fingerprint()} {self._videos} {files}"
 
 
 def _is_video(file: Path) -> bool:
