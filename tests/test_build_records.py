@@ -241,7 +241,10 @@ def test_killed_and_run_again(sent, built_slowly, tmp_path, run):
     out, built, images = tmp_path / "out", built_slowly, built_slowly / "images"
     arguments = ["llava", built / "rows.json", "--images", images, "--records-per-shard", 4, out]
     command = [sys.executable, TOOL, *arguments, "--workers", 2]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     while len(list(out.glob("*.array_record"))) < 2:
         assert process.poll() is None, "over before it could be killed"
         time.sleep(0.002)
