@@ -102,7 +102,9 @@ def dirty_config(directory: Path, tokenizer_dir: Path, **changes):
     with config.unlocked():
         config.tokenizer.source = str(tokenizer_dir)
         config.model.vision.image_size, config.model.vision.patch_size = SIZE, 16
-        config.data.train = sources(dirty=source("llava", file=f"{directory}/set.jsonl", images=f"{directory}/root"))
+        config.data.train = sources(
+            dirty=source("llava", file=f"{directory}/set.jsonl", images=f"{directory}/pictures")
+        )
         config.data.update(template="bare", batch_size=1, rows_per_bin=1, row_length=150, images_per_bin=4)
         config.data.update(conversations_per_record=0, max_bad_share=1.0, cache_dir=str(directory / "cache"))
         config.data.video.update(num_frames=3, random_offset=False)
@@ -114,7 +116,7 @@ def write_rows(directory: Path, rows) -> None:
     """Rows as objects, or as the bytes of their line."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     (directory / "set.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    (directory / "root").mkdir(exist_ok=True)
+    (directory / "pictures").mkdir(exist_ok=True)
 
 
 class Epoch:
@@ -278,8 +280,8 @@ def good_rows(root: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def epoch(tmp_path_factory, tokenizer_dir) -> Epoch:
     directory = tmp_path_factory.mktemp("dirty")
-    make_root(directory / "root")
-    rows = [*good_rows(directory / "root").values(), *(row for rows in BAD_ROWS.values() for row in rows)]
+    make_root(directory / "pictures")
+    rows = [*good_rows(directory / "pictures").values(), *(row for rows in BAD_ROWS.values() for row in rows)]
     random.Random(0).shuffle(rows)
     write_rows(directory, rows)
     return Epoch(dirty_config(directory, tokenizer_dir))
@@ -324,7 +326,7 @@ def test_examples_name_the_rows(epoch):
         assert 1 <= len(texts) <= 3 and (len(texts) == 3 or kind in ("does not fit", "missing file"))
         for text in texts:
             assert re.match(r"set\.jsonl\[\d+\]: .", text) and len(text) <= 500 and text.isprintable(), text
-            assert "/root/" in text or not re.search("picture|video|missing", kind), text
+            assert "/pictures/" in text or not re.search("picture|video|missing", kind), text
     (line,) = (line for line in epoch.said if "no answer" in line)
     assert line.startswith("  4 left out: no answer; set.jsonl[") and line.count(" | set.jsonl[") == 2
     head = "data: dirty: 119 conversations: 40 good (1 cut by 99872 tokens), 79 left out, 40 records"
@@ -393,7 +395,7 @@ def test_odd_pictures(tmp_path, tokenizer_dir):
     pictures = odd_pictures()
     write_rows(tmp_path, [about(name, f"what is {name}?") for name in pictures])
     for name, (content, _, _) in pictures.items():
-        (tmp_path / "root" / name).write_bytes(content)
+        (tmp_path / "pictures" / name).write_bytes(content)
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
     assert not epoch.bad and len(epoch.arrived) == len(pictures)
     for text, (found,) in epoch.arrived:
@@ -422,9 +424,9 @@ def rows_with_bad_ones(root: Path, bad: dict) -> list:
 
 
 def test_too_many_bad_rows(tmp_path, tokenizer_dir):
-    (tmp_path / "root").mkdir()
+    (tmp_path / "pictures").mkdir()
     bad = {7: b"{", 50: about("../x.png"), 99: b"}"}
-    write_rows(tmp_path, rows_with_bad_ones(tmp_path / "root", bad))
+    write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", bad))
     with pytest.raises(UserError) as error:
         open_training_data(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.029), say=lambda line: None)
     assert str(error.value) == (
@@ -437,13 +439,13 @@ def test_too_many_bad_rows(tmp_path, tokenizer_dir):
 
 def test_too_many_bad_pictures(tmp_path, tokenizer_dir):
     """Found while training: the third of a hundred is one too many."""
-    (tmp_path / "root").mkdir()
-    write_rows(tmp_path, rows_with_bad_ones(tmp_path / "root", {i: about(f"none{i}.png") for i in (7, 50, 99)}))
+    (tmp_path / "pictures").mkdir()
+    write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", {i: about(f"none{i}.png") for i in (7, 50, 99)}))
     with pytest.raises(UserError) as error:
         Epoch(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.02))
     message = r"data: 3 of the first \d+ records cannot be used, more than config.data.max_bad_share = 0.02 allows; "
     assert re.fullmatch(
-        message + r"3× missing file: set.jsonl\[\d+\]: .*/root/none\d+.png: not found", str(error.value)
+        message + r"3× missing file: set.jsonl\[\d+\]: .*/pictures/none\d+.png: not found", str(error.value)
     )
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.03))
     assert len(epoch.arrived) == 97 and epoch.trained.bad == {"missing file": 3}
@@ -457,7 +459,7 @@ def test_nothing_good(tmp_path, tokenizer_dir):
 
 def test_a_tokenizer_of_dirty_data(tmp_path):
     """'train' makes one of what is readable."""
-    (tmp_path / "root").mkdir()
+    (tmp_path / "pictures").mkdir()
     rows = [row for kind in BAD_ROWS if kind != "does not fit" for row in BAD_ROWS[kind]]
     write_rows(tmp_path, [*rows, about(None, "who?")])
     config = dirty_config(tmp_path, tmp_path)
@@ -469,27 +471,27 @@ def test_a_tokenizer_of_dirty_data(tmp_path):
 
 def test_a_picture_that_goes_away(tmp_path, tokenizer_dir):
     """Also the second time around: what was good in one epoch may be missing in the next."""
-    (tmp_path / "root").mkdir()
-    write_rows(tmp_path, rows_with_bad_ones(tmp_path / "root", {}))
+    (tmp_path / "pictures").mkdir()
+    write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", {}))
     batches = open_training_data(dirty_config(tmp_path, tokenizer_dir), say=lambda line: None).batches
     assert next(batches)["segment_ids"].max() > 1 and not batches.report.num_bad
     batches.close()
-    (tmp_path / "root" / "good.png").unlink()
+    (tmp_path / "pictures" / "good.png").unlink()
     assert next(batches)["segment_ids"].max() == 0 and batches.report.bad["missing file"] > 1
     batches.close()
 
 
 def test_a_video_that_grows(tmp_path, tokenizer_dir):
     """Of one frame when the index was made, of three when it is loaded: there is no room, and no crash."""
-    (tmp_path / "root").mkdir()
+    (tmp_path / "pictures").mkdir()
     for name in "ab":
-        (tmp_path / "root" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=1))
+        (tmp_path / "pictures" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=1))
     write_rows(tmp_path, [about(video="a.mp4"), about(video="b.mp4")])
     config = dirty_config(tmp_path, tokenizer_dir, images_per_bin=3)
     batches = open_training_data(config, say=lambda line: None).batches
     assert len(batches.loader.plan.bins(0)) == 1
     for name in "ab":
-        (tmp_path / "root" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=5))
+        (tmp_path / "pictures" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=5))
     batch = next(batches)
     assert batch["segment_ids"].max() == 1 and batches.report.bad == {"does not fit": 1}
     batches.close()
@@ -497,8 +499,8 @@ def test_a_video_that_grows(tmp_path, tokenizer_dir):
 
 def test_a_video_of_long_rows(tmp_path, tokenizer_dir, monkeypatch):
     monkeypatch.setattr("voco_jax.data.video.MAX_SIDE", 47)
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "a.mp4").write_bytes(tiny_clip())
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.mp4").write_bytes(tiny_clip())
     write_rows(tmp_path, [about(video="a.mp4"), about()])
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
     assert epoch.indexed.bad == {"unreadable video": 1}
@@ -540,7 +542,7 @@ def test_a_damaged_avif():
 
 def test_a_picture_and_a_video_of_one_name(tmp_path, tokenizer_dir):
     write_rows(tmp_path, [about("a.mp4"), about(video="a.mp4")])
-    (tmp_path / "root" / "a.mp4").write_bytes(tiny_clip())
+    (tmp_path / "pictures" / "a.mp4").write_bytes(tiny_clip())
     config = dirty_config(tmp_path, tokenizer_dir, images_per_bin=8)
     epoch = Epoch(config)
     assert epoch.trained.bad == {"unreadable picture": 1} and len(epoch.arrived) == 1
@@ -632,7 +634,7 @@ def tiny_clip(num_frames: int = 10) -> bytes:
 def test_a_thousand_mutations(tmp_path, tokenizer_dir):
     """Whatever the damage, a row comes in a batch or is reported, and nothing else happens."""
     rng = random.Random(0)
-    root = tmp_path / "root"
+    root = tmp_path / "pictures"
     root.mkdir()
     cat = photo("chelsea.png", (48, 32))
     files = {
