@@ -36,6 +36,11 @@ def default_config() -> ConfigDict:
     config.model.remat = "none"  # or 'full' and lines between: REMAT in voco_jax/models/stack.py
     config.model.unroll_layers = False  # straight-line code: for few and small layers
 
+    config.model.lora = ConfigDict()  # low-rank updates of the language model's kernels, which stay as they are
+    config.model.lora.rank = 0  # 0: none
+    config.model.lora.alpha = 16.0  # updates are scaled by alpha / rank
+    config.model.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
     config.mesh = ConfigDict()  # devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave
     config.mesh.data = 1
     config.mesh.fsdp = -1
@@ -78,11 +83,19 @@ def default_config() -> ConfigDict:
     config.data.prefetch = 2  # batches made ahead, by each worker
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest)
+    config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest), 'adafactor' (least memory)
     config.optim.learning_rate = 1e-3
-    config.optim.schedule = "cosine"  # or 'linear'; down to zero at the last step
+    config.optim.schedule = "cosine"  # or 'linear', 'wsd' (constant, then down), 'constant'
     config.optim.warmup_steps = 100
+    config.optim.decay_share = 0.2  # of the steps, at their end, in which 'wsd' goes down
+    config.optim.final_scale = 0.0  # of the learning rate, at the last step
+    config.optim.rate_scale = ConfigDict()  # by which a part's learning rate is another
+    config.optim.rate_scale.vision_tower = 1.0
+    config.optim.rate_scale.projector = 1.0
+    config.optim.rate_scale.compressor = 1.0
+    config.optim.rate_scale.llama = 1.0
     config.optim.weight_decay = 0.0
+    config.optim.decayed = ("kernel", "embedding")  # the parameters that decay, by the last part of their path
     config.optim.b1 = 0.9
     config.optim.b2 = 0.99
     config.optim.clip_norm = 1.0
@@ -90,12 +103,25 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.freeze = ()  # parts that stay as they are, for example ("vision_tower",) or ("llama.layers",)
     config.train.steps = 1000
+    config.train.accumulate = 1  # pieces that a batch is computed in, one after the other, before an update
+    config.train.on_bad_step = "stop"  # where the loss is no number, or a spike; or 'skip': no update
+    config.train.spike_factor = 0.0  # a loss this many times the running mean is a spike; 0: none is
+    config.train.max_skipped = 10  # steps in a row; with more the run stops
     config.train.log_every = 20
+    config.train.tensorboard = True
+    config.train.profile_at = 0  # a step from which on a profiler trace is taken; 0: only on SIGUSR1
+    config.train.profile_steps = 5
     config.train.checkpoint_every = 500
+    config.train.keep = 2  # newest checkpoints that are kept
+    config.train.keep_every = 0  # and those of every so many steps; 0: none
+    config.train.keep_best = 0  # and so many of the lowest evaluation loss
 
     config.eval = ConfigDict()
     config.eval.batch_size = 64  # records at once
     config.eval.max_new_tokens = 8
+    config.eval.every = 0  # steps of training, after which it looks at the test set; 0: never
+    config.eval.num_batches = 8  # for the loss
+    config.eval.num_answers = 64  # questions that are answered
 
     return config.lock()
 
