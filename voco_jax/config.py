@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,6 +15,7 @@ from voco_jax.json_files import read_object
 from voco_jax.models import presets
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
+from voco_jax.storage import as_path, in_bucket
 
 
 def default_config() -> ConfigDict:
@@ -219,12 +221,14 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None])
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
-    """Written apart and renamed: the file is whole, or as it was."""
-    temporary = f"{path}.new"
-    with open(temporary, "w") as file:
-        json.dump(config.to_dict(), file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
+    """The file is whole, or as it was: written apart and renamed, or in one piece to a bucket."""
+    text, path = json.dumps(config.to_dict(), indent=2) + "\n", as_path(path)
+    if in_bucket(path):
+        path.write_text(text)
+        return
+    temporary = Path(f"{path}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def load_config(path: str | os.PathLike) -> ConfigDict:

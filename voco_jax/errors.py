@@ -9,6 +9,13 @@ class UserError(Exception):
     """Bad input. The message is one line that names the file, the key, what was expected and what was found."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says at its root, the first line (at most 300 letters); its name where it says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorator for a command line's `main`: an error that the user can mend is one line, exit status 2."""
 

@@ -4,13 +4,14 @@ import json
 import os
 
 from voco_jax.errors import UserError
+from voco_jax.storage import as_path, bucket_errors
 
 
 def read_object(path: str | os.PathLike, hint: str = "") -> dict:
     """A file that holds one JSON object; UserError for any other, with a hint for one that is not there."""
     try:
-        with open(path) as file:
-            content = json.load(file)
+        with bucket_errors(as_path(path), but=FileNotFoundError):
+            content = json.loads(as_path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found{hint and f'; {hint}'}") from None
     except (OSError, ValueError, RecursionError) as error:

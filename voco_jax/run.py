@@ -4,7 +4,6 @@ commands take it."""
 from collections.abc import Collection
 import contextlib
 import dataclasses
-from pathlib import Path
 
 from flax import nnx
 import jax
@@ -17,6 +16,7 @@ from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
+from voco_jax.storage import AnyPath, as_path
 from voco_jax.train.checkpoint import Checkpointer
 
 
@@ -24,7 +24,7 @@ from voco_jax.train.checkpoint import Checkpointer
 class Run:
     """What a run directory holds, restored."""
 
-    directory: Path
+    directory: AnyPath
     config: ConfigDict
     model: VoCoLlama
     encoder: Encoder
@@ -32,13 +32,13 @@ class Run:
     step: int
 
 
-def load_run(directory: str | Path, *, compressor: str | None = None, attention: str | None = None) -> Run:
+def load_run(directory: str | AnyPath, *, compressor: str | None = None, attention: str | None = None) -> Run:
     """Restore the newest checkpoint of a run; UserError says what is missing or does not fit.
 
     `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
     paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     config = load_config(directory / "config.json")
     if compressor is not None:
         config.model.compressor = compressor
@@ -70,7 +70,7 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
     """
     if not config.init_from:
         return config
-    directory = Path(config.init_from).expanduser()
+    directory = as_path(config.init_from)
     run = load_config(directory / "config.json")
     config, default = config.copy_and_resolve_references(), default_config()
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so

@@ -9,6 +9,7 @@ import shutil
 
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
+from voco_jax.storage import as_path, in_bucket, local_copy
 
 VOCO_TOKEN = "<voco>"
 
@@ -33,6 +34,9 @@ def load_tokenizer(name_or_dir: str | os.PathLike, *, add_voco: bool = True):
     Raises UserError for what cannot be read, and for tokenizers without an end-of-sequence token or without character
     offsets (label masks are derived from those).
     """
+    if in_bucket(name_or_dir):
+        with local_copy(as_path(name_or_dir)) as directory:
+            return load_tokenizer(directory, add_voco=add_voco)
     name = os.path.expanduser(name_or_dir)
     if name.startswith((".", "/")) and not os.path.isdir(name):
         raise UserError(f"tokenizer {name!r}: directory not found")

@@ -87,14 +87,20 @@ def together() -> Iterator[None]:
     except Exception as caught:
         error = caught
         text = (str(caught) if isinstance(caught, UserError | OSError) else "") or repr(caught)  # empty is no error
-    if jax.process_count() > 1:
-        own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
-        for process, line in enumerate(multihost_utils.process_allgather(own)):
-            line = line.tobytes().rstrip(b"\0").decode(errors="replace")
-            if line and error is None:
-                error = UserError(f"process {process}: {line}")
+    for process, line in enumerate(texts_of_all(text)):
+        if line and error is None:
+            error = UserError(f"process {process}: {line}")
     if error is not None:
+        error.known_to_all = True
         raise error
+
+
+def texts_of_all(text: str) -> list[str]:
+    """What every process gives, by process, at most 1,024 bytes of each. All call it together."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    return [line.tobytes().rstrip(b"\0").decode(errors="replace") for line in multihost_utils.process_allgather(own)]
 
 
 def check_same(values: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ import jax
 from voco_jax.config import parse_flags
 from voco_jax.errors import one_line_errors
 from voco_jax.parallel import distributed
+from voco_jax.parallel.watch import watch
 from voco_jax.train.loop import train
 
 
@@ -17,7 +18,8 @@ from voco_jax.train.loop import train
 def main() -> None:
     config, flags = parse_flags(sys.argv, distributed.define_flags)
     distributed.start(flags.coordinator, flags.num_processes, flags.process_id, flags.initialization_timeout)
-    run = train(config)
+    with watch():
+        run = train(config)
     if jax.process_index() == 0:
         print(f"trained: {run} (evaluate it: python -m voco_jax.evaluate --run {run})")
 

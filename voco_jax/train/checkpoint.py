@@ -1,102 +1,268 @@
-"""Checkpoints of a run, by Orbax: parameters, optimizer and the data iterator's place, together under one step."""
+"""Checkpoints of a run, by Orbax: parameters, optimizer, where the data stands, config and versions under one step."""
 
+from collections.abc import Callable, Sequence
 import contextlib
-from pathlib import Path
+import importlib.metadata
+from typing import Any, NamedTuple
 
+from etils import epath
 import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, first_line
+from voco_jax.parallel.distributed import texts_of_all, together
+from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, remove
+from voco_jax.train.checksums import checksums
 
-_HANDLERS = {
-    "params": ocp.StandardCheckpointHandler,
-    "opt_state": ocp.StandardCheckpointHandler,
-    "data": ocp.JsonCheckpointHandler,
-}
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_ABOUT = "run"  # {"step", "data", "config", "versions", "checksums"}, as JSON
+
+
+class Restored(NamedTuple):
+    """A checkpoint: `about` has its step, the data iterator's state, config, versions and checksums."""
+
+    step: int
+    params: dict
+    opt_state: Any
+    about: dict
 
 
 class Checkpointer:
-    """`<run>/checkpoints/<step>/`. A save is written apart and renamed, so a killed one leaves no half checkpoint.
+    """`<run>/checkpoints/<step>/`, of a directory or a bucket. A save is written apart and renamed (in a bucket: marked
+    when it is whole), so a killed one leaves no half checkpoint.
 
     Of several processes, each writes and reads its own shards: all must call the same methods in the same order, with
     arrays that are spread over all devices (or copied to all), and one data_state, of which the first's is kept.
     """
 
-    def __init__(self, run: Path, *, create: bool = False, keep: int = 2):
-        self.directory = Path(run).resolve() / "checkpoints"
-        if not create and not self.directory.is_dir():
-            raise UserError(f"{self.directory}: no checkpoint found")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-        handlers = {name: handler() for name, handler in _HANDLERS.items()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    def __init__(self, run: str | AnyPath, *, create: bool = False, config: ConfigDict | None = None):
+        """`config` says how many are kept (`train.keep…`), and is written into every checkpoint."""
+        run = as_path(run)
+        self.directory = run / "checkpoints" if in_bucket(run) else run.resolve() / "checkpoints"
+        with bucket_errors(self.directory):
+            if not create and not self.directory.is_dir():
+                raise UserError(f"{self.directory}: no checkpoint found")
+            self._config = config
+            self._manager = ocp.CheckpointManager(
+                epath.Path(self.directory),
+                options=ocp.CheckpointManagerOptions(
+                    create=create,
+                    cleanup_tmp_directories=create,  # of saves that were killed
+                    preservation_policy=_preservation_policy(config),
+                ),
+                item_handlers=_handlers(),
+            )
+
+    def steps(self) -> list[int]:
+        """Of all whole checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return next(iter(self.steps()), None)
 
-    def save(self, step: int, params, opt_state, data_state: dict) -> None:
-        """Start writing; returns before it is done."""
+    # ---- Saving ------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, params, opt_state, data_state: dict, metrics: dict | None = None) -> None:
+        """Start writing, and return when the arrays may change; waits for the save before, if that is still written.
+
+        metrics: what `train.keep_best` goes by. UserError where this or the save before cannot be written.
+        """
+        about = {
+            "step": step,
+            "data": data_state,
+            "config": self._config.to_dict() if self._config is not None else None,
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+            "checksums": {"params": checksums(params), "opt_state": checksums(opt_state)},
+        }
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_by_layers, params)),
             opt_state=ocp.args.StandardSave(opt_state),
-            data=ocp.args.JsonSave(data_state),
+            **{_ABOUT: ocp.args.JsonSave(about)},
         )
-        self._manager.save(step, args=items, force=True)
+        with self._write_errors(step):
+            self._manager.save(step, args=items, metrics=metrics, force=True)
 
-    def restore(self, step: int, params, opt_state):
-        """(params, opt_state, data_state) of a step, shaped, typed and sharded as the abstract values given.
+    def wait(self) -> None:
+        """Until the last save is whole; UserError where it could not be written."""
+        with self._write_errors(None):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
-        What has no sharding goes to one device, wherever it was when it was saved.
+    def close(self) -> None:
+        """As `wait`, for the last time."""
+        with self._write_errors(None):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self, step: int | None):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
+            where = self.directory if step is None else self.directory / str(step)
+            # TensorStore tells the address and its own source lines too; the reason stands last
+            reason = first_line(error).split(" [")[0].rsplit(": ", 1)[-1]
+            raise UserError(f"{where}: the checkpoint cannot be written: {reason}") from error
+
+    # ---- Restoring ---------------------------------------------------------------------------------------------
+
+    def resume(self, params, opt_state, say: Callable[[str], None]) -> Restored | None:
+        """The newest checkpoint that is as it was written; None where there is none at all.
+
+        What is newer and damaged is told by `say`, and put aside as `<step>.damaged`. UserError where all are damaged,
+        or it is another model's. Arrays come as the abstract values given say: shape, dtype, sharding.
         """
+        damaged: list[tuple[int, str]] = []
+        for step in self.steps():
+            error, restored = "", None
+            with together():
+                try:
+                    restored = self.restore(step, params, opt_state)
+                except Damaged as found:
+                    error = str(found)
+            error = next(filter(None, texts_of_all(error)), "")  # all processes take the same checkpoint
+            if error:
+                damaged.append((step, error))
+                continue
+            for other, error in damaged:
+                say(f"{error}; it is kept as {other}.damaged, and step {step} taken")
+            self._put_aside([other for other, _ in damaged])
+            return restored
+        if damaged:
+            raise Damaged(damaged[0][1])
+        return None
+
+    def restore(self, step: int, params, opt_state) -> Restored:
+        """The checkpoint of a step; `Damaged` where it is not as it was written, UserError for another model's."""
         self._check_shapes(step, params)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(_placed(params)),
             opt_state=ocp.args.StandardRestore(_placed(opt_state)),
-            data=ocp.args.JsonRestore(),
+            **{_ABOUT: ocp.args.JsonRestore()},
         )
-        return items.params, items.opt_state, items.data
+        about = items[_ABOUT]
+        for name in ("params", "opt_state"):
+            self._check_sums(step, name, about["checksums"][name], items[name])
+        return Restored(step, items.params, items.opt_state, about)
 
-    def restore_params(self, params):
-        """(step, parameters) of the newest checkpoint; UserError where there is none or it is another model's."""
-        step = self.latest_step()
+    def restore_params(self, params, step: int | None = None):
+        """(step, parameters) of the newest checkpoint, or that of a step; UserError where there is none or it is
+        another model's. Without a sharding an array goes to one device, wherever it was when it was saved."""
         if step is None:
-            raise UserError(f"{self.directory}: no checkpoint found")
+            step = self.latest_step()
+        if step is None or step not in self.steps():
+            there = f"; there are {', '.join(map(str, self.steps()))}" if self.steps() else ""
+            raise UserError(f"{self.directory}: no checkpoint found" + (f" of step {step}{there}" if step else ""))
         self._check_shapes(step, params)
-        return step, self._restore(step, params=ocp.args.StandardRestore(_placed(params))).params
+        sums = self._about(step).get("checksums", {}).get("params")  # a converted run has none
+        stored = dict(_named_leaves(self._metadata(step)))
+        as_stored = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, stored[_name(path)].dtype, sharding=x.sharding), params
+        )
+        restored = self._restore(step, params=ocp.args.StandardRestore(_placed(as_stored))).params
+        if sums is not None:
+            self._check_sums(step, "params", sums, restored)
+        return step, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, params)
+
+    def best_step(self) -> int | None:
+        """That with the lowest evaluation loss; None where no checkpoint has one."""
+        losses = {step: (self._manager.metrics(step) or {}).get("eval_loss") for step in self.steps()}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(known, key=known.get) if known else None
 
     def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Shape by dotted path of the stored parameters; UserError for a damaged checkpoint."""
-        with self._damage_as_user_error(step):
+        """Shape by dotted path of the stored parameters; `Damaged` for a damaged checkpoint."""
+        return {name: tuple(leaf.shape) for name, leaf in _named_leaves(self._metadata(step))}
+
+    def _metadata(self, step: int):
+        with self._damage(step):
             metadata = self._manager.item_metadata(step)["params"]
             if metadata is None:
                 raise ValueError("params has no metadata")
-            return dict(_named_shapes(metadata.tree))
+            return metadata.tree
 
-    def close(self) -> None:
-        """Wait for the last save."""
-        self._manager.close()
+    def _about(self, step: int) -> dict:
+        if not (self.directory / str(step) / _ABOUT).exists():
+            return {}
+        return self._restore(step, **{_ABOUT: ocp.args.JsonRestore()})[_ABOUT]
 
     def _restore(self, step: int, **args):
-        with self._damage_as_user_error(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        # By a handler of its own: Orbax's manager ends by waiting for all processes, of which one may have failed
+        with self._damage(step):
+            handler = ocp.CompositeCheckpointHandler(**_handlers())
+            return handler.restore(epath.Path(self.directory) / str(step), ocp.args.Composite(**args))
 
     def _check_shapes(self, step: int, params) -> None:
-        expected, found = dict(_named_shapes(params)), self.param_shapes(step)
+        expected = {name: tuple(leaf.shape) for name, leaf in _named_leaves(params)}
+        found = self.param_shapes(step)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
                 raise UserError("{}: {}: expected {}, found {}".format(self.directory / str(step), name, *shapes))
 
+    def _check_sums(self, step: int, item: str, expected: dict[str, int], arrays) -> None:
+        found = checksums(arrays)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")
+
     @contextlib.contextmanager
-    def _damage_as_user_error(self, step: int):
+    def _damage(self, step: int):
         try:
             yield
         except Exception as error:  # Orbax raises all kinds, bare Exception among them
-            cause = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-            raise UserError(f"{self.directory / str(step)}: the checkpoint is damaged: {reason:.300}") from error
+            raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {first_line(error)}") from error
+
+    def _put_aside(self, steps: Sequence[int]) -> None:
+        with together():
+            if jax.process_index() == 0:
+                for step in steps:
+                    target = self.directory / f"{step}.damaged"
+                    remove(target)
+                    (self.directory / str(step)).rename(target)
+        if steps:
+            self._manager.reload()
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
+
+
+@jax.jit
+def all_finite(params) -> jax.Array:
+    """Whether every number of a tree is one."""
+    # A sum of floats is what XLA is fast at on a CPU; 0 · inf and 0 · nan are nan
+    return jnp.isfinite(jnp.stack([(leaf * 0).sum(dtype=jnp.float32) for leaf in jax.tree.leaves(params)]).sum())
+
+
+def _handlers() -> dict:
+    return {
+        "params": ocp.StandardCheckpointHandler(),
+        "opt_state": ocp.StandardCheckpointHandler(),
+        _ABOUT: ocp.JsonCheckpointHandler(),
+    }
+
+
+def _preservation_policy(config: ConfigDict | None):
+    if config is None:
+        return LatestN()  # a reader deletes nothing
+    policies = [LatestN(config.train.keep)]
+    if config.train.keep_every:
+        policies.append(EveryNSteps(config.train.keep_every))
+    if config.train.keep_best:
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            reverse=True,  # the lowest last, which are kept
+            n=config.train.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    return AnyPreservationPolicy(policies)
 
 
 def _by_layers(path, param) -> ocp.SaveArgs:
@@ -114,6 +280,10 @@ def _placed(tree):
     )
 
 
-def _named_shapes(tree):
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _named_leaves(tree):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="."), tuple(leaf.shape)
+        yield _name(path), leaf

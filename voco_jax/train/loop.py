@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
-import functools
 import itertools
-from pathlib import Path
 import sys
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 import numpy as np
 import optax
@@ -25,11 +21,13 @@ from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, init_params, make_processor
-from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.storage import AnyPath
+from voco_jax.train.checkpoint import Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
 from voco_jax.train.freeze import split_params
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 from voco_jax.train.workdir import check_workdir, open_workdir, workdir_path
@@ -39,7 +37,7 @@ class _Setup(NamedTuple):
     """What can be made, and found wrong, before a directory is written."""
 
     config: ConfigDict
-    workdir: Path
+    workdir: AnyPath
     resuming: bool
     mesh: Mesh
     tokenizer: Any
@@ -50,7 +48,7 @@ class _Setup(NamedTuple):
     train_step: Callable
 
 
-def train(config: ConfigDict) -> Path:
+def train(config: ConfigDict) -> AnyPath:
     """Train as the config says, from the run's newest checkpoint if there is one; returns the run directory.
 
     Several processes (`voco_jax/parallel/distributed.py`) call it together.
@@ -97,33 +95,41 @@ def _set_up(config: ConfigDict) -> _Setup:
 
 
 def _train(run: _Setup) -> None:
-    config, state, batches, workdir = run.config, run.state, run.batches, run.workdir
+    config, state, batches = run.config, run.state, run.batches
     with (
-        open_workdir(workdir, config, run.tokenizer),
-        contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer,
+        Preemption() as preemption,
+        open_workdir(run.workdir, config, run.tokenizer) as workdir,
+        contextlib.closing(Checkpointer(run.workdir, create=True, config=config)) as checkpointer,
         contextlib.closing(batches),
     ):
         # Where to begin
-        start = checkpointer.latest_step() or 0
-        if start:
-            params, opt_state, data_state = checkpointer.restore(start, state.params, state.opt_state)
-            batches.set_state(data_state)
+        start = 0
+        if restored := checkpointer.resume(state.params, state.opt_state, _say):
+            start, params, opt_state, about = restored
+            batches.set_state(about["data"])
             progress = "complete" if start == config.train.steps else "resuming"
-            _say(f"{workdir}: {progress}, at step {start} of {config.train.steps}")
+            _say(f"{run.workdir}: {progress}, at step {start} of {config.train.steps}")
         else:
             params = _first_params(config, run.model_config, state)
             opt_state = init_opt_state(config, run.optimizer, params, state.shardings[1])
 
         # The loop
         steps = range(start + 1, config.train.steps + 1)
-        with MetricsLog(workdir / "metrics.jsonl", start, config.train) as log:
+        with MetricsLog(workdir.logs / "metrics.jsonl", start, config.train) as log:
+            preemption.begin()
             for step, batch in zip(steps, _feed(config, run.mesh, batches, len(steps)), strict=True):
                 params, opt_state, loss = run.train_step(params, opt_state, batch)
                 log.add(step, loss, batches.count(step - 1))
-                if step % config.train.checkpoint_every == 0 or step == config.train.steps:
+                preempted = preemption.reached(step)
+                if preempted or step % config.train.checkpoint_every == 0 or step == config.train.steps:
                     log.settle()
                     _check_finite(params, step)
                     checkpointer.save(step, params, opt_state, batches.state_at(step))
+                    workdir.publish()
+                if preempted and step < config.train.steps:
+                    checkpointer.wait()
+                    _say(f"{run.workdir}: preempted, saved at step {step} of {config.train.steps}")
+                    raise Preempted
     if batches.report.bad or batches.report.odd:
         for line in batches.report.lines("conversations"):
             _say(f"data, this process's since step {start}: {line}")
@@ -154,7 +160,7 @@ def _first_params(config: ConfigDict, model_config, state: AbstractState):
     """Those of the run to begin with, in this run's dtype; or random ones."""
     if not config.init_from:
         return init_params(model_config, config.seed, shardings=state.shardings[0])
-    with contextlib.closing(Checkpointer(Path(config.init_from).expanduser())) as checkpointer:
+    with contextlib.closing(Checkpointer(config.init_from)) as checkpointer:
         step, params = checkpointer.restore_params(state.params)
     _say(f"parameters: {config.init_from}, step {step}")
     return params
@@ -191,12 +197,7 @@ def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: Ab
         raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
 
 
-@functools.partial(jax.jit, out_shardings=P())
-def _all_finite(params) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
-
-
 def _check_finite(params, step: int) -> None:
     """Parameters that are no numbers must not become the checkpoint that everything goes on from."""
-    if not _all_finite(params):
+    if not all_finite(params):
         raise UserError(f"training: parameters are not finite after step {step}; a lower optim.learning_rate may help")

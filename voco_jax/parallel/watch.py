@@ -1,0 +1,149 @@
+"""Processes that look after one another: when one fails or dies, the others say so and end, within a minute.
+
+Without it they would wait in the next collective for one that is gone, as long as jax lets them, and end with a stack
+trace of C++. Every process tells jax's coordination service now and then that it is alive; what fails tells why.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+
+import jax
+
+from voco_jax.errors import UserError, first_line
+
+LOST = 75  # exit status (EX_TEMPFAIL): nobody has to mend anything, start again; so does a preempted run
+
+_BEAT = 2.0  # seconds between two signs of life
+_SILENCE = 30.0  # seconds without one, after which a process is given up
+_ROOM = "voco_jax"  # of keys
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[None]:
+    """A block of a training's work in which the processes look after one another; alone, it does nothing.
+
+    An error that leaves the block, and that the others do not know yet, is told to them; they print it and exit with
+    status 2. A process that dies without a word is missed by the others after half a minute: status 75.
+    """
+    client = _client()
+    if client is None:
+        yield
+        return
+    watcher = _Watcher(client)
+    watcher.start()
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "known_to_all", False):
+            watcher.fail(error)  # does not return
+        watcher.stop()
+        raise
+    except BaseException as error:  # Ctrl-C, sys.exit
+        if not (isinstance(error, SystemExit) and getattr(error, "known_to_all", False)):
+            watcher.fail(error)
+        watcher.stop()
+        raise
+    watcher.stop()
+
+
+def _client():
+    from jax._src import distributed  # as Orbax does: there is no public way to its key-value store
+
+    return distributed.global_state.client if jax.process_count() > 1 else None
+
+
+class _Watcher(threading.Thread):
+    def __init__(self, client):
+        super().__init__(daemon=True, name="watch")
+        self._client, self._own, self._count = client, jax.process_index(), jax.process_count()
+        self._failing, self._done = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        beats: dict[int, str] = {}
+        heard = dict.fromkeys(range(self._count), time.monotonic())
+        for beat in range(2**62):
+            if self._done.is_set():
+                return
+            try:
+                self._put(f"alive/{self._own}", str(beat))
+                alive, errors = self._all("alive"), self._all("error")
+            except Exception as error:
+                if self._done.is_set():
+                    return
+                self._give_up(f"process 0, which all others go by, does not answer: {first_line(error)}", LOST)
+            now = time.monotonic()
+            for process, value in alive.items():
+                if beats.get(process) != value:
+                    beats[process], heard[process] = value, now
+            for process, text in errors.items():
+                if process != self._own and not self._failing.is_set():
+                    status, _, line = text.partition(" ")
+                    self._give_up(f"process {process}: {line}", int(status))
+            gone = [p for p in heard if alive.get(p) != "done" and now - heard[p] > _SILENCE and p != self._own]
+            if gone:
+                self._give_up(
+                    f"process {gone[0]} has given no sign of life for {_SILENCE:.0f} s: it died, or its machine did; "
+                    "the same command goes on from the newest checkpoint",
+                    LOST,
+                )
+            self._done.wait(_BEAT)
+
+    def stop(self) -> None:
+        """This process is through: the others need not hear of it any more."""
+        self._done.set()
+        self.join()
+        with contextlib.suppress(Exception):  # the others may be gone already, and jax says so itself
+            self._put(f"alive/{self._own}", "done")
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others and end this process; or, where the error comes of another's end, wait to hear of that."""
+        if not isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit):
+            # A collective fails where a process has gone, and says nothing that helps. Who it was will show.
+            self._done.wait(_SILENCE + 3 * _BEAT)
+            traceback.print_exception(error)
+        self._failing.set()
+        status = 2
+        if isinstance(error, KeyboardInterrupt):
+            status, line = 130, "interrupted"
+        else:
+            line = str(error) if isinstance(error, UserError | OSError) and str(error) else repr(error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self._put(f"error/{self._own}", f"{status} {line}")
+            self._await_others()
+        _end(status)
+
+    def _give_up(self, line: str, status: int) -> None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self._put(f"gone/{self._own}", line)
+            self._await_others()
+        _end(status)
+
+    def _await_others(self) -> None:
+        """All others have said that they end. Process 0 has to be there until then: without it jax ends them first,
+        before they can say why."""
+        if self._own != 0:
+            time.sleep(_BEAT / 4)
+            return
+        deadline = time.monotonic() + 4 * _BEAT
+        while time.monotonic() < deadline and len(self._all("gone") | self._all("error")) < self._count - 1:
+            time.sleep(_BEAT / 10)
+
+    def _put(self, key: str, value: str) -> None:
+        self._client.key_value_set(f"{_ROOM}/{key}", value, allow_overwrite=True)
+
+    def _all(self, room: str) -> dict[int, str]:
+        return {int(key.rsplit("/", 1)[1]): value for key, value in self._client.key_value_dir_get(f"{_ROOM}/{room}/")}
+
+
+def _end(status: int) -> None:
+    """Without jax's farewell, which waits for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,92 @@
+"""Directories of a file system, and of a bucket (`gs://bucket/run`): runs may lie in either."""
+
+from collections.abc import Iterator
+import contextlib
+import importlib.util
+import logging
+from pathlib import Path
+import shutil
+import tempfile
+
+from etils import epath
+
+from voco_jax.errors import UserError, first_line
+
+# Both have `/`, exists, is_dir, iterdir, mkdir, open, read_text, write_text, unlink, rename and rmtree
+AnyPath = Path | epath.Path
+
+
+def as_path(address: str | AnyPath) -> AnyPath:
+    """A path of the file system, or of a bucket; UserError for an address of another kind."""
+    text = str(address)
+    if "://" not in text:
+        return Path(text).expanduser()
+    if not text.startswith("gs://") or not text.removeprefix("gs://").strip("/"):
+        raise UserError(f"{text}: expected a directory, or gs://BUCKET/DIRECTORY")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: buckets need gcsfs, which is not installed: pip install -e '.[gcs]'")
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of every bucket that it may not ask what kind it is
+    return epath.Path(text)
+
+
+def in_bucket(path: AnyPath) -> bool:
+    return "://" in str(path)
+
+
+@contextlib.contextmanager
+def bucket_errors(path: AnyPath, but: type[Exception] = UserError) -> Iterator[None]:
+    """What goes wrong with a bucket in the block, `but` for one kind, is a UserError of one line: the libraries have a
+    kind each."""
+    try:
+        yield
+    except (UserError, but):
+        raise
+    except Exception as error:
+        if not in_bucket(path):
+            raise
+        raise UserError(f"{path}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def local_copy(directory: AnyPath) -> Iterator[Path]:
+    """A directory that programs can read which know files only: itself, or a copy for the time of the block."""
+    if not in_bucket(directory):
+        yield Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / Path(str(directory)).name
+        with bucket_errors(directory):
+            download(directory, copy)
+        yield copy
+
+
+def download(source: AnyPath, destination: Path) -> None:
+    """Copy a directory's files from a bucket; nothing where it is not there."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir() if source.exists() else ():
+        if entry.is_dir():
+            download(entry, destination / entry.name)
+        else:
+            (destination / entry.name).write_bytes(entry.read_bytes())
+
+
+def upload(source: Path, destination: AnyPath, known: dict[Path, tuple[int, int]] | None = None) -> None:
+    """Copy a directory's files to a bucket: all, or those that are new or changed since the last call with `known`."""
+    known = {} if known is None else known
+    for entry in sorted(source.rglob("*")):
+        if not entry.is_file():
+            continue
+        state = entry.stat()
+        seen = state.st_mtime_ns, state.st_size
+        if known.get(entry) != seen:
+            target = destination / entry.relative_to(source).as_posix()
+            target.write_bytes(entry.read_bytes())
+            known[entry] = seen
+
+
+def remove(path: AnyPath) -> None:
+    """A file or a directory with all that is in it, if it is there."""
+    if path.is_dir():
+        path.rmtree() if in_bucket(path) else shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
