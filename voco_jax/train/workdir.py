@@ -28,7 +28,8 @@ _SEEN_WITHIN = 60  # seconds until a network file system must show what another 
 _FREE = (
     "workdir", "eval", "train.log_every", "train.checkpoint_every",
     "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
-    "mesh", "model.attention", "model.remat", "model.unroll_layers",
+    "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
+    "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it
 )  # fmt: skip
 
 
