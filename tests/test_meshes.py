@@ -24,6 +24,7 @@ from tests.test_two_streams import CONFIG, IMAGES, make, random_layout
 from voco_jax.config import default_config
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
+from voco_jax.errors import UserError
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import AXES, make_mesh
 from voco_jax.parallel.sharding import param_shardings, put_batch
@@ -31,7 +32,8 @@ from voco_jax.run import abstract_model, init_params
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state, init_opt_state
-from voco_jax.train.step import label_loss, make_train_step
+from voco_jax.train.step import label_loss, make_train_step, split_batch
+from voco_jax.train.step import loss_and_gradients as loss_and_gradients_of
 
 RECORDS, ROWS, LENGTH = 8, 16, 128  # two read rows share a record's images
 BASE = dataclasses.replace(
@@ -113,6 +115,22 @@ def loss_and_gradients_are_those_of_one_device(case):
     assert_close(found, on_one_device(config), 1e-5)
 
 
+def a_batch_in_pieces_is_the_batch():
+    """Four of them, each device's own bins cut up; and they stay where they are."""
+    config, mesh = dataclasses.replace(BASE, unroll_layers=False), mesh_of((1, 2, 2, 2))
+    graphdef, params = make(config)
+    loss_of = functools.partial(label_loss, graphdef)
+    params = jax.device_put(params, param_shardings(mesh, params))
+    with jax.set_mesh(mesh):
+        batch = put_batch(mesh, random_batch(config))
+        found = jax.jit(lambda params, batch: loss_and_gradients_of(loss_of, params, batch, 4))(params, batch)
+        text = jax.jit(lambda batch: split_batch(batch, 4)).lower(batch).compile().as_text()
+        with pytest.raises(UserError, match=r"data.batch_size: expected a multiple of 16, the 2 devices along .*; fou"):
+            split_batch(batch, 8)
+    assert_close(jax.device_get(found), on_one_device(BASE), 1e-5)
+    assert "all-to-all" not in text and "all-gather" not in text and "permute" not in text
+
+
 def splash_on_every_axis_is_xla():
     found = loss_and_gradients(dataclasses.replace(BASE, attention="splash"), random_batch(BASE), (1, 2, 2, 2))
     assert_close(found, on_one_device(BASE), 1e-4)
@@ -152,14 +170,14 @@ def parameters_are_made_in_their_shards():
 
 
 def a_checkpoint_moves_between_meshes():
-    config, optimizer = default_config(), make_optimizer(default_config().optim, 1000)
+    config, optimizer = default_config(), make_optimizer(default_config())
     with (
         tempfile.TemporaryDirectory() as directory,
         contextlib.closing(Checkpointer(Path(directory), create=True)) as checkpointer,
     ):
         state = abstract_state(config, BASE, optimizer, mesh_of((2, 2, 1, 2)))
         params = jax.device_put(make(BASE)[1], state.shardings[0])
-        opt_state = init_opt_state(config, optimizer, params, state.shardings[1])
+        opt_state = init_opt_state(optimizer, params, state)
         checkpointer.save(1, params, opt_state, {"next": 1})
         checkpointer._manager.wait_until_finished()
         state = abstract_state(config, BASE, optimizer, mesh_of((1, 8, 1, 1)))
@@ -179,18 +197,20 @@ def a_training_step_keeps_what_is_frozen_and_where_things_are():
     config, mesh = default_config(), mesh_of((1, 2, 2, 2))
     config.train.freeze = ("vision_tower", "llama.norm")
     config.optim.warmup_steps = 0
-    optimizer = make_optimizer(config.optim, 1000)
+    optimizer = make_optimizer(config)
     with jax.set_mesh(mesh):
         state = abstract_state(config, BASE, optimizer, mesh)
-        step = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
+        step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings)
         params = jax.device_put(make(BASE)[1], state.shardings[0])
         before = jax.device_get(params)
-        opt_state = init_opt_state(config, optimizer, params, state.shardings[1])
+        opt_state = init_opt_state(optimizer, params, state)
         for _ in range(2):
             given = params["llama"]["layers"]["q_proj"]["kernel"], *jax.tree.leaves(opt_state)
-            params, opt_state, loss = step(params, opt_state, put_batch(mesh, random_batch(BASE)))
+            params, opt_state, metrics = step(params, opt_state, put_batch(mesh, random_batch(BASE)))
             assert all(leaf.is_deleted() for leaf in given)
-        assert loss.is_fully_replicated and np.isfinite(float(loss))
+        assert sorted(metrics) == ["bad", "grad_norm", "loss"]
+        assert all(x.is_fully_replicated and x.dtype == np.float32 and x.shape == () for x in metrics.values())
+        assert np.isfinite(float(metrics["loss"])) and float(metrics["grad_norm"]) > 0 and float(metrics["bad"]) == 0
     assert "vision_tower" not in str(jax.tree.structure(opt_state)) and "projector" in str(
         jax.tree.structure(opt_state)
     )
@@ -206,6 +226,7 @@ def a_training_step_keeps_what_is_frozen_and_where_things_are():
 CHECKS = {case: functools.partial(loss_and_gradients_are_those_of_one_device, case) for case in CASES} | {
     check.__name__: check
     for check in (
+        a_batch_in_pieces_is_the_batch,
         splash_on_every_axis_is_xla,
         every_image_is_seen_by_one_device,
         parameters_are_made_in_their_shards,

@@ -19,6 +19,13 @@ def optim(**changes):
     return config
 
 
+def optimizer_of(steps=100, **changes):
+    config = default_config()
+    config.optim = optim(**{"warmup_steps": 0} | changes)
+    config.train.steps = steps
+    return make_optimizer(config)
+
+
 def test_schedules():
     for name, half in ("cosine", 0.5), ("linear", 0.5):
         schedule = make_schedule(optim(learning_rate=0.2, schedule=name, warmup_steps=10), steps=110)
@@ -36,11 +43,11 @@ def updates(name: str, **changes):
     }
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda p: jnp.array(rng.normal(size=p.shape), p.dtype), params)
-    optimizer = make_optimizer(optim(name=name, warmup_steps=0, learning_rate=0.01, **changes), steps=100)
-    return optimizer.update(gradients, optimizer.init(params), params)[0], gradients
+    optimizer = optimizer_of(name=name, learning_rate=0.01, **changes)
+    return optimizer.update(gradients, optimizer.init(params), params, value=1.0)[0], gradients
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_weight_decay_is_for_matrices(name):
     """Norms and biases are not drawn to zero."""
     without, _ = updates(name)
@@ -55,8 +62,8 @@ def test_gradients_are_clipped_by_their_global_norm():
     """Adam's step forgets the gradient's scale; its first moment does not."""
     _, gradients = updates("adamw")
     norm = float(jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradients))))
-    optimizer = make_optimizer(optim(clip_norm=norm / 10, warmup_steps=0), steps=100)
-    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    optimizer = optimizer_of(clip_norm=norm / 10)
+    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients, value=1.0)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     (first_moment,) = [leaf for key, leaf in leaves.items() if key.endswith(".mu['fc']['kernel']")]
     np.testing.assert_allclose(first_moment, (1 - 0.9) * gradients["fc"]["kernel"] / 10, rtol=1e-5)

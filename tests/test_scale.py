@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from voco_jax.config import default_config
 from voco_jax.models import presets
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import abstract_model
+from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import make_train_step
 
 
@@ -17,7 +18,7 @@ def lowered_step(num_layers: int) -> str:
     llama = dataclasses.replace(presets.LLAMA["vicuna-7b"], vocab_size=32001, num_hidden_layers=num_layers)
     config = VoCoConfig(llama=llama, vision=presets.VIT["clip-vit-l-14-336"], num_voco_tokens=2, dtype="bfloat16")
     graphdef, params = abstract_model(config)
-    optimizer = optax.adamw(1e-5)
+    optimizer = make_optimizer(default_config())
     integers = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     batch = {name: integers for name in ("tokens", "positions", "segment_ids", "visual", "targets")}
     batch["weights"] = jax.ShapeDtypeStruct((1, 2048), jnp.float32)

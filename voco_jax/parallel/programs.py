@@ -82,9 +82,9 @@ def model_of(config: ConfigDict) -> VoCoConfig:
 
 def _train(config: ConfigDict, mesh: Mesh) -> Program:
     model_config = model_of(config)
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    optimizer = make_optimizer(config)
     state = abstract_state(config, model_config, optimizer, mesh)
-    function = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
+    function = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate)
     batch = abstract_batch(config)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
     rows, images = config.data.batch_size * config.data.rows_per_bin, _num_images(config)

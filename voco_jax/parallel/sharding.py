@@ -14,6 +14,7 @@ from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
 # Path (of a layer's parameter: without the leading layer axis) to the axes of its dimensions; the first that matches.
 RULES = (
     (r"embed_tokens\.embedding", ("tensor", PARAMS)),  # [V, D]
+    (r"embed_tokens\.voco_row", (PARAMS,)),  # [D], see train/freeze.py
     (r"lm_head\.kernel", (PARAMS, "tensor")),  # [D, V]
     (r"\b(q|k|v)_proj\.kernel|attention\.(query|key|value)\.kernel", (PARAMS, "tensor", None)),  # [D, heads, H]
     (r"\b(q|k|v)_proj\.bias|attention\.(query|key|value)\.bias", ("tensor", None)),  # [heads, H]
@@ -61,11 +62,16 @@ def param_shardings(mesh: Mesh, params):
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
+def batch_spec(name: str) -> tuple:
+    """The axes of the dimensions of a batch's array by its name; dimensions left out are on every device."""
+    return BATCH.get(name, (ROWS,))
+
+
 def batch_shardings(mesh: Mesh, batch: dict):
     """A `NamedSharding` for each array of a batch; UserError where rows or images do not divide."""
 
     def sharding(name, array):
-        spec = BATCH.get(name, (ROWS,))
+        spec = batch_spec(name)
         for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_bin"), strict=False):
             if size % (count := _count(mesh, axes)):
                 expected = f"expected a multiple of {count}, the devices along {axes}"

@@ -1,32 +1,70 @@
 """Which parameters train: the tree in two, so that what is frozen has neither gradients nor optimizer state."""
 
-from collections.abc import Sequence
+import dataclasses
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+from ml_collections import ConfigDict
 
 from voco_jax.errors import UserError
+from voco_jax.models.voco import VoCoConfig
+
+EMBEDDING = ("llama", "embed_tokens", "embedding")
+VOCO_ROW = ("llama", "embed_tokens", "voco_row")  # in the trained tree alone: of a frozen embedding, the VoCo token's
 
 
-def split_params(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
-    """(trained, frozen) of a nested dict; `freeze` holds dotted paths of parts. UserError for a path that is none."""
-    trained, frozen = _copy(params), {}
-    for path in freeze:
-        *parents, last = path.split(".")
-        source, target = trained, frozen
-        for key in parents:
-            source = source.get(key) if isinstance(source, dict) else None
-            target = target.setdefault(key, {})
-        if not isinstance(source, dict) or last not in source:
-            raise UserError(f"config.train.freeze: expected parts such as {', '.join(params)}; found {path!r}")
-        target[last] = source.pop(last)
-    return trained, frozen
+@dataclasses.dataclass(frozen=True)
+class Freezing:
+    """What stays as it is: the parts at dotted `paths`, and with `base` the language model but for LoRA's matrices.
+
+    Neither touches LoRA's matrices. Where the embedding [V, D] is frozen, its row `voco_token_id` trains all the same
+    (None: no row does), as a parameter [D] of its own; parameters that are whole never show it.
+    """
+
+    paths: tuple[str, ...] = ()
+    voco_token_id: int | None = None
+    base: bool = False
+
+    def split(self, params: dict) -> tuple[dict, dict]:
+        """(trained, frozen) of a nested dict of arrays. UserError for a path that is none, or if nothing is left."""
+        leaves = flatten_dict(params)
+        for path in self.paths:
+            if not any(_is_in(path, keys) for keys in leaves):
+                raise UserError(f"config.train.freeze: expected parts such as {', '.join(params)}; found {path!r}")
+            if all("lora" in keys for keys in leaves if _is_in(path, keys)):
+                raise UserError(f"config.train.freeze: LoRA's matrices always train; found {path!r}")
+        frozen = {keys: leaf for keys, leaf in leaves.items() if self._is_frozen(keys)}
+        trained = {keys: leaf for keys, leaf in leaves.items() if keys not in frozen}
+        if self.voco_token_id is not None and EMBEDDING in frozen:
+            trained[VOCO_ROW] = frozen[EMBEDDING][self.voco_token_id]
+        if not trained:
+            raise UserError(f"config.train.freeze: expected something to train, found {', '.join(self.paths)}")
+        return unflatten_dict(trained), unflatten_dict(frozen)
+
+    def merge(self, trained: dict, frozen: dict) -> dict:
+        """The tree that `split` took apart."""
+        leaves = flatten_dict(frozen) | flatten_dict(trained)
+        row = leaves.pop(VOCO_ROW, None)
+        if row is not None:
+            leaves[EMBEDDING] = leaves[EMBEDDING].at[self.voco_token_id].set(row)
+        return unflatten_dict(leaves)
+
+    def trained(self, params: dict) -> dict:
+        """The trained tree of parameters that are shapes and dtypes."""
+        return jax.eval_shape(lambda params: self.split(params)[0], params)
+
+    def _is_frozen(self, keys: tuple[str, ...]) -> bool:
+        if "lora" in keys:
+            return False
+        return self.base and keys[0] == "llama" or any(_is_in(path, keys) for path in self.paths)
 
 
-def merge_params(trained: dict, frozen: dict) -> dict:
-    """The tree that `split_params` took apart."""
-    merged = dict(trained)
-    for key, value in frozen.items():
-        merged[key] = merge_params(merged[key], value) if isinstance(merged.get(key), dict) else value
-    return merged
+def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> Freezing:
+    """What `train.freeze` and LoRA freeze; the VoCo token's row trains in models whose text has VoCo tokens."""
+    has_voco = model_config.compressor in ("voco", "none")
+    return Freezing(tuple(config.train.freeze), model_config.voco_token_id if has_voco else None)
 
 
-def _copy(tree):
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+def _is_in(path: str, keys: tuple[str, ...]) -> bool:
+    parts = tuple(path.split("."))
+    return keys[: len(parts)] == parts

@@ -24,7 +24,6 @@ from voco_jax.run import begin_with_run, init_params, make_processor
 from voco_jax.storage import AnyPath
 from voco_jax.train.checkpoint import Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
-from voco_jax.train.freeze import split_params
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
@@ -81,11 +80,14 @@ def _set_up(config: ConfigDict) -> _Setup:
     _check_positions(longest, model_config)
 
     # Model and optimizer, their places on the mesh
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    optimizer = make_optimizer(config)
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
-        train_step = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
-        num_params, num_frozen = (_count(p) for p in split_params(state.params, config.train.freeze))
+        train_step = make_train_step(
+            state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate
+        )
+        num_params = _count(state.freezing.trained(state.params))
+        num_frozen = _count(state.params) - num_params
         frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
         _say(f"model: {num_params:,} parameters{frozen}, compressor {model_config.compressor}, {model_config.dtype}")
         # The directory comes into being only later, when what can be wrong with the input has shown itself
@@ -111,15 +113,15 @@ def _train(run: _Setup) -> None:
             _say(f"{run.workdir}: {progress}, at step {start} of {config.train.steps}")
         else:
             params = _first_params(config, run.model_config, state)
-            opt_state = init_opt_state(config, run.optimizer, params, state.shardings[1])
+            opt_state = init_opt_state(run.optimizer, params, state)
 
         # The loop
         steps = range(start + 1, config.train.steps + 1)
         with MetricsLog(workdir.logs / "metrics.jsonl", start, config.train) as log:
             preemption.begin()
             for step, batch in zip(steps, _feed(config, run.mesh, batches, len(steps)), strict=True):
-                params, opt_state, loss = run.train_step(params, opt_state, batch)
-                log.add(step, loss, batches.count(step - 1))
+                params, opt_state, metrics = run.train_step(params, opt_state, batch)
+                log.add(step, metrics["loss"], batches.count(step - 1))
                 preempted = preemption.reached(step)
                 if preempted or step % config.train.checkpoint_every == 0 or step == config.train.steps:
                     log.settle()

@@ -1,58 +1,110 @@
-"""The optimizer from its config: AdamW, or Muon for the matrices with AdamW for the rest."""
+"""The optimizer from its config: AdamW, Muon for the matrices with AdamW for the rest, or Adafactor."""
 
 import jax
 from ml_collections import ConfigDict
 import optax
 
 from voco_jax.errors import UserError
+from voco_jax.train.guard import guard
+
+NAMES = ("adamw", "muon", "adafactor")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to the learning rate, then cosine or linear decay to zero at the last step."""
-    if not 0 <= optim.warmup_steps < steps:
-        raise UserError(
-            f"optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {optim.warmup_steps}"
-        )
-    decay_steps = steps - optim.warmup_steps
-    decays = {
-        "cosine": optax.cosine_decay_schedule(optim.learning_rate, decay_steps),
-        "linear": optax.linear_schedule(optim.learning_rate, 0.0, decay_steps),
-    }
-    if optim.schedule not in decays:
-        raise UserError(f"optim.schedule: expected one of {', '.join(decays)}; found {optim.schedule!r}")
-    warmup = optax.linear_schedule(0.0, optim.learning_rate, optim.warmup_steps)
-    return optax.join_schedules([warmup, decays[optim.schedule]], [optim.warmup_steps])
+    """Learning rate by step: linear warm-up from zero, then the schedule of that name.
+
+    'cosine' and 'linear' go down from there on, 'wsd' (warm-up, stable, decay) in a line over the last `decay_share`
+    of all steps; at `steps` all have arrived at `final_scale` times the learning rate. 'constant' stays.
+    """
+    rate, warmup = optim.learning_rate, optim.warmup_steps
+    if not 0 <= warmup < steps:
+        raise UserError(f"optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {warmup}")
+    if optim.schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule: expected one of {', '.join(SCHEDULES)}; found {optim.schedule!r}")
+    pieces = [(0, optax.linear_schedule(0.0, rate, warmup))]  # (first step, schedule from there on)
+    rest = steps - warmup
+    if optim.schedule == "cosine":
+        pieces.append((warmup, optax.cosine_decay_schedule(rate, rest, alpha=optim.final_scale)))
+    elif optim.schedule == "linear":
+        pieces.append((warmup, optax.linear_schedule(rate, rate * optim.final_scale, rest)))
+    else:
+        pieces.append((warmup, optax.constant_schedule(rate)))
+    if optim.schedule == "wsd":
+        decay = round(optim.decay_share * steps)
+        if not 1 <= decay <= rest:
+            expected = f"expected 1 to {rest} steps of decay (train.steps is {steps}, optim.warmup_steps {warmup})"
+            raise UserError(f"optim.decay_share: {expected}; found {decay}")
+        pieces.append((steps - decay, optax.linear_schedule(rate, rate * optim.final_scale, decay)))
+    starts, schedules = zip(*pieces, strict=True)
+    return optax.join_schedules(schedules, starts[1:])
 
 
-def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, the optimizer of that name, decoupled weight decay, learning rate."""
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, the optimizer of that name, decoupled weight decay, learning rate, that of each part.
+
+    All of it under a guard against bad steps (`train/guard.py`): `update` takes the loss as `value=`.
+    """
+    optim, train = config.optim, config.train
+    chain = optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        _descend(optim),
+        # Here, for all alike: optax's muon decays norms and biases too
+        optax.add_decayed_weights(-optim.weight_decay, lambda params: decayed(params, optim.decayed)),
+        optax.scale_by_schedule(make_schedule(optim, train.steps)),
+        _scale_parts(optim.rate_scale.to_dict()),
+    )
+    return guard(chain, train.on_bad_step, train.spike_factor)
+
+
+def _descend(optim: ConfigDict) -> optax.GradientTransformation:
+    """From gradients to steps downwards, at learning rate 1."""
     if optim.name == "adamw":
-        descend = optax.adam(1.0, b1=optim.b1, b2=optim.b2)
-    elif optim.name == "muon":
-        descend = optax.contrib.muon(
+        return optax.adam(1.0, b1=optim.b1, b2=optim.b2)
+    if optim.name == "muon":
+        return optax.contrib.muon(
             1.0,
             adam_b1=optim.b1,
             adam_b2=optim.b2,
             muon_weight_dimension_numbers=muon_dimension_numbers,
             consistent_rms=0.2,  # updates the size of Adam's, so that one learning rate serves both
         )
-    else:
-        raise UserError(f"optim.name: expected adamw or muon; found {optim.name!r}")
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        descend,
-        optax.add_decayed_weights(-optim.weight_decay, decayed),  # here: optax's muon decays norms and biases too
-        optax.scale_by_schedule(make_schedule(optim, steps)),
-    )
+    if optim.name == "adafactor":
+        # Without a first moment, and second moments as rows and columns (Shazeer and Stern, arXiv:1804.04235); its
+        # updates have a root mean square of 1 at most, as Adam's have, so the learning rate means the same.
+        return optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0)
+    raise UserError(f"optim.name: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}; found {optim.name!r}")
 
 
-def decayed(params):
-    """Which parameters decay: kernels and embeddings, not norms and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+def _scale_parts(scales: dict[str, float]) -> optax.GradientTransformation:
+    """Updates of each top-level part of the parameters times its number."""
+    for part, scale in scales.items():
+        if not scale > 0:
+            hint = "train.freeze keeps a part as it is" if scale == 0 else "it scales a learning rate"
+            raise UserError(f"config.optim.rate_scale.{part}: expected above 0, found {scale}; {hint}")
+    scales = {part: scale for part, scale in scales.items() if scale != 1}
+
+    def scaled(updates, params=None):
+        return {
+            part: jax.tree.map(lambda u: u * scales[part], tree) if part in scales else tree  # noqa: B023 (used here)
+            for part, tree in updates.items()
+        }
+
+    return optax.stateless(scaled) if scales else optax.identity()
+
+
+def decayed(params, names) -> dict:
+    """Which parameters decay: those whose last part of the path is in `names` (a lone VoCo row as its embedding)."""
+
+    def decays(path, _):
+        name = path[-1].key
+        return ("embedding" if name == "voco_row" else name) in names
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def muon_dimension_numbers(params):
-    """Which axes of each kernel are a matrix's rows and columns; None (AdamW) for embeddings, norms and biases.
+    """Which axes of each kernel are a matrix's rows and columns; None (AdamW) for all else: embeddings, norms, LoRA.
 
     Stacked layers have a leading axis of matrices; heads and head size together are one side of a projection.
     """

@@ -10,16 +10,20 @@ import optax
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.sharding import param_shardings, with_shardings
 from voco_jax.run import abstract_model
-from voco_jax.train.freeze import split_params
+from voco_jax.train.freeze import Freezing, freezing_of
 
 
 class AbstractState(NamedTuple):
-    """Parameters and optimizer state as shapes with shardings; `shardings` is (of params, of opt_state)."""
+    """Parameters and optimizer state as shapes with shardings; `shardings` is (of params, of opt_state).
+
+    `opt_state` is of what `freezing` leaves to train.
+    """
 
     graphdef: Any
     params: dict
     opt_state: Any
     shardings: tuple[Any, Any]
+    freezing: Freezing
 
 
 def abstract_state(
@@ -27,12 +31,13 @@ def abstract_state(
 ) -> AbstractState:
     """The state of a run, nothing allocated. UserError where the mesh does not divide a parameter."""
     graphdef, params = abstract_model(model_config)
-    opt_state = jax.eval_shape(optimizer.init, split_params(params, config.train.freeze)[0])
+    freezing = freezing_of(config, model_config)
+    opt_state = jax.eval_shape(optimizer.init, freezing.trained(params))
     shardings = param_shardings(mesh, params), param_shardings(mesh, opt_state)
-    return AbstractState(graphdef, *map(with_shardings, (params, opt_state), shardings), shardings)
+    return AbstractState(graphdef, *map(with_shardings, (params, opt_state), shardings), shardings, freezing)
 
 
-def init_opt_state(config: ConfigDict, optimizer: optax.GradientTransformation, params: dict, shardings):
+def init_opt_state(optimizer: optax.GradientTransformation, params: dict, state: AbstractState):
     """The optimizer's state before the first step, made in its shards."""
-    init = jax.jit(lambda params: optimizer.init(split_params(params, config.train.freeze)[0]), out_shardings=shardings)
+    init = jax.jit(lambda params: optimizer.init(state.freezing.split(params)[0]), out_shardings=state.shardings[1])
     return init(params)

@@ -33,7 +33,8 @@ _FREE = (
     "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best", "train.on_bad_step",
     "train.max_skipped", "data.test",
     "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
-    "mesh", "model.attention", "model.remat", "model.unroll_layers",
+    "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
+    "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it
 )  # fmt: skip
 
 
