@@ -17,7 +17,7 @@ from PIL import Image
 from voco_jax.data.augment import augment, augments
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
-from voco_jax.data.plan import Placed, Plan
+from voco_jax.data.plan import Amount, Placed, Plan
 from voco_jax.data.records import TOO_LONG, BadRecord, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -155,9 +155,9 @@ class Batches(Iterator):
             self._iterator = iter(dataset)
         return self._account(next(self._iterator))
 
-    def count(self, batch: int) -> int:
-        """Conversations of a batch by its number, those of all hosts."""
-        return self.loader.plan.count(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+    def amount(self, batch: int) -> Amount:
+        """What stands in a batch by its number, in the bins of all hosts."""
+        return self.loader.plan.amount(range(batch * self.batch_size, (batch + 1) * self.batch_size))
 
     def peek(self) -> dict[str, np.ndarray]:
         """The next batch, made here and now; it still comes next."""

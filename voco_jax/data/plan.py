@@ -45,6 +45,14 @@ class Use(NamedTuple):
     bins: int
 
 
+class Amount(NamedTuple):
+    """What stands in some bins: conversations, tokens of the read rows (no padding), images."""
+
+    conversations: int
+    tokens: int
+    images: int
+
+
 class Plan:
     """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one. Small enough to be sent to workers."""
 
@@ -122,15 +130,18 @@ class Plan:
         """Of all records together."""
         return len(self._lengths)
 
-    def count(self, bins: range) -> int:
-        """Conversations in some bins."""
-        total = 0
-        for i in bins:
-            epoch, bin_ = self.locate(i)
+    def amount(self, bins: range) -> Amount:
+        """What stands in bins that follow one another. As planned: a record that later cannot be loaded counts too."""
+        total, i = np.zeros(3, np.int64), bins.start
+        while i < bins.stop:
+            epoch, first = self.locate(i)
             plan = self._epoch(epoch)
-            items = plan.items[plan.offsets[bin_] : plan.offsets[bin_ + 1]]
-            total += int((plan.item_offsets[items + 1] - plan.item_offsets[items]).sum())
-        return total
+            last = min(first + bins.stop - i, len(plan.offsets) - 1)
+            items = plan.items[plan.offsets[first] : plan.offsets[last]]
+            conversations = plan.item_offsets[items + 1] - plan.item_offsets[items]
+            total += conversations.sum(), plan.tokens[items].sum(), plan.num_images[items].sum()
+            i += last - first
+        return Amount(*total.tolist())
 
     def use(self, epoch: int = 0) -> Use:
         """How full the bins of an epoch are."""
@@ -184,7 +195,8 @@ class Plan:
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         if self._layout == "group":  # empty bins fill the last batch, so that the next epoch's groups are whole batches
             offsets = np.append(offsets, np.full(-len(sizes) % self._batch_size, offsets[-1]))
-        return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images)
+        tokens = np.add.reduceat(lengths, item_offsets[:-1], dtype=np.int64)
+        return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images, tokens)
 
     def _draw(self, source: int, epoch: int) -> np.ndarray:
         """A source's records of an epoch: `weight` times all of them.
@@ -247,7 +259,8 @@ def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: BinShape) ->
 
 
 class _Epoch(NamedTuple):
-    """offsets [bins + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]."""
+    """offsets [bins + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]. Of each item
+    its images and its tokens [items]."""
 
     offsets: np.ndarray
     items: np.ndarray
@@ -256,6 +269,7 @@ class _Epoch(NamedTuple):
     conversations: np.ndarray
     rows: np.ndarray
     num_images: np.ndarray
+    tokens: np.ndarray
 
 
 def group_by_length(lengths: np.ndarray, with_images: np.ndarray, batch_size: int, rng) -> np.ndarray:

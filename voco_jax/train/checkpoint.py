@@ -72,6 +72,10 @@ class Checkpointer:
                 raise ValueError("params has no metadata")
             return dict(_named_shapes(metadata.tree))
 
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for the last save."""
         self._manager.close()

@@ -6,6 +6,7 @@ import functools
 import itertools
 from pathlib import Path
 import sys
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +21,18 @@ from tqdm import tqdm
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.errors import UserError
+from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import make_mesh
+from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, init_params, make_processor
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.data import open_training_data
 from voco_jax.train.freeze import split_params
-from voco_jax.train.metrics import MetricsLog
+from voco_jax.train.goodput import Goodput
+from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
@@ -55,6 +59,7 @@ def train(config: ConfigDict) -> Path:
 
     Several processes (`voco_jax/parallel/distributed.py`) call it together.
     """
+    begun = time.monotonic()
     with together():  # so nothing in it waits for other processes
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
@@ -63,7 +68,7 @@ def train(config: ConfigDict) -> Path:
         {"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary, "data files": plan}
     )
     with jax.set_mesh(run.mesh):
-        _train(run)
+        _train(run, begun)
     return run.workdir
 
 
@@ -96,7 +101,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     return _Setup(config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step)
 
 
-def _train(run: _Setup) -> None:
+def _train(run: _Setup, begun: float) -> None:
     config, state, batches, workdir = run.config, run.state, run.batches, run.workdir
     with (
         open_workdir(workdir, config, run.tokenizer),
@@ -116,17 +121,40 @@ def _train(run: _Setup) -> None:
 
         # The loop
         steps = range(start + 1, config.train.steps + 1)
-        with MetricsLog(workdir / "metrics.jsonl", start, config.train) as log:
-            for step, batch in zip(steps, _feed(config, run.mesh, batches, len(steps)), strict=True):
-                params, opt_state, loss = run.train_step(params, opt_state, batch)
-                log.add(step, loss, batches.count(step - 1))
+        account = workdir / "goodput.json" if jax.process_index() == 0 else None
+        with contextlib.ExitStack() as stack:
+            if not steps:
+                return
+            goodput = stack.enter_context(Goodput(account, start, since=begun))
+            log = stack.enter_context(MetricsLog(workdir, start, config, goodput, _speed(run)))
+            stack.enter_context(goodput.during("steps"))
+            feed = iter(_feed(config, run.mesh, batches, len(steps)))
+            for step in steps:
+                with goodput.during("data"):
+                    batch = next(feed)
+                with goodput.during("compile" if step == steps.start else "steps"):
+                    params, opt_state, loss = run.train_step(params, opt_state, batch)
+                    log.add(step, {"loss": loss}, batches.amount(step - 1))
                 if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                     log.settle()
-                    _check_finite(params, step)
-                    checkpointer.save(step, params, opt_state, batches.state_at(step))
+                    with goodput.during("checkpoint"):
+                        _check_finite(params, step)
+                        checkpointer.save(step, params, opt_state, batches.state_at(step))
+                    goodput.mark(step)
+            with goodput.during("checkpoint"):
+                checkpointer.wait()
+            _say(goodput.summary())
     if batches.report.bad or batches.report.odd:
         for line in batches.report.lines("conversations"):
             _say(f"data, this process's since step {start}: {line}")
+
+
+def _speed(run: _Setup) -> Speed:
+    """What a step costs, padding included, and what the devices could do."""
+    data, shape = run.config.data, run.batches.loader.plan.shape
+    rows, images = data.batch_size * shape.rows, data.batch_size * shape.images
+    flops = training_flops(run.model_config, rows, shape.row_length, images, run.config.train.freeze)
+    return Speed(flops, peak_flops(run.mesh.devices.flat), run.model_config.compress_length)
 
 
 def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:

@@ -20,13 +20,17 @@ from voco_jax.errors import UserError
 from voco_jax.parallel.distributed import together
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
-_BEGINNINGS = {".lock", "tokenizer", "config.json", "metrics.jsonl", "checkpoints"}
+_BEGINNINGS = {
+    ".lock", "tokenizer", "config.json", "metrics.jsonl", "checkpoints",
+    "tensorboard", "goodput.json", "goodput.json.new", "metrics.jsonl.new", "answers", "profile",
+}  # fmt: skip
 
 _SEEN_WITHIN = 60  # seconds until a network file system must show what another host has made
 
 # What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
 _FREE = (
     "workdir", "eval", "train.log_every", "train.checkpoint_every",
+    "train.tensorboard", "train.profile_at", "train.profile_steps",
     "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
     "mesh", "model.attention", "model.remat", "model.unroll_layers",
 )  # fmt: skip
