@@ -133,13 +133,13 @@ class Batches(Iterator):
         """`shard` are the bins of each global batch that are loaded here (None: all)."""
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
-        self._num_batches, self._next, self._iterator = num_batches, 0, None
+        self.num_batches, self._next, self._iterator = num_batches, 0, None
         self._fingerprint = loader.plan.fingerprint()
         self._total = loader.plan.num_conversations
 
     def dataset(self) -> grain.MapDataset:
         """Batches from the next one on, by number."""
-        bins = _Bins(self.loader.plan, self.batch_size, self.shard, self._next, self._num_batches)
+        bins = _Bins(self.loader.plan, self.batch_size, self.shard, self._next, self.num_batches)
         return grain.MapDataset.source(bins).map(self.loader).batch(len(self.shard), batch_fn=_join)
 
     def __next__(self) -> dict[str, np.ndarray]:

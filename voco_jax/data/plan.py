@@ -54,7 +54,8 @@ class Amount(NamedTuple):
 
 
 class Plan:
-    """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one. Small enough to be sent to workers."""
+    """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one, but after `epochs` (0: never) bins are
+    empty. Small enough to be sent to workers."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class Plan:
         batch_size: int = 1,
         conversations_per_record: int = 0,
         share_images: bool = True,
+        epochs: int = 0,
     ):
         if layout not in LAYOUTS:
             raise UserError(f"config.data.layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
@@ -74,7 +76,7 @@ class Plan:
         self.shape, self.seed, self._layout, self._batch_size = shape, seed, layout, batch_size
         self._empty = [shape.row_length] * shape.rows  # tokens left in the rows of a bin
         self._weights, self._sizes, self._first = list(weights), sizes, np.cumsum([0, *sizes])
-        self._per_record, self._share = conversations_per_record, share_images
+        self._per_record, self._share, self._num_epochs = conversations_per_record, share_images, epochs
         # All sources' arrays as one; records are numbered through
         self._source = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self._records = np.concatenate([index.records for index in indices])
@@ -100,6 +102,8 @@ class Plan:
         self.__dict__ = state | {"_lock": threading.RLock()}
 
     def __getitem__(self, i: int) -> list[Placed]:
+        if self._num_epochs and i >= self.bins(self._num_epochs - 1).stop:
+            return []
         epoch, bin_ = self.locate(i)
         plan = self._epoch(epoch)
         placed = []

@@ -30,6 +30,7 @@ from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, w
 from voco_jax.run import begin_with_run, init_params, make_processor
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.data import open_training_data
+from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.freeze import split_params
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
@@ -52,6 +53,7 @@ class _Setup(NamedTuple):
     optimizer: optax.GradientTransformation
     state: AbstractState
     train_step: Callable
+    evaluator: Evaluator | None
 
 
 def train(config: ConfigDict) -> Path:
@@ -83,7 +85,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     tokenizer, model_config, batches, longest = open_training_data(
         config, run=workdir if resuming else None, shard=shard, say=_say
     )
-    if config.data.test:
+    if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
     _check_positions(longest, model_config)
 
@@ -98,7 +100,12 @@ def _set_up(config: ConfigDict) -> _Setup:
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:
             _try_first_batch(config, batches, train_step, state)
-    return _Setup(config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step)
+    evaluator = None
+    if config.eval.every:
+        evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, _say)
+    return _Setup(
+        config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
+    )
 
 
 def _train(run: _Setup, begun: float) -> None:
@@ -135,6 +142,10 @@ def _train(run: _Setup, begun: float) -> None:
                 with goodput.during("compile" if step == steps.start else "steps"):
                     params, opt_state, loss = run.train_step(params, opt_state, batch)
                     log.add(step, {"loss": loss}, batches.amount(step - 1))
+                if run.evaluator is not None and run.evaluator.due(step):
+                    log.settle()
+                    with goodput.during("evaluation"):
+                        log.evaluated(step, *run.evaluator(step, params))
                 if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                     log.settle()
                     with goodput.during("checkpoint"):
