@@ -28,6 +28,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11",
         "sentencepiece>=0.2",
+        "tensorboardX>=2.6",  # event files for TensorBoard; brings protobuf and nothing larger
         "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5,<6",

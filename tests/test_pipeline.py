@@ -155,7 +155,7 @@ def test_hosts_come_and_go(source, encoder, small_tokenizer, tmp_path):
     assert bins <= 16
     first_epoch = Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40)})
     assert not first_epoch - found  # and what is more belongs to the next epoch
-    later = sum(whole.loader.plan.count(range(i, i + 1)) for i in range(bins, 16))
+    later = sum(whole.loader.plan.amount(range(i, i + 1)).conversations for i in range(bins, 16))
     assert sum(found.values()) == sum(first_epoch.values()) + later
 
 

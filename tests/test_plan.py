@@ -74,7 +74,9 @@ def test_an_epoch_has_every_conversation_once_and_bins_hold_them(layout, share):
         orders.append([(p.source, p.record) for b in plan.bins(epoch) for p in plan[b]])
         tokens = sum(expected.values()) / (len(plan.bins(epoch)) * 120)
         assert plan.use(epoch).tokens == pytest.approx(tokens)
-        assert plan.count(plan.bins(epoch)) == len(expected)
+        amount = plan.amount(plan.bins(epoch))
+        assert (amount.conversations, amount.tokens) == (len(expected), sum(expected.values()))
+        assert amount.images == round(plan.use(epoch).images * len(plan.bins(epoch)) * shape.images)
     assert orders[0] != orders[1] != orders[2]
 
 
@@ -86,6 +88,19 @@ def test_the_bins_of_epochs_follow_one_another():
     late = Plan([random_index(np.random.default_rng(3), 50)], [1], BinShape(1, 60, 4), seed=0)
     assert late[second.stop + 2] == plan[second.stop + 2]  # no matter what was asked before
     assert copy.deepcopy(plan)[7] == plan[7]
+
+
+def test_what_stands_in_bins_across_epochs():
+    known = random_index(np.random.default_rng(3), 50)
+    plan = Plan([known], [1], BinShape(1, 60, 4), seed=0)
+    bins = range(plan.bins(0).stop - 3, plan.bins(1).stop + 2)
+    placed = [p for b in bins for p in plan[b]]
+    lengths = [known.lengths[known.offsets[p.record // 10] + p.conversation] for p in placed]
+    records = {(b, p.item): p.record // 10 for b in bins for p in plan[b]}
+    images = sum(known.num_images[record] for record in records.values())
+    assert plan.amount(bins) == (len(placed), sum(lengths), images)
+    parts = [plan.amount(range(b, b + 1)) for b in bins]
+    assert tuple(map(sum, zip(*parts, strict=True))) == plan.amount(bins)
 
 
 def test_groups_stay_whole_in_later_epochs():

@@ -25,6 +25,8 @@ def main(address, process, workdir, fault):
     from voco_jax.data.tokenizer import train_tokenizer
     from voco_jax.train import workdir as directories
     from voco_jax.train.checkpoint import Checkpointer
+    from voco_jax.data.plan import Amount
+    from voco_jax.train.goodput import Goodput
     from voco_jax.train.metrics import MetricsLog
 
     directories._SEEN_WITHIN = 1
@@ -40,9 +42,10 @@ def main(address, process, workdir, fault):
     params, opt_state = {"layers": {"kernel": kernel}, "scale": scale}, {"mean": kernel}
     with directories.open_workdir(workdir, config, tokenizer):
         with contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer:
-            with MetricsLog(workdir / "metrics.jsonl", 0, config.train) as log:
+            account = workdir / "goodput.json" if process == 0 else None
+            with Goodput(account) as goodput, MetricsLog(workdir, 0, config, goodput) as log:
                 for step in range(1, 5):
-                    log.add(step, loss if fault != "no number" else loss * jnp.nan, 2)
+                    log.add(step, {"loss": loss if fault != "no number" else loss * jnp.nan}, Amount(2, 9, 1))
                 log.settle()
                 with distributed.together():
                     if fault == "one fails" and process == 1:
@@ -78,11 +81,11 @@ def test_two_processes_share_a_directory(tmp_path):
     first, second = run(workdir)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout.endswith("done 0\n") and second.stdout.endswith("done 1\n")
-    assert "training:" in first.stderr and "training:" not in second.stderr  # the bar
+    assert "step 4/40  loss 2.5" in first.stderr and "step" not in second.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(4, 2.5)]
     assert {path.name for path in workdir.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "metrics.jsonl", "tokenizer",
+        ".lock", "checkpoints", "config.json", "goodput.json", "metrics.jsonl", "tensorboard", "tokenizer",
     }  # fmt: skip
     # One process, and the converter, read what two have written
     kernel = np.arange(192.0, dtype=np.float32).reshape(4, 8, 6)

@@ -45,7 +45,9 @@ def test_a_run_directory_is_whole(tiny_run):
         ".lock",
         "checkpoints",
         "config.json",
+        "goodput.json",
         "metrics.jsonl",
+        "tensorboard",
         "tokenizer",
     ]
     assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["30", "40"]

@@ -301,8 +301,13 @@ RANGES = {
     "train.max_skipped": (0, None),
     "train.log_every": (1, None),
     "train.checkpoint_every": (1, None),
+    "train.profile_at": (0, None),
+    "train.profile_steps": (1, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
+    "eval.every": (0, None),
+    "eval.num_batches": (0, None),
+    "eval.num_answers": (0, None),
     "seed": (0, 2**31),
 }
 

@@ -7,6 +7,10 @@ stands is that number, and it goes on anywhere.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import threading
 
 from absl import flags
 import grain
@@ -17,7 +21,7 @@ from PIL import Image
 from voco_jax.data.augment import augment, augments
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
-from voco_jax.data.plan import Placed, Plan
+from voco_jax.data.plan import Amount, Placed, Plan
 from voco_jax.data.records import TOO_LONG, BadRecord, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -121,6 +125,22 @@ class _Bins:
         return self._plan[(self._first + batch) * self._batch_size + self._shard[row]]
 
 
+def _begin_worker(*_) -> None:
+    """In each worker process: it ends with the training, however that ends, and when that does rather than before.
+
+    A training that is told to end (SIGTERM, Ctrl-C) may want batches until it has saved.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True, name="parent").start()
+
+
 class Batches(Iterator):
     """An iterator of batches that can be put at any batch, and says where it is.
 
@@ -133,13 +153,13 @@ class Batches(Iterator):
         """`shard` are the bins of each global batch that are loaded here (None: all)."""
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
-        self._num_batches, self._next, self._iterator = num_batches, 0, None
+        self.num_batches, self._next, self._iterator = num_batches, 0, None
         self._fingerprint = loader.plan.fingerprint()
         self._total = loader.plan.num_conversations
 
     def dataset(self) -> grain.MapDataset:
         """Batches from the next one on, by number."""
-        bins = _Bins(self.loader.plan, self.batch_size, self.shard, self._next, self._num_batches)
+        bins = _Bins(self.loader.plan, self.batch_size, self.shard, self._next, self.num_batches)
         return grain.MapDataset.source(bins).map(self.loader).batch(len(self.shard), batch_fn=_join)
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -151,13 +171,21 @@ class Batches(Iterator):
                 if not flags.FLAGS.is_parsed():
                     flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
                 workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=max(1, data.prefetch))
-                dataset = dataset.mp_prefetch(workers)
+                dataset = dataset.mp_prefetch(workers, _begin_worker)
             self._iterator = iter(dataset)
         return self._account(next(self._iterator))
 
-    def count(self, batch: int) -> int:
-        """Conversations of a batch by its number, those of all hosts."""
-        return self.loader.plan.count(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+    def amount(self, batch: int) -> Amount:
+        """What stands in a batch by its number, in the bins of all hosts."""
+        return self.loader.plan.amount(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+
+    def describe(self, batch: int) -> str:
+        """Which records stand in a batch by its number: the first three, and how many more."""
+        bins = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+        records = list(dict.fromkeys((p.source, p.record) for i in bins for p in self.loader.plan[i]))
+        told = ", ".join(self.loader.sources[source].where(record) for source, record in records[:3])
+        more = f" and {len(records) - 3} more" if len(records) > 3 else ""
+        return f"batch {batch}: {told}{more}"
 
     def peek(self) -> dict[str, np.ndarray]:
         """The next batch, made here and now; it still comes next."""

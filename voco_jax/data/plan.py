@@ -45,8 +45,17 @@ class Use(NamedTuple):
     bins: int
 
 
+class Amount(NamedTuple):
+    """What stands in some bins: conversations, tokens of the read rows (no padding), images."""
+
+    conversations: int
+    tokens: int
+    images: int
+
+
 class Plan:
-    """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one. Small enough to be sent to workers."""
+    """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one, but after `epochs` (0: never) bins are
+    empty. Small enough to be sent to workers."""
 
     def __init__(
         self,
@@ -59,6 +68,7 @@ class Plan:
         batch_size: int = 1,
         conversations_per_record: int = 0,
         share_images: bool = True,
+        epochs: int = 0,
     ):
         if layout not in LAYOUTS:
             raise UserError(f"config.data.layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
@@ -66,7 +76,7 @@ class Plan:
         self.shape, self.seed, self._layout, self._batch_size = shape, seed, layout, batch_size
         self._empty = [shape.row_length] * shape.rows  # tokens left in the rows of a bin
         self._weights, self._sizes, self._first = list(weights), sizes, np.cumsum([0, *sizes])
-        self._per_record, self._share = conversations_per_record, share_images
+        self._per_record, self._share, self._num_epochs = conversations_per_record, share_images, epochs
         # All sources' arrays as one; records are numbered through
         self._source = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self._records = np.concatenate([index.records for index in indices])
@@ -92,6 +102,8 @@ class Plan:
         self.__dict__ = state | {"_lock": threading.RLock()}
 
     def __getitem__(self, i: int) -> list[Placed]:
+        if self._num_epochs and i >= self.bins(self._num_epochs - 1).stop:
+            return []
         epoch, bin_ = self.locate(i)
         plan = self._epoch(epoch)
         placed = []
@@ -122,15 +134,18 @@ class Plan:
         """Of all records together."""
         return len(self._lengths)
 
-    def count(self, bins: range) -> int:
-        """Conversations in some bins."""
-        total = 0
-        for i in bins:
-            epoch, bin_ = self.locate(i)
+    def amount(self, bins: range) -> Amount:
+        """What stands in bins that follow one another. As planned: a record that later cannot be loaded counts too."""
+        total, i = np.zeros(3, np.int64), bins.start
+        while i < bins.stop:
+            epoch, first = self.locate(i)
             plan = self._epoch(epoch)
-            items = plan.items[plan.offsets[bin_] : plan.offsets[bin_ + 1]]
-            total += int((plan.item_offsets[items + 1] - plan.item_offsets[items]).sum())
-        return total
+            last = min(first + bins.stop - i, len(plan.offsets) - 1)
+            items = plan.items[plan.offsets[first] : plan.offsets[last]]
+            conversations = plan.item_offsets[items + 1] - plan.item_offsets[items]
+            total += conversations.sum(), plan.tokens[items].sum(), plan.num_images[items].sum()
+            i += last - first
+        return Amount(*total.tolist())
 
     def use(self, epoch: int = 0) -> Use:
         """How full the bins of an epoch are."""
@@ -184,7 +199,8 @@ class Plan:
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         if self._layout == "group":  # empty bins fill the last batch, so that the next epoch's groups are whole batches
             offsets = np.append(offsets, np.full(-len(sizes) % self._batch_size, offsets[-1]))
-        return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images)
+        tokens = np.add.reduceat(lengths, item_offsets[:-1], dtype=np.int64)
+        return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images, tokens)
 
     def _draw(self, source: int, epoch: int) -> np.ndarray:
         """A source's records of an epoch: `weight` times all of them.
@@ -247,7 +263,8 @@ def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: BinShape) ->
 
 
 class _Epoch(NamedTuple):
-    """offsets [bins + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]."""
+    """offsets [bins + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]. Of each item
+    its images and its tokens [items]."""
 
     offsets: np.ndarray
     items: np.ndarray
@@ -256,6 +273,7 @@ class _Epoch(NamedTuple):
     conversations: np.ndarray
     rows: np.ndarray
     num_images: np.ndarray
+    tokens: np.ndarray
 
 
 def group_by_length(lengths: np.ndarray, with_images: np.ndarray, batch_size: int, rng) -> np.ndarray:

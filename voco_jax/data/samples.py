@@ -56,10 +56,20 @@ class SampleMaker:
             found = self._encoded[key] = self._sample(turns, num_images, times)
         return found
 
+    def prompt(self, record: Record, conversation: int, times: np.ndarray | None) -> Sample:
+        """A conversation up to its first answer, as a prompt; BadRecord for one whose images come only later."""
+        turns = record.conversations[conversation]
+        human = next((i for i, (role, _) in enumerate(_text_of(turns)) if role == "human"), len(turns))
+        num_images = len(record.images) if times is None else len(times)
+        return self.encoder.encode(self._with_frames(turns[: human + 1], times), num_images)
+
+    def _with_frames(self, turns, times: np.ndarray | None):
+        if times is None:
+            return turns
+        return spread_video(turns, [f"{format_time(t)} " if self.timestamps else "" for t in times])
+
     def _sample(self, turns, num_images: int, times: np.ndarray | None) -> tuple[Sample, int]:
-        if times is not None:
-            turns = spread_video(turns, [f"{format_time(t)} " if self.timestamps else "" for t in times])
-        sample = self.encoder.encode(turns, num_images)
+        sample = self.encoder.encode(self._with_frames(turns, times), num_images)
         if not sample.labels.any():
             raise BadRecord(NO_ANSWER, "conversation: expected an answer, found none")
         kept = truncate(sample, self.row_length) if self.row_length else sample

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+import textwrap
+import warnings
 
 import matplotlib
 
@@ -13,7 +15,8 @@ from voco_jax.data.images import load_image
 from voco_jax.eval.scoring import Answer
 
 COLUMNS, ROWS = 4, 3
-RIGHT, WRONG = "#1a7f37", "#cf222e"
+RIGHT, WRONG, UNJUDGED = "#1a7f37", "#cf222e", "#57606a"
+WIDTH = 40  # letters of a line of text
 
 
 def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> None:
@@ -23,20 +26,55 @@ def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> Non
     shown_mistakes = rng.permutation(mistakes)[:COLUMNS].astype(int)
     others = np.setdiff1d(np.arange(len(answers)), shown_mistakes)
     chosen = [*rng.permutation(others)[: COLUMNS * ROWS - len(shown_mistakes)], *shown_mistakes]
+    shown = [answers[i] for i in chosen]
+    title = f"{len(answers) - len(mistakes):,} of {len(answers):,} answers right"
+    draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title, rows=ROWS)
 
-    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(3.1 * COLUMNS, 3.5 * ROWS), squeeze=False)
+
+def draw_sheet(
+    answers: Sequence[Answer],
+    pictures: Sequence,
+    path: Path,
+    title: str,
+    *,
+    judged: Sequence[bool] | None = None,
+    rows: int = 0,
+) -> None:
+    """Answers in their order, four in a row, each under its picture (None: there is none).
+
+    Those that are not `judged` are grey, neither right nor wrong. `rows` are those of the sheet, 0: as many as needed.
+    """
+    rows = rows or -(-len(answers) // COLUMNS)
+    height = 3.5 * rows
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(3.1 * COLUMNS, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, i in zip(axes.flat, chosen, strict=False):
-        answer = answers[i]
-        given = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in answer.given) or "(nothing)"
-        axis.imshow(load_image(answer.image), interpolation="nearest")
-        axis.set_title(answer.question, fontsize=10)
+    for i, (axis, answer, picture) in enumerate(zip(axes.flat, answers, pictures, strict=False)):
+        colour = UNJUDGED if judged is not None and not judged[i] else RIGHT if answer.correct else WRONG
+        if picture is not None:
+            axis.imshow(picture, interpolation="nearest")
+        axis.set_title(_wrapped(answer.question, 3), fontsize=10, parse_math=False)
         axis.text(
-            0.5, -0.03, f"answer: {given}    truth: {answer.truth}",
-            transform=axis.transAxes, ha="center", va="top", fontsize=10, color=RIGHT if answer.correct else WRONG,
+            0.5, -0.03, _below(answer), transform=axis.transAxes, ha="center", va="top", fontsize=10, color=colour,
+            parse_math=False,
         )  # fmt: skip
-    figure.suptitle(f"{len(answers) - len(mistakes):,} of {len(answers):,} answers right", fontsize=12)
-    figure.tight_layout(h_pad=2.5)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(title, fontsize=12, y=1 - 0.1 / height, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font has not are drawn as boxes
+        figure.tight_layout(h_pad=2.5, rect=(0, 0, 1, 1 - 0.25 / height))
+        figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _below(answer: Answer) -> str:
+    given, truth = (_printable(text) or "(nothing)" for text in (answer.given, answer.truth))
+    line = f"answer: {given}    truth: {truth}"
+    return line if len(line) <= WIDTH else f"{_wrapped(f'answer: {given}', 2)}\n{_wrapped(f'truth: {truth}', 2)}"
+
+
+def _wrapped(text: str, lines: int) -> str:
+    return "\n".join(textwrap.wrap(_printable(text), WIDTH, max_lines=lines, placeholder=" …"))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

@@ -6,11 +6,14 @@ import functools
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Memory, Read, VoCoLlama
+from voco_jax.parallel.mesh import ROWS, axis_size
 
 Visual = Memory | jax.Array | None
 
@@ -46,19 +49,26 @@ def greedy(model: VoCoLlama, read: Read, lengths: jax.Array, visual: Visual, max
 class Answerer:
     """A model with its tokenizer and prompt rules: pictures in, memories; questions in, answers.
 
-    Shapes are padded to a few sizes, so that questions of any length compile a few times only.
+    Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a mesh (which is
+    the ambient one then) all processes ask the same, and all have the answers. `params` are the model's parameters,
+    a nested dict; others of the same shapes may take their place.
     """
 
-    def __init__(self, model: VoCoLlama, encoder: Encoder):
+    def __init__(self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None):
         self.encoder = encoder
         self._max_positions = model.config.llama.max_position_embeddings
-        self._graphdef, self._state = nnx.split(model)
-        self._see = jax.jit(functools.partial(_see, self._graphdef))
-        self._greedy = jax.jit(functools.partial(_greedy, self._graphdef), static_argnums=(4, 5))
+        graphdef, state = nnx.split(model)
+        self.params = nnx.to_pure_dict(state)
+        everywhere = None if mesh is None else NamedSharding(mesh, P())
+        self._see = jax.jit(functools.partial(_see, graphdef))
+        self._greedy = jax.jit(functools.partial(_greedy, graphdef), static_argnums=(5, 6), out_shardings=everywhere)
 
-    def see(self, pixel_values: np.ndarray) -> Visual:
-        """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens)."""
-        return self._see(self._state, pixel_values)
+    def see(self, pixel_values: np.ndarray | jax.Array) -> Visual:
+        """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
+
+        Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
+        """
+        return self._see(self.params, pixel_values)
 
     def answer(self, questions: Sequence[str], visual: Visual, rows: Sequence[int], max_new_tokens: int) -> list[str]:
         """Answer `questions[i]` about the pictures of row `rows[i]` of what `see` returned."""
@@ -77,7 +87,8 @@ class Answerer:
                 f"question: expected at most {self._max_positions} tokens with the answer "
                 f"(max_position_embeddings), found {longest} and {max_new_tokens} for the answer"
             )
-        batch, length = _bucket(len(prompts), 1), _bucket(longest, 16)
+        rows_together = axis_size(*ROWS)
+        batch, length = -(-_bucket(len(prompts), 1) // rows_together) * rows_together, _bucket(longest, 16)
         read = Read(*np.zeros((4, batch, length), np.int32))
         read.visual[:] = -1
         lengths = np.ones(batch, np.int32)
@@ -87,10 +98,8 @@ class Answerer:
             n = lengths[i] = len(prompt)
             read.tokens[i, :n], read.visual[i, :n], read.segment_ids[i, :n] = prompt.tokens, prompt.visual, 1
             read.positions[i] = np.arange(length)
-        if visual is not None:
-            index = np.asarray(rows, np.int32)[order]
-            visual = Memory(*(m[:, index] for m in visual)) if isinstance(visual, Memory) else visual[index]
-        output = np.asarray(self._greedy(self._state, read, lengths, visual, max_new_tokens, eos))
+        index = np.asarray(rows, np.int32)[order]
+        output = np.asarray(self._greedy(self.params, read, lengths, visual, index, max_new_tokens, eos))
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[: len(prompts)]]
 
 
@@ -100,7 +109,9 @@ def _see(graphdef, state, pixel_values):
     return model.compress(features) if model.config.compressor == "voco" else features
 
 
-def _greedy(graphdef, state, read, lengths, visual, max_new_tokens, eos_token_id):
+def _greedy(graphdef, state, read, lengths, visual, index, max_new_tokens, eos_token_id):
+    if visual is not None:
+        visual = Memory(*(m[:, index] for m in visual)) if isinstance(visual, Memory) else visual[index]
     return greedy(nnx.merge(graphdef, state), read, lengths, visual, max_new_tokens, eos_token_id)
 
 

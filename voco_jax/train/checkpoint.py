@@ -17,7 +17,8 @@ from voco_jax.parallel.distributed import texts_of_all, together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, remove
 from voco_jax.train.checksums import checksums
 
-_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
 _ABOUT = "run"  # {"step", "data", "config", "versions", "checksums"}, as JSON
 
 
@@ -74,7 +75,7 @@ class Checkpointer:
             "step": step,
             "data": data_state,
             "config": self._config.to_dict() if self._config is not None else None,
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+            "versions": VERSIONS,
             "checksums": {"params": checksums(params), "opt_state": checksums(opt_state)},
         }
         items = ocp.args.Composite(

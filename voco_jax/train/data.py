@@ -1,6 +1,7 @@
 """The training set of a config: sources, tokenizer, index, plan, batches."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -57,12 +58,7 @@ def open_training_data(
     sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
     encoder = make_encoder(config, tokenizer, model_config)
     maker = SampleMaker(encoder, data.row_length, data.images_per_bin, sampling, data.video.timestamps)
-    indices = [
-        make_index(source, maker, data.cache_dir, data.num_workers, name)
-        for name, source in zip(sorted(data.train), sources, strict=True)
-    ]
-    report = _report(indices, sorted(data.train), say)
-    report.check(data.max_bad_share, report.seen)
+    indices = _look_at(config, "train", sources, maker, say)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
@@ -83,6 +79,46 @@ def open_training_data(
     )
     loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
     return TrainingData(tokenizer, model_config, Batches(loader, data.batch_size, shard, config.train.steps), longest)
+
+
+def open_test_data(config: ConfigDict, training: Batches, say: Callable[[str], None] = print) -> Batches:
+    """The test set of a config as batches of the shape of training's, to be looked at while it trains.
+
+    Every conversation once, as the weights say, then nothing, in an order that follows from the data alone; frames
+    and pictures as they are, loaded by threads of this process. Conversations are cut to training's rows, which
+    `say` is told. UserError: no test data, or none that can be used.
+    """
+    if not config.data.test:
+        raise UserError("config.eval.every: expected sources in config.data.test to evaluate with, found none")
+    sources, weights = open_sources(config, "test")
+    loader, shape = training.loader, training.loader.plan.shape
+    maker = dataclasses.replace(loader.maker, row_length=shape.row_length)
+    indices = _look_at(config, "test", sources, maker, say)
+    if max(weight * len(index) for weight, index in zip(weights, indices, strict=True)) < 1:
+        raise UserError("config.data.test: no usable conversation")
+    data = config.data.copy_and_resolve_references()
+    with data.unlocked():
+        data.update(num_workers=0, num_threads=max(4, data.num_threads), random_crop=1.0, color_jitter=0.0)
+        data.video.random_offset = False
+    plan = Plan(
+        indices, weights, shape, seed=0, layout=data.layout, batch_size=data.batch_size,
+        share_images=data.share_images, epochs=1,
+    )  # fmt: skip
+    num_batches = min(config.eval.num_batches, math.ceil(plan.use().bins / data.batch_size))
+    loader = BinLoader(sources, maker, plan, loader.processor, data.loss_weighting, data)
+    return Batches(loader, data.batch_size, training.shard, num_batches)
+
+
+def _look_at(config: ConfigDict, key: str, sources: Sequence, maker: SampleMaker, say) -> list[Index]:
+    """Indices of the sources of `config.data.<key>`; UserError where too many records are bad."""
+    data, names = config.data, sorted(config.data[key])
+    indices = [
+        make_index(source, maker, data.cache_dir, data.num_workers, name)
+        for name, source in zip(names, sources, strict=True)
+    ]
+    report = _report(indices, names if key == "train" else [f"{key}: {name}" for name in names], say)
+    report.check(data.max_bad_share, report.seen)
+    return indices
 
 
 def _report(indices: Sequence[Index], names: Sequence[str], say: Callable[[str], None]) -> Report:

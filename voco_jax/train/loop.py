@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import itertools
 import sys
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from voco_jax.run import begin_with_run, init_params, make_processor
 from voco_jax.storage import AnyPath
 from voco_jax.train.checkpoint import Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
+from voco_jax.train.evaluation import Evaluator
+from voco_jax.train.goodput import Goodput
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
@@ -45,6 +48,7 @@ class _Setup(NamedTuple):
     optimizer: optax.GradientTransformation
     state: AbstractState
     train_step: Callable
+    evaluator: Evaluator | None
 
 
 def train(config: ConfigDict) -> AnyPath:
@@ -52,6 +56,7 @@ def train(config: ConfigDict) -> AnyPath:
 
     Several processes (`voco_jax/parallel/distributed.py`) call it together.
     """
+    begun = time.monotonic()
     with together():  # so nothing in it waits for other processes
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
@@ -60,7 +65,7 @@ def train(config: ConfigDict) -> AnyPath:
         {"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary, "data files": plan}
     )
     with jax.set_mesh(run.mesh):
-        _train(run)
+        _train(run, begun)
     return run.workdir
 
 
@@ -75,7 +80,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     tokenizer, model_config, batches, longest = open_training_data(
         config, run=workdir if resuming else None, shard=shard, say=_say
     )
-    if config.data.test:
+    if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
     _check_positions(longest, model_config)
 
@@ -93,10 +98,15 @@ def _set_up(config: ConfigDict) -> _Setup:
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:
             _try_first_batch(config, batches, train_step, state)
-    return _Setup(config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step)
+    evaluator = None
+    if config.eval.every:
+        evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, _say)
+    return _Setup(
+        config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
+    )
 
 
-def _train(run: _Setup) -> None:
+def _train(run: _Setup, begun: float) -> None:
     config, state, batches = run.config, run.state, run.batches
     with (
         Preemption() as preemption,
@@ -104,37 +114,70 @@ def _train(run: _Setup) -> None:
         contextlib.closing(Checkpointer(run.workdir, create=True, config=config)) as checkpointer,
         contextlib.closing(batches),
     ):
-        # Where to begin
-        start = 0
-        if restored := checkpointer.resume(state.params, state.opt_state, _say):
-            start, params, opt_state, about = restored
-            batches.set_state(about["data"])
-            progress = "complete" if start == config.train.steps else "resuming"
-            _say(f"{run.workdir}: {progress}, at step {start} of {config.train.steps}")
-        else:
-            params = _first_params(config, run.model_config, state)
-            opt_state = init_opt_state(run.optimizer, params, state)
-
-        # The loop
+        start, params, opt_state = _begin(run, checkpointer)
         steps = range(start + 1, config.train.steps + 1)
-        with MetricsLog(workdir.logs / "metrics.jsonl", start, config.train) as log:
+        if not steps:
+            return
+        first, evaluator = jax.process_index() == 0, run.evaluator
+        if evaluator is not None:
+            evaluator.sheets = workdir.logs / "answers"
+        with (
+            Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
+            MetricsLog(workdir.logs, start, config, goodput, _speed(run), batches.describe) as log,
+            goodput.during("steps"),
+        ):
             preemption.begin()
-            for step, batch in zip(steps, _feed(config, run.mesh, batches, len(steps)), strict=True):
-                params, opt_state, metrics = run.train_step(params, opt_state, batch)
-                log.add(step, metrics["loss"], batches.count(step - 1))
-                preempted = preemption.reached(step)
-                if preempted or step % config.train.checkpoint_every == 0 or step == config.train.steps:
+            feed = _feed(config, run.mesh, batches, len(steps))
+            for step in steps:
+                with goodput.during("data"):
+                    batch = next(feed)
+                with goodput.during("compile" if step == steps.start else "steps"):
+                    params, opt_state, metrics = run.train_step(params, opt_state, batch)
+                    log.add(step, metrics, batches.amount(step - 1))
+                evaluation = None
+                if evaluator is not None and evaluator.due(step):
                     log.settle()
-                    _check_finite(params, step)
-                    checkpointer.save(step, params, opt_state, batches.state_at(step))
-                    workdir.publish()
-                if preempted and step < config.train.steps:
-                    checkpointer.wait()
-                    _say(f"{run.workdir}: preempted, saved at step {step} of {config.train.steps}")
-                    raise Preempted
+                    with goodput.during("evaluation"):
+                        evaluation = evaluator(step, params)
+                        log.evaluated(step, *evaluation)
+                preempted = preemption.reached(step)
+                if preempted or step % config.train.checkpoint_every == 0 or step == steps[-1]:
+                    log.settle()
+                    with goodput.during("checkpoint"):
+                        _check_finite(params, step)
+                        values = evaluation.values if evaluation else None
+                        checkpointer.save(step, params, opt_state, batches.state_at(step), values)
+                        workdir.publish()
+                    goodput.mark(step)
+                if preempted:
+                    break
+            with goodput.during("checkpoint"):
+                checkpointer.wait()
+            _say(goodput.summary())
+        if step != steps[-1]:
+            _say(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")
+            raise Preempted
     if batches.report.bad or batches.report.odd:
         for line in batches.report.lines("conversations"):
             _say(f"data, this process's since step {start}: {line}")
+
+
+def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
+    """(step, parameters, optimizer state) to go on from: the newest checkpoint's, or those of a new run at step 0."""
+    config, state = run.config, run.state
+    restored = checkpointer.resume(state.params, state.opt_state, _say)
+    if restored is None:
+        params = _first_params(config, run.model_config, state)
+        return 0, params, init_opt_state(run.optimizer, params, state)
+    run.batches.set_state(restored.about["data"])
+    progress = "complete" if restored.step == config.train.steps else "resuming"
+    _say(f"{run.workdir}: {progress}, at step {restored.step} of {config.train.steps}")
+    for name, version in restored.about["versions"].items():
+        if version != (now := VERSIONS[name]):
+            _say(
+                f"{name} {now}: the checkpoint is of {version}; losses may differ from an uninterrupted run's in rounding"
+            )
+    return restored.step, restored.params, restored.opt_state
 
 
 def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:

@@ -22,16 +22,15 @@ from voco_jax.parallel.distributed import together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, upload
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
-_LOGS = ("metrics.jsonl", "goodput.json", "tensorboard", "answers", "profile")
+_LOGS = ("metrics.jsonl", "metrics.jsonl.new", "goodput.json", "goodput.json.new", "tensorboard", "answers", "profile")
 _BEGINNINGS = {".lock", "tokenizer", "config.json", "config.json.new", "checkpoints", *_LOGS}
 
 _SEEN_WITHIN = 60  # seconds until a network file system must show what another host has made
 
 # What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
 _FREE = (
-    "workdir", "eval", "train.log_every", "train.tensorboard", "train.profile_at", "train.profile_steps",
-    "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best", "train.on_bad_step",
-    "train.max_skipped", "data.test",
+    "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.profile_at", "train.profile_steps",
+    "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best",
     "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
     "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
     "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it

@@ -1,0 +1,189 @@
+"""Looking at the test set while training: against one conversation at a time, and over meshes."""
+
+import json
+from pathlib import Path
+
+from flax import nnx
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests import tiny
+from voco_jax.config import source, sources
+from voco_jax.data.images import load_image
+from voco_jax.data.sources import easyvqa
+from voco_jax.errors import UserError
+from voco_jax.infer.generate import Answerer
+from voco_jax.models.voco import Read
+from voco_jax.parallel.mesh import make_mesh
+from voco_jax.run import abstract_model
+from voco_jax.train.data import open_training_data
+from voco_jax.train.evaluation import Evaluator
+
+LONG = "a picture of one thing and no other, as far as can be seen"
+
+
+@pytest.fixture(scope="module")
+def test_set(tmp_path_factory) -> dict:
+    """Seven pictures with one to three questions, one of them with two turns, one answered at length; one text."""
+    directory, rows = tmp_path_factory.mktemp("test"), []
+    for i, record in enumerate(easyvqa.load("test")[:7]):
+        name = f"{i}.png"
+        load_image(record.images[0]).resize((80 + i, 64)).save(directory / name)
+        for turns in record.conversations[: 1 + i % 3]:
+            if i == 2:
+                turns = [*turns, {"from": "human", "value": "is that so?"}, {"from": "gpt", "value": "yes"}]
+            if i == 3:
+                turns = [turns[0], {"from": "gpt", "value": LONG}]
+            rows.append({"image": name, "conversations": turns})
+    rows.append({"conversations": [{"from": "human", "value": "is it late?"}, {"from": "gpt", "value": "no"}]})
+    (directory / "rows.json").write_text(json.dumps(rows))
+    return dict(file=str(directory / "rows.json"), images=str(directory)), rows
+
+
+def config_of(workdir, test_set, **changes):
+    """The test set is what is trained on too: its words are the tokenizer's. Two batches hold it all."""
+    changes = dict(
+        data__batch_size=4, data__images_per_bin=2, data__rows_per_bin=1, data__row_length=90, eval__every=5,
+        eval__max_new_tokens=4, eval__batch_size=4, data__cache_dir=workdir,
+    ) | changes  # fmt: skip
+    config = tiny.config(workdir, **changes)
+    with config.unlocked():
+        config.data.train = sources(all=source("llava", **test_set[0]))
+        config.data.test = sources(all=source("llava", **test_set[0]))
+    return config
+
+
+def make(config, workdir, mesh=None, **kwargs):
+    """(evaluator, parameters that say something else about every picture, graphdef, training data)."""
+    data = open_training_data(config, say=lambda line: None, **kwargs)
+    graphdef, abstract = abstract_model(data.model_config)
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(lambda p: (0.3 * rng.normal(size=p.shape)).astype(p.dtype), abstract)
+    mesh = mesh or make_mesh(config.mesh, jax.devices()[:1])
+    workdir.mkdir(exist_ok=True)
+    said = []
+    return Evaluator(config, data.batches, graphdef, abstract, mesh, workdir, said.append), params, graphdef, data, said
+
+
+@pytest.fixture(scope="module")
+def evaluated(test_set, tmp_path_factory):
+    """(evaluation, model, data, questions, said)."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    config = config_of(workdir, test_set, eval__num_answers=9)
+    evaluator, params, graphdef, data, said = make(config, workdir)
+    return evaluator(5, params), nnx.merge(graphdef, params), data, evaluator, said, params
+
+
+def conversations(test_set, data):
+    """(sample, pixel values [1, 1, size, size, 3] or None, turns) of each, straight from the rows."""
+    loader = data.batches.loader
+    for row in test_set[1]:
+        images = [load_image(Path(test_set[0]["images"]) / row["image"])] if "image" in row else []
+        pixels = np.stack([loader.processor(image) for image in images])[None] if images else None
+        yield loader.maker.encoder.encode(row["conversations"], len(images)), pixels, row["conversations"]
+
+
+def test_the_loss_is_that_of_each_conversation_alone(test_set, evaluated):
+    evaluation, model, data, *_ = evaluated
+    total = labels = 0.0
+    log_softmax = jax.jit(lambda read, pixels: jax.nn.log_softmax(model(read, pixels))[0])
+    for sample, pixels, _ in conversations(test_set, data):
+        n, places = len(sample), np.arange(90)
+        padded = lambda x, value, n=n: np.pad(x, (0, 90 - n), constant_values=value)[None]  # noqa: E731
+        read = Read(padded(sample.tokens, 0), places[None], 0 + (places < n)[None], padded(sample.visual, -1))
+        log_probabilities = log_softmax(read, pixels)
+        for i in np.flatnonzero(sample.labels):
+            total -= float(log_probabilities[i - 1, sample.tokens[i]])
+            labels += 1
+    assert evaluation.values["eval_loss"] == pytest.approx(total / labels, rel=1e-5)
+
+
+def test_the_answers_are_those_of_one_question_at_a_time(test_set, evaluated):
+    evaluation, model, data, evaluator, said, params = evaluated
+    answerer = Answerer(model, data.batches.loader.maker.encoder)
+    expected = {}
+    for _, pixels, turns in conversations(test_set, data):
+        visual = None if pixels is None else answerer.see(pixels)
+        prompt = answerer.encoder.encode(turns[:1], 0 if pixels is None else 1)
+        (given,) = answerer.complete([prompt], visual, [0], 4)
+        expected.setdefault((turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"]), []).append(given)
+    questions = evaluator._questions
+    assert len(questions) == 9 and len({q.text for q in questions}) > 3
+    with jax.set_mesh(evaluator._mesh):
+        answers = evaluator._ask(params)
+    for question, given in zip(questions, answers, strict=True):
+        assert given in expected[question.text, question.truth]
+    assert len(set(answers)) > 3, "the comparison would say little"
+    judged = [(q, given) for q, given in zip(questions, answers, strict=True) if q.judged]
+    assert [q.judged for q in questions] == [q.truth != LONG for q in questions]
+    assert evaluation.values["accuracy"] == np.mean([q.truth.lower() == given.lower() for q, given in judged])
+    assert said[-1] == f"evaluation: 9 questions, {len(judged)} with a short answer"
+
+
+def test_a_right_answer_is_right(evaluated, monkeypatch):
+    *_, evaluator, _, params = evaluated
+    truths = [q.truth.upper() + "." if i % 2 else "no idea" for i, q in enumerate(evaluator._questions)]
+    monkeypatch.setattr(evaluator, "_ask", lambda params: truths)
+    judged = [i % 2 for i, q in enumerate(evaluator._questions) if q.judged]
+    assert evaluator(7, params).values["accuracy"] == np.mean(judged)
+
+
+def test_every_picture_comes_before_any_comes_twice(evaluated):
+    evaluator = evaluated[3]
+    first = {q.picture.size if q.picture else None for q in evaluator._questions[:8]}
+    assert first == {None, *((80 + i, 64) for i in range(7))}
+
+
+def test_the_sheet(evaluated):
+    """Nine answers: three rows of four."""
+    sheet = evaluated[0].sheet
+    assert sheet.name == "step_000005.png" and sheet.parent.name == "answers"
+    with Image.open(sheet) as picture:
+        assert picture.size == (1364, 1155) and len(picture.getcolors(10**6)) > 50
+
+
+def test_the_same_again(evaluated):
+    evaluation, *_, evaluator, _, params = evaluated
+    again = evaluator(10, params)
+    assert again.values == evaluation.values
+    assert again.sheet.name == "step_000010.png"
+
+
+def test_when(evaluated):
+    assert [step for step in range(1, 41) if evaluated[3].due(step)] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_the_loss_alone_of_fewer_batches(test_set, tmp_path):
+    config = config_of(tmp_path, test_set, eval__num_answers=0, eval__num_batches=1)
+    evaluator, params, *_ = make(config, tmp_path)
+    evaluation = evaluator(5, params)
+    assert list(evaluation.values) == ["eval_loss"] and evaluation.sheet is None
+    assert not (tmp_path / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(eval__max_new_tokens=4000),
+            "config.eval.num_answers: no question of config.data.test can be asked: .* and 4000",
+        ),
+        (
+            dict(data__template="plain", data__max_bad_share=1.0),
+            "config.eval.num_answers: no question .* plain template",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated(test_set, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(config_of(tmp_path, test_set, **changes), tmp_path)
+
+
+def test_no_test_data(test_set, tmp_path):
+    config = config_of(tmp_path, test_set)
+    with config.unlocked():
+        config.data.test = sources()
+    with pytest.raises(UserError, match="config.eval.every: expected sources in config.data.test .* found none"):
+        make(config, tmp_path)

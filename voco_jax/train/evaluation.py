@@ -1,0 +1,228 @@
+"""Looking at the test set while training: the loss, and answers to questions, with a sheet of them for people."""
+
+from collections.abc import Callable, Iterator
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+import numpy as np
+from PIL import Image
+
+from voco_jax.data.conversations import IMAGE, VIDEO, Sample
+from voco_jax.data.pipeline import Batches
+from voco_jax.data.plan import Placed
+from voco_jax.data.records import TOO_LONG, BadRecord
+from voco_jax.data.reports import Report
+from voco_jax.errors import UserError
+from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
+from voco_jax.eval.scoring import Answer
+from voco_jax.infer.generate import Answerer
+from voco_jax.parallel.distributed import together
+from voco_jax.parallel.mesh import ROWS as ROW_AXES
+from voco_jax.parallel.mesh import axis_size
+from voco_jax.parallel.sharding import put_batch
+from voco_jax.train.data import open_test_data
+from voco_jax.train.step import label_loss
+
+SHORT = 5  # words; longer answers are shown and not judged: nobody says the same in the same words
+_SHOWN_SIDE = 336  # pixels of a picture on the sheet
+
+
+class Evaluation(NamedTuple):
+    """`eval_loss` (nats a label) and `accuracy` (share of the short answers given exactly; None where none is short),
+    as far as the config asks for them; and the sheet, where one was drawn."""
+
+    values: dict[str, float | None]
+    sheet: Path | None
+
+
+class Question(NamedTuple):
+    """A question that is asked again and again. pixels: uint8 [images, size, size, 3]."""
+
+    prompt: Sample
+    pixels: np.ndarray
+    text: str
+    truth: str
+    judged: bool
+    picture: Image.Image | None  # for the sheet; of a video the frame in the middle
+
+
+class Evaluator:
+    """Made before training, so that what is wrong with the test set shows itself; then called with parameters.
+
+    The same batches and questions every time: the first `eval.num_batches` of the test set, and the first questions of
+    `eval.num_answers` conversations, about different pictures as far as there are, which are kept in
+    memory.
+    Nothing of the training is touched.
+
+    All processes make one and call it together. The loss is computed as in training, each process loading its own
+    rows; every process has all questions, and the devices share the rows of them.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        training: Batches,
+        graphdef,
+        params,
+        mesh: Mesh,
+        workdir: Path,
+        say: Callable[[str], None] = print,
+    ):
+        """`training` are the batches trained on: tokenizer, shapes and the bins of this process are theirs. `params`
+        may be shapes and dtypes. UserError for a test set that cannot be used; waits for no other process."""
+        self._config, self._mesh, self._graphdef = config, mesh, graphdef
+        self.sheets = workdir / "answers"
+        self._batches = open_test_data(config, training, say)
+        self._normalize = jax.jit(training.loader.processor.normalize)
+        self._loss = jax.jit(self._summed_loss, out_shardings=NamedSharding(mesh, P()))
+        self._questions: list[Question] = []
+        if config.eval.num_answers:
+            encoder = self._batches.loader.maker.encoder
+            self._answerer = Answerer(nnx.merge(graphdef, params), encoder, mesh)
+            self._questions = self._choose_questions()
+            judged = sum(question.judged for question in self._questions)
+            say(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
+
+    def due(self, step: int) -> bool:
+        """Whether it is time: every `eval.every` steps, and at the end."""
+        return step % self._config.eval.every == 0 or step == self._config.train.steps
+
+    def __call__(self, step: int, params) -> Evaluation:
+        """Evaluate the parameters after a step (a nested dict, sharded as in training)."""
+        values, sheet = {}, None
+        with jax.set_mesh(self._mesh):
+            if self._config.eval.num_batches:
+                values["eval_loss"] = self._mean_loss(params)
+            if self._questions:
+                given = self._ask(params)
+                answers = [Answer("", q.text, q.truth, text) for q, text in zip(self._questions, given, strict=True)]
+                right = [a.correct for a, q in zip(answers, self._questions, strict=True) if q.judged]
+                values["accuracy"] = float(np.mean(right)) if right else None
+                sheet = self.sheets / f"step_{step:06d}.png"
+                with together():  # the first draws, and a full disk is everybody's error
+                    if jax.process_index() == 0:
+                        self._draw(step, answers, right, sheet)
+        return Evaluation(values, sheet)
+
+    # ---- The loss ----------------------------------------------------------------------------------------------
+
+    def _mean_loss(self, params) -> float:
+        """Over all labels of all batches alike, whatever the number in each."""
+        loss = labels = 0.0
+        for batch in self._load():
+            of_batch = self._loss(params, batch)
+            loss, labels = loss + float(of_batch[0]), labels + float(of_batch[1])
+        return loss / labels if labels else float("nan")
+
+    def _summed_loss(self, params, batch) -> tuple[jax.Array, jax.Array]:
+        weight = batch["weights"].sum()
+        return label_loss(self._graphdef, params, batch) * jnp.maximum(weight, 1), weight
+
+    def _load(self) -> Iterator[dict]:
+        """The batches, on the devices."""
+        batches = self._batches
+        batches.set_state(batches.state_at(0))
+        batches.report = Report()  # the same records again
+        try:
+            for _ in range(batches.num_batches):
+                with together():  # what one process cannot load, none waits for
+                    batch = next(batches)
+                yield self._put(batch, batches.shard, batches.batch_size)
+        finally:
+            batches.close()
+
+    def _put(self, batch: dict, rows: list[int] | None = None, batch_size: int = 0) -> dict:
+        batch = put_batch(self._mesh, batch, rows, batch_size)
+        return batch | {"pixel_values": self._normalize(batch["pixel_values"])}
+
+    # ---- Answers -----------------------------------------------------------------------------------------------
+
+    def _ask(self, params) -> list[str]:
+        """An answer to each question: `eval.batch_size` at once, or as many more as the mesh needs to share them."""
+        self._answerer.params = params
+        limits = self._config.eval
+        rows_together, frames_together = axis_size(*ROW_AXES), axis_size("frame")
+        most = max(len(question.pixels) for question in self._questions)
+        num_images = -(-most // frames_together) * frames_together
+        size = min(limits.batch_size, len(self._questions))
+        size = -(-size // rows_together) * rows_together
+        given = []
+        for start in range(0, len(self._questions), size):
+            asked = self._questions[start : start + size]
+            visual = None
+            if num_images:
+                pixels = np.zeros((size, num_images, *self._questions[0].pixels.shape[1:]), np.uint8)
+                for row, question in enumerate(asked):
+                    pixels[row, : len(question.pixels)] = question.pixels
+                visual = self._answerer.see(self._put({"pixel_values": pixels})["pixel_values"])
+            prompts = [question.prompt for question in asked]
+            given += self._answerer.complete(prompts, visual, range(len(asked)), limits.max_new_tokens)
+        return given
+
+    def _choose_questions(self) -> list[Question]:
+        """In the order of the plan one about each item's pictures, drawn once for all; then another of each, until all
+        are there."""
+        plan, wanted, rng = self._batches.loader.plan, self._config.eval.num_answers, np.random.default_rng(0)
+        items: dict[tuple[int, int], list[Placed]] = {}
+        for i in plan.bins(0):
+            for placed in plan[i]:
+                items.setdefault((i, placed.item), []).append(placed)
+            if len(items) > 2 * wanted:  # some may turn out not to be readable
+                break
+        drawn = [[item[i] for i in rng.permutation(len(item))] for item in items.values()]
+        questions, reason = [], "there is none"
+        for placed in itertools.chain.from_iterable(itertools.zip_longest(*drawn)):
+            if len(questions) == wanted:
+                break
+            if placed is None:  # an item with fewer
+                continue
+            try:
+                questions.append(self._load_question(placed))
+            except BadRecord as error:
+                reason = str(error)
+        if not questions:
+            raise UserError(f"config.eval.num_answers: no question of config.data.test can be asked: {reason}")
+        return questions
+
+    def _load_question(self, placed: Placed) -> Question:
+        """BadRecord for one that cannot be asked."""
+        loader, limits = self._batches.loader, self._config.eval
+        record = loader.sources[placed.source][placed.record]
+        times = loader.maker.frame_times(record)
+        prompt = loader.maker.prompt(record, placed.conversation, times)
+        positions = self._config.model.llama.max_position_embeddings
+        if len(prompt) + limits.max_new_tokens > positions:
+            raise BadRecord(TOO_LONG, f"a question of {len(prompt)} tokens and {limits.max_new_tokens} for the answer")
+        turns = record.conversations[placed.conversation]
+        human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
+        truth = turns[human + 1]["value"]
+        tokens = loader.maker.encoder.tokenizer(truth, add_special_tokens=False).input_ids
+        images = loader.maker.load_images(record, times, lambda kind: None)
+        pixels = np.zeros((len(images), loader.processor.size, loader.processor.size, 3), np.uint8)
+        for i, image in enumerate(images):
+            pixels[i] = loader.processor.square(image)
+        picture = images[len(images) // 2].copy() if images else None
+        if picture is not None:
+            picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
+        text = turns[human]["value"].replace(IMAGE, "").replace(VIDEO, "").strip()
+        judged = len(truth.split()) <= SHORT and len(tokens) <= limits.max_new_tokens
+        return Question(prompt, pixels, text, truth, judged, picture)
+
+    def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:
+        """The first answers, the same questions every time: sheets can be compared."""
+        shown = COLUMNS * ROWS
+        title = f"step {step:,}"
+        if right:
+            title += f": {sum(right):,} of {len(right):,} short answers right"
+        path.parent.mkdir(exist_ok=True)
+        draw_sheet(
+            answers[:shown], [q.picture for q in self._questions[:shown]], path, title,
+            judged=[q.judged for q in self._questions[:shown]],
+        )  # fmt: skip

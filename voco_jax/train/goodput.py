@@ -1,0 +1,269 @@
+"""Where the wall time of a run went: steps, and what took the rest, over all its restarts.
+
+Goodput is the share of steps whose result was kept. A step that ran after the last checkpoint before a kill has to run
+again: its time is lost.
+
+jax computes while Python goes on, so what Python waits for says little: with a step under way, waiting for data costs
+nothing until that step ends. A thread waits for the end of each step and notes when it was; of a wait for data only
+what comes after counts as one. Waiting for a loss is step time.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import os
+from pathlib import Path
+import queue
+import threading
+import time
+
+import jax
+
+from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
+from voco_jax.train.progress import say
+
+# In the order in which they are told. 'setup' is all that belongs to no other: set-up, restoring, tidying up.
+CATEGORIES = ("steps", "setup", "compile", "data", "checkpoint", "evaluation", "profile", "lost")
+_LABELS = {"setup": "set-up"}
+_VERSION = 1
+_WRITE_EVERY = 10.0  # seconds; a kill loses what was not written, of the account only
+_COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+
+
+class Goodput:
+    """The account of a run, kept in a file. All of it but `started`'s thread is for one thread alone.
+
+        with Goodput(workdir / "goodput.json", start) as goodput, goodput.during("steps"):
+            for step …:
+                with goodput.during("data"):
+                    batch = next(batches)
+                metrics = …                          # the step is under way
+                goodput.started(metrics)
+                if step % … == 0:
+                    with goodput.during("checkpoint"):
+                        …
+                    goodput.mark(step)
+
+    Of blocks inside of one another the innermost counts. What jax compiles is 'compile', wherever it happens.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        start: int = 0,
+        *,
+        since: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = say,
+    ):
+        """Go on with the account in `path` where the run goes on after step `start`; after 0 it is a new one.
+
+        With no `path` (other processes than the first) nothing is read or written. The account begins at `since`, by
+        the clock (seconds; None: now). `say` is told of a file that cannot be used: it never ends a run.
+        """
+        self._path, self.clock, self._say = path, clock, say
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._marks = {start: 0.0}  # seconds in steps that were kept, up to and with a step
+        self._step = start
+        if path is not None and start:
+            self._go_on(start)
+        self._blocks = ["setup"]
+        self._since = clock() if since is None else since
+        self._written = self._since
+        self._thread = threading.get_ident()
+        self._steps = _StepEnds(clock)
+
+    def __enter__(self) -> "Goodput":
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        return self
+
+    def __exit__(self, *_) -> None:
+        """The last word to the file."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        self._steps.close()
+        self.write()
+
+    @contextlib.contextmanager
+    def during(self, category: str) -> Iterator[None]:
+        """What happens in the block is of this category (one of `CATEGORIES`, but 'lost')."""
+        assert category in CATEGORIES and category != "lost", category
+        self._settle()
+        self._blocks.append(category)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._blocks.pop()
+
+    def started(self, result) -> None:
+        """A step has been dispatched whose end is when `result` (arrays that nothing takes away) is there."""
+        self._steps.watch(result)
+
+    def mark(self, step: int) -> None:
+        """Steps up to this one are in a checkpoint. Writes the file."""
+        self._settle()
+        self._marks[step] = self._seconds["steps"]
+        self._step = max(self._step, step)
+        self.write()
+
+    def note(self, step: int) -> None:
+        """Steps up to this one have ended. Writes the file now and then."""
+        self._step = max(self._step, step)
+        if self.clock() - self._written >= _WRITE_EVERY:
+            self.write()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By category, up to now."""
+        self._settle()
+        return dict(self._seconds)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all categories together."""
+        return sum(self.seconds.values())
+
+    @property
+    def share(self) -> float:
+        """The goodput, 0 to 1."""
+        return share(self.seconds)
+
+    def summary(self) -> str:
+        """One line: 'goodput 93.1 %: steps 312 s; compile 11 s, data 2 s, …'."""
+        return summary(self.seconds)
+
+    def write(self) -> None:
+        """To the file, apart and renamed. Where that fails (a full disk) it is said, and training goes on."""
+        self._settle()
+        self._written = self._since
+        if self._path is None:
+            return
+        seconds = {category: round(value, 3) for category, value in self._seconds.items()}
+        marks = {str(step): round(value, 3) for step, value in self._marks.items()}
+        content = {"version": _VERSION, "seconds": seconds, "step": self._step, "kept": marks}
+        temporary = self._path.with_name(f"{self._path.name}.new")
+        try:
+            temporary.write_text(json.dumps(content) + "\n")
+            os.replace(temporary, self._path)
+        except OSError as error:
+            self._say(f"goodput: not written: {error}")
+
+    # ---- The file that was there -------------------------------------------------------------------------------
+
+    def _go_on(self, start: int) -> None:
+        if not self._path.exists():
+            self._say(f"goodput: {self._path}: not found; counted from step {start} on")
+            return
+        try:
+            seconds, last, marks = _read(self._path)
+        except UserError as error:
+            self._say(f"goodput: {error}; counted from step {start} on")
+            return
+        self._seconds |= seconds
+        kept = _interpolated({last: seconds["steps"]} | marks, start)
+        self._seconds["lost"] += seconds["steps"] - kept
+        self._seconds["steps"] = kept
+        self._marks = {step: value for step, value in marks.items() if step < start} | {start: kept}
+
+    # ---- The clock ---------------------------------------------------------------------------------------------
+
+    def _settle(self, compiled: float = 0.0) -> None:
+        """Add the time since the last call to the innermost block's category, its last `compiled` seconds to compile's.
+
+        Everything that reads or changes the account comes here first.
+        """
+        now = self.clock()
+        passed = now - self._since
+        compiled = min(compiled, passed)
+        rest, category = passed - compiled, self._blocks[-1]
+        if category == "data":
+            busy = min(max(0.0, self._steps.busy_until(now) - self._since), rest)
+            self._seconds["steps"] += busy
+            rest -= busy
+        self._seconds[category] += rest
+        self._seconds["compile"] += compiled
+        self._since = now
+
+    def _on_event(self, event: str, duration: float, **_) -> None:
+        if event in _COMPILE_EVENTS and threading.get_ident() == self._thread:
+            self._settle(compiled=duration)
+
+
+def share(seconds: dict[str, float]) -> float:
+    """Goodput of seconds by category, 0 to 1."""
+    return seconds["steps"] / max(sum(seconds.values()), 1e-9)
+
+
+def summary(seconds: dict[str, float]) -> str:
+    """One line. Profile is told only where there was one.
+
+    >>> summary(dict.fromkeys(CATEGORIES, 0.0) | {"steps": 312.4, "compile": 11, "data": 2.2, "checkpoint": 4})
+    'goodput 94.8 %: steps 312 s; set-up 0 s, compile 11 s, data 2.2 s, checkpoint 4 s, evaluation 0 s, lost 0 s'
+    """
+    rest = [c for c in CATEGORIES if c != "steps" and (c != "profile" or seconds[c])]
+    parts = ", ".join(f"{_LABELS.get(c, c)} {_seconds_text(seconds[c])}" for c in rest)
+    return f"goodput {share(seconds):.1%}: steps {_seconds_text(seconds['steps'])}; {parts}".replace("%", " %", 1)
+
+
+def _seconds_text(seconds: float) -> str:
+    return f"{seconds:,.1f} s".replace(".0 s", " s") if seconds < 10 else f"{seconds:,.0f} s"
+
+
+def _read(path: Path) -> tuple[dict[str, float], int, dict[int, float]]:
+    """(seconds by category, last step, seconds in steps up to the checkpoints); UserError for another file."""
+    content = read_object(path)
+    try:
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']!r}")
+        seconds = {category: float(content["seconds"][category]) for category in CATEGORIES}
+        marks = {int(step): float(value) for step, value in content["kept"].items()}
+        numbers = (*seconds.values(), *marks.values())
+        if not all(0 <= number < float("inf") for number in numbers):
+            raise ValueError("a number that is no time")
+        return seconds, int(content["step"]), marks
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not an account of goodput ({error!r:.100})") from None
+
+
+def _interpolated(marks: dict[int, float], step: int) -> float:
+    """Seconds up to a step, from those up to some steps."""
+    steps = sorted(marks)
+    before = max((s for s in steps if s <= step), default=None)
+    after = min((s for s in steps if s >= step), default=None)
+    if before is None or after is None:
+        return marks[steps[-1]] if after is None else 0.0
+    part = (step - before) / (after - before) if after > before else 0.0
+    return marks[before] + part * (marks[after] - marks[before])
+
+
+class _StepEnds:
+    """When the newest step ended, by a thread that waits for it."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._count, self._ended = 0, (0, float("-inf"))  # steps begun; the last that ended, and when
+        self._waiting = None
+
+    def watch(self, result) -> None:
+        if self._waiting is None:
+            self._waiting = threading.Thread(target=self._wait, name="step ends", daemon=True)
+            self._waiting.start()
+        self._count += 1
+        self._queue.put((self._count, result))
+
+    def busy_until(self, now: float) -> float:
+        """When the newest step ended, or `now` if it has not."""
+        count, when = self._ended
+        return when if count == self._count else now
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def _wait(self) -> None:
+        while (item := self._queue.get()) is not None:
+            count, result = item
+            with contextlib.suppress(Exception):  # whoever reads the result meets it
+                jax.block_until_ready(result)
+            self._ended = count, self._clock()
