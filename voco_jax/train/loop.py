@@ -17,17 +17,19 @@ from tqdm import tqdm
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.errors import UserError
+from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import make_mesh
+from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, init_params, make_processor
 from voco_jax.storage import AnyPath
-from voco_jax.train.checkpoint import Checkpointer, all_finite
+from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.goodput import Goodput
-from voco_jax.train.metrics import MetricsLog
+from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
@@ -107,7 +109,7 @@ def _set_up(config: ConfigDict) -> _Setup:
 
 
 def _train(run: _Setup, begun: float) -> None:
-    config, state, batches = run.config, run.state, run.batches
+    config, batches = run.config, run.batches
     with (
         Preemption() as preemption,
         open_workdir(run.workdir, config, run.tokenizer) as workdir,
@@ -174,10 +176,16 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     _say(f"{run.workdir}: {progress}, at step {restored.step} of {config.train.steps}")
     for name, version in restored.about["versions"].items():
         if version != (now := VERSIONS[name]):
-            _say(
-                f"{name} {now}: the checkpoint is of {version}; losses may differ from an uninterrupted run's in rounding"
-            )
+            _say(f"{name} {now}: the checkpoint was made by {version}; from here on numbers may differ in rounding")
     return restored.step, restored.params, restored.opt_state
+
+
+def _speed(run: _Setup) -> Speed:
+    """What a step costs, padding included, and what the devices could do."""
+    data, shape = run.config.data, run.batches.loader.plan.shape
+    rows, images = data.batch_size * shape.rows, data.batch_size * shape.images
+    flops = training_flops(run.model_config, rows, shape.row_length, images, run.config.train.freeze)
+    return Speed(flops, peak_flops(run.mesh.devices.flat), run.model_config.compress_length)
 
 
 def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:
