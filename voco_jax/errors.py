@@ -8,6 +8,14 @@ import sys
 class UserError(Exception):
     """Bad input. The message is one line that names the file, the key, what was expected and what was found."""
 
+    status = 2  # that a command exits with
+
+
+class TryAgain(UserError):
+    """Nobody has to mend anything: the same command may well succeed the next time (a machine was lost)."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h; launch scripts start again on it
+
 
 def first_line(error: BaseException) -> str:
     """Of what an error says at its root, the first line (at most 300 letters); its name where it says nothing."""
@@ -25,7 +33,7 @@ def one_line_errors(main: Callable) -> Callable:
             return main(*args, **kwargs)
         except (UserError, OSError) as error:  # OSError: disk full, no permission …; its text names the file
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(getattr(error, "status", UserError.status))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

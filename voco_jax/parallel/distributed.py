@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from voco_jax.errors import UserError
+from voco_jax.errors import TryAgain, UserError
 
 _FLAGS = ("--coordinator", "--num_processes", "--process_id")
 _HINT = "--coordinator, --num_processes and --process_id set it by hand"
@@ -42,7 +42,7 @@ def start(
 
     coordinator, num_processes and process_id are given all three or not at all; then the environment is asked, and
     then jax. With the first two, each process sees all devices of its machine, or those of JAX_LOCAL_DEVICE_IDS.
-    UserError for what cannot be; where the others do not come in time, one line and exit status 2.
+    UserError for what cannot be; where the others do not come in time, one line and exit status 75.
     """
     if initialization_timeout < 1:
         raise UserError(f"--initialization_timeout: expected at least 1 second, found {initialization_timeout}")
@@ -69,7 +69,7 @@ def start(
             jax.distributed.initialize(**arguments, initialization_timeout=initialization_timeout + 60)
         except Exception as error:  # each kind of cluster has its own
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"distributed: {who}: {reason}{hint}") from error
+            raise TryAgain(f"distributed: {who}: {reason}{hint}") from error
     if jax.process_index() == 0:
         count, local = jax.device_count(), jax.local_device_count()
         print(f"distributed: process 0 of {jax.process_count()}, {count} devices, {local} local", flush=True)
@@ -166,7 +166,7 @@ def _deadline(who: str, seconds: int) -> Iterator[None]:
 
     def give_up():
         print(f"error: distributed: {who}: the others did not come within {seconds} s", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(TryAgain.status)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

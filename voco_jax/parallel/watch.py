@@ -14,9 +14,7 @@ import traceback
 
 import jax
 
-from voco_jax.errors import UserError, first_line
-
-LOST = 75  # exit status (EX_TEMPFAIL): nobody has to mend anything, start again; so does a preempted run
+from voco_jax.errors import TryAgain, UserError, first_line
 
 _BEAT = 2.0  # seconds between two signs of life
 _SILENCE = 30.0  # seconds without one, after which a process is given up
@@ -75,7 +73,9 @@ class _Watcher(threading.Thread):
             except Exception as error:
                 if self._done.is_set():
                     return
-                self._give_up(f"process 0, which all others go by, does not answer: {first_line(error)}", LOST)
+                self._give_up(
+                    f"process 0, which all others go by, does not answer: {first_line(error)}", TryAgain.status
+                )
             now = time.monotonic()
             for process, value in alive.items():
                 if beats.get(process) != value:
@@ -89,7 +89,7 @@ class _Watcher(threading.Thread):
                 self._give_up(
                     f"process {gone[0]} has given no sign of life for {_SILENCE:.0f} s: it died, or its machine did; "
                     "the same command goes on from the newest checkpoint",
-                    LOST,
+                    TryAgain.status,
                 )
             self._done.wait(_BEAT)
 
@@ -107,7 +107,7 @@ class _Watcher(threading.Thread):
             self._done.wait(_SILENCE + 3 * _BEAT)
             traceback.print_exception(error)
         self._failing.set()
-        status = 2
+        status = getattr(error, "status", UserError.status)
         if isinstance(error, KeyboardInterrupt):
             status, line = 130, "interrupted"
         else:

@@ -19,6 +19,7 @@ from voco_jax.train.checksums import checksums
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
+_SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write and read
 _ABOUT = "run"  # {"step", "data", "config", "versions", "checksums"}, as JSON
 
 
@@ -85,6 +86,11 @@ class Checkpointer:
         )
         with self._write_errors(step):
             self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def check(self) -> None:
+        """UserError if what is being written beside has failed; does not wait for it."""
+        with self._write_errors(None):
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Until the last save is whole; UserError where it could not be written."""
@@ -267,10 +273,11 @@ def _preservation_policy(config: ConfigDict | None):
 
 
 def _by_layers(path, param) -> ocp.SaveArgs:
-    """Stacked layers are stored one a chunk, so that a converter need not hold the stack."""
-    if not any(getattr(key, "key", None) == "layers" for key in path):
+    """Stacked layers are stored one a chunk, so that a converter need not hold the stack; small ones together."""
+    layered = any(getattr(key, "key", None) == "layers" for key in path)
+    if not layered or param.nbytes // param.shape[0] < _SMALL:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=max(1, param.nbytes // param.shape[0]), shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=param.nbytes // param.shape[0], shard_axes=(0,))
 
 
 def _placed(tree):

@@ -151,6 +151,7 @@ def _train(run: _Setup, begun: float) -> None:
                         checkpointer.save(step, params, opt_state, batches.state_at(step), values)
                         workdir.publish()
                     goodput.mark(step)
+                checkpointer.check()
                 if preempted:
                     break
             with goodput.during("checkpoint"):

@@ -13,18 +13,16 @@ import urllib.request
 import jax
 from jax.experimental import multihost_utils
 
-from voco_jax.parallel.watch import LOST
-
-STATUS = LOST  # what a preempted training exits with: start the same command again
+from voco_jax.errors import TryAgain
 
 
 class Preempted(SystemExit):
-    """The run has been stopped on somebody's request, and everything is saved."""
+    """The run has been stopped on somebody's request, and everything is saved: the same command goes on (status 75)."""
 
     known_to_all = True
 
     def __init__(self):
-        super().__init__(STATUS)
+        super().__init__(TryAgain.status)
 
 
 class Preemption:

@@ -1,0 +1,87 @@
+"""One of several real processes fails or dies in the middle of training: the others say so, and end."""
+
+import os
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import tiny
+from tests.test_distributed import free_port
+
+CHANGES = dict(
+    model__llama__vocab_multiple=16, optim__name="adamw", train__steps=4000, train__checkpoint_every=20, mesh__fsdp=2
+)
+ENVIRONMENT = dict(os.environ, JAX_PLATFORMS="cpu")
+
+
+def start(workdir: Path, count: int = 2, **changes) -> list[subprocess.Popen]:
+    port = free_port()
+
+    def process(i):
+        address = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
+        command = [sys.executable, "-m", "voco_jax.train", *tiny.arguments(workdir, **CHANGES | changes), *address]
+        with open(f"{workdir}.{i}.log", "wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, cwd=tiny.CONFIG_FILE.parents[1])
+
+    return [process(i) for i in range(count)]
+
+
+def wait_until(condition, processes, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), "ended too early"
+        time.sleep(0.05)
+
+
+def errors(workdir: Path, process: int) -> list[str]:
+    lines = Path(f"{workdir}.{process}.log").read_text(errors="replace").splitlines()
+    return [line for line in lines if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_one_dies(tmp_path, victim):
+    """The other ends within a minute, and the same command goes on."""
+    workdir = tmp_path / "run"
+    processes = start(workdir)
+    wait_until((workdir / "checkpoints" / "20").exists, processes)
+    processes[victim].kill()
+    begun = time.monotonic()
+    other = processes[1 - victim]
+    status = other.wait(60)
+    assert time.monotonic() - begun < 60
+    if victim == 1:
+        assert status == 75, status
+        assert errors(workdir, 0)[0].startswith("error: process 1 has given no sign of life for 30 s: it died, or its")
+    else:  # process 0 takes jax's coordination service with it, which jax ends the others for, at once and loudly
+        assert status in (75, -signal.SIGABRT)
+        assert "process 0" in "".join(errors(workdir, 1)) or "another task died" in Path(f"{workdir}.1.log").read_text()
+    # A restart goes on; and one process that is told to end lets both save, at one step
+    processes = start(workdir)
+    wait_until(lambda: "resuming, at step" in Path(f"{workdir}.0.log").read_text(), processes)
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    wait_until((workdir / "checkpoints" / f"{newest + 20}").exists, processes)
+    processes[victim].terminate()
+    assert [process.wait(60) for process in processes] == [75, 75]
+    assert "the same command goes on from there" in Path(f"{workdir}.0.log").read_text()
+
+
+def test_one_fails(tmp_path):
+    """What it fails of is told to the other, which ends with the same status."""
+    workdir = tmp_path / "run"
+    processes = start(workdir)
+    wait_until((workdir / "checkpoints" / "20").exists, processes)
+    shutil.rmtree(workdir / "checkpoints")  # the first cannot write its next checkpoint
+    (workdir / "checkpoints").write_text("in the way")
+    assert [process.wait(60) for process in processes] == [2, 2]
+    first, second = errors(workdir, 0), errors(workdir, 1)
+    assert first and second
+    assert any("the checkpoint cannot be written" in line for line in first + second)
+    assert any(
+        line.startswith(f"error: process {1 - i}: ") for i, lines in enumerate((first, second)) for line in lines
+    )
