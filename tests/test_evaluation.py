@@ -217,7 +217,7 @@ def test_it_changes_nothing_and_comes_again(test_set, tmp_path, compiled_once):
     """Parameters bit for bit those of a training without; a run that goes on from its first checkpoint says the
     same."""
     length = dict(train__steps=6, train__checkpoint_every=3, train__log_every=2, optim__name="adamw")
-    evaluations = dict(eval__every=2, eval__num_answers=3, eval__num_batches=1)
+    evaluations = dict(eval__every=2, eval__num_answers=3, eval__num_batches=1, train__profile_at=2)
     watched = train(config_of(tmp_path / "watched", test_set, **length, **evaluations))
     plain = train(config_of(tmp_path / "plain", test_set, **length, eval__every=0))
     found = [nnx.to_pure_dict(nnx.state(load_run(run).model)) for run in (watched, plain)]
@@ -227,6 +227,8 @@ def test_it_changes_nothing_and_comes_again(test_set, tmp_path, compiled_once):
     assert [line["step"] for line in logged if "eval_loss" in line] == [2, 4, 6]
     assert sorted(p.name for p in (watched / "answers").iterdir()) == [f"step_00000{i}.png" for i in (2, 4, 6)]
     assert json.loads((watched / "goodput.json").read_text())["seconds"]["evaluation"] > 0
+
+    assert list((watched / "profile" / "step_000002").glob("plugins/profile/*/*.trace.json.gz"))  # watched in every way
 
     shutil.rmtree(watched / "checkpoints" / "6")
     train(config_of(watched, test_set, **length, **evaluations))

@@ -35,6 +35,7 @@ from voco_jax.train.freeze import split_params
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.profile import Profiler
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 from voco_jax.train.workdir import check_workdir, open_workdir, workdir_path
@@ -134,14 +135,17 @@ def _train(run: _Setup, begun: float) -> None:
                 return
             goodput = stack.enter_context(Goodput(account, start, since=begun))
             log = stack.enter_context(MetricsLog(workdir, start, config, goodput, _speed(run)))
+            profiler = stack.enter_context(Profiler(workdir, config.train, start, goodput))
             stack.enter_context(goodput.during("steps"))
             feed = iter(_feed(config, run.mesh, batches, len(steps)))
             for step in steps:
                 with goodput.during("data"):
                     batch = next(feed)
                 with goodput.during("compile" if step == steps.start else "steps"):
+                    profiler.before_step(step)
                     params, opt_state, loss = run.train_step(params, opt_state, batch)
                     log.add(step, {"loss": loss}, batches.amount(step - 1))
+                    profiler.after_step(step, loss)
                 if run.evaluator is not None and run.evaluator.due(step):
                     log.settle()
                     with goodput.during("evaluation"):
