@@ -255,7 +255,7 @@ place = lambda p, s: jax.make_array_from_callback(p.shape, s, lambda index: p[in
 params = jax.tree.map(place, params, param_shardings(mesh, params))
 values, sheet = evaluator(5, params)
 with jax.set_mesh(mesh):
-    print((values["eval_loss"], evaluator._ask(params), sheet.exists(), shard))
+    print((values["eval_loss"], evaluator._ask(params), sheet.exists(), shard, evaluator.fingerprint()))
 """
 
 
@@ -268,6 +268,7 @@ def test_two_processes_see_what_one_does(test_set, evaluated, tmp_path):
     for process, result in enumerate(done):
         assert result.returncode == 0, result.stderr
         (found,) = [eval(line) for line in result.stdout.splitlines() if line.startswith("(")]
-        loss, answers, drawn, rows = found
+        loss, answers, drawn, rows, fingerprint = found
         assert loss == pytest.approx(evaluation.values["eval_loss"], rel=1e-5) and answers == alone
+        assert fingerprint == evaluator.fingerprint()
         assert drawn == (process == 0) and rows == [2 * process, 2 * process + 1]

@@ -67,9 +67,13 @@ def train(config: ConfigDict) -> Path:
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
     plan = run.batches.get_state()["plan"]
+    test = None if run.evaluator is None else run.evaluator.fingerprint()
     check_same(
-        {"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary, "data files": plan}
-    )
+        {
+            "config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary,
+            "data files": plan, "test data": test,
+        }
+    )  # fmt: skip
     with jax.set_mesh(run.mesh):
         _train(run, begun)
     return run.workdir
