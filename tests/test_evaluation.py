@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+import shutil
 
 from flax import nnx
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 from PIL import Image
 import pytest
 
 from tests import tiny
+from tests.test_distributed import free_port, run_two
 from voco_jax.config import source, sources
 from voco_jax.data.images import load_image
 from voco_jax.data.sources import easyvqa
@@ -17,9 +20,10 @@ from voco_jax.errors import UserError
 from voco_jax.infer.generate import Answerer
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.run import abstract_model
+from voco_jax.run import abstract_model, load_run
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
+from voco_jax.train.loop import train
 
 LONG = "a picture of one thing and no other, as far as can be seen"
 
@@ -46,7 +50,7 @@ def config_of(workdir, test_set, **changes):
     """The test set is what is trained on too: its words are the tokenizer's. Two batches hold it all."""
     changes = dict(
         data__batch_size=4, data__images_per_bin=2, data__rows_per_bin=1, data__row_length=90, eval__every=5,
-        eval__max_new_tokens=4, eval__batch_size=4, data__cache_dir=workdir,
+        eval__max_new_tokens=4, eval__batch_size=4, data__cache_dir=workdir, model__llama__vocab_multiple=2,
     ) | changes  # fmt: skip
     config = tiny.config(workdir, **changes)
     with config.unlocked():
@@ -187,3 +191,84 @@ def test_no_test_data(test_set, tmp_path):
         config.data.test = sources()
     with pytest.raises(UserError, match="config.eval.every: expected sources in config.data.test .* found none"):
         make(config, tmp_path)
+
+
+# ---- In a training -----------------------------------------------------------------------------------------------
+
+
+def lines(run: Path) -> list[dict]:
+    clock = "questions_per_second", "images_per_second", "tokens_per_second_per_device", "seconds", "goodput"
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clock} for line in found]
+
+
+@pytest.fixture
+def compiled_once(tmp_path):
+    """What one training has compiled the next need not."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
+def test_it_changes_nothing_and_comes_again(test_set, tmp_path, compiled_once):
+    """Parameters bit for bit those of a training without; a run that goes on from its first checkpoint says the
+    same."""
+    length = dict(train__steps=6, train__checkpoint_every=3, train__log_every=2, optim__name="adamw")
+    evaluations = dict(eval__every=2, eval__num_answers=3, eval__num_batches=1, train__profile_at=2)
+    watched = train(config_of(tmp_path / "watched", test_set, **length, **evaluations))
+    plain = train(config_of(tmp_path / "plain", test_set, **length, eval__every=0))
+    found = [nnx.to_pure_dict(nnx.state(load_run(run).model)) for run in (watched, plain)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    logged = lines(watched)
+    assert [line for line in logged if "loss" in line] == lines(plain)
+    assert [line["step"] for line in logged if "eval_loss" in line] == [2, 4, 6]
+    assert sorted(p.name for p in (watched / "answers").iterdir()) == [f"step_00000{i}.png" for i in (2, 4, 6)]
+    assert json.loads((watched / "goodput.json").read_text())["seconds"]["evaluation"] > 0
+
+    assert list((watched / "profile" / "step_000002").glob("plugins/profile/*/*.trace.json.gz"))  # watched in every way
+
+    shutil.rmtree(watched / "checkpoints" / "6")
+    train(config_of(watched, test_set, **length, **evaluations))
+    assert lines(watched) == logged
+
+
+SCRIPT = """
+import sys
+from voco_jax.parallel import distributed
+address, process, workdir, test_set = eval(sys.argv[1])
+distributed.start(address, 2, process, 60)
+import pathlib
+import jax, numpy as np
+from tests.test_evaluation import config_of, make
+from voco_jax.parallel.mesh import make_mesh
+from voco_jax.parallel.sharding import local_rows, param_shardings
+
+workdir = pathlib.Path(workdir)
+config = config_of(workdir, test_set, eval__num_answers=9, mesh__fsdp=2, mesh__frame=2)
+mesh = make_mesh(config.mesh)
+shard = local_rows(mesh, config.data.batch_size)
+evaluator, params, *_ = make(config, workdir / str(process), mesh, shard=shard)
+place = lambda p, s: jax.make_array_from_callback(p.shape, s, lambda index: p[index])
+params = jax.tree.map(place, params, param_shardings(mesh, params))
+values, sheet = evaluator(5, params)
+with jax.set_mesh(mesh):
+    print((values["eval_loss"], evaluator._ask(params), sheet.exists(), shard, evaluator.fingerprint()))
+"""
+
+
+def test_two_processes_see_what_one_does(test_set, evaluated, tmp_path):
+    """Rows and parameters over both, a row's images over the two simulated devices of each: the same loss, answers."""
+    evaluation, *_, evaluator, _, params = evaluated
+    alone = evaluator._ask(params)
+    address = f"localhost:{free_port()}"
+    done = run_two(lambda i: (address, i, str(tmp_path), test_set), lambda i: {}, script=SCRIPT)
+    for process, result in enumerate(done):
+        assert result.returncode == 0, result.stderr
+        (found,) = [eval(line) for line in result.stdout.splitlines() if line.startswith("(")]
+        loss, answers, drawn, rows, fingerprint = found
+        assert loss == pytest.approx(evaluation.values["eval_loss"], rel=1e-5) and answers == alone
+        assert fingerprint == evaluator.fingerprint()
+        assert drawn == (process == 0) and rows == [2 * process, 2 * process + 1]

@@ -81,7 +81,7 @@ def test_two_processes_share_a_directory(tmp_path):
     first, second = run(workdir)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout.endswith("done 0\n") and second.stdout.endswith("done 1\n")
-    assert "step 4/40  loss 2.5" in first.stderr and "step" not in second.stderr
+    assert "step 4/40  loss 2.500" in first.stderr and "step" not in second.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(4, 2.5)]
     assert {path.name for path in workdir.iterdir()} == {

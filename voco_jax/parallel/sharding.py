@@ -83,9 +83,9 @@ def batch_shardings(mesh: Mesh, batch: dict):
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Which of a batch's elements (bins) this process's devices hold; UserError where they do not divide."""
-    name = "pixel_values"
-    sharding = batch_shardings(mesh, {name: jax.ShapeDtypeStruct((batch_size,), jnp.uint8)})[name]
-    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    batch_shardings(mesh, {"pixel_values": jax.ShapeDtypeStruct((batch_size,), jnp.uint8)})
+    indices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((batch_size,))
+    slices = [index[0] for index in indices.values()]
     return sorted({row for rows in slices for row in range(*rows.indices(batch_size))})
 
 

@@ -98,7 +98,9 @@ def open_test_data(config: ConfigDict, training: Batches, say: Callable[[str], N
         raise UserError("config.data.test: no usable conversation")
     data = config.data.copy_and_resolve_references()
     with data.unlocked():
-        data.update(num_workers=0, num_threads=max(4, data.num_threads), random_crop=1.0, color_jitter=0.0)
+        threads = max(4, data.num_threads)
+        data.update(num_workers=0, num_threads=threads, prefetch=max(threads, data.prefetch))
+        data.update(random_crop=1.0, color_jitter=0.0)
         data.video.random_offset = False
     plan = Plan(
         indices, weights, shape, seed=0, layout=data.layout, batch_size=data.batch_size,

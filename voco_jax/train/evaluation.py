@@ -1,6 +1,7 @@
 """Looking at the test set while training: the loss, and answers to questions, with a sheet of them for people."""
 
 from collections.abc import Callable, Iterator
+import hashlib
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -57,9 +58,8 @@ class Evaluator:
     """Made before training, so that what is wrong with the test set shows itself; then called with parameters.
 
     The same batches and questions every time: the first `eval.num_batches` of the test set, and the first questions of
-    `eval.num_answers` conversations, about different pictures as far as there are, which are kept in
-    memory.
-    Nothing of the training is touched.
+    `eval.num_answers` conversations, about different pictures as far as there are, which are kept in memory. Nothing of
+    the training is touched.
 
     All processes make one and call it together. The loss is computed as in training, each process loading its own
     rows; every process has all questions, and the devices share the rows of them.
@@ -89,6 +89,15 @@ class Evaluator:
             self._questions = self._choose_questions()
             judged = sum(question.judged for question in self._questions)
             say(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
+
+    def fingerprint(self) -> str:
+        """Of all that is looked at: it has to be the same in all processes (`check_same`)."""
+        digest = hashlib.sha256(self._batches.loader.plan.fingerprint().encode())
+        for question in self._questions:
+            digest.update(repr((question.text, question.truth, question.judged)).encode())
+            for array in (question.prompt.tokens, question.pixels):
+                digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
     def due(self, step: int) -> bool:
         """Whether it is time: every `eval.every` steps, and at the end."""

@@ -25,7 +25,7 @@ from voco_jax.train.progress import say
 
 # In the order in which they are told. 'setup' is all that belongs to no other: set-up, restoring, tidying up.
 CATEGORIES = ("steps", "setup", "compile", "data", "checkpoint", "evaluation", "profile", "lost")
-_LABELS = {"setup": "set-up"}
+LABELS = {category: category for category in CATEGORIES} | {"setup": "set-up"}
 _VERSION = 1
 _WRITE_EVERY = 10.0  # seconds; a kill loses what was not written, of the account only
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
@@ -190,6 +190,11 @@ class Goodput:
             self._settle(compiled=duration)
 
 
+def read_seconds(path: Path) -> dict[str, float]:
+    """Seconds by category from a run's file; UserError for another file."""
+    return _read(path)[0]
+
+
 def share(seconds: dict[str, float]) -> float:
     """Goodput of seconds by category, 0 to 1."""
     return seconds["steps"] / max(sum(seconds.values()), 1e-9)
@@ -202,7 +207,7 @@ def summary(seconds: dict[str, float]) -> str:
     'goodput 94.8 %: steps 312 s; set-up 0 s, compile 11 s, data 2.2 s, checkpoint 4 s, evaluation 0 s, lost 0 s'
     """
     rest = [c for c in CATEGORIES if c != "steps" and (c != "profile" or seconds[c])]
-    parts = ", ".join(f"{_LABELS.get(c, c)} {_seconds_text(seconds[c])}" for c in rest)
+    parts = ", ".join(f"{LABELS[c]} {_seconds_text(seconds[c])}" for c in rest)
     return f"goodput {share(seconds):.1%}: steps {_seconds_text(seconds['steps'])}; {parts}".replace("%", " %", 1)
 
 

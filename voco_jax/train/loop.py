@@ -32,6 +32,7 @@ from voco_jax.train.goodput import Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
+from voco_jax.train.profile import Profiler
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 from voco_jax.train.workdir import check_workdir, open_workdir, workdir_path
@@ -63,9 +64,13 @@ def train(config: ConfigDict) -> AnyPath:
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
     plan = run.batches.get_state()["plan"]
+    test = None if run.evaluator is None else run.evaluator.fingerprint()
     check_same(
-        {"config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary, "data files": plan}
-    )
+        {
+            "config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary,
+            "data files": plan, "test data": test,
+        }
+    )  # fmt: skip
     with jax.set_mesh(run.mesh):
         _train(run, begun)
     return run.workdir
@@ -126,6 +131,7 @@ def _train(run: _Setup, begun: float) -> None:
         with (
             Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
             MetricsLog(workdir.logs, start, config, goodput, _speed(run), batches.describe) as log,
+            Profiler(workdir.logs, config.train, start, goodput) as profiler,
             goodput.during("steps"),
         ):
             preemption.begin()
@@ -134,8 +140,10 @@ def _train(run: _Setup, begun: float) -> None:
                 with goodput.during("data"):
                     batch = next(feed)
                 with goodput.during("compile" if step == steps.start else "steps"):
+                    profiler.before_step(step)
                     params, opt_state, metrics = run.train_step(params, opt_state, batch)
                     log.add(step, metrics, batches.amount(step - 1))
+                    profiler.after_step(step, metrics)
                 evaluation = None
                 if evaluator is not None and evaluator.due(step):
                     log.settle()

@@ -54,7 +54,7 @@ def describe(line: dict, seconds_left: float | None) -> str:
     'loss 1.234  grad 0.8  12.3k tokens/s/device  MFU 41.2 %  2 min 10 s left'
     """
     loss = line.get("loss")
-    parts = [f"loss {'unknown' if loss is None else f'{loss:.4g}'}"]
+    parts = [f"loss {'unknown' if loss is None else f'{loss:#.4g}'}"]
     for key, words in (
         ("grad_norm", "grad {:.3g}"),
         ("tokens_per_second_per_device", "{} tokens/s/device"),
