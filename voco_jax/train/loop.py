@@ -24,9 +24,10 @@ from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
-from voco_jax.run import begin_with_run, init_params, make_processor
+from voco_jax.run import begin_with_run, make_processor
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.data import open_training_data
+from voco_jax.train.first_params import first_params
 from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
@@ -113,7 +114,7 @@ def _train(run: _Setup) -> None:
             progress = "complete" if start == config.train.steps else "resuming"
             _say(f"{workdir}: {progress}, at step {start} of {config.train.steps}")
         else:
-            params = _first_params(config, run.model_config, state)
+            params = first_params(config, run.model_config, state, _say)
             opt_state = init_opt_state(run.optimizer, params, state)
 
         # The loop
@@ -150,16 +151,6 @@ def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Itera
         coming = following
     if coming is not None:
         yield coming
-
-
-def _first_params(config: ConfigDict, model_config, state: AbstractState):
-    """Those of the run to begin with, in this run's dtype; or random ones."""
-    if not config.init_from:
-        return init_params(model_config, config.seed, shardings=state.shardings[0])
-    with contextlib.closing(Checkpointer(Path(config.init_from).expanduser())) as checkpointer:
-        step, params = checkpointer.restore_params(state.params)
-    _say(f"parameters: {config.init_from}, step {step}")
-    return params
 
 
 def _check_positions(conversation: int, model_config) -> None:
