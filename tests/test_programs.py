@@ -112,10 +112,18 @@ def test_a_tied_head_is_the_embedding():
     assert frozen[0] - frozen[1] == pytest.approx(head)
 
 
-@pytest.mark.parametrize("step", ["train", "compress", "read", "decode"])
-def test_programs_hold_the_flops_of_the_formula(step):
+FROZEN = {"train.freeze": ("vision_tower", "llama")}
+LORA = {"train.freeze": ("vision_tower",), "model.lora.rank": 16}
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [("train", {}), ("train", FROZEN), ("train", LORA), ("compress", {}), ("read", {}), ("read", LORA), ("decode", {})],
+)
+def test_programs_hold_the_flops_of_the_formula(step, changes):
     """To a few percent: programs also hold what is left out, and XLA's attention computes the whole square."""
     config = default_config()
+    config.update_from_flattened_dict(changes)
     config.model.llama.update(dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=8192))
     config.model.update(dict(dtype="float32", unroll_layers=True))
     config.data.update(dict(batch_size=2, images_per_bin=2, rows_per_bin=1, row_length=64))

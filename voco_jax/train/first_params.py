@@ -22,7 +22,7 @@ def first_params(
 ) -> dict:
     """Those of the run to begin with, in this run's dtype and shards; or random ones.
 
-    A plain run may be begun with by one with LoRA, whose matrices are then drawn; `begin_with_run` has refused the rest.
+    Of a plain run that one with LoRA begins with, all is taken and LoRA drawn; `begin_with_run` refuses the reverse.
     """
     shardings = state.shardings[0]
     if not config.init_from:
