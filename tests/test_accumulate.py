@@ -11,6 +11,7 @@ from tests.test_meshes import BASE, assert_close, random_batch
 from tests.test_two_streams import make
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
+from voco_jax.train.guard import global_norm
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import label_loss, loss_and_gradients, make_train_step, split_batch
 
@@ -34,7 +35,9 @@ def test_loss_and_gradients_are_the_whole_batchs():
     loss_of = functools.partial(label_loss, graphdef)
     whole, pieces = (jax.jit(lambda p, b, n=n: loss_and_gradients(loss_of, p, b, n))(params, batch) for n in (1, 4))
     np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-6)
-    assert_close(jax.device_get(pieces[1]), jax.device_get(whole[1]), 1e-6)
+    difference = jax.tree.map(lambda a, b: a - b, pieces[1], whole[1])
+    assert global_norm(difference) <= 1e-6 * global_norm(whole[1])
+    assert_close(jax.device_get(pieces[1]), jax.device_get(whole[1]), 3e-6)
 
 
 def test_a_training_step_in_pieces():
@@ -44,8 +47,9 @@ def test_a_training_step_in_pieces():
     for pieces in 1, 4:
         step = make_train_step(graphdef, optimizer, accumulate=pieces)
         copy = jax.tree.map(lambda x: x.copy(), params)
-        found.append(jax.device_get(step(copy, optimizer.init(params), random_batch(SCANNED))[2]))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+        metrics = step(copy, optimizer.init(params), random_batch(SCANNED))[2]
+        found.append({name: float(value) for name, value in metrics.items()})
+    assert found[0]["grad_norm"] > 0 and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_bins_that_do_not_divide():

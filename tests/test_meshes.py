@@ -6,20 +6,16 @@ All checks run in one process of their own, which has the devices, one after the
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 from pathlib import Path
-import subprocess
 import sys
 import tempfile
-import time
-import traceback
 
 from flax import nnx
 import jax
 import numpy as np
 import pytest
 
+from tests.eight_devices import failures_of, run_checks
 from tests.test_two_streams import CONFIG, IMAGES, make, random_layout
 from voco_jax.config import default_config
 from voco_jax.data.conversations import Sample
@@ -236,25 +232,9 @@ CHECKS = {case: functools.partial(loss_and_gradients_are_those_of_one_device, ca
 }
 
 
-def main(names):
-    """Run the checks; the last line is the traceback (or nothing) of each, as JSON."""
-    failures = {}
-    for name in names or CHECKS:
-        try:
-            CHECKS[name]()
-        except Exception:
-            failures[name] = traceback.format_exc()
-        print(f"{time.process_time():.1f} s: {name}", file=sys.stderr)
-    print(json.dumps(failures))
-
-
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return failures_of(__name__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -263,4 +243,4 @@ def test_eight_devices(failures, name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_checks(CHECKS, sys.argv[1:])

@@ -13,6 +13,7 @@ from voco_jax import aot
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.models.flops import training_flops
+from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
@@ -71,12 +72,36 @@ def parts_forward(config) -> dict[str, float]:
         (("vision_tower", "llama.layers"), (1, 3, 2, 3)),
         (("vision_tower", "projector"), (1, 1, 3, 3)),
         (("vision_tower", "projector", "llama.layers"), (1, 1, 2, 3)),  # the embedding before it trains
-        (("vision_tower", "projector", "llama.embed_tokens", "llama.layers"), (1, 1, 1, 3)),
+        # A frozen embedding's VoCo row trains, and has its gradient through the layers
+        (("vision_tower", "projector", "llama.embed_tokens", "llama.layers"), (1, 1, 2, 3)),
     ],
 )
 def test_a_training_step(freeze, times):
     expected = sum(n * flops for n, flops in zip(times, parts_forward(CONFIG).values(), strict=True))
     assert training_flops(CONFIG, ROWS, LENGTH, IMAGES, freeze) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_voco_tokens_nothing_before_frozen_layers_trains():
+    pooled = dataclasses.replace(CONFIG, compressor="average_pool")
+    freeze = ("vision_tower", "projector", "llama.embed_tokens", "llama.layers")
+    row = training_flops(dataclasses.replace(CONFIG, compressor="none"), ROWS, LENGTH, IMAGES, freeze)
+    read = CONFIG.llama.num_hidden_layers * TOKENS * 2 * 4 * 8 * LENGTH
+    read += 2 * TOKENS * kernels(CONFIG, "llama.layers")
+    assert row - training_flops(pooled, ROWS, LENGTH, IMAGES, freeze) == pytest.approx(read)
+
+
+def test_lora():
+    """Its own matrices three times, the language model's kernels twice, all else as ever."""
+    targets = ("q_proj", "k_proj", "down_proj")
+    adapted = dataclasses.replace(CONFIG, lora=LoRAConfig(4, 8.0, targets))
+    _, params = abstract_model(adapted)
+    matrices = {name: params["llama"]["layers"][name]["lora"] for name in targets}
+    size = {name: sum(x.size for x in jax.tree.leaves(lora)) / 3 for name, lora in matrices.items()}  # of 3 layers
+    compressed = IMAGES * CONFIG.compress_length
+    low_rank = 2 * sum(size.values()) * (3 * TOKENS + 2 * compressed) + 2 * size["k_proj"] * compressed
+    times = dict(zip(parts_forward(CONFIG), (1, 3, 2, 2), strict=True))
+    expected = 3 * low_rank + sum(n * parts_forward(CONFIG)[part] for part, n in times.items())
+    assert training_flops(adapted, ROWS, LENGTH, IMAGES, ("vision_tower",)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_tied_head_is_the_embedding():
@@ -87,10 +112,18 @@ def test_a_tied_head_is_the_embedding():
     assert frozen[0] - frozen[1] == pytest.approx(head)
 
 
-@pytest.mark.parametrize("step", ["train", "compress", "read", "decode"])
-def test_programs_hold_the_flops_of_the_formula(step):
+FROZEN = {"train.freeze": ("vision_tower", "llama")}
+LORA = {"train.freeze": ("vision_tower",), "model.lora.rank": 16}
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [("train", {}), ("train", FROZEN), ("train", LORA), ("compress", {}), ("read", {}), ("read", LORA), ("decode", {})],
+)
+def test_programs_hold_the_flops_of_the_formula(step, changes):
     """To a few percent: programs also hold what is left out, and XLA's attention computes the whole square."""
     config = default_config()
+    config.update_from_flattened_dict(changes)
     config.model.llama.update(dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=8192))
     config.model.update(dict(dtype="float32", unroll_layers=True))
     config.data.update(dict(batch_size=2, images_per_bin=2, rows_per_bin=1, row_length=64))

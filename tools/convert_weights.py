@@ -5,6 +5,7 @@
     python tools/convert_weights.py to-jax SRC DST
     python tools/convert_weights.py to-jax DST --llm DIR --vision-tower DIR --projector mm_projector.bin
     python tools/convert_weights.py to-hf RUN DST --format voco
+    python tools/convert_weights.py merge RUN DST
     python tools/convert_weights.py verify A B
 
 SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LlavaForConditionalGeneration directory, a Llama
@@ -17,6 +18,7 @@ import signal
 import sys
 
 from voco_jax.convert.inspect import describe, describe_run
+from voco_jax.convert.merge import merge
 from voco_jax.convert.sources import Source, open_parts, open_source
 from voco_jax.convert.tensors import DTYPES
 from voco_jax.convert.to_hf import WRITTEN, parse_size, to_hf
@@ -63,6 +65,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=WRITTEN, required=True)
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     command.add_argument("--max-shard-size", default="5GB", help="default 5GB")
+
+    command = commands.add_parser("merge", help="a plain run from a run that was trained with LoRA")
+    command.add_argument("run", type=Path)
+    command.add_argument("destination", type=Path, metavar="DST")
 
     command = commands.add_parser("verify", help="compare two checkpoints of any formats tensor by tensor")
     command.add_argument("a", type=Path, metavar="A")
@@ -117,6 +123,9 @@ def main() -> None:
         print(f"written: {destination} (ask it: python -m voco_jax.ask --run {destination} --image FILE QUESTION)")
     elif args.command == "to-hf":
         warn(to_hf(args.run, args.destination, args.format, args.dtype, parse_size(args.max_shard_size)))
+        print(f"written: {args.destination}")
+    elif args.command == "merge":
+        merge(args.run, args.destination)
         print(f"written: {args.destination}")
     else:
         compare(args)

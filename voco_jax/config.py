@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
 from voco_jax.models import presets
+from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
 from voco_jax.storage import as_path, in_bucket
@@ -41,7 +42,7 @@ def default_config() -> ConfigDict:
     config.model.lora = ConfigDict()  # low-rank updates of the language model's kernels, which stay as they are
     config.model.lora.rank = 0  # 0: none
     config.model.lora.alpha = 16.0  # updates are scaled by alpha / rank
-    config.model.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.model.lora.targets = LoRAConfig.TARGETS
 
     config.mesh = ConfigDict()  # devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave
     config.mesh.data = 1
@@ -181,6 +182,12 @@ def llama_config(config: ConfigDict) -> LlamaConfig:
     fields = config.model.llama.to_dict()
     scaling = fields.pop("rope_scaling")
     return LlamaConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+
+
+def lora_config(config: ConfigDict) -> LoRAConfig | None:
+    """The dataclass of `config.model.lora`; None where the rank is 0. ValueError for a target that is none."""
+    lora = config.model.lora
+    return LoRAConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 
 def vision_config(config: ConfigDict) -> ViTConfig:

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from voco_jax.attention import check_platform
-from voco_jax.config import default_config, llama_config, load_config, vision_config
+from voco_jax.config import default_config, first_difference, llama_config, load_config, lora_config, vision_config
 from voco_jax.data.conversations import Encoder, get_template
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
@@ -66,13 +66,20 @@ def load_run(directory: str | AnyPath, *, compressor: str | None = None, attenti
 def begin_with_run(config: ConfigDict) -> ConfigDict:
     """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one.
 
-    UserError for a config that asks for other dimensions than the run has.
+    UserError for a config that asks for other dimensions than the run has, or, where the run has LoRA, other LoRA.
     """
     if not config.init_from:
         return config
     directory = as_path(config.init_from)
     run = load_config(directory / "config.json")
     config, default = config.copy_and_resolve_references(), default_config()
+    difference = first_difference(run.model.lora, config.model.lora) if run.model.lora.rank else None
+    if difference:
+        key, there, found = difference
+        raise UserError(
+            f"config.model.lora.{key}: {config.init_from} has LoRA with {there!r}, found {found!r}; "
+            f"merge it first: python tools/convert_weights.py merge {config.init_from} DST"
+        )
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
     run.model.llama.vocab_size = make_model_config(run, load_tokenizer(directory / "tokenizer")).llama.vocab_size
     with config.unlocked():
@@ -112,6 +119,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             attention=m.attention,
             remat=m.remat,
             unroll_layers=m.unroll_layers,
+            lora=lora_config(config),
         )
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None

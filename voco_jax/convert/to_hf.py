@@ -64,6 +64,11 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
 
 def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: str) -> None:
     """UserError for what the format has no place for, and for a checkpoint that is not its config's."""
+    if config.lora is not None:
+        raise UserError(
+            f"{run}: format {format_name} has no place for LoRA; merge it first: "
+            f"python tools/convert_weights.py merge {run} DST"
+        )
     others = sorted(path for path in stored.shapes if path not in BY_OURS)
     if others:
         raise UserError(f"{run}: {others[0]}: format {format_name} has no place for compressor {config.compressor}")

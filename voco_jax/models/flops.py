@@ -4,25 +4,39 @@ A multiply and an add count as two. Matrix products with parameters cost 2 a par
 for the gradient of their inputs, and again for the parameters' own where those train: 6·N a token in all. Causal
 attention over T tokens costs 2·N·H·T a token and layer forward (half of the square), three times that in training.
 Embedding, norms, rotary positions and the external compressors are left out; what remat computes again does not count.
+LoRA's matrices are parameters like others; the kernels beside them are frozen, and have no gradients of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+import dataclasses
 
+from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 
 
-def layer_params(c: LlamaConfig) -> int:
-    """Parameters of one decoder layer's matrix products."""
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    return attention + 3 * c.hidden_size * c.intermediate_size
+def projections(c: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each matrix product of a decoder layer."""
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    width, mlp = c.hidden_size, c.intermediate_size
+    return {
+        "q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
+        "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width),
+    }  # fmt: skip
 
 
-def layers_forward(c: LlamaConfig, tokens: int, context: int) -> float:
+def layer_params(c: LlamaConfig, lora: LoRAConfig | None = None, names: Collection[str] | None = None) -> int:
+    """Parameters of one decoder layer's matrix products, or of some by name, LoRA's among them."""
+    chosen = {name: sizes for name, sizes in projections(c).items() if names is None or name in names}
+    low_rank = sum(lora.rank * sum(sizes) for name, sizes in chosen.items() if name in lora.targets) if lora else 0
+    return sum(inputs * outputs for inputs, outputs in chosen.values()) + low_rank
+
+
+def layers_forward(c: LlamaConfig, tokens: int, context: int, lora: LoRAConfig | None = None) -> float:
     """Tokens through all layers, `context` tokens a causal row."""
     attention = 2 * c.num_attention_heads * c.head_dim * context
-    return tokens * c.num_hidden_layers * (2 * layer_params(c) + attention)
+    return tokens * c.num_hidden_layers * (2 * layer_params(c, lora) + attention)
 
 
 def head_forward(c: LlamaConfig, tokens: int) -> float:
@@ -32,8 +46,8 @@ def head_forward(c: LlamaConfig, tokens: int) -> float:
 def compress_forward(c: VoCoConfig, images: int) -> float:
     """Images through the compress stream; its last layer makes keys and values only."""
     tokens, llama = images * c.compress_length, c.llama
-    last = 2 * llama.hidden_size * llama.head_dim * 2 * llama.num_key_value_heads
-    whole = layers_forward(llama, tokens, c.compress_length) / llama.num_hidden_layers
+    last = 2 * layer_params(llama, c.lora, ("k_proj", "v_proj"))
+    whole = layers_forward(llama, tokens, c.compress_length, c.lora) / llama.num_hidden_layers
     return whole * (llama.num_hidden_layers - 1) + tokens * last
 
 
@@ -53,21 +67,28 @@ def projector_forward(c: VoCoConfig, images: int) -> float:
 def training_flops(c: VoCoConfig, rows: int, length: int, images: int, freeze: Sequence[str] = ()) -> float:
     """A training step over read rows [rows, length] and images, `freeze` as in `train/freeze.py`.
 
-    A frozen part has no gradient of its own parameters; one that nothing before it trains has no backward pass.
+    A frozen part has no gradient of its own parameters; one that nothing before it trains has no backward pass. The
+    VoCo token's row always trains, where there is one.
     """
-    layers = layers_forward(c.llama, rows * length, length)
-    layers += compress_forward(c, images) if c.compressor == "voco" else 0
+
+    def layers(c: VoCoConfig) -> float:
+        read = layers_forward(c.llama, rows * length, length, c.lora)
+        return read + (compress_forward(c, images) if c.compressor == "voco" else 0)
+
+    base = layers(dataclasses.replace(c, lora=None))
     head = "llama.embed_tokens" if c.llama.tie_word_embeddings else "llama.lm_head"
     parts = (
         ("vision_tower", vision_forward(c.vision, images)),
         ("projector", projector_forward(c, images)),
         ("llama.embed_tokens", 0.0),
-        ("llama.layers", layers),
+        ("llama.layers", base),
         (head, head_forward(c.llama, rows * length)),
     )
-    total, trains = 0.0, False  # whether this part or one before it trains, and so has a backward pass
+    freeze = (*freeze, "llama") if c.lora else freeze
+    total, trains = 3 * (layers(c) - base), False  # whether this part or one before it trains: it has a backward pass
     for part, forward in parts:
         frozen = any(f"{part}.".startswith(f"{path}.") for path in freeze)
-        trains = trains or not frozen
+        has_row = part == "llama.embed_tokens" and c.compressor in ("voco", "none")
+        trains = trains or not frozen or has_row
         total += forward * (1 + trains + (not frozen))
     return total

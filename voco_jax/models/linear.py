@@ -1,5 +1,6 @@
-"""Flax's linear layers, with matrix products that are fast on CPUs too."""
+"""Flax's linear layers, with matrix products that are fast on CPUs too, and with LoRA where it is asked for."""
 
+import dataclasses
 import functools
 import math
 
@@ -35,6 +36,57 @@ def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers, **kwargs) -> 
         return lax.dot_general(lhs, rhs, dimension_numbers, **kwargs)
 
     return lax.platform_dependent(lhs, rhs, cpu=flat, default=plain)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank updates of a decoder layer's kernels, W + alpha / rank · A B (Hu et al., arXiv:2106.09685)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for target in self.targets:
+            if target not in self.TARGETS:
+                raise ValueError(f"lora.targets: expected some of {', '.join(self.TARGETS)}; found {target!r}")
+        if not self.targets:
+            raise ValueError(f"lora.targets: expected some of {', '.join(self.TARGETS)}; found none")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoRALinear(nnx.LinearGeneral):
+    """A linear layer without bias; after `add_lora`, plus what Flax's `nnx.LoRA` makes of the same input.
+
+    A [inputs, rank] and B [rank, outputs] take heads and head size as one axis.
+    """
+
+    def __init__(self, in_features, out_features, **kwargs):
+        axis = (-2, -1) if isinstance(in_features, tuple) else -1
+        super().__init__(in_features, out_features, axis=axis, use_bias=False, dot_general=dot_general, **kwargs)
+        self.lora = nnx.data(None)
+
+    def add_lora(self, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+        """A is drawn as in Hugging Face's PEFT, uniform within 1/√inputs; B is zeros: nothing changes to begin with."""
+        self.lora_scale = config.scale
+        self.lora = nnx.LoRA(
+            math.prod(self.in_features), config.rank, math.prod(self.out_features), dtype=self.dtype,
+            param_dtype=self.param_dtype, rngs=rngs,
+            a_initializer=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        )  # fmt: skip
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        y = super().__call__(inputs)
+        if self.lora is None:
+            return y
+        flat = inputs.reshape(*inputs.shape[: -len(self.in_features)], -1)
+        return y + (self.lora(flat) * self.lora_scale).reshape(y.shape)
 
 
 Linear = functools.partial(nnx.Linear, dot_general=dot_general)

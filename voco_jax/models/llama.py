@@ -17,7 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from voco_jax.models.linear import Linear, LinearGeneral
+from voco_jax.models.linear import Linear, LoRAConfig, LoRALinear
 from voco_jax.models.stack import stack_layers
 from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
 
@@ -132,20 +132,18 @@ silu_times.defvjp(lambda gate, up: (silu_times(gate, up), (gate, up)), _silu_tim
 
 
 class LlamaLayer(nnx.Module):
-    """One pre-norm decoder layer in two parts, before and after attention."""
+    """One pre-norm decoder layer in two parts, before and after attention; with LoRA on the projections it names."""
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, lora: LoRAConfig | None = None, *, dtype, param_dtype, rngs: nnx.Rngs):
         c = config
         init = nnx.initializers.normal(c.initializer_range)
         # Every layer adds to the residual stream twice; smaller outputs keep its variance level with depth (GPT-2).
         init_out = nnx.initializers.normal(c.initializer_range / math.sqrt(2 * c.num_hidden_layers))
 
         def linear(shape_in, shape_out, kernel_init=init):
-            axis = (-2, -1) if isinstance(shape_in, tuple) else -1
-            return LinearGeneral(
-                shape_in, shape_out, axis=axis, use_bias=False, kernel_init=kernel_init,
-                dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-            )  # fmt: skip
+            return LoRALinear(
+                shape_in, shape_out, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
         def norm():
             return nnx.RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -159,6 +157,8 @@ class LlamaLayer(nnx.Module):
         self.gate_proj = linear(c.hidden_size, c.intermediate_size)
         self.up_proj = linear(c.hidden_size, c.intermediate_size)
         self.down_proj = linear(c.intermediate_size, c.hidden_size, init_out)
+        for name in lora.targets if lora is not None else ():  # last: they change no other parameter's random numbers
+            getattr(self, name).add_lora(lora, rngs)
 
     def project_kv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys before rotary positions and values, each [B, T, G, H]."""
@@ -180,7 +180,10 @@ class LlamaLayer(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, stacked layers, final norm and (tied or untied) head. `layers` parameters are [num_layers, ...]."""
 
-    def __init__(self, config: LlamaConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, lora: LoRAConfig | None = None, *,
+        dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
         self.config = config
         self.dtype = dtype
         init = nnx.initializers.normal(config.initializer_range)
@@ -189,7 +192,7 @@ class Llama(nnx.Module):
             dtype=dtype, param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
         self.layers = stack_layers(
-            lambda rngs: LlamaLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            lambda rngs: LlamaLayer(config, lora, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             config.num_hidden_layers,
             rngs,
         )

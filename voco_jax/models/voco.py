@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from voco_jax import attention
 from voco_jax.models.compressors import AveragePool, QFormer
+from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import Llama, LlamaConfig, apply_rope, rope_tables
 from voco_jax.models.projector import Projector
 from voco_jax.models.stack import REMAT, scan_layers
@@ -59,6 +60,7 @@ class VoCoConfig:
     attention: str = "xla"
     remat: str = "none"
     unroll_layers: bool = False
+    lora: LoRAConfig | None = None
 
     def __post_init__(self):
         attention.get_adapter(self.attention)  # a name that does not exist shows itself here
@@ -128,7 +130,7 @@ class VoCoLlama(nnx.Module):
         self.attention = attention.get_adapter(c.attention)
         self.vision_tower = ViT(c.vision, unroll=c.unroll_layers, remat=c.remat, **kwargs)
         self.projector = Projector(c.vision.hidden_size, c.llama.hidden_size, **kwargs)
-        self.llama = Llama(c.llama, **kwargs)
+        self.llama = Llama(c.llama, c.lora, **kwargs)
         if c.compressor == "average_pool":
             self.compressor = AveragePool(c.num_compressed_tokens, c.llama.hidden_size, **kwargs)
         elif c.compressor == "qformer":

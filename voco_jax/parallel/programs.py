@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from voco_jax.config import llama_config, vision_config
+from voco_jax.config import llama_config, lora_config, vision_config
 from voco_jax.errors import UserError
 from voco_jax.models.flops import (
     compress_forward,
@@ -74,7 +74,7 @@ def model_of(config: ConfigDict) -> VoCoConfig:
             voco_token_id=llama.vocab_size - 1, num_compressed_tokens=m.num_compressed_tokens,
             num_qformer_layers=m.num_qformer_layers, dtype=dtype,
             param_dtype=resolve_dtype(m.param_dtype, "param_dtype"), attention=m.attention, remat=m.remat,
-            unroll_layers=m.unroll_layers,
+            unroll_layers=m.unroll_layers, lora=lora_config(config),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
@@ -147,11 +147,15 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
             visual = array(shape, dtype, ROWS)
         read = Read(*(batch[name] for name in Read._fields))
         function = jitted(lambda model, *inputs: model.prefill(*inputs))
-        flops = layers_forward(c.llama, rows * length, length) + head_forward(c.llama, rows)  # of each last token alone
+        flops = layers_forward(c.llama, rows * length, length, c.lora) + head_forward(
+            c.llama, rows
+        )  # of each last token alone
         return Program(function, (params, read, per_row, visual), flops, rows * length, 0)
     cache = Cache(*keys_and_values(rows, length), per_row)
     function = jitted(lambda model, *inputs: model.decode(*inputs), donate_argnums=(3,))
-    flops = layers_forward(c.llama, rows, 2 * length) + head_forward(c.llama, rows)  # all places are seen, not half
+    flops = layers_forward(c.llama, rows, 2 * length, c.lora) + head_forward(
+        c.llama, rows
+    )  # all places are seen, not half
     return Program(function, (params, per_row, per_row, cache), flops, rows, 0)
 
 

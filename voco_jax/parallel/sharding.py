@@ -13,6 +13,11 @@ from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
 
 # Path (of a layer's parameter: without the leading layer axis) to the axes of its dimensions; the first that matches.
 RULES = (
+    # LoRA's matrices are spread as their kernel's axes are, the rank over nothing
+    (r"(q|k|v|gate|up)_proj\.lora\.lora_a", (PARAMS, None)),  # [D, rank]
+    (r"(q|k|v|gate|up)_proj\.lora\.lora_b", (None, ("tensor", *PARAMS))),  # [rank, heads·H or F]
+    (r"(o|down)_proj\.lora\.lora_a", (("tensor", *PARAMS), None)),  # [heads·H or F, rank]
+    (r"(o|down)_proj\.lora\.lora_b", (None, PARAMS)),  # [rank, D]
     (r"embed_tokens\.embedding", ("tensor", PARAMS)),  # [V, D]
     (r"embed_tokens\.voco_row", (PARAMS,)),  # [D], see train/freeze.py
     (r"lm_head\.kernel", (PARAMS, "tensor")),  # [D, V]
@@ -41,14 +46,14 @@ def param_spec(path: str) -> P:
 def param_shardings(mesh: Mesh, params):
     """A tree of `NamedSharding` for a tree of parameters, or of anything with parameters' paths at its leaves' ends.
 
-    Optimizer state holds trees like the parameters' (moments) and scalars (counts). UserError for a dimension that
-    its axes do not divide.
+    Optimizer state holds trees like the parameters' (moments), scalars (counts), and Adafactor's rows and columns,
+    which are small and on every device. UserError for a dimension that its axes do not divide.
     """
 
     def sharding(path, leaf):
-        if not leaf.shape:
-            return NamedSharding(mesh, P())
         name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if leaf.size == 1 or re.search(r"\bv_(row|col)\b", name):
+            return NamedSharding(mesh, P())
         spec = param_spec(name)
         for size, axes in zip(leaf.shape, spec, strict=False):
             count = _count(mesh, axes)
@@ -125,7 +130,7 @@ def with_shardings(abstract, shardings):
 
 
 def gather_layer(layer: dict, dtype) -> dict:
-    """A layer's parameters as its matrix products want them: kernels cast, then gathered from `PARAMS`.
+    """A layer's parameters as its matrix products want them: kernels and LoRA's cast, then gathered from `PARAMS`.
 
     Cast first: half the bytes travel. A kernel's gradient is summed and spread again in one reduce-scatter.
     """
@@ -134,7 +139,8 @@ def gather_layer(layer: dict, dtype) -> dict:
 
     def gather(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return gather_param(leaf, P(*param_spec(f"layers.{name}")[1:]), dtype) if name.endswith("kernel") else leaf
+        is_matrix = name.endswith(("kernel", "lora_a", "lora_b"))
+        return gather_param(leaf, P(*param_spec(f"layers.{name}")[1:]), dtype) if is_matrix else leaf
 
     return jax.tree_util.tree_map_with_path(gather, layer)
 
@@ -147,8 +153,15 @@ def gather_param(param: jax.Array, spec: P, dtype) -> jax.Array:
     rather pull each into the matrix products, as loops over the shards, and move a kernel as often as it is used.
     """
     order, back = _travelling_order(spec)
-    gathered = constrain(param.astype(dtype).transpose(order), *(None if spec[i] == PARAMS else spec[i] for i in order))
+    gathered = constrain(param.astype(dtype).transpose(order), *(_without_params(spec[i]) for i in order))
     return jax.lax.optimization_barrier(gathered).transpose(back)
+
+
+def _without_params(axes):
+    """What a dimension is spread over when it is gathered from `PARAMS`."""
+    if isinstance(axes, str) or axes is None:
+        return axes
+    return tuple(axis for axis in axes if axis not in PARAMS) or None
 
 
 def _gather_fwd(param, spec, dtype):

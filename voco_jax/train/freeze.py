@@ -31,7 +31,7 @@ class Freezing:
         for path in self.paths:
             if not any(_is_in(path, keys) for keys in leaves):
                 raise UserError(f"config.train.freeze: expected parts such as {', '.join(params)}; found {path!r}")
-            if all("lora" in keys for keys in leaves if _is_in(path, keys)):
+            if all(is_lora(keys) for keys in leaves if _is_in(path, keys)):
                 raise UserError(f"config.train.freeze: LoRA's matrices always train; found {path!r}")
         frozen = {keys: leaf for keys, leaf in leaves.items() if self._is_frozen(keys)}
         trained = {keys: leaf for keys, leaf in leaves.items() if keys not in frozen}
@@ -54,7 +54,7 @@ class Freezing:
         return jax.eval_shape(lambda params: self.split(params)[0], params)
 
     def _is_frozen(self, keys: tuple[str, ...]) -> bool:
-        if "lora" in keys:
+        if is_lora(keys):
             return False
         return self.base and keys[0] == "llama" or any(_is_in(path, keys) for path in self.paths)
 
@@ -62,7 +62,13 @@ class Freezing:
 def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> Freezing:
     """What `train.freeze` and LoRA freeze; the VoCo token's row trains in models whose text has VoCo tokens."""
     has_voco = model_config.compressor in ("voco", "none")
-    return Freezing(tuple(config.train.freeze), model_config.voco_token_id if has_voco else None)
+    voco_token_id = model_config.voco_token_id if has_voco else None
+    return Freezing(tuple(config.train.freeze), voco_token_id, base=model_config.lora is not None)
+
+
+def is_lora(keys: tuple[str, ...]) -> bool:
+    """Whether a parameter at these keys is one of LoRA's matrices."""
+    return "lora" in keys
 
 
 def _is_in(path: str, keys: tuple[str, ...]) -> bool:

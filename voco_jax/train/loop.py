@@ -23,11 +23,12 @@ from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
-from voco_jax.run import begin_with_run, init_params, make_processor
+from voco_jax.run import begin_with_run, make_processor
 from voco_jax.storage import AnyPath
 from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
+from voco_jax.train.first_params import first_params
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
@@ -178,7 +179,7 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     config, state = run.config, run.state
     restored = checkpointer.resume(state.params, state.opt_state, _say)
     if restored is None:
-        params = _first_params(config, run.model_config, state)
+        params = first_params(config, run.model_config, state, _say)
         return 0, params, init_opt_state(run.optimizer, params, state)
     run.batches.set_state(restored.about["data"])
     progress = "complete" if restored.step == config.train.steps else "resuming"
@@ -216,16 +217,6 @@ def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Itera
         coming = following
     if coming is not None:
         yield coming
-
-
-def _first_params(config: ConfigDict, model_config, state: AbstractState):
-    """Those of the run to begin with, in this run's dtype; or random ones."""
-    if not config.init_from:
-        return init_params(model_config, config.seed, shardings=state.shardings[0])
-    with contextlib.closing(Checkpointer(config.init_from)) as checkpointer:
-        step, params = checkpointer.restore_params(state.params)
-    _say(f"parameters: {config.init_from}, step {step}")
-    return params
 
 
 def _check_positions(conversation: int, model_config) -> None:

@@ -8,6 +8,7 @@ from voco_jax.errors import UserError
 from voco_jax.train.guard import guard
 
 NAMES = ("adamw", "muon", "adafactor")
+FACTORED_FROM = 128  # both sides of a matrix, for Adafactor to keep its rows and columns alone
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
@@ -72,7 +73,9 @@ def _descend(optim: ConfigDict) -> optax.GradientTransformation:
     if optim.name == "adafactor":
         # Without a first moment, and second moments as rows and columns (Shazeer and Stern, arXiv:1804.04235); its
         # updates have a root mean square of 1 at most, as Adam's have, so the learning rate means the same.
-        return optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0)
+        return optax.adafactor(
+            None, min_dim_size_to_factor=FACTORED_FROM, multiply_by_parameter_scale=False, clipping_threshold=1.0
+        )
     raise UserError(f"optim.name: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}; found {optim.name!r}")
 
 

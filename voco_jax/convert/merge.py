@@ -1,0 +1,71 @@
+"""A run with LoRA to a plain one: its matrices' products added to the kernels, a layer at a time."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from voco_jax.config import load_config, save_config
+from voco_jax.convert.directories import check_is_new, check_space, new_directory
+from voco_jax.convert.jax_checkpoint import Parameter, StoredParams, write_checkpoint
+from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from voco_jax.errors import UserError
+from voco_jax.models.linear import LoRAConfig
+from voco_jax.run import abstract_model, make_model_config
+
+
+def merge(run: Path, destination: Path) -> None:
+    """Write a run directory whose checkpoint 0 computes what the run's newest does, without LoRA.
+
+    Kernels keep their dtype: W + scale · A B is computed in float32 and rounded once. UserError for a run without LoRA,
+    and for a checkpoint that is not its config's.
+    """
+    check_is_new(destination)
+    config, tokenizer = load_config(run / "config.json"), load_tokenizer(run / "tokenizer")
+    model_config = make_model_config(config, tokenizer)
+    lora = model_config.lora
+    if lora is None:
+        raise UserError(f"{run}: expected a run with LoRA, found model.lora.rank 0")
+    stored = StoredParams(run)
+    _check_shapes(run, stored, _named(abstract_model(model_config)[1]))
+    config.model.lora.rank = 0
+    config.workdir = str(destination)
+    _, plain = abstract_model(make_model_config(config, tokenizer))
+    parameters = jax.tree_util.tree_map_with_path(lambda path, leaf: _parameter(stored, _name(path), leaf, lora), plain)
+    total = sum(parameter.nbytes for parameter in jax.tree.leaves(parameters))
+    check_space(destination, total)
+    with new_directory(destination) as directory, tqdm(total=total, unit="B", unit_scale=True, desc="merge") as bar:
+        save_config(config, directory / "config.json")
+        write_checkpoint(directory, parameters, bar.update)
+        save_tokenizer(tokenizer, directory / "tokenizer")
+
+
+def _parameter(stored: StoredParams, name: str, leaf, lora: LoRAConfig) -> Parameter:
+    dtype, stacked = stored.dtype(name), ".layers." in name
+    matrices = [name.removesuffix("kernel") + f"lora.{matrix}" for matrix in ("lora_a", "lora_b")]
+
+    def read(layer: int) -> np.ndarray:
+        at = layer if stacked else None
+        values = stored.read(name, at)
+        if matrices[0] not in stored.shapes:
+            return values
+        a, b = (stored.read(matrix, at).astype(np.float32) for matrix in matrices)
+        return (values.astype(np.float32) + lora.scale * (a @ b).reshape(values.shape)).astype(dtype)
+
+    return Parameter(leaf.shape, dtype, stacked, read)
+
+
+def _check_shapes(run: Path, stored: StoredParams, expected: dict[str, tuple[int, ...]]) -> None:
+    for name in sorted(expected.keys() | stored.shapes.keys()):
+        if expected.get(name) != stored.shapes.get(name):
+            shapes = f"config.json has shape {expected.get(name)}, found {stored.shapes.get(name)}"
+            raise UserError(f"{run}: {name}: {shapes}")
+
+
+def _named(params) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,47 @@
+"""The parameters that a run begins with: drawn, or those of the run that `init_from` names."""
+
+from collections.abc import Callable
+import contextlib
+
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+from ml_collections import ConfigDict
+
+from voco_jax.config import load_config
+from voco_jax.models.voco import VoCoConfig, VoCoLlama
+from voco_jax.run import init_params
+from voco_jax.storage import as_path
+from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.train.freeze import is_lora
+from voco_jax.train.state import AbstractState
+
+
+def first_params(
+    config: ConfigDict, model_config: VoCoConfig, state: AbstractState, say: Callable[[str], None] = print
+) -> dict:
+    """Those of the run to begin with, in this run's dtype and shards; or random ones.
+
+    Of a plain run that one with LoRA begins with, all is taken and LoRA drawn; `begin_with_run` refuses the reverse.
+    """
+    shardings = state.shardings[0]
+    if not config.init_from:
+        return init_params(model_config, config.seed, shardings=shardings)
+    directory = as_path(config.init_from)
+    fresh = model_config.lora is not None and not load_config(directory / "config.json").model.lora.rank
+    with contextlib.closing(Checkpointer(directory)) as checkpointer:
+        step, params = checkpointer.restore_params(_part(state.params, lora=False) if fresh else state.params)
+    say(f"parameters: {config.init_from}, step {step}" + (", and LoRA's" if fresh else ""))
+    if not fresh:
+        return params
+
+    def draw():
+        drawn = nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(config.seed))))
+        return _part(drawn, lora=True)  # nothing else is computed
+
+    drawn = jax.jit(draw, out_shardings=_part(shardings, lora=True))()
+    return unflatten_dict(flatten_dict(params) | flatten_dict(drawn))
+
+
+def _part(params: dict, *, lora: bool) -> dict:
+    return unflatten_dict({keys: leaf for keys, leaf in flatten_dict(params).items() if is_lora(keys) == lora})
