@@ -16,6 +16,7 @@ from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
+from voco_jax.parallel.mesh import find_devices
 from voco_jax.storage import AnyPath, as_path
 from voco_jax.train.checkpoint import Checkpointer
 
@@ -38,6 +39,7 @@ def load_run(directory: str | AnyPath, *, compressor: str | None = None, attenti
     `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
     paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
     """
+    find_devices()
     directory = as_path(directory)
     config = load_config(directory / "config.json")
     if compressor is not None:

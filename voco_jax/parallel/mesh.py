@@ -16,12 +16,21 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 import numpy as np
 
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, first_line
 
 AXES = ("data", "fsdp", "frame", "tensor")
 ROWS = ("data", "fsdp")  # read rows, and the images of a row
 IMAGES = ("data", "fsdp", "frame")  # compress rows
 PARAMS = ("fsdp", "frame")  # what parameters are spread over, and gathered from before they are used
+
+
+def find_devices() -> list:
+    """All devices, those of other processes too; UserError where jax finds none, or none that is free."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a platform asked for has a device
+        reason = first_line(error) if str(error) else f"jax finds none (JAX_PLATFORMS is {jax.config.jax_platforms!r})"
+        raise UserError(f"devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from error
 
 
 def make_mesh(mesh: ConfigDict, devices=None) -> Mesh:
@@ -30,7 +39,7 @@ def make_mesh(mesh: ConfigDict, devices=None) -> Mesh:
     One axis may be -1: as many as the others leave. Neighbours in the tensor axis are neighbours on the chip network,
     then those of the frame axis: theirs is the most frequent traffic.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     sizes = [mesh[axis] for axis in AXES]
     rest = len(devices) // max(1, math.prod(size for size in sizes if size > 0))
     sizes = [rest if size == -1 else size for size in sizes]

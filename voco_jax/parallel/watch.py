@@ -12,8 +12,6 @@ import threading
 import time
 import traceback
 
-import jax
-
 from voco_jax.errors import TryAgain, UserError, first_line
 
 _BEAT = 2.0  # seconds between two signs of life
@@ -52,13 +50,17 @@ def watch() -> Iterator[None]:
 def _client():
     from jax._src import distributed  # as Orbax does: there is no public way to its key-value store
 
-    return distributed.global_state.client if jax.process_count() > 1 else None
+    state = distributed.global_state
+    return state.client if state.num_processes > 1 else None
 
 
 class _Watcher(threading.Thread):
     def __init__(self, client):
         super().__init__(daemon=True, name="watch")
-        self._client, self._own, self._count = client, jax.process_index(), jax.process_count()
+        from jax._src import distributed
+
+        state = distributed.global_state  # jax.process_index() would ask for devices, which may not be free
+        self._client, self._own, self._count = client, state.process_id, state.num_processes
         self._failing, self._done = threading.Event(), threading.Event()
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ from voco_jax.errors import UserError
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
-from voco_jax.parallel.mesh import make_mesh
+from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, make_processor
@@ -61,6 +61,7 @@ def train(config: ConfigDict) -> AnyPath:
     Several processes (`voco_jax/parallel/distributed.py`) call it together.
     """
     begun = time.monotonic()
+    find_devices()
     with together():  # so nothing in it waits for other processes
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
