@@ -1,0 +1,71 @@
+"""Runs in a bucket, by the real clients, against a server on this machine that speaks their protocol."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.bucket_server import bucket_server
+from tests.test_training import params
+from voco_jax.errors import UserError
+from voco_jax.run import load_run
+from voco_jax.storage import as_path
+from voco_jax.train.loop import train
+
+CHANGES = dict(train__steps=4, train__checkpoint_every=2, train__log_every=1)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with bucket_server() as server:
+        yield server
+
+
+def config(workdir, **changes):
+    config = tiny.config("", **CHANGES | changes)
+    config.workdir = str(workdir)
+    return config
+
+
+def test_a_run_in_a_bucket(server, tmp_path):
+    """Stopped and gone on with, to the parameters of one in a directory; asked from there; begun from there."""
+    address = "gs://bucket/somewhere/run"
+    assert str(train(config(address))) == address
+    names = {name.removeprefix("somewhere/run/").split("/")[0] for name in server.objects}
+    assert names == {"checkpoints", "config.json", "goodput.json", "metrics.jsonl", "tensorboard", "tokenizer"}
+    assert {name.split("/")[3] for name in server.objects if "/checkpoints/" in name} == {"2", "4"}
+    lines = server.objects["somewhere/run/metrics.jsonl"][0].decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+    for name in [name for name in server.objects if "/checkpoints/4/" in name]:  # as if it had been killed at step 3
+        del server.objects[name]
+    train(config(address))
+    again = server.objects["somewhere/run/metrics.jsonl"][0].decode().splitlines()
+    assert [json.loads(line)["loss"] for line in again] == [json.loads(line)["loss"] for line in lines]
+    local = train(config(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, params(address), params(local))
+    assert load_run(address).step == 4
+    begun = train(config(tmp_path / "next", init_from=address, train__steps=1, optim__warmup_steps=0))
+    assert load_run(begun).step == 1
+
+
+def test_a_bucket_without_permission(server, tmp_path):
+    server.forbidden = True
+    try:
+        with pytest.raises(
+            UserError, match=r"^gs://bucket/other/run: .*does not have storage.objects.list access"
+        ) as error:
+            train(config("gs://bucket/other/run"))
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"gs://bucket/other/run/config.json: .*does not have storage"):
+            load_run("gs://bucket/other/run")
+    finally:
+        server.forbidden = False
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs://", "http://bucket/run"])
+def test_what_is_no_bucket(address):
+    with pytest.raises(UserError, match="expected a directory, or gs://BUCKET/DIRECTORY"):
+        as_path(address)

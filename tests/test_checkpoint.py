@@ -1,0 +1,184 @@
+"""What comes back is what was saved, or the one before it and a word about it; never anything else."""
+
+import os
+from pathlib import Path
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.test_training import params
+from voco_jax.config import default_config
+from voco_jax.errors import UserError
+from voco_jax.run import load_run
+from voco_jax.train.checkpoint import VERSIONS, Checkpointer, Damaged
+from voco_jax.train.checksums import _on_devices, checksums
+from voco_jax.train.loop import train
+
+
+def config(**keep):
+    config = default_config()
+    for key, value in keep.items():
+        config.train[key] = value
+    return config
+
+
+def state(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    params = {"layers": {"kernel": rng.normal(size=(3, 8, 6))}, "scale": rng.normal(size=5)}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def save(run: Path, *steps: int, losses=(), **keep) -> None:
+    checkpointer = Checkpointer(run, create=True, config=config(**keep))
+    for i, step in enumerate(steps):
+        metrics = {"eval_loss": losses[i]} if losses and losses[i] is not None else None
+        checkpointer.save(step, state(step), {"m": state(-step % 97)}, {"batches": step}, metrics)
+    checkpointer.close()
+
+
+def resume(run: Path, said: list | None = None):
+    abstract = jax.eval_shape(state)
+    checkpointer = Checkpointer(run, create=True, config=config())
+    restored = checkpointer.resume(abstract, {"m": abstract}, (said if said is not None else []).append)
+    checkpointer.close()
+    return restored
+
+
+def test_a_checkpoint_holds_everything(tmp_path):
+    save(tmp_path, 7)
+    restored = resume(tmp_path)
+    assert restored.step == restored.about["step"] == 7
+    assert restored.about["data"] == {"batches": 7}
+    assert restored.about["versions"] == VERSIONS and VERSIONS["jax"] == jax.__version__
+    assert restored.about["config"]["optim"]["learning_rate"] == 1e-3
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state(7))
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, {"m": state(90)})
+    assert resume(tmp_path / "empty") is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (dict(keep=2), [5, 6]),
+        (dict(keep=1, keep_every=2), [2, 4, 6]),
+        (dict(keep=1, keep_best=2), [2, 4, 6]),  # 4 and 2 have the lowest losses, 6 is the newest
+        (dict(keep=1, keep_best=1, keep_every=5), [4, 5, 6]),
+    ],
+)
+def test_which_are_kept(tmp_path, keep, left):
+    save(tmp_path, 1, 2, 3, 4, 5, 6, losses=[None, 0.5, 0.9, 0.1, 0.7, 0.8], **keep)
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.steps() == left[::-1]
+    assert checkpointer.best_step() == (4 if 4 in left else 5)
+
+
+def damage_truncated(step: Path):
+    for file in step.rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_one_byte(step: Path):
+    """In the middle of the largest file of data: nothing that Orbax looks at says so."""
+    file = max(step.glob("params/**/d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def damage_other_numbers(step: Path):
+    """Files that are whole, of another checkpoint."""
+    shutil.rmtree(step / "params")
+    shutil.copytree(step.parent / "1" / "params", step / "params")
+
+
+DAMAGES = {
+    "truncated": damage_truncated,
+    "one byte": damage_one_byte,
+    "other numbers": damage_other_numbers,
+    "no params": lambda step: shutil.rmtree(step / "params"),
+    "no optimizer": lambda step: shutil.rmtree(step / "opt_state"),
+    "no run": lambda step: shutil.rmtree(step / "run"),
+    "empty": lambda step: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()],
+    "no metadata": lambda step: (step / "params" / "_METADATA").unlink(),
+    "run cut off": lambda step: os.truncate(step / "run" / "metadata", 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_older_one_where_the_newest_is_damaged(tmp_path, damage):
+    save(tmp_path, 1, 2, 3, keep=3)
+    DAMAGES[damage](tmp_path / "checkpoints" / "3")
+    said = []
+    restored = resume(tmp_path, said)
+    assert restored.step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state(2))
+    (line,) = said
+    assert line.startswith(f"{tmp_path}/checkpoints/3: the checkpoint is damaged: ") and "\n" not in line
+    assert line.endswith("; it is kept as 3.damaged, and step 2 taken")
+    assert (tmp_path / "checkpoints" / "3.damaged").is_dir()
+    save(tmp_path, 3, keep=3)  # there is room for a new one
+    assert resume(tmp_path).step == 3
+
+
+def test_all_are_damaged(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in "12":
+        damage_truncated(tmp_path / "checkpoints" / step)
+    with pytest.raises(Damaged, match="checkpoints/2: the checkpoint is damaged: "):
+        resume(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_another_models_is_no_damage(tmp_path):
+    save(tmp_path, 1, 2)
+    abstract = jax.eval_shape(state)
+    abstract["scale"] = jax.ShapeDtypeStruct((6,), jnp.float32)
+    with pytest.raises(UserError, match=r"checkpoints/2: scale: expected shape \(6,\), found shape \(5,\)$"):
+        Checkpointer(tmp_path).resume(abstract, {"m": abstract}, print)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_parameters_alone(tmp_path):
+    """In another dtype too, of any step; a changed byte is an error here."""
+    save(tmp_path, 1, 2)
+    narrow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), jax.eval_shape(state))
+    step, restored = Checkpointer(tmp_path).restore_params(narrow)
+    assert step == 2
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), restored, state(2))
+    assert Checkpointer(tmp_path).restore_params(narrow, 1)[0] == 1
+    with pytest.raises(UserError, match="checkpoints: no checkpoint found of step 5; there are 2, 1$"):
+        Checkpointer(tmp_path).restore_params(narrow, 5)
+    damage_one_byte(tmp_path / "checkpoints" / "2")
+    with pytest.raises(UserError, match="checkpoints/2: the checkpoint is damaged: "):
+        Checkpointer(tmp_path).restore_params(narrow)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
+def test_checksums(dtype):
+    """The same on the host and on devices; any one bit and nothing but bits counts."""
+    values = np.random.default_rng(0).integers(0, 200, (4, 6))
+    array = jnp.asarray(values, dtype)
+    (sum_,) = checksums({"a": array}).values()
+    assert sum_ == int(_on_devices([array])[0]) == checksums({"a": array.T})["a"]
+    words = np.asarray(array).view(np.uint8).copy()
+    for byte in 0, 7, words.size - 1:
+        words.reshape(-1)[byte] ^= 4
+        assert checksums({"a": jnp.asarray(words.view(array.dtype))})["a"] != sum_
+        words.reshape(-1)[byte] ^= 4
+    assert checksums({"a": jnp.zeros((0, 3), dtype), "b": jnp.asarray(3, dtype)})["a"] == 0
+
+
+def test_a_run_goes_on_from_the_older_one(tiny_run, tmp_path, capsys):
+    """To the parameters that it had before."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    damage_truncated(run / "checkpoints" / "40")
+    train(tiny.config(run))
+    said = capsys.readouterr().out
+    assert "checkpoints/40: the checkpoint is damaged: " in said and "resuming, at step 30 of 40" in said
+    jax.tree.map(np.testing.assert_array_equal, params(run), params(tiny_run))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["30", "40", "40.damaged"]
+    assert load_run(run).step == 40
