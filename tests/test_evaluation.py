@@ -13,9 +13,13 @@ import pytest
 
 from tests import tiny
 from tests.test_distributed import free_port, run_two
+from tests.test_video_training import CLIPS
+from tests.test_video_training import NAMES as CLIP_NAMES
 from voco_jax.config import source, sources
 from voco_jax.data.images import load_image
+from voco_jax.data.records import Clip
 from voco_jax.data.sources import easyvqa
+from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import Answerer
 from voco_jax.models.voco import Read
@@ -46,7 +50,7 @@ def test_set(tmp_path_factory) -> dict:
     return dict(file=str(directory / "rows.json"), images=str(directory)), rows
 
 
-def config_of(workdir, test_set, **changes):
+def config_of(workdir, test_set, kind="llava", keys=None, **changes):
     """The test set is what is trained on too: its words are the tokenizer's. Two batches hold it all."""
     changes = dict(
         data__batch_size=4, data__images_per_bin=2, data__rows_per_bin=1, data__row_length=90, eval__every=5,
@@ -54,8 +58,8 @@ def config_of(workdir, test_set, **changes):
     ) | changes  # fmt: skip
     config = tiny.config(workdir, **changes)
     with config.unlocked():
-        config.data.train = sources(all=source("llava", **test_set[0]))
-        config.data.test = sources(all=source("llava", **test_set[0]))
+        config.data.train = sources(all=source(kind, **(keys or test_set[0])))
+        config.data.test = sources(all=source(kind, **(keys or test_set[0])))
     return config
 
 
@@ -191,6 +195,29 @@ def test_no_test_data(test_set, tmp_path):
         config.data.test = sources()
     with pytest.raises(UserError, match="config.eval.every: expected sources in config.data.test .* found none"):
         make(config, tmp_path)
+
+
+def test_questions_about_clips(tmp_path):
+    """Frames evenly, though training moves them; the one in the middle is shown."""
+    rows = [{"video": f"{name}.mp4", "question": f"what is {name}?", "answer": "a cat"} for name in CLIP_NAMES]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    clips = dict(file=str(tmp_path / "rows.json"), videos=str(CLIPS))
+    changes = dict(data__images_per_bin=3, data__row_length=120, data__video__num_frames=3, data__template="bare")
+    config = config_of(tmp_path, None, kind="video_qa", keys=clips, data__video__timestamps=True, **changes)
+    evaluator, _, _, data, _ = make(config, tmp_path)
+    assert len(evaluator._questions) == len(CLIP_NAMES)
+    for question in evaluator._questions:
+        name = next(name for name in CLIP_NAMES if question.text == f"what is {name}?")
+        clip = Clip(CLIPS / f"{name}.mp4")
+        times = sample_times(probe(clip), FrameSampling(3))
+        frames = read_frames(clip, times)
+        for frame, pixels in zip(frames, question.pixels, strict=True):
+            np.testing.assert_array_equal(data.batches.loader.processor.square(frame), pixels)
+        frames[1].thumbnail((336, 336))
+        np.testing.assert_array_equal(np.asarray(question.picture), np.asarray(frames[1]))
+        asked = "".join(f"{format_time(t)} <image>" for t in times) + f"\nwhat is {name}?"
+        expected = data.batches.loader.maker.encoder.encode([{"from": "human", "value": asked}], 3)
+        np.testing.assert_array_equal(question.prompt.tokens, expected.tokens)
 
 
 # ---- In a training -----------------------------------------------------------------------------------------------
