@@ -37,12 +37,14 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "demo": ["easy-vqa==1.0"],
+        "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
         "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "video": ["av>=18,<19"],
         "test": [
             "av>=18,<19",
             "easy-vqa==1.0",
+            "gcsfs>=2025.3",
             "gguf>=0.17",
             # libtpu, which compiles for TPUs and needs none
             'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',

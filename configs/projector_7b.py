@@ -1,5 +1,6 @@
 """LLaVA's first stage: the projector learns to translate, from pictures and captions; all else stays as it is.
 
+python -m voco_jax.train --config=configs/projector_7b.py --config.init_from=runs/vicuna
 python -m voco_jax.aot --config=configs/projector_7b.py --topology=v5e:4x4
 """
 

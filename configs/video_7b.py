@@ -1,5 +1,6 @@
 """VoCo-LLaMA 7B on video: 64 frames of 576 patches a clip, 8 tokens a frame, a clip's frames spread over 4 devices.
 
+python -m voco_jax.train --config=configs/video_7b.py --config.init_from=runs/voco_7b
 python -m voco_jax.aot --config=configs/video_7b.py --topology=v5e:8x8
 """
 

@@ -1,5 +1,6 @@
 """VoCo-LLaMA 13B: as voco_7b, with Vicuna 13B.
 
+python -m voco_jax.train --config=configs/voco_13b.py --config.init_from=runs/llava-13b
 python -m voco_jax.aot --config=configs/voco_13b.py --topology=v5p:2x2x4
 """
 

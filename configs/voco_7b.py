@@ -1,9 +1,9 @@
 """VoCo-LLaMA 7B: the released recipe's image stage, all of the language model and the projector, on a TPU slice.
 
-Does it fit, and how fast should it be? A machine without a TPU can tell:
+Does it fit, and how fast should it be? A machine without a TPU can tell (the second line):
 
-python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
 python -m voco_jax.train --config=configs/voco_7b.py --config.init_from=runs/llava
+python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
 """
 
 from voco_jax.config import default_config, llama_preset, source, sources, vision_preset

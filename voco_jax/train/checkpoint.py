@@ -20,7 +20,7 @@ from voco_jax.train.checksums import checksums
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
 _SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write and read
-_ABOUT = "run"  # {"step", "data", "config", "versions", "checksums"}, as JSON
+_ABOUT = "run"  # {"step", "data", "metrics", "config", "versions", "checksums"}, as JSON
 
 
 class Restored(NamedTuple):
@@ -54,6 +54,8 @@ class Checkpointer:
                     create=create,
                     cleanup_tmp_directories=create,  # of saves that were killed
                     preservation_policy=_preservation_policy(config),
+                    # Only where there is one are metrics kept, though the policy has the last word
+                    best_fn=_eval_loss if config is not None and config.train.keep_best else None,
                 ),
                 item_handlers=_handlers(),
             )
@@ -75,6 +77,7 @@ class Checkpointer:
         about = {
             "step": step,
             "data": data_state,
+            "metrics": metrics,
             "config": self._config.to_dict() if self._config is not None else None,
             "versions": VERSIONS,
             "checksums": {"params": checksums(params), "opt_state": checksums(opt_state)},
@@ -178,7 +181,7 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """That with the lowest evaluation loss; None where no checkpoint has one."""
-        losses = {step: (self._manager.metrics(step) or {}).get("eval_loss") for step in self.steps()}
+        losses = {step: (self._about(step).get("metrics") or {}).get("eval_loss") for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return min(known, key=known.get) if known else None
 
@@ -263,13 +266,17 @@ def _preservation_policy(config: ConfigDict | None):
         policies.append(EveryNSteps(config.train.keep_every))
     if config.train.keep_best:
         best = BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            get_metric_fn=_eval_loss,
             reverse=True,  # the lowest last, which are kept
             n=config.train.keep_best,
             keep_checkpoints_without_metrics=False,
         )
         policies.append(best)
     return AnyPreservationPolicy(policies)
+
+
+def _eval_loss(metrics: dict) -> float:
+    return metrics["eval_loss"]
 
 
 def _by_layers(path, param) -> ocp.SaveArgs:

@@ -108,6 +108,9 @@ def _set_up(config: ConfigDict) -> _Setup:
         if not resuming:
             _try_first_batch(config, batches, train_step, state)
     evaluator = None
+    if config.train.keep_best and (not config.eval.every or config.train.checkpoint_every % config.eval.every):
+        found = f"found config.eval.every {config.eval.every}"
+        raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
     if config.eval.every:
         evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, _say)
     return _Setup(

@@ -1,0 +1,41 @@
+"""One GPU: SmolLM2-135M's language model behind CLIP ViT-L/14 at 224 pixels, 256 patches → 1, all of it but CLIP trains.
+
+`runs/smollm2` is what tools/convert_weights.py makes of the two; without init_from it begins at random.
+
+python -m voco_jax.train --config=configs/small_gpu.py --config.init_from=runs/smollm2
+"""
+
+from voco_jax.config import default_config, llama_preset, source, sources, vision_preset
+
+
+def get_config():
+    config = default_config()
+    config.workdir = "runs/small_gpu"
+
+    config.model.llama = llama_preset("smollm2-135m")
+    config.model.llama.vocab_size = 49153  # SmolLM2's and <voco>
+    config.model.vision = vision_preset("clip-vit-l-14")
+    config.model.attention = "cudnn"
+    config.model.remat = "context"
+
+    config.data.train = sources(
+        mix665k=source("llava", file="data/llava_v1_5_mix665k.json", images="data/images"),
+    )
+    config.data.test = sources()
+    config.data.batch_size = 4  # bins
+    config.data.rows_per_bin = 4
+    config.data.row_length = 2048
+    config.data.images_per_bin = 20
+    config.data.conversations_per_record = 0
+    config.data.num_workers = 8
+
+    config.optim.learning_rate = 2e-4
+    config.optim.schedule = "wsd"  # may be stopped, or gone on with, at any step before it goes down
+    config.optim.b2 = 0.999
+    config.optim.warmup_steps = 200
+
+    config.train.freeze = ("vision_tower",)
+    config.train.on_bad_step = "skip"
+    config.train.spike_factor = 3.0
+    config.train.steps = 8000
+    return config
