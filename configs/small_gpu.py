@@ -1,4 +1,4 @@
-"""One GPU: SmolLM2-135M's language model behind CLIP ViT-L/14 at 224 pixels, 256 patches → 1, all of it but CLIP trains.
+"""One GPU: SmolLM2-135M behind CLIP ViT-L/14 at 224 pixels, 256 patches → 1; all of it but CLIP trains.
 
 `runs/smollm2` is what tools/convert_weights.py makes of the two; without init_from it begins at random.
 

@@ -3,19 +3,17 @@
 import argparse
 from pathlib import Path
 
-from voco_jax.attention import ADAPTERS
 from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.generate import Answerer
-from voco_jax.run import load_run
+from voco_jax.run import add_run_arguments, load_run
 
 
 @one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.ask", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
-    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
+    add_run_arguments(parser)
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; again for more than one")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("question", nargs="+", help="each question is asked on its own")
@@ -26,7 +24,7 @@ def main() -> None:
         raise UserError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
     images = [load_image(image) for image in args.image]  # first: what is wrong with one shows itself at once
 
-    run = load_run(args.run, attention=args.attention)
+    run = load_run(args.run, step=args.step, attention=args.attention)
     if len(images) > run.config.data.images_per_bin:
         raise UserError(
             f"--image: {args.run} was trained with at most {run.config.data.images_per_bin} pictures at a time, "

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from voco_jax.attention import ADAPTERS
 from voco_jax.data.records import Record
 from voco_jax.data.sources import easyvqa
 from voco_jax.errors import UserError, one_line_errors
@@ -12,7 +10,8 @@ from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.pictures import draw_answers
 from voco_jax.eval.scoring import accuracy_by_kind, table
 from voco_jax.models.voco import COMPRESSORS
-from voco_jax.run import Run, load_run
+from voco_jax.run import Run, add_run_arguments, load_run
+from voco_jax.storage import files_for
 
 
 def evaluate(run: Run, max_records: int | None = None) -> dict:
@@ -49,8 +48,7 @@ def _easyvqa(run: Run, key: str) -> list[Record]:
 @one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.evaluate", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory (training's workdir)")
-    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
+    add_run_arguments(parser)
     parser.add_argument(
         "--compressor",
         choices=COMPRESSORS,
@@ -60,16 +58,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_records is not None and args.max_records < 1:
         raise UserError(f"--max-records: expected at least 1, found {args.max_records}")
-    run = load_run(args.run, compressor=args.compressor, attention=args.attention)
+    run = load_run(args.run, step=args.step, compressor=args.compressor, attention=args.attention)
     results = evaluate(run, args.max_records)
     answers = results.pop("answers")
     suffix = f".{args.compressor}" if args.compressor else ""
+    suffix += f".step{run.step}" if args.step else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
     print(table(results["counts"]))  # first, whatever becomes of the files
-    temporary = args.run / f"results{suffix}.json.new"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.rename(args.run / f"results{suffix}.json")
-    draw_answers(answers, args.run / f"answers{suffix}.png")
+    with files_for(args.run) as directory:
+        temporary = directory / f"results{suffix}.json.new"
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.rename(directory / f"results{suffix}.json")
+        draw_answers(answers, directory / f"answers{suffix}.png")
     print(f"written: {args.run}/results{suffix}.json, {args.run}/answers{suffix}.png")
 
 

@@ -1,6 +1,7 @@
 """A run directory: `config.json`, `tokenizer/`, `checkpoints/<step>/`, `metrics.jsonl`. Training makes it; the other
 commands take it."""
 
+import argparse
 from collections.abc import Collection
 import contextlib
 import dataclasses
@@ -9,7 +10,7 @@ from flax import nnx
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.attention import check_platform
+from voco_jax.attention import ADAPTERS, check_platform
 from voco_jax.config import default_config, first_difference, llama_config, load_config, lora_config, vision_config
 from voco_jax.data.conversations import Encoder, get_template
 from voco_jax.data.images import ImageProcessor
@@ -33,8 +34,16 @@ class Run:
     step: int
 
 
-def load_run(directory: str | AnyPath, *, compressor: str | None = None, attention: str | None = None) -> Run:
-    """Restore the newest checkpoint of a run; UserError says what is missing or does not fit.
+def load_run(
+    directory: str | AnyPath,
+    *,
+    step: int | str | None = None,
+    compressor: str | None = None,
+    attention: str | None = None,
+) -> Run:
+    """Restore a checkpoint of a run: the newest, that of a `step`, or the 'best' (lowest evaluation loss).
+
+    UserError says what is missing or does not fit.
 
     `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
     paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
@@ -54,7 +63,7 @@ def load_run(directory: str | AnyPath, *, compressor: str | None = None, attenti
         raise UserError(f"{directory}: {error} (--attention)") from None
     graphdef, params = abstract_model(model_config)
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
-        step, params = checkpointer.restore_params(params)
+        step, params = checkpointer.restore_params(params, step)
     return Run(
         directory=directory,
         config=config,
@@ -63,6 +72,19 @@ def load_run(directory: str | AnyPath, *, compressor: str | None = None, attenti
         processor=make_processor(config),
         step=step,
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which run, which of its checkpoints, and by which kernel."""
+    parser.add_argument("--run", type=as_path, required=True, help="run directory (training's workdir), or gs://…")
+    parser.add_argument("--step", type=_step, help="checkpoint: a step, or 'best' by evaluation loss (default: newest)")
+    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
+
+
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a step or 'best', found {text!r}")
+    return text if text == "best" else int(text)
 
 
 def begin_with_run(config: ConfigDict) -> ConfigDict:

@@ -84,6 +84,18 @@ def upload(source: Path, destination: AnyPath, known: dict[Path, tuple[int, int]
             known[entry] = seen
 
 
+@contextlib.contextmanager
+def files_for(directory: AnyPath) -> Iterator[Path]:
+    """A directory to write files into: itself; or of a bucket a temporary one, that goes there after the block."""
+    if not in_bucket(directory):
+        yield Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+        with bucket_errors(directory):
+            upload(Path(temporary), directory)
+
+
 def remove(path: AnyPath) -> None:
     """A file or a directory with all that is in it, if it is there."""
     if path.is_dir():

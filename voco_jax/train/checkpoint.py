@@ -160,11 +160,13 @@ class Checkpointer:
             self._check_sums(step, name, about["checksums"][name], items[name])
         return Restored(step, items.params, items.opt_state, about)
 
-    def restore_params(self, params, step: int | None = None):
-        """(step, parameters) of the newest checkpoint, or that of a step; UserError where there is none or it is
-        another model's. Without a sharding an array goes to one device, wherever it was when it was saved."""
+    def restore_params(self, params, step: int | str | None = None):
+        """(step, parameters) of the newest checkpoint, that of a step, or the 'best'; UserError where there is none or
+        it is another model's. Without a sharding an array goes to one device, wherever it was when it was saved."""
         if step is None:
             step = self.latest_step()
+        elif step == "best" and (step := self.best_step()) is None:
+            raise UserError(f"{self.directory}: no checkpoint was evaluated while training (eval.every)")
         if step is None or step not in self.steps():
             there = f"; there are {', '.join(map(str, self.steps()))}" if self.steps() else ""
             raise UserError(f"{self.directory}: no checkpoint found" + (f" of step {step}{there}" if step else ""))
