@@ -134,7 +134,9 @@ class _Watcher(threading.Thread):
             time.sleep(_BEAT / 4)
             return
         deadline = time.monotonic() + 4 * _BEAT
-        while time.monotonic() < deadline and len(self._all("gone") | self._all("error")) < self._count - 1:
+        while time.monotonic() < deadline:
+            if len((self._all("gone") | self._all("error")).keys() - {self._own}) == self._count - 1:
+                return
             time.sleep(_BEAT / 10)
 
     def _put(self, key: str, value: str) -> None:

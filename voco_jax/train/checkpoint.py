@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 import contextlib
 import importlib.metadata
+import logging
+import time
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -47,7 +49,9 @@ class Checkpointer:
         with bucket_errors(self.directory):
             if not create and not self.directory.is_dir():
                 raise UserError(f"{self.directory}: no checkpoint found")
-            self._config = config
+            self._config, self._failure = config, _FailedSave()
+            if create:
+                logging.getLogger("absl").addFilter(self._failure)
             self._manager = ocp.CheckpointManager(
                 epath.Path(self.directory),
                 options=ocp.CheckpointManagerOptions(
@@ -87,22 +91,31 @@ class Checkpointer:
             opt_state=ocp.args.StandardSave(opt_state),
             **{_ABOUT: ocp.args.JsonSave(about)},
         )
+        self.wait()  # Orbax would too, but for good where the last one has failed
         with self._write_errors(step):
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def check(self) -> None:
         """UserError if what is being written beside has failed; does not wait for it."""
         with self._write_errors(None):
+            if self._failure.error is not None:
+                raise self._failure.error
             self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Until the last save is whole; UserError where it could not be written."""
+        self.check()
+        while self._manager.is_saving_in_progress():
+            time.sleep(0.01)
+            self.check()
         with self._write_errors(None):
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
 
     def close(self) -> None:
         """As `wait`, for the last time."""
+        logging.getLogger("absl").removeFilter(self._failure)
+        if self._failure.error is not None:
+            return  # it has been told, and Orbax would wait for what will not come
         with self._write_errors(None):
             self._manager.close()
 
@@ -114,8 +127,10 @@ class Checkpointer:
             raise
         except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
             where = self.directory if step is None else self.directory / str(step)
-            # TensorStore tells the address and its own source lines too; the reason stands last
-            reason = first_line(error).split(" [")[0].rsplit(": ", 1)[-1]
+            if isinstance(error, OSError) and error.strerror:
+                reason = error.strerror
+            else:  # TensorStore tells the address and its own source lines too; the reason stands last
+                reason = first_line(error).split(" [")[0].rsplit(": ", 1)[-1]
             raise UserError(f"{where}: the checkpoint cannot be written: {reason}") from error
 
     # ---- Restoring ---------------------------------------------------------------------------------------------
@@ -243,6 +258,21 @@ class Checkpointer:
 
 class Damaged(UserError):
     """A checkpoint that is not as it was written."""
+
+
+class _FailedSave(logging.Filter):
+    """Hears of a save that fails while the loop goes on.
+
+    Orbax's log has it at once. Its methods say so only after waiting for the other processes, which wait for this one.
+    """
+
+    error: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None and "orbax" in record.pathname:
+            self.error = self.error or record.exc_info[1]
+            return False  # instead of its stack trace there will be a line
+        return True
 
 
 @jax.jit
