@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, others
 from voco_jax.config import default_config, llama_config, vision_config
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.mesh import make_mesh
@@ -45,7 +45,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of 64 tokens in a step")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
-        figures = {"machine": machine(), **measure(Path(scratch), args.layers, args.rows, args.rounds)}
+        figures = {
+            "machine": machine(),
+            "load_before": others(),
+            **measure(Path(scratch), args.layers, args.rows, args.rounds),
+        }
     print(table(figures))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")

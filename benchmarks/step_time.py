@@ -25,7 +25,7 @@ import time
 import torch
 
 from benchmarks.llava_pair import SMALL, Ours, Peer, conversations, largest_difference, row_length
-from benchmarks.machine import machine
+from benchmarks.machine import machine, others
 
 CHECKED_STEPS, WARM_UP = 4, 2
 TOLERANCE = 1e-4
@@ -95,6 +95,7 @@ def measure(threads: int, rounds: int, compile_too: bool) -> dict:
             result["torch_compile"] = f"{type(error).__name__}: {str(error)[:300]}"
     sides[VOCO] = Ours(SMALL, "voco")
 
+    result["load_before"] = others()
     wall: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for number in range(WARM_UP + rounds):
@@ -104,6 +105,7 @@ def measure(threads: int, rounds: int, compile_too: bool) -> dict:
             sides[name].step()
             if number >= WARM_UP:
                 wall[name].append(time.perf_counter() - start)
+    result["load_after"] = others()
     result["step_s"] = {name: round(statistics.median(times), 3) for name, times in wall.items()}
     result["step_s_least_and_most"] = {name: [round(min(t), 3), round(max(t), 3)] for name, t in wall.items()}
     result["ratio"] = {}
