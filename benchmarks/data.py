@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import importlib.util
 import json
-import os
 from pathlib import Path
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import machine
 from tests.mix665k import mix665k, shared, unshared
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.best_fit import BinShape, pack, suggest_images, usage
@@ -52,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         figures = {
-            "machine": f"{os.cpu_count()} × {_cpu()}",
+            "machine": machine(),
             "pictures": time_pictures(Path(scratch), args.pictures, args.rounds),
             "video": time_video(Path(scratch), args.rounds),
             "packing": time_packing(),
@@ -267,13 +266,6 @@ def time_packing() -> list[dict]:
                 }
             )
     return figures
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from voco_jax.attention import blocks
+from voco_jax.attention.platform import platform
+from voco_jax.parallel.mesh import AXES, axis_size
+
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Causal attention inside segments: query i sees key j where j ≤ i and both stand in the same segment.
@@ -16,8 +20,17 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
 
     Returns: [R, T, N, H]
     """
+    if _in_blocks(q):
+        return blocks.attend(q, k, v, segment_ids, causal=True)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), "context")
+
+
+def full(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of all to all, the vision tower's: shapes as `causal`'s. (No part of an adapter.)"""
+    if _in_blocks(q):
+        return blocks.attend(q, k, v, None, causal=False)
+    return jax.nn.dot_product_attention(q, k, v)
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
@@ -60,3 +73,9 @@ def each_chunk(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, chunk
         raise ValueError(f"attention: a row of {length} places does not hold a segment of {chunk} tokens")
     attended = attend(*(x[:, :used].reshape(-1, chunk, *x.shape[2:]) for x in (q, k, v)))
     return jnp.pad(attended.reshape(num_rows, used, *q.shape[2:]), ((0, 0), (0, length - used), (0, 0), (0, 0)))
+
+
+def _in_blocks(q: jax.Array) -> bool:
+    """Whether rows are long enough for blocks to pay, on one CPU; elsewhere they never do."""
+    alone = axis_size(*AXES) == 1
+    return alone and platform() == "cpu" and q.shape[1] > blocks.BLOCK

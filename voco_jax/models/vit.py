@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from voco_jax.attention import xla
 from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import scan_layers, stack_layers
 from voco_jax.parallel.mesh import IMAGES, constrain
@@ -82,7 +83,7 @@ class ViTLayer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.layer_norm1(x)
-        x = x + self.out_proj(jax.nn.dot_product_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y)))
+        x = x + self.out_proj(xla.full(self.q_proj(y), self.k_proj(y), self.v_proj(y)))
         return x + self.fc2(quick_gelu(self.fc1(self.layer_norm2(x))))
 
 

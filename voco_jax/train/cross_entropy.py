@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from voco_jax.attention.platform import platform
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import PARAMS, ROWS, axis_size
 
 CHUNK = 1024  # labels; logits of a chunk are 131 MB for 32,000 tokens
+CPU_CHUNK = 256  # large enough for its products to run at full speed, and a last one that is half empty costs less
 SPREAD = ("frame", "tensor")
 
 
@@ -59,7 +61,7 @@ def _over_mesh(hidden, head, targets, weights, vocab_size, with_gradients):
     function = functools.partial(_on_device, vocab_size=vocab_size, with_gradients=with_gradients)
     head = head.astype(hidden.dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or (mesh.size == 1 and platform() == "cpu"):  # XLA for CPUs leaves collectives of one device in
         return function(hidden, head, targets, weights)
     tokens = P(ROWS, SPREAD)
 
@@ -83,7 +85,7 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, with_gradients):
     """(loss, gradient of hidden, gradient of head in float32), or (loss, (), ()) without gradients."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
-    chunk = min(CHUNK, len(targets))
+    chunk = min(CPU_CHUNK if platform() == "cpu" else CHUNK, len(targets))
     num_chunks = -(-len(targets) // chunk)
     # Labels first, in their order; places that fill up the last chunk point nowhere.
     order = jnp.argsort(weights == 0, stable=True)
