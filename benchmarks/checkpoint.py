@@ -68,22 +68,22 @@ def measure(scratch: Path, layers: int, rows: int, rounds: int) -> dict:
             checkpointer.save(saved, trainer.params, trainer.opt_state, {"position": saved})
 
         def synchronous():
-            seconds["synchronous"].append(timed(lambda: (save(), wait(checkpointer))))
+            seconds["synchronous"].append(timed(lambda: (save(), checkpointer.wait())))
 
         def asynchronous():
             start = time.perf_counter()
             seconds["blocks"].append(timed(save))
             beside = []
-            while writing(checkpointer):
+            while checkpointer.saving():
                 beside.append(timed(trainer.step))
-            wait(checkpointer)
+            checkpointer.wait()
             seconds["writes"].append(time.perf_counter() - start)
             seconds["beside"].extend(beside[:-1] or beside)  # the last may have ended after the writing
 
         for _ in range(2):  # compiles; makes directories and threads
             trainer.step()
             save()
-            wait(checkpointer)
+            checkpointer.wait()
         for number in range(rounds):
             os.sync()
             seconds["step"].extend(timed(trainer.step) for _ in range(PLAIN_STEPS))
@@ -156,14 +156,6 @@ def timed(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def wait(checkpointer: Checkpointer) -> None:
-    checkpointer._manager.wait_until_finished()
-
-
-def writing(checkpointer: Checkpointer) -> bool:
-    return checkpointer._manager.is_saving_in_progress()
 
 
 def table(figures: dict) -> str:

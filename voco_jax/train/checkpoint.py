@@ -95,6 +95,10 @@ class Checkpointer:
         with self._write_errors(step):
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
+    def saving(self) -> bool:
+        """Whether a save is being written."""
+        return self._manager.is_saving_in_progress()
+
     def check(self) -> None:
         """UserError if what is being written beside has failed; does not wait for it."""
         with self._write_errors(None):
@@ -105,7 +109,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Until the last save is whole; UserError where it could not be written."""
         self.check()
-        while self._manager.is_saving_in_progress():
+        while self.saving():
             time.sleep(0.01)
             self.check()
         with self._write_errors(None):
