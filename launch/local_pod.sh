@@ -17,7 +17,7 @@
 #
 # JAX_PLATFORMS is cpu unless you set it. PYTHON is the interpreter (python). The lines of processes 1, 2, … begin with
 # [process 1], those of process 0 are as they are. When one process ends with an error, the others are ended. SIGTERM and
-# Ctrl-C are passed on: the trainers save and end with 75, and so does this; Ctrl-C twice kills.
+# Ctrl-C are passed on: on SIGTERM the trainers save and end with 75, and so does this; Ctrl-C twice kills.
 # Exit status: 0 trained to the end; 2 an error to be mended; 75 start it again and it goes on; 128 + n killed by signal n;
 # 130 after Ctrl-C.
 set -euo pipefail

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.run import load_run
 from voco_jax.train.checkpoint import VERSIONS, Checkpointer, Damaged
-from voco_jax.train.checksums import _on_devices, checksums
+from voco_jax.train.checksums import _on_cpu, _on_device, checksums
 from voco_jax.train.loop import train
 
 
@@ -104,6 +106,7 @@ DAMAGES = {
     "no run": lambda step: shutil.rmtree(step / "run"),
     "empty": lambda step: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()],
     "no metadata": lambda step: (step / "params" / "_METADATA").unlink(),
+    "run says nothing": lambda step: (step / "run" / "metadata").write_text("{}"),
     "run cut off": lambda step: os.truncate(step / "run" / "metadata", 100),
 }
 
@@ -142,6 +145,38 @@ def test_another_models_is_no_damage(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
+def test_one_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    """The disk may be back tomorrow: nothing is put aside."""
+    save(tmp_path, 1, 2)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("orbax.checkpoint.CompositeCheckpointHandler.restore", refuse)
+    with pytest.raises(UserError, match=r"checkpoints/2: the checkpoint cannot be read: .*Permission denied"):
+        resume(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_full_disk(tmp_path):
+    """One line that names the checkpoint and the reason, and what was there stays. (A limit of a file's size stands
+    for the disk, which tests cannot fill.)"""
+    run = tmp_path / "run"
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "sys.argv = ['train', *eval(sys.argv[1])]; runpy.run_module('voco_jax.train', run_name='__main__')"
+    )
+    arguments = tiny.arguments(run, train__checkpoint_every=2, train__tensorboard=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, repr(arguments)], capture_output=True, text=True, cwd=tiny.CONFIG_FILE.parents[1]
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "checkpoints/2: the checkpoint cannot be written: " in errors[0], done.stderr
+    assert errors[0].endswith("File too large")
+    assert "Traceback" not in done.stderr
+
+
 def test_parameters_alone(tmp_path):
     """In another dtype too, of any step; a changed byte is an error here."""
     save(tmp_path, 1, 2)
@@ -163,13 +198,16 @@ def test_checksums(dtype):
     values = np.random.default_rng(0).integers(0, 200, (4, 6))
     array = jnp.asarray(values, dtype)
     (sum_,) = checksums({"a": array}).values()
-    assert sum_ == int(_on_devices([array])[0]) == checksums({"a": array.T})["a"]
+    assert sum_ == checksums({"a": array.T})["a"]
+    np.testing.assert_array_equal(_on_device(array, True), _on_cpu(array, True))
+    np.testing.assert_array_equal(_on_device(array, False), _on_cpu(array, False))
     words = np.asarray(array).view(np.uint8).copy()
     for byte in 0, 7, words.size - 1:
         words.reshape(-1)[byte] ^= 4
         assert checksums({"a": jnp.asarray(words.view(array.dtype))})["a"] != sum_
         words.reshape(-1)[byte] ^= 4
-    assert checksums({"a": jnp.zeros((0, 3), dtype), "b": jnp.asarray(3, dtype)})["a"] == 0
+    ones, halves = jnp.ones((4, 6), dtype), jnp.ones((4, 6), dtype).at[2:].set(0)
+    assert len({checksums({"a": a})["a"] for a in (ones, halves, jnp.zeros_like(ones), ones[:0])}) == 4
 
 
 def test_a_run_goes_on_from_the_older_one(tiny_run, tmp_path, capsys):

@@ -18,10 +18,10 @@ class TryAgain(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says at its root, the first line (at most 300 letters); its name where it says nothing."""
+    """Of what an error says at its root, the first line; its name where it says nothing."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def one_line_errors(main: Callable) -> Callable:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 import contextlib
 import importlib.metadata
 import logging
+import threading
 import time
+import traceback
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -21,6 +23,9 @@ from voco_jax.train.checksums import checksums
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
+# What keeps a checkpoint from being read, and may be over the next time
+_NO_DAMAGE = (PermissionError, ConnectionError, TimeoutError, MemoryError)
+_NO_DAMAGE_WORDS = ("PERMISSION_DENIED", "Forbidden", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write and read
 _ABOUT = "run"  # {"step", "data", "metrics", "config", "versions", "checksums"}, as JSON
 
@@ -49,9 +54,9 @@ class Checkpointer:
         with bucket_errors(self.directory):
             if not create and not self.directory.is_dir():
                 raise UserError(f"{self.directory}: no checkpoint found")
-            self._config, self._failure = config, _FailedSave()
+            self._config, self._failure, self._writing = config, _FailedSave(), ""
             if create:
-                logging.getLogger("absl").addFilter(self._failure)
+                self._failure.listen()
             self._manager = ocp.CheckpointManager(
                 epath.Path(self.directory),
                 options=ocp.CheckpointManagerOptions(
@@ -92,7 +97,8 @@ class Checkpointer:
             **{_ABOUT: ocp.args.JsonSave(about)},
         )
         self.wait()  # Orbax would too, but for good where the last one has failed
-        with self._write_errors(step):
+        self._writing = step
+        with self._write_errors():
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def saving(self) -> bool:
@@ -101,7 +107,7 @@ class Checkpointer:
 
     def check(self) -> None:
         """UserError if what is being written beside has failed; does not wait for it."""
-        with self._write_errors(None):
+        with self._write_errors():
             if self._failure.error is not None:
                 raise self._failure.error
             self._manager.check_for_errors()
@@ -112,25 +118,25 @@ class Checkpointer:
         while self.saving():
             time.sleep(0.01)
             self.check()
-        with self._write_errors(None):
+        with self._write_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """As `wait`, for the last time."""
-        logging.getLogger("absl").removeFilter(self._failure)
+        self._failure.close()
         if self._failure.error is not None:
             return  # it has been told, and Orbax would wait for what will not come
-        with self._write_errors(None):
+        with self._write_errors():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _write_errors(self, step: int | None):
+    def _write_errors(self):
         try:
             yield
         except UserError:
             raise
         except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
-            where = self.directory if step is None else self.directory / str(step)
+            where = self.directory / str(self._writing)
             if isinstance(error, OSError) and error.strerror:
                 reason = error.strerror
             else:  # TensorStore tells the address and its own source lines too; the reason stands last
@@ -167,6 +173,9 @@ class Checkpointer:
 
     def restore(self, step: int, params, opt_state) -> Restored:
         """The checkpoint of a step; `Damaged` where it is not as it was written, UserError for another model's."""
+        directory = self.directory / str(step)
+        if (directory / "params").exists() and not any((directory / n).exists() for n in ("opt_state", _ABOUT)):
+            raise UserError(f"{directory}: holds parameters alone, as converted runs do; begin with it (init_from)")
         self._check_shapes(step, params)
         items = self._restore(
             step,
@@ -175,8 +184,11 @@ class Checkpointer:
             **{_ABOUT: ocp.args.JsonRestore()},
         )
         about = items[_ABOUT]
-        for name in ("params", "opt_state"):
-            self._check_sums(step, name, about["checksums"][name], items[name])
+        with self._damage(step):
+            sums = {name: dict(about["checksums"][name]) for name in ("params", "opt_state")}
+            dict(about["data"]), dict(about["versions"])
+        for name in sums:
+            self._check_sums(step, name, sums[name], items[name])
         return Restored(step, items.params, items.opt_state, about)
 
     def restore_params(self, params, step: int | str | None = None):
@@ -247,7 +259,10 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # Orbax raises all kinds, bare Exception among them
-            raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {first_line(error)}") from error
+            where, reason = self.directory / str(step), f"{first_line(error):.300}"
+            if isinstance(error, _NO_DAMAGE) or any(word in repr(error) for word in _NO_DAMAGE_WORDS):
+                raise UserError(f"{where}: the checkpoint cannot be read: {reason}") from error
+            raise Damaged(f"{where}: the checkpoint is damaged: {reason}") from error
 
     def _put_aside(self, steps: Sequence[int]) -> None:
         with together():
@@ -271,6 +286,23 @@ class _FailedSave(logging.Filter):
     """
 
     error: BaseException | None = None
+    _before = None
+
+    def listen(self) -> None:
+        logging.getLogger("absl").addFilter(self)
+        self._before, threading.excepthook = threading.excepthook, self._end_of_thread
+
+    def close(self) -> None:
+        logging.getLogger("absl").removeFilter(self)
+        if self._before is not None and self.error is None:  # or its threads still have to come to their end
+            threading.excepthook = self._before
+
+    def _end_of_thread(self, args) -> None:
+        frames = traceback.extract_tb(args.exc_traceback)
+        if any("orbax" in frame.filename for frame in frames):
+            self.error = self.error or args.exc_value
+        else:
+            self._before(args)
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1] is not None and "orbax" in record.pathname:

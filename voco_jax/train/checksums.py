@@ -3,48 +3,59 @@ error.
 
 A file that was cut off, lost or overwritten may read as zeros, or as numbers like any others; shapes do not tell. The
 checksum is the exclusive or of an array's 32-bit words (of 16- and 8-bit numbers: of the numbers), so neither the
-order nor the place of its parts matters, and any one change of bits shows.
+order nor the place of its parts matters. In small arrays, which may be constant (a norm's ones), it also has what all
+words have in common.
 """
+
+import functools
 
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_REDUCE = (np.bitwise_xor, np.bitwise_or, np.bitwise_and)
+_SMALL = 2**20  # numbers: of more, the exclusive or alone
 
 
 def checksums(tree) -> dict[str, int]:
     """Checksum by dotted path of a tree of arrays; all processes call it together and get the same."""
     leaves = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)}
-    if all(device.platform == "cpu" for x in leaves.values() for device in x.sharding.device_set):
-        own = np.array([_of_own_shards(x) for x in leaves.values()], np.uint32)  # XLA is slow at this on a CPU
-        values = own if jax.process_count() == 1 else np.bitwise_xor.reduce(multihost_utils.process_allgather(own))
-    else:
-        values = np.asarray(_on_devices(list(leaves.values())))
-    return {name: int(value) for name, value in zip(leaves, values, strict=True)}
+    own = np.array(jax.device_get([_of_own_shards(x) for x in leaves.values()]), np.uint32).reshape(-1, 1, 3)
+    if jax.process_count() > 1:
+        own = np.moveaxis(multihost_utils.process_allgather(own[:, 0]), 0, 1)
+    bits, some, all_ = (operation.reduce(own[..., i], axis=1) for i, operation in enumerate(_REDUCE))
+    values = bits.astype(np.uint64) + 3 * some.astype(np.uint64) + 5 * (~all_).astype(np.uint64)
+    return {name: int(value % 2**32) for name, value in zip(leaves, values, strict=True)}
 
 
-def _of_own_shards(array: jax.Array) -> int:
-    whole = 0
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:  # of copies, one counts
-            words = np.ravel(np.asarray(shard.data)).view(_WORDS[array.dtype.itemsize])
-            whole ^= int(np.bitwise_xor.reduce(words)) if words.size else 0
-    return (whole ^ (whole >> 32)) & 0xFFFFFFFF
+def _of_own_shards(array: jax.Array):
+    """[exclusive or, or, and] of the words that this process has; of copies, one counts."""
+    shards = [shard.data for shard in array.addressable_shards if shard.replica_id == 0 and shard.data.size]
+    small = array.size <= _SMALL
+    of_each = [(_on_cpu if next(iter(x.devices())).platform == "cpu" else _on_device)(x, small) for x in shards]
+    whole = np.array([0, 0, 2**32 - 1], np.uint32)  # of nothing
+    for value in jax.device_get(of_each):
+        whole = np.array([f(a, b) for f, a, b in zip(_REDUCE, whole, value, strict=True)], np.uint32)
+    return whole
 
 
-def _on_devices(arrays: list) -> jax.Array:
-    """As `_of_own_shards`, of all shards; replicated."""
+def _on_cpu(array: jax.Array, small: bool) -> np.ndarray:
+    """By numpy: XLA is slow at this on a CPU."""
+    words = np.ravel(np.asarray(array)).view(_WORDS[array.dtype.itemsize])
+    if words.itemsize == 8:
+        words = words.view(np.uint32)
+    found = [f.reduce(words) for f in _REDUCE] if small else [np.bitwise_xor.reduce(words), 0, 2**32 - 1]
+    return np.array(found, np.uint32)
 
-    def one(array):
-        words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
-        return jax.lax.reduce(words, np.zeros((), words.dtype), jax.lax.bitwise_xor, range(words.ndim))
 
-    def stacked(arrays):
-        return jnp.stack([one(array).astype(jnp.uint32) for array in arrays])
-
-    mesh = getattr(arrays[0].sharding, "mesh", None)
-    replicated = None if mesh is None else jax.sharding.NamedSharding(mesh, P())
-    return jax.jit(stacked, out_shardings=replicated)(arrays)
+@functools.partial(jax.jit, static_argnums=1)
+def _on_device(array: jax.Array, small: bool) -> jax.Array:
+    """The same of one device's shard: XLA has no reduction of bits over devices everywhere."""
+    words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(jnp.uint32)
+    ones = np.uint32(2**32 - 1)
+    starts = (np.uint32(0), np.uint32(0), ones)
+    functions = (jax.lax.bitwise_xor, jax.lax.bitwise_or, jax.lax.bitwise_and)
+    found = [jax.lax.reduce(words, s, f, range(words.ndim)) for s, f in zip(starts, functions, strict=True)]
+    return jnp.stack(found if small else [found[0], jnp.uint32(0), jnp.uint32(ones)])

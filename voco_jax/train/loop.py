@@ -84,6 +84,8 @@ def _set_up(config: ConfigDict) -> _Setup:
     resuming = check_workdir(workdir, config)
     mesh = make_mesh(config.mesh)
 
+    optimizer = make_optimizer(config)  # first, for what can be wrong with it is known at once
+
     # Data
     shard = local_rows(mesh, config.data.batch_size)  # every process loads the rows of its own devices
     tokenizer, model_config, batches, longest = open_training_data(
@@ -94,7 +96,6 @@ def _set_up(config: ConfigDict) -> _Setup:
     _check_positions(longest, model_config)
 
     # Model and optimizer, their places on the mesh
-    optimizer = make_optimizer(config)
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
         train_step = make_train_step(
@@ -108,8 +109,10 @@ def _set_up(config: ConfigDict) -> _Setup:
         if not resuming:
             _try_first_batch(config, batches, train_step, state)
     evaluator = None
-    if config.train.keep_best and (not config.eval.every or config.train.checkpoint_every % config.eval.every):
-        found = f"found config.eval.every {config.eval.every}"
+    if config.train.keep_best and not (
+        config.eval.every and config.eval.num_batches and config.train.checkpoint_every % config.eval.every == 0
+    ):
+        found = f"found config.eval.every {config.eval.every}, num_batches {config.eval.num_batches}"
         raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
     if config.eval.every:
         evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, _say)
@@ -149,13 +152,12 @@ def _train(run: _Setup, begun: float) -> None:
                     params, opt_state, metrics = run.train_step(params, opt_state, batch)
                     log.add(step, metrics, batches.amount(step - 1))
                     profiler.after_step(step, metrics)
-                evaluation = None
-                if evaluator is not None and evaluator.due(step):
+                preempted, evaluation = preemption.reached(step), None
+                if evaluator is not None and evaluator.due(step) and not preempted:  # which may take too long
                     log.settle()
                     with goodput.during("evaluation"):
                         evaluation = evaluator(step, params)
                         log.evaluated(step, *evaluation)
-                preempted = preemption.reached(step)
                 if preempted or step % config.train.checkpoint_every == 0 or step == steps[-1]:
                     log.settle()
                     with goodput.during("checkpoint"):

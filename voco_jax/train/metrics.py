@@ -229,12 +229,25 @@ def _rounded(value: float | None) -> float | None:
     return float(f"{value:.7g}")
 
 
+def _step_of(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`."""
     if not path.exists():
         return
-    *lines, unfinished = path.read_text().split("\n")  # nothing stands after the last newline, but in a killed run
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    *lines, unfinished = path.read_text(errors="replace").split(
+        "\n"
+    )  # nothing stands after the last newline, but in a killed run
+    steps = [_step_of(line) for line in lines]
+    if None in steps:
+        say(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
+    kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
     if unfinished or len(kept) < len(lines):
         temporary = path.with_name(f"{path.name}.new")
         temporary.write_text("".join(line + "\n" for line in kept))

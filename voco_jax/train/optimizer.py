@@ -20,9 +20,11 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     """
     rate, warmup = optim.learning_rate, optim.warmup_steps
     if not 0 <= warmup < steps:
-        raise UserError(f"optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {warmup}")
+        raise UserError(
+            f"config.optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {warmup}"
+        )
     if optim.schedule not in SCHEDULES:
-        raise UserError(f"optim.schedule: expected one of {', '.join(SCHEDULES)}; found {optim.schedule!r}")
+        raise UserError(f"config.optim.schedule: expected one of {', '.join(SCHEDULES)}; found {optim.schedule!r}")
     pieces = [(0, optax.linear_schedule(0.0, rate, warmup))]  # (first step, schedule from there on)
     rest = steps - warmup
     if optim.schedule == "cosine":
@@ -35,7 +37,7 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
         decay = round(optim.decay_share * steps)
         if not 1 <= decay <= rest:
             expected = f"expected 1 to {rest} steps of decay (train.steps is {steps}, optim.warmup_steps {warmup})"
-            raise UserError(f"optim.decay_share: {expected}; found {decay}")
+            raise UserError(f"config.optim.decay_share: {expected}; found {decay}")
         pieces.append((steps - decay, optax.linear_schedule(rate, rate * optim.final_scale, decay)))
     starts, schedules = zip(*pieces, strict=True)
     return optax.join_schedules(schedules, starts[1:])
@@ -76,7 +78,7 @@ def _descend(optim: ConfigDict) -> optax.GradientTransformation:
         return optax.adafactor(
             None, min_dim_size_to_factor=FACTORED_FROM, multiply_by_parameter_scale=False, clipping_threshold=1.0
         )
-    raise UserError(f"optim.name: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}; found {optim.name!r}")
+    raise UserError(f"config.optim.name: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}; found {optim.name!r}")
 
 
 def _scale_parts(scales: dict[str, float]) -> optax.GradientTransformation:

@@ -86,8 +86,7 @@ def _listen(host: str, tell: Callable[[], None]) -> None:
             failures += 1
             if failures == 3:
                 print(f"preemption: {host} tells nothing ({error}); SIGTERM is heeded", file=sys.stderr, flush=True)
-                return
-            time.sleep(1)
+            time.sleep(min(2.0**failures, 60))
             continue
         failures = 0
         if instance.get("preempted") == "TRUE" or str(instance.get("maintenanceEvent", "")).startswith("TERMINATE"):
