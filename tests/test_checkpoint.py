@@ -174,7 +174,7 @@ def test_a_full_disk(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "checkpoints/2: the checkpoint cannot be written: " in errors[0], done.stderr
     assert errors[0].endswith("File too large")
-    assert "Traceback" not in done.stderr
+    assert "ERROR:absl" not in done.stderr  # Orbax's own account, with its stack
 
 
 def test_parameters_alone(tmp_path):

@@ -293,8 +293,8 @@ class _FailedSave(logging.Filter):
         self._before, threading.excepthook = threading.excepthook, self._end_of_thread
 
     def close(self) -> None:
-        logging.getLogger("absl").removeFilter(self)
         if self._before is not None and self.error is None:  # or its threads still have to come to their end
+            logging.getLogger("absl").removeFilter(self)
             threading.excepthook = self._before
 
     def _end_of_thread(self, args) -> None:
