@@ -8,7 +8,7 @@ from voco_jax.errors import UserError
 from voco_jax.train.guard import guard
 
 NAMES = ("adamw", "muon", "adafactor")
-FACTORED_FROM = 128  # both sides of a matrix, for Adafactor to keep its rows and columns alone
+FACTORED_FROM = 64  # both sides of a matrix, for Adafactor: a head is a side, the number of layers none
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
