@@ -136,9 +136,7 @@ def test_rates_that_cannot_be(scale, hint):
 
 def test_adafactor_keeps_rows_and_columns():
     """Of a 7B less than a 500th of what Adam keeps."""
-    _, params = abstract_model(
-        VoCoConfig(LlamaConfig(num_hidden_layers=2), ViTConfig(num_hidden_layers=2), voco_token_id=3)
-    )
+    _, params = abstract_model(VoCoConfig(LlamaConfig(), ViTConfig(), voco_token_id=3))
     size = {
         name: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(optimizer_of(name=name).init, params)))
         for name in ("adamw", "adafactor")
