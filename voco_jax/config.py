@@ -1,6 +1,8 @@
 """Configurations: every key with its default and meaning, and the command line that sets them."""
 
+import ast
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import json
 import math
@@ -354,4 +356,11 @@ def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error if isinstance(error, OSError) else error.args[0] if error.args else error).split())
+    """What it says; a KeyError shows its argument as code, and ml_collections nests one in another."""
+    while not isinstance(error, OSError) and error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error if isinstance(error, OSError) or not error.args else error.args[0])
+    if text[:1] in "'\"" and text[-1:] == text[:1]:
+        with contextlib.suppress(ValueError, SyntaxError):
+            text = str(ast.literal_eval(text))
+    return " ".join(text.split())
