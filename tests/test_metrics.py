@@ -234,12 +234,16 @@ def test_a_full_disk_is_one_line(tmp_path, tensorboard):
 
 
 def test_a_loss_that_is_no_number(tmp_path):
-    with pytest.raises(UserError, match="training: loss is nan at step 3; a lower optim.learning_rate may help"):
+    with pytest.raises(
+        UserError, match=r"training: loss is nan at step 3 \(batch 2\); a lower optim.learning_rate may help"
+    ):
         run(tmp_path, of_step=lambda step: result(step, loss=float("nan") if step == 3 else 1.0))
 
 
 def test_a_step_that_is_bad(tmp_path):
-    with pytest.raises(UserError, match="training: loss is 77, a spike or with .* at step 3; a lower optim"):
+    with pytest.raises(
+        UserError, match=r"training: loss is 77, a spike or with .* at step 3 \(batch 2\); a lower optim"
+    ):
         run(tmp_path, of_step=lambda step: result(step, loss=77.0, bad=float(step == 3)))
 
 
@@ -253,7 +257,7 @@ def test_steps_that_are_skipped(tmp_path, capsys):
     assert [line["skipped"] for line in found] == [2, 0, 3, 0, 0]
     assert found[0]["loss"] == pytest.approx((8 + 2) / 2) and found[2]["loss"] is None
     said = capsys.readouterr().err
-    assert "training: step 3 skipped: loss nan, grad_norm 3\n" in said
+    assert "training: step 3 skipped: loss nan, grad_norm 3 (batch 2)\n" in said
     assert re.search("step 8/12  loss unknown .*3 skip", said)
     with pytest.raises(
         UserError, match=r"training: 3 steps in a row were bad, up to step 8 \(train.max_skipped is 2\)"
