@@ -85,7 +85,7 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, with_gradients):
     """(loss, gradient of hidden, gradient of head in float32), or (loss, (), ()) without gradients."""
     shape, dtype = hidden.shape, hidden.dtype
     hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.reshape(-1), weights.reshape(-1)
-    chunk = min(CPU_CHUNK if platform() == "cpu" else CHUNK, len(targets))
+    chunk = min(CHUNK, CPU_CHUNK if platform() == "cpu" else CHUNK, len(targets))
     num_chunks = -(-len(targets) // chunk)
     # Labels first, in their order; places that fill up the last chunk point nowhere.
     order = jnp.argsort(weights == 0, stable=True)
