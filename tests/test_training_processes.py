@@ -1,7 +1,11 @@
 """The trainer as two real processes, two simulated devices each: one run, the one that a single process makes."""
 
 import json
+import os
 from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 
@@ -58,6 +62,28 @@ def test_two_processes_train_what_one_does(tmp_path):
     train(tiny.config(workdir, **CHANGES))
     np.testing.assert_allclose(losses(workdir), alone, rtol=1e-5)
     assert load_run(workdir).step == 5
+
+
+def pod(count: int, workdir: Path) -> None:
+    """The trainer as so many processes of `launch/local_pod.sh`."""
+    root = tiny.CONFIG_FILE.parents[1]
+    environment = dict(os.environ, PYTHON=sys.executable)
+    command = ["launch/local_pod.sh", str(count), "--", *tiny.arguments(workdir, **CHANGES)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_four_processes_and_then_fewer(tmp_path):
+    """The losses of one process; and from a checkpoint of four, two go on, and one."""
+    alone = losses(train(tiny.config(tmp_path / "one", **CHANGES)))
+    workdir = tmp_path / "four"
+    pod(4, workdir)
+    np.testing.assert_allclose(losses(workdir), alone, rtol=1e-5)
+    for go_on in lambda: pod(2, workdir), lambda: train(tiny.config(workdir, **CHANGES)):
+        shutil.rmtree(workdir / "checkpoints" / "5")
+        go_on()
+        np.testing.assert_allclose(losses(workdir), alone, rtol=1e-5)
+        assert (workdir / "checkpoints" / "5").is_dir()
 
 
 def test_processes_that_do_not_agree(tmp_path):
