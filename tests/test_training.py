@@ -135,6 +135,7 @@ def test_a_directory_held_by_another_process(tmp_path):
     [
         (dict(optim__name="sgd"), "optim.name: expected adamw, muon or adafactor; found 'sgd'"),
         (dict(optim__schedule="step"), "optim.schedule: expected one of cosine, linear, wsd, constant; found 'step'"),
+        (dict(optim__decayed="('kernels',)"), "config.optim.decayed: expected some of .*embedding.*; found 'kernels'"),
         (dict(optim__warmup_steps=40), r"optim.warmup_steps: expected 0 to 39 \(train.steps is 40\); found 40"),
         (dict(data__row_length=5), "data: 38575 of the first 38575 records cannot be used.*× does not fit: .*= 5 tok"),
         (dict(data__template="chat"), "template: expected one of"),

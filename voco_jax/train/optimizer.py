@@ -108,6 +108,14 @@ def decayed(params, names) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def check_decayed(names, params) -> None:
+    """UserError for a name that no parameter has."""
+    found = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    if unknown := sorted(set(names) - found - {"lora_a", "lora_b"}):
+        expected = f"expected some of {', '.join(sorted(found))}"
+        raise UserError(f"config.optim.decayed: {expected}; found {unknown[0]!r}")
+
+
 def muon_dimension_numbers(params):
     """Which axes of each kernel are a matrix's rows and columns; None (AdamW) for all else: embeddings, norms, LoRA.
 

@@ -11,6 +11,7 @@ from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.sharding import param_shardings, with_shardings
 from voco_jax.run import abstract_model
 from voco_jax.train.freeze import Freezing, freezing_of
+from voco_jax.train.optimizer import check_decayed
 
 
 class AbstractState(NamedTuple):
@@ -31,6 +32,7 @@ def abstract_state(
 ) -> AbstractState:
     """The state of a run, nothing allocated. UserError where the mesh does not divide a parameter."""
     graphdef, params = abstract_model(model_config)
+    check_decayed(config.optim.decayed, params)
     freezing = freezing_of(config, model_config)
     opt_state = jax.eval_shape(optimizer.init, freezing.trained(params))
     shardings = param_shardings(mesh, params), param_shardings(mesh, opt_state)
