@@ -117,11 +117,11 @@ class Trainer:
         model_config = VoCoConfig(llama_config(config), vision_config(config), voco_token_id=7999, suffix_ids=(5, 6))
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         jax.set_mesh(mesh)
-        optimizer = make_optimizer(config.optim, config.train.steps)
+        optimizer = make_optimizer(config)
         state = abstract_state(config, model_config, optimizer, mesh)
-        self._step = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
+        self._step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings)
         self.params = init_params(model_config, config.seed, shardings=state.shardings[0])
-        self.opt_state = init_opt_state(config, optimizer, self.params, state.shardings[1])
+        self.opt_state = init_opt_state(optimizer, self.params, state)
         self._batch = put_batch(mesh, random_batch(rows, 64, config))
 
     @property
@@ -130,10 +130,10 @@ class Trainer:
 
     def step(self) -> None:
         """A step, waited for."""
-        self.params, self.opt_state, loss = self._step(self.params, self.opt_state, self._batch)
+        self.params, self.opt_state, metrics = self._step(self.params, self.opt_state, self._batch)
         jax.block_until_ready((self.params, self.opt_state))
-        if not jnp.isfinite(loss):
-            raise ValueError(f"loss {loss}")
+        if not jnp.isfinite(metrics["loss"]):
+            raise ValueError(f"loss {metrics['loss']}")
 
 
 def random_batch(rows: int, length: int, config) -> dict:

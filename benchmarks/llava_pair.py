@@ -196,19 +196,19 @@ class Ours:
             attention=attention, unroll_layers=unroll,
         )  # fmt: skip
         self.mesh = make_mesh(config.mesh, jax.devices()[:1])
-        optimizer = make_optimizer(config.optim, config.train.steps)
+        optimizer = make_optimizer(config)
         with jax.set_mesh(self.mesh):
             state = abstract_state(config, model_config, optimizer, self.mesh)
-            self._step = make_train_step(state.graphdef, optimizer, config.train.freeze, state.shardings)
+            self._step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings)
             self.params = take_over(make_llava(shape), state.params)
-            self.opt_state = init_opt_state(config, optimizer, self.params, state.shardings[1])
+            self.opt_state = init_opt_state(optimizer, self.params, state)
         self.batch = our_batch(shape, model_config, self.mesh, *conversations(shape))
 
     def step(self) -> float:
         with jax.set_mesh(self.mesh):
-            self.params, self.opt_state, loss = self._step(self.params, self.opt_state, self.batch)
+            self.params, self.opt_state, metrics = self._step(self.params, self.opt_state, self.batch)
         jax.block_until_ready((self.params, self.opt_state))
-        return float(loss)
+        return float(metrics["loss"])
 
     def lowered(self):
         """The step, to be looked at."""

@@ -100,7 +100,7 @@ def stored(run, config, step: int):
     model_config = make_model_config(config, load_tokenizer(run / "tokenizer"))
     state = abstract_state(config, model_config, make_optimizer(config), make_mesh(config.mesh))
     with contextlib.closing(Checkpointer(run)) as checkpointer:
-        return checkpointer.restore(step, state.params, state.opt_state)[:2]
+        return checkpointer.restore(step, state.params, state.opt_state)[1:3]
 
 
 def test_a_run_that_goes_on_remembers_what_was_normal(tmp_path):

@@ -54,13 +54,13 @@ def main(address, process, workdir, fault):
     abstract = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
     target = {"layers": {"kernel": abstract(kernel, tall)}, "scale": abstract(scale, same)}
     with contextlib.closing(Checkpointer(workdir)) as checkpointer:
-        back, mean, data = checkpointer.restore(4, target, {"mean": abstract(kernel, wide)})
+        _, back, mean, about = checkpointer.restore(4, target, {"mean": abstract(kernel, wide)})
     whole = np.arange(192.0).reshape(4, 8, 6)
     for array in (back["layers"]["kernel"], mean["mean"]):
         assert len(array.sharding.device_set) == 4
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, whole[shard.index])
-    assert data == {"next": 4}
+    assert about["data"] == {"next": 4}
     print("done", process)
 
 main(*eval(sys.argv[1]))

@@ -115,7 +115,9 @@ def check_same(values: dict[str, object]) -> None:
     for name, *by_process in zip(values, *found, strict=True):
         for process, digest in enumerate(by_process):
             if (digest != by_process[0]).any():
-                raise UserError(f"process {process}: expected the {name} of process 0, found another")
+                error = UserError(f"process {process}: expected the {name} of process 0, found another")
+                error.known_to_all = True
+                raise error
 
 
 def _checked(names: tuple[str, ...], given: tuple) -> tuple[str, int, int]:
