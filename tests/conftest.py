@@ -1,11 +1,18 @@
 import os
 from pathlib import Path
+import tempfile
 
 # Before jax is imported. Most of a test's time is compilation, and nothing here runs long enough to repay optimizing.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "Agg"
 
 import jax  # noqa: E402
+
+# After jax is imported, so for the processes that tests start: many of them are the same training started again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="voco_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 

@@ -33,7 +33,7 @@ def test_steps_that_cannot_be(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["table1", "--steps", "10", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         table1.main()
-    assert "error: optim.warmup_steps: expected 0 to 9 (train.steps is 10); found 50" in capsys.readouterr().err
+    assert "error: config.optim.warmup_steps: expected 0 to 9 (train.steps is 10); found 50" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

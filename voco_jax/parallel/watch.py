@@ -131,13 +131,13 @@ class _Watcher(threading.Thread):
         """All others have said that they end. Process 0 has to be there until then: without it jax ends them first,
         before they can say why."""
         if self._own != 0:
-            time.sleep(_BEAT / 4)
             return
         deadline = time.monotonic() + 4 * _BEAT
         while time.monotonic() < deadline:
             if len((self._all("gone") | self._all("error")).keys() - {self._own}) == self._count - 1:
-                return
+                break
             time.sleep(_BEAT / 10)
+        time.sleep(_BEAT / 2)  # having said so, they still have to end
 
     def _put(self, key: str, value: str) -> None:
         self._client.key_value_set(f"{_ROOM}/{key}", value, allow_overwrite=True)
