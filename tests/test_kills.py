@@ -21,7 +21,8 @@ from tests.test_training import params
 from voco_jax.train.checkpoint import Checkpointer
 
 KILLS = int(os.environ.get("VOCO_JAX_KILLS", "3"))
-CHANGES = dict(train__steps=60, train__checkpoint_every=3, train__log_every=1)
+STEPS = 60 + 12 * max(0, KILLS - 3)  # enough for all the kills: between two, training moves on by a checkpoint or some
+CHANGES = dict(train__steps=STEPS, train__checkpoint_every=3, train__log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,6 @@ def kill_at_random(run: Path, signal_number: int, rng: random.Random, count: int
     steps = []
     while len(steps) < count:
         process, before = start(run), newest(run)
-        # Training moves on by a checkpoint or some, so that 60 steps are enough for all the kills
         while process.poll() is None and newest(run) == before and not writing(run):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
@@ -71,7 +71,7 @@ def writing(run: Path) -> bool:
 def check_alike(run: Path, other: Path) -> None:
     """Parameters and optimizer bit for bit, and the logged losses."""
     jax.tree.map(np.testing.assert_array_equal, params(run), params(other))
-    sums = [json.loads((r / "checkpoints/60/run/metadata").read_text())["checksums"] for r in (run, other)]
+    sums = [json.loads((r / f"checkpoints/{STEPS}/run/metadata").read_text())["checksums"] for r in (run, other)]
     assert sums[0] == sums[1]
     lines = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, other)]
     assert [(a["step"], a["loss"]) for a in lines[0]] == [(b["step"], b["loss"]) for b in lines[1]]
