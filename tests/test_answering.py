@@ -10,7 +10,7 @@ from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.sources import easyvqa
 from voco_jax.eval.answering import answer_all
-from voco_jax.infer.generate import Answerer
+from voco_jax.infer.answerer import Answerer
 from voco_jax.run import load_run
 
 

@@ -21,7 +21,7 @@ from voco_jax.data.records import Clip
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
-from voco_jax.infer.generate import Answerer
+from voco_jax.infer.answerer import Answerer
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.run import abstract_model, load_run
@@ -115,7 +115,7 @@ def test_the_answers_are_those_of_one_question_at_a_time(test_set, evaluated):
     for _, pixels, turns in conversations(test_set, data):
         visual = None if pixels is None else answerer.see(pixels)
         prompt = answerer.encoder.encode(turns[:1], 0 if pixels is None else 1)
-        (given,) = answerer.complete([prompt], visual, [0], 4)
+        (given,) = answerer.complete([prompt], visual, [[0]], 4)
         expected.setdefault((turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"]), []).append(given)
     questions = evaluator._questions
     assert len(questions) == 9 and len({q.text for q in questions}) > 3

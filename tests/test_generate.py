@@ -10,7 +10,8 @@ import pytest
 
 from tests.test_two_streams import CONFIG, IMAGES, PATCHES, make
 from voco_jax.data.conversations import TEMPLATES, Encoder
-from voco_jax.infer.generate import Answerer, greedy
+from voco_jax.infer.answerer import Answerer
+from voco_jax.infer.generate import greedy
 from voco_jax.models.voco import Memory, Read
 
 NEW = 6

@@ -145,7 +145,8 @@ def test_programs_hold_the_flops_of_the_formula(step, changes):
         ),
         ("compress", {"data.images_per_bin": 0}, "config.data.images_per_bin: expected at least 1 .*, found 0"),
         ("compress", {"model.compressor": "none"}, "config.model: compress: a model with compressor 'none' has no"),
-        ("read", {"model.attention": "cudnn"}, "config.model: attention 'cudnn' needs an NVIDIA GPU, found"),
+        ("train", {"model.attention": "cudnn"}, "config.model: attention 'cudnn' needs an NVIDIA GPU, found"),
+        ("read", {"data.images_per_bin": 64}, "config.data.row_length: expected room for text beside 64 slots"),
     ],
 )
 def test_what_cannot_be_compiled_is_one_line(step, changes, message):

@@ -6,7 +6,7 @@ from pathlib import Path
 from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.generate import Answerer
+from voco_jax.infer.answerer import Answerer
 from voco_jax.run import add_run_arguments, load_run
 
 

@@ -8,6 +8,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from voco_jax.attention import ADAPTERS, check_platform
@@ -18,6 +19,7 @@ from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
 from voco_jax.parallel.mesh import find_devices
+from voco_jax.parallel.sharding import param_shardings, with_shardings
 from voco_jax.storage import AnyPath, as_path
 from voco_jax.train.checkpoint import Checkpointer
 
@@ -32,6 +34,8 @@ class Run:
     encoder: Encoder
     processor: ImageProcessor
     step: int
+    checksums: dict[str, int]  # of the parameters as they are stored, by dotted path
+    mesh: Mesh | None = None
 
 
 def load_run(
@@ -40,10 +44,12 @@ def load_run(
     step: int | str | None = None,
     compressor: str | None = None,
     attention: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Run:
-    """Restore a checkpoint of a run: the newest, that of a `step`, or the 'best' (lowest evaluation loss).
+    """Restore a checkpoint of a run, to be used: the newest, that of a `step`, or the 'best' (lowest evaluation loss).
 
-    UserError says what is missing or does not fit.
+    UserError says what is missing or does not fit. Kernels and embeddings are in the dtype of the computation; over a
+    `mesh` they are spread as in training, else on one device.
 
     `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
     paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
@@ -62,8 +68,11 @@ def load_run(
     except ValueError as error:
         raise UserError(f"{directory}: {error} (--attention)") from None
     graphdef, params = abstract_model(model_config)
+    params = _for_use(params, model_config.dtype)
+    if mesh is not None:
+        params = with_shardings(params, param_shardings(mesh, params))
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
-        step, params = checkpointer.restore_params(params, step)
+        step, params, sums = checkpointer.restore_params_and_sums(params, step)
     return Run(
         directory=directory,
         config=config,
@@ -71,7 +80,19 @@ def load_run(
         encoder=make_encoder(config, tokenizer, model_config),
         processor=make_processor(config),
         step=step,
+        checksums=sums,
+        mesh=mesh,
     )
+
+
+def _for_use(params, dtype: str):
+    """Parameters' shapes with the dtype that they are used in: matrices are rounded to it anyway, norms are not."""
+
+    def wanted(path, x):
+        is_matrix = getattr(path[-1], "key", None) in ("kernel", "embedding")
+        return jax.ShapeDtypeStruct(x.shape, dtype if is_matrix else x.dtype)
+
+    return jax.tree_util.tree_map_with_path(wanted, params)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ An adapter is a module with four functions (shapes and limits in `xla.py`, the a
     causal(q, k, v, segment_ids)      the read stream: causal attention inside the segments of a row
     chunked(q, k, v, chunk)           the compress stream: rows of images, each `chunk` tokens, causal in itself
     row_shape(num_segments, chunk)    how the kernel likes images laid out in rows: (images a row, places a row)
-    cached(q, k, v, lengths)          decoding: one query a row
+    cached(q, k, v, positions)        inference: queries against a cache
 
 An adapter that cannot honour a request raises ValueError; nothing falls back.
 
@@ -15,8 +15,8 @@ An adapter that cannot honour a request raises ValueError; nothing falls back.
 | `splash` | TPU; CPU, interpreted     | only blocks with a visible pair   | several images, padding |
 | `cudnn`  | NVIDIA GPU, 16-bit floats | fused; packed text through a bias | one image, no padding   |
 
-Decoding is XLA's everywhere, because none of the fused kernels is made for one query a row: that step reads the cache
-once, and memory bandwidth is all there is to it.
+Inference's read stream is XLA's everywhere, because none of the fused kernels is made for one query a row, and a
+question has few: reading the weights and the cache once is all there is to it.
 
 Under an ambient mesh (`jax.set_mesh`) rows are sharded over data and fsdp, rows of images over frame too, heads over
 tensor.

@@ -10,6 +10,8 @@ from voco_jax.attention import blocks
 from voco_jax.attention.platform import platform
 from voco_jax.parallel.mesh import AXES, axis_size
 
+QUERIES = 512  # of a prompt, that attend to a cache at once
+
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Causal attention inside segments: query i sees key j where j ≤ i and both stand in the same segment.
@@ -53,16 +55,25 @@ def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
     return 1, chunk
 
 
-def cached(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-    """One decoding step: each row's query sees the first `lengths` [R] places of its cache.
+def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """Queries against a cache: each sees the places of its row up to its own position, itself among them.
 
     Args:
-      q: [R, 1, N, H]; k, v: [R, C, G, H] with C ≥ lengths.
+      q: [R, T, N, H]; k, v: [R, C, G, H].
+      positions: [R, T]; -1 sees nothing, and what comes of it is finite and means nothing.
 
-    Returns: [R, 1, N, H]
+    Returns: [R, T, N, H]
     """
-    visible = jnp.arange(k.shape[1]) < lengths[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None, :])
+
+    def attend(q, positions):
+        visible = jnp.arange(k.shape[1]) <= positions[..., None]
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+
+    if q.shape[1] <= QUERIES:
+        return attend(q, positions)
+    # Long prompts a part at a time: the scores of all would be [R, N, T, C] numbers
+    parts = [slice(start, start + QUERIES) for start in range(0, q.shape[1], QUERIES)]
+    return jnp.concatenate([attend(q[:, part], positions[:, part]) for part in parts], axis=1)
 
 
 def each_chunk(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:

@@ -10,7 +10,7 @@ from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import Record
 from voco_jax.eval.scoring import Answer
-from voco_jax.infer.generate import Answerer
+from voco_jax.infer.answerer import Answerer
 from voco_jax.run import Run
 
 
@@ -31,7 +31,9 @@ def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
             asked = [(row, turns) for row, record in enumerate(batch) for turns in record.conversations]
             prompts = [encode_first_question(run.encoder, turns, len(batch[row].images)) for row, turns in asked]
             visual = answerer.see(np.stack(pixels))
-            given = answerer.complete(prompts, visual, [row for row, _ in asked], max_new_tokens)
+            first = run.config.data.images_per_bin  # of the next record
+            pictures = [range(row * first, row * first + len(batch[row].images)) for row, _ in asked]
+            given = answerer.complete(prompts, visual, pictures, max_new_tokens)
             for (row, turns), text in zip(asked, given, strict=True):
                 answers.append(Answer(str(batch[row].images[0]), question_of(turns), turns[1]["value"], text))
             bar.update(len(asked))

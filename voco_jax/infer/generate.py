@@ -1,127 +1,167 @@
-"""Answers: compress pictures once, then read each question against them, token by token with a cache."""
+"""Decoding: what comes after prompts, token by token, over a cache of fixed size.
+
+All of it is one loop on the devices, which goes on for as many tokens as it is told: to the end for a batch of answers,
+a few at a time where somebody reads along. What a row gets does not depend on the rows beside it.
+"""
 
 from collections.abc import Sequence
-import functools
+import dataclasses
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-import numpy as np
 
-from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.errors import UserError
-from voco_jax.models.voco import Memory, Read, VoCoLlama
-from voco_jax.parallel.mesh import ROWS, axis_size
-
-Visual = Memory | jax.Array | None
+from voco_jax.models.voco import Cache, Memory, Read, VoCoLlama
 
 
-def greedy(model: VoCoLlama, read: Read, lengths: jax.Array, visual: Visual, max_new_tokens: int, eos_token_id: int):
-    """Greedy continuation of prompts [B, T] (padded on the right to T, of the given lengths): ids [B, max_new_tokens].
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest (greedy).
 
-    Prompts' positions count from 0, and new tokens go on from there. After its end-of-sequence token a row is filled
-    with that token; decoding stops when every row has ended.
-    """
-    logits, cache = model.prefill(read, lengths, visual)
-    room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
-    cache = cache._replace(keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room))
-    tokens = logits.argmax(-1).astype(jnp.int32)
-    output = jnp.full((len(lengths), max_new_tokens), eos_token_id, jnp.int32).at[:, 0].set(tokens)
-    graphdef, state = nnx.split(model)
-
-    def unfinished(carry):
-        step, tokens, _, _ = carry
-        return (step < max_new_tokens) & (tokens != eos_token_id).any()
-
-    def advance(carry):
-        step, tokens, cache, output = carry
-        logits, cache = nnx.merge(graphdef, state).decode(tokens, cache.lengths, cache)
-        ended = tokens == eos_token_id
-        tokens = jnp.where(ended, eos_token_id, logits.argmax(-1).astype(jnp.int32))
-        return step + 1, tokens, cache, output.at[:, step].set(tokens)
-
-    *_, output = jax.lax.while_loop(unfinished, advance, (1, tokens, cache, output))
-    return output
-
-
-class Answerer:
-    """A model with its tokenizer and prompt rules: pictures in, memories; questions in, answers.
-
-    Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a mesh (which is
-    the ambient one then) all processes ask the same, and all have the answers. `params` are the model's parameters,
-    a nested dict; others of the same shapes may take their place.
+    Above, it is drawn from softmax(logits / temperature), of the `top_k` likeliest tokens (0: all) and of those the
+    fewest whose probabilities sum to `top_p`. The same seed gives the same answers.
     """
 
-    def __init__(self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None):
-        self.encoder = encoder
-        self._max_positions = model.config.llama.max_position_embeddings
-        graphdef, state = nnx.split(model)
-        self.params = nnx.to_pure_dict(state)
-        everywhere = None if mesh is None else NamedSharding(mesh, P())
-        self._see = jax.jit(functools.partial(_see, graphdef))
-        self._greedy = jax.jit(functools.partial(_greedy, graphdef), static_argnums=(5, 6), out_shardings=everywhere)
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
 
-    def see(self, pixel_values: np.ndarray | jax.Array) -> Visual:
-        """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
-
-        Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
-        """
-        return self._see(self.params, pixel_values)
-
-    def answer(self, questions: Sequence[str], visual: Visual, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Answer `questions[i]` about the pictures of row `rows[i]` of what `see` returned."""
-        num_images = 0 if visual is None else _num_images(visual, self.encoder.num_visual_tokens)
-        return self.complete(
-            [self.encoder.encode_question(question, num_images) for question in questions],
-            visual, rows, max_new_tokens,
-        )  # fmt: skip
-
-    def complete(self, prompts: Sequence[Sample], visual: Visual, rows: Sequence[int], max_new_tokens: int):
-        """As `answer`, from encoded prompts. UserError for more tokens than the model has positions."""
-        tokenizer, eos = self.encoder.tokenizer, self.encoder.ids.eos_token_id
-        longest = max(map(len, prompts))
-        if longest + max_new_tokens > self._max_positions:
-            raise UserError(
-                f"question: expected at most {self._max_positions} tokens with the answer "
-                f"(max_position_embeddings), found {longest} and {max_new_tokens} for the answer"
-            )
-        rows_together = axis_size(*ROWS)
-        batch, length = -(-_bucket(len(prompts), 1) // rows_together) * rows_together, _bucket(longest, 16)
-        read = Read(*np.zeros((4, batch, length), np.int32))
-        read.visual[:] = -1
-        lengths = np.ones(batch, np.int32)
-        order = np.arange(batch)
-        order[len(prompts) :] = 0  # fill the batch with the first prompt: it ends when that ends
-        for i, prompt in enumerate(prompts[j] for j in order):
-            n = lengths[i] = len(prompt)
-            read.tokens[i, :n], read.visual[i, :n], read.segment_ids[i, :n] = prompt.tokens, prompt.visual, 1
-            read.positions[i] = np.arange(length)
-        index = np.asarray(rows, np.int32)[order]
-        output = np.asarray(self._greedy(self.params, read, lengths, visual, index, max_new_tokens, eos))
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output[: len(prompts)]]
+    def __post_init__(self):
+        for name, valid, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**32, "0 … 2³² - 1"),
+        ):
+            if not valid:
+                raise UserError(f"{name}: expected {expected}, found {getattr(self, name)}")
 
 
-def _see(graphdef, state, pixel_values):
-    model = nnx.merge(graphdef, state)
-    features = model.encode_images(pixel_values)
-    return model.compress(features) if model.config.compressor == "voco" else features
+class Drawing(NamedTuple):
+    """A `Sampling` on the devices; `streams` [R] number the rows' random numbers."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+    streams: jax.Array
 
 
-def _greedy(graphdef, state, read, lengths, visual, index, max_new_tokens, eos_token_id):
-    if visual is not None:
-        visual = Memory(*(m[:, index] for m in visual)) if isinstance(visual, Memory) else visual[index]
-    return greedy(nnx.merge(graphdef, state), read, lengths, visual, max_new_tokens, eos_token_id)
+class Decoding(NamedTuple):
+    """Answers in the making. `output` [R, N] has `count` tokens a row, of which the last is not in the cache yet: it
+    comes to `positions` [R]. A row that has `ended` is filled up with its stop token."""
+
+    cache: Cache
+    output: jax.Array
+    count: jax.Array
+    positions: jax.Array
+    ended: jax.Array
 
 
-def _num_images(visual: Visual, num_visual_tokens: int) -> int:
-    return visual.keys.shape[2] // num_visual_tokens if isinstance(visual, Memory) else visual.shape[1]
+class Stop(NamedTuple):
+    """`ids` [S], each of which ends an answer, and what fills up the rest of it."""
+
+    ids: jax.Array
+    padding: jax.Array
 
 
-def _bucket(n: int, smallest: int) -> int:
-    """The next of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … from `smallest` on: few sizes, and none a quarter too large."""
-    if n <= smallest:
-        return smallest
-    step = max(1, 1 << (n - 1).bit_length() >> 3)
-    return -(-n // step) * step
+def choose(logits: jax.Array, drawing: Drawing | None, count: jax.Array) -> jax.Array:
+    """Token ids [R] of logits [R, V]: the likeliest, or drawn. `count` tells a row's tokens apart."""
+    if drawing is None:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits / drawing.temperature
+    likeliest = -jnp.sort(-logits)
+    k = jnp.where(drawing.top_k > 0, drawing.top_k, logits.shape[-1])
+    among_k = jnp.arange(logits.shape[-1]) < k
+    probabilities = jax.nn.softmax(jnp.where(among_k, likeliest, -jnp.inf))
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the tokens that are likelier
+    kept = among_k & (before < drawing.top_p)
+    kept = kept.at[:, 0].set(True)
+    least = jnp.where(kept, likeliest, jnp.inf).min(axis=-1, keepdims=True)
+
+    def draw(logits, stream):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(drawing.seed), stream), count)
+        return jax.random.categorical(key, logits)
+
+    return jax.vmap(draw)(jnp.where(logits >= least, logits, -jnp.inf), drawing.streams).astype(jnp.int32)
+
+
+def begin(
+    model: VoCoLlama,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    max_new_tokens: int,
+    stop: Stop,
+    drawing: Drawing | None = None,
+    visual: jax.Array | None = None,
+    features: jax.Array | None = None,
+) -> tuple[Decoding, jax.Array]:
+    """Prompts join the cache, and their answers begin; arguments as `VoCoLlama.extend`'s.
+
+    Returns the answers' first tokens as `Decoding`, and the logits [R, V] that they were chosen by. The cache needs
+    room for max_new_tokens - 1 places after each prompt.
+    """
+    hidden, cache = model.extend(tokens, positions, cache, visual, features)
+    last = positions.argmax(axis=1)
+    logits = model.llama.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+    first = choose(logits, drawing, jnp.int32(0))
+    output = jnp.full((len(tokens), max_new_tokens), stop.padding, jnp.int32).at[:, 0].set(first)
+    ended = (first[:, None] == stop.ids).any(axis=1)
+    return Decoding(cache, output, jnp.int32(1), positions.max(axis=1) + 1, ended), logits
+
+
+def advance(
+    model: VoCoLlama, state: Decoding, limit: jax.Array, stop: Stop, drawing: Drawing | None = None
+) -> Decoding:
+    """Go on until the answers have `limit` tokens, or have all ended."""
+    graphdef, params = nnx.split(model)
+
+    def unfinished(state):
+        return (state.count < limit) & ~state.ended.all()
+
+    def step(state):
+        model = nnx.merge(graphdef, params)
+        token = jnp.take(state.output, state.count - 1, axis=1)
+        hidden, cache = model.extend(token[:, None], state.positions[:, None], state.cache)
+        chosen = choose(model.llama.logits(hidden)[:, 0], drawing, state.count)
+        chosen = jnp.where(state.ended, stop.padding, chosen)
+        output = state.output.at[:, state.count].set(chosen)
+        ended = state.ended | (chosen[:, None] == stop.ids).any(axis=1)
+        return Decoding(cache, output, state.count + 1, state.positions + 1, ended)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def greedy(
+    model: VoCoLlama, read: Read, lengths: jax.Array, visual: Memory | jax.Array | None,
+    max_new_tokens: int, eos_token_id: int,
+) -> jax.Array:  # fmt: skip
+    """Greedy answers to prompts as training lays them out, a conversation a row: ids [R, max_new_tokens].
+
+    `lengths` [R] are the prompts' (the rest of a row is padding), `visual` the images' memory, their embeddings
+    without VoCo compression, or None for text alone. After its end-of-sequence token a row is filled with that token.
+    """
+    places = jnp.arange(read.tokens.shape[1])
+    is_prompt = places < lengths[:, None]
+    capacity = [(0, 0), (0, max_new_tokens)]
+    if isinstance(visual, Memory):
+        slots = jnp.where(is_prompt, read.visual, -1)
+        cache = model.fill(visual, jnp.pad(slots, capacity, constant_values=-1))
+        positions, features = jnp.where(is_prompt & (slots < 0), places, -1), None
+    else:
+        cache = model.empty_cache(len(lengths), len(places) + max_new_tokens)
+        positions, features = jnp.where(is_prompt, places, -1), visual
+    stop = Stop(jnp.array([eos_token_id], jnp.int32), jnp.int32(eos_token_id))
+    state, _ = begin(model, read.tokens, positions, cache, max_new_tokens, stop, None, read.visual, features)
+    return advance(model, state, jnp.int32(max_new_tokens), stop).output
+
+
+def trim(ids: Sequence[int], stop: Sequence[int]) -> list[int]:
+    """An answer's tokens up to its first stop token, which is left out."""
+    ids = list(map(int, ids))
+    ends = [i for i, token in enumerate(ids) if token in stop]
+    return ids[: ends[0]] if ends else ids

@@ -101,11 +101,10 @@ class Memory(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of the read stream, each [L, B, C, G, H]; the first `lengths` [B] places are filled."""
+    """Keys (rotated) and values of the read stream, each [L, R, C, G, H]; a row's token of position p is at place p."""
 
     keys: jax.Array
     values: jax.Array
-    lengths: jax.Array
 
 
 class Read(NamedTuple):
@@ -163,43 +162,82 @@ class VoCoLlama(nnx.Module):
 
     def _hidden(self, read: Read, features: jax.Array | None) -> jax.Array:
         compress = self._compress_rows(features) if self.config.compressor == "voco" and features is not None else None
-        _, hidden, _, _ = self._run(compress, read, self._read_inputs(read, features))
+        _, hidden, _ = self._run(compress, read, self._read_inputs(read, features))
         return hidden
 
     def compress(self, features: jax.Array) -> Memory:
         """The memory of the images whose embeddings are [B, I, P, D]."""
         self._require_voco("compress")
-        _, _, memory, _ = self._run(self._compress_rows(features))
+        _, _, memory = self._run(self._compress_rows(features))
         return memory
 
     def compress_logits(self, features: jax.Array) -> jax.Array:
         """Logits [B, I, S, V] of the compress stream itself: no use but to compare with other implementations."""
         self._require_voco("compress_logits")
         rows = self._compress_rows(features)
-        hidden, _, _, _ = self._run(rows, whole_last_layer=True)
+        hidden, _, _ = self._run(rows, whole_last_layer=True)
         segments = hidden[:, : rows.segments_per_row * self.config.compress_length]
         return self.llama.logits(
             by_row(segments.reshape(-1, self.config.compress_length, hidden.shape[-1]), *rows.images)
         )
 
-    def prefill(self, read: Read, lengths: jax.Array, visual: Memory | jax.Array | None) -> tuple[jax.Array, Cache]:
-        """Read prompts [B, T] of the given lengths (the rest is padding on the right), one conversation a row.
+    def fill(self, memory: Memory, slots: jax.Array, cache: Cache | None = None) -> Cache:
+        """Memories into a cache: place p of row r is slot `slots[r, p]` of [R, C]; where that is -1, what `cache` has.
 
-        `visual` is the images' `Memory`, or their embeddings without VoCo compression, or None for text alone.
-        Returns the logits [B, V] of each prompt's last token and the cache, whose capacity is T.
+        R/B consecutive rows share the images of one of the memory's B rows. Without `cache` a new one is made, empty
+        but for the slots. Keys are rotated to the places that they come to.
         """
-        memory, features = (visual, None) if isinstance(visual, Memory) else (None, visual)
-        _, hidden, _, (keys, values) = self._run(None, read, self._read_inputs(read, features), memory)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        return self.llama.logits(last)[:, 0], Cache(keys, values, lengths)
+        self._require_voco("fill")
+        cache = self.empty_cache(*slots.shape) if cache is None else cache
+        at_places = rope_tables(self.config.llama, jnp.arange(slots.shape[1]))
+        is_slot = (slots >= 0)[..., None, None]
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One step: tokens [B] at positions [B] join the cache; returns the logits [B, V] and the cache."""
-        read = Read(
-            tokens[:, None], positions[:, None], jnp.ones_like(tokens)[:, None], -jnp.ones_like(tokens)[:, None]
-        )
-        _, hidden, _, (keys, values) = self._run(None, read, self._read_inputs(read, None), cache=cache)
-        return self.llama.logits(hidden)[:, 0], Cache(keys, values, cache.lengths + 1)
+        def filled(old, visual, rotate):
+            taken = fill_visual(jnp.zeros_like(old), visual.astype(old.dtype), slots)
+            return jnp.where(is_slot, rotate(taken), old)
+
+        keys = jax.vmap(functools.partial(filled, rotate=lambda k: apply_rope(k, at_places)))(cache.keys, memory.keys)
+        values = jax.vmap(functools.partial(filled, rotate=lambda v: v))(cache.values, memory.values)
+        return Cache(*(constrain(x, None, ROWS, None, "tensor") for x in (keys, values)))
+
+    def empty_cache(self, rows: int, places: int) -> Cache:
+        """A cache of R rows of C places in which nothing stands yet."""
+        c = self.config.llama
+        shape = (c.num_hidden_layers, rows, places, c.num_key_value_heads, c.head_dim)
+        empty = constrain(jnp.zeros(shape, self.config.dtype), None, ROWS, None, "tensor")
+        return Cache(empty, empty)
+
+    def extend(
+        self, tokens: jax.Array, positions: jax.Array, cache: Cache,
+        visual: jax.Array | None = None, features: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:  # fmt: skip
+        """Text joins the cache: tokens [R, T] at `positions` (ascending; -1: padding), each seeing all up to its own.
+
+        A prompt, a later turn or a single token to be continued; the slots are there already (`fill`) and cost
+        nothing here. Without VoCo compression images are tokens too: `visual` [R, T] as `Read.visual`, of `features`
+        [B, I, P, D]. Every place up to a token's position must have been filled. Returns hidden states [R, T, D], as
+        `hidden` does, and the cache.
+        """
+        read = Read(tokens, positions, None, visual)
+        rope, capacity = rope_tables(self.config.llama, positions), cache.keys.shape[2]
+        # Padding is written beyond the end, which is nowhere; each at a place of its own, so that places are distinct
+        places = jnp.where(positions >= 0, positions, capacity + jnp.arange(tokens.shape[1]))
+        write = jax.vmap(lambda old, new, at: old.at[at].set(new, mode="drop", unique_indices=True))
+
+        def body(layer, carry, index):
+            x, *cached = carry
+            q = apply_rope(layer.project_q(x), rope)
+            k, v = layer.project_kv(x)
+            here = [write(c[index], new, places) for c, new in zip(cached, (apply_rope(k, rope), v), strict=True)]
+            x = constrain(layer.finish(x, self.attention.cached(q, *here, positions)), ROWS)
+            return (x, *(c.at[index].set(h) for c, h in zip(cached, here, strict=True))), None
+
+        (x, *cached), _ = scan_layers(
+            body, (self._read_inputs(read, features), *cache), self.llama.layers,
+            jnp.arange(self.config.llama.num_hidden_layers),
+            dtype=jnp.dtype(self.config.dtype), unroll=self.config.unroll_layers,
+        )  # fmt: skip
+        return x, Cache(*cached)
 
     # ---- Inputs of the streams ---------------------------------------------------------------------------------
 
@@ -242,16 +280,12 @@ class VoCoLlama(nnx.Module):
         compress: "CompressRows | None",
         read: Read | None = None,
         read_embeddings: jax.Array | None = None,
-        memory: Memory | None = None,
-        cache: Cache | None = None,
         *,
         whole_last_layer: bool = False,
     ):
-        """Run the streams that are given through all layers.
+        """Run the streams that are given through all layers; compress makes the memory that `read` uses.
 
-        compress makes the memory that `read` uses; without it, `memory` is what was kept of an earlier run. With
-        `cache`, `read` is one token a row that joins it. Returns (compress hidden states [rows, C, D], read hidden
-        states, memory, (keys, values) of the read stream), None where there is nothing.
+        Returns (compress hidden states [rows, C, D], read hidden states, memory), None where there is nothing.
         """
         c, adapter = self.config, self.attention
         K, S = c.num_voco_tokens, c.compress_length
@@ -259,9 +293,9 @@ class VoCoLlama(nnx.Module):
         compress_rope = None if rows is None else rope_tables(c.llama, jnp.arange(rows.shape[1]) % S)
         read_rope = None if read is None else rope_tables(c.llama, read.positions)
 
-        def body(layer, carry, kept, *, keys_and_values_only=False):
+        def body(layer, carry, _, *, keys_and_values_only=False):
             compress, x = carry
-            memory, cached = kept
+            memory = None
             if compress is not None:
                 k, v = layer.project_kv(compress)
                 memory = tuple(segments.slots(m, S, K) for m in (k, v))
@@ -270,28 +304,23 @@ class VoCoLlama(nnx.Module):
                     k, v = checkpoint_name(apply_rope(k, compress_rope), "key"), checkpoint_name(v, "value")
                     compress = constrain(layer.finish(compress, adapter.chunked(q, k, v, S)), IMAGES)
             if x is None:
-                return (compress, x), (memory, None)
+                return (compress, x), memory
             q = checkpoint_name(apply_rope(layer.project_q(x), read_rope), "query")
             k, v = layer.project_kv(x)
             if memory is not None:
                 k, v = (fill_visual(text, visual, read.visual) for text, visual in zip((k, v), memory, strict=True))
             k, v = checkpoint_name(apply_rope(k, read_rope), "key"), checkpoint_name(v, "value")
-            if cached is None:
-                attended = adapter.causal(q, k, v, read.segment_ids)
-            else:
-                k, v = (append(old, new, cache.lengths) for old, new in zip(cached, (k, v), strict=True))
-                attended = adapter.cached(q, k, v, cache.lengths + 1)
-            return (compress, constrain(layer.finish(x, attended), ROWS)), (memory, (k, v))
+            x = constrain(layer.finish(x, adapter.causal(q, k, v, read.segment_ids)), ROWS)
+            return (compress, x), memory
 
-        kept = (memory, None if cache is None else (cache.keys, cache.values))
         # Nobody reads what the compress stream's last layer would put out: its K and V are all it is for.
         shorten = compress is not None and not whole_last_layer
-        (compress, x), (memory, keys_values) = scan_layers(
-            body, (rows, read_embeddings), self.llama.layers, kept,
+        (compress, x), memory = scan_layers(
+            body, (rows, read_embeddings), self.llama.layers,
             last=functools.partial(body, keys_and_values_only=True) if shorten else None,
             dtype=jnp.dtype(c.dtype), unroll=c.unroll_layers, remat=c.remat,
         )  # fmt: skip
-        return compress, x, None if memory is None else Memory(*memory), keys_values
+        return compress, x, None if memory is None else Memory(*memory)
 
 
 class CompressRows(NamedTuple):
@@ -336,8 +365,3 @@ def fill_visual(text: jax.Array, visual: jax.Array, index: jax.Array) -> jax.Arr
     places = jnp.maximum(index, 0).reshape(len(visual), -1)
     taken = jax.vmap(lambda rows, i: rows[i])(visual, places).reshape(R, T, *rest)
     return jnp.where(index.reshape(R, T, *(1,) * len(rest)) >= 0, taken, text)
-
-
-def append(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """`new` [B, 1, ...] written into `old` [B, C, ...] at each row's place `lengths` [B]."""
-    return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice_in_dim(o, n, at, axis=0))(old, new, lengths)

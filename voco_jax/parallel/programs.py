@@ -52,8 +52,8 @@ def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
     """One of `STEPS` for a config over a mesh; UserError for shapes that the mesh does not divide.
 
     A batch is `data.batch_size` bins of `images_per_bin` images and `rows_per_bin` rows of `row_length`
-    tokens. 'compress' takes the images, 'read' is the prefill of the rows, 'decode' one token a row with a cache of
-    `row_length` places.
+    tokens. 'compress' takes the images, 'read' puts their slots into a cache of `row_length` places and reads the text
+    of the rest, 'decode' is one more token a row.
     """
     if step not in STEPS:
         raise UserError(f"step: expected one of {', '.join(STEPS)}; found {step!r}")
@@ -129,7 +129,6 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
     def jitted(function, **kwargs):
         return jax.jit(lambda params, *inputs: function(nnx.merge(graphdef, params), *inputs), **kwargs)
 
-    per_row = array((rows,), jnp.int32, ROWS)
     if step == "compress":
         if not num_images:
             raise UserError("config.data.images_per_bin: expected at least 1 for step compress, found 0")
@@ -137,26 +136,38 @@ def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
         flops = vision_forward(c.vision, num_images) + projector_forward(c, num_images)
         flops += compress_forward(c, num_images)
         return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
-    if step == "read":
-        slots = data.images_per_bin * c.num_visual_tokens
-        visual = None
-        if slots and c.compressor == "voco":
-            visual = Memory(*keys_and_values(data.batch_size, slots))
-        elif slots:
-            shape = (data.batch_size, data.images_per_bin, c.num_visual_tokens, c.llama.hidden_size)
-            visual = array(shape, dtype, ROWS)
-        read = Read(*(batch[name] for name in Read._fields))
-        function = jitted(lambda model, *inputs: model.prefill(*inputs))
-        flops = layers_forward(c.llama, rows * length, length, c.lora) + head_forward(
-            c.llama, rows
-        )  # of each last token alone
-        return Program(function, (params, read, per_row, visual), flops, rows * length, 0)
-    cache = Cache(*keys_and_values(rows, length), per_row)
-    function = jitted(lambda model, *inputs: model.decode(*inputs), donate_argnums=(3,))
-    flops = layers_forward(c.llama, rows, 2 * length, c.lora) + head_forward(
-        c.llama, rows
-    )  # all places are seen, not half
-    return Program(function, (params, per_row, per_row, cache), flops, rows, 0)
+    slots = data.images_per_bin * c.num_visual_tokens
+    has_memory = bool(slots) and c.compressor == "voco"
+    cache = Cache(*keys_and_values(rows, length))
+    if step == "decode":
+        one = array((rows, 1), jnp.int32, ROWS)
+        function = jitted(lambda model, *inputs: _next_logits(model, *model.extend(*inputs)), donate_argnums=(3,))
+        flops = layers_forward(c.llama, rows, 2 * length, c.lora)  # all places are seen, not half
+        return Program(function, (params, one, one, cache), flops + head_forward(c.llama, rows), rows, 0)
+    if has_memory and slots >= length:
+        raise UserError(f"config.data.row_length: expected room for text beside {slots} slots, found {length}")
+    # Slots are in the cache, and cost nothing; without VoCo compression images stand among the tokens
+    tokens = length - slots if has_memory else length
+    text = array((rows, tokens), jnp.int32, ROWS)
+    memory = Memory(*keys_and_values(data.batch_size, slots)) if has_memory else None
+    features = None
+    if slots and not has_memory:
+        shape = (data.batch_size, data.images_per_bin, c.num_visual_tokens, c.llama.hidden_size)
+        features = array(shape, dtype, ROWS)
+
+    def read(model, tokens, positions, slots, visual, memory, features):
+        cache = model.empty_cache(*slots.shape) if memory is None else model.fill(memory, slots)
+        return _next_logits(model, *model.extend(tokens, positions, cache, visual, features))
+
+    flops = layers_forward(c.llama, rows * tokens, 2 * length, c.lora)  # all places are scored, seen or not
+    flops += head_forward(c.llama, rows)  # of each last token alone
+    places = array((rows, length), jnp.int32, ROWS)
+    return Program(jitted(read), (params, text, text, places, text, memory, features), flops, rows * tokens, 0)
+
+
+def _next_logits(model, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Of each row's last token."""
+    return model.llama.logits(hidden[:, -1:]), cache
 
 
 def _num_images(config: ConfigDict) -> int:

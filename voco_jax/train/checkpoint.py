@@ -188,12 +188,17 @@ class Checkpointer:
             sums = {name: dict(about["checksums"][name]) for name in ("params", "opt_state")}
             dict(about["data"]), dict(about["versions"])
         for name in sums:
-            self._check_sums(step, name, sums[name], items[name])
+            self._compare_sums(step, name, sums[name], checksums(items[name]))
         return Restored(step, items.params, items.opt_state, about)
 
     def restore_params(self, params, step: int | str | None = None):
-        """(step, parameters) of the newest checkpoint, that of a step, or the 'best'; UserError where there is none or
-        it is another model's. Without a sharding an array goes to one device, wherever it was when it was saved."""
+        """`restore_params_and_sums` without the checksums."""
+        return self.restore_params_and_sums(params, step)[:2]
+
+    def restore_params_and_sums(self, params, step: int | str | None = None):
+        """(step, parameters, checksums) of the newest checkpoint, that of a step, or the 'best'; UserError where there
+        is none or it is another model's. Without a sharding an array goes to one device, wherever it was when it was
+        saved. Checksums are by dotted path, of the parameters as they are stored."""
         if step is None:
             step = self.latest_step()
         elif step == "best" and (step := self.best_step()) is None:
@@ -208,9 +213,10 @@ class Checkpointer:
             lambda path, x: jax.ShapeDtypeStruct(x.shape, stored[_name(path)].dtype, sharding=x.sharding), params
         )
         restored = self._restore(step, params=ocp.args.StandardRestore(_placed(as_stored))).params
+        found = checksums(restored)
         if sums is not None:
-            self._check_sums(step, "params", sums, restored)
-        return step, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, params)
+            self._compare_sums(step, "params", sums, found)
+        return step, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, params), found
 
     def best_step(self) -> int | None:
         """That with the lowest evaluation loss; None where no checkpoint has one."""
@@ -248,8 +254,7 @@ class Checkpointer:
                 shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
                 raise UserError("{}: {}: expected {}, found {}".format(self.directory / str(step), name, *shapes))
 
-    def _check_sums(self, step: int, item: str, expected: dict[str, int], arrays) -> None:
-        found = checksums(arrays)
+    def _compare_sums(self, step: int, item: str, expected: dict[str, int], found: dict[str, int]) -> None:
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")

@@ -23,7 +23,7 @@ from voco_jax.data.reports import Report
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
 from voco_jax.eval.scoring import Answer
-from voco_jax.infer.generate import Answerer
+from voco_jax.infer.answerer import Answerer
 from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS as ROW_AXES
 from voco_jax.parallel.mesh import axis_size
@@ -172,7 +172,8 @@ class Evaluator:
                     pixels[row, : len(question.pixels)] = question.pixels
                 visual = self._answerer.see(self._put({"pixel_values": pixels})["pixel_values"])
             prompts = [question.prompt for question in asked]
-            given += self._answerer.complete(prompts, visual, range(len(asked)), limits.max_new_tokens)
+            pictures = [range(i * num_images, i * num_images + len(q.pixels)) for i, q in enumerate(asked)]
+            given += self._answerer.complete(prompts, visual, pictures, limits.max_new_tokens)
         return given
 
     def _choose_questions(self) -> list[Question]:

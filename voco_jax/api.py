@@ -1,0 +1,305 @@
+"""The Python API: load a run, compress pictures once, ask about them any number of times.
+
+import voco_jax
+
+model = voco_jax.load("runs/easyvqa")
+album = model.compress(["a.png", "b.png"])            # or model.compress_video("clip.mp4")
+model.ask("what shape is in the image?", album[0])    # 'circle'
+model.ask_each("is there a circle?", album)           # ['yes', 'no']
+
+model.save(album, "album.voco")
+album = model.open("album.voco", tokens=1)
+
+chat = model.chat(album[0])
+for piece in chat.stream("what color is it?"):
+    print(piece, end="", flush=True)
+"""
+
+from collections.abc import Iterable, Sequence
+import contextlib
+import copy
+import dataclasses
+import functools
+import os
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+from PIL import Image
+
+from voco_jax.data.conversations import VIDEO, Sample, spread_video
+from voco_jax.data.images import load_image
+from voco_jax.data.records import Clip, Picture
+from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
+from voco_jax.errors import UserError
+from voco_jax.infer.answerer import GREEDY, Answerer, bucket
+from voco_jax.infer.chat import Chat
+from voco_jax.infer.generate import Sampling
+from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join
+from voco_jax.infer.memory_file import load_memory, save_memory
+from voco_jax.models.voco import Memory
+from voco_jax.parallel.mesh import IMAGES, axis_size
+from voco_jax.run import Run, load_run
+
+PictureLike = str | os.PathLike | Picture | Image.Image | np.ndarray
+Seen = MemoryBank | Embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A question, and what it is about: pictures in their order, or a video's frames; None for text alone."""
+
+    question: str
+    seen: Seen | None = None
+
+
+def load(
+    run: str | os.PathLike, *, step: int | str | None = None, attention: str | None = None, mesh: Mesh | None = None
+) -> "Model":
+    """The model of a run directory (training's workdir, a converted one, or `gs://…`).
+
+    `step` is a checkpoint's, or 'best'; over a `mesh` (voco_jax/parallel/mesh.py) parameters and batches are spread as
+    in training. UserError says in a line what is missing or does not fit.
+    """
+    return Model(load_run(run, step=step, attention=attention, mesh=mesh))
+
+
+class Model:
+    """A restored run, to be asked. Everything it is given and gives lies on the host; shapes are bucketed, so that each
+    size compiles once."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.config = run.model.config
+        with self.on_mesh():
+            self._answerers = {run.encoder.num_visual_tokens: Answerer(run.model, run.encoder, run.mesh)}
+        self._normalize = jax.jit(run.processor.normalize)
+
+    def on_mesh(self):
+        """The mesh that the model is spread over, as the ambient one."""
+        return contextlib.nullcontext() if self.run.mesh is None else jax.set_mesh(self.run.mesh)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells the memories of this model from all others'."""
+        return fingerprint(self.config, self.run.checksums, self.run.processor)
+
+    # ---- Seeing ------------------------------------------------------------------------------------------------
+
+    def compress(
+        self, pictures: PictureLike | Iterable[PictureLike], *, tokens: int | None = None, batch_size: int = 32
+    ) -> MemoryBank:
+        """The memories of pictures: files, PIL images, or arrays [height, width, 3] of uint8.
+
+        `tokens` keeps the first so many of the model's K. BadRecord (a UserError) names a picture that cannot be read.
+        """
+        self._require_voco()
+        return self.see(pictures, batch_size=batch_size).first_tokens(tokens)
+
+    def compress_video(
+        self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, tokens: int | None = None,
+        batch_size: int = 32,
+    ) -> MemoryBank:  # fmt: skip
+        """The memories of a video's frames, with their times: as the run's config samples them, or by `sampling`."""
+        self._require_voco()
+        return self.see_video(video, sampling=sampling, batch_size=batch_size).first_tokens(tokens)
+
+    def see(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> Seen:
+        """As `compress`, for a model of any kind: without VoCo compression embeddings, good for asking alone."""
+        if isinstance(pictures, str | os.PathLike | Picture | Image.Image | np.ndarray):
+            pictures = [pictures]
+        pictures = list(pictures)
+        items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in pictures]
+        return self.see_pixels((self.square(p) for p in pictures), items, batch_size)
+
+    def see_video(
+        self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32
+    ) -> Seen:
+        """As `compress_video`, for a model of any kind."""
+        clip = Clip(file=_path(video))
+        times = sample_times(probe(clip), sampling or self.frame_sampling())
+        items = [Item(str(video), time=float(time)) for time in times]
+        frames = (
+            frame
+            for start in range(0, len(times), batch_size)
+            for frame in read_frames(clip, times[start : start + batch_size])
+        )
+        return self.see_pixels((self.run.processor.square(frame) for frame in frames), items, batch_size)
+
+    def see_pixels(self, squares: Iterable[np.ndarray], items: Sequence[Item], batch_size: int = 32) -> Seen:
+        """Of pictures as `square` gives them, [size, size, 3] uint8, as many as items."""
+        seen, batch = [], []
+        for square in squares:
+            batch.append(square)
+            if len(batch) == batch_size:
+                seen.append(self._see_batch(batch, batch_size))
+                batch = []
+        if batch:
+            seen.append(self._see_batch(batch, min(batch_size, bucket(len(batch), 1))))
+        if not seen:
+            raise UserError("pictures: expected at least one, found none")
+        if self.config.compressor != "voco":
+            return Embeddings(jax.numpy.concatenate(seen)[: len(items)], tuple(items))
+        starts = np.cumsum([0, *(len(bank) for bank in seen)])
+        named = [
+            dataclasses.replace(bank, items=tuple(items[start : start + len(bank)]))
+            for bank, start in zip(seen, starts, strict=False)
+        ]
+        return join(named)
+
+    def square(self, picture: PictureLike) -> np.ndarray:
+        """A picture as the model takes it: squared, [size, size, 3], uint8. BadRecord for one that cannot be read."""
+        if isinstance(picture, np.ndarray):
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+                raise UserError(f"picture: expected uint8 [height, width, 3], found {picture.dtype} {picture.shape}")
+            picture = Image.fromarray(picture)
+        if not isinstance(picture, Image.Image):
+            picture = load_image(picture)
+        return self.run.processor.square(picture.convert("RGB"))
+
+    def frame_sampling(self) -> FrameSampling:
+        """As the run's config has it."""
+        video = self.run.config.data.video
+        return FrameSampling(video.num_frames, video.fps, video.max_frames)
+
+    def _see_batch(self, squares: list[np.ndarray], size: int):
+        with self.on_mesh():
+            together = axis_size(*IMAGES)
+            size = -(-max(size, len(squares)) // together) * together
+            pixels = np.zeros((size, *squares[0].shape), np.uint8)
+            pixels[: len(squares)] = squares
+            frames = axis_size("frame")  # images of a row are spread over it
+            pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
+            visual = self.answerer().see(self._normalize(pixels))
+            if not isinstance(visual, Memory):
+                return visual.reshape(-1, *visual.shape[2:])[: len(squares)]
+            unnamed = [Item("")] * len(squares)
+            return from_memory(visual, self.config.num_voco_tokens, unnamed, self.fingerprint)
+
+    def _require_voco(self) -> None:
+        if self.config.compressor != "voco":
+            raise UserError(
+                f"{self.run.directory}: a model with compressor {self.config.compressor!r} has no memories: expected "
+                "'voco'"
+            )
+
+    # ---- Memory files ------------------------------------------------------------------------------------------
+
+    def save(self, bank: MemoryBank, file: str | os.PathLike) -> None:
+        """Write a memory file."""
+        save_memory(file, bank)
+
+    def open(self, file: str | os.PathLike, *, tokens: int | None = None) -> MemoryBank:
+        """Read a memory file; UserError for one that is damaged, or of another model."""
+        return load_memory(file, self.fingerprint, tokens)
+
+    # ---- Asking ------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, question: str | Sequence[str], seen: Seen | None = None, *, max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+    ):  # fmt: skip
+        """The answer to a question about all pictures of `seen` together; of several questions, a list of answers."""
+        questions = [question] if isinstance(question, str) else list(question)
+        given = self.answers(
+            [Request(q, seen) for q in questions], max_new_tokens=max_new_tokens, sampling=sampling
+        )  # fmt: skip
+        return given[0] if isinstance(question, str) else given
+
+    def ask_each(
+        self, question: str, seen: Seen, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        """The answers to one question, asked about each picture by itself."""
+        requests = [Request(question, seen[i]) for i in range(len(seen))]
+        return self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
+
+    def answers(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 64, sampling: Sampling = GREEDY,
+        until: Sequence[str] = (), batch_size: int = 64,
+    ) -> list[str]:  # fmt: skip
+        """Answers to any requests, in their order. Those of like length are asked together.
+
+        `until`: texts that end an answer, beside the model's end-of-sequence token.
+        """
+        prompts = [self.prompt(request) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
+        given: dict[int, str] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            visual, pictures = self.visual([requests[i].seen for i in batch])
+            answerer = self.answerer(_tokens(requests[batch[0]].seen))
+            with self.on_mesh():
+                texts = answerer.complete(
+                    [prompts[i] for i in batch], visual, pictures, max_new_tokens, sampling, until, batch
+                )
+            given |= zip(batch, texts, strict=True)
+        return [given[i] for i in range(len(requests))]
+
+    def chat(self, seen: Seen | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
+        """A conversation of several turns about pictures; what has been read stays in the cache."""
+        return Chat(self, seen, max_new_tokens, sampling)
+
+    def prompt(self, request: Request) -> Sample:
+        """A request's tokens, as training lays them out: pictures before the question, frames with their times where
+        the run was trained so."""
+        seen = request.seen
+        if not request.question.strip():
+            raise UserError("question: expected text, found none")
+        encoder = self.answerer(_tokens(seen)).encoder
+        count = 0 if seen is None else len(seen)
+        if seen is None or not seen.is_video:
+            return encoder.encode_question(request.question, count)
+        return encoder.encode(self.turns(request.question, seen), count)
+
+    def turns(self, question: str, seen: Seen) -> list[dict]:
+        """A first turn about a video's frames."""
+        stamped = self.run.config.data.video.timestamps
+        texts = [f"{format_time(item.time)} " if stamped else "" for item in seen.items]
+        return spread_video([{"from": "human", "value": f"{VIDEO}\n{question}"}], texts)
+
+    def answerer(self, tokens: int | None = None) -> Answerer:
+        """For memories of so many tokens a picture (default: the model's)."""
+        tokens = self.run.encoder.num_visual_tokens if tokens is None else tokens
+        if tokens not in self._answerers:  # another prompt; the compiled programs are the same
+            answerer = copy.copy(self._answerers[self.run.encoder.num_visual_tokens])
+            answerer.encoder = dataclasses.replace(
+                self.run.encoder, num_voco_tokens=tokens, num_visual_tokens=tokens
+            )  # fmt: skip
+            self._answerers[tokens] = answerer
+        return self._answerers[tokens]
+
+    def visual(self, seen: Sequence[Seen | None]):
+        """What the model reads of several requests' pictures, each held once, and which of them each is about."""
+        held: dict[int, tuple[int, Seen]] = {}
+        count = 0
+        for one in seen:
+            if one is not None and id(one) not in held:
+                held[id(one)] = count, one
+                count += len(one)
+        pictures = [
+            range(0) if one is None else range(held[id(one)][0], held[id(one)][0] + len(one)) for one in seen
+        ]  # fmt: skip
+        if not count:
+            return None, pictures
+        banks, places = [one for _, one in held.values()], bucket(count, 1)
+        with self.on_mesh():
+            if isinstance(banks[0], Embeddings):
+                features = jax.numpy.concatenate([bank.features for bank in banks])
+                return jax.numpy.pad(features, [(0, places - count), (0, 0), (0, 0)])[None], pictures
+            for bank in banks:
+                if bank.model != self.fingerprint:
+                    raise UserError(
+                        f"memory of {bank.items[0].source}: expected one of this model ({self.fingerprint}), found "
+                        f"{bank.model}"
+                    )
+            return join(banks).memory(places), pictures
+
+
+def _tokens(seen: Seen | None) -> int | None:
+    return seen.num_tokens if isinstance(seen, MemoryBank) else None
+
+
+def _path(path: str | os.PathLike):
+    from pathlib import Path
+
+    return Path(path)

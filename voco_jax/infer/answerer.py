@@ -1,0 +1,250 @@
+"""Questions in, answers out: prompts and pictures in arrays of few sizes, and the compiled programs for them."""
+
+from collections.abc import Iterator, Sequence
+import functools
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from voco_jax.data.conversations import Encoder, Sample
+from voco_jax.errors import UserError
+from voco_jax.infer.generate import Decoding, Drawing, Sampling, Stop, advance, begin, trim
+from voco_jax.models.voco import Cache, Memory, VoCoLlama
+from voco_jax.parallel.mesh import ROWS, axis_size
+
+# What is kept of pictures: a memory, or without VoCo compression embeddings [B, I, P, D]; None: there are none
+Visual = Memory | jax.Array | None
+GREEDY = Sampling()
+PIECE = 16  # tokens after which a batch looks for the texts that end an answer
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts, int32. tokens, positions, visual [R, T] and slots [R, C] as in `VoCoLlama.extend` and `fill`.
+
+    With a memory, slots stand in `slots` and only text in `tokens`; embeddings stand among the tokens.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    visual: np.ndarray
+    slots: np.ndarray
+
+
+class Answerer:
+    """A model with its tokenizer and prompt rules: pictures in, memories; questions in, answers.
+
+    Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a mesh (which is
+    the ambient one then) all processes ask the same, and all have the answers. `params` are the model's parameters,
+    a nested dict; others of the same shapes may take their place.
+    """
+
+    def __init__(self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None):
+        self.encoder = encoder
+        self.config = model.config
+        graphdef, state = nnx.split(model)
+        self.params = nnx.to_pure_dict(state)
+        self._see = jax.jit(functools.partial(_see, graphdef))
+        self._begin = jax.jit(functools.partial(_begin, graphdef), static_argnums=(0, 1))
+        self._advance = jax.jit(functools.partial(_advance, graphdef), donate_argnums=1)
+        self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
+
+    def see(self, pixel_values: np.ndarray | jax.Array) -> Visual:
+        """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
+
+        Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
+        """
+        return self._see(self.params, pixel_values)
+
+    def answer(self, questions: Sequence[str], visual: Visual, rows: Sequence[int], max_new_tokens: int) -> list[str]:
+        """Answer `questions[i]` about the pictures of row `rows[i]` of what `see` returned."""
+        count = 0 if visual is None else self._images_of_a_row(visual)
+        prompts = [self.encoder.encode_question(question, count) for question in questions]
+        return self.complete(prompts, visual, [range(row * count, (row + 1) * count) for row in rows], max_new_tokens)
+
+    def complete(
+        self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
+        sampling: Sampling = GREEDY, until: Sequence[str] = (), streams: Sequence[int] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Answers to encoded prompts; what follows one of the texts `until` is left out, and so is that.
+
+        `pictures[i]` are those that prompt i speaks of, in its order, by their places among all B·I of what `see` has
+        returned. `streams` number the prompts' random numbers (default: 0, 1, …). UserError for more tokens than the
+        model has positions.
+        """
+        streams = range(len(prompts)) if streams is None else streams
+        state, stop, drawing = self.start(prompts, visual, pictures, max_new_tokens, sampling, streams)
+        limit = min(PIECE, max_new_tokens) if until else max_new_tokens
+        while True:
+            state = self._advance(self.params, state, np.int32(limit), stop, drawing)
+            texts = [self.text(ids) for ids in np.asarray(self._whole(state.output))[: len(prompts), :limit]]
+            done = limit == max_new_tokens or bool(self._whole(state.ended).all())
+            if done or all(any(end in text for end in until) for text in texts):
+                return [_cut(text, until) for text in texts]
+            limit = min(limit + PIECE, max_new_tokens)
+
+    # ---- What a conversation of several turns is made of -------------------------------------------------------
+
+    def start(
+        self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
+        sampling: Sampling, streams: Sequence[int], begun: tuple[Cache, int] | None = None,
+    ) -> tuple[Decoding, Stop, Drawing | None]:  # fmt: skip
+        """The first token of every answer; arguments as `complete`'s. `begun`: a cache of one row with room for all
+        that comes, and how many places of it are filled."""
+        self.check_length(max(map(len, prompts)) + (begun[1] if begun else 0), max_new_tokens)
+        cache, filled = begun or (None, 0)
+        # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
+        count = 0 if visual is None else self._images_of_a_row(visual)
+        apart = count > 0 and _rows_of(visual) == len(prompts) and cache is None
+        apart = apart and all(p // count == row for row, of_prompt in enumerate(pictures) for p in of_prompt)
+        batch = len(prompts) if apart else self._batch_size(len(prompts))
+        order = [*range(len(prompts)), *[0] * (batch - len(prompts))]  # filled up with the first prompt, which ends too
+        laid_out = self._lay_out(
+            [prompts[i] for i in order],
+            [np.asarray(pictures[i], np.int32) % count if apart else np.asarray(pictures[i], np.int32) for i in order],
+            max_new_tokens, filled, isinstance(visual, Memory), None if cache is None else cache.keys.shape[2],
+        )  # fmt: skip
+        eos = self.encoder.ids.eos_token_id
+        stop = Stop(np.array([eos], np.int32), np.int32(eos))
+        drawing = None
+        if sampling.temperature:
+            numbers = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
+            drawing = Drawing(*numbers, np.uint32(sampling.seed), np.array([streams[i] for i in order], np.uint32))
+        if not apart:
+            visual = _in_one_row(visual)
+        return (
+            self._begin(max_new_tokens, visual is None, self.params, visual, laid_out, stop, drawing, cache),
+            stop,
+            drawing,
+        )
+
+    def pieces(self, state: Decoding, stop: Stop, drawing: Drawing | None, keep) -> Iterator[str]:
+        """The text of one answer, as it comes; `keep` is given the state at its end (or where nobody reads on)."""
+        length, said = state.output.shape[1], ""
+        try:
+            for count in range(1, length + 1):
+                following = state
+                if count < length:
+                    following = self._advance(self.params, state, np.int32(count + 1), stop, drawing)
+                ids = np.asarray(following.output)[0, :count]
+                ended = bool(np.isin(ids, stop.ids).any())
+                state = following
+                text = self.text(ids)
+                # Half of a letter is shown as U+FFFD until the rest of it comes
+                if text != said and (not text.endswith("\N{REPLACEMENT CHARACTER}") or ended or count == length):
+                    yield text[len(said) :]
+                    said = text
+                if ended:
+                    break
+        finally:
+            keep(state)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """An answer's text, of its tokens up to the end-of-sequence token."""
+        kept = trim(ids, [self.encoder.ids.eos_token_id])
+        return self.encoder.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+    def check_length(self, tokens: int, max_new_tokens: int) -> None:
+        """UserError for more than the model has positions."""
+        positions = self.config.llama.max_position_embeddings
+        if tokens + max_new_tokens > positions:
+            raise UserError(
+                f"question: expected at most {positions} tokens with the answer (max_position_embeddings), "
+                f"found {tokens} and {max_new_tokens} for the answer"
+            )
+
+    def _images_of_a_row(self, visual: Memory | jax.Array) -> int:
+        return visual.keys.shape[2] // self.encoder.num_visual_tokens if isinstance(visual, Memory) else visual.shape[1]
+
+    # ---- Shapes ------------------------------------------------------------------------------------------------
+
+    def _batch_size(self, prompts: int) -> int:
+        together = axis_size(*ROWS)
+        return -(-bucket(prompts, 1) // together) * together
+
+    def _lay_out(
+        self, prompts: Sequence[Sample], pictures: Sequence[np.ndarray], max_new_tokens: int, filled: int,
+        has_memory: bool, capacity: int | None,
+    ) -> Prompts:  # fmt: skip
+        """Arrays of prompts that begin at place `filled` of a cache, about pictures by their numbers."""
+        limit, per_image = self.config.llama.max_position_embeddings, self.encoder.num_visual_tokens
+        in_text = [(p.visual < 0) if has_memory else np.ones(len(p), bool) for p in prompts]
+        length = bucket(max(int(keep.sum()) for keep in in_text), 16)
+        if capacity is None:
+            capacity = min(bucket(filled + max(map(len, prompts)) + max_new_tokens, 32), limit)
+        arrays = Prompts(
+            np.zeros((len(prompts), length), np.int32),
+            np.full((len(prompts), length), -1, np.int32),
+            np.full((len(prompts), length), -1, np.int32),
+            np.full((len(prompts), capacity), -1, np.int32),
+        )
+        for row, (prompt, keep, which) in enumerate(zip(prompts, in_text, pictures, strict=True)):
+            n, places = int(keep.sum()), filled + np.arange(len(prompt))
+            visual, is_visual = prompt.visual.copy(), prompt.visual >= 0
+            image, token = divmod(visual[is_visual], per_image)
+            visual[is_visual] = which[image] * per_image + token
+            arrays.tokens[row, :n], arrays.positions[row, :n] = prompt.tokens[keep], places[keep]
+            if has_memory:
+                arrays.slots[row, places] = visual
+            else:
+                arrays.visual[row, :n] = visual
+        return arrays
+
+
+def grown(cache: Cache, places: int) -> Cache:
+    """The cache with room for so many places."""
+    room = places - cache.keys.shape[2]
+    return (
+        cache if room <= 0 else Cache(*(jax.numpy.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]) for x in cache))
+    )
+
+
+def bucket(n: int, smallest: int) -> int:
+    """The next of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … from `smallest` on: few sizes, and none a quarter too large."""
+    if n <= smallest:
+        return smallest
+    step = max(1, 1 << (n - 1).bit_length() >> 3)
+    return -(-n // step) * step
+
+
+def _see(graphdef, params, pixel_values):
+    model = nnx.merge(graphdef, params)
+    features = model.encode_images(pixel_values)
+    return model.compress(features) if model.config.compressor == "voco" else features
+
+
+def _begin(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prompts, stop, drawing, cache):
+    model = nnx.merge(graphdef, params)
+    if isinstance(visual, Memory):
+        cache, features = model.fill(visual, prompts.slots, cache), None
+    else:
+        cache, features = model.empty_cache(*prompts.slots.shape) if cache is None else cache, visual
+    tokens_visual = None if text_alone else prompts.visual
+    state, _ = begin(
+        model, prompts.tokens, prompts.positions, cache, max_new_tokens, stop, drawing, tokens_visual, features
+    )
+    return state
+
+
+def _advance(graphdef, params, state, limit, stop, drawing):
+    return advance(nnx.merge(graphdef, params), state, limit, stop, drawing)
+
+
+def _rows_of(visual: Memory | jax.Array) -> int:
+    return visual.keys.shape[1] if isinstance(visual, Memory) else visual.shape[0]
+
+
+def _in_one_row(visual: Visual) -> Visual:
+    """All rows' pictures as one row's, which any number of prompts share."""
+    if isinstance(visual, Memory):
+        return Memory(*(m.reshape(m.shape[0], 1, -1, *m.shape[3:]) for m in visual))
+    return None if visual is None else visual.reshape(1, -1, *visual.shape[2:])
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for end in until:
+        text = text.split(end)[0]
+    return text.strip() if until else text

@@ -1,0 +1,96 @@
+"""Conversations of several turns: what has been read stays in the cache, and a turn costs its own tokens alone."""
+
+from collections.abc import Iterator
+import dataclasses
+
+import numpy as np
+
+from voco_jax.data.conversations import IMAGE, Sample
+from voco_jax.errors import UserError
+from voco_jax.infer.answerer import bucket, grown
+from voco_jax.infer.generate import Decoding, Sampling
+from voco_jax.infer.memory import Embeddings, MemoryBank
+from voco_jax.models.voco import Cache
+
+
+class Chat:
+    """A conversation about pictures, made by `Model.chat`. `turns` is what was said, in LLaVA's form."""
+
+    def __init__(self, model, seen: MemoryBank | Embeddings | None, max_new_tokens: int, sampling: Sampling):
+        self._model, self._seen = model, seen
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
+        self._cache: Cache | None = None
+        self._filled = 0  # places of the cache
+        self._pending: list[int] = []  # tokens said, and not in the cache yet
+        self.turns: list[dict] = []
+
+    def ask(self, question: str) -> str:
+        """The whole answer to the next turn."""
+        return "".join(self.stream(question))
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The answer to the next turn, in pieces, as they come; where nobody reads on, what was read is the answer.
+
+        UserError for a question without text, and where the model has not positions enough: the conversation is then
+        as it was.
+        """
+        if not question.strip():
+            raise UserError("question: expected text, found none")
+        answerer = self._model.answerer(getattr(self._seen, "num_tokens", None))
+        prompt, visual, pictures = self._prompt(question, answerer.encoder)
+        needed = self._filled + len(prompt) + self._max_new_tokens
+        answerer.check_length(self._filled + len(prompt), self._max_new_tokens)
+        with self._model.on_mesh():
+            begun = None
+            if self._cache is not None:
+                positions = self._model.config.llama.max_position_embeddings
+                self._cache = grown(self._cache, min(bucket(needed, 32), positions))
+                begun = self._cache, self._filled
+            sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + len(self.turns)) % 2**32)
+            state, stop, drawing = answerer.start(
+                [prompt], visual, [pictures], self._max_new_tokens, sampling, [0], begun
+            )
+        said = []
+        turn = {"from": "human", "value": prompt_text(question, self._seen if not self.turns else None)}
+        try:
+            pieces = answerer.pieces(state, stop, drawing, self._keep)
+            while True:
+                with self._model.on_mesh():
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                said.append(piece)
+                yield piece
+        finally:
+            pieces.close()
+            self.turns += [turn, {"from": "gpt", "value": "".join(said)}]
+
+    def _keep(self, state: Decoding) -> None:
+        eos = self._model.run.encoder.ids.eos_token_id
+        ids = np.asarray(state.output)[0, : int(state.count)].tolist()
+        self._cache, self._filled = state.cache, int(np.asarray(state.positions)[0])
+        # The last one has been chosen and not been read; every answer of training ends with the one that ends it
+        self._pending = ids[-1:] if ids[-1] == eos else [*ids[-1:], eos]
+
+    def _prompt(self, question: str, encoder):
+        """The next turn's tokens, and the pictures that it brings."""
+        if not self.turns:
+            if self._seen is not None and self._seen.is_video:
+                turns, count = self._model.turns(question, self._seen), len(self._seen)
+                sample = encoder.encode(turns, count)
+            else:
+                sample = encoder.encode_question(question, 0 if self._seen is None else len(self._seen))
+            visual, (pictures,) = self._model.visual([self._seen])
+            return sample, visual, pictures
+        # What stands after the last answer; the answers' own words do not matter for it
+        count = 0 if self._seen is None else len(self._seen)
+        first = {"from": "human", "value": IMAGE * count + "\nx"}
+        turns = [first, {"from": "gpt", "value": "x"}, {"from": "human", "value": question}]
+        tokens = encoder.encode(turns, count).tokens
+        end = np.flatnonzero(tokens == encoder.ids.eos_token_id)[-1]
+        tokens = np.concatenate([np.array(self._pending, np.int32), tokens[end + 1 :]])
+        return Sample(tokens, np.zeros(len(tokens), bool), np.full(len(tokens), -1, np.int32), 0), None, range(0)
+
+
+def prompt_text(question: str, seen) -> str:
+    return question if seen is None else IMAGE * len(seen) + "\n" + question

@@ -1,0 +1,193 @@
+"""Memories of pictures on the host: what was compressed once, to be read any number of times.
+
+A `MemoryBank` holds pictures (or a video's frames) in an order, each as the keys (before rotary positions) and values
+of its K VoCo tokens at all layers. It can be cut, joined, read with fewer tokens than it has, and stored in int8;
+`memory_file.py` puts it on disk.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+import json
+
+import jax
+import numpy as np
+
+from voco_jax.data.images import ImageProcessor
+from voco_jax.errors import UserError
+from voco_jax.models.voco import Memory, VoCoConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What one memory is of: the picture's file (or any name), the SHA-256 of the file's bytes, and for a frame of a
+    video its time in seconds."""
+
+    source: str
+    sha256: str = ""
+    time: float | None = None
+
+    @property
+    def is_frame(self) -> bool:
+        return self.time is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryBank:
+    """Memories of N pictures, K tokens each.
+
+    keys, values: [N, K, L, G, H] in the dtype that the model computes in, or int8; then `scales` are what they are
+    multiplied with, float32 [2, N, K, L, G]. `model` is the fingerprint of the model that made them and alone can read
+    them.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    items: tuple[Item, ...]
+    model: str
+    scales: np.ndarray | None = None
+
+    def __post_init__(self):
+        if len(self.keys) != len(self.items) or self.keys.shape != self.values.shape:
+            raise ValueError(f"{len(self.items)} items, keys {self.keys.shape}, values {self.values.shape}")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, which) -> "MemoryBank":
+        """Some of the pictures: an index, a slice, or a sequence of indices."""
+        if isinstance(which, int | np.integer):
+            if not -len(self) <= which < len(self):
+                raise IndexError(f"picture {which} of {len(self)}")
+            which = slice(which, which + 1 or None)
+        if not isinstance(which, slice):
+            which = np.asarray(which, np.intp)
+        items = tuple(np.array(self.items, object)[which])
+        scales = None if self.scales is None else self.scales[:, which]
+        return dataclasses.replace(self, keys=self.keys[which], values=self.values[which], items=items, scales=scales)
+
+    def __add__(self, other: "MemoryBank") -> "MemoryBank":
+        return join([self, other])
+
+    @property
+    def num_tokens(self) -> int:
+        """K"""
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def is_video(self) -> bool:
+        """Whether all of it are frames."""
+        return len(self) > 0 and all(item.is_frame for item in self.items)
+
+    def first_tokens(self, count: int | None) -> "MemoryBank":
+        """Of every picture the first `count` tokens: what compressing to so many would have given."""
+        if count is None:
+            return self
+        if not 1 <= count <= self.num_tokens:
+            raise UserError(f"tokens: expected 1 … {self.num_tokens}, as many as the memory holds; found {count}")
+        scales = None if self.scales is None else self.scales[:, :, :count]
+        return dataclasses.replace(self, keys=self.keys[:, :count], values=self.values[:, :count], scales=scales)
+
+    def to_int8(self) -> "MemoryBank":
+        """Rounded to int8, with a scale for each token, layer and head: half of bfloat16's size, and 4 bytes a head."""
+        if self.scales is not None:
+            return self
+        rounded, scales = zip(*map(_quantize, (self.keys, self.values)), strict=True)
+        return dataclasses.replace(self, keys=rounded[0], values=rounded[1], scales=np.stack(scales))
+
+    def memory(self, places: int | None = None) -> Memory:
+        """For the model: one row of all slots, keys and values [L, 1, places·K, G, H]; zeros after the last picture."""
+        places = len(self) if places is None else places
+        keys, values = self.keys, self.values
+        if self.scales is not None:
+            keys, values = (x * s[..., None] for x, s in zip((keys, values), self.scales, strict=True))
+        room = [(0, places - len(self))] + [(0, 0)] * 4
+        return _as_slots(np.pad(keys, room), np.pad(values, room))
+
+
+def from_memory(memory: Memory, num_tokens: int, items: Sequence[Item], model: str) -> MemoryBank:
+    """The first pictures of a model's memory [L, B, I·K, G, H], B·I of them in the order of the items."""
+    keys, values = jax.device_get(_as_pictures(memory, num_tokens))
+    return MemoryBank(keys[: len(items)], values[: len(items)], tuple(items), model)
+
+
+def join(banks: Iterable[MemoryBank]) -> MemoryBank:
+    """One bank of several, in their order; UserError where they do not go together."""
+    banks = list(banks)
+    for bank in banks[1:]:
+        for what, there, found in (
+            ("model", banks[0].model, bank.model),
+            ("tokens a picture", banks[0].num_tokens, bank.num_tokens),
+            ("dtype", banks[0].keys.dtype.name, bank.keys.dtype.name),
+        ):
+            if there != found:
+                raise UserError(f"memories: expected the same {what}, found {there} and {found}")
+    scales = None if banks[0].scales is None else np.concatenate([bank.scales for bank in banks], axis=1)
+    return MemoryBank(
+        np.concatenate([bank.keys for bank in banks]),
+        np.concatenate([bank.values for bank in banks]),
+        tuple(item for bank in banks for item in bank.items),
+        banks[0].model,
+        scales,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """What a model without VoCo compression keeps of N pictures: their embeddings [N, P, D], on the devices."""
+
+    features: jax.Array
+    items: tuple[Item, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def is_video(self) -> bool:
+        return len(self) > 0 and all(item.is_frame for item in self.items)
+
+    def __getitem__(self, which) -> "Embeddings":
+        which = [which] if isinstance(which, int) else range(len(self))[which] if isinstance(which, slice) else which
+        return Embeddings(self.features[np.asarray(which, np.intp)], tuple(self.items[i] for i in which))
+
+
+def fingerprint(config: VoCoConfig, checksums: dict[str, int], processor: ImageProcessor) -> str:
+    """Of a model, by all that a memory depends on: parameters, dimensions, what stands around an image, its pixels.
+
+    Where it computes and in which dtype is no part of it.
+    """
+    described = {
+        "params": checksums,
+        "llama": dataclasses.asdict(config.llama),
+        "compressor": config.compressor,
+        "vision": dataclasses.asdict(config.vision),
+        "prompt": [config.prefix_ids, config.suffix_ids, config.voco_token_id],
+        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
+        "pixels": dataclasses.asdict(processor),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@jax.jit
+def _as_slots(keys, values) -> Memory:
+    """[N, K, L, G, H] to [L, 1, N·K, G, H]."""
+    n, k, layers, *head = keys.shape
+    return Memory(*(x.reshape(n * k, layers, *head).swapaxes(0, 1)[:, None] for x in (keys, values)))
+
+
+def _as_pictures(memory: Memory, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """[L, B, I·K, G, H] to [B·I, K, L, G, H]."""
+    layers, _, _, *head = memory.keys.shape
+    return tuple(x.reshape(layers, -1, num_tokens, *head).transpose(1, 2, 0, 3, 4) for x in memory)
+
+
+def _quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 of the same shape, and scales without the last axis."""
+    x = x.astype(np.float32)
+    scale = np.abs(x).max(axis=-1) / 127
+    scale = np.where(scale == 0, np.float32(1), scale)
+    return np.round(x / scale[..., None]).astype(np.int8), scale
