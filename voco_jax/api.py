@@ -1,18 +1,24 @@
 """The Python API: load a run, compress pictures once, ask about them any number of times.
 
-import voco_jax
+    import voco_jax
 
-model = voco_jax.load("runs/easyvqa")
-album = model.compress(["a.png", "b.png"])            # or model.compress_video("clip.mp4")
-model.ask("what shape is in the image?", album[0])    # 'circle'
-model.ask_each("is there a circle?", album)           # ['yes', 'no']
+    model = voco_jax.load("runs/easyvqa")
+    album = model.compress(["a.png", "b.png"])            # or model.compress_video("clip.mp4")
+    model.ask("what shape is in the image?", album[0])    # 'circle'
+    model.ask_each("is there a circle?", album)           # ['yes', 'no']
 
-model.save(album, "album.voco")
-album = model.open("album.voco", tokens=1)
+    model.save(album, "album.voco")
+    album = model.open("album.voco", tokens=1)
 
-chat = model.chat(album[0])
-for piece in chat.stream("what color is it?"):
-    print(piece, end="", flush=True)
+    watch = model.watch("camera")                         # frames as they come
+    watch.add(frame, time=0.5)
+    watch.ask("what has been shown so far?")
+
+    chat = model.chat(album[0])
+    for piece in chat.stream("what color is it?"):
+        print(piece, end="", flush=True)
+
+Everything else that a request may ask for (its own sampling, many requests in batches) is `Model.answers`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,6 +27,7 @@ import copy
 import dataclasses
 import functools
 import os
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -37,6 +44,7 @@ from voco_jax.infer.chat import Chat
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join
 from voco_jax.infer.memory_file import load_memory, save_memory
+from voco_jax.infer.watch import Watch
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 from voco_jax.run import Run, load_run
@@ -93,7 +101,7 @@ class Model:
 
         `tokens` keeps the first so many of the model's K. BadRecord (a UserError) names a picture that cannot be read.
         """
-        self._require_voco()
+        self.require_voco()
         return self.see(pictures, batch_size=batch_size).first_tokens(tokens)
 
     def compress_video(
@@ -101,8 +109,12 @@ class Model:
         batch_size: int = 32,
     ) -> MemoryBank:  # fmt: skip
         """The memories of a video's frames, with their times: as the run's config samples them, or by `sampling`."""
-        self._require_voco()
+        self.require_voco()
         return self.see_video(video, sampling=sampling, batch_size=batch_size).first_tokens(tokens)
+
+    def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> Watch:
+        """A video whose frames come one by one, to be asked about at any time."""
+        return Watch(self, source, tokens, batch_size)
 
     def see(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> Seen:
         """As `compress`, for a model of any kind: without VoCo compression embeddings, good for asking alone."""
@@ -116,7 +128,7 @@ class Model:
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32
     ) -> Seen:
         """As `compress_video`, for a model of any kind."""
-        clip = Clip(file=_path(video))
+        clip = Clip(file=Path(video))
         times = sample_times(probe(clip), sampling or self.frame_sampling())
         items = [Item(str(video), time=float(time)) for time in times]
         frames = (
@@ -176,7 +188,8 @@ class Model:
             unnamed = [Item("")] * len(squares)
             return from_memory(visual, self.config.num_voco_tokens, unnamed, self.fingerprint)
 
-    def _require_voco(self) -> None:
+    def require_voco(self) -> None:
+        """UserError for a model of another compressor."""
         if self.config.compressor != "voco":
             raise UserError(
                 f"{self.run.directory}: a model with compressor {self.config.compressor!r} has no memories: expected "
@@ -297,9 +310,3 @@ class Model:
 
 def _tokens(seen: Seen | None) -> int | None:
     return seen.num_tokens if isinstance(seen, MemoryBank) else None
-
-
-def _path(path: str | os.PathLike):
-    from pathlib import Path
-
-    return Path(path)

@@ -1,42 +1,117 @@
-"""`python -m voco_jax.ask --run DIR --image FILE "question"`: look at pictures once, answer one or more questions."""
+"""`python -m voco_jax.ask --run DIR --image FILE "question"`: look at pictures once, answer one or more questions.
+
+Pictures and videos themselves (--image, --video), or a memory file of them (--memory). Pictures of a memory file are
+asked about one by one, those that --image names, and a video's frames, together; --together and --each say otherwise.
+"""
 
 import argparse
 from pathlib import Path
+import sys
 
-from voco_jax.data.images import load_image
-from voco_jax.data.pipeline import stack_images
+from voco_jax.api import Model, Request, Seen
+from voco_jax.data.sources.roots import check_file
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.answerer import Answerer
-from voco_jax.run import add_run_arguments, load_run
+from voco_jax.infer.arguments import (
+    add_answer_arguments,
+    add_model_arguments,
+    add_seen_arguments,
+    frame_sampling,
+    load_model,
+    sampling_of,
+)
+from voco_jax.infer.memory import MemoryBank
+from voco_jax.infer.memory_file import MemoryFile
 
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m voco_jax.ask", description=__doc__)
-    add_run_arguments(parser)
-    parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; again for more than one")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_seen_arguments(parser)
+    parser.add_argument(
+        "--picture", action="append", default=[], metavar="NAME",
+        help="of a memory file: only those whose path ends so; again for more",
+    )  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--together", action="store_true", help="all pictures in one prompt")
+    how.add_argument("--each", action="store_true", help="every picture by itself")
+    add_answer_arguments(parser)
     parser.add_argument("question", nargs="+", help="each question is asked on its own")
     args = parser.parse_args()
     if any(not question.strip() for question in args.question):
         raise UserError("question: expected text, found none")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
-    images = [load_image(image) for image in args.image]  # first: what is wrong with one shows itself at once
+    sampling = sampling_of(args)
+    check_seen(args)
+    if args.picture and not args.memory:
+        raise UserError("--picture: expected a --memory that holds it")
+    model = load_model(args)
+    seen = look(model, args)
+    each = args.each or (args.memory is not None and not args.together and seen is not None and not seen.is_video)
+    if each and seen is None:
+        raise UserError("--each: expected pictures, found none")
+    if not each and seen is not None:
+        warn_of_more(model, len(seen))
+    for question in args.question:
+        requests = [Request(question, seen[i]) for i in range(len(seen))] if each else [Request(question, seen)]
+        answers = model.answers(requests, max_new_tokens=args.max_new_tokens, sampling=sampling)
+        print(question)
+        for request, answer in zip(requests, answers, strict=True):
+            print(f"  {describe(request.seen)}: {answer}" if each else f"  {answer}")
 
-    run = load_run(args.run, step=args.step, attention=args.attention)
-    if len(images) > run.config.data.images_per_bin:
-        raise UserError(
-            f"--image: {args.run} was trained with at most {run.config.data.images_per_bin} pictures at a time, "
-            f"found {len(images)}"
-        )
-    answerer = Answerer(run.model, run.encoder)
-    visual = answerer.see(stack_images(images, len(images), run.processor)[None]) if images else None
-    rows = [0] * len(args.question)
-    for question, answer in zip(
-        args.question, answerer.answer(args.question, visual, rows, args.max_new_tokens), strict=True
-    ):
-        print(f"{question}\n  {answer}")
+
+def check_seen(args: argparse.Namespace) -> None:
+    """UserError where what `add_seen_arguments` name is not there, before a model is loaded for it."""
+    given = [name for name in ("image", "video", "memory") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]}, --{given[1]}: expected one of them, found both")
+    for file in (*args.image, *([args.video] if args.video else [])):
+        check_file(Path(file))
+    if args.memory:
+        MemoryFile(args.memory)
+
+
+def look(model: Model, args: argparse.Namespace) -> Seen | None:
+    """What `add_seen_arguments` name; None for text alone."""
+    if not (args.image or args.video or args.memory):
+        return None
+    if args.tokens is not None and model.config.compressor != "voco":
+        raise UserError(f"--tokens: {args.run} has no VoCo tokens (compressor {model.config.compressor!r})")
+    if args.memory:
+        file = MemoryFile(args.memory)
+        return file.read(_chosen(file, getattr(args, "picture", None)), args.tokens, model.fingerprint)
+    if args.video:
+        seen = model.see_video(args.video, sampling=frame_sampling(args, model))
+    else:
+        seen = model.see(args.image)
+    return seen.first_tokens(args.tokens) if isinstance(seen, MemoryBank) else seen
+
+
+def warn_of_more(model: Model, count: int) -> None:
+    """On standard error, where a model is asked about more pictures together than it has seen."""
+    trained = model.run.config.data.images_per_bin
+    if count > trained:
+        note = f"note: {model.run.directory} was trained with at most {trained} pictures at a time, found {count}"
+        print(note, file=sys.stderr)
+
+
+def describe(seen: Seen) -> str:
+    """A picture's path, or a frame's with its time."""
+    item = seen.items[0]
+    return f"{item.source} at {item.time:.1f} s" if item.is_frame else item.source
+
+
+def _chosen(file: MemoryFile, names: list[str] | None) -> list[int] | None:
+    """Places of the pictures that are named."""
+    if not len(file):
+        raise UserError(f"{file.file}: expected pictures, found none")
+    if not names:
+        return None
+    for name in names:
+        if not any(item.source.endswith(name) for item in file.items):
+            raise UserError(f"--picture: {file.file} has none whose path ends in {name!r}")
+    return [i for name in names for i, item in enumerate(file.items) if item.source.endswith(name)]
 
 
 if __name__ == "__main__":

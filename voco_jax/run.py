@@ -70,7 +70,7 @@ def load_run(
     graphdef, params = abstract_model(model_config)
     params = _for_use(params, model_config.dtype)
     if mesh is not None:
-        params = with_shardings(params, param_shardings(mesh, params))
+        params = with_shardings(params, param_shardings(mesh, params, for_use=True))
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
         step, params, sums = checkpointer.restore_params_and_sums(params, step)
     return Run(

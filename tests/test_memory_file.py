@@ -1,0 +1,208 @@
+"""Memory files: what comes back is what went there, or one clear line."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.commands import run_main
+from voco_jax import memory as memory_command
+from voco_jax.errors import UserError
+from voco_jax.infer.memory import Item, MemoryBank, join
+from voco_jax.infer.memory_file import MemoryFile, join_files, load_memory, save_memory
+
+SHAPE = (5, 3, 2, 2, 4)  # pictures, tokens, layers, heads, head size
+
+
+def make_bank(seed=0, dtype=np.float32, model="m1", shape=SHAPE, name="p") -> MemoryBank:
+    rng = np.random.default_rng(seed)
+    keys, values = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    items = [Item(f"{name}{i}.png", f"{i:064x}", 0.5 * i if i % 2 else None) for i in range(shape[0])]
+    return MemoryBank(keys, values, tuple(items), model)
+
+
+def same(a: MemoryBank, b: MemoryBank) -> bool:
+    return (
+        a.items == b.items and a.model == b.model and a.keys.dtype == b.keys.dtype
+        and (a.keys == b.keys).all() and (a.values == b.values).all()
+        and (a.scales is b.scales or (a.scales == b.scales).all())
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int8])
+def test_what_comes_back(tmp_path, dtype):
+    bank = make_bank(dtype=np.float32 if dtype == np.int8 else dtype)
+    bank = bank.to_int8() if dtype == np.int8 else bank
+    file = tmp_path / "a.voco"
+    save_memory(file, bank)
+    assert same(load_memory(file, "m1"), bank)
+    assert same(MemoryFile(file).read([3, 0], 2), bank[[3, 0]].first_tokens(2))
+    opened = MemoryFile(file)
+    assert (len(opened), opened.num_tokens, opened.shape, opened.dtype) == (5, 3, SHAPE, bank.keys.dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.voco"]
+
+
+def test_it_is_safetensors_and_holds_nothing_else(tmp_path):
+    bank = make_bank()
+    save_memory(tmp_path / "a.voco", bank)
+    tensors = safetensors.numpy.load_file(tmp_path / "a.voco")
+    assert sorted(tensors) == ["checksums", "keys", "values"]
+    np.testing.assert_array_equal(tensors["keys"], bank.keys)
+    data = sum(tensor.nbytes for tensor in tensors.values())
+    assert (tmp_path / "a.voco").stat().st_size - data < 300 * len(bank) + 600
+
+
+def test_half_a_mebibyte_a_token_of_7b():
+    shape = (1, 1, 32, 32, 128)
+    bank = MemoryBank(*np.zeros((2, *shape), ml_dtypes.bfloat16), (Item("a"),), "m")
+    assert bank.nbytes == 2**19
+    assert bank.to_int8().nbytes == 2**18 + 2 * 32 * 32 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_every_flipped_byte_is_found(tmp_path, dtype):
+    """Each byte of a file in turn, by one bit: an error that names the file, never other numbers or another path."""
+    bank = make_bank(shape=(2, 2, 1, 1, 2))
+    file = tmp_path / "a.voco"
+    save_memory(file, bank.to_int8() if dtype == "int8" else bank)
+    content = bytearray(file.read_bytes())
+    for place in range(len(content)):
+        damaged = content.copy()
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="a.voco") as error:
+            load_memory(file, bank.model)
+        assert "\n" not in str(error.value)
+
+
+def test_every_length_but_its_own_is_found(tmp_path):
+    file = tmp_path / "a.voco"
+    save_memory(file, make_bank(shape=(2, 2, 1, 1, 2)))
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(UserError, match="a.voco"):
+            load_memory(file)
+    file.write_bytes(content + b"\0")
+    with pytest.raises(UserError, match=f"damaged: expected {len(content)} bytes, found {len(content) + 1}"):
+        load_memory(file)
+
+
+def test_another_model_is_refused(tmp_path):
+    save_memory(tmp_path / "a.voco", make_bank())
+    with pytest.raises(UserError, match="a.voco: a memory can only be read by the model that made it: .*m2, found m1"):
+        load_memory(tmp_path / "a.voco", "m2")
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_more_tokens_than_there_are(tmp_path, tokens):
+    save_memory(tmp_path / "a.voco", make_bank())
+    with pytest.raises(UserError, match=f"expected 1 … 3 tokens of a picture, found {tokens}"):
+        load_memory(tmp_path / "a.voco", tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a memory file, or cut off: 0 bytes"),
+        (b"GIF89a.........", "not a memory file, or cut off"),
+        (struct.pack("<Q", 2) + b"{}", "not a memory file, or damaged in its header"),
+        (struct.pack("<Q", 2**62) + b"{}", "not a memory file, or cut off: 10 bytes"),
+        (struct.pack("<Q", 20_000) + b"[" * 20_000, "not a memory file, or damaged in its header"),
+    ],
+)
+def test_other_files(tmp_path, content, message):
+    (tmp_path / "b.voco").write_bytes(content)
+    with pytest.raises(UserError, match=f"b.voco: {message}"):
+        MemoryFile(tmp_path / "b.voco")
+    with pytest.raises(UserError, match="nowhere.voco: the memory file cannot be read: No such file"):
+        MemoryFile(tmp_path / "nowhere.voco")
+
+
+def test_a_later_version(tmp_path):
+    save_memory(tmp_path / "a.voco", make_bank())
+    content = (tmp_path / "a.voco").read_bytes()
+    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "1"', b'"version": "2"'))
+    with pytest.raises(UserError, match="expected a memory file of version 1, found '2'"):
+        MemoryFile(tmp_path / "a.voco")
+
+
+def test_files_are_joined(tmp_path):
+    first, second = make_bank(0, name="p"), make_bank(1, name="q")
+    for name, bank in (("a", first), ("b", second)):
+        save_memory(tmp_path / f"{name}.voco", bank)
+    a, b = (MemoryFile(tmp_path / f"{name}.voco") for name in "ab")
+    join_files(tmp_path / "c.voco", [(b, [4, 0]), first, (a, [2])])
+    assert same(load_memory(tmp_path / "c.voco"), join([second[[4, 0]], first, first[2]]))
+    join_files(tmp_path / "a.voco", [(a, [0]), (b, [0])])  # into itself
+    assert same(load_memory(tmp_path / "a.voco"), first[0] + second[0])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (dict(model="m2"), "expected model m1 as in memory, found m2"),
+        (dict(shape=(1, 2, 2, 2, 4)), r"expected shape of a picture \(3, 2, 2, 4\)"),
+        (dict(dtype=np.float16), "expected dtype float32 as in memory, found float16"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, other, message):
+    with pytest.raises(UserError, match=message):
+        join_files(tmp_path / "c.voco", [make_bank(), make_bank(**other)])
+    with pytest.raises(UserError, match="memories: expected the same"):
+        join([make_bank(), make_bank(**other)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    save_memory(tmp_path / "a.voco", make_bank())
+    with pytest.raises(UserError, match="/nowhere/a.voco: the memory file cannot be written: No such file"):
+        save_memory("/nowhere/a.voco", make_bank())
+    (tmp_path / "a.voco").rename(tmp_path / "b.voco")
+    assert same(load_memory(tmp_path / "b.voco"), make_bank())
+
+
+def test_parts_of_a_bank():
+    bank = make_bank()
+    assert [item.source for item in bank[1:3].items] == ["p1.png", "p2.png"]
+    assert same(bank[-1], bank[4]) and len(bank[[]]) == 0
+    with pytest.raises(IndexError):
+        bank[5]
+    with pytest.raises(UserError, match="tokens: expected 1 … 3, as many as the memory holds; found 4"):
+        bank.first_tokens(4)
+    memory = bank.memory(places=6)
+    assert memory.keys.shape == (2, 1, 18, 2, 4)
+    np.testing.assert_array_equal(memory.keys[1, 0, 7], bank.keys[2, 1, 1])
+    assert not memory.values[:, 0, 15:].any()
+
+
+def test_int8_is_near():
+    bank = make_bank()
+    small = bank.to_int8()
+    for exact, near in zip(bank.memory(), small.memory(), strict=True):
+        largest = np.abs(exact).max(axis=-1, keepdims=True)
+        assert (np.abs(exact - near) <= largest / 254 + 1e-6).all()
+    assert same(small.to_int8(), small) and same(small[1] + small[2], small[1:3])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    save_memory(tmp_path / "a.voco", make_bank(0, name="p"))
+    save_memory(tmp_path / "b.voco", make_bank(1, name="q"))
+    run = lambda *arguments: run_main(memory_command, monkeypatch, capsys, *arguments)  # noqa: E731
+    status, out, _ = run("merge", tmp_path / "a.voco", tmp_path / "b.voco", tmp_path / "a.voco", "--out",
+                         tmp_path / "c.voco")  # fmt: skip
+    assert status == 0 and "c.voco: 10 pictures, 3 tokens each, float32, 2 layers × 2 × 4" in out
+    status, out, _ = run("list", tmp_path / "c.voco")
+    assert out.splitlines()[2].split() == ["p1.png", "00:00.5", "0" * 12]
+    assert len(out.splitlines()) == 11
+    assert "every byte as it was written" in run("check", tmp_path / "c.voco")[1]
+    content = bytearray((tmp_path / "c.voco").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "c.voco").write_bytes(content)
+    status, _, err = run("check", tmp_path / "c.voco")
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "q4.png" in err
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert header["__metadata__"]["model"] == "m1"

@@ -1,0 +1,53 @@
+"""`python -m voco_jax.chat --run DIR --image a.png --image b.png`: a conversation about pictures, answers as they come.
+
+A line is a turn; an empty one, or the end of the input, ends it.
+"""
+
+import argparse
+import sys
+
+from voco_jax.ask import check_seen, look, warn_of_more
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.infer.arguments import (
+    add_answer_arguments,
+    add_model_arguments,
+    add_seen_arguments,
+    load_model,
+    sampling_of,
+)
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m voco_jax.chat", description=__doc__)
+    add_model_arguments(parser)
+    add_seen_arguments(parser)
+    add_answer_arguments(parser, max_new_tokens=256)
+    args = parser.parse_args()
+    sampling = sampling_of(args)
+    check_seen(args)
+    model = load_model(args)
+    seen = look(model, args)
+    if seen is not None:
+        warn_of_more(model, len(seen))
+    chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    asking = sys.stdin.isatty()
+    while True:
+        try:
+            question = input("> " if asking else "").strip()
+        except EOFError:
+            break
+        if not question:
+            break
+        if not asking:
+            print(f"> {question}")
+        try:
+            for piece in chat.stream(question):
+                print(piece, end="", flush=True)
+            print(flush=True)
+        except UserError as error:  # the conversation is as it was
+            print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

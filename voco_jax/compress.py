@@ -1,0 +1,55 @@
+"""`python -m voco_jax.compress --run DIR --images album/ --out album.voco`: pictures and videos into a memory file.
+
+What --images names is a picture, a video, a directory, a pattern ("shots/*.png") or a list (a .txt with a path a line);
+all into one file. The same command again adds what is new, and goes on where it was interrupted.
+"""
+
+import argparse
+from pathlib import Path
+import sys
+
+from tqdm import tqdm
+
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.infer.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
+from voco_jax.infer.compress import compress_to_file, default_threads, find_entries
+from voco_jax.infer.memory_file import MemoryFile
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m voco_jax.compress", description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="what to compress; see above")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="memory file to make, or to add to")
+    parser.add_argument("--tokens", type=int, metavar="K", help="keep only the first K tokens of every picture")
+    parser.add_argument("--int8", action="store_true", help="store in int8: half of bfloat16's size")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default 32)")
+    parser.add_argument("--threads", type=int, default=default_threads(), metavar="N", help="that decode pictures")
+    add_frame_arguments(parser)
+    args = parser.parse_args()
+    for name in ("batch_size", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: expected a file in a directory that is there")
+    entries = find_entries(args.images)  # first: what is wrong with them shows itself at once
+    model = load_model(args)
+    if args.tokens is not None and not 1 <= args.tokens <= model.config.num_voco_tokens:
+        raise UserError(f"--tokens: expected 1 … {model.config.num_voco_tokens}, found {args.tokens}")
+    outcome = compress_to_file(
+        model, entries, args.out, tokens=args.tokens, int8=args.int8, sampling=frame_sampling(args, model),
+        batch_size=args.batch_size, threads=args.threads, say=lambda line: tqdm.write(line, file=sys.stderr),
+    )  # fmt: skip
+    file = MemoryFile(args.out)
+    counts = [f"{outcome.new} new", f"{outcome.known} known"]
+    counts += [f"{n} {what}" for n, what in ((outcome.bad, "left out"), (outcome.dropped, "replaced")) if n]
+    size = args.out.stat().st_size / 2**20
+    print(
+        f"{args.out}: {len(file)} pictures of {file.num_tokens} tokens, {file.dtype.name}, {size:.1f} MiB "
+        f"({', '.join(counts)})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Options that the commands share: which model over which devices, how answers are chosen, what they are about."""
+
+import argparse
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from voco_jax.api import Model
+from voco_jax.errors import UserError
+from voco_jax.infer.generate import Sampling
+from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
+from voco_jax.run import add_run_arguments, load_run
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--run`, `--step`, `--attention`, `--mesh`."""
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--mesh", help="devices as data=N,fsdp=N,tensor=N (default: all of this host along data, each with the model)"
+    )
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model that the arguments name, over the devices that they name."""
+    return Model(load_run(args.run, step=args.step, attention=args.attention, mesh=mesh_of(args.mesh)))
+
+
+def mesh_of(text: str | None) -> Mesh | None:
+    """The mesh of 'data=2,tensor=4'; None for a single device. UserError for axes and sizes that cannot be."""
+    find_devices()
+    devices = jax.local_devices()
+    sizes = dict.fromkeys(AXES, 1) | ({"data": len(devices)} if text is None else {})
+    for part in text.split(",") if text else ():
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh: expected {', '.join(f'{axis}=N' for axis in AXES)}; found {part!r}")
+        sizes[axis] = int(size)
+    try:
+        mesh = make_mesh(ConfigDict(sizes), devices)
+    except UserError as error:
+        raise UserError(f"--mesh: {str(error).removeprefix('config.mesh: ')}") from None
+    return None if len(devices) == 1 else mesh
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> None:
+    """`--max-new-tokens`, `--temperature`, `--top-p`, `--top-k`, `--seed`."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+        help=f"longest answer, in tokens (default {max_new_tokens})",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default); above: drawn")
+    parser.add_argument("--top-p", type=float, default=1.0, help="drawn of the likeliest that sum to this share")
+    parser.add_argument("--top-k", type=int, default=0, help="drawn of the so many likeliest; 0: of all")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """UserError for values that cannot be."""
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    try:
+        return Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    except UserError as error:
+        name, rest = str(error).split(":", 1)
+        raise UserError(f"--{name.replace('_', '-')}:{rest}") from None
+
+
+def add_seen_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--image`, `--video`, `--memory`, `--tokens`, `--frames`, `--fps`."""
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; again for more")
+    parser.add_argument("--video", metavar="FILE", help="a video, all of its frames that are looked at")
+    parser.add_argument("--memory", metavar="FILE", help="a memory file of voco_jax.compress")
+    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
+    add_frame_arguments(parser)
+
+
+def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="of a video: so many, evenly spread (default: the run's)"
+    )
+    parser.add_argument("--fps", type=float, metavar="F", help="of a video: so many a second")
+
+
+def frame_sampling(args: argparse.Namespace, model: Model):
+    """Of a video, as the arguments say, or the run's config."""
+    own = model.frame_sampling()
+    if args.frames is not None and args.fps is not None:
+        raise UserError("--frames, --fps: expected one of them, found both")
+    for name in ("frames", "fps"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name}: expected more than 0, found {value}")
+    if args.frames is not None:
+        return type(own)(num_frames=args.frames)
+    return own if args.fps is None else type(own)(num_frames=0, fps=args.fps)

@@ -1,0 +1,301 @@
+"""Albums to memory files: pictures, folders, lists and videos, compressed in batches; what is interrupted goes on.
+
+Beside the file that is made, `<file>.parts/` holds a small memory file for each batch that is done; at the end they
+become the one file, which replaces the old one, and the directory goes. Whatever moment it is killed at, the same
+command compresses what is missing, and nothing twice.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import hashlib
+import os
+from pathlib import Path
+import shutil
+
+import numpy as np
+from tqdm import tqdm
+
+from voco_jax.data.images import load_image
+from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
+from voco_jax.data.sources.roots import check_file
+from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
+from voco_jax.errors import UserError
+from voco_jax.infer.memory import Item
+from voco_jax.infer.memory_file import MemoryFile, join_files, save_memory
+
+PICTURES = (
+    ".avif", ".bmp", ".gif", ".ico", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+LISTS = (".txt", ".list")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file to compress. One that was `named` has to be readable; of those that were found, the others are told."""
+
+    path: Path
+    named: bool
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEOS
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of the entries: counted in pictures and frames; files that could not be read."""
+
+    new: int = 0
+    known: int = 0
+    bad: int = 0
+    dropped: int = 0
+
+
+def find_entries(arguments: Sequence[str]) -> list[Entry]:
+    """Files of what is named: a picture, a video, a directory (with all below it), a pattern with `*`, or a list (a
+    `.txt` with a path a line). In their order, each once. UserError where there is nothing."""
+    found: dict[Path, Entry] = {}
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        if path.is_dir():
+            entries = [Entry(file, False) for file in sorted(path.rglob("*")) if _is_known(file) and file.is_file()]
+        elif not path.exists() and glob.has_magic(argument):
+            entries = [Entry(Path(file), False) for file in sorted(glob.glob(str(path), recursive=True))]
+            entries = [entry for entry in entries if _is_known(entry.path)]
+        elif path.suffix.lower() in LISTS:
+            entries = [Entry(Path(line).expanduser(), True) for line in _lines(path)]
+        else:
+            entries = [Entry(path, True)]
+        if not entries:
+            raise UserError(f"{argument}: expected pictures or videos, found none")
+        for entry in entries:
+            if entry.named and not entry.path.is_file():
+                raise BadRecord(MISSING, f"{entry.path}: expected a picture or a video, found no such file")
+            found.setdefault(entry.path, entry)
+    return list(found.values())
+
+
+def compress_to_file(
+    model,
+    entries: Sequence[Entry],
+    out: Path,
+    *,
+    tokens: int | None = None,
+    int8: bool = False,
+    sampling: FrameSampling | None = None,
+    batch_size: int = 32,
+    threads: int = 4,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Compress what `out` does not hold yet, by an `api.Model`, and write it.
+
+    A file that is there keeps what it has, but for pictures that are others now (by their bytes) and for videos that
+    are looked at in other places. `tokens` a picture and the dtype are those of the file that is there, else as asked
+    for (default: all, and the dtype of the computation). UserError for a file of another model, and for a named
+    picture that cannot be read; what was done until then is kept.
+    """
+    model.require_voco()
+    old = MemoryFile(out) if out.exists() else None
+    with _parts(out) as directory:
+        parts = [MemoryFile(file) for file in sorted(directory.glob("*.voco"))]
+        tokens, int8 = _form(model, [old, *parts], tokens, int8)
+        have = {_key(item): None for file in [old, *parts] if file is not None for item in file.items}
+        wanted = _Wanted(have, sampling or model.frame_sampling(), batch_size)
+        outcome = Outcome()
+        jobs = wanted.jobs(entries)
+        with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
+            number = len(parts)
+            for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, say):
+                bank = model.see_pixels(squares, items, batch_size).first_tokens(tokens)
+                file = directory / f"{number:06d}.voco"
+                save_memory(file, bank.to_int8() if int8 else bank)
+                parts.append(MemoryFile(file))
+                outcome.new, number = outcome.new + len(items), number + 1
+                bar.update(len(items))
+        if wanted.total and outcome.bad == wanted.total:
+            raise UserError(f"{out}: none of {wanted.total} pictures could be read")
+        _write(out, old, parts, wanted, outcome)
+    return outcome
+
+
+def _write(out: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "_Wanted", outcome: Outcome) -> None:
+    """The one file of the old one and the parts; untouched where nothing has changed."""
+    taken: list[tuple[MemoryFile, list[int]]] = []
+    seen: set = set()
+    for file in [old, *parts]:
+        if file is None:
+            continue
+        which = []
+        for i, item in enumerate(file.items):
+            key = _key(item)
+            if key in seen:  # the parts of a run that was killed when it had just made the file
+                continue
+            if item.source in wanted.keys and key not in wanted.keys[item.source]:
+                outcome.dropped += file is old
+                continue
+            seen.add(key)
+            which.append(i)
+        taken.append((file, which))
+    if old is None or outcome.dropped or any(which for file, which in taken if file is not old):
+        join_files(out, [(file, which) for file, which in taken if which])
+
+
+class _Wanted:
+    """What the entries come to: keys of items by source, and the jobs that load them."""
+
+    def __init__(self, have: dict, sampling: FrameSampling, chunk: int):
+        self._have, self._sampling, self._chunk = have, sampling, chunk
+        self.keys: dict[str, set] = {}
+        self.total = 0
+
+    def jobs(self, entries: Sequence[Entry]) -> list:
+        """(entry, count, load) each; `load()` gives (item, RGB picture or None where it is known) pairs."""
+        jobs = []
+        for entry in entries:
+            if not entry.is_video:
+                jobs.append((entry, 1, lambda entry=entry: [self._picture(entry)]))
+                continue
+            try:
+                jobs += self._frames(entry)
+            except BadRecord as error:
+                if entry.named:
+                    raise
+                jobs.append((entry, 1, lambda error=error: _raise(error)))
+        self.total = sum(count for _, count, _ in jobs)
+        return jobs
+
+    def _picture(self, entry: Entry):
+        check_file(entry.path)
+        data = entry.path.read_bytes()
+        item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
+        self.keys[item.source] = {_key(item)}
+        known = _key(item) in self._have
+        return item, None if known else load_image(Picture(data=data, name=str(entry.path)))
+
+    def _frames(self, entry: Entry) -> Iterator:
+        clip, source = Clip(file=entry.path), str(entry.path)
+        times = sample_times(probe(clip), self._sampling)
+        with open(entry.path, "rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        items = [Item(source, sha256, float(time)) for time in times]
+        self.keys[source] = set(map(_key, items))
+
+        def load(some):
+            new = [item for item in some if _key(item) not in self._have]
+            frames = dict(zip(new, read_frames(clip, [item.time for item in new]), strict=True)) if new else {}
+            return [(item, frames.get(item)) for item in some]
+
+        for start in range(0, len(items), self._chunk):
+            some = items[start : start + self._chunk]
+            yield entry, len(some), lambda some=some: load(some)
+
+
+def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, say):
+    """(items, squares) of so many new pictures at a time, loaded ahead by threads, in the jobs' order."""
+    items, squares = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque = deque()
+
+        def load(job):
+            entry, count, load = job
+            return [(item, None if p is None else model.run.processor.square(p)) for item, p in load()]
+
+        waiting = iter(jobs)
+        try:
+            while True:
+                # As many ahead as fill the next batch while one computes
+                while sum(job[1] for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
+                    coming.append((job, pool.submit(load, job)))
+                if not coming:
+                    break
+                (entry, count, _), future = coming.popleft()
+                try:
+                    loaded = future.result()
+                except BadRecord as error:
+                    if entry.named:
+                        raise
+                    outcome.bad += count
+                    bar.update(count)
+                    say(f"left out: {error}")
+                    continue
+                for item, square in loaded:
+                    if square is None:
+                        outcome.known += 1
+                        bar.update(1)
+                        continue
+                    items.append(item)
+                    squares.append(square)
+                    if len(items) == batch_size:
+                        yield items, squares
+                        items, squares = [], []
+            if items:
+                yield items, squares
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool) -> tuple[int | None, bool]:
+    """Tokens a picture and whether int8, as the files that are there have it."""
+    for file in files:
+        if file is None:
+            continue
+        file.check_model(model.fingerprint)
+        if tokens is not None and tokens != file.num_tokens:
+            raise UserError(f"{file.file}: holds {file.num_tokens} tokens a picture, expected the {tokens} asked for")
+        if int8 and file.dtype != np.int8:
+            raise UserError(f"{file.file}: holds {file.dtype.name}, expected the int8 asked for")
+        tokens, int8 = file.num_tokens, file.dtype == np.int8
+    return tokens, int8
+
+
+@contextlib.contextmanager
+def _parts(out: Path) -> Iterator[Path]:
+    """The directory of parts, for this process alone; it goes when all has gone well."""
+    directory = Path(f"{out}.parts")
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is compressing into it") from None
+        for left in directory.glob(".*.new"):  # of a write that was killed
+            left.unlink()
+        try:
+            yield directory
+        except BaseException:
+            if not any(directory.glob("*.voco")):
+                shutil.rmtree(directory)
+            raise
+        shutil.rmtree(directory)
+
+
+def _is_known(file: Path) -> bool:
+    return file.suffix.lower() in PICTURES + VIDEOS and not file.name.startswith(".")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"{file}: the list cannot be read: {reason}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _key(item: Item) -> tuple:
+    return item.source, item.sha256, item.time
+
+
+def _raise(error: Exception):
+    raise error
+
+
+def default_threads() -> int:
+    """For decoding pictures: the cores that this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
