@@ -1,0 +1,139 @@
+"""`voco_jax.load` and what it gives: requests of all kinds at once, as each by itself."""
+
+import dataclasses
+from pathlib import Path
+
+import easy_vqa
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.test_answering import with_random_parameters
+import voco_jax
+from voco_jax.api import Model, Request
+from voco_jax.errors import UserError
+from voco_jax.infer.memory import Embeddings
+from voco_jax.run import load_run
+
+PICTURES = [str(p) for p in sorted(Path(easy_vqa.__file__).parent.rglob("images/*.png"))[:4]]
+QUESTIONS = ["what shape is in the image?", "is it red?", "what color is the shape in the picture that you see?", "is"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    """With random parameters, which say all kinds of things."""
+    return Model(with_random_parameters(load_run(tiny_run)))
+
+
+@pytest.fixture(scope="module")
+def uncompressed(tiny_run):
+    return Model(with_random_parameters(load_run(tiny_run, compressor="none")))
+
+
+@pytest.fixture(params=["voco", "none"])
+def either(request, model, uncompressed):
+    return model if request.param == "voco" else uncompressed
+
+
+def test_different_prompts_and_numbers_of_pictures(either):
+    """In one batch, in several, or alone: the same answers."""
+    model, seen = either, either.see(PICTURES)
+    abouts = [seen[0], None, seen[[2, 1, 3]], seen[1:3], seen[3], seen]
+    requests = [Request(q, about) for q in QUESTIONS for about in abouts]
+    together = model.answers(requests, max_new_tokens=4)
+    assert model.answers(requests, max_new_tokens=4, batch_size=15) == together
+    some = [1, 2, 9, 23]
+    assert [model.answers([requests[i]], max_new_tokens=4)[0] for i in some] == [together[i] for i in some]
+    assert len(set(together)) > 1  # or the comparison would say little
+
+
+def test_drawn_answers_do_not_depend_on_the_batch(model):
+    seen = model.see(PICTURES)
+    requests = [Request(q, seen[i]) for q in QUESTIONS for i in range(4)]
+    sampling = voco_jax.Sampling(temperature=3.0, top_p=0.95, seed=5)
+    drawn = model.answers(requests, max_new_tokens=6, sampling=sampling)
+    assert model.answers(requests, max_new_tokens=6, sampling=sampling, batch_size=3) == drawn
+    assert drawn != model.answers(requests, max_new_tokens=6)
+    other = voco_jax.Sampling(temperature=3.0, top_p=0.95, seed=6)
+    assert drawn != model.answers(requests, max_new_tokens=6, sampling=other)
+    likeliest = voco_jax.Sampling(temperature=3.0, top_k=1)
+    assert model.answers(requests, max_new_tokens=6, sampling=likeliest) == model.answers(requests, max_new_tokens=6)
+
+
+def test_texts_that_end_an_answer(model):
+    """What follows is left out, wherever it comes; other answers of the batch go on."""
+    seen = model.see(PICTURES)
+    requests = [Request(q, seen[i]) for q in QUESTIONS[:2] for i in range(4)]
+    sampling = voco_jax.Sampling(temperature=5.0, seed=1)
+    whole = model.answers(requests, max_new_tokens=40, sampling=sampling)
+    cut = model.answers(requests, max_new_tokens=40, sampling=sampling, until=["e", "r"])
+    assert cut == [text.split("e")[0].split("r")[0].strip() for text in whole]
+    assert any(len(text) > 10 for text in whole) and cut != whole
+
+
+def test_pictures_of_all_kinds_are_one(either):
+    picture = PICTURES[0]
+    image = Image.open(picture)
+    kinds = [picture, Path(picture), image, np.asarray(image.convert("RGB"))]
+    seen = either.see(kinds)
+    arrays = seen.features if isinstance(seen, Embeddings) else seen.keys
+    for other in arrays[1:]:
+        np.testing.assert_allclose(other, arrays[0], atol=1e-5)
+
+
+def test_a_stream_is_the_answer(either):
+    seen = either.see(PICTURES[:1])
+    chat = either.chat(seen, max_new_tokens=8)
+    assert "".join(chat.stream(QUESTIONS[0])) == either.ask(QUESTIONS[0], seen, max_new_tokens=8)
+
+
+def test_a_conversation_goes_on_after_what_could_not_be_asked(model):
+    chat = model.chat(model.see(PICTURES[:1]), max_new_tokens=4)
+    first = chat.ask("is it red?")
+    for question, message in (
+        (" ", "expected text"),
+        ("what? " * 600, "question: expected at most"),
+        ("<voco>", "spec"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chat.ask(question)
+    assert len(chat.turns) == 2
+    again = model.chat(model.see(PICTURES[:1]), max_new_tokens=4)
+    assert again.ask("is it red?") == first
+    assert chat.ask("what shape?") == again.ask("what shape?")
+
+
+def test_a_stream_that_is_left_leaves_the_conversation_whole(model):
+    chat = model.chat(model.see(PICTURES[:1]), max_new_tokens=40, sampling=voco_jax.Sampling(temperature=5.0))
+    stream = chat.stream("is it red?")
+    said = next(stream)
+    stream.close()
+    assert [turn["from"] for turn in chat.turns] == ["human", "gpt"] and chat.turns[1]["value"] == said
+    assert isinstance(chat.ask("what shape?"), str)
+
+
+def test_memories_of_other_models(model):
+    bank = dataclasses.replace(model.compress(PICTURES[:1]), model="another")
+    with pytest.raises(UserError, match="memory of .*: expected one of this model"):
+        model.ask("what?", bank)
+
+
+def test_models_without_memories(uncompressed):
+    for call in (uncompressed.compress, lambda _: uncompressed.watch(), uncompressed.compress_video):
+        with pytest.raises(UserError, match="a model with compressor 'none' has no memories: expected 'voco'"):
+            call(PICTURES[0])
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ("nowhere.png", "nowhere.png: not found"),
+        (np.zeros((4, 4, 3), np.float32), r"picture: expected uint8 \[height, width, 3\], found float32 \(4, 4, 3\)"),
+        (np.zeros((4, 4), np.uint8), r"found uint8 \(4, 4\)"),
+    ],
+)
+def test_what_is_no_picture(model, picture, message):
+    with pytest.raises(UserError, match=message):
+        model.see(picture)
+    with pytest.raises(UserError, match="pictures: expected at least one"):
+        model.see([])
