@@ -1,10 +1,12 @@
 """What comes back is what was saved, or the one before it and a word about it; never anything else."""
 
+import gc
 import os
 from pathlib import Path
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,20 @@ def damage_one_byte(step: Path):
     file.write_bytes(content)
 
 
+def damage_a_digit(step: Path):
+    """Where the data stands is another number, and JSON all the same."""
+    file = step / "run" / "metadata"
+    text = file.read_text()
+    assert '"batches": 3' in text
+    file.write_text(text.replace('"batches": 3', '"batches": 7'))
+
+
+def damage_another_step(step: Path):
+    """Whole, but of step 1."""
+    shutil.rmtree(step)
+    shutil.copytree(step.parent / "1", step)
+
+
 def damage_other_numbers(step: Path):
     """Files that are whole, of another checkpoint."""
     shutil.rmtree(step / "params")
@@ -100,6 +116,8 @@ def damage_other_numbers(step: Path):
 DAMAGES = {
     "truncated": damage_truncated,
     "one byte": damage_one_byte,
+    "a digit of run": damage_a_digit,
+    "another step": damage_another_step,
     "other numbers": damage_other_numbers,
     "no params": lambda step: shutil.rmtree(step / "params"),
     "no optimizer": lambda step: shutil.rmtree(step / "opt_state"),
@@ -125,6 +143,25 @@ def test_the_older_one_where_the_newest_is_damaged(tmp_path, damage):
     assert (tmp_path / "checkpoints" / "3.damaged").is_dir()
     save(tmp_path, 3, keep=3)  # there is room for a new one
     assert resume(tmp_path).step == 3
+
+
+def test_reads_that_are_dropped_say_nothing(tmp_path, monkeypatch, caplog):
+    """Of many arrays the first that cannot be read is enough; the others once ended in stack traces, later."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    many = {"layers": {f"kernel_{i}": jnp.ones((3, 8, 6)) for i in range(60)}}
+    checkpointer = Checkpointer(tmp_path, create=True, config=config())
+    checkpointer.save(1, many, {"m": many}, {})
+    checkpointer.wait()
+    damage_truncated(tmp_path / "checkpoints" / "1")
+    abstract = jax.eval_shape(lambda: many)
+    for _ in range(8):
+        with pytest.raises(Damaged):
+            checkpointer.restore(1, abstract, {"m": abstract})
+    checkpointer.close()
+    gc.collect()
+    time.sleep(0.2)
+    assert not said and not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_all_are_damaged(tmp_path):

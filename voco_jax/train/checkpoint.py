@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 import contextlib
 import importlib.metadata
+import inspect
+import json
 import logging
+import sys
 import threading
 import time
 import traceback
 from typing import Any, NamedTuple
+import zlib
 
 from etils import epath
 import jax
@@ -91,6 +95,7 @@ class Checkpointer:
             "versions": VERSIONS,
             "checksums": {"params": checksums(params), "opt_state": checksums(opt_state)},
         }
+        about["checksums"][_ABOUT] = _checksum(about)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_by_layers, params)),
             opt_state=ocp.args.StandardSave(opt_state),
@@ -184,11 +189,9 @@ class Checkpointer:
             **{_ABOUT: ocp.args.JsonRestore()},
         )
         about = items[_ABOUT]
-        with self._damage(step):
-            sums = {name: dict(about["checksums"][name]) for name in ("params", "opt_state")}
-            dict(about["data"]), dict(about["versions"])
-        for name in sums:
-            self._compare_sums(step, name, sums[name], checksums(items[name]))
+        self._check_about(step, about)
+        for name in ("params", "opt_state"):
+            self._compare_sums(step, name, about["checksums"][name], checksums(items[name]))
         return Restored(step, items.params, items.opt_state, about)
 
     def restore_params(self, params, step: int | str | None = None):
@@ -238,7 +241,9 @@ class Checkpointer:
     def _about(self, step: int) -> dict:
         if not (self.directory / str(step) / _ABOUT).exists():
             return {}
-        return self._restore(step, **{_ABOUT: ocp.args.JsonRestore()})[_ABOUT]
+        about = self._restore(step, **{_ABOUT: ocp.args.JsonRestore()})[_ABOUT]
+        self._check_about(step, about)
+        return about
 
     def _restore(self, step: int, **args):
         # By a handler of its own: Orbax's manager ends by waiting for all processes, of which one may have failed
@@ -254,6 +259,16 @@ class Checkpointer:
                 shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
                 raise UserError("{}: {}: expected {}, found {}".format(self.directory / str(step), name, *shapes))
 
+    def _check_about(self, step: int, about: dict) -> None:
+        """That it is what was written: of text, no array's checksum would tell."""
+        with self._damage(step):
+            sums = about["checksums"]
+            if sums.get(_ABOUT, expected := _checksum(about)) != expected:  # the first runs have none
+                raise ValueError(f"{_ABOUT}: its checksum")
+            if about["step"] != step or sums.keys() - {_ABOUT} != {"params", "opt_state"}:
+                raise ValueError(f"{_ABOUT}: it is another checkpoint's")
+            dict(about["data"]), dict(about["versions"])
+
     def _compare_sums(self, step: int, item: str, expected: dict[str, int], found: dict[str, int]) -> None:
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
@@ -262,7 +277,8 @@ class Checkpointer:
     @contextlib.contextmanager
     def _damage(self, step: int):
         try:
-            yield
+            with _quiet_rest():
+                yield
         except Exception as error:  # Orbax raises all kinds, bare Exception among them
             where, reason = self.directory / str(step), f"{first_line(error):.300}"
             if isinstance(error, _NO_DAMAGE) or any(word in repr(error) for word in _NO_DAMAGE_WORDS):
@@ -314,6 +330,35 @@ class _FailedSave(logging.Filter):
             self.error = self.error or record.exc_info[1]
             return False  # instead of its stack trace there will be a line
         return True
+
+
+@contextlib.contextmanager
+def _quiet_rest():
+    """Where one array cannot be read, Orbax drops the reads of the others, which end later with a stack trace each."""
+    before, logger = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def hook(unraisable):
+        error, reader = unraisable.exc_value, unraisable.object
+        late = reader is None and isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        dropped = inspect.iscoroutine(reader) and "orbax" in reader.cr_code.co_filename
+        if not (late or dropped):
+            before(unraisable)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
+    sys.unraisablehook = hook
+    logger.addFilter(is_news)
+    yield
+    sys.unraisablehook = before  # only if all went well: nobody knows when the last of them ends
+    logger.removeFilter(is_news)
+
+
+def _checksum(about: dict) -> int:
+    """Of all that is in it, but for this very number."""
+    about = json.loads(json.dumps(about))  # as it will come back
+    about["checksums"].pop(_ABOUT, None)
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 @jax.jit
