@@ -2,6 +2,7 @@
 
 from pathlib import Path
 import re
+import sys
 
 from absl import flags
 import pytest
@@ -83,8 +84,33 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
         "from voco_jax.config import default_config\ndef get_config():\n"
         "  config = default_config()\n  config.model.num_vocotokens = 2\n  return config\n"
     )
-    with pytest.raises(UserError, match=r"Did you mean \"num_voco_tokens\" instead of \"num_vocotokens\""):
+    with pytest.raises(UserError) as error:
         parse(f"--config={file}")
+    assert str(error.value) == (
+        f'config: {file}, line 4: Key "num_vocotokens" does not exist and cannot be added since the config is locked. '
+        'Did you mean "num_voco_tokens" instead of "num_vocotokens"?'
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config()\n", r"expected ':' \(mine.py, line 1\)"),
+        ("def get_config():\n  return default_confg()\n", "mine.py, line 2: name 'default_confg' is not defined"),
+        ("import voco_jax.confg\n", "mine.py, line 1: No module named 'voco_jax.confg'"),
+        ("from configs import voco_8b\n", "mine.py, line 1: cannot import name 'voco_8b' from 'configs'"),
+        ("def get_config():\n  return 1 / 0\n", "mine.py, line 2: division by zero"),
+        ("def get_config():\n  return other.it\nimport other\n", "other.py, line 1: name 'y' is not defined"),
+    ],
+)
+def test_a_config_file_that_is_no_python(tmp_path, monkeypatch, text, message):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other", raising=False)
+    (tmp_path / "other.py").write_text("it = y\n")
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        parse(f"--config={tmp_path / 'mine.py'}")
+    assert "\n" not in str(error.value)
 
 
 def test_saved_and_loaded(tmp_path):

@@ -8,6 +8,8 @@ import json
 import math
 import os
 from pathlib import Path
+import re
+import traceback
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -224,8 +226,10 @@ def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None])
         check_ranges(config)
     except flags.Error as error:
         raise UserError(f"command line: {_one_line(error)}") from error
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"config: {_one_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # what is mistyped in a config file may be of any kind: a name, an import, the syntax
+        raise UserError(f"config: {_place(error, argv)}{_one_line(error)}") from error
     return config, values
 
 
@@ -355,12 +359,23 @@ def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _place(error: Exception, argv: Sequence[str]) -> str:
+    """'FILE, line N: ' of the config file, or one beside it, that an error comes from; '' where it comes from none."""
+    files = [Path(argument.removeprefix("--config=")) for argument in argv if argument.startswith("--config=")]
+    directories = {file.resolve().parent for file in files}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).resolve().parent in directories:
+            return f"{frame.filename}, line {frame.lineno}: "
+    return ""
+
+
 def _one_line(error: Exception) -> str:
     """What it says; a KeyError shows its argument as code, and ml_collections nests one in another."""
     while not isinstance(error, OSError) and error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    text = str(error if isinstance(error, OSError) or not error.args else error.args[0])
+    text = str(error if isinstance(error, OSError | SyntaxError) or not error.args else error.args[0])
     if text[:1] in "'\"" and text[-1:] == text[:1]:
         with contextlib.suppress(ValueError, SyntaxError):
             text = str(ast.literal_eval(text))
+    text = re.sub(r"Other fields present: .*?(?=Did you mean |$)", "", text, flags=re.DOTALL)  # a whole group's values
     return " ".join(text.split())
