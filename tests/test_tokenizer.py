@@ -1,6 +1,7 @@
 """A sentencepiece tokenizer through transformers, against sentencepiece itself; and saved for others to read."""
 
 import json
+import os
 import random
 import shutil
 
@@ -83,3 +84,12 @@ def test_files_of_the_current_directory_are_not_its_own(small_tokenizer, tmp_pat
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert "legacy" not in config and config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert load_tokenizer(tmp_path)("a red cat").input_ids == small_tokenizer("a red cat").input_ids
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_that_were_cut_off(small_tokenizer, tmp_path, file):
+    save_tokenizer(small_tokenizer, tmp_path)
+    os.truncate(tmp_path / file, 10)
+    with pytest.raises(UserError, match="^tokenizer '.*': cannot be loaded: ") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)

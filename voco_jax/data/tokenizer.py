@@ -44,8 +44,10 @@ def load_tokenizer(name_or_dir: str | os.PathLike, *, add_voco: bool = True):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_legacy(Path(name)))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare ones, of a file that was cut off for example
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"tokenizer {str(name_or_dir)!r}: cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {str(name_or_dir)!r}: a tokenizer with character offsets (fast) is required")
