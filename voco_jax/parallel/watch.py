@@ -61,7 +61,7 @@ class _Watcher(threading.Thread):
 
         state = distributed.global_state  # jax.process_index() would ask for devices, which may not be free
         self._client, self._own, self._count = client, state.process_id, state.num_processes
-        self._failing, self._done = threading.Event(), threading.Event()
+        self._failing, self._done, self._ending = threading.Event(), threading.Event(), threading.Event()
 
     def run(self) -> None:
         beats: dict[int, str] = {}
@@ -106,7 +106,8 @@ class _Watcher(threading.Thread):
         """Tell the others and end this process; or, where the error comes of another's end, wait to hear of that."""
         if not isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit):
             # A collective fails where a process has gone, and says nothing that helps. Who it was will show.
-            self._done.wait(_SILENCE + 3 * _BEAT)
+            if self._ending.wait(_SILENCE + 3 * _BEAT):
+                self.join()  # it ends this process as soon as the others know
             traceback.print_exception(error)
         self._failing.set()
         status = getattr(error, "status", UserError.status)
@@ -121,6 +122,7 @@ class _Watcher(threading.Thread):
         _end(status)
 
     def _give_up(self, line: str, status: int) -> None:
+        self._ending.set()
         print(f"error: {line}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
             self._put(f"gone/{self._own}", line)
