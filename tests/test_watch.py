@@ -11,8 +11,35 @@ import time
 import pytest
 
 from tests import tiny
-from tests.test_distributed import free_port
+from tests.test_distributed import free_port, run_two
 
+# Process 1 dies when both are about to write
+SAVE = """
+import os, signal, sys
+from voco_jax.errors import one_line_errors
+from voco_jax.parallel import distributed, watch
+
+@one_line_errors
+def main(address, process, run):
+    distributed.start(address, 2, process, 60)
+    import jax, jax.numpy as jnp
+    from voco_jax.config import default_config
+    from voco_jax.train.checkpoint import Checkpointer
+    watch._SILENCE = 6
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    params = {"scale": jax.jit(lambda: jnp.arange(8.0), out_shardings=sharding)()}
+    with watch.watch():
+        checkpointer = Checkpointer(run, create=True, config=default_config())
+        checkpointer.save(1, params, params, {})
+        checkpointer.wait()
+        if process == 1:
+            checkpointer._manager.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        checkpointer.save(2, params, params, {})
+        checkpointer.wait()
+
+main(*eval(sys.argv[1]))
+"""
 CHANGES = dict(
     model__llama__vocab_multiple=16, optim__name="adamw", train__steps=4000, train__checkpoint_every=20, mesh__fsdp=2
 )
@@ -87,3 +114,15 @@ def test_one_fails(tmp_path):
     assert any(
         line.startswith(f"error: process {1 - i}: ") for i, lines in enumerate((first, second)) for line in lines
     )
+
+
+def test_one_dies_inside_of_a_save(tmp_path):
+    """No error of the disk, which would have to be mended: the others end to be started again, and say who has gone."""
+    address = f"localhost:{free_port()}"
+    first, second = run_two(lambda i: (address, i, str(tmp_path)), lambda i: {}, script=SAVE)
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 75, first.stderr
+    (error,) = [line for line in first.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: process 1 has given no sign of life for 6 s: it died, or its machine did")
+    assert "Traceback" not in first.stderr
+    assert (tmp_path / "checkpoints" / "1").is_dir() and not (tmp_path / "checkpoints" / "2").exists()

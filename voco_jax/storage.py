@@ -11,6 +11,7 @@ import tempfile
 from etils import epath
 
 from voco_jax.errors import UserError, first_line
+from voco_jax.parallel.distributed import may_be_of_another
 
 # Both have `/`, exists, is_dir, iterdir, mkdir, open, read_text, write_text, unlink, rename and rmtree
 AnyPath = Path | epath.Path
@@ -42,7 +43,7 @@ def bucket_errors(path: AnyPath, but: type[Exception] = UserError) -> Iterator[N
     except (UserError, but):
         raise
     except Exception as error:
-        if not in_bucket(path):
+        if not in_bucket(path) or may_be_of_another(error):
             raise
         raise UserError(f"{path}: {first_line(error)}") from error
 

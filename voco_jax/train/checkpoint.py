@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from voco_jax.errors import UserError, first_line
-from voco_jax.parallel.distributed import texts_of_all, together
+from voco_jax.parallel.distributed import may_be_of_another, texts_of_all, together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, remove
 from voco_jax.train.checksums import checksums
 
@@ -141,6 +141,8 @@ class Checkpointer:
         except UserError:
             raise
         except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
+            if may_be_of_another(error):
+                raise
             where = self.directory / str(self._writing)
             if isinstance(error, OSError) and error.strerror:
                 reason = error.strerror
@@ -280,6 +282,8 @@ class Checkpointer:
             with _quiet_rest():
                 yield
         except Exception as error:  # Orbax raises all kinds, bare Exception among them
+            if may_be_of_another(error):
+                raise
             where, reason = self.directory / str(step), f"{first_line(error):.300}"
             if isinstance(error, _NO_DAMAGE) or any(word in repr(error) for word in _NO_DAMAGE_WORDS):
                 raise UserError(f"{where}: the checkpoint cannot be read: {reason}") from error
@@ -310,6 +314,8 @@ class _FailedSave(logging.Filter):
     _before = None
 
     def listen(self) -> None:
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet_rest())
         logging.getLogger("absl").addFilter(self)
         self._before, threading.excepthook = threading.excepthook, self._end_of_thread
 
@@ -317,6 +323,7 @@ class _FailedSave(logging.Filter):
         if self._before is not None and self.error is None:  # or its threads still have to come to their end
             logging.getLogger("absl").removeFilter(self)
             threading.excepthook = self._before
+            self._quiet.close()
 
     def _end_of_thread(self, args) -> None:
         frames = traceback.extract_tb(args.exc_traceback)
@@ -334,7 +341,7 @@ class _FailedSave(logging.Filter):
 
 @contextlib.contextmanager
 def _quiet_rest():
-    """Where one array cannot be read, Orbax drops the reads of the others, which end later with a stack trace each."""
+    """Where one array cannot be read or written, Orbax drops the others, which end later with a stack trace each."""
     before, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
     def hook(unraisable):
