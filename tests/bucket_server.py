@@ -15,7 +15,8 @@ BUCKET = "bucket"
 
 
 class BucketServer(http.server.ThreadingHTTPServer):
-    """`objects` is name → (content, generation); with `forbidden` every request is refused."""
+    """`objects` is name → (content, generation); with `forbidden` every request is refused, or, where it is a text,
+    those that it is in the address of."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -24,7 +25,7 @@ class BucketServer(http.server.ThreadingHTTPServer):
         super().__init__(("localhost", 0), _Handler)
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.uploads: dict[str, tuple[str, bytearray]] = {}
-        self.forbidden = False
+        self.forbidden: bool | str = False
         self.lock, self.numbers = threading.RLock(), itertools.count(1)
         self.address = f"http://localhost:{self.server_port}"
 
@@ -70,7 +71,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         body = self._body()
         with self.server.lock:
-            if self.server.forbidden:
+            forbidden = self.server.forbidden
+            if forbidden in urllib.parse.unquote(self.path) if isinstance(forbidden, str) else forbidden:
                 text = "somebody@project.iam.gserviceaccount.com does not have storage.objects.list access"
                 return self._json({"error": {"code": 403, "message": text, "errors": [{"message": text}]}}, 403)
             if url.path == "/batch/storage/v1":

@@ -1,6 +1,8 @@
 """Runs in a bucket, by the real clients, against a server on this machine that speaks their protocol."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -61,6 +63,24 @@ def test_a_bucket_without_permission(server, tmp_path):
             load_run("gs://bucket/other/run")
     finally:
         server.forbidden = False
+
+
+def test_a_permission_that_is_withdrawn(server):
+    """In the middle of a training: one line, at once, though Orbax would wait for its directories for minutes."""
+    arguments = tiny.arguments("gs://bucket/third/run", **CHANGES)
+    server.forbidden = "third/run/checkpoints/4/params"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "voco_jax.train", *arguments],
+            capture_output=True, text=True, timeout=60, cwd=tiny.CONFIG_FILE.parents[1],
+        )  # fmt: skip
+    finally:
+        server.forbidden = False
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: gs://bucket/third/run") and ": Forbidden: " in error
+    assert "Traceback" not in done.stderr
+    assert any(name.startswith("third/run/checkpoints/2/") for name in server.objects)
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "gs://", "http://bucket/run"])

@@ -3,12 +3,14 @@
 With several processes, see `voco_jax/parallel/distributed.py`.
 """
 
+import os
 import sys
+import threading
 
 import jax
 
 from voco_jax.config import parse_flags
-from voco_jax.errors import one_line_errors
+from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel import distributed
 from voco_jax.parallel.watch import watch
 from voco_jax.train.loop import train
@@ -24,5 +26,17 @@ def main() -> None:
         print(f"trained: {run} (evaluate it: python -m voco_jax.evaluate --run {run})")
 
 
+def _orbax_waits() -> bool:
+    """Whether Orbax has threads that Python would wait for: after a failed save ten minutes, for what will not come."""
+    return any(type(thread).__module__.startswith("orbax") for thread in threading.enumerate() if not thread.daemon)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != UserError.status or not _orbax_waits():
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(UserError.status)

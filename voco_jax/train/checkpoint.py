@@ -147,7 +147,8 @@ class Checkpointer:
             if isinstance(error, OSError) and error.strerror:
                 reason = error.strerror
             else:  # TensorStore tells the address and its own source lines too; the reason stands last
-                reason = first_line(error).split(" [")[0].rsplit(": ", 1)[-1]
+                reason, of_tensorstore, _ = first_line(error).partition(" [")
+                reason = reason.rsplit(": ", 1)[-1] if of_tensorstore else reason
             raise UserError(f"{where}: the checkpoint cannot be written: {reason}") from error
 
     # ---- Restoring ---------------------------------------------------------------------------------------------
