@@ -358,7 +358,8 @@ def _quiet_rest():
     sys.unraisablehook = hook
     logger.addFilter(is_news)
     yield
-    sys.unraisablehook = before  # only if all went well: nobody knows when the last of them ends
+    if sys.unraisablehook is hook:  # and not that of a block inside of this one, which has failed
+        sys.unraisablehook = before  # only if all went well: nobody knows when the last of them ends
     logger.removeFilter(is_news)
 
 
