@@ -11,7 +11,7 @@ import pytest
 from tests import oracle
 from tests.test_two_streams import CONFIG, PATCHES, VOCAB, make
 from voco_jax.infer.generate import Drawing, Sampling, Stop, advance, begin, choose
-from voco_jax.models.voco import Cache, Memory
+from voco_jax.models.voco import Cache, Memory, VoCoLlama
 
 IMAGES, NEW, LATER, PLACES = 3, 64, 8, 128
 STOP = Stop(jnp.array([-1]), jnp.int32(0))  # an id that never comes: all rows go on
@@ -138,6 +138,34 @@ def test_tokens_and_logits_over_two_turns(case):
         # Of the answer all is read but the last token, which the next turn begins with
         _, cache = one_more(params, output[:, new - 1], position + new - 1, step_cache)
     assert len(np.unique(output)) > 5  # or the comparison would say little
+
+
+def test_long_prompts_of_fused_kernels_are_read_as_whole_rows(monkeypatch):
+    """Slots in between, padding, and a second prompt after what is in the cache: as the other way, to rounding."""
+    config = dataclasses.replace(CONFIG, num_voco_tokens=2, attention="splash")
+    graphdef, params = make(config)
+    model, rng = nnx.merge(graphdef, params), np.random.default_rng(3)
+    assert [model._reads_whole_rows(*sizes) for sizes in ((1, 64), (511, 512), (512, 640), (512, 641))] == [
+        False, False, True, False,
+    ]  # fmt: skip
+    plain = nnx.merge(make(dataclasses.replace(config, attention="xla"))[0], params)
+    assert not plain._reads_whole_rows(2048, 2048)
+    memory = plain.compress(jnp.array(rng.normal(size=(1, IMAGES, PATCHES, 32)), jnp.float32))
+    conversations = [Conversation(config) for _ in ROWS]
+    monkeypatch.setattr(VoCoLlama, "_reads_whole_rows", lambda self, *sizes: self.config.attention == "splash")
+    caches = [None, None]
+    for rows in (ROWS, [parts if isinstance(parts, list) else [parts] for parts in TURNS]):
+        said = [c.say(parts, rng) for c, parts in zip(conversations, rows, strict=True)]
+        tokens, positions, visual, slots = batch(said, 24)
+        found = []
+        for i, of in enumerate((model, plain)):
+            caches[i] = of.fill(memory, slots, caches[i])
+            hidden, caches[i] = of.extend(tokens, positions, caches[i], visual)
+            found.append(np.where(positions[..., None] >= 0, hidden, 0))
+        np.testing.assert_allclose(*found, atol=2e-5)
+        filled = np.arange(PLACES) < np.array([c.length for c in conversations])[:, None]
+        for a, b in zip(*caches, strict=True):
+            np.testing.assert_allclose(*(np.where(filled[..., None, None], x, 0) for x in (a, b)), atol=2e-5)
 
 
 def test_padding_batch_mates_and_room_change_nothing():

@@ -15,8 +15,8 @@ An adapter that cannot honour a request raises ValueError; nothing falls back.
 | `splash` | TPU; CPU, interpreted     | only blocks with a visible pair   | several images, padding |
 | `cudnn`  | NVIDIA GPU, 16-bit floats | fused; packed text through a bias | one image, no padding   |
 
-Inference's read stream is XLA's everywhere, because none of the fused kernels is made for one query a row, and a
-question has few: reading the weights and the cache once is all there is to it.
+Decoding and short prompts are XLA's everywhere, because none of the fused kernels is made for a few queries a row:
+reading the weights and the cache once is all there is to it. Long prompts are `causal`, of whole rows.
 
 Under an ambient mesh (`jax.set_mesh`) rows are sharded over data and fsdp, rows of images over frame too, heads over
 tensor.
@@ -35,6 +35,11 @@ def get_adapter(name: str):
     if name not in ADAPTERS:
         raise ValueError(f"attention {name!r} is unknown; there are: {', '.join(sorted(ADAPTERS))}")
     return ADAPTERS[name]
+
+
+def is_fused(name: str) -> bool:
+    """Whether an adapter's `causal` is one kernel, which never has all scores in memory."""
+    return name in ("splash", "cudnn")
 
 
 def check_platform(name: str) -> None:

@@ -218,26 +218,49 @@ class VoCoLlama(nnx.Module):
         [B, I, P, D]. Every place up to a token's position must have been filled. Returns hidden states [R, T, D], as
         `hidden` does, and the cache.
         """
-        read = Read(tokens, positions, None, visual)
-        rope, capacity = rope_tables(self.config.llama, positions), cache.keys.shape[2]
+        capacity = cache.keys.shape[2]
         # Padding is written beyond the end, which is nowhere; each at a place of its own, so that places are distinct
         places = jnp.where(positions >= 0, positions, capacity + jnp.arange(tokens.shape[1]))
         write = jax.vmap(lambda old, new, at: old.at[at].set(new, mode="drop", unique_indices=True))
+        given, whole = positions, self._reads_whole_rows(tokens.shape[1], capacity)
+        if whole:
+            empty = jnp.full((len(tokens), capacity), -1)
+            tokens, is_text = write(jnp.zeros_like(empty), tokens, places), write(empty, positions, places) >= 0
+            visual = None if visual is None else write(empty, visual, places)
+            positions = jnp.broadcast_to(jnp.arange(capacity), empty.shape)
+            segment_ids = (positions <= given.max(axis=1, keepdims=True)).astype(jnp.int32)
+        rope = rope_tables(self.config.llama, positions)
 
         def body(layer, carry, index):
             x, *cached = carry
             q = apply_rope(layer.project_q(x), rope)
             k, v = layer.project_kv(x)
-            here = [write(c[index], new, places) for c, new in zip(cached, (apply_rope(k, rope), v), strict=True)]
-            x = constrain(layer.finish(x, self.attention.cached(q, *here, positions)), ROWS)
-            return (x, *(c.at[index].set(h) for c, h in zip(cached, here, strict=True))), None
+            new, old = (apply_rope(k, rope), v), [c[index] for c in cached]
+            if whole:
+                k, v = (jnp.where(is_text[..., None, None], n, o) for n, o in zip(new, old, strict=True))
+                attended = self.attention.causal(q, k, v, segment_ids)
+            else:
+                k, v = (write(o, n, places) for n, o in zip(new, old, strict=True))
+                attended = self.attention.cached(q, k, v, positions)
+            x = constrain(layer.finish(x, attended), ROWS)
+            return (x, *(c.at[index].set(here) for c, here in zip(cached, (k, v), strict=True))), None
 
+        read = Read(tokens, positions, None, visual)
         (x, *cached), _ = scan_layers(
             body, (self._read_inputs(read, features), *cache), self.llama.layers,
             jnp.arange(self.config.llama.num_hidden_layers),
             dtype=jnp.dtype(self.config.dtype), unroll=self.config.unroll_layers,
         )  # fmt: skip
+        if whole:
+            x = jnp.take_along_axis(x, jnp.maximum(given, 0)[..., None], axis=1)
         return x, Cache(*cached)
+
+    def _reads_whole_rows(self, tokens: int, places: int) -> bool:
+        """Whether so many tokens are read as whole rows of the cache, what is there already among them.
+
+        A fused kernel takes whole rows only. For long prompts it is worth computing some places for nothing.
+        """
+        return attention.is_fused(self.config.attention) and tokens >= 512 and 4 * places <= 5 * tokens
 
     # ---- Inputs of the streams ---------------------------------------------------------------------------------
 
