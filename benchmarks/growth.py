@@ -1,12 +1,11 @@
 """Many pictures in one context: time to the first token, and what is kept of them, with and without VoCo tokens.
 
-    python -m benchmarks.growth --out docs/growth
+    python -m benchmarks.growth --out docs
 
 One question about n pictures, all of which have been seen before: with VoCo compression their memories at one token a
 picture are at hand, without it their 576 embeddings each. Both models have the same random parameters, 12 layers of 768
-(Llama's architecture), a context of 4,096 places like LLaVA-1.5's, and the released prompt. Times are medians of several
-runs in which the numbers of pictures take turns; what pictures show does not matter for them, and a few are repeated.
-Writes DIR/growth.json and DIR/growth.png.
+(Llama's architecture), a context of 4,096 places like LLaVA-1.5's, and the released prompt. Times are medians of rounds,
+in which the numbers of pictures take turns; what pictures show does not matter for them, and a few are repeated.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from voco_jax.infer.answerer import GREEDY, Answerer
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import Memory, VoCoConfig
-from voco_jax.run import init_params
+from voco_jax.run import abstract_model, init_params
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "llama_tokenizer"
 QUESTION = "Which of the pictures show a red circle?"
@@ -43,7 +42,7 @@ VOCO, PLAIN = "VoCo, 1 token a picture", "uncompressed, 576 tokens a picture"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="directory (default: runs/growth)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="directory (default: runs)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a model of no size, to try the command")
     args = parser.parse_args()
@@ -54,7 +53,11 @@ def main() -> None:
     for name, rows in figures["models"].items():
         print(name)
         for row in rows:
-            print("  {pictures:5d} pictures  {places:5d} places  {kept_bytes:13,} bytes kept  {first_token_s} s".format(**row))
+            print(
+                "  {pictures:5d} pictures {places:5d} places {kept_bytes:13,} bytes kept {first_token_s} s".format(
+                    **row
+                )
+            )
         print(f"  stops: {figures['stops'][name]}")
     print(f"written: {args.out}/growth.json, {args.out}/growth.png")
 
@@ -78,12 +81,12 @@ def measure(rounds: int, tiny: bool) -> dict:
     answerers = {}
     for name, compressor in ((VOCO, "voco"), (PLAIN, "none")):
         of = dataclasses.replace(config, compressor=compressor)
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda of=of: nnx_model(of)))
+        graphdef, _ = abstract_model(of)
         if compressor == "none":
             encoder = dataclasses.replace(encoder, num_visual_tokens=vision.num_features, compressed=False)
         answerers[name] = Answerer(nnx.merge(graphdef, params), encoder)
-    some = jax.jit(lambda f: nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: nnx_model(config))), params).compress(f))
-    memory = some(features)
+    graphdef, _ = abstract_model(config)
+    memory = jax.jit(lambda features: nnx.merge(graphdef, params).compress(features))(features)
 
     counts = [n for n in COUNTS if not tiny or n <= 10]
     cases, stops = [], {}
@@ -130,12 +133,6 @@ def measure(rounds: int, tiny: bool) -> dict:
         "machine": machine(), "load_before": load, "model": f"{layers} layers of {width}, float32", "rounds": rounds,
         "stops": stops, "models": models,
     }  # fmt: skip
-
-
-def nnx_model(config: VoCoConfig):
-    from voco_jax.models.voco import VoCoLlama
-
-    return VoCoLlama(config, rngs=nnx.Rngs(0))
 
 
 def draw(figures: dict, path: Path) -> None:
