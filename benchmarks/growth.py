@@ -4,8 +4,8 @@
 
 One question about n pictures, all of which have been seen before: with VoCo compression their memories at one token a
 picture are at hand, without it their 576 embeddings each. Both models have the same random parameters, 12 layers of 768
-(Llama's architecture), a context of 4,096 places like LLaVA-1.5's, and the released prompt. Times are medians of rounds,
-in which the numbers of pictures take turns; what pictures show does not matter for them, and a few are repeated.
+(Llama's architecture), a context of 4,096 places as LLaVA-1.5 has, and the released prompt. Times are medians of rounds
+in which the numbers of pictures take turns. What pictures show does not matter for them, and a few are repeated.
 """
 
 import argparse
