@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
+import itertools
 import os
 from pathlib import Path
 import warnings
@@ -24,6 +25,7 @@ from voco_jax.infer.memory import Embeddings, Item, MemoryBank, join
 from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
 
 HOST_BYTES = 4 << 30
+_VIDEOS_AHEAD = 4  # that are decoded together
 _LEAST_NEW = 32  # memories that are worth a file of their own; fewer wait for others
 
 View = PictureLike | Clip  # a picture, or a video's frames
@@ -102,13 +104,16 @@ class SeenCache:
                 raise BadRecord(error.kind, f"{where(place[0])}: {error}") from None
 
         found, new = {}, {}
-        identities, ahead = list(first), 2 * self._batch_size
+        waiting = list(first)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for start in range(0, len(identities), ahead):
-                places = [first[identity] for identity in identities[start : start + ahead]]
-                for identity, place, (one, squares) in zip(
-                    identities[start : start + ahead], places, pool.map(read, places), strict=True
-                ):
+            while waiting:
+                # No more at once than memory has room for: a video may be hundreds of frames
+                kind = isinstance(first[waiting[0]][1], Clip)
+                alike = itertools.takewhile(lambda view, k=kind: isinstance(first[view][1], Clip) == k, waiting)
+                together = list(itertools.islice(alike, _VIDEOS_AHEAD if kind else 2 * self._batch_size))
+                waiting = waiting[len(together) :]
+                places = [first[identity] for identity in together]
+                for identity, place, (one, squares) in zip(together, places, pool.map(read, places), strict=True):
                     found[identity] = one
                     for key in one.keys:
                         if key in at_hand or key in new or self._fetch(key, at_hand):
@@ -128,7 +133,11 @@ class SeenCache:
             return self._files[stamp], {}
         if isinstance(view, Clip):
             times = sample_times(probe(view), self._sampling)
-            squares = [self.model.run.processor.square(frame) for frame in read_frames(view, times)]
+            squares = [
+                self.model.run.processor.square(frame)
+                for start in range(0, len(times), self._batch_size)
+                for frame in read_frames(view, times[start : start + self._batch_size])
+            ]
             items = [Item(str(view), time=float(time)) for time in times]
         else:
             squares = [self.model.square(view)]
