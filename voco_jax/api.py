@@ -34,12 +34,12 @@ from jax.sharding import Mesh
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.conversations import VIDEO, Sample, spread_video
+from voco_jax.data.conversations import IMAGE, VIDEO, Sample, spread_video
 from voco_jax.data.images import load_image
 from voco_jax.data.records import Clip, Picture
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
-from voco_jax.infer.answerer import GREEDY, Answerer, bucket
+from voco_jax.infer.answerer import GREEDY, Answerer, Score, bucket
 from voco_jax.infer.chat import Chat
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join
@@ -55,10 +55,14 @@ Seen = MemoryBank | Embeddings
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A question, and what it is about: pictures in their order, or a video's frames; None for text alone."""
+    """A question, and what it is about: pictures in their order, or a video's frames; None for text alone.
+
+    Pictures stand before the question, or where `interleaved` at its `<image>` markers, one a picture.
+    """
 
     question: str
     seen: Seen | None = None
+    interleaved: bool = False
 
 
 def load(
@@ -228,41 +232,61 @@ class Model:
 
     def answers(
         self, requests: Sequence[Request], *, max_new_tokens: int = 64, sampling: Sampling = GREEDY,
-        until: Sequence[str] = (), batch_size: int = 64,
+        until: Sequence[str] = (), batch_size: int = 64, streams: Sequence[int] | None = None,
     ) -> list[str]:  # fmt: skip
         """Answers to any requests, in their order. Those of like length are asked together.
 
-        `until`: texts that end an answer, beside the model's end-of-sequence token.
+        `until`: texts that end an answer, beside the model's end-of-sequence token. `streams` number the requests'
+        random numbers (default: 0, 1, …).
         """
+        streams = range(len(requests)) if streams is None else streams
         prompts = [self.prompt(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
         given: dict[int, str] = {}
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             visual, pictures = self.visual([requests[i].seen for i in batch])
-            answerer = self.answerer(_tokens(requests[batch[0]].seen))
+            answerer = self.answerer(_tokens(*(requests[i].seen for i in batch)))
             with self.on_mesh():
                 texts = answerer.complete(
-                    [prompts[i] for i in batch], visual, pictures, max_new_tokens, sampling, until, batch
-                )
+                    [prompts[i] for i in batch], visual, pictures, max_new_tokens, sampling, until,
+                    [streams[i] for i in batch],
+                )  # fmt: skip
             given |= zip(batch, texts, strict=True)
         return [given[i] for i in range(len(requests))]
+
+    def scores(self, requests: Sequence[Request], answers: Sequence[str], *, batch_size: int = 64) -> list[Score]:
+        """How likely the model would give `answers[i]` to request i, in their order."""
+        samples = [self.prompt(request, answer) for request, answer in zip(requests, answers, strict=True)]
+        order = sorted(range(len(requests)), key=lambda i: len(samples[i]))
+        found: dict[int, Score] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            visual, pictures = self.visual([requests[i].seen for i in batch])
+            answerer = self.answerer(_tokens(*(requests[i].seen for i in batch)))
+            with self.on_mesh():
+                found |= zip(batch, answerer.score([samples[i] for i in batch], visual, pictures), strict=True)
+        return [found[i] for i in range(len(requests))]
 
     def chat(self, seen: Seen | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
         """A conversation of several turns about pictures; what has been read stays in the cache."""
         return Chat(self, seen, max_new_tokens, sampling)
 
-    def prompt(self, request: Request) -> Sample:
+    def prompt(self, request: Request, answer: str | None = None) -> Sample:
         """A request's tokens, as training lays them out: pictures before the question, frames with their times where
-        the run was trained so."""
-        seen = request.seen
-        if not request.question.strip():
+        the run was trained so; with an answer, whose tokens are then the labels."""
+        seen, question = request.seen, request.question
+        if not question.strip():
             raise UserError("question: expected text, found none")
         encoder = self.answerer(_tokens(seen)).encoder
         count = 0 if seen is None else len(seen)
-        if seen is None or not seen.is_video:
-            return encoder.encode_question(request.question, count)
-        return encoder.encode(self.turns(request.question, seen), count)
+        if seen is not None and seen.is_video and not request.interleaved:
+            turns = self.turns(question, seen)
+        else:
+            turns = [{"from": "human", "value": question if request.interleaved else IMAGE * count + "\n" + question}]
+        if answer is not None:
+            turns.append({"from": "gpt", "value": answer})
+        return encoder.encode(turns, count)
 
     def turns(self, question: str, seen: Seen) -> list[dict]:
         """A first turn about a video's frames."""
@@ -308,5 +332,6 @@ class Model:
             return join(banks).memory(places), pictures
 
 
-def _tokens(seen: Seen | None) -> int | None:
-    return seen.num_tokens if isinstance(seen, MemoryBank) else None
+def _tokens(*seen: Seen | None) -> int | None:
+    """Of the first that is a memory."""
+    return next((one.num_tokens for one in seen if isinstance(one, MemoryBank)), None)

@@ -1,4 +1,8 @@
-"""`python -m voco_jax.evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at."""
+"""`python -m voco_jax.evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at.
+
+With --questions FILE.jsonl --images DIR --answers OUT.jsonl: the answers to LLaVA's question files, as its own scripts
+write them. Started again, it goes on where it stopped.
+"""
 
 import argparse
 import json
@@ -6,11 +10,13 @@ import json
 from voco_jax.data.records import Record
 from voco_jax.data.sources import easyvqa
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.eval import question_files
 from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.pictures import draw_answers
 from voco_jax.eval.scoring import accuracy_by_kind, table
+from voco_jax.infer.arguments import add_model_arguments
 from voco_jax.models.voco import COMPRESSORS
-from voco_jax.run import Run, add_run_arguments, load_run
+from voco_jax.run import Run, load_run
 from voco_jax.storage import files_for
 
 
@@ -47,15 +53,26 @@ def _easyvqa(run: Run, key: str) -> list[Record]:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m voco_jax.evaluate", description=__doc__)
-    add_run_arguments(parser)
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--compressor",
         choices=COMPRESSORS,
         help="run the model as another kind than it was trained as ('voco': lower bound)",
     )
     parser.add_argument("--max-records", type=int, help="only the first so many pictures of the test split")
+    question_files.add_arguments(parser)
     args = parser.parse_args()
+    others = question_files.OPTIONS if args.questions is None else ("compressor", "max_records")
+    for name in others:
+        if getattr(args, name) != parser.get_default(name):
+            with_what = "expected --questions with it" if args.questions is None else "does not go with --questions"
+            raise UserError(f"--{name.replace('_', '-')}: {with_what}")
+    if args.questions is not None:
+        question_files.run_command(args)
+        return
     if args.max_records is not None and args.max_records < 1:
         raise UserError(f"--max-records: expected at least 1, found {args.max_records}")
     run = load_run(args.run, step=args.step, compressor=args.compressor, attention=args.attention)

@@ -169,6 +169,9 @@ def _open(clip: Clip) -> Iterator["_Video"]:
         import av
     except ImportError:
         raise UserError(f"{clip}: the package av is not installed; pip install -e '.[video]' brings it") from None
+    if int(av.__version__.partition(".")[0]) < 18:  # lmms-eval brings one without index entries
+        found = f"found {av.__version__}; pip install 'av>=18,<19' brings it"
+        raise UserError(f"{clip}: expected the package av 18 or later, {found}")
     try:
         with contextlib.ExitStack() as stack:
             yield _Video(str(clip), stack.enter_context(_file(clip)), stack)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -35,6 +36,15 @@ class Prompts(NamedTuple):
     slots: np.ndarray
 
 
+class Score(NamedTuple):
+    """How likely an answer is: the sum of its tokens' log-probabilities (nats), their number, whether each of them is
+    the likeliest where it stands. The end-of-sequence token is one of them."""
+
+    log_probability: float
+    num_tokens: int
+    is_greedy: bool
+
+
 class Answerer:
     """A model with its tokenizer and prompt rules: pictures in, memories; questions in, answers.
 
@@ -52,6 +62,7 @@ class Answerer:
         self._see = jax.jit(functools.partial(_see, graphdef))
         self._begin = jax.jit(functools.partial(_begin, graphdef), static_argnums=(0, 1))
         self._advance = jax.jit(functools.partial(_advance, graphdef), donate_argnums=1)
+        self._score = jax.jit(functools.partial(_score, graphdef), static_argnums=0)
         self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
 
     @property
@@ -99,6 +110,27 @@ class Answerer:
             if done or all(any(end in text for end in until) for text in texts):
                 return [_cut(text, until) for text in texts]
             limit = min(limit + PIECE, max_new_tokens)
+
+    def score(self, samples: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]]) -> list[Score]:
+        """Of encoded conversations, how likely their labels (the answers) are; other arguments as `complete`'s."""
+        self.check_length(max(map(len, samples)), 0)
+        batch = self._batch_size(len(samples))
+        order = [*range(len(samples)), *[0] * (batch - len(samples))]
+        has_memory = isinstance(visual, Memory)
+        laid_out = self._lay_out(
+            [samples[i] for i in order], [np.asarray(pictures[i], np.int32) for i in order], 0, 0, has_memory, None
+        )
+        length = bucket(max(int(sample.labels.sum()) for sample in samples), 8)
+        before, labels = np.zeros((batch, length), np.int32), np.full((batch, length), -1, np.int32)
+        for row, i in enumerate(order):
+            in_text = samples[i].visual < 0 if has_memory else slice(None)
+            places = np.flatnonzero(samples[i].labels[in_text])
+            before[row, : len(places)] = places - 1  # where a label is predicted
+            labels[row, : len(places)] = samples[i].tokens[in_text][places]
+        scores = self._score(visual is None, self.params, _in_one_row(visual), laid_out, before, labels)
+        total, is_greedy = (np.asarray(self._whole(x)) for x in scores)
+        counts = (labels >= 0).sum(axis=1)
+        return [Score(float(total[i]), int(counts[i]), bool(is_greedy[i])) for i in range(len(samples))]
 
     # ---- What a conversation of several turns is made of -------------------------------------------------------
 
@@ -245,6 +277,24 @@ def _begin(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prompt
         model, prompts.tokens, prompts.positions, cache, max_new_tokens, stop, drawing, tokens_visual, features
     )
     return state
+
+
+def _score(graphdef, text_alone, params, visual, prompts: Prompts, before, labels):
+    """Log-probabilities' sum, float32 [R], and whether all are the likeliest, of labels [R, N] (-1: none), each
+    predicted by the token of the row's place `before`."""
+    model = nnx.merge(graphdef, params)
+    if isinstance(visual, Memory):
+        cache, features = model.fill(visual, prompts.slots), None
+    else:
+        cache, features = model.empty_cache(*prompts.slots.shape), visual
+    hidden, _ = model.extend(
+        prompts.tokens, prompts.positions, cache, None if text_alone else prompts.visual, features
+    )  # fmt: skip
+    logits = model.llama.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
+    is_label = labels >= 0
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    is_likeliest = logits.argmax(axis=-1) == labels
+    return jnp.where(is_label, chosen, 0).sum(axis=1), (is_likeliest | ~is_label).all(axis=1)
 
 
 def _advance(graphdef, params, state, limit, stop, drawing):

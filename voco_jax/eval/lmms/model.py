@@ -1,0 +1,246 @@
+"""The adapter: lmms-eval's requests to `voco_jax.api`, in windows of a few batches, in the order of the documents.
+
+Documents about one picture mostly follow each other, and pictures are kept by their content (`seen.py`), so that each
+is compressed once however many questions and tasks ask about it.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from functools import partial
+import io
+import os
+from pathlib import Path
+import warnings
+
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from voco_jax.api import Model, Request
+from voco_jax.data.conversations import IMAGE
+from voco_jax.data.records import Clip, Picture, shown
+from voco_jax.data.video import FrameSampling
+from voco_jax.errors import UserError
+from voco_jax.eval.lmms.generation import Generation, read_generation
+from voco_jax.eval.seen import SeenCache, View
+from voco_jax.infer.arguments import mesh_of
+from voco_jax.run import load_run
+
+BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
+WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length
+MAX_NEW_TOKENS = 1024  # where a task names none, as lmms-eval's LLaVA has it; half of the positions at most
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """One question of a task. `visuals` gives its pictures, which lie in the task's files until then."""
+
+    context: str
+    visuals: Callable[[], object]
+    where: str  # "mme[17]", for messages
+
+
+class VoCoJax(lmms):
+    """`--model voco_jax`; the arguments are those of `--model_args`.
+
+    run: a run directory. step, attention, mesh: as the commands' options (mesh="data=2,tensor=4" in quotes; default:
+    all devices along data). tokens: only the first so many of each picture's. frames, fps: of a video; default: as the
+    run's config has it. cache: a directory for memories, good for the next command too. host_gib: of memories (or
+    embeddings) kept at hand. seed: of what is drawn.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, run: str, step: int | str | None = None, attention: str | None = None, mesh: str | None = None,
+        tokens: int | None = None, frames: int | None = None, fps: float | None = None, cache: str | None = None,
+        host_gib: float = 4, seed: int = 0, batch_size: int | str = 1, max_batch_size: int | None = None,
+        device: str | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("voco_jax: one process uses all devices: start lmms_eval without accelerate or torchrun")
+        if device is not None:
+            raise UserError(f"--device: expected JAX_PLATFORMS in the environment instead, found {device!r}")
+        self._batch_size = _batch_size(batch_size)
+        mesh = mesh_of(None if mesh is None else str(mesh).strip("\"'"))
+        self._model = Model(load_run(str(run), step=step, attention=attention, mesh=mesh))
+        self._seen = SeenCache(
+            self._model, tokens=tokens, sampling=_sampling(frames, fps), host_bytes=int(host_gib * 2**30),
+            directory=cache,
+        )  # fmt: skip
+        self._seed = int(seed)
+
+    # ---- What lmms-eval calls ----------------------------------------------------------------------------------
+
+    def generate_until(self, requests) -> list[str]:
+        """The answer to each request (context, generation_kwargs, doc_to_visual, doc_id, task, split)."""
+        asked = [self._asked(r.args[0], r.args[2], *r.args[3:6]) for r in requests]
+        return self._answers(asked, [r.args[1] for r in requests])
+
+    def loglikelihood(self, requests) -> list:
+        """(loss, whether it is the greedy answer) of each request: context, answer, doc_to_visual, doc_id …
+
+        The loss is the mean over the answer's tokens (its end-of-sequence token too) of their negative log-probability:
+        what lmms-eval's other models give, and its multiple-choice tasks take the least of.
+        """
+        asked = [self._asked(r.args[0], r.args[2], *r.args[3:6]) for r in requests]
+        answers = []
+        for r in requests:
+            _, answer, _, doc_id, task, split = r.args[:6]
+            # The prompt's last token and the answer's first are joined as in training, whatever the delimiter
+            answers.append((answer if isinstance(answer, str) else answer(self._doc(doc_id, task, split))).strip())
+        given: list = []
+
+        def score(chosen: Sequence[int], questions: list[Request]) -> None:
+            given.extend(self._model.scores(questions, [answers[i] for i in chosen], batch_size=self._batch_size))
+
+        self._windows(asked, range(len(asked)), score, tqdm(total=len(asked), unit="answer", desc="voco_jax"))
+        # In an envelope: lmms-eval 0.7 would make a text of the bare pair
+        return [GenerationResult((-s.log_probability / s.num_tokens, s.is_greedy)) for s in given]
+
+    def generate_until_multi_round(self, requests) -> list[list[str]]:
+        """As `generate_until`, with a `doc_to_text` as fourth argument that makes the next round's prompt of the
+        answers so far; gives the answers of all rounds."""
+        kwargs = [r.args[1] for r in requests]
+        asked = [self._asked(r.args[0], r.args[2], *r.args[4:7]) for r in requests]
+        outputs: list[list[str]] = [[] for _ in requests]
+        notes: list = [None] * len(requests)
+        going, round_number = list(range(len(requests))), 0
+        while going:
+            texts = self._answers([asked[i] for i in going], [kwargs[i] for i in going])
+            for i, text in zip(going, texts, strict=True):
+                outputs[i].append(text)
+            round_number += 1
+            on = []
+            for i in going:
+                doc_to_text, doc_id, task, split = requests[i].args[3:7]
+                visuals, context, is_over, said, notes[i] = doc_to_text(
+                    self._doc(doc_id, task, split), previous_output=outputs[i], round_idx=round_number,
+                    previous_round_info=notes[i],
+                )  # fmt: skip
+                outputs[i] = list(outputs[i] if said is None else said)
+                if not is_over:
+                    asked[i] = _Asked(context, partial(_itself, visuals), asked[i].where)
+                    on.append(i)
+            going = on
+        return outputs
+
+    def clean(self) -> None:
+        """lmms-eval's word that all requests have been answered."""
+        self._seen.close()
+        super().clean()
+
+    # ---- Windows -----------------------------------------------------------------------------------------------
+
+    def _answers(self, asked: Sequence[_Asked], kwargs: Sequence[dict]) -> list[str]:
+        config = self._model.run.config
+        default = min(MAX_NEW_TOKENS, self._model.config.llama.max_position_embeddings // 2)
+        groups: dict[Generation, list[int]] = {}
+        for i, one in enumerate(asked):
+            try:
+                generation = read_generation(kwargs[i], default, self._seed, config.data.aspect_ratio)
+            except UserError as error:
+                raise UserError(f"{one.where}: {error}") from None
+            groups.setdefault(generation, []).append(i)
+        given: dict[int, str] = {}
+        with tqdm(total=len(asked), unit="question", desc="voco_jax", mininterval=0.5) as bar:
+            for generation, places in groups.items():
+
+                def answer(chosen: Sequence[int], questions: list[Request], generation=generation) -> None:
+                    given.update(zip(chosen, self._generate(questions, generation, chosen), strict=True))
+
+                self._windows(asked, places, answer, bar)
+        return [given[i] for i in range(len(asked))]
+
+    def _generate(self, questions: list[Request], generation: Generation, streams: Sequence[int]) -> list[str]:
+        return self._model.answers(
+            questions, max_new_tokens=generation.max_new_tokens, sampling=generation.sampling, until=generation.until,
+            batch_size=self._batch_size, streams=streams,
+        )  # fmt: skip
+
+    def _windows(self, asked: Sequence[_Asked], places: Sequence[int], use: Callable, bar: tqdm) -> None:
+        """`use(places, requests)` for some of the places at a time, until all have been."""
+        size = WINDOW * self._batch_size
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            views = [_views(asked[i].visuals(), asked[i].where) for i in chosen]
+            seen = self._seen.see(views, lambda k, chosen=chosen: asked[chosen[k]].where)
+            use(chosen, [self._request(asked[i], one) for i, one in zip(chosen, seen, strict=True)])
+            bar.update(len(chosen))
+
+    def _request(self, asked: _Asked, seen) -> Request:
+        """The question with its pictures at their markers, or before it where the markers are not theirs."""
+        count, markers = 0 if seen is None else len(seen), asked.context.count(IMAGE)
+        if markers and markers != count:
+            warnings.warn(
+                f"{asked.where}: {markers} {IMAGE} markers for {count} pictures: the pictures stand before the text",
+                stacklevel=2,
+            )
+        interleaved = 0 < markers == count
+        request = Request(asked.context if interleaved else asked.context.replace(IMAGE, ""), seen, interleaved)
+        try:
+            self._model.prompt(request)
+        except UserError as error:
+            raise UserError(f"{asked.where}: {error}") from None
+        return request
+
+    def _asked(self, context: str, doc_to_visual: Callable | None, doc_id: int, task: str, split: str) -> _Asked:
+        def visuals():
+            return None if doc_to_visual is None else doc_to_visual(self._doc(doc_id, task, split))
+
+        return _Asked(context, visuals, f"{task}[{doc_id}]")
+
+    def _doc(self, doc_id: int, task: str, split: str):
+        return self.task_dict[task][split][doc_id]
+
+
+def _views(visuals, where: str) -> list[View]:
+    """What a task's `doc_to_visual` gives, in lists of any depth, as pictures and videos."""
+    if visuals is None:
+        return []
+    if isinstance(visuals, list | tuple):
+        return [view for visual in visuals for view in _views(visual, where)]
+    if isinstance(visuals, Image.Image | np.ndarray | Picture | Clip):
+        return [visuals]
+    if isinstance(visuals, dict) and visuals.get("bytes") is not None:  # a picture that datasets has not decoded
+        return [Picture(data=visuals["bytes"], name=str(visuals.get("path") or where))]
+    if isinstance(visuals, io.BytesIO):
+        return [Picture(data=visuals.getvalue(), name=where)]
+    if isinstance(visuals, dict) and not {"video_start", "video_end"} & set(visuals):
+        visuals = visuals.get("path") or visuals.get("url") or visuals
+    if isinstance(visuals, str | os.PathLike):
+        kind = Path(visuals).suffix.lower()
+        if kind in VIDEOS:
+            return [Clip(file=Path(visuals))]
+        if kind in PICTURES:
+            return [os.fspath(visuals)]
+    raise UserError(f"{where}: expected pictures and videos, found {shown(visuals)}")
+
+
+def _batch_size(text: int | str) -> int:
+    """lmms-eval gives 1 where nobody has asked for anything: that and 'auto' are ours to choose."""
+    if str(text) == "1" or str(text).startswith("auto"):
+        return BATCH_SIZE
+    if not str(text).isdecimal() or int(text) < 1:
+        raise UserError(f"--batch_size: expected auto or a number, found {text!r}")
+    return int(text)
+
+
+def _sampling(frames: int | None, fps: float | None) -> FrameSampling | None:
+    if frames is not None and fps is not None:
+        raise UserError("frames, fps: expected one of them, found both")
+    for name, value in (("frames", frames), ("fps", fps)):
+        if value is not None and not 0 < float(value) < float("inf"):
+            raise UserError(f"{name}: expected more than 0, found {value}")
+    if frames is not None:
+        return FrameSampling(num_frames=int(frames))
+    return None if fps is None else FrameSampling(num_frames=0, fps=float(fps))
+
+
+def _itself(value):
+    return value

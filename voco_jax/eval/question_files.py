@@ -1,0 +1,221 @@
+"""LLaVA's question files in, its answer files out: what the official scripts of most benchmarks go on from.
+
+    {"question_id": 7, "image": "a.png", "text": "What is this?", "category": "…"}       a line of --questions
+    {"question_id": 7, "prompt": "What is this?", "text": "A bus.", "answer_id": "…", "model_id": "…", "metadata": {…}}
+
+Answers are in the questions' order, appended batch by batch. The same command goes on where it was interrupted, to the
+very file that it would have made at once: batches are the same ones, and a line that was cut off is written anew.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+import uuid
+
+from tqdm import tqdm
+
+from voco_jax.api import Model, Request
+from voco_jax.data.conversations import IMAGE
+from voco_jax.data.records import BadRecord, shown
+from voco_jax.data.sources.roots import check_file, inside
+from voco_jax.errors import UserError
+from voco_jax.eval.seen import SeenCache
+from voco_jax.infer.answerer import GREEDY
+from voco_jax.infer.arguments import add_answer_arguments, load_model, sampling_of
+from voco_jax.infer.generate import Sampling
+
+MAX_NEW_TOKENS = 128  # as LLaVA's script has it
+OPTIONS = (  # that go with --questions alone
+    "mesh", "images", "answers", "tokens", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k", "seed",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A line of a question file; `picture` is None where it has no image."""
+
+    id: int | str
+    text: str
+    picture: Path | None
+    where: str  # file and line, for messages
+
+    @property
+    def asked(self) -> str:
+        """The text without markers: the picture stands before it."""
+        return self.text.replace(IMAGE, "").strip()
+
+
+def read_questions(file: Path, images: Path | None) -> list[Question]:
+    """All questions of a file; UserError names the line of one that cannot be asked, or whose picture is not there."""
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: the questions cannot be read: {error.strerror}") from None
+    questions = [_question(line, f"{file}, line {n}", images) for n, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise UserError(f"{file}: expected questions, found none")
+    return questions
+
+
+def answer_questions(
+    model: Model, questions: Sequence[Question], file: Path, *, tokens: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, batch_size: int = 64,
+) -> int:  # fmt: skip
+    """Append what `file` has not yet of the questions' answers; returns how many it had.
+
+    UserError for a file that has other answers than these: to other questions, of another model, or otherwise chosen;
+    it is then as it was.
+    """
+    cache = SeenCache(model, tokens=tokens)
+    _check_lengths(model, questions, tokens, max_new_tokens)
+    settings = {
+        "model": model.fingerprint, "step": model.run.step, "tokens": tokens or model.run.encoder.num_visual_tokens,
+        "max_new_tokens": max_new_tokens,
+        **dataclasses.asdict(sampling),
+    }  # fmt: skip
+    alike = {"model_id": Path(str(model.run.directory)).name, "metadata": settings}
+
+    def line(number: int, text: str) -> bytes:
+        answer = _answer(questions[number], text)
+        name = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([number, answer, alike]))
+        return json.dumps(answer | {"answer_id": name.hex} | alike).encode() + b"\n"
+
+    with _opened(file) as stream:
+        done = _answered(stream, file, questions, alike)
+        with tqdm(total=len(questions), initial=done, unit="question", desc="answering", mininterval=0.5) as bar:
+            # From the beginning of the batch that was interrupted: its rows are computed alike then
+            for start in range(done - done % batch_size, len(questions), batch_size):
+                batch = questions[start : start + batch_size]
+                views = [[] if question.picture is None else [question.picture] for question in batch]
+                seen = cache.see(views, lambda i, batch=batch: batch[i].where)
+                requests = [Request(q.asked, one) for q, one in zip(batch, seen, strict=True)]
+                texts = model.answers(
+                    requests, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size,
+                    streams=range(start, start + len(batch)),
+                )  # fmt: skip
+                new = [line(number, text) for number, text in enumerate(texts, start) if number >= done]
+                stream.write(b"".join(new))
+                stream.flush()
+                bar.update(len(new))
+    return done
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options, beside those of the model."""
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="a JSONL file of LLaVA's questions")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="that its pictures' paths start from")
+    parser.add_argument("--answers", type=Path, metavar="OUT", help="LLaVA's answers to it; goes on where it stopped")
+    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at once (default 64)")
+    add_answer_arguments(parser, MAX_NEW_TOKENS)
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """`--questions`, with the model that `add_model_arguments` name."""
+    sampling = sampling_of(args)
+    if args.answers is None:
+        raise UserError("--questions: expected --answers with it, the file to write")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size: expected at least 1, found {args.batch_size}")
+    if args.images is not None and not args.images.is_dir():
+        raise UserError(f"--images: {args.images}: expected a directory")
+    questions = read_questions(args.questions, args.images)  # first: what is wrong with them shows itself at once
+    had = answer_questions(
+        load_model(args), questions, args.answers, tokens=args.tokens, max_new_tokens=args.max_new_tokens,
+        sampling=sampling, batch_size=args.batch_size,
+    )  # fmt: skip
+    print(f"{args.answers}: {len(questions)} answers" + (f", of which {had} were there" if had else ""))
+
+
+def _question(line: bytes, where: str, images: Path | None) -> Question:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable as JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {shown(row)}")
+    number, text, image = row.get("question_id"), row.get("text"), row.get("image")
+    if isinstance(number, bool) or not isinstance(number, int | str):
+        raise UserError(f"{where}: question_id: expected a number or text, found {shown(number)}")
+    if not isinstance(text, str) or not text.replace(IMAGE, "").strip():
+        raise UserError(f"{where}: text: expected a question, found {shown(text)}")
+    if image is None:
+        return Question(number, text, None, where)
+    if images is None:
+        raise UserError(f"{where}: image: expected --images, the directory that {shown(image)} is in")
+    try:
+        picture = inside(images, image)
+        check_file(picture)
+    except BadRecord as error:
+        raise UserError(f"{where}: image: {error}") from None
+    return Question(number, text, picture, where)
+
+
+def _check_lengths(model: Model, questions: Sequence[Question], tokens: int | None, max_new_tokens: int) -> None:
+    """UserError for a question that the model cannot be asked, before any is."""
+    answerer = model.answerer(tokens)
+    for question in questions:
+        try:
+            prompt = answerer.encoder.encode_question(question.asked, 0 if question.picture is None else 1)
+            answerer.check_length(len(prompt), max_new_tokens)
+        except UserError as error:
+            raise UserError(f"{question.where}: {error}") from None
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator:
+    """The answer file, for this process alone, to be read and appended to."""
+    with open(file, "a+b") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{file}: another process is writing answers into it") from None
+        yield stream
+
+
+def _answered(stream, file: Path, questions: Sequence[Question], alike: dict) -> int:
+    """How many of the questions have answers in the stream; what was cut off at its end is cut off whole."""
+    stream.seek(0)
+    *lines, rest = stream.read().split(b"\n")
+    hint = "another --answers file begins anew"
+    if len(lines) > len(questions):
+        raise UserError(f"{file}: expected at most {len(questions)} answers, found {len(lines)}; {hint}")
+    for n, (line, question) in enumerate(zip(lines, questions, strict=False), 1):
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"{file}, line {n}: expected an answer, found {shown(line.decode(errors='replace'))}"
+            ) from None
+        answer = answer if isinstance(answer, dict) else {}
+        if (answer.get("question_id"), answer.get("prompt")) != (question.id, question.text):
+            expected = f"the answer to question {shown(question.id)} of {question.where}"
+            raise UserError(f"{file}, line {n}: expected {expected}, found {shown(answer.get('question_id'))}; {hint}")
+        for key, value in alike.items():
+            if answer.get(key) != value:
+                what, expected, found = _difference(key, value, answer.get(key))
+                raise UserError(f"{file}, line {n}: {what}: expected {expected}, found {found}; {hint}")
+    if rest:  # the process was killed as it wrote: but only if this is how it would have begun
+        question = questions[len(lines)] if len(lines) < len(questions) else None
+        head = b"" if question is None else json.dumps(_answer(question, "")).encode().removesuffix(b'"}')
+        if not head or not (rest.startswith(head) or head.startswith(rest)):
+            found = shown(rest.decode(errors="replace"))
+            raise UserError(f"{file}, line {len(lines) + 1}: expected an answer, or half of one; found {found}; {hint}")
+        stream.truncate(sum(len(line) + 1 for line in lines))
+    return len(lines)
+
+
+def _answer(question: Question, text: str) -> dict:
+    return {"question_id": question.id, "prompt": question.text, "text": text}
+
+
+def _difference(key: str, expected, found) -> tuple[str, str, str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        name = next((name for name in expected if found.get(name) != expected[name]), None)
+        if name is not None:
+            return f"{key}.{name}", shown(expected[name]), shown(found.get(name))
+    return key, shown(expected), shown(found)

@@ -1,0 +1,268 @@
+"""What a model keeps of pictures, found again by their content: a benchmark asks about the same pictures many times.
+
+Pictures are told apart by what the model is given of them (grey levels of the square), whether they come as files, PIL
+images or a video's frames. The newest are kept on the host, up to a limit, and all of them on disk where a directory is
+given: memory files, good for the model that made them alone.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+import hashlib
+import itertools
+import os
+from pathlib import Path
+import warnings
+
+import numpy as np
+
+from voco_jax.api import Model, PictureLike, Seen
+from voco_jax.data.records import BadRecord, Clip
+from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
+from voco_jax.errors import UserError
+from voco_jax.infer.memory import Embeddings, Item, MemoryBank, join
+from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
+
+HOST_BYTES = 4 << 30
+_VIDEOS_AHEAD = 4  # that are decoded together
+_LEAST_NEW = 32  # memories that are worth a file of their own; fewer wait for others
+
+View = PictureLike | Clip  # a picture, or a video's frames
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A view's pictures: their keys, and what is said of each."""
+
+    keys: list[str]
+    items: list[Item]
+
+
+class SeenCache:
+    """Memories (or embeddings, without VoCo compression) of pictures by their content; `directory` is for memories.
+
+    `tokens` of each are read, of the K that are kept. `compressed` counts pictures that the model has been given.
+    """
+
+    def __init__(
+        self, model: Model, *, tokens: int | None = None, sampling: FrameSampling | None = None,
+        host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
+    ):  # fmt: skip
+        if model.config.compressor != "voco":
+            for name, value in (("tokens", tokens), ("cache", directory)):
+                if value is not None:
+                    raise UserError(
+                        f"{name}: {model.run.directory} has no memories (compressor {model.config.compressor!r}): "
+                        f"expected none, found {value}"
+                    )
+        elif tokens is not None and not 1 <= tokens <= model.config.num_voco_tokens:
+            raise UserError(f"tokens: expected 1 … {model.config.num_voco_tokens}, found {tokens}")
+        self.model, self.compressed = model, 0
+        self._tokens, self._sampling = tokens, sampling or model.frame_sampling()
+        self._host_bytes, self._batch_size = host_bytes, batch_size
+        self._kept: OrderedDict[str, Seen] = OrderedDict()  # one picture each, the oldest first
+        self._kept_bytes = 0
+        self._files: dict[tuple, _Found] = {}  # by path, size and time of change
+        self._directory = None if directory is None else _Directory(Path(directory), model.fingerprint)
+
+    def see(self, views: Sequence[Sequence[View]], where: Callable[[int], str]) -> list[Seen | None]:
+        """What is kept of each question's pictures and videos, in their order; None for a question without any.
+
+        Questions about the same have the same object. BadRecord for what cannot be read begins with `where(i)`.
+        """
+        at_hand: dict[str, Seen] = {}  # of these questions: the limit does not touch them
+        found = self._look(views, where, at_hand)
+        together: dict[tuple, Seen] = {}
+        given = []
+        for of_question in views:
+            keys = [key for view in of_question for key in found[_identity(view)].keys]
+            items = tuple(item for view in of_question for item in found[_identity(view)].items)
+            if keys and (*keys, items) not in together:
+                together[*keys, items] = self._joined([at_hand[key] for key in keys], items)
+            given.append(together.get((*keys, items)))
+        return given
+
+    def close(self) -> None:
+        """Write what has not been written yet."""
+        if self._directory is not None:
+            self._directory.flush()
+
+    # ---- Looking -----------------------------------------------------------------------------------------------
+
+    def _look(self, views, where, at_hand: dict[str, Seen]) -> dict[tuple, _Found]:
+        """What each view is; its pictures are at hand then. Threads decode while nothing computes."""
+        first = {}  # the question that each view comes first with
+        for i, of_question in enumerate(views):
+            for view in of_question:
+                first.setdefault(_identity(view), (i, view))
+
+        def read(place: tuple[int, View]) -> tuple[_Found, dict[str, np.ndarray]]:
+            try:
+                return self._read(place[1])
+            except BadRecord as error:
+                raise BadRecord(error.kind, f"{where(place[0])}: {error}") from None
+
+        found, new = {}, {}
+        waiting = list(first)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            while waiting:
+                # No more at once than memory has room for: a video may be hundreds of frames
+                kind = isinstance(first[waiting[0]][1], Clip)
+                alike = itertools.takewhile(lambda view, k=kind: isinstance(first[view][1], Clip) == k, waiting)
+                together = list(itertools.islice(alike, _VIDEOS_AHEAD if kind else 2 * self._batch_size))
+                waiting = waiting[len(together) :]
+                places = [first[identity] for identity in together]
+                for identity, place, (one, squares) in zip(together, places, pool.map(read, places), strict=True):
+                    found[identity] = one
+                    for key in one.keys:
+                        if key in at_hand or key in new or self._fetch(key, at_hand):
+                            continue
+                        if key not in squares:  # it was kept when the file was known again, and is no longer
+                            _, squares = self._read(place[1], anew=True)
+                        new[key] = squares[key]
+                self._compress(new, at_hand, len(new) - len(new) % self._batch_size)
+        self._compress(new, at_hand, len(new))
+        return found
+
+    def _read(self, view: View, anew: bool = False) -> tuple[_Found, dict[str, np.ndarray]]:
+        """A view's pictures, and their squares by key; none where a file is known and what is in it kept."""
+        file = view.file if isinstance(view, Clip) else view if isinstance(view, str | os.PathLike) else None
+        stamp = None if file is None else _stamp(file)
+        if not anew and stamp in self._files and all(map(self._has, self._files[stamp].keys)):
+            return self._files[stamp], {}
+        if isinstance(view, Clip):
+            times = sample_times(probe(view), self._sampling)
+            squares = [
+                self.model.run.processor.square(frame)
+                for start in range(0, len(times), self._batch_size)
+                for frame in read_frames(view, times[start : start + self._batch_size])
+            ]
+            items = [Item(str(view), time=float(time)) for time in times]
+        else:
+            squares = [self.model.square(view)]
+            items = [Item("" if file is None else str(file))]
+        keys = [hashlib.sha256(np.ascontiguousarray(square)).hexdigest() for square in squares]
+        found = _Found(keys, items)
+        if stamp is not None:
+            self._files[stamp] = found
+        return found, dict(zip(keys, squares, strict=True))
+
+    # ---- Keeping -----------------------------------------------------------------------------------------------
+
+    def _has(self, key: str) -> bool:
+        return key in self._kept or (self._directory is not None and key in self._directory)
+
+    def _fetch(self, key: str, at_hand: dict[str, Seen]) -> bool:
+        """Whether a picture has been seen before; it is at hand then."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            at_hand[key] = self._kept[key]
+            return True
+        bank = None if self._directory is None else self._directory.read(key)
+        if bank is None:
+            return False
+        self._keep(key, bank, at_hand)
+        return True
+
+    def _compress(self, new: dict[str, np.ndarray], at_hand: dict[str, Seen], count: int) -> None:
+        """The first so many of the new ones, which are then no longer new."""
+        if not count:
+            return
+        keys = list(new)[:count]
+        seen = self.model.see_pixels([new.pop(key) for key in keys], [Item(key) for key in keys], self._batch_size)
+        if isinstance(seen, Embeddings):  # on the devices there is room for those alone that are asked about
+            seen = dataclasses.replace(seen, features=np.asarray(seen.features))
+        self.compressed += len(keys)
+        for i, key in enumerate(keys):
+            one = _copied(seen[i])
+            self._keep(key, one, at_hand)
+            if self._directory is not None:
+                self._directory.add(key, one)
+
+    def _keep(self, key: str, one: Seen, at_hand: dict[str, Seen]) -> None:
+        at_hand[key] = self._kept[key] = one
+        self._kept_bytes += _nbytes(one)
+        while self._kept_bytes > self._host_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= _nbytes(oldest)
+
+    def _joined(self, parts: list[Seen], items: tuple[Item, ...]) -> Seen:
+        if isinstance(parts[0], Embeddings):
+            return Embeddings(np.concatenate([part.features for part in parts]), items)
+        return dataclasses.replace(join(parts), items=items).first_tokens(self._tokens)
+
+
+class _Directory:
+    """Memory files whose items are named by their pictures' keys. A damaged one is left out, and what it held is
+    compressed again; those of other models stay for these."""
+
+    def __init__(self, path: Path, model: str):
+        self._path, self._model = path, model
+        path.mkdir(parents=True, exist_ok=True)
+        self._places: dict[str, tuple[MemoryFile, int]] = {}
+        self._waiting: dict[str, MemoryBank] = {}
+        for file in sorted(path.glob(f"*{SUFFIX}")):
+            try:
+                memories = MemoryFile(file)
+            except UserError as error:
+                warnings.warn(f"cache: left out: {error}", stacklevel=2)
+                continue
+            if memories.model == model:
+                self._places |= {item.source: (memories, i) for i, item in enumerate(memories.items)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places or key in self._waiting
+
+    def read(self, key: str) -> MemoryBank | None:
+        if key in self._waiting or key not in self._places:
+            return self._waiting.get(key)
+        memories, place = self._places[key]
+        try:
+            return memories.read([place])
+        except UserError as error:
+            warnings.warn(f"cache: left out: {error}", stacklevel=2)
+            self._places = {k: at for k, at in self._places.items() if at[0] is not memories}
+            return None
+
+    def add(self, key: str, one: MemoryBank) -> None:
+        self._waiting[key] = one
+        if len(self._waiting) >= _LEAST_NEW:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        # Named by what it holds: processes that write at once do not meet
+        name = hashlib.sha256("".join([self._model, *self._waiting]).encode()).hexdigest()[:24]
+        file = self._path / f"{name}{SUFFIX}"
+        save_memory(file, join(list(self._waiting.values())))
+        memories = MemoryFile(file)
+        self._places |= {item.source: (memories, i) for i, item in enumerate(memories.items)}
+        self._waiting = {}
+
+
+def _identity(view: View) -> tuple:
+    if isinstance(view, Clip):
+        return ("clip", str(view.file), view.data)
+    return ("file", os.fspath(view)) if isinstance(view, str | os.PathLike) else ("object", id(view))
+
+
+def _stamp(file: str | os.PathLike) -> tuple | None:
+    """What changes where a file does; None where there is none (who reads it will say so)."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return os.path.abspath(file), status.st_size, status.st_mtime_ns
+
+
+def _copied(one: Seen) -> Seen:
+    """One picture without the batch that it was part of."""
+    if isinstance(one, Embeddings):
+        return dataclasses.replace(one, features=one.features.copy())
+    return dataclasses.replace(one, keys=one.keys.copy(), values=one.values.copy())
+
+
+def _nbytes(one: Seen) -> int:
+    return one.features.nbytes if isinstance(one, Embeddings) else one.nbytes
