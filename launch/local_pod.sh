@@ -3,7 +3,7 @@
 #
 #   launch/local_pod.sh N [options] -- ARGUMENTS OF voco_jax.train
 #
-#   launch/local_pod.sh 2 -- --config=configs/easyvqa.py --config.workdir=runs/pod --config.train.steps=20
+#   launch/local_pod.sh 2 -- --config=configs/easyvqa.py --config.workdir=runs/pod --config.train.steps=100
 #   launch/local_pod.sh 2 --devices 4 --max-restarts 3 -- --config=configs/easyvqa.py --config.mesh.tensor=2 \
 #     --config.model.llama.vocab_multiple=2 --config.workdir=runs/mesh
 #
