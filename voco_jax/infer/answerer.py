@@ -13,6 +13,7 @@ import numpy as np
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import Decoding, Drawing, Sampling, Stop, advance, begin, trim
+from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 from voco_jax.parallel.mesh import ROWS, axis_size
 
@@ -46,11 +47,24 @@ class Answerer:
         self.encoder = encoder
         self.config = model.config
         graphdef, state = nnx.split(model)
+        self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
         self.params = nnx.to_pure_dict(state)
         self._see = jax.jit(functools.partial(_see, graphdef))
         self._begin = jax.jit(functools.partial(_begin, graphdef), static_argnums=(0, 1))
         self._advance = jax.jit(functools.partial(_advance, graphdef), donate_argnums=1)
         self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
+
+    @property
+    def params(self) -> dict:
+        return self._params
+
+    @params.setter
+    def params(self, params: dict) -> None:
+        self._params = self._params_to_read = params
+        # Shapes alone may be given first, as training does
+        if self._is_one_cpu and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+            llama = params["llama"]
+            self._params_to_read = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
 
     def see(self, pixel_values: np.ndarray | jax.Array) -> Visual:
         """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
@@ -79,7 +93,7 @@ class Answerer:
         state, stop, drawing = self.start(prompts, visual, pictures, max_new_tokens, sampling, streams)
         limit = min(PIECE, max_new_tokens) if until else max_new_tokens
         while True:
-            state = self._advance(self.params, state, np.int32(limit), stop, drawing)
+            state = self.advance(state, limit, stop, drawing)
             texts = [self.text(ids) for ids in np.asarray(self._whole(state.output))[: len(prompts), :limit]]
             done = limit == max_new_tokens or bool(self._whole(state.ended).all())
             if done or all(any(end in text for end in until) for text in texts):
@@ -116,10 +130,14 @@ class Answerer:
         if not apart:
             visual = _in_one_row(visual)
         return (
-            self._begin(max_new_tokens, visual is None, self.params, visual, laid_out, stop, drawing, cache),
+            self._begin(max_new_tokens, visual is None, self._params_to_read, visual, laid_out, stop, drawing, cache),
             stop,
             drawing,
         )
+
+    def advance(self, state: Decoding, limit: int, stop: Stop, drawing: Drawing | None) -> Decoding:
+        """Answers of `start` gone on to `limit` tokens, or to their ends; the state given is used up."""
+        return self._advance(self._params_to_read, state, np.int32(limit), stop, drawing)
 
     def pieces(self, state: Decoding, stop: Stop, drawing: Drawing | None, keep) -> Iterator[str]:
         """The text of one answer, as it comes; `keep` is given the state at its end (or where nobody reads on)."""
@@ -128,7 +146,7 @@ class Answerer:
             for count in range(1, length + 1):
                 following = state
                 if count < length:
-                    following = self._advance(self.params, state, np.int32(count + 1), stop, drawing)
+                    following = self.advance(state, count + 1, stop, drawing)
                 ids = np.asarray(following.output)[0, :count]
                 ended = bool(np.isin(ids, stop.ids).any())
                 state = following

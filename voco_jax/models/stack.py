@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from voco_jax.parallel.sharding import gather_layer
 
@@ -48,12 +49,15 @@ def scan_layers(
 
     `xs` is a pytree with a leading layer axis. Of the layers the first `count` are run (None: all), the last of them
     by the function `last` if there is one. `unroll` makes straight-line code of them: longer to compile, faster for
-    the few small layers of a CPU model. `remat` is 'none' (the backward pass finds every value kept) or a line of
-    `REMAT`. Kernels that are spread over devices are gathered in `dtype`, a layer at a time.
+    the few small layers of a CPU model, and the only way for layers that `part_layers` has parted. `remat` is 'none'
+    (the backward pass finds every value kept) or a line of `REMAT`. Kernels that are spread over devices are gathered
+    in `dtype`, a layer at a time.
     """
     graphdef, stacked = nnx.split(layers)
-    inputs = (nnx.to_pure_dict(stacked), xs)
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    params = nnx.to_pure_dict(stacked)
+    inputs = (params, xs)
+    one = jax.tree.leaves(params, is_leaf=_is_parted)[0]
+    num_layers, unroll = len(one), unroll or _is_parted(one)
     count = num_layers if count is None else count
 
     def remembering(body, in_loop=False):
@@ -67,7 +71,9 @@ def scan_layers(
         return jax.checkpoint(step, policy=policy, prevent_cse=not in_loop)
 
     def at(index: int):
-        return jax.tree.map(lambda leaf: leaf[index], inputs)
+        return jax.tree.map(lambda leaf: leaf[index], inputs[0], is_leaf=_is_parted), jax.tree.map(
+            lambda x: x[index], xs
+        )
 
     # A layer that differs stands after the loop. A conditional inside would cost more than it saves: its weights'
     # gradients would be summed over devices by themselves, and again with those of the layer's other uses.
@@ -85,3 +91,20 @@ def scan_layers(
         carry, y = remembering(last)(carry, at(count - 1))
         ys.append(jax.tree.map(lambda leaf: leaf[None], y))
     return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *ys) if ys else None
+
+
+def part_layers(params: Any) -> Any:
+    """Stacked parameters of one CPU as `scan_layers` takes them too: a tuple of the layers' arrays for each leaf.
+
+    They are views, and take no memory. Out of a stack, XLA gets a layer's weights by copying them: decoding, of which a
+    step is little more than one reading of all weights, would take three times as long.
+    """
+
+    def views(stacked: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.device_put(layer, stacked.sharding, may_alias=True) for layer in np.asarray(stacked))
+
+    return jax.tree.map(views, params)
+
+
+def _is_parted(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
