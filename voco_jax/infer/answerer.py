@@ -60,18 +60,18 @@ class Answerer:
 
     @params.setter
     def params(self, params: dict) -> None:
-        self._params = self._params_to_read = params
+        self._params = self._parted = params
         # Shapes alone may be given first, as training does
         if self._is_one_cpu and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
             llama = params["llama"]
-            self._params_to_read = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
+            self._parted = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
 
     def see(self, pixel_values: np.ndarray | jax.Array) -> Visual:
         """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
 
         Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
         """
-        return self._see(self.params, pixel_values)
+        return self._see(self._parted, pixel_values)
 
     def answer(self, questions: Sequence[str], visual: Visual, rows: Sequence[int], max_new_tokens: int) -> list[str]:
         """Answer `questions[i]` about the pictures of row `rows[i]` of what `see` returned."""
@@ -130,14 +130,14 @@ class Answerer:
         if not apart:
             visual = _in_one_row(visual)
         return (
-            self._begin(max_new_tokens, visual is None, self._params_to_read, visual, laid_out, stop, drawing, cache),
+            self._begin(max_new_tokens, visual is None, self._parted, visual, laid_out, stop, drawing, cache),
             stop,
             drawing,
         )
 
     def advance(self, state: Decoding, limit: int, stop: Stop, drawing: Drawing | None) -> Decoding:
         """Answers of `start` gone on to `limit` tokens, or to their ends; the state given is used up."""
-        return self._advance(self._params_to_read, state, np.int32(limit), stop, drawing)
+        return self._advance(self._parted, state, np.int32(limit), stop, drawing)
 
     def pieces(self, state: Decoding, stop: Stop, drawing: Drawing | None, keep) -> Iterator[str]:
         """The text of one answer, as it comes; `keep` is given the state at its end (or where nobody reads on)."""
