@@ -62,7 +62,7 @@ def with_compressor(config: VoCoConfig, compressor: str) -> VoCoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Tokens of a question's prompt: what is kept of the picture, the text after it, and (uncompressed) BOS before it."""
+    """Tokens of a prompt: those kept of the picture, the text after them, and (uncompressed) BOS before them."""
 
     before: int
     kept: int
@@ -208,9 +208,10 @@ def _longest(config: VoCoConfig, holds) -> dict:
     counted there and one further."""
     plain, voco = with_compressor(config, "none"), with_compressor(config, "voco")
 
+    bare = prompts(config, *PROMPTS["no system prompt, short question"])
+
     def pair(text: int) -> tuple[Prompt, Prompt]:
-        template = prompts(config, *PROMPTS["no system prompt, short question"])
-        return tuple(dataclasses.replace(p, text=text + p.text - template[1].text) for p in template)
+        return tuple(dataclasses.replace(p, text=text + p.text - bare[1].text) for p in bare)
 
     def by_formula(text: int) -> bool:
         flops = formula_flops(config, *pair(text))
