@@ -220,17 +220,21 @@ def take_over(model: torch.nn.Module, params: dict) -> dict:
     """Our parameters, in their places, from a model of transformers, by the converter's table."""
     theirs = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     format = recognise(theirs, FORMATS, ("llm", "projector", "vision"))
-    layers: dict[str, list[np.ndarray]] = {}
+    sources: dict[str, list[tuple]] = {}
     for path, rule, layer, shape in layers_of(params):
-        array = rule.transform.to_ours(theirs[format.their_name(rule, layer)], shape)
-        layers.setdefault(path, []).append(array)
+        sources.setdefault(path, []).append((rule, layer, shape))
 
     def place(key_path, leaf):
         path = jax.tree_util.keystr(key_path, simple=True, separator=".")
-        arrays = layers[path]
+        arrays = [
+            rule.transform.to_ours(theirs[format.their_name(rule, layer)], shape)
+            for rule, layer, shape in sources[path]
+        ]
         array = np.stack(arrays) if ".layers." in path else arrays[0]
         # A copy: JAX would share NumPy's memory, and the step gives its buffers up
-        return jax.device_put(np.array(array, order="C").reshape(leaf.shape), leaf.sharding, may_alias=False)
+        return jax.device_put(
+            np.ascontiguousarray(array, leaf.dtype).reshape(leaf.shape), leaf.sharding, may_alias=False
+        )
 
     return jax.tree_util.tree_map_with_path(place, params)
 

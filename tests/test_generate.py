@@ -12,6 +12,7 @@ from tests.test_two_streams import CONFIG, IMAGES, PATCHES, make
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.infer.answerer import Answerer
 from voco_jax.infer.generate import greedy
+from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Memory, Read
 
 NEW = 6
@@ -97,6 +98,28 @@ def test_each_question_is_answered_about_its_own_pictures(answerer):
     assert together[0] != together[3]
     for question, row, answer in zip(questions, [0, 0, 1, 1], together, strict=True):
         assert answerer.answer([question], answerer.see(pixels[row : row + 1]), [0], 8) == [answer]
+
+
+def test_layers_parted_are_views_and_compute_the_same(answerer):
+    """On one CPU the answerer reads each layer where it lies in the stack."""
+    stacked = answerer.params["llama"]["layers"]
+    parted = part_layers(stacked)
+    kernel, layers = stacked["gate_proj"]["kernel"], parted["gate_proj"]["kernel"]
+    assert len(layers) == len(kernel) == 3
+    np.testing.assert_array_equal(np.stack(layers), kernel)
+    if kernel.nbytes // 3 % 64 == 0:  # where XLA's alignment allows
+        addresses = [layer.unsafe_buffer_pointer() - kernel.unsafe_buffer_pointer() for layer in layers]
+        assert addresses == [0, kernel.nbytes // 3, 2 * kernel.nbytes // 3]
+    graphdef, _ = nnx.split(nnx.merge(*make(answerer.config)))
+    inputs = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
+
+    @jax.jit
+    def hidden(params):
+        model = nnx.merge(graphdef, params)
+        return model.extend(*inputs, model.empty_cache(1, 4))[0]
+
+    both = [hidden(answerer.params | {"llama": answerer.params["llama"] | {"layers": x}}) for x in (stacked, parted)]
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-6)
 
 
 def test_text_alone(answerer):
