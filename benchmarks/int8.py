@@ -1,6 +1,6 @@
 """What storing memories in int8 costs: easy-VQA's test questions, answered from memories as they are, and rounded.
 
-    python -m benchmarks.int8 --run runs/easyvqa
+python -m benchmarks.int8 --run runs/easyvqa
 """
 
 import argparse
