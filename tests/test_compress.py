@@ -175,19 +175,25 @@ def test_saved_and_loaded_answers_are_the_same(model, tmp_path):
 
 
 def test_over_devices_memories_are_the_same(run, album, tmp_path):
-    """Two simulated devices, along data and along tensor, against one."""
+    """Two simulated devices, along data and along tensor, against one: memories, answers, conversations."""
     script = f"""
 import jax, numpy as np, voco_jax
 from voco_jax.infer.arguments import mesh_of
 found = []
+
+def said(model, bank):
+    chat = model.chat(bank[0], max_new_tokens=5)
+    return [chat.ask(question) for question in ("what shape is in the image?", "is it red?", "why?")]
+
 for mesh in ("data=2", "tensor=2", "fsdp=2"):
     model = voco_jax.load({str(run)!r}, mesh=mesh_of(mesh))
     bank = model.compress(sorted(map(str, __import__("pathlib").Path({str(album)!r}).iterdir())), batch_size=4)
-    found.append((bank, model.ask_each("what shape is in the image?", bank)))
+    found.append((bank, model.ask_each("what shape is in the image?", bank), said(model, bank)))
 one = voco_jax.load({str(run)!r})
 bank = one.compress([item.source for item in found[0][0].items])
 answers = one.ask_each("what shape is in the image?", bank)
-for other, given in found:
+for other, given, turns in found:
+    assert turns == said(one, bank)
     np.testing.assert_allclose(other.keys, bank.keys, atol=1e-5)
     np.testing.assert_allclose(other.values, bank.values, atol=1e-5)
     assert given == answers and other.model == bank.model

@@ -145,6 +145,7 @@ class Answerer:
         # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
         count = 0 if visual is None else self._images_of_a_row(visual)
         apart = count > 0 and _rows_of(visual) == len(prompts) and cache is None
+        apart = apart and len(prompts) % axis_size(*ROWS) == 0  # else rows are added, as for every later turn
         apart = apart and all(p // count == row for row, of_prompt in enumerate(pictures) for p in of_prompt)
         batch = len(prompts) if apart else self._batch_size(len(prompts))
         order = [*range(len(prompts)), *[0] * (batch - len(prompts))]  # filled up with the first prompt, which ends too
