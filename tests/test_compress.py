@@ -291,3 +291,12 @@ def test_killed_when_the_file_was_just_made(run, model, album, tmp_path, monkeyp
     shutil.copy(out, parts / "000000.voco")
     assert "7 pictures" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
     assert len({item.source for item in model.open(out).items}) == 7 and not parts.exists()
+
+
+def test_what_came_from_python_stays(run, model, album, tmp_path, monkeypatch, capsys):
+    """Pictures that were arrays have no names, and are no less for it when others are added."""
+    out = tmp_path / "album.voco"
+    arrays = model.compress([np.full((8, 8, 3), level, np.uint8) for level in (0, 100, 200)])
+    model.save(arrays, out)
+    assert "10 pictures" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    np.testing.assert_array_equal(model.open(out).keys[:3], arrays.keys)

@@ -1,5 +1,6 @@
 """Memory files: what comes back is what went there, or one clear line."""
 
+import dataclasses
 import json
 import struct
 
@@ -186,6 +187,17 @@ def test_int8_is_near():
         largest = np.abs(exact).max(axis=-1, keepdims=True)
         assert (np.abs(exact - near) <= largest / 254 + 1e-6).all()
     assert same(small.to_int8(), small) and same(small[1] + small[2], small[1:3])
+
+
+def test_what_has_no_names_is_merged_by_what_it_is(tmp_path, monkeypatch, capsys):
+    """Pictures that were arrays, and two recordings of one camera: other memories are other pictures."""
+    for item in (Item(""), Item("camera", time=0.5)):
+        a, b = (dataclasses.replace(make_bank(seed), items=(item,) * 5) for seed in range(2))
+        for name, bank in (("a", a), ("b", b), ("a_again", a[2:4])):
+            save_memory(tmp_path / f"{name}.voco", bank)
+        files = [tmp_path / f"{name}.voco" for name in ("a", "b", "a_again")]
+        assert run_main(memory_command, monkeypatch, capsys, "merge", *files, "--out", tmp_path / "c.voco")[0] == 0
+        assert same(load_memory(tmp_path / "c.voco"), a + b)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

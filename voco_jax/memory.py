@@ -48,8 +48,10 @@ def merge(files: list[MemoryFile], out: Path) -> None:
     """Write one file of several, in their order. UserError where they are not of one model and kind."""
     seen, parts = set(), []
     for file in files:
-        which = [i for i, item in enumerate(file.items) if item not in seen]
-        seen |= set(file.items)
+        # What was no file when it was compressed (an array, a frame of a camera) has no hash: its memory tells it apart
+        known = [item if item.sha256 else (item, sums) for item, sums in zip(file.items, file.checksums(), strict=True)]
+        which = [i for i, one in enumerate(known) if one not in seen]
+        seen |= set(known)
         parts.append((file, which))
     if not seen:
         raise UserError(f"{files[0].file}: expected pictures, found none")

@@ -134,7 +134,9 @@ def _write(out: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "
         which = []
         for i, item in enumerate(file.items):
             key = _key(item)
-            if key in seen:  # the parts of a run that was killed when it had just made the file
+            # The parts of a run that was killed when it had just made the file. In that itself all stay: what came from
+            # Python as arrays has no names to be told apart by
+            if file is not old and key in seen:
                 continue
             if item.source in wanted.keys and key not in wanted.keys[item.source]:
                 outcome.dropped += file is old

@@ -149,6 +149,10 @@ class MemoryFile:
                 )
         return bank
 
+    def checksums(self) -> list[bytes]:
+        """Of each picture's tokens, as they were written."""
+        return [sums.tobytes() for sums in self._arrays()["checksums"]]
+
     def check_model(self, model: str) -> None:
         """UserError where another model's fingerprint stands in the file."""
         if self.model != model:
