@@ -12,6 +12,7 @@ from tests.test_answering import with_random_parameters
 import voco_jax
 from voco_jax.api import Model, Request
 from voco_jax.errors import UserError
+from voco_jax.infer.answerer import Answerer
 from voco_jax.infer.memory import Embeddings
 from voco_jax.run import load_run
 
@@ -109,7 +110,29 @@ def test_a_stream_that_is_left_leaves_the_conversation_whole(model):
     said = next(stream)
     stream.close()
     assert [turn["from"] for turn in chat.turns] == ["human", "gpt"] and chat.turns[1]["value"] == said
+    last = model.answerer().text(chat._pending)  # of what has not been read into the cache
+    assert last and said.endswith(last)
     assert isinstance(chat.ask("what shape?"), str)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_leaves_the_conversation_whole(model, monkeypatch, moment):
+    """Ctrl-C while the first token after a piece is computed, its state being used up: it is Ctrl-C that comes out."""
+    seen = model.see(PICTURES[:1])
+    chat, other = (model.chat(seen, max_new_tokens=9) for _ in range(2))
+    assert chat.ask("is it red?") == other.ask("is it red?")
+    advance = Answerer.advance
+
+    def interrupted(self, *arguments):
+        if moment == "after":
+            advance(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Answerer, "advance", interrupted)
+        chat.ask("what shape?")
+    assert chat.turns == other.turns
+    assert chat.ask("what color?") == other.ask("what color?")
 
 
 def test_memories_of_other_models(model):

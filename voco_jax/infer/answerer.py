@@ -173,16 +173,18 @@ class Answerer:
         return self._advance(self._parted, state, np.int32(limit), stop, drawing)
 
     def pieces(self, state: Decoding, stop: Stop, drawing: Drawing | None, keep) -> Iterator[str]:
-        """The text of one answer, as it comes; `keep` is given the state at its end (or where nobody reads on)."""
-        length, said = state.output.shape[1], ""
+        """The text of one answer, as it comes.
+
+        `keep` is given the state at its end (or where nobody reads on, or it is interrupted) and how many tokens of it
+        have been read: the state is one ahead.
+        """
+        length, said, read = state.output.shape[1], "", 0
         try:
             for count in range(1, length + 1):
-                following = state
                 if count < length:
-                    following = self.advance(state, count + 1, stop, drawing)
-                ids = np.asarray(following.output)[0, :count]
-                ended = bool(np.isin(ids, stop.ids).any())
-                state = following
+                    state = self.advance(state, count + 1, stop, drawing)
+                ids = np.asarray(state.output)[0, :count]
+                ended, read = bool(np.isin(ids, stop.ids).any()), count
                 text = self.text(ids)
                 # Half of a letter is shown as U+FFFD until the rest of it comes
                 if text != said and (not text.endswith("\N{REPLACEMENT CHARACTER}") or ended or count == length):
@@ -191,7 +193,8 @@ class Answerer:
                 if ended:
                     break
         finally:
-            keep(state)
+            if read and not state.output.is_deleted():  # it is where an interruption comes while it is advanced
+                keep(state, read)
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, of its tokens up to the end-of-sequence token."""

@@ -52,8 +52,13 @@ class Chat:
             )
         said = []
         turn = {"from": "human", "value": prompt_text(question, self._seen if not self.turns else None)}
+
+        def keep(state: Decoding, count: int) -> None:
+            self._keep(state, count)
+            self.turns += [turn, {"from": "gpt", "value": "".join(said)}]
+
+        pieces = answerer.pieces(state, stop, drawing, keep)
         try:
-            pieces = answerer.pieces(state, stop, drawing, self._keep)
             while True:
                 with self._model.on_mesh():
                     piece = next(pieces, None)
@@ -63,12 +68,12 @@ class Chat:
                 yield piece
         finally:
             pieces.close()
-            self.turns += [turn, {"from": "gpt", "value": "".join(said)}]
 
-    def _keep(self, state: Decoding) -> None:
+    def _keep(self, state: Decoding, count: int) -> None:
         eos = self._model.run.encoder.ids.eos_token_id
-        ids = np.asarray(state.output)[0, : int(state.count)].tolist()
-        self._cache, self._filled = state.cache, int(np.asarray(state.positions)[0])
+        ids = np.asarray(state.output)[0, :count].tolist()
+        # Places of tokens that nobody has read are written anew
+        self._cache, self._filled = state.cache, int(np.asarray(state.positions)[0]) - (int(state.count) - count)
         # The last one has been chosen and not been read; every answer of training ends with the one that ends it
         self._pending = ids[-1:] if ids[-1] == eos else [*ids[-1:], eos]
 
