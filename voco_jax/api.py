@@ -42,7 +42,7 @@ from voco_jax.errors import UserError
 from voco_jax.infer.answerer import GREEDY, Answerer, Score, bucket
 from voco_jax.infer.chat import Chat
 from voco_jax.infer.generate import Sampling
-from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join
+from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join, of_one_dtype
 from voco_jax.infer.memory_file import load_memory, save_memory
 from voco_jax.infer.watch import Watch
 from voco_jax.models.voco import Memory
@@ -329,7 +329,7 @@ class Model:
                         f"memory of {bank.items[0].source}: expected one of this model ({self.fingerprint}), found "
                         f"{bank.model}"
                     )
-            return join(banks).memory(places), pictures
+            return join(of_one_dtype(banks)).memory(places), pictures
 
 
 def _tokens(*seen: Seen | None) -> int | None:

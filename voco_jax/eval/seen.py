@@ -21,7 +21,7 @@ from voco_jax.api import Model, PictureLike, Seen
 from voco_jax.data.records import BadRecord, Clip
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
-from voco_jax.infer.memory import Embeddings, Item, MemoryBank, join
+from voco_jax.infer.memory import Embeddings, Item, MemoryBank, join, of_one_dtype
 from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
 
 HOST_BYTES = 4 << 30
@@ -190,7 +190,7 @@ class SeenCache:
     def _joined(self, parts: list[Seen], items: tuple[Item, ...]) -> Seen:
         if isinstance(parts[0], Embeddings):
             return Embeddings(np.concatenate([part.features for part in parts]), items)
-        return dataclasses.replace(join(parts), items=items).first_tokens(self._tokens)
+        return dataclasses.replace(join(of_one_dtype(parts)), items=items).first_tokens(self._tokens)
 
 
 class _Directory:

@@ -104,7 +104,7 @@ def compress_to_file(
     old = MemoryFile(out) if out.exists() else None
     with _parts(out) as directory:
         parts = [MemoryFile(file) for file in sorted(directory.glob("*.voco"))]
-        tokens, int8 = _form(model, [old, *parts], tokens, int8)
+        tokens, dtype = _form(model, [old, *parts], tokens, int8)
         have = {_key(item): None for file in [old, *parts] if file is not None for item in file.items}
         wanted = _Wanted(have, sampling or model.frame_sampling(), batch_size)
         outcome = Outcome()
@@ -114,7 +114,7 @@ def compress_to_file(
             for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, say):
                 bank = model.see_pixels(squares, items, batch_size).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
-                save_memory(file, bank.to_int8() if int8 else bank)
+                save_memory(file, bank if dtype is None else bank.astype(dtype))
                 parts.append(MemoryFile(file))
                 outcome.new, number = outcome.new + len(items), number + 1
                 bar.update(len(items))
@@ -242,8 +242,9 @@ def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool) -> tuple[int | None, bool]:
-    """Tokens a picture and whether int8, as the files that are there have it."""
+def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool):
+    """Tokens a picture and dtype, as the files that are there have them, else as asked for (None: as computed)."""
+    dtype = np.dtype(np.int8) if int8 else None
     for file in files:
         if file is None:
             continue
@@ -252,8 +253,8 @@ def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: b
             raise UserError(f"{file.file}: holds {file.num_tokens} tokens a picture, expected the {tokens} asked for")
         if int8 and file.dtype != np.int8:
             raise UserError(f"{file.file}: holds {file.dtype.name}, expected the int8 asked for")
-        tokens, int8 = file.num_tokens, file.dtype == np.int8
-    return tokens, int8
+        tokens, dtype = file.num_tokens, file.dtype
+    return tokens, dtype
 
 
 @contextlib.contextmanager

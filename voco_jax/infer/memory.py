@@ -99,14 +99,23 @@ class MemoryBank:
         rounded, scales = zip(*map(_quantize, (self.keys, self.values)), strict=True)
         return dataclasses.replace(self, keys=rounded[0], values=rounded[1], scales=np.stack(scales))
 
-    def memory(self, places: int | None = None) -> Memory:
-        """For the model: one row of all slots, keys and values [L, 1, places·K, G, H]; zeros after the last picture."""
-        places = len(self) if places is None else places
+    def astype(self, dtype) -> "MemoryBank":
+        """In another dtype; of int8 the numbers that it stands for."""
+        if self.keys.dtype == dtype:
+            return self
+        if dtype == np.int8:
+            return self.to_int8()
         keys, values = self.keys, self.values
         if self.scales is not None:
             keys, values = (x * s[..., None] for x, s in zip((keys, values), self.scales, strict=True))
+        return dataclasses.replace(self, keys=keys.astype(dtype), values=values.astype(dtype), scales=None)
+
+    def memory(self, places: int | None = None) -> Memory:
+        """For the model: one row of all slots, keys and values [L, 1, places·K, G, H]; zeros after the last picture."""
+        places = len(self) if places is None else places
+        bank = self if self.scales is None else self.astype(np.float32)
         room = [(0, places - len(self))] + [(0, 0)] * 4
-        return _as_slots(np.pad(keys, room), np.pad(values, room))
+        return _as_slots(np.pad(bank.keys, room), np.pad(bank.values, room))
 
 
 def from_memory(memory: Memory, num_tokens: int, items: Sequence[Item], model: str) -> MemoryBank:
@@ -136,6 +145,12 @@ def join(banks: Iterable[MemoryBank]) -> MemoryBank:
     )
 
 
+def of_one_dtype(banks: Sequence[MemoryBank]) -> Sequence[MemoryBank]:
+    """To be read together: in float32 where they differ, as one made on a CPU and one on a GPU do, or one in int8."""
+    alike = len({bank.keys.dtype for bank in banks}) == 1
+    return banks if alike else [bank.astype(np.float32) for bank in banks]
+
+
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
     """What a model without VoCo compression keeps of N pictures: their embeddings [N, P, D], on the devices."""
@@ -151,7 +166,7 @@ class Embeddings:
         return len(self) > 0 and all(item.is_frame for item in self.items)
 
     def __getitem__(self, which) -> "Embeddings":
-        which = [which] if isinstance(which, int) else range(len(self))[which] if isinstance(which, slice) else which
+        which = [which] if isinstance(which, int | np.integer) else range(len(self))[which] if isinstance(which, slice) else which
         return Embeddings(self.features[np.asarray(which, np.intp)], tuple(self.items[i] for i in which))
 
 
