@@ -1,5 +1,6 @@
 """`python -m voco_jax.compress` and what reads its files, on real pictures and clips; and really killed."""
 
+import errno
 import os
 from pathlib import Path
 import random
@@ -90,6 +91,26 @@ def test_what_cannot_be_read_is_left_out_and_told(run, album, tmp_path, monkeypa
     status, said, err = command(monkeypatch, capsys, run, "--images", album, "--out", tmp_path / "a.voco")
     assert status == 0 and "7 pictures" in said and "(7 new, 0 known, 2 left out)" in said
     assert "left out: " in err and "aaa.png: not a readable picture" in err and "clip.mp4: expected" in err
+
+
+def test_what_can_no_longer_be_read_keeps_its_memory(run, model, album, tmp_path, monkeypatch, capsys):
+    """Pictures that were compressed and are now cut off, or locked away: told, left out, and not forgotten."""
+    out, names = tmp_path / "a.voco", sorted(album.iterdir())
+    command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    before = out.read_bytes()
+    names[0].write_bytes(names[0].read_bytes()[:40])
+    read_bytes = Path.read_bytes
+
+    def locked(path):
+        if path == names[1]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", locked)
+        status, said, err = command(patch, capsys, run, "--images", album, "--out", out)
+    assert status == 0 and "(0 new, 5 known, 2 left out)" in said and out.read_bytes() == before
+    assert f"left out: {names[0]}: not a readable picture" in err and f"left out: {names[1]}: Permission denied" in err
 
 
 def test_lists_patterns_and_names(tmp_path, album):

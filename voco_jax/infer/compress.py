@@ -101,8 +101,8 @@ def compress_to_file(
     picture that cannot be read; what was done until then is kept.
     """
     model.require_voco()
-    old = MemoryFile(out) if out.exists() else None
     with _parts(out) as directory:
+        old = MemoryFile(out) if out.exists() else None  # in here: no other process makes it any more
         parts = [MemoryFile(file) for file in sorted(directory.glob("*.voco"))]
         tokens, dtype = _form(model, [old, *parts], tokens, int8)
         have = {_key(item): None for file in [old, *parts] if file is not None for item in file.items}
@@ -174,11 +174,15 @@ class _Wanted:
 
     def _picture(self, entry: Entry):
         check_file(entry.path)
-        data = entry.path.read_bytes()
+        try:
+            data = entry.path.read_bytes()
+        except OSError as error:
+            raise BadRecord(MISSING, f"{entry.path}: {error.strerror}") from None
         item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
-        self.keys[item.source] = {_key(item)}
         known = _key(item) in self._have
-        return item, None if known else load_image(Picture(data=data, name=str(entry.path)))
+        image = None if known else load_image(Picture(data=data, name=str(entry.path)))
+        self.keys[item.source] = {_key(item)}  # only now: where it cannot be read the old one is not replaced
+        return item, image
 
     def _frames(self, entry: Entry) -> Iterator:
         clip, source = Clip(file=entry.path), str(entry.path)
