@@ -160,8 +160,10 @@ def test_asking_a_memory(run, model, album, tmp_path, monkeypatch, capsys):
     _, said, _ = about("--tokens", "1", question)
     one = model.ask_each(question, model.open(out, tokens=1))
     assert [line.rsplit(": ")[1] for line in said.splitlines()[1:]] == one
-    status, _, err = about("--picture", "nobody.png", question)
-    assert status == 2 and "has none whose path ends in 'nobody.png'" in err and err.count("\n") == 1
+    for part in ("nobody.png", chosen[0][1:]):  # of a name, not of a path
+        status, _, err = about("--picture", part, question)
+        assert status == 2 and f"has none whose path ends in {part!r}" in err and err.count("\n") == 1
+    assert about("--picture", f"album/{chosen[0]}", question)[1].count("\n") == 2
 
 
 def test_another_model_and_other_forms(run, album, tmp_path, tiny_run, monkeypatch, capsys):

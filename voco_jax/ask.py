@@ -5,7 +5,7 @@ asked about one by one, those that --image names, and a video's frames, together
 """
 
 import argparse
-from pathlib import Path
+from pathlib import Path, PurePath
 import sys
 
 from voco_jax.api import Model, Request, Seen
@@ -108,10 +108,14 @@ def _chosen(file: MemoryFile, names: list[str] | None) -> list[int] | None:
         raise UserError(f"{file.file}: expected pictures, found none")
     if not names:
         return None
+    chosen = []
     for name in names:
-        if not any(item.source.endswith(name) for item in file.items):
+        end = PurePath(name).parts  # "1.png" is not "11.png"
+        places = [i for i, item in enumerate(file.items) if end and PurePath(item.source).parts[-len(end) :] == end]
+        if not places:
             raise UserError(f"--picture: {file.file} has none whose path ends in {name!r}")
-    return [i for name in names for i, item in enumerate(file.items) if item.source.endswith(name)]
+        chosen += places
+    return chosen
 
 
 if __name__ == "__main__":
