@@ -308,6 +308,8 @@ def test_generation_keywords():
     assert read(image_aspect_ratio="pad") == Generation(64)
     assert read(do_sample=True).sampling == Sampling(1.0)
     assert read(temperature=0.2, top_k=3, top_p=0.5, seed=7).sampling == Sampling(0.2, 3, 0.5, 7)
+    assert read_generation({"temperature": 1, "seed": 0}, 64, 5, "pad").sampling.seed == 0
+    assert read_generation({"temperature": 1}, 64, 5, "pad").sampling.seed == 5
     assert read(temperature=0.2, do_sample=False).sampling == Sampling()
     for kwargs, message in (
         ({"num_beams": 5}, "generation_kwargs.num_beams: voco_jax cannot honour it: expected 1, found 5"),

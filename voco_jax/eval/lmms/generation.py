@@ -38,7 +38,8 @@ def read_generation(kwargs: Mapping, max_new_tokens: int, seed: int, aspect_rati
     until = [*_texts(given, "until"), *_texts(given, "stop_sequences")]
     limit = given.pop("max_new_tokens", None)
     do_sample, temperature = given.pop("do_sample", None), given.pop("temperature", None)
-    top_p, top_k, seed = given.pop("top_p", None), given.pop("top_k", None), given.pop("seed", None) or seed
+    top_p, top_k, own_seed = (given.pop(name, None) for name in ("top_p", "top_k", "seed"))
+    seed = seed if own_seed is None else own_seed
     for name, value in given.items():
         allowed = (*_NO_EFFECT.get(name, ()), *((aspect_ratio,) if name == "image_aspect_ratio" else ()))
         if name not in _NO_EFFECT or value not in allowed:
