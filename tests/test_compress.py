@@ -160,10 +160,14 @@ def test_asking_a_memory(run, model, album, tmp_path, monkeypatch, capsys):
     _, said, _ = about("--tokens", "1", question)
     one = model.ask_each(question, model.open(out, tokens=1))
     assert [line.rsplit(": ")[1] for line in said.splitlines()[1:]] == one
-    for part in ("nobody.png", chosen[0][1:]):  # of a name, not of a path
-        status, _, err = about("--picture", part, question)
-        assert status == 2 and f"has none whose path ends in {part!r}" in err and err.count("\n") == 1
-    assert about("--picture", f"album/{chosen[0]}", question)[1].count("\n") == 2
+    status, _, err = about("--picture", "nobody.png", question)
+    assert status == 2 and "has none whose path ends in 'nobody.png'" in err and err.count("\n") == 1
+    sources = [item.source for item in bank.items]
+    assert sum(source.endswith("0.png") for source in sources) > 1
+    for name in ("0.png", "album/0.png"):  # not 10.png
+        assert [line.split(":")[0] for line in about("--picture", name, question)[1].splitlines()[1:]] == [
+            f"  {source}" for source in sources if source.endswith("/0.png")
+        ]
 
 
 def test_another_model_and_other_forms(run, album, tmp_path, tiny_run, monkeypatch, capsys):

@@ -166,7 +166,7 @@ class Embeddings:
         return len(self) > 0 and all(item.is_frame for item in self.items)
 
     def __getitem__(self, which) -> "Embeddings":
-        which = [which] if isinstance(which, int | np.integer) else range(len(self))[which] if isinstance(which, slice) else which
+        which = [which] if isinstance(which, int) else range(len(self))[which] if isinstance(which, slice) else which
         return Embeddings(self.features[np.asarray(which, np.intp)], tuple(self.items[i] for i in which))
 
 
