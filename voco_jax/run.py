@@ -8,6 +8,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -48,8 +49,8 @@ def load_run(
 ) -> Run:
     """Restore a checkpoint of a run, to be used: the newest, that of a `step`, or the 'best' (lowest evaluation loss).
 
-    UserError says what is missing or does not fit. Kernels and embeddings are in the dtype of the computation; over a
-    `mesh` they are spread as in training, else on one device.
+    UserError says what is missing or does not fit. Kernels and embeddings are in the dtype of the computation, or in a
+    smaller one that they are stored in; over a `mesh` they are spread as in training, else on one device.
 
     `compressor='voco'` runs a model that was trained uncompressed (with VoCo tokens in its text) as two streams: the
     paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
@@ -86,11 +87,13 @@ def load_run(
 
 
 def _for_use(params, dtype: str):
-    """Parameters' shapes with the dtype that they are used in: matrices are rounded to it anyway, norms are not."""
+    """Parameters' shapes with the dtype that they are used in, where that is the smaller one: matrices are rounded to
+    it anyway, norms are not."""
 
     def wanted(path, x):
         is_matrix = getattr(path[-1], "key", None) in ("kernel", "embedding")
-        return jax.ShapeDtypeStruct(x.shape, dtype if is_matrix else x.dtype)
+        rounded = is_matrix and jnp.dtype(dtype).itemsize < x.dtype.itemsize
+        return jax.ShapeDtypeStruct(x.shape, dtype if rounded else x.dtype)
 
     return jax.tree_util.tree_map_with_path(wanted, params)
 
