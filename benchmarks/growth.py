@@ -62,6 +62,10 @@ def main() -> None:
 def measure(config: VoCoConfig, counts, rounds: int) -> dict:
     growth = Growth(config)
     result = {"machine": machine(), "load_before": others(), "rounds": rounds}
+    c = config.llama
+    result["model"] = (
+        f"{c.num_hidden_layers} layers of {c.hidden_size}, {config.dtype}, {jax.default_backend().upper()}"
+    )
     result |= {"context": config.llama.max_position_embeddings, "compress_s_a_picture": growth.seconds_a_picture}
     points = []
     for count in counts:
@@ -71,7 +75,7 @@ def measure(config: VoCoConfig, counts, rounds: int) -> dict:
                 continue
             tokens, kept, ask = prepared
             ask()  # compiles
-            seconds = statistics.median(timed(ask) for _ in range(rounds))
+            seconds = float(f"{statistics.median(timed(ask) for _ in range(rounds)):.4g}")
             points.append({"way": name, "pictures": count, "tokens": tokens, "bytes": kept, "first_token_s": seconds})
             print(f"{name}: {count} pictures, {tokens} tokens, {kept / 1e6:.1f} MB, {seconds:.3f} s", flush=True)
     real = kept_bytes(REAL)
@@ -204,7 +208,18 @@ def draw(figures: dict, file: Path) -> None:
         f"uncompressed stops:\n{most} pictures fill\n{context:,} places", (most, 0.97), xytext=(6, 0),
         xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=9, color="#555555",
     )  # fmt: skip
+    last = figures["points"][-1]
+    axes[0].annotate(
+        f"{last['tokens']:,} places", (last["pictures"], last["first_token_s"]), xytext=(-8, 2),
+        textcoords="offset points", ha="right", fontsize=9, color="#555555",
+    )  # fmt: skip
     axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    real = {name: nbytes / 1e6 for name, nbytes in figures["bytes_a_picture_of_7b"].items()}
+    axes[1].set_title(
+        f"(7B in bfloat16: {real['VoCo']:.2f} MB a picture, uncompressed {real['uncompressed']:.0f})",
+        fontsize=9, color="#555555", loc="left",
+    )  # fmt: skip
+    axes[0].set_title(figures["model"], fontsize=9, color="#555555", loc="left")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
