@@ -84,6 +84,7 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
         (["--image", "{picture}", "--mesh", "tensor=x", "what?"], "--mesh: expected data=N, fsdp=N, frame=N, tensor=N"),
         (["--memory", __file__, "what?"], "test_command_lines.py: not a memory file"),
         (["--picture", "a.png", "what?"], "--picture: expected a --memory that holds it"),
+        (["--image", "{picture}", "--frames", "4", "what?"], "--frames: expected a --video to take frames of"),
         (["--each", "what?"], "--each: expected pictures, found none"),
         (["--image", "{picture}", "what? " * 5000], "question: expected at most "),
         (["--image", "{picture}", "what </s> is it?"], "contains the special token '</s>'"),

@@ -66,6 +66,9 @@ def check_seen(args: argparse.Namespace) -> None:
     given = [name for name in ("image", "video", "memory") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]}, --{given[1]}: expected one of them, found both")
+    for name, value in (("frames", args.frames), ("fps", args.fps)):
+        if value is not None and not args.video:
+            raise UserError(f"--{name}: expected a --video to take frames of, found none")
     for file in (*args.image, *([args.video] if args.video else [])):
         check_file(Path(file))
     if args.memory:
