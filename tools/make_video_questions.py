@@ -50,7 +50,7 @@ LEAST_WAY = 24  # pixels that a moving shape goes at least
 
 
 class Shape(NamedTuple):
-    """One of easy-VQA's pictures, cut out: `pixels` uint8 [height, width, 3] that hold the shape, and where they were."""
+    """One of easy-VQA's pictures, cut out: `pixels` uint8 [height, width, 3] hold the shape, and were `at` a place."""
 
     shape: str
     color: str
