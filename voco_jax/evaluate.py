@@ -1,39 +1,72 @@
 """`python -m voco_jax.evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at.
 
+Of several sources in the run's config.data.test each has a table and files of its own: easyvqa results.json and
+answers.png; video_qa results.NAME.json, kinds.NAME.png (accuracy by kind) and strip.NAME.png (clips with answers).
+
 With --questions FILE.jsonl --images DIR --answers OUT.jsonl: the answers to LLaVA's question files, as its own scripts
 write them. Started again, it goes on where it stopped.
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+import functools
 import json
+from pathlib import Path
+from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
+from voco_jax.api import Model
 from voco_jax.data.records import Record
-from voco_jax.data.sources import easyvqa
+from voco_jax.data.sources import easyvqa, open_sources
+from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval import question_files
 from voco_jax.eval.answering import answer_all, question_of
+from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
+from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
 from voco_jax.eval.pictures import draw_answers
-from voco_jax.eval.scoring import accuracy_by_kind, table
+from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.infer.arguments import add_model_arguments
 from voco_jax.models.voco import COMPRESSORS
 from voco_jax.run import Run, load_run
 from voco_jax.storage import files_for
 
+SCORED = ("easyvqa", "video_qa")  # kinds of sources
 
-def evaluate(run: Run, max_records: int | None = None) -> dict:
-    """Score a run on its test set; returns what `results.json` says, with the answers under 'answers'."""
-    answers = answer_all(run, _easyvqa(run, "test")[:max_records])
-    guesser = easyvqa.Guesser(
-        [(question_of(turns), turns[1]["value"]) for record in _easyvqa(run, "train") for turns in record.conversations]
-    )
-    columns = {
-        "this run": accuracy_by_kind(answers, easyvqa.question_kind),
-        "guess from the question": accuracy_by_kind(
-            answers, easyvqa.question_kind, (guesser(a.question) for a in answers)
-        ),
-        "most frequent answer": accuracy_by_kind(answers, easyvqa.question_kind, (guesser.majority for _ in answers)),
-    }
-    right, total = columns["this run"]["overall"]
+
+class Scored(NamedTuple):
+    """What is known of a source: `results` for its JSON file, `notes` for below its table, and what draws its pictures,
+    by the name of the file (without ending)."""
+
+    results: dict
+    notes: list[str]
+    pictures: dict[str, Callable[[Path], None]]
+
+
+def evaluate(run: Run, max_records: int | None = None, name: str | None = None) -> dict:
+    """Score a run on an easyvqa source of config.data.test, by its name (None: the only one); returns what
+    `results.json` says, with the answers under 'answers'.
+
+    Guesses are from the easyvqa sources that it was trained on; without one there are none.
+    """
+    names = _names(run, "test", "easyvqa") if name is None else [name]
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise UserError(f"{run.directory}: config.data.test: expected one easyvqa source, found {found}")
+    answers = answer_all(run, _load(run, "test", names)[:max_records])
+    known = [
+        (question_of(turns), turns[1]["value"])
+        for record in _load(run, "train", _names(run, "train", "easyvqa"))
+        for turns in record.conversations
+    ]
+    columns = {THIS_RUN: accuracy_by_kind(answers, easyvqa.question_kind)}
+    if known:
+        guesser = easyvqa.Guesser(known)
+        for column, guess in ((GUESS, guesser), ("most frequent answer", lambda question: guesser.majority)):
+            guesses = [guess(answer.question) for answer in answers]
+            columns[column] = accuracy_by_kind(answers, easyvqa.question_kind, guesses)
+    right, total = columns[THIS_RUN][OVERALL]
     return {
         "step": run.step,
         "compressor": run.config.model.compressor,
@@ -43,12 +76,54 @@ def evaluate(run: Run, max_records: int | None = None) -> dict:
     }
 
 
-def _easyvqa(run: Run, key: str) -> list[Record]:
-    found = list(run.config.data[key].values())
-    if [source.kind for source in found] != ["easyvqa"]:
-        kinds = ", ".join(source.kind for source in found) or "none"
-        raise UserError(f"{run.directory}: config.data.{key}: only easyvqa can be scored; found {kinds}")
-    return easyvqa.load(found[0].split)
+def score_sources(run: Run, max_records: int | None = None, baselines: bool = False) -> Iterator[tuple[str, Scored]]:
+    """Every source of the run's config.data.test by its name, in turn. UserError for a kind that cannot be scored, and
+    for files that are not there, before the first is."""
+    by_name = run.config.data.test
+    if not by_name or any(keys.kind not in SCORED for keys in by_name.values()):
+        kinds = ", ".join(keys.kind for keys in by_name.values()) or "none"
+        raise UserError(f"{run.directory}: config.data.test: only {' and '.join(SCORED)} can be scored; found {kinds}")
+    clips = _open_clips(run, "test")
+    if baselines and not clips:
+        raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
+    known = training_answers(_open_clips(run, "train").values()) if baselines else []
+    guesser = easyvqa.Guesser(known) if known else None
+    model = Model(run) if clips else None
+    for name in sorted(by_name):
+        if name not in clips:
+            results = evaluate(run, max_records, name)
+            draw = functools.partial(draw_answers, results.pop("answers"))
+            yield name, Scored(results, [], {"answers": draw})
+            continue
+        results, found, report = score_clips(
+            model, clips[name], name=name, max_clips=max_records, baselines=baselines, guesser=guesser
+        )
+        notes = [line.strip() for line in report.lines("questions")] if report.bad else []
+        if baselines and guesser is None:
+            notes.append(f"{GUESS}: config.data.train has no video_qa source to guess from")
+        right, total = results["counts"][THIS_RUN][OVERALL]
+        title = f"{right:,} of {total:,} questions right about {results['clips']:,} clips, step {run.step:,}"
+        pictures = {
+            "kinds": functools.partial(draw_kinds, results["counts"], title=title),
+            "strip": functools.partial(draw_strip, found, title=title),
+        }
+        yield name, Scored(results, notes, pictures)
+
+
+def _names(run: Run, key: str, kind: str) -> list[str]:
+    return sorted(name for name, keys in run.config.data[key].items() if keys.kind == kind)
+
+
+def _load(run: Run, key: str, names: list[str]) -> list[Record]:
+    return [record for name in names for record in easyvqa.load(run.config.data[key][name].split)]
+
+
+def _open_clips(run: Run, key: str) -> dict[str, VideoQuestionSource]:
+    names = _names(run, key, "video_qa")
+    if not names:
+        return {}
+    found, _ = open_sources(ConfigDict({"data": {key: {name: run.config.data[key][name] for name in names}}}), key)
+    return dict(zip(names, found, strict=True))
 
 
 @one_line_errors
@@ -62,10 +137,14 @@ def main() -> None:
         choices=COMPRESSORS,
         help="run the model as another kind than it was trained as ('voco': lower bound)",
     )
-    parser.add_argument("--max-records", type=int, help="only the first so many pictures of the test split")
+    parser.add_argument("--max-records", type=int, help="only the first so many pictures, or clips, of a test source")
+    parser.add_argument(
+        "--baselines", action="store_true",
+        help="video_qa: also ask with the frames shuffled, one frame, and none; and guess as the training set answers",
+    )  # fmt: skip
     question_files.add_arguments(parser)
     args = parser.parse_args()
-    others = question_files.OPTIONS if args.questions is None else ("compressor", "max_records")
+    others = question_files.OPTIONS if args.questions is None else ("compressor", "max_records", "baselines")
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             with_what = "expected --questions with it" if args.questions is None else "does not go with --questions"
@@ -76,18 +155,23 @@ def main() -> None:
     if args.max_records is not None and args.max_records < 1:
         raise UserError(f"--max-records: expected at least 1, found {args.max_records}")
     run = load_run(args.run, step=args.step, compressor=args.compressor, attention=args.attention)
-    results = evaluate(run, args.max_records)
-    answers = results.pop("answers")
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
-    print(table(results["counts"]))  # first, whatever becomes of the files
-    with files_for(args.run) as directory:
-        temporary = directory / f"results{suffix}.json.new"
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        temporary.rename(directory / f"results{suffix}.json")
-        draw_answers(answers, directory / f"answers{suffix}.png")
-    print(f"written: {args.run}/results{suffix}.json, {args.run}/answers{suffix}.png")
+    several, one_easyvqa = len(run.config.data.test) > 1, len(_names(run, "test", "easyvqa")) == 1
+    for name, scored in score_sources(run, args.max_records, args.baselines):
+        if several:
+            print(f"## {name}\n")
+        print("\n".join([table(scored.results["counts"]), *scored.notes]))  # first, whatever becomes of the files
+        of_source = suffix if one_easyvqa and run.config.data.test[name].kind == "easyvqa" else f".{name}{suffix}"
+        written = [f"results{of_source}.json", *(f"{picture}{of_source}.png" for picture in scored.pictures)]
+        with files_for(args.run) as directory:
+            temporary = directory / f"{written[0]}.new"
+            temporary.write_text(json.dumps(scored.results, indent=2) + "\n")
+            temporary.rename(directory / written[0])
+            for file, draw in zip(written[1:], scored.pictures.values(), strict=True):
+                draw(directory / file)
+        print(f"written: {', '.join(f'{args.run}/{file}' for file in written)}" + ("\n" if several else ""))
 
 
 if __name__ == "__main__":

@@ -76,5 +76,10 @@ def _wrapped(text: str, lines: int) -> str:
     return "\n".join(textwrap.wrap(_printable(text), WIDTH, max_lines=lines, placeholder=" …"))
 
 
+def one_line(text: str, most: int) -> str:
+    """Text of any origin as part of a picture: on one line, of at most about `most` letters."""
+    return textwrap.shorten(_printable(text), most, placeholder=" …")
+
+
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

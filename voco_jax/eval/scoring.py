@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 
+OVERALL = "overall"
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -28,18 +30,29 @@ def accuracy_by_kind(
     questions: Sequence[Answer], kind: Callable[[str], str], answers: Iterable[str] | None = None
 ) -> dict[str, tuple[int, int]]:
     """(right, all) for each kind of question and 'overall', of the answers given or of others in their place."""
+    if answers is not None:
+        questions = [dataclasses.replace(q, given=text) for q, text in zip(questions, answers, strict=True)]
+    return count_by_kind(questions, [kind(question.question) for question in questions])
+
+
+def count_by_kind(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(right, all) for each kind and 'overall', of answers with the kinds of their questions ('': of none)."""
     counts = defaultdict(lambda: [0, 0])
-    given = [answer.given for answer in questions] if answers is None else answers
-    for answer, text in zip(questions, given, strict=True):
-        for key in ("overall", kind(answer.question)):
-            counts[key][0] += dataclasses.replace(answer, given=text).correct
+    for answer, kind in zip(answers, kinds, strict=True):
+        for key in (OVERALL, kind) if kind else (OVERALL,):
+            counts[key][0] += answer.correct
             counts[key][1] += 1
     return {key: (right, total) for key, (right, total) in counts.items()}
 
 
+def by_kind(counts: Iterable[str]) -> list[str]:
+    """The kinds in the order in which they are shown: 'overall' last."""
+    return sorted(counts, key=lambda kind: (kind == OVERALL, kind))
+
+
 def table(columns: dict[str, dict[str, tuple[int, int]]]) -> str:
     """A Markdown table: a row for each kind of question ('overall' last), a column in per cent for each answerer."""
-    kinds = sorted(next(iter(columns.values())), key=lambda kind: (kind == "overall", kind))
+    kinds = by_kind(next(iter(columns.values())))
     lines = ["| questions | number | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
     for kind in kinds:
         shares = [f"{100 * counts[kind][0] / counts[kind][1]:.1f} %" for counts in columns.values()]

@@ -7,7 +7,7 @@ LLaVA (mix665k as published), a row; text-only rows have no `image`, `image` may
         {"from": "gpt", "value": "The bus in the image is white and red."}, …]}
 
 Video questions: `{"video": "clips/a.mp4", "question": "…", "answer": "…"}`, or Video-ChatGPT's `video_id` (without an
-ending), `q` and `a`.
+ending), `q` and `a`. A `kind` of question ("order", "count") is what `voco_jax.evaluate` splits its table by.
 """
 
 from collections.abc import Mapping
@@ -87,6 +87,10 @@ class VideoQuestionSource:
                 raise BadRecord(MISSING, f"{file}: expected a video of this name, ending in {', '.join(VIDEO_ENDINGS)}")
             file = self._videos / self._by_stem[file.name]
         return Record(video=Clip(file), conversations=[question_turns(question, answer, VIDEO)])
+
+    def kind(self, i: int) -> str:
+        """Of a row's question; '' where it has none."""
+        return _first({"kind": "", **_object(self._rows[i])}, "kind")
 
     def where(self, i: int) -> str:
         return f"{self._rows.file.name}[{i}]"
