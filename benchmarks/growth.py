@@ -18,12 +18,9 @@ import time
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks import charts
 from benchmarks.asked_pair import after_picture, memory_bytes, part
 from benchmarks.counted import QUESTION, encoder, kept_bytes, with_compressor
 from benchmarks.machine import machine, others
@@ -43,7 +40,7 @@ CONFIG = VoCoConfig(
 REAL = VoCoConfig(llama=LLAMA["vicuna-7b"], vision=VIT["clip-vit-l-14-336"], dtype="bfloat16", voco_token_id=0)
 COUNTS = (1, 2, 4, 7, 16, 32, 64, 128, 256, 512, 1000)
 MEMORY, READ, KEPT = "VoCo, 1 token a picture", "uncompressed, read with each question", "uncompressed, full cache"
-COLORS = {MEMORY: "#0072b2", READ: "#d55e00", KEPT: "#e69f00"}
+COLORS = {MEMORY: charts.BLUE, READ: charts.RED, KEPT: charts.ORANGE}
 MADE = 8  # pictures
 
 
@@ -185,11 +182,10 @@ def table(figures: dict) -> str:
 
 
 def draw(figures: dict, file: Path) -> None:
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    panels = (("first_token_s", "seconds to the first token", 1), ("bytes", "MB kept of the pictures", 1e-6))
+    figure, axes = charts.panels(2)
+    shown = (("first_token_s", "seconds to the first token", 1), ("bytes", "MB kept of the pictures", 1e-6))
     most, context = figures["most_uncompressed"], figures["context"]
-    for axis, (key, label, factor) in zip(axes, panels, strict=True):
+    for axis, (key, label, factor) in zip(axes, shown, strict=True):
         for name, color in COLORS.items():
             points = [p for p in figures["points"] if p["way"] == name]
             if not points:
@@ -199,29 +195,24 @@ def draw(figures: dict, file: Path) -> None:
             if name != MEMORY:
                 axis.plot(x[-1], y[-1], "x", color=color, markersize=10, markeredgewidth=2)
         axis.axvline(most, color="#999999", linewidth=1, linestyle=":", zorder=0)
-        axis.set(xscale="log", yscale="log", xlabel="pictures in context", ylabel=label)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,g}"))
-        axis.grid(which="major", color="#eeeeee")
-        axis.set_axisbelow(True)
+        charts.log_log(axis, "pictures in context", label)
     axes[0].annotate(
         f"uncompressed stops:\n{most} pictures fill\n{context:,} places", (most, 0.97), xytext=(6, 0),
-        xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=9, color="#555555",
+        xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=9, color=charts.GREY,
     )  # fmt: skip
     last = figures["points"][-1]
     axes[0].annotate(
         f"{last['tokens']:,} places", (last["pictures"], last["first_token_s"]), xytext=(-8, 2),
-        textcoords="offset points", ha="right", fontsize=9, color="#555555",
+        textcoords="offset points", ha="right", fontsize=9, color=charts.GREY,
     )  # fmt: skip
     axes[1].legend(frameon=False, fontsize=9, loc="lower right")
     real = {name: nbytes / 1e6 for name, nbytes in figures["bytes_a_picture_of_7b"].items()}
     axes[1].set_title(
         f"(7B in bfloat16: {real['VoCo']:.2f} MB a picture, uncompressed {real['uncompressed']:.0f})",
-        fontsize=9, color="#555555", loc="left",
+        fontsize=9, color=charts.GREY, loc="left",
     )  # fmt: skip
-    axes[0].set_title(figures["model"], fontsize=9, color="#555555", loc="left")
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    axes[0].set_title(figures["model"], fontsize=9, color=charts.GREY, loc="left")
+    charts.save(figure, file)
 
 
 if __name__ == "__main__":

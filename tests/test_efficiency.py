@@ -1,11 +1,11 @@
-"""`benchmarks/efficiency.py` and `growth.py`: what is counted is right, and the commands run."""
+"""`benchmarks/efficiency.py`, `growth.py`, `long_video.py`: what is counted is right, and the commands run."""
 
 import dataclasses
 import json
 
 import pytest
 
-from benchmarks import counted, efficiency, growth
+from benchmarks import counted, efficiency, growth, long_video
 from benchmarks.asked_pair import SIZES
 from benchmarks.counted import FULL, HIT, MISS, NO_CACHE, WAYS
 
@@ -60,3 +60,21 @@ def test_growth(tmp_path, monkeypatch, capsys):
     assert found[growth.MEMORY, 40] == 40 * found[growth.MEMORY, 1]
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert "| 40 | VoCo" in capsys.readouterr().out
+
+
+def test_long_video(tiny_run, tmp_path, monkeypatch, capsys):
+    """Two processes, over one clip; bytes are those of the slots, exactly."""
+    monkeypatch.setattr(long_video, "SIZE", 64)
+    arguments = ["--run", str(tiny_run), "--out", str(tmp_path / "long"), "--counts", "5", "3", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["long_video", *arguments])
+    long_video.main()
+    figures = json.loads((tmp_path / "long.json").read_text())
+    token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float32
+    assert figures["token_bytes"] == token and figures["uncompressed_tokens_a_frame"] == 64
+    assert [p["frames"] for p in figures["points"]] == [3, 5]
+    for p in figures["points"]:
+        assert p["memory_bytes"] == p["frames"] * token and p["uncompressed_bytes"] == p["frames"] * 64 * token
+        assert p["cache_bytes"] >= p["tokens"] * token and p["peak_bytes"] > 1e8
+        assert p["compress_s"] > 0 and p["first_token_s"] > 0
+    assert (tmp_path / "long.png").stat().st_size > 1000
+    assert "| 5 | " in capsys.readouterr().out

@@ -34,6 +34,7 @@ CASES = {
     "frozen tied embedding, adafactor": (
         (1, 2, 2, 2), TIED, {"optim.name": "adafactor", "train.freeze": ("llama.embed_tokens",)}
     ),
+    "constant memories": ((1, 2, 2, 2), SCANNED, {"train.compress_gradients": False}),
 }  # fmt: skip
 
 

@@ -45,12 +45,17 @@ def kernels(config, *parts: str) -> int:
     return sum(math.prod(x.shape) for name, x in names if name.startswith(parts) and name.endswith("kernel"))
 
 
+def read_forward(config) -> float:
+    """Of the read stream's layers; as `parts_forward`."""
+    attention = 2 * config.llama.num_attention_heads * config.llama.head_dim
+    return TOKENS * (2 * kernels(config, "llama.layers") + config.llama.num_hidden_layers * attention * LENGTH)
+
+
 def parts_forward(config) -> dict[str, float]:
     """Two for each number of a kernel and token, and attention over all visible pairs (half of a causal square)."""
     llama, vision, S = config.llama, config.vision, config.compress_length
     layer = kernels(config, "llama.layers") / llama.num_hidden_layers
     attention = 2 * llama.num_attention_heads * llama.head_dim
-    read = TOKENS * llama.num_hidden_layers * (2 * layer + attention * LENGTH)
     whole = (llama.num_hidden_layers - 1) * (2 * layer + attention * S)
     last = 2 * kernels(config, "llama.layers.k_proj", "llama.layers.v_proj") / llama.num_hidden_layers
     tower = vision.num_hidden_layers * 4 * vision.hidden_size * (PATCHES + 1) ** 2
@@ -58,7 +63,7 @@ def parts_forward(config) -> dict[str, float]:
     return {
         "vision_tower": IMAGES * (tower + 2 * PATCHES * kernels(config, "vision_tower.patch_embedding")),
         "projector": IMAGES * PATCHES * 2 * kernels(config, "projector"),
-        "llama.layers": read + IMAGES * S * (whole + last),
+        "llama.layers": read_forward(config) + IMAGES * S * (whole + last),
         "llama.lm_head": TOKENS * 2 * kernels(config, "llama.lm_head"),
     }
 
@@ -79,6 +84,22 @@ def parts_forward(config) -> dict[str, float]:
 def test_a_training_step(freeze, times):
     expected = sum(n * flops for n, flops in zip(times, parts_forward(CONFIG).values(), strict=True))
     assert training_flops(CONFIG, ROWS, LENGTH, IMAGES, freeze) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "backward"),  # passes over the read stream's layers
+    [
+        ((), 2),
+        (("llama.layers",), 1),
+        (("llama.embed_tokens", "llama.layers"), 0),
+    ],  # the VoCo token's row does not train
+)
+def test_constant_memories(freeze, backward):
+    """Images go forward alone, whatever trains."""
+    forward = parts_forward(CONFIG)
+    expected = sum(forward.values()) + backward * read_forward(CONFIG) + 2 * forward["llama.lm_head"]
+    found = training_flops(CONFIG, ROWS, LENGTH, IMAGES, freeze, compress_gradients=False)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_without_voco_tokens_nothing_before_frozen_layers_trains():
@@ -114,12 +135,16 @@ def test_a_tied_head_is_the_embedding():
 
 FROZEN = {"train.freeze": ("vision_tower", "llama")}
 LORA = {"train.freeze": ("vision_tower",), "model.lora.rank": 16}
+CONSTANT = {"train.compress_gradients": False}
 
 
 @pytest.mark.parametrize(
     ("step", "changes"),
-    [("train", {}), ("train", FROZEN), ("train", LORA), ("compress", {}), ("read", {}), ("read", LORA), ("decode", {})],
-)
+    [
+        ("train", {}), ("train", FROZEN), ("train", LORA), ("train", CONSTANT),
+        ("compress", {}), ("read", {}), ("read", LORA), ("decode", {}),
+    ],
+)  # fmt: skip
 def test_programs_hold_the_flops_of_the_formula(step, changes):
     """To a few percent: programs also hold what is left out, and XLA's attention computes the whole square."""
     config = default_config()

@@ -1,4 +1,5 @@
 from fractions import Fraction
+import gc
 import importlib.util
 import io
 import os
@@ -459,3 +460,15 @@ def test_headers_that_claim_odd_things(tmp_path, monkeypatch):
     assert numbers(clip, [1e300, -1e300]) == [59, 0]
     monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
     assert "clip.mkv: expected frames of 3071 pixels at most, found 64 x 48" in bad(clip)
+
+
+def test_frames_go_when_they_were_read(tmp_path):
+    """At once, not when Python next looks for cycles: they are large, and such a look is rare."""
+    clip = write_clip(tmp_path / "clip.mp4", turn=90)
+    gc.collect()
+    gc.disable()
+    try:
+        probe(clip), numbers(clip, [0.1, 1, 2])
+        assert not [kept for kept in gc.get_objects() if isinstance(kept, av.VideoFrame)]
+    finally:
+        gc.enable()

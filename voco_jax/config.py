@@ -109,6 +109,9 @@ def default_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.freeze = ()  # parts that stay as they are, for example ("vision_tower",) or ("llama.layers",)
+    # Whether gradients go through the compress stream. False: images' memories are constants, which the language model
+    # learns to read; vision tower and projector, which act through them alone, are frozen as if `freeze` named them.
+    config.train.compress_gradients = True
     config.train.steps = 1000
     config.train.accumulate = 1  # pieces that a batch is computed in, one after the other, before an update
     config.train.on_bad_step = "stop"  # where the loss is no number, or a spike; or 'skip': no update

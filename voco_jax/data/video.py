@@ -427,8 +427,12 @@ def _pictures(video: _Video, wanted: list[int]) -> dict[int, Image.Image]:
 
 
 def _upright(frame) -> Image.Image:
+    from av.sidedata.sidedata import SideDataContainer
+
     image = frame.to_image(threads=1)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # Not `frame.side_data`, which the frame would keep, and it the frame: both would stay, pixels and all, until Python
+    # looks for cycles, which it rarely does where few objects are made.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return image
     a, b, _, c, d = np.frombuffer(bytes(matrix), "=i4")[:5] / 65536

@@ -64,12 +64,18 @@ def projector_forward(c: VoCoConfig, images: int) -> float:
     return images * c.vision.num_features * 2 * (c.vision.hidden_size * width + width**2)
 
 
-def training_flops(c: VoCoConfig, rows: int, length: int, images: int, freeze: Sequence[str] = ()) -> float:
+def training_flops(
+    c: VoCoConfig, rows: int, length: int, images: int, freeze: Sequence[str] = (), compress_gradients: bool = True
+) -> float:
     """A training step over read rows [rows, length] and images, `freeze` as in `train/freeze.py`.
 
     A frozen part has no gradient of its own parameters; one that nothing before it trains has no backward pass. The
-    VoCo token's row always trains, where there is one.
+    VoCo token's row always trains, where there is one. Without `compress_gradients` images go forward alone.
     """
+    constant = 0.0
+    if not compress_gradients:
+        constant = vision_forward(c.vision, images) + projector_forward(c, images) + compress_forward(c, images)
+        images, freeze = 0, (*freeze, "vision_tower", "projector")
 
     def layers(c: VoCoConfig) -> float:
         read = layers_forward(c.llama, rows * length, length, c.lora)
@@ -85,10 +91,11 @@ def training_flops(c: VoCoConfig, rows: int, length: int, images: int, freeze: S
         (head, head_forward(c.llama, rows * length)),
     )
     freeze = (*freeze, "llama") if c.lora else freeze
-    total, trains = 3 * (layers(c) - base), False  # whether this part or one before it trains: it has a backward pass
+    total = constant + 3 * (layers(c) - base)
+    trains = False  # whether this part or one before it trains: it has a backward pass
     for part, forward in parts:
         frozen = any(f"{part}.".startswith(f"{path}.") for path in freeze)
-        has_row = part == "llama.embed_tokens" and c.compressor in ("voco", "none")
+        has_row = part == "llama.embed_tokens" and c.compressor in ("voco", "none") and compress_gradients
         trains = trains or not frozen or has_row
         total += forward * (1 + trains + (not frozen))
     return total

@@ -138,7 +138,7 @@ class VoCoLlama(nnx.Module):
                 **kwargs,
             )  # fmt: skip
 
-    # ---- The public functions: one for training, three for inference -------------------------------------------
+    # ---- The public functions: for training, and for inference --------------------------------------------------
 
     def __call__(self, read: Read, pixel_values: jax.Array | None) -> jax.Array:
         """Next-token logits [R, T, V] (float32) of read rows and their images [B, I, height, width, 3]."""
@@ -148,6 +148,12 @@ class VoCoLlama(nnx.Module):
         """As `__call__`, before the final norm and the head: [R, T, D]."""
         features = self.encode_images(pixel_values) if pixel_values is not None and pixel_values.shape[1] else None
         return self._hidden(read, features)
+
+    def read(self, read: Read, memory: Memory) -> jax.Array:
+        """As `hidden`, of rows whose images were compressed before, into a memory [L, B, I·K, G, H]."""
+        self._require_voco("read")
+        _, hidden, _ = self._run(None, read, self._read_inputs(read, None), memory=memory)
+        return hidden
 
     def encode_images(self, pixel_values: jax.Array) -> jax.Array:
         """Visual embeddings [B, I, P, D] of pictures [B, I, height, width, 3] (one token with external compressors)."""
@@ -304,11 +310,12 @@ class VoCoLlama(nnx.Module):
         read: Read | None = None,
         read_embeddings: jax.Array | None = None,
         *,
+        memory: Memory | None = None,
         whole_last_layer: bool = False,
     ):
-        """Run the streams that are given through all layers; compress makes the memory that `read` uses.
+        """Run the streams that are given through all layers; compress makes the memory that `read` uses, if not given.
 
-        Returns (compress hidden states [rows, C, D], read hidden states, memory), None where there is nothing.
+        Returns (compress hidden states [rows, C, D], read hidden states, the memory made), None where there is nothing.
         """
         c, adapter = self.config, self.attention
         K, S = c.num_voco_tokens, c.compress_length
@@ -316,34 +323,34 @@ class VoCoLlama(nnx.Module):
         compress_rope = None if rows is None else rope_tables(c.llama, jnp.arange(rows.shape[1]) % S)
         read_rope = None if read is None else rope_tables(c.llama, read.positions)
 
-        def body(layer, carry, _, *, keys_and_values_only=False):
+        def body(layer, carry, kept, *, keys_and_values_only=False):
             compress, x = carry
-            memory = None
+            made = None
             if compress is not None:
                 k, v = layer.project_kv(compress)
-                memory = tuple(segments.slots(m, S, K) for m in (k, v))
+                kept = made = tuple(segments.slots(m, S, K) for m in (k, v))
                 if not keys_and_values_only:
                     q = checkpoint_name(apply_rope(layer.project_q(compress), compress_rope), "query")
                     k, v = checkpoint_name(apply_rope(k, compress_rope), "key"), checkpoint_name(v, "value")
                     compress = constrain(layer.finish(compress, adapter.chunked(q, k, v, S)), IMAGES)
             if x is None:
-                return (compress, x), memory
+                return (compress, x), made
             q = checkpoint_name(apply_rope(layer.project_q(x), read_rope), "query")
             k, v = layer.project_kv(x)
-            if memory is not None:
-                k, v = (fill_visual(text, visual, read.visual) for text, visual in zip((k, v), memory, strict=True))
+            if kept is not None:
+                k, v = (fill_visual(text, visual, read.visual) for text, visual in zip((k, v), kept, strict=True))
             k, v = checkpoint_name(apply_rope(k, read_rope), "key"), checkpoint_name(v, "value")
             x = constrain(layer.finish(x, adapter.causal(q, k, v, read.segment_ids)), ROWS)
-            return (compress, x), memory
+            return (compress, x), made
 
         # Nobody reads what the compress stream's last layer would put out: its K and V are all it is for.
         shorten = compress is not None and not whole_last_layer
-        (compress, x), memory = scan_layers(
-            body, (rows, read_embeddings), self.llama.layers,
+        (compress, x), made = scan_layers(
+            body, (rows, read_embeddings), self.llama.layers, memory,
             last=functools.partial(body, keys_and_values_only=True) if shorten else None,
             dtype=jnp.dtype(c.dtype), unroll=c.unroll_layers, remat=c.remat,
         )  # fmt: skip
-        return compress, x, None if memory is None else Memory(*memory)
+        return compress, x, None if made is None else Memory(*made)
 
 
 class CompressRows(NamedTuple):

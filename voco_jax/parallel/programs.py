@@ -87,11 +87,12 @@ def _train(config: ConfigDict, mesh: Mesh) -> Program:
     function = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate)
     batch = abstract_batch(config)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
-    rows, images = config.data.batch_size * config.data.rows_per_bin, _num_images(config)
+    rows, images, train = config.data.batch_size * config.data.rows_per_bin, _num_images(config), config.train
+    length = config.data.row_length
     return Program(
         function,
         (state.params, state.opt_state, batch),
-        training_flops(model_config, rows, config.data.row_length, images, config.train.freeze),
+        training_flops(model_config, rows, length, images, train.freeze, train.compress_gradients),
         rows * config.data.row_length,
         images,
         images * model_config.compress_length,

@@ -10,6 +10,7 @@ from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 
 EMBEDDING = ("llama", "embed_tokens", "embedding")
+VISION = ("vision_tower", "projector")  # what acts through the compress stream alone
 VOCO_ROW = ("llama", "embed_tokens", "voco_row")  # in the trained tree alone: of a frozen embedding, the VoCo token's
 
 
@@ -18,12 +19,14 @@ class Freezing:
     """What stays as it is: the parts at dotted `paths`, and with `base` the language model but for LoRA's matrices.
 
     Neither touches LoRA's matrices. Where the embedding [V, D] is frozen, its row `voco_token_id` trains all the same
-    (None: no row does), as a parameter [D] of its own; parameters that are whole never show it.
+    (None: no row does), as a parameter [D] of its own; parameters that are whole never show it. Without
+    `compress_gradients` images' memories are constants to the training step, and `paths` name what then has none.
     """
 
     paths: tuple[str, ...] = ()
     voco_token_id: int | None = None
     base: bool = False
+    compress_gradients: bool = True
 
     def split(self, params: dict) -> tuple[dict, dict]:
         """(trained, frozen) of a nested dict of arrays. UserError for a path that is none, or if nothing is left."""
@@ -38,7 +41,8 @@ class Freezing:
         if self.voco_token_id is not None and EMBEDDING in frozen:
             trained[VOCO_ROW] = frozen[EMBEDDING][self.voco_token_id]
         if not trained:
-            raise UserError(f"config.train.freeze: expected something to train, found {', '.join(self.paths)}")
+            why = "" if self.compress_gradients else " (some of it by config.train.compress_gradients=False)"
+            raise UserError(f"config.train.freeze: expected something to train, found {', '.join(self.paths)}{why}")
         return unflatten_dict(trained), unflatten_dict(frozen)
 
     def merge(self, trained: dict, frozen: dict) -> dict:
@@ -60,10 +64,18 @@ class Freezing:
 
 
 def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> Freezing:
-    """What `train.freeze` and LoRA freeze; the VoCo token's row trains in models whose text has VoCo tokens."""
-    has_voco = model_config.compressor in ("voco", "none")
+    """What `train.freeze`, `train.compress_gradients` and LoRA freeze; the VoCo token's row trains in models whose text
+    has VoCo tokens. UserError where there is no compress stream to have gradients or not."""
+    paths, has_voco = tuple(config.train.freeze), model_config.compressor in ("voco", "none")
+    gradients = bool(config.train.compress_gradients)
+    if not gradients:
+        if model_config.compressor != "voco":
+            expected = f"expected True with compressor {model_config.compressor!r}, which has no compress stream"
+            raise UserError(f"config.train.compress_gradients: {expected}; found False")
+        # The read stream takes a slot's keys and values from the memory, so the VoCo token's embedding is none of its
+        paths, has_voco = (*paths, *(part for part in VISION if part not in paths)), False
     voco_token_id = model_config.voco_token_id if has_voco else None
-    return Freezing(tuple(config.train.freeze), voco_token_id, base=model_config.lora is not None)
+    return Freezing(paths, voco_token_id, base=model_config.lora is not None, compress_gradients=gradients)
 
 
 def is_lora(keys: tuple[str, ...]) -> bool:

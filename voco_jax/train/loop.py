@@ -198,9 +198,11 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
 
 def _speed(run: _Setup) -> Speed:
     """What a step costs, padding included, and what the devices could do."""
-    data, shape = run.config.data, run.batches.loader.plan.shape
+    data, train, shape = run.config.data, run.config.train, run.batches.loader.plan.shape
     rows, images = data.batch_size * shape.rows, data.batch_size * shape.images
-    flops = training_flops(run.model_config, rows, shape.row_length, images, run.config.train.freeze)
+    flops = training_flops(
+        run.model_config, rows, shape.row_length, images, train.freeze, train.compress_gradients
+    )  # fmt: skip
     return Speed(flops, peak_flops(run.mesh.devices.flat), run.model_config.compress_length)
 
 

@@ -17,14 +17,26 @@ from voco_jax.train.freeze import Freezing
 from voco_jax.train.guard import global_norm, was_bad
 
 
-def label_loss(graphdef, params, batch: dict, total: jax.Array | None = None) -> jax.Array:
+def label_loss(
+    graphdef, params, batch: dict, total: jax.Array | None = None, *, compress_gradients: bool = True
+) -> jax.Array:
     """Mean cross-entropy (nats) over the labels of a batch (see `data/pipeline.py`), in float32.
 
     `total` is what the sum is divided by: the weights' sum, if not another (of a batch that this one is a piece of).
+    Without `compress_gradients` the images' memories are constants: the loss is the same, and its gradient is that of
+    the read stream alone.
     """
     model = nnx.merge(graphdef, params)
     read = Read(batch["tokens"], batch["positions"], batch["segment_ids"], batch["visual"])
-    hidden = model.llama.norm(model.hidden(read, batch["pixel_values"]))
+    pixels = batch["pixel_values"]
+    if compress_gradients or not pixels.shape[1]:
+        hidden = model.hidden(read, pixels)
+    else:
+        # Of constant parameters, so that nothing is kept for a backward pass; and before the read stream, not beside it
+        # as else, so that of a layer's images nothing but their slots' keys and values lasts.
+        constant = nnx.merge(graphdef, jax.lax.stop_gradient(params))
+        hidden = model.read(read, constant.compress(constant.encode_images(pixels)))
+    hidden = model.llama.norm(hidden)
     head, vocab_size = model.llama.head(), model.config.llama.vocab_size
     loss = label_cross_entropy(hidden, head, batch["targets"], batch["weights"], vocab_size)
     return loss / (total_weight(batch) if total is None else total)
@@ -92,7 +104,8 @@ def make_train_step(
         trained, frozen = freezing.split(params)
 
         def loss_of(trained, batch, total=None):
-            return label_loss(graphdef, freezing.merge(trained, frozen), batch, total)
+            params = freezing.merge(trained, frozen)
+            return label_loss(graphdef, params, batch, total, compress_gradients=freezing.compress_gradients)
 
         loss, gradients = loss_and_gradients(loss_of, trained, batch, accumulate)
         updates, new_state = optimizer.update(gradients, opt_state, trained, value=loss)
