@@ -30,7 +30,9 @@ def get_config():
     config.data.images_per_bin = 8
     config.data.rows_per_bin = 7
 
+    config.optim.learning_rate = 1e-3
+
     config.train.freeze = ("vision_tower",)
-    config.train.steps = 2000
+    config.train.steps = 2600
     config.train.checkpoint_every = 500
     return config

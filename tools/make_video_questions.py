@@ -8,10 +8,10 @@ them) and the clips beside them. A clip lasts 8 seconds and shows one thing a se
 pictures: those of its train split in training clips, those of its test split in test clips. There are four stories:
 
     parade    four shapes, one after the other      order, at second
-    counting  one shape for 4 of the 8 seconds,     count, at second
-              in 1 to 4 goes
-    motion    one shape moves                       direction
-    change    two shapes by turns, of which         becomes, what changes
+    counting  two shapes, for 4 seconds each, in    count, at second
+              1 to 4 goes each
+    motion    one shape moves                       direction, at second
+    change    two shapes by turns, of which         becomes, what changes, at second
               one has another colour from some
               second on
 
@@ -46,7 +46,12 @@ COLORS = {
     (255, 0, 0): "red", (0, 128, 128): "teal", (255, 255, 0): "yellow",
 }  # fmt: skip
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-LEAST_WAY = 24  # pixels that a moving shape goes at least
+LEAST_WAY = 28  # pixels that a moving shape goes at least
+SIDES = (("left", "right"), ("top", "bottom"))
+# How likely two shapes that are shown by turns come how many times each: 1, 2, 3 or 4 are equally likely for both.
+GOES = {(1, 1): 0.15, (2, 2): 0.05, (3, 3): 0.05, (4, 4): 0.15} | {
+    pair: 0.1 for a in (1, 2, 3) for pair in ((a, a + 1), (a + 1, a))
+}
 
 
 class Shape(NamedTuple):
@@ -58,23 +63,32 @@ class Shape(NamedTuple):
     pixels: np.ndarray
     at: tuple[int, int]  # left, top
 
-    @property
-    def name(self) -> str:
-        return f"{self.color} {self.shape}"
+    def moved(self, at: tuple[int, int]) -> "Shape":
+        """The same at another place."""
+        return self._replace(at=at)
 
-    def picture(self, at: tuple[int, int] | None = None, background: tuple[int, int, int] | None = None) -> np.ndarray:
-        """The shape at another place, [SIZE, SIZE, 3]."""
-        (left, top), (height, width, _) = at or self.at, self.pixels.shape
-        picture = np.full((SIZE, SIZE, 3), background or self.background, np.uint8)
+    def picture(self) -> np.ndarray:
+        """[SIZE, SIZE, 3]."""
+        (left, top), (height, width, _) = self.at, self.pixels.shape
+        picture = np.full((SIZE, SIZE, 3), self.background, np.uint8)
         picture[top : top + height, left : left + width] = self.pixels
         return picture
+
+    def side(self, axis: int) -> str | None:
+        """Of the picture, on which its middle is: left or right (axis 0), top or bottom (1); None in the middle."""
+        middle = self.at[axis] + self.pixels.shape[1 - axis] / 2 - SIZE / 2
+        return None if abs(middle) < 4 else SIDES[axis][middle > 0]
 
 
 class Story(NamedTuple):
     """What is shown in each second, and (question, answer, kind) about it."""
 
-    frames: list[np.ndarray]
+    order: list[Shape]
     questions: list[tuple[str, str, str]]
+
+    @property
+    def frames(self) -> list[np.ndarray]:
+        return [shape.picture() for shape in self.order]
 
 
 def load_shapes(split: str) -> list[Shape]:
@@ -105,28 +119,30 @@ def parade(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     chosen = distinct_colors(rng, shapes, 4)
     order = [shape for shape, length in zip(chosen, rng.permutation([1, 2, 2, 3]), strict=True) for _ in range(length)]
     questions = []
-    for word in ("first", "last"):
+    for word in ("first", "last", "first", "last"):
         first, second = sorted(rng.choice(4, 2, replace=False))
         answer = chosen[first if word == "first" else second].color
         a, b = rng.permutation([chosen[first].color, chosen[second].color])
         questions.append((f"what color is {word}, {a} or {b}?", answer, "order"))
-    return Story([s.picture() for s in order], questions + at_second(rng, order, 3) + ever_shown(rng, order, shapes))
+    return Story(order, questions + at_second(rng, order, 2) + ever_shown(rng, order, shapes))
 
 
 def counting(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
-    """One shape for four seconds, in 1 to 4 goes; between them three others, which come once or twice."""
-    chosen, *others = distinct_colors(rng, shapes, 4)
-    goes = int(rng.integers(1, 5))
-    order = [others[i] for i in rng.permutation([0, 1, 2, rng.integers(3)])]
-    gaps = rng.choice(5, goes, replace=False)  # before which of the others, or after the last
-    lengths = np.diff([0, *sorted(rng.choice(np.arange(1, 4), goes - 1, replace=False)), 4])
-    for gap, length in sorted(zip(gaps, lengths, strict=True), reverse=True):
-        order[gap:gap] = [chosen] * length
-    questions = [(f"how many times does {chosen.color} appear?", str(goes), "count")] * 2
-    questions[1] = (f"how many times does the {chosen.shape} appear?", str(goes), "count")
-    if any(other.shape == chosen.shape for other in others):
-        questions.pop()
-    return Story([s.picture() for s in order], questions + at_second(rng, order, 3) + ever_shown(rng, order, shapes))
+    """Two shapes by turns, four seconds of each, in 1 to 4 goes."""
+    pair = two_shapes(rng, shapes)
+    goes = list(GOES)[rng.choice(len(GOES), p=list(GOES.values()))]
+    begins = int(goes[1] > goes[0] or (goes[0] == goes[1] and rng.integers(2)))  # which of the two comes first
+    lengths = [np.diff([0, *sorted(rng.choice(np.arange(1, 4), n - 1, replace=False)), 4]) for n in goes]
+    order = []
+    for turn in range(sum(goes)):
+        which = (begins + turn) % 2
+        order += [pair[which]] * int(lengths[which][turn // 2])
+    questions = [
+        (f"how many times does {name} appear?", str(count), "count")
+        for shape, count in zip(pair, goes, strict=True)
+        for name in (shape.color, f"the {shape.shape}")
+    ]
+    return Story(order, questions + at_second(rng, order, 2) + ever_shown(rng, order, shapes))
 
 
 def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
@@ -140,22 +156,19 @@ def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     end = rng.integers(start + LEAST_WAY, free[axis] + 1)
     places = np.tile(rng.integers(0, free + 1), (SECONDS, 1))
     places[:, axis] = np.linspace(start, end, SECONDS).round()[::sign]
-    frames = [shape.picture(tuple(map(int, place))) for place in places]
+    order = [shape.moved(tuple(map(int, place))) for place in places]
     questions = [
         ("which way does the shape move?", word, "direction"),
         (f"which way does the {shape.shape} move?", word, "direction"),
-        ("what shape is in the video?", shape.shape, "ever shown"),
     ]
-    return Story(frames, questions + ever_shown(rng, [shape] * SECONDS, shapes))
+    return Story(order, questions + at_second(rng, order, 4, [f"side {axis}"]) + ever_shown(rng, order, shapes))
 
 
 def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     """Two shapes by turns, one of which has another colour from some second on."""
-    before, after, other = distinct_colors(rng, shapes, 3)
-    same = [s for s in shapes if s.shape == before.shape and s.color == after.color]
+    before, other = two_shapes(rng, shapes)
+    same = [s for s in shapes if s.shape == before.shape and s.color not in (before.color, other.color)]
     after = same[rng.integers(len(same))]
-    others = [s for s in shapes if s.shape != before.shape and s.color == other.color]
-    other = others[rng.integers(len(others))]
     turns = rng.permutation([True] * 4 + [False] * 4)  # seconds in which the changing one is shown
     changes = int(rng.choice(np.flatnonzero(turns)[1:]))
     order = [(before if i < changes else after) if turn else other for i, turn in enumerate(turns)]
@@ -164,7 +177,7 @@ def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         (f"what color is the {before.shape} at the end?", after.color, "becomes"),
         ("what shape changes color?", before.shape, "what changes"),
     ]
-    return Story([s.picture() for s in order], questions + ever_shown(rng, order, shapes))
+    return Story(order, questions + at_second(rng, order, 2) + ever_shown(rng, order, shapes))
 
 
 STORIES = (parade, counting, motion, change)
@@ -178,23 +191,39 @@ def distinct_colors(rng: np.random.Generator, shapes: Sequence[Shape], count: in
     return chosen
 
 
-def at_second(rng: np.random.Generator, order: Sequence[Shape], count: int) -> list[tuple[str, str, str]]:
-    """Questions about different seconds, of colour and of shape."""
+def two_shapes(rng: np.random.Generator, shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
+    """Of different colours and different shapes."""
+    first = shapes[rng.integers(len(shapes))]
+    others = [s for s in shapes if s.shape != first.shape and s.color != first.color]
+    return first, others[rng.integers(len(others))]
+
+
+def at_second(
+    rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = ("color", "shape", "side 0")
+) -> list[tuple[str, str, str]]:
+    """Questions about different seconds: colour, shape, or the side that it is on (of axis 0 or 1: `SIDES`)."""
     asked = []
-    for second in rng.choice(SECONDS, count, replace=False):
-        what = ("color", "shape")[rng.integers(2)]
-        asked.append((f"what {what} is at second {second}?", getattr(order[second], what), "at second"))
+    for second in rng.permutation(SECONDS):
+        shape, what = order[second], str(rng.choice(whats))
+        if what.startswith("side"):
+            axis = int(what.split()[1])
+            question, answer = f"is it {' or '.join(SIDES[axis])} at second {second}?", shape.side(axis)
+        else:
+            question, answer = f"what {what} is at second {second}?", getattr(shape, what)
+        if answer is not None and len(asked) < count:
+            asked.append((question, answer, "at second"))
     return asked
 
 
 def ever_shown(rng: np.random.Generator, order: Sequence[Shape], shapes: Sequence[Shape]) -> list[tuple[str, str, str]]:
-    """A question with yes and one with no; for no, where it can be, a colour and a shape that are there apart."""
+    """A question, with yes or no; for no, where it can be, about a colour and a shape that are there apart."""
     there = {(s.color, s.shape) for s in order}
     every = sorted({(s.color, s.shape) for s in shapes})
     near = [x for x in every if x[0] in {c for c, _ in there} and x[1] in {s for _, s in there}]
     missing = [x for x in near if x not in there] or [x for x in every if x not in there]
-    yes, no = (sorted(some)[rng.integers(len(some))] for some in (there, missing))
-    return [(f"is there a {' '.join(one)}?", answer, "ever shown") for one, answer in ((yes, "yes"), (no, "no"))]
+    answer = ("yes", "no")[rng.integers(2)]
+    among = sorted(there) if answer == "yes" else missing
+    return [(f"is there a {' '.join(among[rng.integers(len(among))])}?", answer, "ever shown")]
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------
