@@ -63,6 +63,12 @@ def test_answers_are_of_what_is_shown(clips):
                 asked[row["kind"]] += 1
                 if found := re.fullmatch(r"what color is at second (\d)\?", question):
                     assert colors[int(found[1])] == answer, (name, question)
+                elif found := re.fullmatch(r"is it (left|top) or (right|bottom) at second (\d)\?", question):
+                    axis = int(found[1] == "top")
+                    assert found[1 + (place_of(frames[int(found[3])])[axis] > made.SIZE / 2)] == answer, (
+                        name,
+                        question,
+                    )
                 elif found := re.fullmatch(r"what color is (first|last), (\w+) or (\w+)\?", question):
                     shown = [color for color in colors if color in found.groups()]
                     assert shown[0 if found[1] == "first" else -1] == answer, (name, question)
@@ -98,8 +104,7 @@ def test_every_answer_is_as_likely_as_the_others(shapes):
 
 
 def test_frames_in_any_order_do_not_tell(shapes):
-    """A parade backwards is a parade, whose first is last; a motion backwards goes the other way; a count of goes is
-    had with the same number of seconds."""
+    """Every count of goes is had with four seconds; what comes first in a parade comes for as long as what is last."""
     rng = np.random.default_rng(0)
     seconds = set()
     for _ in range(200):
