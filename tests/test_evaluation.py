@@ -175,8 +175,8 @@ def test_the_loss_alone_of_fewer_batches(test_set, tmp_path):
     ("changes", "message"),
     [
         (
-            dict(eval__max_new_tokens=4000),
-            "config.eval.num_answers: no question of config.data.test can be asked: .* and 4000",
+            dict(eval__max_new_tokens=9000),
+            "config.eval.num_answers: no question of config.data.test can be asked: .* and 9000",
         ),
         (
             dict(data__template="plain", data__max_bad_share=1.0),
