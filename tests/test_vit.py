@@ -62,3 +62,22 @@ def test_patches_are_read_row_by_row(params):
 def test_pictures_of_another_size(params):
     with pytest.raises(ValueError, match=r"pixel_values: expected \[..., 8, 8, 3\], found \[1, 8, 12, 3\]"):
         features(params, np.zeros((1, 8, 12, 3), np.float32))
+
+
+def test_positions_of_sines_and_cosines():
+    """Near patches' positions are more alike than those of others; by columns as by rows."""
+    config = ViTConfig(image_size=64, patch_size=8, hidden_size=128, num_attention_heads=2, num_hidden_layers=1)
+    config = dataclasses.replace(config, position_init="sincos")
+    vit = ViT(config, rngs=nnx.Rngs(0))
+    positions = np.asarray(vit.position_embedding[...])
+    assert positions.shape == (65, 128) and not positions[0].any()
+    grid = positions[1:].reshape(8, 8, 128)
+    alike = np.einsum("rcd,d->rc", grid, grid[0, 0])
+    assert (np.diff(alike[:, :6], axis=1) < 0).all() and alike[:, 6:].max() < alike[0, 2]
+    np.testing.assert_allclose(alike, alike.T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"position_init": "sine"}, {"position_init": "sincos", "hidden_size": 66}])
+def test_positions_that_there_are_not(changes):
+    with pytest.raises(ValueError, match="position_init"):
+        ViTConfig(**{"hidden_size": 128, "num_attention_heads": 2} | changes)

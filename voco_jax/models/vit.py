@@ -6,6 +6,7 @@ import einops
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from voco_jax.attention import xla
 from voco_jax.models.linear import Linear, LinearGeneral
@@ -29,6 +30,7 @@ class ViTConfig:
     num_attention_heads: int = 16
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    position_init: str = "normal"  # what position embeddings begin as: CLIP's noise, or 'sincos' (`sincos_positions`)
     select_layer: int = -2
     select_feature: str = "patch"
 
@@ -39,6 +41,10 @@ class ViTConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
             )
+        if self.position_init not in ("normal", "sincos"):
+            raise ValueError(f"position_init must be 'normal' or 'sincos', found {self.position_init!r}")
+        if self.position_init == "sincos" and self.hidden_size % 4:
+            raise ValueError(f"position_init 'sincos' needs a hidden_size in fours, found {self.hidden_size}")
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"select_feature must be 'patch' or 'cls_patch', found {self.select_feature!r}")
         if not -self.num_hidden_layers - 1 <= self.select_layer <= self.num_hidden_layers:
@@ -57,6 +63,20 @@ class ViTConfig:
     def num_active_layers(self) -> int:
         """Layers below the selected hidden state; those above are kept (they belong to the checkpoint) but not run."""
         return self.select_layer % (self.num_hidden_layers + 1)
+
+
+def sincos_positions(config: ViTConfig) -> np.ndarray:
+    """Position embeddings to begin with, float32 [patches + 1, D]: sines and cosines of column and row; class token 0.
+
+    A vision tower from scratch knows from the first step on where a patch is: with the noise that CLIP begins with it
+    may never find out (Beyer et al., Better plain ViT baselines for ImageNet-1k, arXiv:2205.01580).
+    """
+    side = config.image_size // config.patch_size
+    frequencies = float(side) ** -np.linspace(0, 1, config.hidden_size // 4)  # down to one turn for 2π sides
+    row, column = np.divmod(np.arange(side**2), side)
+    angles = np.concatenate([np.outer(column, frequencies), np.outer(row, frequencies)], axis=1)
+    patches = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.concatenate([np.zeros((1, config.hidden_size)), patches]).astype(np.float32)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -107,7 +127,10 @@ class ViT(nnx.Module):
         # A convolution whose stride is its size is one matrix product on flattened patches (row, column, channel).
         self.patch_embedding = Linear(3 * c.patch_size**2, c.hidden_size, use_bias=False, kernel_init=init, **kwargs)
         self.class_embedding = nnx.Param(init(rngs.params(), (c.hidden_size,), param_dtype))
-        self.position_embedding = nnx.Param(init(rngs.params(), (c.num_patches + 1, c.hidden_size), param_dtype))
+        positions = init(rngs.params(), (c.num_patches + 1, c.hidden_size), param_dtype)
+        if c.position_init == "sincos":
+            positions = jnp.asarray(sincos_positions(c), param_dtype)
+        self.position_embedding = nnx.Param(positions)
         self.pre_layernorm = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, **kwargs)
         self.layers = stack_layers(
             lambda rngs: ViTLayer(c, dtype=dtype, param_dtype=param_dtype, rngs=rngs), c.num_hidden_layers, rngs
