@@ -17,8 +17,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 DIMENSIONS = {
     "model.llama.hidden_size": 64,
     "model.llama.intermediate_size": 128,
-    "model.llama.head_dim": 32,
     "model.llama.num_hidden_layers": 3,
+    "model.llama.num_attention_heads": 2,
+    "model.llama.num_key_value_heads": 2,
+    "tokenizer.source": "train",
     "model.llama.initializer_range": 0.125,
     "model.vision.hidden_size": 32,
     "model.vision.intermediate_size": 64,
@@ -70,14 +72,15 @@ def trained(name: str, changes: dict, clips: Path) -> Path:
     config = parse_command_line(["train", *arguments])
     images = Path(easyvqa.load("test")[0].images[0].file).parent
     with config.unlocked():
-        config.data.train.easyvqa = source("llava", file=str(clips / "pictures.json"), images=str(images))
+        for pictures in ("easyvqa", "places"):
+            config.data.train[pictures] = source("llava", file=str(clips / "pictures.json"), images=str(images))
     return train(config)
 
 
 @pytest.fixture(scope="module")
 def image_run(clips, tmp_path_factory) -> Path:
     workdir = {"workdir": tmp_path_factory.mktemp("runs") / "images"}
-    return trained("easyvqa", DIMENSIONS | CHANGES | IMAGES | workdir, clips)
+    return trained("video_demo_images", DIMENSIONS | CHANGES | IMAGES | workdir, clips)
 
 
 @pytest.fixture(scope="module")

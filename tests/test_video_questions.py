@@ -1,6 +1,7 @@
 """tools/make_video_questions.py: what it writes is an mp4 like anyone's, and answers are of what the clips show."""
 
 from collections import Counter, defaultdict
+import itertools
 import json
 from pathlib import Path
 import re
@@ -8,21 +9,24 @@ import subprocess
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from tools import make_video_questions as made
 from voco_jax.data.records import Clip
-from voco_jax.data.sources.llava import VideoQuestionSource
+from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
+from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 
 TOOL = Path(made.__file__)
+AMOUNT = ("--train", "12", "--test", "8", "--pictures", "30")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
     """Twelve training clips and eight test clips."""
     out = tmp_path_factory.mktemp("clips") / "shape_clips"
-    subprocess.run([sys.executable, TOOL, out, "--train", "12", "--test", "8"], check=True, capture_output=True)
+    subprocess.run([sys.executable, TOOL, out, *AMOUNT], check=True, capture_output=True)
     return out
 
 
@@ -45,44 +49,100 @@ def place_of(frame) -> np.ndarray:
     return np.argwhere(inside).mean(axis=0)[::-1]
 
 
+def side_of(frame, names) -> str:
+    return names[int(place_of(frame)[made.SIDES.index(names)] > made.SIZE / 2)]
+
+
+class Seen:
+    """What the frames of a clip show."""
+
+    def __init__(self, frames):
+        self.frames, self.colors = frames, [color_of(frame) for frame in frames]
+        self.changes = [a != b for a, b in itertools.pairwise(self.colors)]
+        self.runs = [color for color, _ in itertools.groupby(self.colors)]
+        self.way = place_of(frames[-1]) - place_of(frames[0])
+
+    def sides(self, answers, *names) -> bool:
+        """Where a shape is in the middle, either is right."""
+        axis = made.SIDES.index(names)
+        sure = [abs(place_of(frame)[axis] - made.SIZE / 2) > 2 for frame in self.frames]
+        found = [side_of(frame, names) for frame in self.frames]
+        return [a for a, s in zip(answers, sure, strict=True) if s] == [
+            a for a, s in zip(found, sure, strict=True) if s
+        ]
+
+
+# By question, whether an answer is right
+ANSWERS = {
+    r"what color is at second (\d)\?": lambda seen, a, s: seen.colors[int(s)] == a,
+    r"what color is in each second\?": lambda seen, a: seen.colors == a.split(),
+    r"is it (left|top) or (right|bottom) at second (\d)\?": lambda seen, a, x, y, s: (
+        side_of(seen.frames[int(s)], (x, y)) == a
+    ),
+    r"is it (left|top) or (right|bottom) in each second\?": lambda seen, a, x, y: seen.sides(a.split(), x, y),
+    r"does the color change at second (\d)\?": lambda seen, a, s: seen.changes[int(s) - 1] == (a == "yes"),
+    r"how many times does the color change\?": lambda seen, a: sum(seen.changes) == int(a),
+    r"what colors come one after the other\?": lambda seen, a: seen.runs == a.split(),
+    r"what color comes after (\w+)\?": lambda seen, a, c: seen.runs[seen.runs.index(c) + 1] == a,
+    r"what color is first, (\w+) or (\w+)\?": lambda seen, a, c, d: min(c, d, key=seen.runs.index) == a,
+    r"what color is last, (\w+) or (\w+)\?": lambda seen, a, c, d: max(c, d, key=seen.runs.index) == a,
+    r"how many times does (\w+) appear\?": lambda seen, a, c: seen.runs.count(c) == int(a),
+    r"which way does the \w+ move\?": lambda seen, a: np.dot(seen.way, made.DIRECTIONS[a]) > made.LEAST_WAY - 4,
+    r"what color is the \w+ at the (?:start|end)\?": lambda seen, a: a in seen.colors,
+    r"is there a (\w+) \w+\?": lambda seen, a, c: a == "no" or c in seen.colors,
+    r"what shape is at second \d\?": lambda seen, a: a in made.SHAPES,
+    r"how many times does the \w+ appear\?": lambda seen, a: int(a) in (seen.runs.count(c) for c in seen.runs),
+    r"what shape changes color\?": lambda seen, a: a in made.SHAPES,
+}
+
+
 def test_answers_are_of_what_is_shown(clips):
     """Every question about colours, seconds and ways is answered again, from the frames that the pipeline reads."""
-    asked = Counter()
+    asked, kinds = set(), defaultdict(set)
     for split in ("train", "test"):
         by_clip = defaultdict(list)
         for row in json.loads((clips / f"{split}.json").read_text()):
-            by_clip[row["video"]].append(row)
-        for name, rows in by_clip.items():
+            by_clip[row["video"]].append((row["question"], row["answer"]))
+            kinds[split].add(row["kind"])
+        for name, of_clip in by_clip.items():
             clip = Clip(clips / "clips" / name)
             info = probe(clip)
             assert (info.duration, info.num_frames) == (made.SECONDS, made.SECONDS * made.RATE)
             frames = read_frames(clip, sample_times(info, FrameSampling(made.SECONDS)))
-            colors = [color_of(frame) for frame in frames]
-            for row in rows:
-                question, answer = row["question"], row["answer"]
-                asked[row["kind"]] += 1
-                if found := re.fullmatch(r"what color is at second (\d)\?", question):
-                    assert colors[int(found[1])] == answer, (name, question)
-                elif found := re.fullmatch(r"is it (left|top) or (right|bottom) at second (\d)\?", question):
-                    axis = int(found[1] == "top")
-                    assert found[1 + (place_of(frames[int(found[3])])[axis] > made.SIZE / 2)] == answer, (
-                        name,
-                        question,
-                    )
-                elif found := re.fullmatch(r"what color is (first|last), (\w+) or (\w+)\?", question):
-                    shown = [color for color in colors if color in found.groups()]
-                    assert shown[0 if found[1] == "first" else -1] == answer, (name, question)
-                elif found := re.fullmatch(r"how many times does (\w+) appear\?", question):
-                    begins = [a == found[1] != b for a, b in zip(colors, [None, *colors], strict=False)]
-                    assert sum(begins) == int(answer), (name, question)
-                elif row["kind"] == "direction":
-                    way = place_of(frames[-1]) - place_of(frames[0])
-                    assert np.dot(way, made.DIRECTIONS[answer]) > made.LEAST_WAY - 4, (name, question)
-                elif found := re.fullmatch(r"what color is the (\w+) at the (start|end)\?", question):
-                    assert answer in colors
-                elif found := re.fullmatch(r"is there a (\w+) (\w+)\?", question):
-                    assert answer == "no" or found[1] in colors
-    assert set(asked) == {*made.TEMPORAL, "ever shown", "what changes"}
+            seen = Seen(frames)
+            for question, answer in of_clip:
+                [(pattern, match)] = [(p, m) for p in ANSWERS if (m := re.fullmatch(p, question))]
+                assert ANSWERS[pattern](seen, answer, *match.groups()), (name, question, answer)
+                asked.add(pattern)
+    assert asked == set(ANSWERS)
+    assert kinds["test"] == {*made.TEMPORAL, "ever shown", "what changes"} and kinds["train"] == {
+        *kinds["test"],
+        "lesson",
+    }
+
+
+def test_answers_are_of_what_is_where(clips):
+    rows = json.loads((clips / "pictures.json").read_text())
+    asked = Counter()
+    for row in rows:
+        picture = Image.open(clips / "pictures" / row["image"])
+        texts = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            asked[question] += 1
+            if found := re.fullmatch(r"is it (left|top) or (right|bottom)\?", question):
+                assert side_of(picture, found.groups()) == answer, row
+            elif question == "what color is the shape?":
+                assert color_of(picture) == answer, row
+    assert len(rows) == 30 and len(asked) == 4 and min(asked.values()) > 5
+
+
+def test_a_tokenizer_of_its_words(clips):
+    """Every word of a question is a token; a time stamp is five."""
+    tokenizer = load_tokenizer(clips / "tokenizer")
+    question = "does the color change at second 4?"
+    assert len(tokenizer(f" {question}", add_special_tokens=False).input_ids) == 8
+    assert len(tokenizer(" 00:01.5", add_special_tokens=False).input_ids) == 5
+    assert tokenizer.decode(tokenizer(question, add_special_tokens=False).input_ids) == question
 
 
 def test_every_answer_is_as_likely_as_the_others(shapes):
@@ -119,7 +179,7 @@ def test_frames_in_any_order_do_not_tell(shapes):
 
 
 def test_the_same_with_any_number_of_processes(clips, tmp_path):
-    command = [sys.executable, TOOL, tmp_path / "again", "--train", "12", "--test", "8", "--workers", "1"]
+    command = [sys.executable, TOOL, tmp_path / "again", *AMOUNT, "--workers", "1"]
     subprocess.run(command, check=True, capture_output=True)
     for file in sorted(clips.rglob("*.*")):
         assert file.read_bytes() == (tmp_path / "again" / file.relative_to(clips)).read_bytes(), file
@@ -128,8 +188,11 @@ def test_the_same_with_any_number_of_processes(clips, tmp_path):
     assert refused.stderr.endswith("again: expected a directory that is not there yet\n")
 
 
-def test_a_source_of_it(clips):
-    source = VideoQuestionSource(str(clips / "train.json"), str(clips / "clips"))
-    record = source[0]
-    assert record.video.file == clips / "clips" / "train_00000.mp4"
-    assert record.conversations[0][0]["value"].startswith("<video>\nwhat color is first, ")
+def test_sources_of_it(clips):
+    asked = VideoQuestionSource(str(clips / "train.json"), str(clips / "clips"))
+    assert asked[0].video.file == clips / "clips" / "train_00000.mp4" and asked.kind(0) == "order"
+    told = LlavaSource(str(clips / "pictures.json"), str(clips / "pictures"))
+    assert told[0].images[0].file == clips / "pictures" / "00000.png"
+    for record, marker in ((asked[0], "<video>"), (told[0], "<image>")):
+        texts = [turn["value"] for turn in record.conversations[0]]
+        assert texts[0].startswith(f"{marker}\n") and not any(marker in text for text in texts[1:])

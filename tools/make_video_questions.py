@@ -3,9 +3,17 @@
 
     python tools/make_video_questions.py data/shape_clips
 
-Writes OUT/train.json and OUT/test.json (video, question, answer, kind: `--config.data.train.NAME.kind=video_qa` reads
-them) and the clips beside them. A clip lasts 8 seconds and shows one thing a second. Shapes are cut out of easy-VQA's
-pictures: those of its train split in training clips, those of its test split in test clips. There are four stories:
+A clip lasts 8 seconds and shows one thing a second. Shapes are cut out of easy-VQA's pictures: those of its train split
+in training clips, those of its test split in test clips. Written are
+
+    OUT/clips          the clips of both
+    OUT/train.json     questions about them, one a row: video, question, answer, kind (`video_qa` is such a source's
+    OUT/test.json      kind)
+    OUT/pictures       conversations about what is where in single pictures (`llava`), for the model that the video
+    OUT/pictures.json  stage begins with: easy-VQA never asks where a shape is
+    OUT/tokenizer      of the words of all of these and of easy-VQA
+
+There are four stories:
 
     parade    four shapes, one after the other      order, at second
     counting  two shapes, for 4 seconds each, in    count, at second
@@ -17,7 +25,8 @@ pictures: those of its train split in training clips, those of its test split in
 
 and about each "is there a red circle?" (ever shown). The kinds ever shown and what changes can be answered from the
 frames in any order, to compare; the others (TEMPORAL) cannot: for every clip there is another of the same frames with
-another answer, and every answer to a question is as likely as the others.
+another answer, and every answer to a question is as likely as the others. Training asks more than is tested (`lesson`):
+what is shown in each second, what comes one after the other, how often it changes.
 """
 
 import argparse
@@ -36,6 +45,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.data.sources import easyvqa
+from voco_jax.data.sources.llava import question_turns
+from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
 
 TEMPORAL = ("order", "at second", "count", "direction", "becomes")
@@ -48,6 +60,8 @@ COLORS = {
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 LEAST_WAY = 28  # pixels that a moving shape goes at least
 SIDES = (("left", "right"), ("top", "bottom"))
+LESSON = "lesson"  # the kind of what is not tested
+WHATS = ("color", "shape", "side 0", "side 1")  # what is asked of a second
 # How likely two shapes that are shown by turns come how many times each: 1, 2, 3 or 4 are equally likely for both.
 GOES = {(1, 1): 0.15, (2, 2): 0.05, (3, 3): 0.05, (4, 4): 0.15} | {
     pair: 0.1 for a in (1, 2, 3) for pair in ((a, a + 1), (a + 1, a))
@@ -74,17 +88,21 @@ class Shape(NamedTuple):
         picture[top : top + height, left : left + width] = self.pixels
         return picture
 
+    def middle(self, axis: int) -> float:
+        """Pixels from the picture's middle to its own, to the right (axis 0) or downwards (1)."""
+        return self.at[axis] + self.pixels.shape[1 - axis] / 2 - SIZE / 2
+
     def side(self, axis: int) -> str | None:
         """Of the picture, on which its middle is: left or right (axis 0), top or bottom (1); None in the middle."""
-        middle = self.at[axis] + self.pixels.shape[1 - axis] / 2 - SIZE / 2
-        return None if abs(middle) < 4 else SIDES[axis][middle > 0]
+        return None if abs(self.middle(axis)) < 4 else SIDES[axis][self.middle(axis) > 0]
 
 
 class Story(NamedTuple):
-    """What is shown in each second, and (question, answer, kind) about it."""
+    """What is shown in each second, and (question, answer, kind) about it; `lessons` are asked in training alone."""
 
     order: list[Shape]
     questions: list[tuple[str, str, str]]
+    lessons: list[tuple[str, str, str]]
 
     @property
     def frames(self) -> list[np.ndarray]:
@@ -124,7 +142,10 @@ def parade(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         answer = chosen[first if word == "first" else second].color
         a, b = rng.permutation([chosen[first].color, chosen[second].color])
         questions.append((f"what color is {word}, {a} or {b}?", answer, "order"))
-    return Story(order, questions + at_second(rng, order, 2) + ever_shown(rng, order, shapes))
+    questions += at_second(rng, order, 2) + ever_shown(rng, order, shapes)
+    after = rng.integers(3)
+    following = (f"what color comes after {chosen[after].color}?", chosen[after + 1].color, LESSON)
+    return Story(order, questions, [following, one_after_the_other(order)])
 
 
 def counting(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
@@ -142,7 +163,9 @@ def counting(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         for shape, count in zip(pair, goes, strict=True)
         for name in (shape.color, f"the {shape.shape}")
     ]
-    return Story(order, questions + at_second(rng, order, 2) + ever_shown(rng, order, shapes))
+    questions += at_second(rng, order, 1) + ever_shown(rng, order, shapes)
+    changes = ("how many times does the color change?", str(sum(goes) - 1), LESSON)
+    return Story(order, questions, [changes, one_after_the_other(order), in_each_second(order, "color")])
 
 
 def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
@@ -161,7 +184,8 @@ def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         ("which way does the shape move?", word, "direction"),
         (f"which way does the {shape.shape} move?", word, "direction"),
     ]
-    return Story(order, questions + at_second(rng, order, 4, [f"side {axis}"]) + ever_shown(rng, order, shapes))
+    questions += at_second(rng, order, 4, [f"side {axis}"]) + ever_shown(rng, order, shapes)
+    return Story(order, questions, [in_each_second(order, "side 0"), in_each_second(order, "side 1")])
 
 
 def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
@@ -177,7 +201,11 @@ def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         (f"what color is the {before.shape} at the end?", after.color, "becomes"),
         ("what shape changes color?", before.shape, "what changes"),
     ]
-    return Story(order, questions + at_second(rng, order, 2) + ever_shown(rng, order, shapes))
+    questions += at_second(rng, order, 2) + ever_shown(rng, order, shapes)
+    second = rng.integers(1, SECONDS)
+    other_than_before = "no" if order[second].color == order[second - 1].color else "yes"
+    lesson = (f"does the color change at second {second}?", other_than_before, LESSON)
+    return Story(order, questions, [lesson, one_after_the_other(order), in_each_second(order, "color")])
 
 
 STORIES = (parade, counting, motion, change)
@@ -199,7 +227,7 @@ def two_shapes(rng: np.random.Generator, shapes: Sequence[Shape]) -> tuple[Shape
 
 
 def at_second(
-    rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = ("color", "shape", "side 0")
+    rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = WHATS
 ) -> list[tuple[str, str, str]]:
     """Questions about different seconds: colour, shape, or the side that it is on (of axis 0 or 1: `SIDES`)."""
     asked = []
@@ -213,6 +241,20 @@ def at_second(
         if answer is not None and len(asked) < count:
             asked.append((question, answer, "at second"))
     return asked
+
+
+def in_each_second(order: Sequence[Shape], what: str) -> tuple[str, str, str]:
+    """All seconds' answers in one."""
+    if what == "color":
+        return "what color is in each second?", " ".join(shape.color for shape in order), LESSON
+    axis = int(what.split()[1])
+    sides = [SIDES[axis][shape.middle(axis) > 0] for shape in order]
+    return f"is it {' or '.join(SIDES[axis])} in each second?", " ".join(sides), LESSON
+
+
+def one_after_the_other(order: Sequence[Shape]) -> tuple[str, str, str]:
+    colors = [shape.color for shape, before in zip(order, [None, *order], strict=False) if shape is not before]
+    return "what colors come one after the other?", " ".join(colors), LESSON
 
 
 def ever_shown(rng: np.random.Generator, order: Sequence[Shape], shapes: Sequence[Shape]) -> list[tuple[str, str, str]]:
@@ -252,8 +294,51 @@ def make_part(root: Path, split: str, clips: range, seed: int) -> list[dict]:
         story = STORIES[i % len(STORIES)](rng, shapes)
         name = f"{split}_{i:05d}.mp4"
         write_clip(root / "clips" / name, story.frames)
-        rows += [dict(video=name, question=q, answer=str(a), kind=kind) for q, a, kind in story.questions]
+        asked = story.questions + (story.lessons if split == "train" else [])
+        rows += [dict(video=name, question=q, answer=a, kind=kind) for q, a, kind in asked]
     return rows
+
+
+def make_pictures(root: Path, count: int, seed: int) -> None:
+    """Single shapes at any place, with what, which colour and where they are asked in one conversation a picture."""
+    shapes = load_shapes("train")
+    (root / "pictures").mkdir()
+    rows = []
+    for i in range(count):
+        rng = np.random.default_rng([seed, len(easyvqa.SPLITS), i])
+        shape = shapes[rng.integers(len(shapes))]
+        height, width, _ = shape.pixels.shape
+        shape = shape.moved((int(rng.integers(SIZE - width + 1)), int(rng.integers(SIZE - height + 1))))
+        asked = [("what color is the shape?", shape.color), ("what shape is in the image?", shape.shape)]
+        asked = [asked[rng.integers(2)]]
+        asked += [(f"is it {' or '.join(SIDES[axis])}?", shape.side(axis)) for axis in (0, 1) if shape.side(axis)]
+        name = f"{i:05d}.png"
+        Image.fromarray(shape.picture()).save(root / "pictures" / name)
+        turns = [turn for k in rng.permutation(len(asked)) for turn in question_turns(*asked[k], "<image>")]
+        for turn in turns[2::2]:
+            turn["value"] = turn["value"].removeprefix("<image>\n")
+        rows.append(dict(image=name, conversations=turns))
+    write_rows(root / "pictures.json", rows)
+
+
+def make_tokenizer(root: Path, vocab_size: int = 768) -> None:
+    """Of what is asked and answered in training, easy-VQA's questions and time stamps."""
+    said = {row[key] for row in read_rows(root / "train.json") for key in ("question", "answer")}
+    conversations = [row["conversations"] for row in read_rows(root / "pictures.json")]
+    conversations += [turns for record in easyvqa.load("train") for turns in record.conversations]
+    said |= {turn["value"].rpartition("\n")[2] for turns in conversations for turn in turns}
+    said |= {format_time(tenths / 10) for tenths in range(10 * SECONDS)}
+    save_tokenizer(
+        train_tokenizer((f"USER: {text} ASSISTANT: {text}" for text in sorted(said)), vocab_size), root / "tokenizer"
+    )
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text(json.dumps(rows, indent=0) + "\n")
+
+
+def read_rows(file: Path) -> list[dict]:
+    return json.loads(file.read_text())
 
 
 @one_line_errors
@@ -262,10 +347,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training clips (default 4000)")
     parser.add_argument("--test", type=int, default=400, metavar="N", help="test clips (default 400)")
+    parser.add_argument("--pictures", type=int, default=4000, metavar="N", help="single pictures (default 4000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: CPUs)")
     args = parser.parse_args()
-    for name in ("train", "test", "workers"):
+    for name in ("train", "test", "pictures", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(args, name)}")
     if args.out.exists():
@@ -274,8 +360,10 @@ def main() -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "clips").mkdir(parents=True)
     make(temporary, {"train": args.train, "test": args.test}, args.seed, args.workers)
+    make_pictures(temporary, args.pictures, args.seed)
+    make_tokenizer(temporary)
     temporary.rename(args.out)
-    print(f"written: {args.out}: {args.train} training clips, {args.test} test clips")
+    print(f"written: {args.out}: {args.train} training clips, {args.test} test clips, {args.pictures} pictures")
 
 
 def make(root: Path, counts: dict[str, int], seed: int, workers: int, part: int = 50) -> None:
@@ -291,8 +379,8 @@ def make(root: Path, counts: dict[str, int], seed: int, workers: int, part: int 
         for split, clips, part_rows in made:
             rows[split] += part_rows.result()
             bar.update(len(clips))
-    for split, questions in rows.items():
-        (root / f"{split}.json").write_text(json.dumps(questions, indent=0) + "\n")
+    for split, of_split in rows.items():
+        write_rows(root / f"{split}.json", of_split)
 
 
 if __name__ == "__main__":
