@@ -105,12 +105,12 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, monkeypa
 
     monkeypatch.setattr(model, "answers", answers)
     model.run.config.eval.batch_size = 10
-    results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=3, baselines=True)
-    rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00002.mp4"]
+    results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=4, baselines=True)
+    rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00003.mp4"]
     assert 20 < len(rows) < 30 and sizes == [10] * 12 and report.seen == len(rows) and not report.bad
     said = {column: [answer.given for answer in answers] for column, answers in found.answers.items()}
     expected = {column: [] for column in ("this run", "frames shuffled", "one frame", "question only")}
-    for number, name in enumerate(("test_00000.mp4", "test_00001.mp4", "test_00002.mp4")):
+    for number, name in enumerate(f"test_0000{clip}.mp4" for clip in range(4)):
         seen = model.see_video(shape_clips / "clips" / name)
         assert [item.time for item in seen.items] == [1.0, 3.0, 5.0, 7.0]
         for question in (row["question"] for row in rows if row["video"] == name):
@@ -121,7 +121,7 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, monkeypa
     assert said == expected
     assert not set(said["this run"]) & set(said["frames shuffled"])
     assert [a.truth for a in found.answers["this run"]] == [row["answer"] for row in rows]
-    assert results["frames_per_clip"] == [4, 4] and results["tokens_per_frame"] == 1 and results["clips"] == 3
+    assert results["frames_per_clip"] == [4, 4] and results["tokens_per_frame"] == 1 and results["clips"] == 4
 
 
 def bank(count: int) -> MemoryBank:

@@ -19,6 +19,9 @@ HUB_TOWERS = {
     "openai/clip-vit-large-patch14": "clip-vit-l-14",
 }
 
+# Fields of ViTConfig that CLIPVisionConfig has not: LLaVA's choices, and what only a training from scratch asks for.
+NOT_CLIPS = {"select_layer", "select_feature", "position_init"}
+
 
 def _expect(file: Path, fields: dict, **expected) -> None:
     """UserError for a key whose value is none of those we compute; a missing key has the default, the first."""
@@ -87,7 +90,7 @@ def vision_from_hf(fields: dict, file: Path, select_layer, select_feature: str) 
     """From `CLIPVisionConfig`'s fields, or a whole CLIP's."""
     fields = section(fields, "vision_config", file) or fields
     _expect(file, fields, model_type=("clip_vision_model", "clip"), hidden_act=("quick_gelu",), num_channels=(3,))
-    names = {field.name for field in dataclasses.fields(ViTConfig)} - {"select_layer", "select_feature"}
+    names = {field.name for field in dataclasses.fields(ViTConfig)} - NOT_CLIPS
     defaults = {  # transformers'
         "image_size": 224, "patch_size": 32, "hidden_size": 768, "intermediate_size": 3072,
         "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -181,8 +184,7 @@ def llama_to_hf(config: LlamaConfig) -> dict:
 
 
 def vision_to_hf(config: ViTConfig) -> dict:
-    fields = dataclasses.asdict(config)
-    del fields["select_layer"], fields["select_feature"]
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_CLIPS}
     return fields | {"hidden_act": "quick_gelu", "num_channels": 3, "model_type": "clip_vision_model"}
 
 
