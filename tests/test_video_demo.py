@@ -38,6 +38,7 @@ IMAGES = {"optim.learning_rate": 3e-3, "train.steps": 20}
 VIDEO = {
     "data.video.num_frames": 4,
     "optim.learning_rate": 3e-3,
+    "train.freeze": ("vision_tower",),
     "train.steps": 300,
     "train.checkpoint_every": 300,
 }
@@ -85,7 +86,9 @@ def image_run(clips, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(clips, image_run, tmp_path_factory) -> Path:
-    changes = CHANGES | VIDEO | {"workdir": tmp_path_factory.mktemp("runs") / "video", "init_from": image_run}
+    changes = (
+        DIMENSIONS | CHANGES | VIDEO | {"workdir": tmp_path_factory.mktemp("runs") / "video", "init_from": image_run}
+    )
     for split in ("train", "test"):
         changes |= {f"data.{split}.clips.file": clips / "clips.json", f"data.{split}.clips.videos": clips}
     return trained("video_demo", changes, clips)
