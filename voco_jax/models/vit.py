@@ -68,8 +68,8 @@ class ViTConfig:
 def sincos_positions(config: ViTConfig) -> np.ndarray:
     """Position embeddings to begin with, float32 [patches + 1, D]: sines and cosines of column and row; class token 0.
 
-    A vision tower from scratch then knows from the first step on where a patch is. The embedding is that of Beyer et al.,
-    Better plain ViT baselines for ImageNet-1k, arXiv:2205.01580, but trained on, and with frequencies for few patches.
+    A vision tower from scratch then knows from the first step on where a patch is. As in Beyer et al., Better plain
+    ViT baselines for ImageNet-1k, arXiv:2205.01580, but trained on, and with frequencies for few patches.
     """
     side = config.image_size // config.patch_size
     frequencies = float(side) ** -np.linspace(0, 1, config.hidden_size // 4)  # down to one turn for 2π sides
