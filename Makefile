@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m voco_jax.ask --run $(RUN) --image docs/pictures/question.png \
 	  "what shape is in the image?" "what color is the shape?" "is there a circle?" "does the image not contain a red shape?"
 
-# An image model, and how it goes on with clips: an hour on 2 cores.
+# An image model, and how it goes on with clips: 65 minutes on 2 cores.
 video-demo: $(VENV)/.demo,video $(CLIPS)
 	$(BIN)/python -m voco_jax.train --config=configs/video_demo_images.py --config.workdir=$(VIDEO_IMAGES)
 	$(BIN)/python -m voco_jax.train --config=configs/video_demo.py --config.init_from=$(VIDEO_IMAGES) --config.workdir=$(VIDEO_RUN)

@@ -21,6 +21,6 @@ def get_config():
     config.data.images_per_bin = 8
     config.data.rows_per_bin = 9
 
-    config.train.steps = 3700
+    config.train.steps = 3400
     config.train.checkpoint_every = 500
     return config

@@ -31,5 +31,5 @@ def get_config():
 
     config.optim.learning_rate = 1e-3
 
-    config.train.steps = 1000
+    config.train.steps = 1500
     return config

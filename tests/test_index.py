@@ -9,10 +9,10 @@ from tests.record_lists import ListSource, plain_picture, turns
 from voco_jax.data import index as index_module
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.index import make_index
-from voco_jax.data.records import Record
+from voco_jax.data.records import Clip, Record
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources.llava import LlavaSource
-from voco_jax.data.video import FrameSampling
+from voco_jax.data.video import FrameSampling, VideoInfo
 from voco_jax.errors import UserError
 
 
@@ -51,6 +51,18 @@ def test_literally(encoder, tmp_path):
         "answer beyond config.data.row_length = 40 tokens",
         "  1 left out: no answer; list[0]: turn 1 (gpt): expected text, found none",
     ]
+
+
+def test_a_clip_is_looked_into_once_for_all_questions_that_follow(encoder, tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr("voco_jax.data.samples.probe", lambda clip: looked.append(str(clip)) or VideoInfo(8.0, 40))
+    videos = [Clip(tmp_path / name) for name in ("a.mp4", "a.mp4", "a.mp4", "b.mp4", "a.mp4")]
+    records = [Record(video=video, conversations=[turns("what is it?", "a cat")]) for video in videos]
+    for record in records:
+        record.conversations[0][0]["value"] = "<video>\nwhat is it?"
+    index = make_index(ListSource(records), maker(encoder, max_images=4), tmp_path, 0, "test")
+    assert index.num_images.tolist() == [4] * 5
+    assert looked == [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "a.mp4")]
 
 
 @pytest.fixture

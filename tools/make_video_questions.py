@@ -16,8 +16,8 @@ in training clips, those of its test split in test clips. Written are
 There are four stories:
 
     parade    four shapes, one after the other      order, at second
-    counting  two shapes, for 4 seconds each, in    count, at second
-              1 to 4 goes each
+    blinking  one shape, there for 4 of the 8       count, at second
+              seconds, in 1 to 4 goes
     motion    one shape moves                       direction, at second
     change    two shapes by turns, of which         becomes, what changes, at second
               one has another colour from some
@@ -26,7 +26,7 @@ There are four stories:
 and about each "is there a red circle?" (ever shown). The kinds ever shown and what changes can be answered from the
 frames in any order, to compare; the others (TEMPORAL) cannot: for every clip there is another of the same frames with
 another answer, and every answer to a question is as likely as the others. Training asks more than is tested (`lesson`):
-what is shown in each second, what comes one after the other, how often it changes.
+what is shown in each second, what comes one after the other, how many times until some second.
 """
 
 import argparse
@@ -62,10 +62,7 @@ LEAST_WAY = 28  # pixels that a moving shape goes at least
 SIDES = (("left", "right"), ("top", "bottom"))
 LESSON = "lesson"  # the kind of what is not tested
 WHATS = ("color", "shape", "side 0", "side 1")  # what is asked of a second
-# How likely two shapes that are shown by turns come how many times each: 1, 2, 3 or 4 are equally likely for both.
-GOES = {(1, 1): 0.15, (2, 2): 0.05, (3, 3): 0.05, (4, 4): 0.15} | {
-    pair: 0.1 for a in (1, 2, 3) for pair in ((a, a + 1), (a + 1, a))
-}
+SHOWN = 4  # seconds that a blinking shape is there
 
 
 class Shape(NamedTuple):
@@ -80,6 +77,10 @@ class Shape(NamedTuple):
     def moved(self, at: tuple[int, int]) -> "Shape":
         """The same at another place."""
         return self._replace(at=at)
+
+    def gone(self) -> "Shape":
+        """Its background alone."""
+        return self._replace(shape="", color="", pixels=self.pixels[:0])
 
     def picture(self) -> np.ndarray:
         """[SIZE, SIZE, 3]."""
@@ -143,29 +144,36 @@ def parade(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         a, b = rng.permutation([chosen[first].color, chosen[second].color])
         questions.append((f"what color is {word}, {a} or {b}?", answer, "order"))
     questions += at_second(rng, order, 2) + ever_shown(rng, order, shapes)
-    after = rng.integers(3)
-    following = (f"what color comes after {chosen[after].color}?", chosen[after + 1].color, LESSON)
-    return Story(order, questions, [following, one_after_the_other(order)])
+    return Story(order, questions, [in_each_second(order, "shape"), one_after_the_other(order)])
 
 
-def counting(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
-    """Two shapes by turns, four seconds of each, in 1 to 4 goes."""
-    pair = two_shapes(rng, shapes)
-    goes = list(GOES)[rng.choice(len(GOES), p=list(GOES.values()))]
-    begins = int(goes[1] > goes[0] or (goes[0] == goes[1] and rng.integers(2)))  # which of the two comes first
-    lengths = [np.diff([0, *sorted(rng.choice(np.arange(1, 4), n - 1, replace=False)), 4]) for n in goes]
-    order = []
-    for turn in range(sum(goes)):
-        which = (begins + turn) % 2
-        order += [pair[which]] * int(lengths[which][turn // 2])
-    questions = [
-        (f"how many times does {name} appear?", str(count), "count")
-        for shape, count in zip(pair, goes, strict=True)
-        for name in (shape.color, f"the {shape.shape}")
+def blinking(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
+    """One shape that comes and goes."""
+    shape = shapes[rng.integers(len(shapes))]
+    goes = int(rng.integers(1, SHOWN + 1))
+    lengths = np.diff([0, *sorted(rng.choice(np.arange(1, SHOWN), goes - 1, replace=False)), SHOWN])
+    # Empty seconds before, between and after: one at least where two goes would be one without.
+    gaps = np.bincount(rng.integers(0, goes + 1, SECONDS - SHOWN - (goes - 1)), minlength=goes + 1)
+    gaps[1:-1] += 1
+    order = [shape.gone()] * int(gaps[0])
+    for length, gap in zip(lengths, gaps[1:], strict=True):
+        order += [shape] * int(length) + [shape.gone()] * int(gap)
+
+    there = np.array([shown is shape for shown in order])
+    names = ("the shape", f"the {shape.shape}", shape.color)
+    questions = [(f"how many times does {name} appear?", str(goes), "count") for name in names]
+    questions += [
+        (f"is there a shape at second {rng.choice(np.flatnonzero(there == yes))}?", answer, "at second")
+        for yes, answer in ((True, "yes"), (False, "no"))
     ]
-    questions += at_second(rng, order, 1) + ever_shown(rng, order, shapes)
-    changes = ("how many times does the color change?", str(sum(goes) - 1), LESSON)
-    return Story(order, questions, [changes, one_after_the_other(order), in_each_second(order, "color")])
+    questions += ever_shown(rng, [shape], shapes)
+    in_each = " ".join("yes" if yes else "no" for yes in there)
+    begun = np.cumsum(np.diff(there, prepend=False) & there)
+    lessons = [("is there a shape in each second?", in_each, LESSON)] + [
+        (f"how many times does the shape appear until second {second}?", str(begun[second]), LESSON)
+        for second in rng.choice(SECONDS, 2, replace=False)
+    ]
+    return Story(order, questions, lessons)
 
 
 def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
@@ -202,13 +210,11 @@ def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
         ("what shape changes color?", before.shape, "what changes"),
     ]
     questions += at_second(rng, order, 2) + ever_shown(rng, order, shapes)
-    second = rng.integers(1, SECONDS)
-    other_than_before = "no" if order[second].color == order[second - 1].color else "yes"
-    lesson = (f"does the color change at second {second}?", other_than_before, LESSON)
-    return Story(order, questions, [lesson, one_after_the_other(order), in_each_second(order, "color")])
+    lessons = [in_each_second(order, "shape"), one_after_the_other(order), in_each_second(order, "color")]
+    return Story(order, questions, lessons)
 
 
-STORIES = (parade, counting, motion, change)
+STORIES = (parade, blinking, motion, change)
 
 
 def distinct_colors(rng: np.random.Generator, shapes: Sequence[Shape], count: int) -> list[Shape]:
@@ -245,8 +251,8 @@ def at_second(
 
 def in_each_second(order: Sequence[Shape], what: str) -> tuple[str, str, str]:
     """All seconds' answers in one."""
-    if what == "color":
-        return "what color is in each second?", " ".join(shape.color for shape in order), LESSON
+    if not what.startswith("side"):
+        return f"what {what} is in each second?", " ".join(getattr(shape, what) for shape in order), LESSON
     axis = int(what.split()[1])
     sides = [SIDES[axis][shape.middle(axis) > 0] for shape in order]
     return f"is it {' or '.join(SIDES[axis])} in each second?", " ".join(sides), LESSON

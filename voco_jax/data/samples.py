@@ -9,8 +9,8 @@ from PIL import Image
 from voco_jax.data.conversations import Encoder, Sample, spread_video
 from voco_jax.data.images import load_image
 from voco_jax.data.packing import truncate
-from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Record, shown
-from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
+from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Clip, Frames, Record, shown
+from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 
 _REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions again and again encode them once
 
@@ -31,15 +31,24 @@ class SampleMaker:
 
     def __post_init__(self):
         self._encoded: dict = {}
+        self._probed: tuple[Clip, VideoInfo] | None = None  # sets ask several questions about a clip, one after another
 
     def __getstate__(self):
-        return self.__dict__ | {"_encoded": {}}
+        return self.__dict__ | {"_encoded": {}, "_probed": None}
 
     def frame_times(self, record: Record, rng: np.random.Generator | None = None) -> np.ndarray | None:
         """Seconds at which the record's video is looked at; None for pictures. BadRecord for a video without frames."""
         if record.video is None:
             return None
-        return sample_times(probe(record.video), self.sampling, rng)
+        return sample_times(self._probe(record.video), self.sampling, rng)
+
+    def _probe(self, video: Clip | Frames) -> VideoInfo:
+        if not isinstance(video, Clip):
+            return probe(video)
+        found = self._probed  # other threads are here too
+        if found is None or found[0] != video:
+            found = self._probed = video, probe(video)
+        return found[1]
 
     def sample(self, record: Record, conversation: int, times: np.ndarray | None) -> tuple[Sample, int]:
         """One conversation's sample and how many of its tokens were cut off; BadRecord for one that cannot be used."""
