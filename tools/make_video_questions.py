@@ -3,8 +3,8 @@
 
     python tools/make_video_questions.py data/shape_clips
 
-A clip lasts 8 seconds and shows one thing a second. Shapes are cut out of easy-VQA's pictures: those of its train split
-in training clips, those of its test split in test clips. Written are
+A clip lasts 8 seconds and shows one thing a second, or nothing. Shapes are cut out of easy-VQA's pictures: those of its
+train split in training clips, those of its test split in test clips. Written are
 
     OUT/clips          the clips of both
     OUT/train.json     questions about them, one a row: video, question, answer, kind (`video_qa` is such a source's
@@ -24,9 +24,11 @@ There are four stories:
               second on
 
 and about each "is there a red circle?" (ever shown). The kinds ever shown and what changes can be answered from the
-frames in any order, to compare; the others (TEMPORAL) cannot: for every clip there is another of the same frames with
-another answer, and every answer to a question is as likely as the others. Training asks more than is tested (`lesson`):
-what is shown in each second, what comes one after the other, how many times until some second.
+frames in any order, to compare; the others (TEMPORAL) cannot: for nearly every question there is another clip of the
+same frames with another answer (a shape may be on one side throughout). Every answer to a question of order, count and
+direction is as likely as the others; of what is at a second none is more than about three times as likely as another.
+Training asks more than is tested (`lesson`): what is shown in each second, what comes one after the other, how many
+times the shape has appeared by some second.
 """
 
 import argparse
