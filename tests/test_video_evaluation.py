@@ -181,15 +181,18 @@ def test_counts_by_kind_and_guesses(model, shape_clips, monkeypatch):
     assert results["counts"]["this run"] == {k: (n, n) for k, n in numbers.items()} | {
         "overall": (len(rows), len(rows))
     }
-    yes = sum(row["answer"] == "yes" for row in rows)
-    assert 0 < yes < numbers["ever shown"]
-    expected = {k: (yes if k == "ever shown" else 0, n) for k, n in numbers.items()} | {"overall": (yes, len(rows))}
+
+    def of_kinds(is_right) -> dict[str, tuple[int, int]]:
+        right = {kind: sum(is_right(row) for row in rows if row["kind"] == kind) for kind in kinds}
+        return {kind: (n, numbers[kind]) for kind, n in right.items()} | {"overall": (sum(right.values()), len(rows))}
+
+    expected = of_kinds(lambda row: row["answer"] == "yes")
+    assert all(0 < expected[kind][0] < numbers[kind] for kind in ("ever shown", "at second"))
     assert results["counts"]["one frame"] == results["counts"]["question only"] == expected
     # Of a question that the training set has, its answer there; else the most frequent of all
-    no = sum(row["answer"] == "no" for row in rows)
-    same = sum(row["answer"] == known["answer"] for row in rows if row["question"] == known["question"])
-    changed = {"ever shown": (no, numbers["ever shown"]), "what changes": (same, 2), "overall": (no + same, len(rows))}
-    expected = {k: (0, n) for k, n in numbers.items()} | changed
+    expected = of_kinds(
+        lambda row: row["answer"] == (known["answer"] if row["question"] == known["question"] else "no")
+    )
     assert results["counts"]["guess from the question"] == expected
     assert list(results["counts"]) == ["this run", *BASELINES, "guess from the question"]
     assert results["accuracy"] == 1.0
