@@ -177,12 +177,14 @@ def test_remat_that_keeps_context_does_not_run_the_kernel_again():
     assert again.count("custom_call @tpu_custom_call") == 3
 
 
+CUDNN = types.SimpleNamespace(cudnn_get_version=lambda: 91000)  # all that lowering asks of the library
+
+
 @pytest.mark.parametrize(
     "segment_ids, kernel", [(None, "fmhaSoftmax"), (np.zeros((2, 512), np.int32), "fmhaScaleBiasSoftmax")]
 )
 def test_cudnn_lowers_to_causal_fused_attention(segment_ids, kernel, monkeypatch):
-    library = types.SimpleNamespace(cudnn_get_version=lambda: 91000)  # all that lowering asks of the library
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", library)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", CUDNN)
     with described_mesh("gpu", "NVIDIA H100 80GB HBM3"):
         text = lowered_gradient(functools.partial(cudnn.causal, segment_ids=segment_ids), shaped(), "cuda")
     assert set(re.findall(r"custom_call @(__cudnn\$\w+)", text)) == {f"__cudnn${kernel}", f"__cudnn${kernel}Backward"}
@@ -221,10 +223,44 @@ def test_what_an_adapter_cannot_honour_raises(adapter, attend, mesh, inputs, mes
     assert "\n" not in str(error.value)
 
 
-def test_cudnn_refuses_packed_rows_of_odd_length():
-    ids = jnp.zeros((2, 511), jnp.int32)
-    with described_mesh(*GPU), pytest.raises(ValueError, match="even number of tokens, found 511.*data.row_length"):
-        jax.eval_shape(functools.partial(cudnn.causal, segment_ids=ids), *shaped(length=511))
+# BOS, 576 patches, two tokens and two VoCo tokens are 581; 69 and 101 are small models'.
+@pytest.mark.parametrize("length", [69, 101, 581])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_row_of_odd_length_is_computed_by_a_kernel_for_even_ones(length, is_packed):
+    def even(q, k, v, segment_ids):
+        assert q.shape[1] % 2 == k.shape[1] % 2 == v.shape[1] % 2 == 0
+        return xla.causal(q, k, v, segment_ids)
+
+    rng = np.random.default_rng(0)
+    ids = packed(rng, 2, length) if is_packed else None
+    attend = functools.partial(cudnn.evenly(even), segment_ids=ids)
+    visible = visible_in(np.zeros((2, length)) if ids is None else ids)
+    compare(attend, random_inputs(rng, 2, length, 4, 2, 32), visible)
+
+
+@pytest.mark.parametrize("length", [69, 101, 581])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_cudnn_is_given_even_lengths_alone(length, is_packed, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", CUDNN)
+    ids = np.zeros((2, length), np.int32) if is_packed else None
+    with described_mesh(*GPU):
+        text = lowered_gradient(functools.partial(cudnn.causal, segment_ids=ids), shaped(length=length), "cuda")
+        chunked = lowered_gradient(functools.partial(cudnn.chunked, chunk=length), shaped(length=length), "cuda")
+    for lowered in (text, chunked):
+        calls = [line for line in lowered.splitlines() if "custom_call @__cudnn" in line]
+        assert len(calls) == 2 and all(f"x{length + 1}x" in call and f"x{length}x" not in call for call in calls)
+
+
+def test_what_cudnn_refuses_is_one_line_at_set_up(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", CUDNN)
+    shapes = dict(heads=4, kv_heads=2, dtype="bfloat16", segment_length=581, row_length=840, training=True)
+    with described_mesh(*GPU, (1, 1, 1, 1)):
+        for size, reason in ((36, "multiple of 8 dimensions, found 36"), (264, "head dim must be <= ")):
+            with pytest.raises(ValueError, match=f"compress stream, 581 tokens.*{reason}.*'xla'") as error:
+                attention.check_kernels("cudnn", size=size, **shapes)
+            assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="read stream, 840 tokens.*needs an NVIDIA GPU, found platform 'cpu'"):
+        attention.check_kernels("cudnn", size=64, **shapes | dict(segment_length=0))
 
 
 def test_decoding_is_xlas_in_every_adapter():

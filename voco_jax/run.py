@@ -18,7 +18,7 @@ from voco_jax.data.conversations import Encoder, get_template
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
 from voco_jax.errors import UserError
-from voco_jax.models.voco import VoCoConfig, VoCoLlama
+from voco_jax.models.voco import LONG_PROMPT, VoCoConfig, VoCoLlama
 from voco_jax.parallel.mesh import find_devices
 from voco_jax.parallel.sharding import param_shardings, with_shardings
 from voco_jax.storage import AnyPath, as_path
@@ -66,6 +66,7 @@ def load_run(
     model_config = make_model_config(config, tokenizer)
     try:
         check_platform(model_config.attention)
+        model_config.check_kernels(LONG_PROMPT, training=False)
     except ValueError as error:
         raise UserError(f"{directory}: {error} (--attention)") from None
     graphdef, params = abstract_model(model_config)

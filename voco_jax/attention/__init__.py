@@ -47,3 +47,10 @@ def check_platform(name: str) -> None:
     needed, found = PLATFORMS[name], jax.default_backend()
     if needed not in (None, found):
         raise ValueError(f"attention {name!r} needs a {needed}, found {found}; 'xla' computes the same anywhere")
+
+
+def check_kernels(name: str, **shapes) -> None:
+    """ValueError, at set-up, for what an adapter's library refuses only once it compiles: `cudnn.check` has the
+    arguments. The other adapters say all that they refuse when a step is traced."""
+    if name == "cudnn":
+        cudnn.check(**shapes)

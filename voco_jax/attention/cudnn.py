@@ -4,8 +4,12 @@ The compress stream is plain causal attention with images as batch, which the ke
 as a boolean mask, which jax turns into a bias of [R, 1, T, T] numbers: exact, but neither free of memory nor of the
 bias's gradient, which cuDNN computes and nobody uses. Rows of one conversation (segment_ids None) need no mask. Under
 remat the kernel runs twice, whatever the policy: its log-sum-exp has no name to be kept by.
+
+cuDNN refuses rows of an odd length, and an image's segment has one at every even K (BOS, 576 patches, two tokens and
+K VoCo tokens): `evenly` gives the kernel one place more, which nobody reads.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,29 +17,78 @@ import jax.numpy as jnp
 
 from voco_jax.attention.platform import platform
 from voco_jax.attention.xla import cached, each_chunk, row_shape
+from voco_jax.errors import first_line
 
-__all__ = ["cached", "causal", "chunked", "row_shape"]
+__all__ = ["cached", "causal", "check", "chunked", "evenly", "row_shape"]
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """As `xla.causal`. ValueError: not on a GPU; not 16-bit floats; a head size, T or library that cuDNN refuses."""
+    """As `xla.causal`. ValueError: not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses."""
     if (found := platform()) != "gpu":
         raise ValueError(f"attention 'cudnn' needs an NVIDIA GPU, found platform {found!r}; model.attention = 'xla'")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, found {q.dtype}: set model.dtype")
     if q.shape[-1] % 8:
         raise ValueError(f"attention 'cudnn' needs heads of a multiple of 8 dimensions, found {q.shape[-1]}")
-    if segment_ids is not None and q.shape[1] % 2:
-        raise ValueError(
-            f"attention 'cudnn' needs rows of an even number of tokens, found {q.shape[1]}: change data.row_length"
-        )
-    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     try:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+        return evenly(_fused)(q, k, v, segment_ids)
     except (NotImplementedError, RuntimeError) as error:  # what depends on the GPU and on cuDNN's version
-        raise ValueError(f"attention 'cudnn': {error}") from error
+        raise ValueError(f"attention 'cudnn': {first_line(error)}") from error
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
     """As `xla.chunked`; ValueError as `causal`."""
     return each_chunk(partial(causal, segment_ids=None), q, k, v, chunk)
+
+
+def check(
+    *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool
+) -> None:
+    """ValueError, one line, for what cuDNN on this GPU refuses: both streams' kernels are compiled, and not run.
+
+    `segment_length` is that of the compress stream (0: there is none), `row_length` that of a read row; where
+    `training`, read rows are packed, and the gradients' kernels are compiled too. It takes some seconds.
+    """
+    # jax has a check of its own and so has cuDNN, and some of both come when the gradient is made: later than `causal`
+    for stream, length in (("compress stream", segment_length), ("read stream", row_length)):
+        if not length:
+            continue
+        shape = partial(jax.ShapeDtypeStruct, dtype=dtype)
+        arrays = [shape((1, length, n, size)) for n in (heads, kv_heads, kv_heads)]
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if training and stream == "read stream" else None
+
+        def attend(q, k, v, ids):
+            return causal(q, k, v, ids).astype(jnp.float32).sum()
+
+        try:
+            jax.jit(jax.grad(attend, (0, 1, 2)) if training else attend).lower(*arrays, ids).compile()
+        except Exception as error:  # jax's, XLA's and cuDNN's own kinds
+            reason = first_line(error).removeprefix("attention 'cudnn'").removeprefix(": ").strip()
+            raise ValueError(
+                f"attention 'cudnn': {stream}, {length} tokens, {heads} and {kv_heads} heads of {size} in {dtype}: "
+                f"{reason}; model.attention = 'xla' computes the same"
+            ) from error
+
+
+def evenly(attend: Callable) -> Callable:
+    """`attend(q, k, v, segment_ids)`, a causal kernel for rows of an even length, as one for rows of any length.
+
+    A row of odd length gets one place more, in a segment of its own at the row's end: causal queries never see it,
+    and its gradient is zero.
+    """
+
+    def attend_any(q, k, v, segment_ids=None):
+        length = q.shape[1]
+        if length % 2 == 0:
+            return attend(q, k, v, segment_ids)
+        q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, [(0, 0), (0, 1)], constant_values=-1)
+        return attend(q, k, v, segment_ids)[:, :length]
+
+    return attend_any
+
+
+def _fused(q, k, v, segment_ids):
+    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")

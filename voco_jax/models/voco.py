@@ -36,6 +36,7 @@ from voco_jax.models.vit import ViT, ViTConfig
 from voco_jax.parallel.mesh import IMAGES, ROWS, axis_size, constrain
 
 COMPRESSORS = ("voco", "none", "average_pool", "qformer")
+LONG_PROMPT = 512  # tokens from which on a fused kernel reads a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,14 @@ class VoCoConfig:
         if self.compressor != "voco":
             return 0
         return len(self.prefix_ids) + self.vision.num_features + len(self.suffix_ids) + self.num_voco_tokens
+
+    def check_kernels(self, row_length: int, *, training: bool) -> None:
+        """ValueError, at set-up, where the attention kernel's library refuses this model, or read rows so long."""
+        attention.check_kernels(
+            self.attention, heads=self.llama.num_attention_heads, kv_heads=self.llama.num_key_value_heads,
+            size=self.llama.head_dim, dtype=self.dtype, segment_length=self.compress_length, row_length=row_length,
+            training=training,
+        )  # fmt: skip
 
 
 class Memory(NamedTuple):
@@ -266,7 +275,7 @@ class VoCoLlama(nnx.Module):
 
         A fused kernel takes whole rows only. For long prompts it is worth computing some places for nothing.
         """
-        return attention.is_fused(self.config.attention) and tokens >= 512 and 4 * places <= 5 * tokens
+        return attention.is_fused(self.config.attention) and tokens >= LONG_PROMPT and 4 * places <= 5 * tokens
 
     # ---- Inputs of the streams ---------------------------------------------------------------------------------
 

@@ -94,6 +94,10 @@ def _set_up(config: ConfigDict) -> _Setup:
     if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
     _check_positions(longest, model_config)
+    try:
+        model_config.check_kernels(batches.loader.plan.shape.row_length, training=True)
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
 
     # Model and optimizer, their places on the mesh
     with jax.set_mesh(mesh):
@@ -254,7 +258,7 @@ def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: Ab
     batch_shardings(jax.sharding.get_mesh(), batch)
     try:
         jax.eval_shape(train_step, state.params, state.opt_state, batch)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the second where a kernel has no gradient for these shapes
         raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
 
 
