@@ -1,5 +1,6 @@
 """`voco_jax.load` and what it gives: requests of all kinds at once, as each by itself."""
 
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.test_answering import with_random_parameters
 import voco_jax
 from voco_jax.api import Model, Request
 from voco_jax.errors import UserError
+from voco_jax.infer import answerer
 from voco_jax.infer.answerer import Answerer
 from voco_jax.infer.memory import Embeddings
 from voco_jax.run import load_run
@@ -46,6 +48,28 @@ def test_different_prompts_and_numbers_of_pictures(either):
     some = [1, 2, 9, 23]
     assert [model.answers([requests[i]], max_new_tokens=4)[0] for i in some] == [together[i] for i in some]
     assert len(set(together)) > 1  # or the comparison would say little
+
+
+def test_threads_share_a_model(model, monkeypatch):
+    """Each has its answers, and no program is compiled or started while another is."""
+    seen = model.see(PICTURES)
+    alone = [model.ask(q, seen, max_new_tokens=4) for q in QUESTIONS]
+    inside, most, lock = [], [], answerer._DEVICE
+
+    class Watched:
+        def __enter__(self):
+            lock.acquire()
+            inside.append(1)
+            most.append(len(inside))
+
+        def __exit__(self, *_):
+            inside.pop()
+            lock.release()
+
+    monkeypatch.setattr(answerer, "_DEVICE", Watched())
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda q: model.ask(q, seen, max_new_tokens=4), QUESTIONS)) == alone
+    assert len(most) >= 2 * len(QUESTIONS) and max(most) == 1
 
 
 def test_drawn_answers_do_not_depend_on_the_batch(model):

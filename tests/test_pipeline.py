@@ -2,12 +2,14 @@
 
 from collections import Counter
 import json
+import os
 
 import numpy as np
 import pytest
 
 from tests.record_lists import ListSource, data_config, greys, make_batches, plain_picture, turns
 from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.pipeline import default_threads
 from voco_jax.data.records import Picture, Record
 from voco_jax.errors import UserError
 
@@ -113,12 +115,21 @@ def test_resumes_after_any_batch(source, encoder, layout, tmp_path):
     again.close()
 
 
-@pytest.mark.parametrize("num_threads", [0, 4])
+@pytest.mark.parametrize("num_threads", [1, 4])
 def test_threads_change_nothing(source, encoder, num_threads, tmp_path):
     one = make_batches([source], encoder, packed(), tmp_path)
     many = make_batches([source], encoder, packed(num_threads=num_threads), tmp_path)
     for _ in range(5):
         same(next(one), next(many))
+
+
+@pytest.mark.parametrize(
+    "cores, workers, batch_bytes, expected",
+    [(1, 0, 10**6, 1), (2, 0, 10**6, 1), (16, 0, 10**6, 15), (16, 4, 10**6, 3), (64, 0, 10**6, 16), (64, 0, 2**29, 4)],
+)
+def test_threads_are_as_many_as_cores_and_memory_allow(cores, workers, batch_bytes, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert default_threads(workers, batch_bytes) == expected
 
 
 def test_workers_change_nothing(source, encoder, tmp_path):

@@ -4,6 +4,10 @@
 (`python -m voco_jax.…`), and `voco_jax.load` is the Python API (`api.py`).
 """
 
+from voco_jax.platforms import set_defaults
+
+set_defaults()  # before jax looks for devices
+
 
 def __getattr__(name: str):
     """`voco_jax.load` and `voco_jax.Sampling`, imported when they are asked for: commands set jax up beforehand."""

@@ -86,8 +86,8 @@ def default_config() -> ConfigDict:
     config.data.max_bad_share = 0.01  # of records that cannot be used; with more the run stops
     config.data.cache_dir = "~/.cache/voco_jax"  # where indices of large sources are kept
     config.data.num_workers = 0  # processes that load batches, and that make the index
-    config.data.num_threads = 1  # in each of them
-    config.data.prefetch = 2  # batches made ahead, by each worker
+    config.data.num_threads = 0  # in each of them; 0: as many as the machine's cores allow
+    config.data.prefetch = 2  # batches made ahead, by each worker; at least one a thread
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest), 'adafactor' (least memory)

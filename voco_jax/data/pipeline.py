@@ -165,8 +165,10 @@ class Batches(Iterator):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             data = self.loader.data
-            threads = grain.ReadOptions(data.num_threads, prefetch_buffer_size=max(1, data.prefetch))
-            dataset = self.dataset().to_iter_dataset(threads)
+            threads = data.num_threads or default_threads(data.num_workers, self._batch_bytes())
+            # A thread makes a batch at a time: with fewer batches ahead than threads, some would have nothing to do
+            options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, data.prefetch))
+            dataset = self.dataset().to_iter_dataset(options)
             if data.num_workers:
                 if not flags.FLAGS.is_parsed():
                     flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
@@ -174,6 +176,10 @@ class Batches(Iterator):
                 dataset = dataset.mp_prefetch(workers, _begin_worker)
             self._iterator = iter(dataset)
         return self._account(next(self._iterator))
+
+    def _batch_bytes(self) -> int:
+        """Of the pictures of a batch, as far as it is loaded here."""
+        return len(self.shard) * self.loader.plan.shape.images * self.loader.processor.size**2 * 3
 
     def amount(self, batch: int) -> Amount:
         """What stands in a batch by its number, in the bins of all hosts."""
@@ -223,6 +229,16 @@ class Batches(Iterator):
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def default_threads(num_workers: int, batch_bytes: int) -> int:
+    """Threads that load batches, in each process: the cores that one thread of the trainer leaves, at most 16.
+
+    Each has a batch at hand, and those of a process together are at most 2 GiB. Pillow decodes and resizes without
+    Python's lock, so threads do that at once.
+    """
+    cores = len(os.sched_getaffinity(0)) - 1
+    return max(1, min(16, cores // max(1, num_workers), 2 * 2**30 // max(1, batch_bytes)))
 
 
 def _join(bins: Sequence[dict]) -> dict[str, np.ndarray]:

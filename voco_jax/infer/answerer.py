@@ -1,7 +1,8 @@
 """Questions in, answers out: prompts and pictures in arrays of few sizes, and the compiled programs for them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
+import threading
 from typing import NamedTuple
 
 from flax import nnx
@@ -59,10 +60,10 @@ class Answerer:
         graphdef, state = nnx.split(model)
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
         self.params = nnx.to_pure_dict(state)
-        self._see = jax.jit(functools.partial(_see, graphdef))
-        self._begin = jax.jit(functools.partial(_begin, graphdef), static_argnums=(0, 1))
-        self._advance = jax.jit(functools.partial(_advance, graphdef), donate_argnums=1)
-        self._score = jax.jit(functools.partial(_score, graphdef), static_argnums=0)
+        self._see = _one_at_a_time(jax.jit(functools.partial(_see, graphdef)))
+        self._begin = _one_at_a_time(jax.jit(functools.partial(_begin, graphdef), static_argnums=(0, 1)))
+        self._advance = _one_at_a_time(jax.jit(functools.partial(_advance, graphdef), donate_argnums=1))
+        self._score = _one_at_a_time(jax.jit(functools.partial(_score, graphdef), static_argnums=0))
         self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
 
     @property
@@ -246,6 +247,20 @@ class Answerer:
             else:
                 arrays.visual[row, :n] = visual
         return arrays
+
+
+_DEVICE = threading.Lock()
+
+
+def _one_at_a_time(program: Callable) -> Callable:
+    """The program for callers in several threads. On a GPU compiling one program breaks the capture of another one's
+    CUDA graph, so none is compiled or started while another is; what has been started runs on beside."""
+
+    def call(*arguments):
+        with _DEVICE:
+            return program(*arguments)
+
+    return call
 
 
 def grown(cache: Cache, places: int) -> Cache:
