@@ -359,6 +359,7 @@ def odd_pictures() -> dict[str, tuple[bytes, Image.Image, dict[str, int]]]:
     broken = encoded(cat, "WEBP", lossless=True, exif=exif(6)).replace(b"MM\0*", b"XX\0*")
     transparent = cat.copy()
     transparent.putalpha(128)
+    on_white = Image.alpha_composite(Image.new("RGBA", cat.size, "white"), transparent).convert("RGB")
     files = {
         f"turned{o}.png": (encoded(cat.transpose(back), "PNG", exif=exif(o)), cat, {"EXIF rotation": 1})
         for o, back in {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.items()
@@ -384,7 +385,7 @@ def odd_pictures() -> dict[str, tuple[bytes, Image.Image, dict[str, int]]]:
         "cmyk.jpg": (encoded(cat.convert("CMYK"), "JPEG", quality=95), cat, {"CMYK picture": 1}),
         "cmyk.tif": (encoded(cat.convert("CMYK"), "TIFF"), cat, {"CMYK picture": 1}),
         "palette.png": (encoded(palette, "PNG"), palette.convert("RGB"), {"P picture": 1}),
-        "transparent.png": (encoded(transparent, "PNG"), cat, {}),
+        "transparent.png": (encoded(transparent, "PNG"), on_white, {}),
         "grey.jpg": (encoded(cat.convert("L"), "JPEG", quality=95), cat.convert("L").convert("RGB"), {}),
         "bits.png": (encoded(cat.convert("1"), "PNG"), cat.convert("1").convert("RGB"), {}),
         "photo.png": (encoded(cat, "JPEG", quality=95), cat, {}),  # not what its name says

@@ -67,8 +67,8 @@ def test_cropping_takes_the_middle():
 
 
 def test_unknown_aspect_ratio():
-    with pytest.raises(ValueError, match="aspect_ratio: expected pad or crop, found 'stretch'"):
-        ImageProcessor(8, "stretch")
+    with pytest.raises(ValueError, match="aspect_ratio: expected pad, crop or stretch, found 'squash'"):
+        ImageProcessor(8, "squash")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])

@@ -144,7 +144,7 @@ def test_a_directory_held_by_another_process(tmp_path):
         (dict(data__loss_weighting="word"), "config.data.loss_weighting: expected token or conversation, found 'word'"),
         (dict(data__video__num_frames=0), "config.data.video: expected num_frames or fps above 0, found neither"),
         (dict(data__train__easyvqa__weight=0.0), "config.data.train: expected at least one record an epoch"),
-        (dict(data__aspect_ratio="stretch"), "config.data.aspect_ratio: expected pad or crop, found 'stretch'"),
+        (dict(data__aspect_ratio="squash"), "config.data.aspect_ratio: expected pad, crop or stretch, found 'squash'"),
         (dict(model__compressor="pool"), "config.model: compressor must be one of voco, none, average_pool, qformer"),
         (dict(model__llama__num_attention_heads=3), r"config.model: num_attention_heads \(3\) must be a multiple"),
         (dict(model__attention="flash"), "attention 'flash' is unknown; there are: cudnn, splash, xla"),

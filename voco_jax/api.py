@@ -32,10 +32,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 import numpy as np
-from PIL import Image
 
 from voco_jax.data.conversations import IMAGE, VIDEO, Sample, spread_video
-from voco_jax.data.images import load_image
+from voco_jax.data.images import PictureLike, is_picture
 from voco_jax.data.records import Clip, Picture
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
@@ -49,7 +48,6 @@ from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 from voco_jax.run import Run, load_run
 
-PictureLike = str | os.PathLike | Picture | Image.Image | np.ndarray
 Seen = MemoryBank | Embeddings
 
 
@@ -101,7 +99,7 @@ class Model:
     def compress(
         self, pictures: PictureLike | Iterable[PictureLike], *, tokens: int | None = None, batch_size: int = 32
     ) -> MemoryBank:
-        """The memories of pictures: files, PIL images, or arrays [height, width, 3] of uint8.
+        """The memories of pictures: files, bytes, PIL images or arrays, one or several (see `data.images.load_image`).
 
         `tokens` keeps the first so many of the model's K. BadRecord (a UserError) names a picture that cannot be read.
         """
@@ -122,9 +120,7 @@ class Model:
 
     def see(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> Seen:
         """As `compress`, for a model of any kind: without VoCo compression embeddings, good for asking alone."""
-        if isinstance(pictures, str | os.PathLike | Picture | Image.Image | np.ndarray):
-            pictures = [pictures]
-        pictures = list(pictures)
+        pictures = [pictures] if is_picture(pictures) else list(pictures)
         items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in pictures]
         return self.see_pixels((self.square(p) for p in pictures), items, batch_size)
 
@@ -165,13 +161,7 @@ class Model:
 
     def square(self, picture: PictureLike) -> np.ndarray:
         """A picture as the model takes it: squared, [size, size, 3], uint8. BadRecord for one that cannot be read."""
-        if isinstance(picture, np.ndarray):
-            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-                raise UserError(f"picture: expected uint8 [height, width, 3], found {picture.dtype} {picture.shape}")
-            picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
-            picture = load_image(picture)
-        return self.run.processor.square(picture.convert("RGB"))
+        return self.run.processor.square(self.run.processor.load(picture))
 
     def frame_sampling(self) -> FrameSampling:
         """As the run's config has it."""

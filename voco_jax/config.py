@@ -62,7 +62,18 @@ def default_config() -> ConfigDict:
     config.data.train = sources(easyvqa=source("easyvqa"))  # by name; see SOURCE_KEYS below and docs/data.md
     config.data.test = sources(easyvqa=source("easyvqa", split="test"))
     config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
-    config.data.aspect_ratio = "pad"  # to a square with the mean colour, or 'crop' its middle
+    config.data.aspect_ratio = "pad"  # to a square with the mean colour; or 'crop' its middle, or 'stretch' it
+    config.data.transparency = "white"  # shows through as white; or 'drop': the colours that are stored behind it
+    config.data.processor = (
+        ConfigDict()
+    )  # the rest of what makes pixel values: ImageProcessor in voco_jax/data/images.py
+    config.data.processor.resize_to = ()  # before the middle is cut out: (side,), (height, width); () the image_size
+    config.data.processor.do_resize = True  # False: the middle is cut out of the picture as it is
+    config.data.processor.resample = "bicubic"  # Pillow's name of the filter
+    config.data.processor.rescale_factor = 1 / 255  # grey levels 0 … 255 are multiplied with it
+    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue; CLIP's
+    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)
+    config.data.processor.pad_color = ()  # grey levels around a padded picture; () the mean colour
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
@@ -247,6 +258,25 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
     temporary.replace(path)
 
 
+# What keys meant before they were there: a config.json without them was written earlier.
+ADDED_LATER = {
+    "data.transparency": "drop",
+    **{f"data.processor.{key}": value for key, value in default_config().data.processor.items()},
+}
+
+
+def as_begun(config: ConfigDict, begun: ConfigDict) -> ConfigDict:
+    """The config to go on with a run by: `begun` is the run's own.
+
+    A key that was added later stays as it meant before, where the config only has today's default.
+    """
+    ours, default, theirs = _flat(config), _flat(default_config()), _flat(begun)
+    kept = {key: old for key, old in ADDED_LATER.items() if theirs[key] == old != ours[key] == default[key]}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(kept)
+    return config
+
+
 def load_config(path: str | os.PathLike) -> ConfigDict:
     """A config written by `save_config`; UserError names an unknown or missing key."""
     stored = read_object(path, hint="a run directory holds config.json, tokenizer/ and checkpoints/")
@@ -254,6 +284,8 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
     missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources
+    config.update_from_flattened_dict({key: old for key, old in ADDED_LATER.items() if key in missing})
+    missing -= ADDED_LATER.keys()
     if missing:
         raise UserError(f"{path}: key {min(missing)!r} is missing")
     try:

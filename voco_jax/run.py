@@ -132,17 +132,26 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
     run.model.llama.vocab_size = make_model_config(run, load_tokenizer(directory / "tokenizer")).llama.vocab_size
     with config.unlocked():
-        for part in ("llama", "vision"):
-            for key, value in config.model[part].items():
-                there = run.model[part][key]
-                if value not in (default.model[part][key], there):
-                    raise UserError(
-                        f"config.model.{part}.{key}: {config.init_from} has {there!r}, found {value!r}; "
-                        "with init_from it need not be given"
-                    )
-            config.model[part] = run.model[part]
+        _take_over(config.model, run.model, default.model, ("llama", "vision"), config.init_from)
+        if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
+            keys = "aspect_ratio", "transparency", "processor"
+            _take_over(config.data, run.data, default.data, keys, config.init_from, "config.data")
         config.tokenizer.source = str(directory / "tokenizer")
     return config
+
+
+def _take_over(config, run, default, keys, init_from: str, where: str = "config.model") -> None:
+    """Keys, and groups of keys, as the run has them; UserError where the config asks for something else."""
+    for key in keys:
+        if isinstance(default[key], ConfigDict):
+            _take_over(config[key], run[key], default[key], default[key].keys(), init_from, f"{where}.{key}")
+            continue
+        if config[key] not in (default[key], run[key]):
+            raise UserError(
+                f"{where}.{key}: {init_from} has {run[key]!r}, found {config[key]!r}; "
+                "with init_from it need not be given"
+            )
+        config[key] = run[key]
 
 
 def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
@@ -183,12 +192,27 @@ def resolve_dtype(name: str, key: str = "dtype") -> str:
     return name
 
 
+# Keys of `config.data.processor` whose names in ImageProcessor are others
+_PROCESSOR_FIELDS = {"image_mean": "mean", "image_std": "std"}
+
+
 def make_processor(config: ConfigDict) -> ImageProcessor:
     """What makes pixel values of a picture; UserError names a value that cannot be."""
+    data = config.data
+    fields = {_PROCESSOR_FIELDS.get(key, key): value for key, value in data.processor.items()}
     try:
-        return ImageProcessor(config.model.vision.image_size, config.data.aspect_ratio)
+        return ImageProcessor(
+            config.model.vision.image_size, data.aspect_ratio, transparency=data.transparency, **fields
+        )
     except ValueError as error:
         raise UserError(f"config.data.{error}") from None
+
+
+def set_processor(config: ConfigDict, processor: ImageProcessor) -> None:
+    """Write a processor into a config, for `make_processor` to make it again."""
+    config.data.update(aspect_ratio=processor.aspect_ratio, transparency=processor.transparency)
+    for key in config.data.processor:
+        config.data.processor[key] = getattr(processor, _PROCESSOR_FIELDS.get(key, key))
 
 
 def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Encoder:

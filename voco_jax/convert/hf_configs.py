@@ -4,11 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
-
-from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
 from voco_jax.models import presets
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
@@ -135,24 +131,6 @@ def features_of_llava_hf(fields: dict, file: Path) -> tuple[int, str]:
     return _layer(fields, "vision_feature_layer", file), {"default": "patch", "full": "cls_patch"}[strategy]
 
 
-def aspect_ratio_of_llava(fields: dict, file: Path) -> str:
-    """'pad' or 'crop': how the released code makes a picture square."""
-    _expect(file, fields, image_aspect_ratio=("pad", "square", None))
-    return "pad" if fields.get("image_aspect_ratio") == "pad" else "crop"
-
-
-def aspect_ratio_of_llava_hf(directory: Path) -> str:
-    """'pad' or 'crop': how the image processor makes a picture square; UserError for one that does more than CLIP's."""
-    file = directory / "preprocessor_config.json"
-    if not file.exists():
-        return "pad"  # as LLaVA-1.5 was trained
-    fields = read_object(file)
-    for key, expected in (("image_mean", ImageProcessor.mean), ("image_std", ImageProcessor.std)):
-        if not np.allclose(fields.get(key, expected), expected, atol=1e-6):
-            raise UserError(f"{file}: {key}: expected CLIP's {list(expected)}, found {fields[key]}")
-    return "pad" if fields.get("do_pad") else "crop"
-
-
 def vision_of_llava_hf(fields: dict, file: Path, select_layer: int, select_feature: str) -> ViTConfig:
     """Of `LlavaConfig`; without a vision_config it has transformers' default, ViT-L/14 at 336."""
     if not fields.get("vision_config"):
@@ -188,25 +166,7 @@ def vision_to_hf(config: ViTConfig) -> dict:
     return fields | {"hidden_act": "quick_gelu", "num_channels": 3, "model_type": "clip_vision_model"}
 
 
-def preprocessor_to_hf(config: ViTConfig, aspect_ratio: str) -> dict:
-    """`preprocessor_config.json`: CLIP's at this size; pictures are padded to squares before it by LLaVA's alone."""
-    pad = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
-    return (pad if aspect_ratio == "pad" else {"image_processor_type": "CLIPImageProcessor"}) | {
-        "size": {"shortest_edge": config.image_size},
-        "crop_size": {"height": config.image_size, "width": config.image_size},
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_convert_rgb": True,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "image_mean": list(ImageProcessor.mean),
-        "image_std": list(ImageProcessor.std),
-    }
-
-
-def config_to_llava(llama: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict, aspect_ratio: str = "pad") -> dict:
+def config_to_llava(llama: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict, aspect_ratio: str) -> dict:
     """The released code's config.json; its vision tower stands beside it, in `vision_tower/`."""
     return llama_to_hf(llama) | {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -220,7 +180,7 @@ def config_to_llava(llama: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "use_mm_proj": True,
-        "image_aspect_ratio": {"pad": "pad", "crop": "square"}[aspect_ratio],
+        "image_aspect_ratio": "pad" if aspect_ratio == "pad" else "square",
         "tokenizer_model_max_length": llama.max_position_embeddings,
         "torch_dtype": dtype,
         **ids,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from pathlib import Path
 
-from voco_jax.convert import hf_configs
+from voco_jax.convert import hf_configs, processors
 from voco_jax.convert.formats import FORMATS, LLAMA, PROJECTOR, VISION, Format, passed_over, recognise
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.rules import RULES
@@ -12,6 +12,7 @@ from voco_jax.convert.safetensors_files import read_index, read_safetensors
 from voco_jax.convert.tensors import Tensor, inside, name_leads_out, same_bytes
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
+from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
 from voco_jax.models.llama import LlamaConfig
@@ -32,7 +33,7 @@ class Source:
     tensors: dict[Key, Tensor] = dataclasses.field(default_factory=dict)
     names: dict[Key, str] = dataclasses.field(default_factory=dict)  # as the checkpoint has them
     problems: list[str] = dataclasses.field(default_factory=list)  # unknown, doubled
-    aspect_ratio: str = "pad"
+    processor: ImageProcessor | None = None  # None: the default, as for all that brings no vision tower
     whole: bool = False  # of a format that has all parts; others may come without vision tower and projector
 
     def parts(self) -> set[str]:
@@ -148,7 +149,7 @@ def _open_llava(path: Path, fields: dict, vision_tower: Path | None) -> Source:
     else:
         vision = hf_configs.vision_of_hub(name, file, layer, feature)
     source = Source("voco", path, hf_configs.llama_from_hf(fields, file), vision, _tokenizer(path), whole=True)
-    source.aspect_ratio = hf_configs.aspect_ratio_of_llava(fields, file)
+    source.processor = processors.processor_of_llava(fields, file, beside, vision)
     source.take(tensors, FORMATS[0], ("llm", "head", "projector") + (("vision",) if own else ()))
     if not own:
         if not beside:
@@ -168,7 +169,7 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None) -> Sourc
     vision = hf_configs.vision_of_llava_hf(fields, file, layer, feature)
     llama = hf_configs.llama_from_hf(text | {"tie_word_embeddings": tied}, file)
     source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True)
-    source.aspect_ratio = hf_configs.aspect_ratio_of_llava_hf(path)
+    source.processor = processors.processor_of_llava_hf(path, vision)
     tensors = read_directory(path)
     parts = ("llm", "projector", "vision")
     format = recognise(tensors, FORMATS[1:], parts)
@@ -193,6 +194,7 @@ def open_parts(llm: Path, vision_tower: Path | None = None, projector: Path | No
     if vision_tower:
         config = vision_tower / "config.json"
         source.vision = hf_configs.vision_from_hf(read_object(config), config, -2, "patch")
+        source.processor = processors.processor_of_tower([vision_tower], source.vision)
         _take_vision(source, vision_tower)
     if projector:
         tensors = read_safetensors(projector) if projector.suffix == ".safetensors" else read_torch(projector)

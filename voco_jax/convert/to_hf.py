@@ -16,6 +16,7 @@ from voco_jax.convert.directories import check_is_new, check_space, new_director
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.processors import processor_to_hf
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.safetensors_files import write_safetensors
 from voco_jax.convert.tensors import DTYPES, Tensor
@@ -23,7 +24,7 @@ from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows,
 from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model, make_model_config
+from voco_jax.run import abstract_model, make_model_config, make_processor
 
 WRITTEN = {format.name: format for format in reversed(FORMATS)}  # the first of each name
 IMAGE_TOKEN = "<image>"
@@ -37,6 +38,7 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
     model_config = make_model_config(config, tokenizer)
     stored = StoredParams(run)
     check_run(run, stored, model_config, format_name)
+    aspect_ratio, processor = config.data.aspect_ratio, processor_to_hf(make_processor(config), run, format_name)
     format, num_image_rows = WRITTEN[format_name], 0
     if format_name == "llava-hf":
         num_image_rows = add_image_token(tokenizer, model_config)
@@ -57,7 +59,7 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
             fields = hf_configs.vision_to_hf(model_config.vision) | {"architectures": ["CLIPVisionModel"]}
             write_json(tower / "config.json", fields | {"torch_dtype": beside[0][1].dtype.name})
         write_shards(directory, tensors, max_shard_size, bar.update)
-        write_configs(directory, format_name, model_config, config.data.aspect_ratio, tokenizer, written_dtype)
+        write_configs(directory, format_name, model_config, aspect_ratio, processor, tokenizer, written_dtype)
         save_tokenizer(tokenizer, directory)
         return findings.finish(run)
 
@@ -145,7 +147,13 @@ def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_s
 
 
 def write_configs(
-    directory: Path, format_name: str, model_config: VoCoConfig, aspect_ratio: str, tokenizer, dtype: str
+    directory: Path,
+    format_name: str,
+    model_config: VoCoConfig,
+    aspect_ratio: str,
+    processor: dict,
+    tokenizer,
+    dtype: str,
 ) -> None:
     """config.json and what the image processor needs to know."""
     llama, vision = model_config.llama, model_config.vision
@@ -158,24 +166,21 @@ def write_configs(
     if format_name == "voco":
         config = hf_configs.config_to_llava(llama, vision, dtype, ids, aspect_ratio)
         write_json(directory / "config.json", config)
-        # The released code pads by itself, before it
-        write_json(
-            directory / "vision_tower" / "preprocessor_config.json", hf_configs.preprocessor_to_hf(vision, "crop")
-        )
+        write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
         return
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = hf_configs.config_to_llava_hf(llama, vision, dtype, ids, image)
     config["text_config"]["vocab_size"] = max(llama.vocab_size, len(tokenizer))
     write_json(directory / "config.json", config)
-    write_json(directory / "preprocessor_config.json", hf_configs.preprocessor_to_hf(vision, aspect_ratio))
-    processor = {
+    write_json(directory / "preprocessor_config.json", processor)
+    outer = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
         "patch_size": vision.patch_size,
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     }
-    write_json(directory / "processor_config.json", processor)
+    write_json(directory / "processor_config.json", outer)
 
 
 def write_json(file: Path, content: dict) -> None:

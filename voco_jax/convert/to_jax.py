@@ -21,7 +21,7 @@ from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
 from voco_jax.data.tokenizer import VOCO_TOKEN, add_voco_token, load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model, init_params, make_model_config
+from voco_jax.run import abstract_model, init_params, make_model_config, set_processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,8 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
         config.model.num_voco_tokens = options.num_voco_tokens
         config.model.compressor = options.compressor
         config.tokenizer.source = str(run / "tokenizer")
-        config.data.aspect_ratio = source.aspect_ratio
+        if source.processor is not None:
+            set_processor(config, source.processor)
         config.data.row_length = min(2048, llama.max_position_embeddings)
         config.eval.max_new_tokens = 64
         config.eval.batch_size = 8

@@ -1,15 +1,22 @@
-"""Pictures: read, made square by padding (LLaVA-1.5) or cropping (CLIP), and preprocessed as CLIP does."""
+"""Pictures: opened from whatever they come as, and made into pixel values as LLaVA-1.5, CLIP and SigLIP do.
 
-from collections.abc import Callable
+Sizes and rounding are those of transformers' image processors on Pillow (`CLIPImageProcessorPil`,
+`LlavaImageProcessorPil`), which equal the released LLaVA code's.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import io
+import math
 import os
 from pathlib import Path
 import struct
+from typing import BinaryIO
 import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture
 from voco_jax.data.sources.roots import check_file
@@ -17,7 +24,13 @@ from voco_jax.data.sources.roots import check_file
 # What is opened, whatever a file is called: Pillow would have Ghostscript run PostScript. JPEG is MPO too.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
+# What `load_image` opens: a file's path or its bytes, a file object, a PIL image, or an array (also jax's, torch's).
+PictureLike = str | os.PathLike | Picture | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
+
 MAX_SIDE = 16384  # pixels: a picture of few but in one long row would be padded to a square of gigabytes
+_MAX_RESIZED = 2**25  # pixels of a resized picture, 128 MiB: of a longer one only the part that is kept is resized
+
+_FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 
 # What turns a picture upright, by its EXIF orientation; these angles are anticlockwise.
 _TURNS = {
@@ -33,86 +46,226 @@ _TURNS = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """`size` is the square's side in pixels; mean and std are of RGB values in 0 … 1 (CLIP's).
+    """How a picture becomes `pixel_values`: padded or not, resized, its middle cut out, rescaled, normalised.
 
-    `aspect_ratio` 'pad' puts the whole picture into a square of the mean colour (LLaVA-1.5 and VoCo-LLaMA); 'crop'
-    takes the middle of it (CLIP itself).
+    size: side of the square that comes out, in pixels.
+    aspect_ratio: 'pad' puts the whole picture into a square of one colour first (LLaVA-1.5 and VoCo-LLaMA); 'crop'
+      resizes the shorter side (CLIP); 'stretch' resizes both sides (SigLIP).
+    mean, std: of the rescaled RGB values, by channel.
+    resize_to: pixels, before the middle is cut out: `()` for `size`; `(side,)`; or `(height, width)`, not with 'crop'.
+    do_resize: without it the middle is cut out of the picture as it is. What is too small gets a black border.
+    resample: the filter, by Pillow's name.
+    rescale_factor: grey levels 0 … 255 are multiplied with it.
+    pad_color: grey levels of red, green and blue around a padded picture; `()` for the mean colour.
+    transparency: 'white' shows what is transparent on white, 'drop' shows the colours that are stored behind it.
     """
 
     size: int = 336
     aspect_ratio: str = "pad"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resize_to: tuple[int, ...] = ()
+    do_resize: bool = True
+    resample: str = "bicubic"
+    rescale_factor: float = 1 / 255
+    pad_color: tuple[int, ...] = ()
+    transparency: str = "drop"
 
     def __post_init__(self):
-        if self.aspect_ratio not in ("pad", "crop"):
-            raise ValueError(f"aspect_ratio: expected pad or crop, found {self.aspect_ratio!r}")
+        """ValueError for a value that cannot be, under the name of its key in `config.data`."""
+        _check(
+            "aspect_ratio", self.aspect_ratio in ("pad", "crop", "stretch"), "pad, crop or stretch", self.aspect_ratio
+        )
+        _check("transparency", self.transparency in ("white", "drop"), "white or drop", self.transparency)
+        _check("processor.resample", self.resample in _FILTERS, " or ".join(_FILTERS), self.resample)
+        most = 1 if self.aspect_ratio == "crop" else 2
+        sound = len(self.resize_to) <= most and all(side >= 1 for side in self.resize_to)
+        _check("processor.resize_to", sound, f"at most {most} sides, 1 pixel or more each", self.resize_to)
+        _check(
+            "processor.image_mean", len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "3 numbers", self.mean
+        )
+        sound = len(self.std) == 3 and all(0 < value < math.inf for value in self.std)
+        _check("processor.image_std", sound, "3 numbers above 0", self.std)
+        _check("processor.rescale_factor", 0 < self.rescale_factor < math.inf, "above 0", self.rescale_factor)
+        if self.aspect_ratio == "pad":
+            sound = len(self.colour) == 3 and all(0 <= level <= 255 for level in self.colour)
+            _check("processor.pad_color", sound, "3 grey levels of 0 … 255 (the mean's by default)", self.colour)
+
+    @property
+    def colour(self) -> tuple[int, ...]:
+        """Grey levels around a padded picture."""
+        return self.pad_color or tuple(int(value * 255) for value in self.mean)
+
+    def load(self, picture: PictureLike, on_odd: Callable[[str], None] | None = None) -> Image.Image:
+        """`load_image`, with transparency as this processor wants it."""
+        return load_image(picture, on_odd, self.transparency)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """`pixel_values` [size, size, 3], float32, of an RGB picture: squared, resized (bicubic), normalised."""
+        """`pixel_values` [size, size, 3], float32, of an RGB picture."""
         return self.normalize(self.square(image))
 
     def square(self, image: Image.Image) -> np.ndarray:
         """Grey levels [size, size, 3], uint8: all of `__call__` but the arithmetic, and a quarter of the bytes."""
         if self.aspect_ratio == "pad":
-            return np.asarray(self._pad_and_resize(image))
-        if max(image.size) > 100 * min(image.size):  # of a line, the part around its middle: no need to scale all
-            width, height = (min(side, 100 * min(image.size)) for side in image.size)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        scale = self.size / min(image.size)
-        resized = tuple(max(self.size, int(side * scale)) for side in image.size)
-        if image.size != resized:
-            image = image.resize(resized, Image.Resampling.BICUBIC)
-        left, top = ((side - self.size) // 2 for side in resized)
-        image = image.crop((left, top, left + self.size, top + self.size))
+            image = self._pad(image)
+        width, height = self._resized(image.size) if self.do_resize else image.size
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        if width * height > _MAX_RESIZED:
+            image = _resize_part(image, (width, height), (left, top, left + self.size, top + self.size), self.filter)
+            left, top = min(left, 0), min(top, 0)
+        elif image.size != (width, height):
+            image = image.resize((width, height), self.filter)
+        if (width, height) != (self.size, self.size):
+            image = image.crop((left, top, left + self.size, top + self.size))
         return np.asarray(image)
 
-    def _pad_and_resize(self, image: Image.Image) -> Image.Image:
-        """`pad_to_square`, then resized; a wide picture is padded half-way, which is the same and a fifth faster.
+    @property
+    def filter(self) -> Image.Resampling:
+        return _FILTERS[self.resample]
 
-        Pillow resizes along the rows first and then along the columns, and rounds to grey levels in between. Padding
-        above and below is no part of the first half.
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) to resize to."""
+        height, width = self.resize_to if len(self.resize_to) == 2 else (self.resize_to or (self.size,)) * 2
+        if self.aspect_ratio != "crop":
+            return width, height
+        short, long = min(size), max(size)
+        long = int(height * long / short)
+        return (height, long) if size[0] <= size[1] else (long, height)
+
+    def _pad(self, image: Image.Image) -> Image.Image:
+        """`pad_to_square`; a wide picture is resized half-way before, which is the same and a fifth faster.
+
+        Pillow makes squares of squares along the rows first and then along the columns, and rounds to grey levels in
+        between. Padding above and below is no part of the first half.
         """
-        colour, (width, height) = tuple(int(value * 255) for value in self.mean), image.size
-        if width > height:
-            image = image.resize((self.size, height), Image.Resampling.BICUBIC)
-            square = Image.new("RGB", (self.size, width), colour)
-            square.paste(image, (0, (width - height) // 2))
-        else:
-            square = pad_to_square(image, colour)
-        return square.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        width, height = image.size
+        wide, high = self._resized((width, width))
+        if not self.do_resize or width <= height or wide != high:
+            return pad_to_square(image, self.colour)
+        square = Image.new("RGB", (wide, width), self.colour)
+        square.paste(image.resize((wide, height), self.filter), (0, (width - height) // 2))
+        return square
 
     def normalize(self, pixels):
-        """Grey levels 0 … 255 [..., 3] to float32 of zero mean and unit variance; for arrays of numpy and of jax."""
+        """Grey levels 0 … 255 [..., 3] to float32 `pixel_values`; for arrays of numpy and of jax."""
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        return (pixels.astype(np.float32) / 255 - mean) / std
+        return (pixels.astype(np.float32) / np.float32(1 / self.rescale_factor) - mean) / std
 
 
-def load_image(picture: str | os.PathLike | Picture, on_odd: Callable[[str], None] | None = None) -> Image.Image:
-    """The picture in RGB and upright; BadRecord names one that is missing, broken or a decompression bomb.
+def _check(key: str, sound: bool, expected: str, found) -> None:
+    if not sound:
+        raise ValueError(f"{key}: expected {expected}, found {found!r}")
 
-    `on_odd` hears of a picture that is read and yet not what one expects. Of an animated one the first frame is taken;
-    transparency is dropped, as in the released code.
+
+def _resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int, int, int], filter) -> Image.Image:
+    """What of `part` (left, top, right, bottom) lies inside the picture resized to `size`, without making all of it.
+
+    Along the rows first and then along the columns, as Pillow enlarges.
     """
-    picture = picture if isinstance(picture, Picture) else Picture(Path(picture))
+    left, top, right, bottom = max(part[0], 0), max(part[1], 0), min(part[2], size[0]), min(part[3], size[1])
+    across, down = image.width / size[0], image.height / size[1]
+    box = left * across, 0, min(right * across, image.width), image.height
+    image = image.resize((right - left, image.height), filter, box=box)
+    box = 0, top * down, image.width, min(bottom * down, image.height)
+    return image.resize((right - left, bottom - top), filter, box=box)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of its longer side."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+# ---- Opening -------------------------------------------------------------------------------------------------------
+
+
+def load_image(
+    picture: PictureLike, on_odd: Callable[[str], None] | None = None, transparency: str = "white"
+) -> Image.Image:
+    """The picture in 8-bit RGB and upright, the same from a path, bytes, a file object, a PIL image or an array.
+
+    Arrays are [height, width] (grey) or [height, width, 1 … 4] (grey, grey and alpha, RGB, RGBA), in uint8, bool,
+    uint16, or a float dtype with values 0 … 1. A PIL image is turned by its EXIF data as a file is. Of an animated
+    picture the first frame is taken, of a PIL image the one that it stands at. Of 16 bits the upper 8 are. Colour
+    profiles are not applied, as in the released code. `transparency`: see `ImageProcessor`.
+
+    BadRecord names a picture that is missing, broken, a decompression bomb or not a picture. `on_odd` hears of one that
+    is read and yet not what one expects.
+    """
     say = on_odd or (lambda kind: None)
+    if hasattr(picture, "__array__"):
+        picture = _from_array(picture)
+    if isinstance(picture, Image.Image):
+        with _naming("picture"):
+            return _as_seen(picture, "picture", say, transparency)
+    picture = _encoded(picture)
     if picture.data is None:
         check_file(picture.file)
-    try:
+    with _naming(picture):
         content = picture.file if picture.data is None else io.BytesIO(picture.data)
         with Image.open(content, formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > MAX_SIDE:  # Pillow: twice that
-                raise BadRecord(TOO_LARGE, f"{picture}: {image.width} × {image.height} pixels")
-            if getattr(image, "is_animated", False):
-                say("animated picture")
-            if image.mode in ("CMYK", "P"):
-                say(f"{image.mode} picture")
-            image = _upright(image, say)
-            if image.mode.startswith("I"):  # 16 bits, which Pillow's conversion would clip to white
-                say("16-bit picture")
-                return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return _as_seen(image, picture, say, transparency)
+
+
+def is_picture(value) -> bool:
+    """Whether it is one picture, as `load_image` takes it, rather than several."""
+    return isinstance(value, str | os.PathLike | Picture | bytes | bytearray | memoryview | Image.Image) or (
+        hasattr(value, "read") or (hasattr(value, "__array__") and getattr(value, "ndim", 3) <= 3)
+    )
+
+
+def _encoded(picture) -> Picture:
+    if isinstance(picture, Picture):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        return Picture(Path(picture))
+    name = "picture"
+    if hasattr(picture, "read"):
+        name = str(getattr(picture, "name", name))
+        if hasattr(picture, "seekable") and picture.seekable():
+            picture.seek(0)
+        picture = picture.read()
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return Picture(data=bytes(picture), name=name)
+    expected = "a path, bytes, a binary file, a PIL image or an array"
+    raise BadRecord(UNREADABLE_PICTURE, f"{name}: expected {expected}; found {type(picture).__name__}")
+
+
+def _from_array(values) -> Image.Image:
+    """BadRecord for an array that is not a picture."""
+    try:
+        values = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or one with gradients
+        raise BadRecord(UNREADABLE_PICTURE, f"picture: not an array: {error}") from None
+    found = f"{values.dtype} {list(values.shape)}"
+    if values.ndim not in (2, 3) or not values.size or (values.ndim == 3 and values.shape[2] > 4):
+        expected = "an array [height, width] or [height, width, 1 … 4]"
+        raise BadRecord(UNREADABLE_PICTURE, f"picture: expected {expected}, found {found}")
+    if np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float32)
+        if not (values.min() >= 0 and values.max() <= 1):  # also for NaN
+            found = f"{found} of {values.min():g} … {values.max():g}"
+            raise BadRecord(UNREADABLE_PICTURE, f"picture: expected values of 0 … 1 in a float array, found {found}")
+        values = np.round(values * 255)
+    elif values.dtype == np.uint16:
+        values = values >> 8
+    elif values.dtype == bool:
+        values = values * 255
+    elif values.dtype != np.uint8:
+        raise BadRecord(UNREADABLE_PICTURE, f"picture: expected uint8, uint16, bool or float, found {found}")
+    values = values.astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
+
+
+@contextlib.contextmanager
+def _naming(picture: Picture | str) -> Iterator[None]:
+    """Whatever Pillow's decoders raise, as a BadRecord of this picture."""
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise BadRecord(TOO_LARGE, f"{picture}: {error}") from None
     except UnidentifiedImageError:  # Pillow's own text has the address of an object
@@ -122,11 +275,51 @@ def load_image(picture: str | os.PathLike | Picture, on_odd: Callable[[str], Non
         raise BadRecord(UNREADABLE_PICTURE, f"{picture}: not a readable picture ({reason:.200})") from None
 
 
-# Whatever Pillow's decoders raise for damaged files; RuntimeError is AVIF's.
+# For damaged files; RuntimeError is AVIF's.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError,
     EOFError, RuntimeError, AssertionError, struct.error, zlib.error, MemoryError,
 )  # fmt: skip
+
+
+def _as_seen(image: Image.Image, name: Picture | str, say: Callable[[str], None], transparency: str) -> Image.Image:
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > MAX_SIDE:  # Pillow: twice that
+        raise BadRecord(TOO_LARGE, f"{name}: {image.width} × {image.height} pixels")
+    if getattr(image, "is_animated", False):
+        say("animated picture")
+    if image.mode in ("CMYK", "P"):
+        say(f"{image.mode} picture")
+    image = _upright(image, say)
+    if image.mode.startswith("I"):
+        say("16-bit picture")
+        image = _from_deep_grey(image)
+    elif image.mode == "F":
+        say("float picture")
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 255):  # also for NaN
+            raise ValueError(f"expected values of 0 … 255, found {values.min():g} … {values.max():g}")
+        image = _from_array(values) if values.max() <= 1 else image.convert("L")
+    elif image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    elif image.mode in ("RGBa", "La"):  # colours multiplied with alpha
+        image = image.convert(image.mode.upper())
+    if transparency == "white" and image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """The upper 8 of 16 bits, where Pillow's own conversion clips to white; with alpha where one level is clear."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"expected grey levels of 0 … 65535, found {levels.min()} … {levels.max()}")
+    grey = (levels >> 8).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return Image.fromarray(grey)
+    return Image.fromarray(np.stack([grey, np.where(levels == clear, 0, 255).astype(np.uint8)], axis=-1))
 
 
 def _upright(image: Image.Image, say: Callable[[str], None]) -> Image.Image:
@@ -143,13 +336,3 @@ def _upright(image: Image.Image, say: Callable[[str], None]) -> Image.Image:
         return image
     say("EXIF rotation")
     return image if turned else image.transpose(_TURNS[orientation])
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square of its longer side."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

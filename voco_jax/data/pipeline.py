@@ -6,6 +6,7 @@ stands is that number, and it goes on anywhere.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -88,7 +89,8 @@ class BinLoader(grain.transforms.Map):
                     raise BadRecord(TOO_LONG, "conversation: has more images than when the index was made")
                 if images is None:  # all of an item have the same; the first that can be read gives them
                     odd: list[str] = []
-                    images = self.maker.load_images(record, times, odd.append)
+                    load = functools.partial(self.processor.load, on_odd=odd.append)
+                    images = self.maker.load_images(record, times, load)
                     for kind in odd:
                         report.add_odd(kind, source.where(p.record))
                     if augments(self.data):

@@ -7,9 +7,8 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.data.conversations import Encoder, Sample, spread_video
-from voco_jax.data.images import load_image
 from voco_jax.data.packing import truncate
-from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Clip, Frames, Record, shown
+from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 
 _REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions again and again encode them once
@@ -87,10 +86,15 @@ class SampleMaker:
             raise BadRecord(TOO_LONG, f"conversation of {len(sample)} tokens: {reason}")
         return kept, len(sample) - len(kept)
 
-    def load_images(self, record: Record, times: np.ndarray | None, on_odd: Callable[[str], None]) -> list[Image.Image]:
-        """The record's pictures, or its video's frames at `times`, in RGB; BadRecord for what cannot be read."""
+    def load_images(
+        self, record: Record, times: np.ndarray | None, load: Callable[[Picture], Image.Image]
+    ) -> list[Image.Image]:
+        """The record's pictures, or its video's frames at `times`, in RGB; BadRecord for what cannot be read.
+
+        `load` opens a picture: `ImageProcessor.load`.
+        """
         if record.video is None:
-            return [load_image(picture, on_odd) for picture in record.images]
+            return [load(picture) for picture in record.images]
         return read_frames(record.video, times)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.data.conversations import IMAGE, Encoder
-from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import Record
 from voco_jax.eval.scoring import Answer
@@ -24,7 +23,7 @@ def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
             pixels = [
-                stack_images([load_image(p) for p in r.images], run.config.data.images_per_bin, run.processor)
+                stack_images([run.processor.load(p) for p in r.images], run.config.data.images_per_bin, run.processor)
                 for r in batch
             ]
             pixels += [np.zeros_like(pixels[0])] * (batch_size - len(batch))  # one shape, one compilation

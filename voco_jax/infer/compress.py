@@ -18,9 +18,9 @@ from pathlib import Path
 import shutil
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from voco_jax.data.images import load_image
 from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
 from voco_jax.data.sources.roots import check_file
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
@@ -106,7 +106,7 @@ def compress_to_file(
         parts = [MemoryFile(file) for file in sorted(directory.glob("*.voco"))]
         tokens, dtype = _form(model, [old, *parts], tokens, int8)
         have = {_key(item): None for file in [old, *parts] if file is not None for item in file.items}
-        wanted = _Wanted(have, sampling or model.frame_sampling(), batch_size)
+        wanted = _Wanted(have, model.run.processor.load, sampling or model.frame_sampling(), batch_size)
         outcome = Outcome()
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
@@ -151,8 +151,8 @@ def _write(out: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "
 class _Wanted:
     """What the entries come to: keys of items by source, and the jobs that load them."""
 
-    def __init__(self, have: dict, sampling: FrameSampling, chunk: int):
-        self._have, self._sampling, self._chunk = have, sampling, chunk
+    def __init__(self, have: dict, load: Callable[[Picture], Image.Image], sampling: FrameSampling, chunk: int):
+        self._have, self._load, self._sampling, self._chunk = have, load, sampling, chunk
         self.keys: dict[str, set] = {}
         self.total = 0
 
@@ -180,7 +180,7 @@ class _Wanted:
             raise BadRecord(MISSING, f"{entry.path}: {error.strerror}") from None
         item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
         known = _key(item) in self._have
-        image = None if known else load_image(Picture(data=data, name=str(entry.path)))
+        image = None if known else self._load(Picture(data=data, name=str(entry.path)))
         self.keys[item.source] = {_key(item)}  # only now: where it cannot be read the old one is not replaced
         return item, image
 

@@ -173,8 +173,15 @@ class Embeddings:
 def fingerprint(config: VoCoConfig, checksums: dict[str, int], processor: ImageProcessor) -> str:
     """Of a model, by all that a memory depends on: parameters, dimensions, what stands around an image, its pixels.
 
-    Where it computes and in which dtype is no part of it.
+    Where it computes and in which dtype is no part of it. What processors could not do when memories were first kept
+    is part of it only where it is used: memories of that time stay readable.
     """
+    always = ("size", "aspect_ratio", "mean", "std")
+    pixels = {
+        field.name: getattr(processor, field.name)
+        for field in dataclasses.fields(processor)
+        if field.name in always or getattr(processor, field.name) != field.default
+    }
     described = {
         "params": checksums,
         "llama": dataclasses.asdict(config.llama),
@@ -182,7 +189,7 @@ def fingerprint(config: VoCoConfig, checksums: dict[str, int], processor: ImageP
         "vision": dataclasses.asdict(config.vision),
         "prompt": [config.prefix_ids, config.suffix_ids, config.voco_token_id],
         "lora": None if config.lora is None else dataclasses.asdict(config.lora),
-        "pixels": dataclasses.asdict(processor),
+        "pixels": pixels,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -214,7 +214,7 @@ class Evaluator:
         human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
         truth = turns[human + 1]["value"]
         tokens = loader.maker.encoder.tokenizer(truth, add_special_tokens=False).input_ids
-        images = loader.maker.load_images(record, times, lambda kind: None)
+        images = loader.maker.load_images(record, times, loader.processor.load)
         pixels = np.zeros((len(images), loader.processor.size, loader.processor.size, 3), np.uint8)
         for i, image in enumerate(images):
             pixels[i] = loader.processor.square(image)

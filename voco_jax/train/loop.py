@@ -36,7 +36,7 @@ from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
-from voco_jax.train.workdir import check_workdir, open_workdir, workdir_path
+from voco_jax.train.workdir import check_workdir, open_workdir, resumed_config, workdir_path
 
 
 class _Setup(NamedTuple):
@@ -81,6 +81,7 @@ def train(config: ConfigDict) -> AnyPath:
 def _set_up(config: ConfigDict) -> _Setup:
     config = begin_with_run(config)
     workdir = workdir_path(config)
+    config = resumed_config(workdir, config)
     resuming = check_workdir(workdir, config)
     mesh = make_mesh(config.mesh)
 

@@ -1,0 +1,249 @@
+"""Image processors' files, to our `ImageProcessor` and back: the same pixels, or a line that names the key.
+
+transformers keeps a processor in `preprocessor_config.json`, and from version 5 on in `processor_config.json` under
+`image_processor`. The pixels are those of its Pillow classes, which the released LLaVA code has used too. Its
+torchvision classes ("Fast" before version 5) have the same fields; their resized grey levels differ a little.
+"""
+
+from collections.abc import Iterable, Mapping
+import math
+from pathlib import Path
+
+from PIL import Image
+
+from voco_jax.data.images import ImageProcessor
+from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
+from voco_jax.models.vit import ViTConfig
+
+_ALL = {
+    "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_pad": False,
+    "size": {"shortest_edge": 224}, "crop_size": 224, "pad_size": None, "resample": 3, "rescale_factor": 1 / 255,
+    "image_mean": ImageProcessor.mean, "image_std": ImageProcessor.std, "default_to_square": False,
+    "use_square_size": False,
+}  # fmt: skip
+
+# The fields that are computed, with their defaults, by `image_processor_type` (also with 'Fast' or 'Pil' behind it).
+# Null stands for the default.
+DEFAULTS = {
+    "CLIPImageProcessor": _ALL,
+    "LlavaImageProcessor": _ALL,  # its do_pad makes squares of the mean colour, before all else
+    "SiglipImageProcessor": _ALL
+    | {
+        "do_center_crop": False, "size": {"height": 224, "width": 224}, "image_mean": (0.5,) * 3,
+        "image_std": (0.5,) * 3,
+    },
+}  # fmt: skip
+
+# What changes no pixel. Pictures are RGB: without do_convert_rgb the others fit no model of transformers.
+HARMLESS = {
+    "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "do_convert_rgb",
+    "data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length", "use_fast",
+    "backend", "model_input_names", "_valid_processor_keys", "_valid_kwargs_names", "name_or_path", "_name_or_path",
+    "transformers_version", "_commit_hash",
+}  # fmt: skip
+
+# Of processor_config.json itself: what makes texts, not pixels
+_TEXT_KEYS = {"image_processor", "processor_class", "image_token", "chat_template", "num_additional_image_tokens"}
+
+
+def processor_of_llava_hf(directory: Path, vision: ViTConfig) -> ImageProcessor:
+    """Of a Hugging Face LLaVA; without an image processor pictures are padded, as LLaVA-1.5 was trained.
+
+    UserError for what is not computed here, and for pictures of another size than the vision tower takes.
+    """
+    file = directory / "processor_config.json"
+    if file.exists():
+        strategy = {"patch": "default", "cls_patch": "full"}[vision.select_feature]
+        known = {"patch_size": vision.patch_size, "vision_feature_select_strategy": strategy}
+        for key, value in read_object(file).items():
+            if value not in (None, known.get(key)) and key not in _TEXT_KEYS | HARMLESS:
+                raise UserError(f"{file}: {key}: expected {known.get(key, 'no such key')!r}, found {value!r}")
+    found = _find(directory)
+    if found is None:
+        return ImageProcessor(vision.image_size, transparency="white")
+    return processor_from_hf(*found, vision.image_size, "LlavaImageProcessor")
+
+
+def processor_of_llava(fields: Mapping, file: Path, tower: Path | None, vision: ViTConfig) -> ImageProcessor:
+    """Of a released LLaVA's config.json: it pads or not, before the image processor of its vision tower.
+
+    That is in the `tower`'s directory, if there is one, or beside the config; else it is CLIP's. UserError as above.
+    """
+    ratio = fields.get("image_aspect_ratio")
+    if ratio not in ("pad", "square", None):
+        raise UserError(f"{file}: image_aspect_ratio: expected 'pad' or 'square' or None, found {ratio!r}")
+    return processor_of_tower([tower, file.parent], vision, pad=ratio == "pad", transparency="drop")
+
+
+def processor_of_tower(
+    directories: Iterable[Path | None], vision: ViTConfig, *, pad: bool = True, transparency: str = "white"
+) -> ImageProcessor:
+    """The first image processor in the directories, or CLIP's, with padding before it; UserError as above."""
+    found = next(filter(None, (_find(directory) for directory in directories if directory)), None)
+    fields, where = found or ({"size": vision.image_size, "crop_size": vision.image_size}, "")
+    return processor_from_hf(fields, where, vision.image_size, pad=pad, transparency=transparency)
+
+
+def _find(directory: Path) -> tuple[dict, str] | None:
+    """(fields, what stands before a key in messages) of a directory's image processor, where transformers 5 looks."""
+    file = directory / "processor_config.json"
+    if file.exists() and "image_processor" in (outer := read_object(file)):
+        if not isinstance(fields := outer["image_processor"], dict):
+            raise UserError(f"{file}: image_processor: expected an object, found {fields!r}")
+        return fields, f"{file}: image_processor."
+    file = directory / "preprocessor_config.json"
+    return (read_object(file), f"{file}: ") if file.exists() else None
+
+
+def processor_from_hf(
+    fields: Mapping, where: str, image_size: int, kind: str = "CLIPImageProcessor", *, pad: bool = False,
+    transparency: str = "white",
+) -> ImageProcessor:  # fmt: skip
+    """Of an image processor's fields. `kind`: what they are of where they do not say; `pad`: whatever they say.
+
+    UserError, with `where` before the key, as above.
+    """
+    read = _Fields(fields, where, kind)
+    square, shown = (image_size, image_size), f"{image_size} × {image_size} pixels, as the vision tower takes"
+    resized = read.sides("size", square=read.flag("default_to_square")) if read.flag("do_resize") else ()
+    if read.flag("do_pad"):
+        if read.kind == "LlavaImageProcessor":
+            pad = True
+        elif read.values["pad_size"] is not None and read.sides("pad_size", square=True) != square:
+            read.refuse("pad_size", shown)
+    if read.flag("use_square_size"):
+        read.refuse("use_square_size", "false")
+    if read.flag("do_center_crop"):
+        if read.sides("crop_size", square=True) != square:
+            read.refuse("crop_size", shown)
+    elif not resized or (len(resized) == 1 and not pad):
+        read.refuse("do_center_crop", "true, or a size with height and width: pictures would not be square")
+    elif resized not in (square, square[:1]):
+        read.refuse("size", shown)
+
+    mean, std = read.channels("image_mean"), read.channels("image_std")
+    colour = tuple(int(value * 255) for value in mean)
+    if not read.flag("do_normalize"):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    if pad and len(resized) == 2 and resized[0] == resized[1]:
+        resized = resized[:1]
+    try:
+        return ImageProcessor(
+            image_size,
+            "pad" if pad else "stretch" if len(resized) == 2 else "crop",
+            mean,
+            std,
+            resize_to=() if resized in (square, square[:1]) else resized,
+            do_resize=read.flag("do_resize"),
+            resample=read.filter(),
+            rescale_factor=read.number("rescale_factor") if read.flag("do_rescale") else 1.0,
+            pad_color=colour if pad and colour != tuple(int(value * 255) for value in mean) else (),
+            transparency=transparency,
+        )
+    except ValueError as error:
+        raise UserError(f"{where}{str(error).removeprefix('processor.')}") from None
+
+
+class _Fields:
+    """An image processor's fields with its defaults; UserError names one whose value cannot be, or is not known."""
+
+    def __init__(self, fields: Mapping, where: str, kind: str):
+        self._where = where
+        named = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or kind)
+        self.kind = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+        if self.kind not in DEFAULTS:
+            raise UserError(f"{where}image_processor_type: expected {' or '.join(DEFAULTS)}, found {named!r}")
+        given = {key: value for key, value in fields.items() if value is not None}
+        self.values = DEFAULTS[self.kind] | given
+        for key, value in given.items():
+            off = value in ({}, []) or (value is False and key.startswith("do_"))
+            if key not in DEFAULTS[self.kind].keys() | HARMLESS and not off:
+                self.refuse(key, "no such key: voco_jax does not compute it")
+
+    def refuse(self, key: str, expected: str):
+        raise UserError(f"{self._where}{key}: expected {expected}; found {self.values[key]!r}")
+
+    def flag(self, key: str) -> bool:
+        if not isinstance(self.values[key], bool):
+            self.refuse(key, "true or false")
+        return self.values[key]
+
+    def number(self, key: str) -> float:
+        if not _is_number(self.values[key]):
+            self.refuse(key, "a number")
+        return float(self.values[key])
+
+    def channels(self, key: str) -> tuple[float, ...]:
+        """A number for each of red, green and blue, or one for all."""
+        values = self.values[key]
+        values = [values] * 3 if _is_number(values) else values
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
+            self.refuse(key, "3 numbers")
+        return tuple(map(float, values))
+
+    def filter(self) -> str:
+        """Pillow's name of `resample`."""
+        value = self.values["resample"]
+        names = {filter.value: filter.name.lower() for filter in Image.Resampling}
+        if not isinstance(value, int) or isinstance(value, bool) or value not in names:
+            self.refuse("resample", f"one of Pillow's filters, {min(names)} … {max(names)}")
+        return names[value]
+
+    def sides(self, key: str, *, square: bool) -> tuple[int, ...]:
+        """(shortest edge,) or (height, width) in pixels. One number is both sides where `square`."""
+        value = self.values[key]
+        if isinstance(value, dict):
+            given = {name: side for name, side in value.items() if side is not None}
+            names = ("height", "width") if key != "size" or "height" in given else ("shortest_edge",)
+            sides = tuple(given.pop(name, None) for name in names)
+            sides = None if given else sides
+        else:
+            sides = (
+                tuple(value) if isinstance(value, list) and len(value) == 2 else (value, value) if square else (value,)
+            )
+        if not sides or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+            self.refuse(key, "height and width in pixels" + (", or shortest_edge alone" if key == "size" else ""))
+        return sides
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ---- Back ----------------------------------------------------------------------------------------------------------
+
+
+def processor_to_hf(processor: ImageProcessor, run: Path, format_name: str) -> dict:
+    """`preprocessor_config.json`, which all versions of transformers read; UserError for what it has no place for.
+
+    With format `voco` it is the vision tower's: the released code pads before it by itself.
+    """
+    size, pad = processor.size, processor.aspect_ratio == "pad"
+    mean, normalize = processor.mean, True
+    if pad and processor.pad_color and processor.pad_color != tuple(int(value * 255) for value in mean):
+        if any(mean) or processor.std != (1, 1, 1):
+            raise UserError(
+                f"{run / 'config.json'}: data.processor.pad_color: transformers pads with the mean colour alone, found "
+                f"{processor.pad_color}"
+            )
+        mean, normalize = tuple((level + 0.5) / 255 for level in processor.pad_color), False
+    sides = processor.resize_to or (size,)
+    if processor.aspect_ratio == "stretch" or len(sides) == 2:
+        sides = {"height": sides[0], "width": sides[-1]}
+    else:
+        sides = {"shortest_edge": sides[0]}
+    pads = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    return (pads if pad and format_name == "llava-hf" else {"image_processor_type": "CLIPImageProcessor"}) | {
+        "size": sides,
+        "crop_size": {"height": size, "width": size},
+        "do_resize": processor.do_resize,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": normalize,
+        "do_convert_rgb": True,
+        "resample": int(processor.filter),
+        "rescale_factor": processor.rescale_factor,
+        "image_mean": list(mean),
+        "image_std": list(processor.std),
+    }
