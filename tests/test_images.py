@@ -1,10 +1,13 @@
+import io
+
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from voco_jax.data.images import ImageProcessor, load_image, pad_to_square
+from voco_jax.data.images import ImageProcessor, is_picture, load_image, pad_to_square
 from voco_jax.data.pipeline import stack_images
+from voco_jax.data.records import BadRecord
 from voco_jax.errors import UserError
 
 MEAN_COLOUR = (122, 116, 104)
@@ -71,17 +74,140 @@ def test_unknown_aspect_ratio():
         ImageProcessor(8, "squash")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
-def test_any_kind_of_picture_is_read_as_rgb(tmp_path, mode):
-    file = tmp_path / ("picture.tiff" if mode in ("CMYK", "I;16") else "picture.png")
-    Image.new(mode, (5, 4)).save(file)
-    image = load_image(file)
-    assert image.mode == "RGB" and image.size == (5, 4)
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
-def test_sixteen_bits_become_eight(tmp_path):
-    Image.fromarray(np.array([[0, 1000, 30000, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(load_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 3, 117, 255]
+def saved(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format, **options)
+    return content.getvalue()
+
+
+def levels(picture, transparency: str = "white") -> list:
+    """[width][3] of the first row."""
+    return np.asarray(load_image(picture, transparency=transparency))[0].tolist()
+
+
+def test_a_picture_is_the_same_however_it_comes(tmp_path):
+    """Path, bytes, file object, PIL image (lazy, loaded, copied, converted) and array; lying on its side by EXIF."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for format in ("PNG", "TIFF", "WEBP"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        content = saved(upright.transpose(Image.Transpose.ROTATE_90), format, exif=exif, **options)
+        (tmp_path / "picture").write_bytes(content)
+        loaded, used = Image.open(tmp_path / "picture"), io.BytesIO(content)
+        loaded.load(), used.read()
+        for picture in (
+            tmp_path / "picture", str(tmp_path / "picture"), content, bytearray(content), memoryview(content), used,
+            io.BufferedReader(io.BytesIO(content)), Image.open(tmp_path / "picture"), loaded, loaded.copy(),
+            Image.open(io.BytesIO(content)).convert("RGB"), upright, np.asarray(upright), jax.numpy.asarray(upright),
+            np.asarray(upright) / 255, (np.asarray(upright) / 255).astype(np.float16),
+            np.asarray(upright)[:, ::-1].copy()[:, ::-1], np.asarray(upright).astype(np.uint16) * 257,
+        ):  # fmt: skip
+            assert is_picture(picture)
+            found = load_image(picture)
+            assert found.mode == "RGB"
+            np.testing.assert_array_equal(found, upright, f"{format} {type(picture)}")
+            np.testing.assert_array_equal(load_image(found), upright)  # and is not turned again
+    assert not is_picture([content]) and not is_picture(np.zeros((2, 4, 4, 3)))
+
+
+def test_sixteen_bits_become_eight():
+    deep = np.array([[0, 1000, 30000, 65535]], np.uint16)
+    image, expected = Image.fromarray(deep), [[level] * 3 for level in (0, 3, 117, 255)]
+    big_endian = Image.frombytes("I;16B", (4, 1), deep.astype(">u2").tobytes())
+    for picture in deep, deep[..., None], image, saved(image), saved(image, "TIFF"), image.convert("I"), big_endian:
+        assert levels(picture) == expected
+    assert levels(saved(image, transparency=30000)) == [*expected[:2], [255] * 3, expected[3]]
+    with pytest.raises(
+        BadRecord, match=r"picture: not a readable picture \(expected grey levels of 0 … 65535, found -1"
+    ):
+        load_image(Image.fromarray(np.array([[-1, 70000]], np.int32)))
+
+
+def test_floats_become_grey_levels():
+    for values in [[0, 0.5, 1]], [[0, 127.9, 255]]:  # as scientific software writes them
+        image = Image.fromarray(np.array(values, np.float32))
+        assert (
+            levels(saved(image, "TIFF"))
+            == levels(image)
+            == [[level] * 3 for level in (0, 128 if values[0][2] == 1 else 127, 255)]
+        )
+    for value in -1, 256, np.nan:
+        with pytest.raises(BadRecord, match="expected values of 0 … 255, found"):
+            load_image(Image.fromarray(np.array([[0, value]], np.float32)))
+
+
+def transparent_pictures() -> dict:
+    """A red pixel, and a blue one that nobody sees."""
+    rgba = Image.fromarray(np.array([[[*RED, 255], [*BLUE, 0]]], np.uint8), "RGBA")
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([*RED, *BLUE])
+    keyed = rgba.convert("RGB")
+    keyed.info["transparency"] = BLUE
+    return {
+        "RGBA": rgba,
+        "PNG": saved(rgba),
+        "WebP": saved(rgba, "WEBP", lossless=True, exact=True),
+        "array": np.asarray(rgba),
+        "float array": np.asarray(rgba) / 255,
+        "palette": saved(palette, transparency=1),
+        "palette with alpha": saved(palette, transparency=bytes([255, 0])),
+        "GIF": saved(palette, "GIF", transparency=1),
+        "keyed": saved(rgba.convert("RGB"), transparency=BLUE),
+        "keyed in memory": keyed,
+        "premultiplied": Image.fromarray(np.array([[[*RED, 255], [0, 0, 0, 0]]], np.uint8), "RGBA").convert("RGBa"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", transparent_pictures())
+def test_transparency_is_white_or_dropped(name):
+    picture = transparent_pictures()[name]
+    assert levels(picture) == levels(picture, "white") == [list(RED), list(WHITE)]
+    behind = [0, 0, 0] if name == "premultiplied" else list(BLUE)
+    assert levels(picture, "drop") == [list(RED), behind]
+
+
+def test_half_transparent_grey():
+    picture = np.array([[[100, 255], [100, 0], [0, 128]]], np.uint8)
+    expected = [[100] * 3, [255] * 3, [127] * 3]
+    assert levels(picture) == levels(Image.fromarray(picture)) == levels(saved(Image.fromarray(picture))) == expected
+    assert levels(picture, "drop") == [[100] * 3, [100] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "PA", "La"])
+def test_every_mode_shows_the_same_grey(mode):
+    """Also in memory, as no file has it."""
+    grey = Image.new("L", (5, 4), 255 if mode == "1" else 128)
+    via = {"HSV": "RGB", "YCbCr": "RGB", "CMYK": "RGB", "RGBX": "RGB", "PA": "LA", "La": "LA"}.get(mode)
+    image = (
+        Image.new("LAB", (5, 4), (137, 128, 128))
+        if mode == "LAB"
+        else (grey.convert(via) if via else grey).convert(mode)
+    )
+    assert image.mode == mode
+    found = load_image(image)
+    assert found.mode == "RGB" and found.size == (5, 4)
+    np.testing.assert_allclose(found, 255 if mode == "1" else 128, atol=1)
+
+
+def test_what_is_not_a_picture_is_one_line():
+    for picture, message in (
+        (np.zeros((3, 8, 9)), "expected an array .height, width. or .height, width, 1 … 4., found float64 .3, 8, 9."),
+        (np.zeros((0, 8, 3), np.uint8), "expected an array .* found uint8 .0, 8, 3."),
+        (np.zeros((4, 4, 3), np.int32), "expected uint8, uint16, bool or float, found int32"),
+        (np.full((4, 4), 1.5), "expected values of 0 … 1 in a float array, found float64 .4, 4. of 1.5 … 1.5"),
+        (np.full((4, 4), np.nan, np.float32), "expected values of 0 … 1 in a float array"),
+        (17, "expected a path, bytes, a binary file, a PIL image or an array; found int"),
+        (io.StringIO("text"), "expected a path, .* found str"),
+        (b"", "not a readable picture"),
+        (b"GIF89a", "not a readable picture"),
+        (Image.new("L", (20_000, 1)), "20000 × 1 pixels"),
+    ):
+        with pytest.raises(BadRecord, match=f"^picture: {message}"):
+            load_image(picture)
 
 
 def test_unreadable_pictures(tmp_path, picture):

@@ -258,20 +258,18 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
     temporary.replace(path)
 
 
-# What keys meant before they were there: a config.json without them was written earlier.
+# Keys that runs made earlier do not have, with the value that means what those runs did.
 ADDED_LATER = {
     "data.transparency": "drop",
     **{f"data.processor.{key}": value for key, value in default_config().data.processor.items()},
 }
 
 
-def as_begun(config: ConfigDict, begun: ConfigDict) -> ConfigDict:
-    """The config to go on with a run by: `begun` is the run's own.
-
-    A key that was added later stays as it meant before, where the config only has today's default.
-    """
-    ours, default, theirs = _flat(config), _flat(default_config()), _flat(begun)
-    kept = {key: old for key, old in ADDED_LATER.items() if theirs[key] == old != ours[key] == default[key]}
+def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
+    """A copy that goes on with what a stored config means by the keys in `ADDED_LATER`, where it does not ask for
+    another value than the default."""
+    asked, default, there = map(_flat, (config, default_config(), stored))
+    kept = {key: old for key, old in ADDED_LATER.items() if there[key] == old != asked[key] == default[key]}
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(kept)
     return config

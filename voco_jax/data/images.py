@@ -307,7 +307,9 @@ def _as_seen(image: Image.Image, name: Picture | str, say: Callable[[str], None]
     if transparency == "white" and image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # EXIF has been followed, and must not be again
+    return image
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:

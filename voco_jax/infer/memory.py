@@ -173,25 +173,35 @@ class Embeddings:
 def fingerprint(config: VoCoConfig, checksums: dict[str, int], processor: ImageProcessor) -> str:
     """Of a model, by all that a memory depends on: parameters, dimensions, what stands around an image, its pixels.
 
-    Where it computes and in which dtype is no part of it. What processors could not do when memories were first kept
-    is part of it only where it is used: memories of that time stay readable.
+    Where it computes and in which dtype is no part of it.
     """
-    always = ("size", "aspect_ratio", "mean", "std")
-    pixels = {
-        field.name: getattr(processor, field.name)
-        for field in dataclasses.fields(processor)
-        if field.name in always or getattr(processor, field.name) != field.default
-    }
     described = {
         "params": checksums,
-        "llama": dataclasses.asdict(config.llama),
+        "llama": _described(config.llama),
         "compressor": config.compressor,
-        "vision": dataclasses.asdict(config.vision),
+        "vision": _described(config.vision),
         "prompt": [config.prefix_ids, config.suffix_ids, config.voco_token_id],
-        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
-        "pixels": pixels,
+        "lora": None if config.lora is None else _described(config.lora),
+        "pixels": _described(processor),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# Fields that came after the first memories were kept, with what held before. Those memories stay readable.
+_ADDED_LATER = {
+    "resize_to": (), "do_resize": True, "resample": "bicubic", "rescale_factor": 1 / 255, "pad_color": (),
+    "transparency": "drop",
+}  # fmt: skip
+
+
+def _described(config) -> dict:
+    """A dataclass's fields, without those that say what held before they were there."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        name: _described(value) if dataclasses.is_dataclass(value) else value
+        for name, value in fields.items()
+        if name not in _ADDED_LATER or value != _ADDED_LATER[name]
+    }
 
 
 @jax.jit

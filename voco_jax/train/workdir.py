@@ -15,7 +15,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.config import as_begun, first_difference, load_config, save_config
+from voco_jax.config import first_difference, load_config, save_config, with_earlier_values
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.parallel.distributed import together
@@ -87,11 +87,11 @@ def check_workdir(workdir: AnyPath, config: ConfigDict) -> bool:
 
 
 def resumed_config(workdir: AnyPath, config: ConfigDict) -> ConfigDict:
-    """The config to train by: where a run goes on that began before a key was there, the key as it meant then."""
+    """The config to train by: where a run goes on that began before a key was there, the key as it was then."""
     with bucket_errors(workdir):
         if not _has_checkpoint(workdir):
             return config
-    return as_begun(config, load_config(workdir / "config.json"))
+    return with_earlier_values(config, load_config(workdir / "config.json"))
 
 
 def _has_checkpoint(workdir: AnyPath) -> bool:
