@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import io
 from pathlib import Path
 
 import easy_vqa
@@ -171,12 +172,25 @@ def test_models_without_memories(uncompressed):
             call(PICTURES[0])
 
 
+def test_a_picture_in_any_form_is_one_memory(model):
+    """Alone or in a list; an array of four axes is several pictures."""
+    path = Path(PICTURES[0])
+    pixels, expected = np.asarray(Image.open(path).convert("RGB")), model.compress(PICTURES[0])
+    several = [path, path.read_bytes(), Image.open(path), pixels, pixels / 255, io.BytesIO(path.read_bytes())]
+    for pictures, count in (several, 6), (np.stack([pixels] * 3), 3), *((one, 1) for one in several):
+        bank = model.compress(pictures)
+        assert len(bank) == count
+        np.testing.assert_allclose(bank.keys, np.repeat(expected.keys, count, axis=0), atol=1e-5)
+    assert all((model.square(one) == model.square(path)).all() for one in several)
+    assert np.abs(model.compress(255 - pixels).keys - expected.keys).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
         ("nowhere.png", "nowhere.png: not found"),
-        (np.zeros((4, 4, 3), np.float32), r"picture: expected uint8 \[height, width, 3\], found float32 \(4, 4, 3\)"),
-        (np.zeros((4, 4), np.uint8), r"found uint8 \(4, 4\)"),
+        (np.full((4, 4, 3), 255.0), "picture: expected values of 0 … 1 in a float array, found float64 .4, 4, 3."),
+        (b"GIF89a", r"picture: not a readable picture \(.*\)"),
     ],
 )
 def test_what_is_no_picture(model, picture, message):

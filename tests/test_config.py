@@ -1,5 +1,6 @@
 """Config files and command lines: what they set, and one line for what they cannot."""
 
+import json
 from pathlib import Path
 import re
 import sys
@@ -16,6 +17,7 @@ from voco_jax.config import (
     parse_flags,
     save_config,
     vision_config,
+    with_earlier_values,
 )
 from voco_jax.errors import UserError
 from voco_jax.models import presets
@@ -135,6 +137,23 @@ def test_rope_scaling_survives_a_file(tmp_path):
     assert presets.LLAMA["llama-3.1-8b"].rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     with pytest.raises(UserError, match="llama preset: expected one of vicuna-7b, .*; found 'vicuna'"):
         llama_preset("vicuna")
+
+
+def test_a_config_of_before_a_key_was_there(tmp_path):
+    """It says what the run did; and a run that goes on keeps that, unless it is asked for something else."""
+    path = tmp_path / "config.json"
+    stored = default_config().to_dict()
+    del stored["data"]["transparency"], stored["data"]["processor"]
+    path.write_text(json.dumps(stored))
+    loaded = load_config(path)
+    assert loaded.data.transparency == "drop" and default_config().data.transparency == "white"
+    assert first_difference(loaded, default_config()) == ("data.transparency", "drop", "white")
+    config = default_config()
+    assert first_difference(loaded, with_earlier_values(config, loaded)) is None
+    assert config.data.transparency == "white"  # a copy
+    assert with_earlier_values(config, config).data.transparency == "white"
+    loaded.data.processor.resample = "box"
+    assert first_difference(with_earlier_values(loaded, config), loaded) is None
 
 
 def test_stored_configs_that_do_not_fit(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 import transformers
 
-from voco_jax.config import default_config, load_config, save_config
+from voco_jax.config import default_config, first_difference, load_config, save_config
 from voco_jax.convert.processors import (
     processor_from_hf,
     processor_of_llava,
@@ -19,10 +19,13 @@ from voco_jax.convert.processors import (
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import Options, run_config
 from voco_jax.data.images import ImageProcessor
+from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.infer.memory import fingerprint
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
-from voco_jax.run import make_processor, set_processor
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import begin_with_run, make_processor, other_pixels, set_processor
 
 SIZE = 28  # of the vision tower
 VISION = ViTConfig(
@@ -202,3 +205,37 @@ def test_a_run_keeps_its_processor(tmp_path):
         UserError, match=r"config.json: data.processor.pad_color: transformers pads with .* \(1, 2, 3\)"
     ):
         processor_to_hf(make_processor(config), tmp_path, "llava-hf")
+
+
+def test_training_goes_on_with_a_runs_pixels(tmp_path, small_tokenizer):
+    """Those that no config has by default; whether pictures are padded is the config's to say, and noted."""
+    run, config = tmp_path / "run", default_config()
+    save_tokenizer(small_tokenizer, run / "tokenizer")
+    given = default_config()
+    set_processor(given, processor_from_hf(SIGLIP | {"image_mean": 0.4}, "", SIZE))
+    save_config(given, run / "config.json")
+    config.init_from = str(run)
+    begun = begin_with_run(config)
+    assert begun.data.processor.image_mean == (0.4,) * 3 and begun.data.aspect_ratio == "stretch"
+    assert first_difference(begun.data, given.data) is None and not other_pixels(begun)
+    config.data.processor.image_mean = (0.3,) * 3
+    with pytest.raises(UserError, match=r"config.data.processor.image_mean: .*run has \(0.4, .* found \(0.3, "):
+        begin_with_run(config)
+
+    config = default_config()
+    config.init_from, given = str(run), default_config()
+    given.data.aspect_ratio = "crop"
+    save_config(given, run / "config.json")
+    begun = begin_with_run(config)
+    assert begun.data.aspect_ratio == "pad"
+    assert other_pixels(begun).endswith("run has 'crop', this config 'pad': the weights know other pictures")
+
+
+def test_memories_of_before_processors_were_read_stay_readable():
+    """Fingerprints as the code of that time made them."""
+    model = VoCoConfig(llama=LlamaConfig(vocab_size=32001), vision=ViTConfig())
+    processors = [ImageProcessor(336, "pad"), ImageProcessor(336, "crop"), ImageProcessor(336, transparency="white")]
+    processors += [ImageProcessor(336, resample="box"), ImageProcessor(336, mean=(0.5,) * 3)]
+    found = [fingerprint(model, {"a": 1}, processor) for processor in processors]
+    assert found[:2] == ["4fdbeb33c1d3bf98bd355003377fee1a", "e7284ec68dee190ce4e8bbf737916080"]
+    assert len(set(found)) == len(found)

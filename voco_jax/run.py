@@ -140,6 +140,15 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def other_pixels(config: ConfigDict) -> str:
+    """A line where pictures come in another shape than in the run that `init_from` names; '' where they do not."""
+    if not config.init_from:
+        return ""
+    there, here = load_config(as_path(config.init_from) / "config.json").data.aspect_ratio, config.data.aspect_ratio
+    said = f"config.data.aspect_ratio: {config.init_from} has {there!r}, this config {here!r}"
+    return "" if there == here else f"{said}: the weights know other pictures"
+
+
 def _take_over(config, run, default, keys, init_from: str, where: str = "config.model") -> None:
     """Keys, and groups of keys, as the run has them; UserError where the config asks for something else."""
     for key in keys:

@@ -23,7 +23,7 @@ from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
-from voco_jax.run import begin_with_run, make_processor
+from voco_jax.run import begin_with_run, make_processor, other_pixels
 from voco_jax.storage import AnyPath
 from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
@@ -83,6 +83,8 @@ def _set_up(config: ConfigDict) -> _Setup:
     workdir = workdir_path(config)
     config = resumed_config(workdir, config)
     resuming = check_workdir(workdir, config)
+    if not resuming and (note := other_pixels(config)):
+        _say(note)
     mesh = make_mesh(config.mesh)
 
     optimizer = make_optimizer(config)  # first, for what can be wrong with it is known at once
