@@ -142,8 +142,8 @@ def test_floats_become_grey_levels():
 
 def transparent_pictures() -> dict:
     """A red pixel, and a blue one that nobody sees."""
-    rgba = Image.fromarray(np.array([[[*RED, 255], [*BLUE, 0]]], np.uint8), "RGBA")
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    rgba = Image.fromarray(np.array([[[*RED, 255], [*BLUE, 0]]], np.uint8))
+    palette = Image.frombytes("P", (2, 1), bytes([0, 1]))
     palette.putpalette([*RED, *BLUE])
     keyed = rgba.convert("RGB")
     keyed.info["transparency"] = BLUE
@@ -158,7 +158,7 @@ def transparent_pictures() -> dict:
         "GIF": saved(palette, "GIF", transparency=1),
         "keyed": saved(rgba.convert("RGB"), transparency=BLUE),
         "keyed in memory": keyed,
-        "premultiplied": Image.fromarray(np.array([[[*RED, 255], [0, 0, 0, 0]]], np.uint8), "RGBA").convert("RGBa"),
+        "premultiplied": Image.fromarray(np.array([[[*RED, 255], [0, 0, 0, 0]]], np.uint8)).convert("RGBa"),
     }  # fmt: skip
 
 

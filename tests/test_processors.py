@@ -42,7 +42,8 @@ PROCESSORS = {
     "larger": CLIP | {"size": {"shortest_edge": 41}, "image_mean": [0.5, 0.4, 0.3], "image_std": 0.25},
     "smaller": CLIP | {"size": {"shortest_edge": 19}, "resample": 0},  # with a border
     "stretched": CLIP | {"size": {"height": 20, "width": 45}, "resample": 5},
-    "stretched square": CLIP | {"size": SIZE, "default_to_square": True, "do_center_crop": False, "resample": 4},
+    "stretched square": CLIP
+    | {"size": [SIZE, SIZE], "default_to_square": True, "do_center_crop": False, "resample": 4},
     "list": CLIP | {"size": [35, 30], "crop_size": [SIZE, SIZE], "do_rescale": False},
     "middle": CLIP | {"do_resize": False, "rescale_factor": 1 / 127.5},
     "raw": CLIP | {"do_normalize": False, "do_rescale": False, "do_pad": True},  # which is no padding for CLIP
@@ -84,9 +85,13 @@ def test_pixels_are_those_of_transformers(name):
     whole, levels = theirs(fields)(**fields), theirs(written)(**written | {"do_rescale": False, "do_normalize": False})
     for i, size in enumerate(sizes(list(PROCESSORS).index(name))):
         image = noise(*size, seed=i)
-        expected = levels(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        expected = levels(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0].transpose(
+            1, 2, 0
+        )
         np.testing.assert_array_equal(ours.square(image), expected, str(size))
-        expected = whole(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        expected = whole(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0].transpose(
+            1, 2, 0
+        )
         np.testing.assert_allclose(ours(image), expected, rtol=1e-6, atol=1e-6, err_msg=str(size))
 
 
@@ -131,6 +136,7 @@ def test_a_line_is_resized_in_part(monkeypatch):
         "no crop": (SIGLIP | {"size": {"height": 28, "width": 32}}, "size: expected 28 × 28 pixels.*found .*32"),
         "pad_size": (CLIP | {"do_pad": True, "pad_size": {"height": 28, "width": 30}}, "pad_size: expected 28 × 28"),
         "square": (CLIP | {"use_square_size": True}, "use_square_size: expected false; found True"),
+        "number": (CLIP | {"size": 28, "default_to_square": True}, "default_to_square: expected false, or a size with"),
         "flag": (CLIP | {"do_rescale": "yes"}, "do_rescale: expected true or false; found 'yes'"),
         "mean": (CLIP | {"image_mean": [0.5, 0.5]}, r"image_mean: expected 3 numbers; found \[0.5, 0.5\]"),
         "std": (CLIP | {"image_std": [0.5, 0, 0.5]}, "image_std: expected 3 numbers above 0, found"),

@@ -106,7 +106,9 @@ def processor_from_hf(
     """
     read = _Fields(fields, where, kind)
     square, shown = (image_size, image_size), f"{image_size} × {image_size} pixels, as the vision tower takes"
-    resized = read.sides("size", square=read.flag("default_to_square")) if read.flag("do_resize") else ()
+    resized = read.sides("size", square=False) if read.flag("do_resize") else ()
+    if read.flag("default_to_square") and isinstance(read.values["size"], int):  # not all versions heed it
+        read.refuse("default_to_square", "false, or a size with height and width")
     if read.flag("do_pad"):
         if read.kind == "LlavaImageProcessor":
             pad = True
