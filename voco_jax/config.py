@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ def default_config() -> ConfigDict:
     config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' they are in the text all the same
     config.model.num_compressed_tokens = 1  # tokens an image with average_pool and qformer
     config.model.num_qformer_layers = 2
+    config.model.projector_layers = 2  # linear layers with GELU between (LLaVA-1.5's mlp2x_gelu); 1: LLaVA's first
     config.model.param_dtype = "float32"
     config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
     config.model.attention = "xla"  # any platform; or 'splash' (TPU), 'cudnn' (NVIDIA GPU): see voco_jax/attention
@@ -247,10 +249,19 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
     temporary.replace(path)
 
 
+# Keys that runs made before them do not have, with the value that says what those runs did.
+ADDED_LATER = {"model.projector_layers": 2}
+
+
 def load_config(path: str | os.PathLike) -> ConfigDict:
     """A config written by `save_config`; UserError names an unknown or missing key."""
     stored = read_object(path, hint="a run directory holds config.json, tokenizer/ and checkpoints/")
     config = default_config()
+    for key, value in ADDED_LATER.items():
+        *groups, last = key.split(".")
+        group = functools.reduce(lambda at, name: at.get(name) if isinstance(at, dict) else None, groups, stored)
+        if isinstance(group, dict):
+            group.setdefault(last, value)
     missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
     missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources
@@ -273,6 +284,7 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
 # Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
 RANGES = {
     **{f"model.{key}": (1, None) for key in ("num_voco_tokens", "num_compressed_tokens", "num_qformer_layers")},
+    "model.projector_layers": (1, None),
     **{
         f"model.{part}.{key}": (1, None)
         for part, keys in {

@@ -141,6 +141,12 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
                         "with init_from it need not be given"
                     )
             config.model[part] = run.model[part]
+        if config.model.projector_layers not in (default.model.projector_layers, run.model.projector_layers):
+            raise UserError(
+                f"config.model.projector_layers: {config.init_from} has {run.model.projector_layers}, "
+                f"found {config.model.projector_layers}; with init_from it need not be given"
+            )
+        config.model.projector_layers = run.model.projector_layers
         config.tokenizer.source = str(directory / "tokenizer")
     return config
 
@@ -163,6 +169,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             suffix_ids=ids.suffix_ids,
             num_compressed_tokens=m.num_compressed_tokens,
             num_qformer_layers=m.num_qformer_layers,
+            projector_layers=m.projector_layers,
             dtype=resolve_dtype(m.dtype),
             param_dtype=resolve_dtype(m.param_dtype, "param_dtype"),
             attention=m.attention,
