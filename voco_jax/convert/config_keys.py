@@ -40,13 +40,13 @@ class Keys:
                 return wrong
         found = []
         for key, value in fields.items():
-            if value is None or key in self.computed:
+            if value is None:
                 continue
             if key in self.expected:
                 if not any(value == allowed for allowed in self.expected[key]):
                     expected = " or ".join(map(repr, self.expected[key]))
                     found.append(f"{prefix}{key}: expected {expected}, found {_short(value)}")
-            elif not self.harmless.fullmatch(key) and key not in ignored:
+            elif key not in self.computed and not self.harmless.fullmatch(key) and key not in ignored:
                 unknown = "unknown, and may change what the model computes"
                 found.append(f"{prefix}{key}: {unknown}; found {_short(value)} (harmless? --ignore-key {key})")
         return found

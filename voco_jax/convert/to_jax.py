@@ -48,9 +48,9 @@ def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True
     as_stored = dataclasses.replace(config.llama, vocab_size=source.llama.vocab_size, vocab_multiple=1)
     _, params = abstract_model(dataclasses.replace(config, llama=as_stored, voco_token_id=0))
     problems = list(source.problems)
-    parts = source.parts()
+    parts, left = source.parts(), dict(source.tensors)
     for path, rule, layer, shape in layers_of({part: params[part] for part in params if part in parts}):
-        tensor = source.tensors.get((path, layer))
+        tensor = left.pop((path, layer), None)
         where = path if layer is None else f"{path} (layer {layer})"
         if tensor is None:
             problems.append(f"{where} missing (expected {list(rule.transform.their_shape(shape))})")
@@ -64,7 +64,7 @@ def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True
         elif same_dtypes and layer and tensor.dtype != source.tensors.get((path, 0), tensor).dtype:
             expected = source.tensors[path, 0].dtype
             problems.append(f"{source.names[path, layer]}: expected {expected} as layer 0, found {tensor.dtype}")
-    return problems
+    return problems + [f"{source.names[key]} unknown ({left[key].file.name})" for key in left]
 
 
 def layers_of(model_params: dict):
