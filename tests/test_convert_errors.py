@@ -260,7 +260,7 @@ CONFIG_FAULTS = {
     "projector_of_one_layer": (
         "mm_projector_type",
         "linear",
-        "2 tensors do not fit: model.mm_projector.2.weight unknown (model.safetensors); model.mm_projector.2.bias unknown",
+        "2 tensors do not fit: model.mm_projector.2.weight unknown (model.safetensors); model.mm_projector.2.bias",
     ),
     "other_squares": (
         "image_aspect_ratio",

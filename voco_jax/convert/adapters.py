@@ -26,7 +26,8 @@ from voco_jax.models.llama import LlamaConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|magnitude_vector)(\.default)?(\.weight)?")
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB]|magnitude_vector)(\.default)?(\.weight)?")
+_WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")  # that PEFT may leave in a name
 _FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
 
 Key = tuple[str, int | None]  # (our parameter's path, layer)
@@ -91,10 +92,13 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
     for name, tensor in stored.items():
         plain = name.removeprefix(_PREFIX)
         found = _MATRIX.fullmatch(plain)
-        if found:
+        if found is None:
+            whole[_WRAPPED.sub("", plain)] = tensor
+        elif found["kind"].startswith("embedding_"):  # an embedding lies as the transpose of a linear layer's weight
+            kind = {"embedding_A": "B", "embedding_B": "A"}[found["kind"]]
+            modules.setdefault(found["module"], {})[kind] = _transposed(tensor)
+        else:
             modules.setdefault(found["module"], {})[found["kind"]] = tensor
-        else:  # of `modules_to_save`, whose name PEFT may leave in
-            whole[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", plain)] = tensor
     replace(tensors, names, whole, path)
     problems = []
     for module, matrices in modules.items():
@@ -139,6 +143,10 @@ def _merged(base: Tensor, matrices: dict[str, Tensor], config: dict, module: str
         return merged.astype(weight.dtype)
 
     return dataclasses.replace(base, read=read)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return dataclasses.replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
 
 
 def _by_pattern(patterns: Mapping, module: str, default):

@@ -203,6 +203,7 @@ def _open_adapter(path: Path, vision_tower: Path | None, base: Path | None, igno
         named = f" (the adapter names {named!r}, which is never fetched)" if named else ""
         raise UserError(f"{path}: a LoRA adapter: give the checkpoint it was trained on with --base DIR{named}")
     fields = read_object(path / "config.json") if (path / "config.json").exists() else {}
+    fields.pop("quantization_config", None)  # QLoRA's base was quantized while it trained; the one given is not
     extra = trained_beside(path)
     if _is_llava(fields):
         source = _open_llava(path, fields, vision_tower, ignored, base, extra)
