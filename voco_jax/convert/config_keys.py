@@ -102,6 +102,8 @@ _ANY = _keys(
         r"temperature|top_k|top_p|typical_p|min_p|repetition_penalty|length_penalty|penalty_alpha|num_return_sequences",
         r"(encoder_)?no_repeat_ngram_size|bad_words_ids|forced_(bos|eos)_token_id|remove_invalid_values",
         r"exponential_decay_length_penalty|(begin_)?suppress_tokens|renormalize_logits|guidance_scale|generation_config",
+        r"force_words_ids|forced_decoder_ids|constraints|sequence_bias|epsilon_cutoff|eta_cutoff|low_memory|max_time",
+        r"encoder_repetition_penalty|(cache|compile|watermarking)_config|cache_implementation|cache_dir|stop_strings",
         r"(attention|hidden|activation|resid|embd|classifier|feat_proj)?_?(dropout|pdrop)(_prob)?",
         r"attention_probs_dropout_prob|initializer_factor|unsloth\w*|transformers\.js_config",
     ),
