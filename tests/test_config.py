@@ -1,5 +1,6 @@
 """Config files and command lines: what they set, and one line for what they cannot."""
 
+import json
 from pathlib import Path
 import re
 import sys
@@ -156,6 +157,19 @@ def test_stored_configs_that_do_not_fit(tmp_path):
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 0, "speed": 1'))
     with pytest.raises(UserError, match=r"config.json: .*Did you mean \"seed\" instead of \"speed\""):
         load_config(path)
+
+
+def test_a_config_from_before_a_key_was_there(tmp_path):
+    """It means what it did; a missing key of old is an error still."""
+    path = tmp_path / "config.json"
+    config = default_config()
+    config.model.projector_layers = 1
+    save_config(config, path)
+    assert load_config(path).model.projector_layers == 1
+    stored = json.loads(path.read_text())
+    del stored["model"]["projector_layers"]
+    path.write_text(json.dumps(stored))
+    assert load_config(path).model.projector_layers == 2
 
 
 def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():

@@ -45,7 +45,7 @@ class Keys:
             if key in self.expected:
                 if not any(value == allowed for allowed in self.expected[key]):
                     expected = " or ".join(map(repr, self.expected[key]))
-                    found.append(f"{prefix}{key}: expected {expected}, found {_short(value)}")
+                    found.append(f"{prefix}{key}: expected {expected}, found {_short(value)}{_WHY.get(key, '')}")
             elif key not in self.computed and not self.harmless.fullmatch(key) and key not in ignored:
                 unknown = "unknown, and may change what the model computes"
                 found.append(f"{prefix}{key}: {unknown}; found {_short(value)} (harmless? --ignore-key {key})")
@@ -75,6 +75,7 @@ def _keys(computed: str, expected: Mapping[str, tuple], harmless: Iterable[str])
     return Keys(frozenset(computed.split()), expected, re.compile("|".join(harmless)))
 
 
+_WHY = {"quantization_config": " (quantized weights are not read; dequantize and save them first)"}
 _OFF = (False, None)
 _NONE = (None,)
 _ONE = (1, None)

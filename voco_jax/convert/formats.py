@@ -45,9 +45,10 @@ FORMATS = (
 LLAVA_LINEAR = dataclasses.replace(FORMATS[0], projector_names=_SINGLE)  # the first LLaVA's projector
 LLAMA = Format("llama", "model.", "", "", "")
 VISION = (Format("clip", "", "", "", "vision_model."), Format("clip", "", "", "", ""))
+_PROJECTOR_PREFIXES = ("model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector.", "")
 PROJECTOR = (
-    *(Format("projector", "", "", prefix, "", _SEQUENTIAL) for prefix in ("model.mm_projector.", "mm_projector.", "")),
-    *(Format("projector", "", "", prefix, "", _SINGLE) for prefix in ("model.mm_projector.", "mm_projector.", "")),
+    *(Format("projector", "", "", prefix, "", _SEQUENTIAL) for prefix in _PROJECTOR_PREFIXES),
+    *(Format("projector", "", "", prefix, "", _SINGLE) for prefix in _PROJECTOR_PREFIXES),
     Format("projector", "", "", "multi_modal_projector.", ""),
 )
 

@@ -103,7 +103,9 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
             return _unwrapped(_read_shards(directory, index, f"{stem}-*{suffix}", read), directory)
         if file.exists():
             return _unwrapped(read(file), directory)
-    raise UserError(f"{directory}: expected model.safetensors or pytorch_model.bin, or an index of shards; found none")
+    alone = " (mm_projector.bin is a projector alone: --base DIR)" if (directory / "mm_projector.bin").exists() else ""
+    expected = "expected model.safetensors or pytorch_model.bin, or an index of shards; found none"
+    raise UserError(f"{directory}: {expected}{alone}")
 
 
 def _is_left_behind(index: Path, file: Path) -> bool:

@@ -13,7 +13,7 @@ from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.rules import BY_OURS
-from voco_jax.convert.sources import Key, open_source
+from voco_jax.convert.sources import Key, Source, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
 from voco_jax.convert.to_hf import IMAGE_TOKEN
 from voco_jax.convert.to_jax import has_voco_row, load_source_tokenizer
@@ -37,6 +37,7 @@ class Side:
     shapes: dict[Key, tuple[int, ...]]
     read: Callable[[Key], np.ndarray]
     tokens: Mapping[int, str] | None = None  # by row; None: no tokenizer is there to say
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +94,18 @@ def open_side(
         raise UserError(f"{path}: {len(problems)} tensors do not fit: {listing(problems)}")
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     configs = _flat(llama=source.llama, vision=source.vision)
-    tokens = None
-    if source.tokenizer is not None:
-        tokenizer, known = load_source_tokenizer(source, None)
-        tokens = {row: token for row, token in _tokens(tokenizer).items() if row in known}
-        voco = tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
-        if has_voco_row(source, voco):
-            tokens[voco] = VOCO_TOKEN
-    return Side(path, configs, shapes, lambda key: source.tensors[key].read(), tokens)
+    side = Side(path, configs, shapes, lambda key: source.tensors[key].read())
+    try:
+        return dataclasses.replace(side, tokens=None if source.tokenizer is None else _tokens_of(source))
+    except UserError as error:  # only what its rows are is not known then
+        return dataclasses.replace(side, notes=[f"tokenizer not read: {error}"])
+
+
+def _tokens_of(source: Source) -> dict[int, str]:
+    tokenizer, known = load_source_tokenizer(source, None)
+    tokens = {row: token for row, token in _tokens(tokenizer).items() if row in known}
+    voco = tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
+    return tokens | ({voco: VOCO_TOKEN} if has_voco_row(source, voco) else {})
 
 
 def _tokens(tokenizer) -> dict[int, str]:
@@ -123,7 +128,7 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
     Rows of the embedding and the head that one has for `<voco>`, `<image>` or as padding, and the other not or without
     a token, are no difference, but noted. `allow_more_rows`: nor are any rows that only one has, at the end.
     """
-    problems, notes, identical, worst, where = [], [], 0, 0.0, ""
+    problems, notes, identical, worst, where = [], a.notes + b.notes, 0, 0.0, ""
     for key in sorted(a.config.keys() & b.config.keys()):
         if a.config[key] != b.config[key]:
             problems.append(f"{key}: {a.config[key]!r} and {b.config[key]!r}")
