@@ -47,7 +47,7 @@ FINE_TUNE = LLAVA_15 | {  # later code and other tools add
     "tokenizer_padding_side": "right", "image_crop_resolution": 224, "image_split_resolution": 224, "s2_scales": "336",
     "use_pos_skipping": False, "pos_skipping_range": 4096, "mm_tunable_parts": "mm_mlp_adapter", "mlp_bias": False,
     "mm_spatial_pool_mode": None, "eos_token_id": [2, 3], "_attn_implementation_autoset": True,
-    "unsloth_version": "2024.9", "lora_r": 128, "mm_use_im_patch_token": True,
+    "unsloth_version": "2024.9", "lora_r": 128, "vision_tower_lr": 2e-6, "mm_use_im_patch_token": True,
 }  # fmt: skip
 SMOLLM = {
     "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
@@ -186,6 +186,14 @@ def test_several_files_that_could_be_it(llava):
     both = "expected one checkpoint, found model.safetensors and model.safetensors.index.json"
     with pytest.raises(UserError, match=both):
         open_source(llava)
+
+
+def test_an_ignored_key(llava, convert):  # noqa: F811
+    fields = json.loads((llava / "config.json").read_text())
+    (llava / "config.json").write_text(json.dumps(fields | {"my_key": 3}))
+    status, _, err = convert("inspect", llava)
+    assert status == 2 and "my_key: unknown, and may change what the model computes; found 3 (harmless? --ignore" in err
+    assert convert("inspect", llava, "--ignore-key", "my_key")[0] == 0
 
 
 def test_layer_in_a_list(llava):

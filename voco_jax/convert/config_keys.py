@@ -137,7 +137,7 @@ LLAMA = _ANY | _keys(
         "num_experts": (0, 1, None),
         "num_local_experts": (0, 1, None),
     },
-    ("pretraining_tp", "max_window_layers", "is_llama_config", "pad_to_multiple_of"),  # the first: the same function
+    ("pretraining_tp", "max_window_layers|is_llama_config|pad_to_multiple_of|neftune_noise_alpha|bf16|fp16|tf32"),
 )
 
 # A released LLaVA's (or VoCo-LLaMA's): Llama's, and how pictures come in.
@@ -163,7 +163,7 @@ LLAVA = LLAMA | _keys(
     },
     (
         "mm_hidden_size|mm_use_im_patch_token|use_mm_proj|image_token_len",  # sizes are the tensors'; a spare token
-        r"(tune|freeze|unfreeze)_\w+|freeze_backbone|pretrain_mm_\w+|mm_\w+_lr|mm_tunable_parts|lora_\w+|version",
+        r"(tune|freeze|unfreeze)_\w+|freeze_backbone|pretrain_mm_\w+|\w+_lr|mm_tunable_parts|lora_\w+|version",
         r"image_grid_pinpoints|image_crop_resolution|image_split_resolution",  # of `anyres`, which is refused
         "s2_scales|s2_resize_output_to_scale_idx|s2_max_split_size",  # of `s2`
         "use_pos_skipping|pos_skipping_range|force_sample|vision_tower_pretrained|group_by_\\w+|is_multimodal",
@@ -222,6 +222,7 @@ ADAPTER = _keys(
         "layer_replication": (None, []),
         "trainable_token_indices": _NONE,
         "target_parameters": (None, []),
+        "enable_lora": _NONE,
         "alora_invocation_tokens": _NONE,
         "use_qalora": _OFF,
         "use_bdlora": _OFF,
@@ -236,7 +237,7 @@ ADAPTER = _keys(
     (
         "auto_mapping|inference_mode|revision|task_type|target_modules|exclude_modules|layers_to_transform",
         "layers_pattern|lora_dropout|modules_to_save|megatron_core|qalora_group_size|peft_version|runtime_config",
-        "ensure_weight_tying|ephemeral_gpu_offload",
+        "ensure_weight_tying|ephemeral_gpu_offload|merge_weights",
     ),
 )
 

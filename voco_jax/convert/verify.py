@@ -148,7 +148,8 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
             rows = min(len(x), len(y))
             if len(x) != len(y):
                 line = f"{name}: {len(x)} and {len(y)} rows, the first {rows} compared"
-                spare = _spare(a if len(x) > rows else b, range(rows, max(len(x), len(y))))
+                sides = (a, b) if len(x) > rows else (b, a)
+                spare = _spare(*sides, range(rows, max(len(x), len(y))))
                 if spare or allow_more_rows:
                     notes.append(f"{line}; the others are of {spare}" if spare else line)
                 else:
@@ -170,13 +171,16 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
     return Comparison(len(keys), identical, worst, where, problems, notes)
 
 
-def _spare(side: Side, rows: range) -> str:
-    """What rows that only this side has are, if nothing but our added tokens and padding; else ''."""
+def _spare(side: Side, other: Side, rows: range) -> str:
+    """What rows that only one side has are of: padding, our added tokens, or tokens that the other knows without having
+    rows for them. '' where one is of anything else."""
     if side.tokens is None:
         return ""
-    tokens = [side.tokens[row] for row in rows if row in side.tokens]
-    padding = ["padding"] * (len(tokens) < len(rows))
-    return ", ".join([*tokens, *padding]) if set(tokens) <= _ADDED else ""
+    tokens = {row: side.tokens[row] for row in rows if row in side.tokens}
+    known = other.tokens or {}
+    if any(token not in _ADDED and known.get(row) != token for row, token in tokens.items()):
+        return ""
+    return listing([*tokens.values()] + ["padding"] * (len(tokens) < len(rows)))
 
 
 def _new_rows(a: Side, b: Side, rows: int) -> list[int]:
