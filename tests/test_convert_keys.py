@@ -305,6 +305,7 @@ YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
     ("extra", "expected"),
     [
         ({}, None),
+        ({"mradermacher.quantized_by": "someone", "general.type": "model", "split.count": 0}, None),
         ({"llama.rope.scale_linear": 4.0}, RopeScaling(rope_type="linear", factor=4.0)),
         ({"llama.rope.scaling.factor": 2.0}, RopeScaling(rope_type="linear", factor=2.0)),
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}, RopeScaling(rope_type="linear")),
@@ -355,6 +356,7 @@ def test_gguf_factors_of_llama_3(tmp_path):
         ({"llama.attention.sliding_window": 512}, "llama.attention.sliding_window: expected 0, found 512"),
         ({"llama.of_tomorrow": 1}, "llama.of_tomorrow: unknown, and may change what the model computes; found 1"),
         ({"split.count": 2}, "split.count: expected 0 or 1, found 2"),
+        ({"general.type": "adapter"}, "general.type: expected 'model', found 'adapter'"),
     ],
 )
 def test_gguf_keys_that_are_refused(extra, message, tmp_path):

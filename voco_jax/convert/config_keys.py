@@ -266,8 +266,7 @@ GGUF = _keys(
         "llama.embedding_scale": (1,),
     },
     (
-        r"GGUF\.\w+|general\..+|tokenizer\..+|quantize\..+|split\.(no|tensors\.count)|\w+\.quantization_version",
-        r"llama\.vocab_size|llama\.tensor_data_layout|llama\.rope\.scaling\.finetuned|llama\.leading_dense_block_count",
-        r"adapter\.type",
+        r"(?!llama\.).+",  # of a model, llama.cpp reads the keys under its architecture's name only
+        r"llama\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|leading_dense_block_count)",
     ),
 )

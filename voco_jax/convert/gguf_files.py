@@ -59,7 +59,8 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     architecture = field("general.architecture")
     if architecture != "llama":
         raise UserError(f"{file}: general.architecture: expected 'llama', found {architecture!r}")
-    names = [key for key in reader.fields if not GGUF.harmless.fullmatch(key)]  # of a tokenizer they may be long
+    # The values of the others, a tokenizer's, may be long
+    names = [key for key in reader.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
     GGUF.check({key: field(key) for key in names}, file, ignored=ignored)
     embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None:
