@@ -177,6 +177,19 @@ def test_stored_configs_that_do_not_fit(tmp_path):
         load_config(path)
 
 
+def test_a_config_from_before_a_key_was_there(tmp_path):
+    """It means what it did; a missing key of old is an error still."""
+    path = tmp_path / "config.json"
+    config = default_config()
+    config.model.projector_layers = 1
+    save_config(config, path)
+    assert load_config(path).model.projector_layers == 1
+    stored = json.loads(path.read_text())
+    del stored["model"]["projector_layers"]
+    path.write_text(json.dumps(stored))
+    assert load_config(path).model.projector_layers == 2
+
+
 def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
     files = list((Path(__file__).parents[1] / "configs").glob("*.py"))
     configs = [parse(f"--config={file}") for file in files]

@@ -254,8 +254,13 @@ CONFIG_FAULTS = {
     "other_activation": ("hidden_act", "gelu", "config.json: hidden_act: expected 'silu', found 'gelu'"),
     "other_projector": (
         "mm_projector_type",
+        "cabstractor",
+        "config.json: mm_projector_type: expected mlp2x_gelu, linear, mlp1x_gelu; found 'cabstractor'",
+    ),
+    "projector_of_one_layer": (
+        "mm_projector_type",
         "linear",
-        "config.json: mm_projector_type: expected 'mlp2x_gelu', found 'linear'",
+        "2 tensors do not fit: model.mm_projector.2.weight unknown (model.safetensors); model.mm_projector.2.bias",
     ),
     "other_squares": (
         "image_aspect_ratio",
@@ -264,8 +269,8 @@ CONFIG_FAULTS = {
     ),
     "other_rope": (
         "rope_scaling",
-        {"type": "linear", "factor": 2.0},
-        "config.json: rope_type: expected 'default' or 'llama3', found 'linear'",
+        {"type": "longrope", "factor": 2.0},
+        "config.json: rope_scaling.rope_type: expected default, linear, dynamic, yarn, llama3; found 'longrope'",
     ),
     "sliding_window": ("sliding_window", 4, "config.json: sliding_window: expected None, found 4"),
     "dimension_as_text": (

@@ -258,10 +258,17 @@ def test_a_padded_row_becomes_that_of_a_new_token(tmp_path, convert):  # noqa: F
         assert not embedding[len(rows) :].any()
         others = np.arange(len(rows)) != 32001
         np.testing.assert_array_equal(embedding[: len(rows)][others], rows[others])
-        if init == "mean":
-            np.testing.assert_allclose(embedding[32001], rows[others].mean(0), atol=1e-4)
+        if init == "mean":  # of the rows that tokens have, and not of padding
+            np.testing.assert_allclose(embedding[32001], rows[:32001].mean(0), atol=1e-5)
+            assert np.abs(rows[:32001].mean(0) - rows[others].mean(0)).max() > 2e-5
         else:
             assert not np.array_equal(embedding[32001], rows[32001]) and np.abs(embedding[32001]).max() < 0.1
+    (tmp_path / "theirs" / "tokenizer.model").write_bytes((DATA / "llama_tokenizer" / "tokenizer.model").read_bytes())
+    for file in (tmp_path / "tokenizer").iterdir():
+        (tmp_path / "theirs" / file.name).write_bytes(file.read_bytes())
+    status, out, _ = convert("verify", tmp_path / "theirs", tmp_path / "mean")
+    assert status == 0 and "row 32001 differs: <voco> in one, no token in the other" in out
+    assert convert("verify", tmp_path / "normal", tmp_path / "mean")[0] == 1  # both have the token
 
 
 def test_tied_at_the_top_of_the_config(tmp_path, tokenizer, convert):  # noqa: F811

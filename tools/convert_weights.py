@@ -9,7 +9,8 @@
     python tools/convert_weights.py verify A B
 
 SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LlavaForConditionalGeneration directory, a Llama
-directory or a Llama GGUF file. Nothing in it is ever run, and nothing is written until all of it is understood.
+directory, a Llama GGUF file, or a LoRA adapter (with --base). Nothing in it is ever run, and nothing is written until
+all of it is understood.
 """
 
 import argparse
@@ -29,6 +30,10 @@ from voco_jax.errors import UserError, one_line_errors
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, where SRC only names its own")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="of a LoRA adapter: the checkpoint it was trained on")
+    parser.add_argument(
+        "--ignore-key", action="append", default=[], metavar="KEY", help="of a config: unknown here, and harmless"
+    )
     parser.add_argument("--llm", type=Path, metavar="DIR", help="instead of SRC: a Llama directory or GGUF file")
     parser.add_argument("--projector", type=Path, metavar="FILE", help="with --llm: mm_projector.bin")
 
@@ -74,6 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("a", type=Path, metavar="A")
     command.add_argument("b", type=Path, metavar="B")
     command.add_argument("--vision-tower", type=Path, metavar="DIR", help="of whichever only names its own")
+    command.add_argument("--base", type=Path, metavar="DIR", help="of whichever is a LoRA adapter")
+    command.add_argument("--ignore-key", action="append", default=[], metavar="KEY", help="as of to-jax")
     command.add_argument(
         "--allow-more-rows", action="store_true", help="one may have rows for added tokens that the other has not"
     )
@@ -87,10 +94,12 @@ def source_of(args, paths: list[Path]) -> Source:
             raise UserError(f"{args.command}: expected one SRC, or --llm; found {len(paths)}")
         if args.projector is not None:
             raise UserError("--projector: expected with --llm only")
-        return open_source(paths[0], args.vision_tower)
+        return open_source(paths[0], args.vision_tower, args.base, args.ignore_key)
     if paths:
         raise UserError(f"{args.command}: expected SRC or --llm, found both")
-    return open_parts(args.llm, args.vision_tower, args.projector)
+    if args.base is not None:
+        raise UserError("--base: expected with SRC, a LoRA adapter; found it with --llm")
+    return open_parts(args.llm, args.vision_tower, args.projector, args.ignore_key)
 
 
 @one_line_errors
@@ -132,7 +141,7 @@ def main() -> None:
 
 
 def compare(args) -> None:
-    a, b = open_side(args.a, args.vision_tower), open_side(args.b, args.vision_tower)
+    a, b = (open_side(path, args.vision_tower, args.base, args.ignore_key) for path in (args.a, args.b))
     result = verify(a, b, allow_more_rows=args.allow_more_rows)
     for line in result.notes + result.problems:
         print(line)

@@ -37,6 +37,7 @@ def default_config() -> ConfigDict:
     config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' they are in the text all the same
     config.model.num_compressed_tokens = 1  # tokens an image with average_pool and qformer
     config.model.num_qformer_layers = 2
+    config.model.projector_layers = 2  # linear layers with GELU between (LLaVA-1.5's mlp2x_gelu); 1: LLaVA's first
     config.model.param_dtype = "float32"
     config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
     config.model.attention = "xla"  # any platform; or 'splash' (TPU), 'cudnn' (NVIDIA GPU): see voco_jax/attention
@@ -64,9 +65,7 @@ def default_config() -> ConfigDict:
     config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
     config.data.aspect_ratio = "pad"  # to a square with the mean colour; or 'crop' its middle, or 'stretch' it
     config.data.transparency = "white"  # shows through as white; or 'drop': the colours that are stored behind it
-    config.data.processor = (
-        ConfigDict()
-    )  # the rest of what makes pixel values: ImageProcessor in voco_jax/data/images.py
+    config.data.processor = ConfigDict()  # the rest of what makes pixel values: voco_jax/data/images.py
     config.data.processor.resize_to = ()  # before the middle is cut out: (side,), (height, width); () the image_size
     config.data.processor.do_resize = True  # False: the middle is cut out of the picture as it is
     config.data.processor.resample = "bicubic"  # Pillow's name of the filter
@@ -261,6 +260,7 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
 # Keys that runs made earlier do not have, with the value that means what those runs did.
 ADDED_LATER = {
     "data.transparency": "drop",
+    "model.projector_layers": 2,
     **{f"data.processor.{key}": value for key, value in default_config().data.processor.items()},
 }
 
@@ -303,6 +303,7 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
 # Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
 RANGES = {
     **{f"model.{key}": (1, None) for key in ("num_voco_tokens", "num_compressed_tokens", "num_qformer_layers")},
+    "model.projector_layers": (1, None),
     **{
         f"model.{part}.{key}": (1, None)
         for part, keys in {

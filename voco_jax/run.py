@@ -132,7 +132,7 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
     run.model.llama.vocab_size = make_model_config(run, load_tokenizer(directory / "tokenizer")).llama.vocab_size
     with config.unlocked():
-        _take_over(config.model, run.model, default.model, ("llama", "vision"), config.init_from)
+        _take_over(config.model, run.model, default.model, ("llama", "vision", "projector_layers"), config.init_from)
         if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
             keys = "aspect_ratio", "transparency", "processor"
             _take_over(config.data, run.data, default.data, keys, config.init_from, "config.data")
@@ -181,6 +181,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             suffix_ids=ids.suffix_ids,
             num_compressed_tokens=m.num_compressed_tokens,
             num_qformer_layers=m.num_qformer_layers,
+            projector_layers=m.projector_layers,
             dtype=resolve_dtype(m.dtype),
             param_dtype=resolve_dtype(m.param_dtype, "param_dtype"),
             attention=m.attention,

@@ -4,34 +4,35 @@ from collections.abc import Mapping
 import dataclasses
 import re
 
-from voco_jax.convert.rules import Rule
+from voco_jax.convert.rules import RULES, Rule
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Prefixes by part. `projector_names` are the two linear layers' (a Sequential numbers them 0 and 2)."""
+    """Prefixes by part. `projector_names` are the linear layers': a Sequential numbers them 0 and 2; one has none."""
 
     name: str
     llm: str
     head: str
     projector: str
     vision: str
-    projector_names: tuple[str, str] = ("linear_1", "linear_2")
+    projector_names: tuple[str, str] = ("linear_1.", "linear_2.")
 
     def their_name(self, rule: Rule, layer: int | None = None) -> str:
         """The tensor's whole name in this format."""
         name = rule.theirs if layer is None else rule.theirs.format(layer)
         if rule.part == "projector":
-            for ours, theirs in zip(("linear_1", "linear_2"), self.projector_names, strict=True):
+            for ours, theirs in zip(("linear_1.", "linear_2."), self.projector_names, strict=True):
                 name = name.replace(ours, theirs)
         return getattr(self, rule.part) + name
 
 
 _LLAVA_VISION = "model.vision_tower.vision_tower.vision_model."
+_SEQUENTIAL, _SINGLE = ("0.", "2."), ("", "linear_2.")
 
 # The first of each name is the one that is written.
 FORMATS = (
-    Format("voco", "model.", "", "model.mm_projector.", _LLAVA_VISION, ("0", "2")),
+    Format("voco", "model.", "", "model.mm_projector.", _LLAVA_VISION, _SEQUENTIAL),
     Format(
         "llava-hf", "language_model.model.", "language_model.", "multi_modal_projector.", "vision_tower.vision_model."
     ),
@@ -41,23 +42,40 @@ FORMATS = (
     Format("llava-hf", "model.language_model.", "", "model.multi_modal_projector.", "model.vision_tower.vision_model."),
     Format("llava-hf", "model.language_model.", "", "model.multi_modal_projector.", "model.vision_tower."),
 )
+LLAVA_LINEAR = dataclasses.replace(FORMATS[0], projector_names=_SINGLE)  # the first LLaVA's projector
 LLAMA = Format("llama", "model.", "", "", "")
 VISION = (Format("clip", "", "", "", "vision_model."), Format("clip", "", "", "", ""))
+_PROJECTOR_PREFIXES = ("model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector.", "")
 PROJECTOR = (
-    Format("projector", "", "", "model.mm_projector.", "", ("0", "2")),
-    Format("projector", "", "", "mm_projector.", "", ("0", "2")),
-    Format("projector", "", "", "", "", ("0", "2")),
+    *(Format("projector", "", "", prefix, "", _SEQUENTIAL) for prefix in _PROJECTOR_PREFIXES),
+    *(Format("projector", "", "", prefix, "", _SINGLE) for prefix in _PROJECTOR_PREFIXES),
     Format("projector", "", "", "multi_modal_projector.", ""),
 )
 
 # Buffers that are computed, not trained; and the text half of CLIP.
-_BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids")
+_BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?embeddings\.position_ids")
 _CLIP_TEXT = re.compile(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale")
 
 
 def passed_over(name: str, format: Format) -> bool:
     """Whether a tensor is rightly left out."""
     return bool(_BUFFERS.fullmatch(name) or format.name == "clip" and _CLIP_TEXT.fullmatch(name))
+
+
+def num_projector_layers(format: Format) -> int:
+    """Linear layers of a projector by its tensors' names, where no config says so."""
+    return 1 if format.projector_names == _SINGLE else 2
+
+
+def key_of_name(name: str) -> tuple[str, int | None] | None:
+    """(our parameter's path, layer) of a tensor's name in any of the formats; None for a name of none."""
+    number = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+    for format in (*FORMATS, LLAVA_LINEAR, LLAMA):
+        for rule in RULES:
+            layer = number if rule.stacked else None
+            if format.their_name(rule, layer) == name:
+                return rule.ours, layer
+    return None
 
 
 def recognise(names: Mapping[str, object], formats, parts: tuple[str, ...]) -> Format | None:

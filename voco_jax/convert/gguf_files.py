@@ -1,9 +1,15 @@
 """GGUF files (llama.cpp's) of Llama-architecture models, through the `gguf` package; quantized tensors are expanded."""
 
+from collections.abc import Collection
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 
+from voco_jax.convert.config_keys import GGUF
+from voco_jax.convert.hf_configs import check_numbers
+from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
 from voco_jax.convert.tensors import Tensor
 from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig
@@ -40,8 +46,8 @@ def _reader(file: Path):
         raise UserError(f"{file}: not a readable GGUF file: {error}") from None
 
 
-def read_gguf(file: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """(dimensions, tensors in float32 under Hugging Face's names)."""
+def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """(dimensions, tensors in float32 under Hugging Face's names); `ignored`: unknown keys that are passed over."""
     gguf, reader = _reader(file)
 
     def field(key: str, default=None):
@@ -53,26 +59,41 @@ def read_gguf(file: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     architecture = field("general.architecture")
     if architecture != "llama":
         raise UserError(f"{file}: general.architecture: expected 'llama', found {architecture!r}")
-    if field("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{file}: llama.rope.scaling.type: expected none, found {field('llama.rope.scaling.type')!r}")
-    heads = field("llama.attention.head_count")
-    kv_heads = field("llama.attention.head_count_kv", heads)
-    names = {tensor.name for tensor in reader.tensors}
+    # The values of the others, a tokenizer's, may be long
+    names = [key for key in reader.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
+    GGUF.check({key: field(key) for key in names}, file, ignored=ignored)
     embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{file}: token_embd.weight is missing")
-    config = LlamaConfig(
-        vocab_size=int(embedding.shape[1]),
-        hidden_size=field("llama.embedding_length"),
-        intermediate_size=field("llama.feed_forward_length"),
-        num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=field("llama.context_length"),
-        rms_norm_eps=float(field("llama.attention.layer_norm_rms_epsilon")),
-        rope_theta=float(field("llama.rope.freq_base", 10000.0)),
-        tie_word_embeddings="output.weight" not in names,
-    )
+    heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+    numbers = {
+        "vocab_size": int(embedding.shape[1]),
+        "hidden_size": width,
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("llama.attention.head_count_kv", heads),
+        "head_dim": field("llama.attention.key_length", width // heads if isinstance(heads, int) and heads else width),
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("llama.rope.freq_base", 10000.0),
+    }
+    check_numbers(file, numbers, "llama")
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if field(key, numbers["head_dim"]) != numbers["head_dim"]:
+            raise UserError(f"{file}: {key}: expected {numbers['head_dim']}, the size of a head; found {field(key)}")
+    scale = numbers["head_dim"] ** -0.5
+    if not math.isclose(field("llama.attention.scale", scale), scale, rel_tol=1e-5):
+        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {field('llama.attention.scale')}")
+    try:
+        config = LlamaConfig(
+            **numbers,
+            rope_scaling=rope_of_gguf(field, file),
+            tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+        )
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    kv_heads = config.num_key_value_heads
     tensors = {}
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -84,6 +105,10 @@ def read_gguf(file: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
                 values = values.reshape(turned, -1, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
             return np.ascontiguousarray(values)
 
+        if tensor.name == "rope_freqs.weight":
+            scaling = rope_of_factors(read(), config, file)
+            config = config if scaling is None else dataclasses.replace(config, rope_scaling=scaling)
+            continue
         tensors[_hf_name(tensor.name)] = Tensor(shape, np.dtype(np.float32), file, read)
     return config, tensors
 

@@ -1,9 +1,12 @@
 """Hugging Face's and LLaVA's `config.json`, to our dataclasses and back; what we do not compute is refused."""
 
+from collections.abc import Collection
 import dataclasses
 import math
 from pathlib import Path
 
+from voco_jax.convert.config_keys import CLIP, CLIP_VISION, LLAMA, Keys, section
+from voco_jax.convert.rope import rope_of_hf, rope_to_hf
 from voco_jax.errors import UserError
 from voco_jax.models import presets
 from voco_jax.models.llama import LlamaConfig, RopeScaling
@@ -14,6 +17,9 @@ HUB_TOWERS = {
     "openai/clip-vit-large-patch14-336": "clip-vit-l-14-336",
     "openai/clip-vit-large-patch14": "clip-vit-l-14",
 }
+
+# LLaVA's projectors that are linear layers with GELU between, by the number of those layers.
+PROJECTORS = {"mlp2x_gelu": 2, "linear": 1, "mlp1x_gelu": 1}
 
 # Fields of ViTConfig that CLIPVisionConfig has not: LLaVA's choices, and what only a training from scratch asks for.
 NOT_CLIPS = {"select_layer", "select_feature", "position_init"}
@@ -29,11 +35,11 @@ def _expect(file: Path, fields: dict, **expected) -> None:
 
 _FRACTIONS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor",
-    "high_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "r", "lora_alpha",
 )  # fmt: skip
 
 
-def _check_numbers(file: Path, values: dict, what: str) -> None:
+def check_numbers(file: Path, values: dict, what: str) -> None:
     """UserError for a dimension that is no whole number above zero, or another number that is none at all."""
     for key, value in values.items():
         if isinstance(value, bool) and key == "tie_word_embeddings":
@@ -44,55 +50,54 @@ def _check_numbers(file: Path, values: dict, what: str) -> None:
             raise UserError(f"{file}: {what}.{key}: expected {expected}, found {value!r}")
 
 
-def section(fields: dict, key: str, file: Path) -> dict:
-    """An object inside a config; an empty one where it is missing or null."""
-    value = fields.get(key) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: {key}: expected an object, found {value!r}")
-    return value
-
-
-def llama_from_hf(fields: dict, file: Path) -> LlamaConfig:
-    """From `LlamaConfig`'s fields (LLaVA's own config has them too, among others); defaults are transformers'."""
-    # Other architectures have the same tensors, and compute something else with them.
-    _expect(file, fields, model_type=("llama", "llava_llama", "llava"), sliding_window=(None,))
-    _expect(file, fields, attention_bias=(False, None), mlp_bias=(False, None), hidden_act=("silu",))
-    fields = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02} | fields
-    rope = section(fields, "rope_parameters", file)  # transformers 5; before it, rope_theta and rope_scaling
-    theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
-    scaling = rope or section(fields, "rope_scaling", file)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{file}: rope_type: expected 'default' or 'llama3', found {kind!r}")
+def llama_from_hf(
+    fields: dict, file: Path, keys: Keys = LLAMA, prefix: str = "", ignored: Collection[str] = ()
+) -> LlamaConfig:
+    """From `LlamaConfig`'s fields; defaults are transformers'. `keys`: what else stands among them (LLaVA's own)."""
+    keys.check(fields, file, prefix, ignored)
+    fields = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02} | _given(fields)
+    theta, scaling = rope_of_hf(fields, file, fields["max_position_embeddings"], ignored)
     names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_theta", "rope_scaling", "vocab_multiple"}
     defaults = {"intermediate_size": 11008, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-    values = defaults | {"vocab_size": 32000} | {name: fields[name] for name in names if fields.get(name) is not None}
+    values = defaults | {"vocab_size": 32000} | {name: fields[name] for name in names if name in fields}
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    _check_numbers(file, values | {"rope_theta": theta}, "llama")
+    check_numbers(file, values | {"rope_theta": theta}, "llama")
+    if scaling is not None:
+        numbers = {key: value for key, value in scaling.items() if key not in ("rope_type", "truncate")}
+        check_numbers(file, numbers, f"{prefix}rope_scaling")
+    longest = fields.get("max_sequence_length")  # Vicuna 16k's: max_position_embeddings is what it was before
+    if scaling is not None and scaling["rope_type"] == "linear" and isinstance(longest, int):
+        values["max_position_embeddings"] = max(longest, values["max_position_embeddings"])
     try:
-        rope_scaling = None
-        if kind == "llama3":
-            numbers = {field.name: scaling[field.name] for field in dataclasses.fields(RopeScaling)}
-            _check_numbers(file, numbers, "rope_scaling")
-            rope_scaling = RopeScaling(**numbers)
+        rope_scaling = None if scaling is None else RopeScaling(**scaling)
         return LlamaConfig(**values, rope_theta=float(theta), rope_scaling=rope_scaling)
-    except KeyError as error:
-        raise UserError(f"{file}: rope_scaling: key {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
 
 
-def vision_from_hf(fields: dict, file: Path, select_layer, select_feature: str) -> ViTConfig:
+def _given(fields: dict) -> dict:
+    """The keys that are set: null is not."""
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def vision_from_hf(
+    fields: dict, file: Path, select_layer, select_feature: str, ignored: Collection[str] = ()
+) -> ViTConfig:
     """From `CLIPVisionConfig`'s fields, or a whole CLIP's."""
-    fields = section(fields, "vision_config", file) or fields
-    _expect(file, fields, model_type=("clip_vision_model", "clip"), hidden_act=("quick_gelu",), num_channels=(3,))
+    prefix = ""
+    if fields.get("vision_config"):
+        CLIP.check(fields, file, ignored=ignored)
+        # What the first versions wrote beside it holds, where it says anything
+        fields = section(fields, "vision_config", file) | _given(section(fields, "vision_config_dict", file))
+        prefix = "vision_config."
+    CLIP_VISION.check(fields, file, prefix, ignored)
     names = {field.name for field in dataclasses.fields(ViTConfig)} - NOT_CLIPS
     defaults = {  # transformers'
         "image_size": 224, "patch_size": 32, "hidden_size": 768, "intermediate_size": 3072,
         "num_hidden_layers": 12, "num_attention_heads": 12,
     }  # fmt: skip
     values = defaults | {name: fields[name] for name in names if fields.get(name) is not None}
-    _check_numbers(file, values, "vision")
+    check_numbers(file, values, "vision")
     try:
         return ViTConfig(**values, select_layer=select_layer, select_feature=select_feature)
     except (TypeError, ValueError) as error:
@@ -100,42 +105,41 @@ def vision_from_hf(fields: dict, file: Path, select_layer, select_feature: str) 
 
 
 def features_of_llava(fields: dict, file: Path) -> tuple[int, str]:
-    """(layer, 'patch' or 'cls_patch') that a released LLaVA config selects; UserError for projectors unlike ours."""
-    _expect(
-        file,
-        fields,
-        mm_projector_type=("mlp2x_gelu",),
-        mm_vision_select_feature=("patch", "cls_patch"),
-        mm_use_im_start_end=(False,),
-        mm_patch_merge_type=("flat",),
-    )
-    return _layer(fields, "mm_vision_select_layer", file), fields.get("mm_vision_select_feature", "patch")
+    """(layer, 'patch' or 'cls_patch') that a released LLaVA config selects."""
+    return _layer(fields, "mm_vision_select_layer", file), fields.get("mm_vision_select_feature") or "patch"
+
+
+def projector_layers_of_llava(fields: dict, file: Path) -> int:
+    """Linear layers of the projector; without its key, one (the first LLaVA's). UserError for other kinds."""
+    kind = fields.get("mm_projector_type") or "linear"
+    if not isinstance(kind, str) or kind not in PROJECTORS:
+        raise UserError(f"{file}: mm_projector_type: expected {', '.join(PROJECTORS)}; found {kind!r}")
+    return PROJECTORS[kind]
 
 
 def _layer(fields: dict, key: str, file: Path) -> int:
-    layer = fields.get(key, -2)
+    layer = fields.get(key)
+    layer = -2 if layer is None else layer
+    if isinstance(layer, list) and len(layer) == 1:
+        (layer,) = layer
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise UserError(f"{file}: {key}: expected one layer, found {layer!r}")
     return layer
 
 
 def features_of_llava_hf(fields: dict, file: Path) -> tuple[int, str]:
-    _expect(
-        file,
-        fields,
-        projector_hidden_act=("gelu",),
-        multimodal_projector_bias=(True,),
-        vision_feature_select_strategy=("default", "full"),
-    )
-    strategy = fields.get("vision_feature_select_strategy", "default")
+    """(layer, 'patch' or 'cls_patch') that a `LlavaConfig` selects."""
+    strategy = fields.get("vision_feature_select_strategy") or "default"
     return _layer(fields, "vision_feature_layer", file), {"default": "patch", "full": "cls_patch"}[strategy]
 
 
-def vision_of_llava_hf(fields: dict, file: Path, select_layer: int, select_feature: str) -> ViTConfig:
+def vision_of_llava_hf(
+    fields: dict, file: Path, select_layer: int, select_feature: str, ignored: Collection[str] = ()
+) -> ViTConfig:
     """Of `LlavaConfig`; without a vision_config it has transformers' default, ViT-L/14 at 336."""
     if not fields.get("vision_config"):
         return vision_of_hub("openai/clip-vit-large-patch14-336", file, select_layer, select_feature)
-    return vision_from_hf(section(fields, "vision_config", file), file, select_layer, select_feature)
+    return vision_from_hf({"vision_config": fields["vision_config"]}, file, select_layer, select_feature, ignored)
 
 
 def vision_of_hub(name: str, file: Path, select_layer: int, select_feature: str) -> ViTConfig:
@@ -157,7 +161,7 @@ def llama_to_hf(config: LlamaConfig) -> dict:
     del fields["vocab_multiple"]  # padding is cut on the way out
     scaling = fields.pop("rope_scaling")
     if scaling is not None:
-        fields["rope_scaling"] = {"rope_type": "llama3", **scaling}
+        fields["rope_scaling"] = rope_to_hf(config.rope_scaling)
     return fields | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "model_type": "llama"}
 
 

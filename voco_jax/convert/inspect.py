@@ -67,5 +67,10 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 def problems_of(source: Source) -> list[str]:
     """As `to-jax` would find them, parts that the format should have included."""
-    config = VoCoConfig(llama=source.llama, vision=source.vision or ViTConfig(), voco_token_id=0)
+    config = VoCoConfig(
+        llama=source.llama,
+        vision=source.vision or ViTConfig(),
+        projector_layers=source.projector_layers,
+        voco_token_id=0,
+    )
     return [f"{part} missing" for part in source.missing_parts()] + check_source(source, config)

@@ -1,11 +1,23 @@
 """A checkpoint as it comes: which format it is, its dimensions, and its tensors under the names of `rules.py`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from pathlib import Path
 
 from voco_jax.convert import hf_configs, processors
-from voco_jax.convert.formats import FORMATS, LLAMA, PROJECTOR, VISION, Format, passed_over, recognise
+from voco_jax.convert.adapters import apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
+from voco_jax.convert.config_keys import LLAVA, LLAVA_HF, section
+from voco_jax.convert.formats import (
+    FORMATS,
+    LLAMA,
+    LLAVA_LINEAR,
+    PROJECTOR,
+    VISION,
+    Format,
+    num_projector_layers,
+    passed_over,
+    recognise,
+)
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.rules import RULES
 from voco_jax.convert.safetensors_files import read_index, read_safetensors
@@ -35,6 +47,8 @@ class Source:
     problems: list[str] = dataclasses.field(default_factory=list)  # unknown, doubled
     processor: ImageProcessor | None = None  # None: the default, as for all that brings no vision tower
     whole: bool = False  # of a format that has all parts; others may come without vision tower and projector
+    projector_layers: int = 2
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was not read, though it is there
 
     def parts(self) -> set[str]:
         return {path.split(".")[0] for path, _ in self.tensors}
@@ -76,15 +90,55 @@ class Source:
             self.problems.append(f"{name} differs from the embedding, but tie_word_embeddings is set")
 
 
+_WEIGHTS = (("model", ".safetensors", read_safetensors), ("pytorch_model", ".bin", read_torch))
+
+
 def read_directory(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face directory: safetensors or PyTorch files, in one piece or several with an index."""
-    for stem, suffix, read in (("model", ".safetensors", read_safetensors), ("pytorch_model", ".bin", read_torch)):
-        index = directory / f"{stem}{suffix}.index.json"
-        if index.exists():
-            return _read_shards(directory, index, f"{stem}-*{suffix}", read)
-        if (directory / f"{stem}{suffix}").exists():
-            return read(directory / f"{stem}{suffix}")
-    raise UserError(f"{directory}: expected model.safetensors or pytorch_model.bin, or an index of shards; found none")
+    """All tensors of a Hugging Face directory: safetensors or PyTorch files, in one piece or several with an index.
+
+    Of both kinds safetensors are read, as transformers does. UserError where one file and an index could both be meant.
+    """
+    for stem, suffix, read in _WEIGHTS:
+        index, file = directory / f"{stem}{suffix}.index.json", directory / f"{stem}{suffix}"
+        if index.exists() and not (file.exists() and _is_left_behind(index, file)):
+            return _unwrapped(_read_shards(directory, index, f"{stem}-*{suffix}", read), directory)
+        if file.exists():
+            return _unwrapped(read(file), directory)
+    alone = " (mm_projector.bin is a projector alone: --base DIR)" if (directory / "mm_projector.bin").exists() else ""
+    expected = "expected model.safetensors or pytorch_model.bin, or an index of shards; found none"
+    raise UserError(f"{directory}: {expected}{alone}")
+
+
+def _is_left_behind(index: Path, file: Path) -> bool:
+    """Whether an index beside a single file is of shards that are gone; UserError where both could be meant."""
+    shards = set(read_index(index).values())
+    if file.name in shards or not shards:
+        return False
+    if any((file.parent / name).exists() for name in shards if not name_leads_out(name)):
+        both = f"found {file.name} and {index.name}, and they may differ; move away the one that is not meant"
+        raise UserError(f"{file.parent}: expected one checkpoint, {both}")
+    return True
+
+
+def unread_weights(directory: Path) -> list[str]:
+    """Notes on files that look like the checkpoint too."""
+    names = [[f"{stem}{suffix}", f"{stem}{suffix}.index.json"] for stem, suffix, _ in _WEIGHTS]
+    there = [[name for name in group if (directory / name).exists()] for group in names]
+    return [f"{directory}: {there[0][0]} is read, {there[1][0]} beside it is not"] if all(there) else []
+
+
+def _unwrapped(tensors: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
+    """Without the prefix that PyTorch's wrappers for several devices or compilation put before all names."""
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, directory)
+    wrapped = next((name for name in tensors if name.startswith("base_model.")), None)
+    if wrapped:
+        what = "PEFT's name of a tensor in a model with adapters"
+        raise UserError(
+            f"{directory}: {wrapped}: {what}; save it after merge_and_unload(), or give adapter and --base DIR"
+        )
+    return tensors
 
 
 def _read_shards(directory: Path, index: Path, pattern: str, read: Callable) -> dict[str, Tensor]:
@@ -109,33 +163,82 @@ def _read_shards(directory: Path, index: Path, pattern: str, read: Callable) -> 
     return tensors
 
 
-def open_source(path: Path, vision_tower: Path | None = None) -> Source:
+def open_source(
+    path: Path, vision_tower: Path | None = None, base: Path | None = None, ignored: Collection[str] = ()
+) -> Source:
     """A LLaVA or VoCo-LLaMA directory, released or Hugging Face's; or one that holds a language model alone.
 
-    `vision_tower`: a CLIP directory, for released checkpoints that only name theirs.
+    `vision_tower`: a CLIP directory, for released checkpoints that only name theirs. `base`: the checkpoint that a LoRA
+    adapter, or a projector trained alone, belongs to. `ignored`: unknown keys of configs that are to be passed over.
     """
     if not path.exists():
         raise UserError(f"{path}: not found")
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path}: expected a directory or a .gguf file")
-        return open_parts(path, vision_tower)
+        return open_parts(path, vision_tower, ignored=ignored)
+    if base is not None or is_adapter(path):
+        return _open_adapter(path, vision_tower, base, ignored)
     file = path / "config.json"
     fields = read_object(file)
     kind = fields.get("model_type")
-    if kind == "llava_llama" or "mm_vision_tower" in fields:  # the first releases call themselves 'llava' as well
-        return _open_llava(path, fields, vision_tower)
+    if _is_llava(fields):
+        return _open_llava(path, fields, vision_tower, ignored)
     if kind == "llava":
-        return _open_llava_hf(path, fields, vision_tower)
+        return _open_llava_hf(path, fields, vision_tower, ignored)
     if kind == "llama":
-        return open_parts(path, vision_tower)
+        return open_parts(path, vision_tower, ignored=ignored)
     raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {kind!r}")
 
 
-def _open_llava(path: Path, fields: dict, vision_tower: Path | None) -> Source:
+def _is_llava(fields: dict) -> bool:
+    """Whether a config is a released LLaVA's; the first releases call themselves 'llava', as Hugging Face's do."""
+    return fields.get("model_type") == "llava_llama" or "mm_vision_tower" in fields
+
+
+def _open_adapter(path: Path, vision_tower: Path | None, base: Path | None, ignored: Collection[str]) -> Source:
+    """What LLaVA's training with LoRA leaves (adapter, config.json, `non_lora_trainables.bin`), or any adapter of PEFT.
+
+    The base is read as any checkpoint; where the adapter's directory has LLaVA's config, that is the model's.
+    """
+    if base is None:
+        named = base_of(path)
+        named = f" (the adapter names {named!r}, which is never fetched)" if named else ""
+        raise UserError(f"{path}: a LoRA adapter: give the checkpoint it was trained on with --base DIR{named}")
+    fields = read_object(path / "config.json") if (path / "config.json").exists() else {}
+    fields.pop("quantization_config", None)  # QLoRA's base was quantized while it trained; the one given is not
+    extra = trained_beside(path)
+    if _is_llava(fields):
+        source = _open_llava(path, fields, vision_tower, ignored, base, extra)
+        source.notes += unread_weights(base)
+    else:
+        source = open_source(base, vision_tower, ignored=ignored)
+        replace(source.tensors, source.names, extra, path)
+    if is_adapter(path):
+        apply_adapter(source.tensors, source.names, path, ignored)
+    if (EMBEDDING, None) in source.tensors:  # which may have been trained whole, with tokens added
+        rows = source.tensors[EMBEDDING, None].shape[0]
+        source.llama = dataclasses.replace(source.llama, vocab_size=rows)
+    source.path, source.tokenizer = path, _tokenizer(path) or source.tokenizer or _tokenizer(base)
+    return source
+
+
+def _open_llava(
+    path: Path,
+    fields: dict,
+    vision_tower: Path | None,
+    ignored: Collection[str],
+    base: Path | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Source:
+    """With `base`, weights come from there; `extra` replace them."""
     file = path / "config.json"
-    tensors = read_directory(path)
+    llama = hf_configs.llama_from_hf(fields, file, LLAVA, ignored=ignored)
+    projector_layers = hf_configs.projector_layers_of_llava(fields, file)
     layer, feature = hf_configs.features_of_llava(fields, file)
+    if base is not None:
+        check_same_model(llama, file, base / "config.json")
+    tensors = read_directory(base or path) | dict(extra or {})
     own = any(name.startswith(FORMATS[0].vision) for name in tensors)
     name = fields.get("mm_vision_tower") or ""
     if not isinstance(name, str):
@@ -145,12 +248,14 @@ def _open_llava(path: Path, fields: dict, vision_tower: Path | None) -> Source:
         beside = path / name
     if beside:
         config = beside / "config.json"
-        vision = hf_configs.vision_from_hf(read_object(config), config, layer, feature)
+        vision = hf_configs.vision_from_hf(read_object(config), config, layer, feature, ignored)
     else:
         vision = hf_configs.vision_of_hub(name, file, layer, feature)
-    source = Source("voco", path, hf_configs.llama_from_hf(fields, file), vision, _tokenizer(path), whole=True)
+    source = Source("voco", path, llama, vision, _tokenizer(path), whole=True, projector_layers=projector_layers)
+    source.notes += unread_weights(path)
     source.processor = processors.processor_of_llava(fields, file, beside, vision)
-    source.take(tensors, FORMATS[0], ("llm", "head", "projector") + (("vision",) if own else ()))
+    format = LLAVA_LINEAR if LLAVA_LINEAR.projector + "weight" in tensors else FORMATS[0]
+    source.take(tensors, format, ("llm", "head", "projector") + (("vision",) if own else ()))
     if not own:
         if not beside:
             raise UserError(f"{path}: has no vision tower inside, and names {name!r}: give it with --vision-tower DIR")
@@ -158,18 +263,21 @@ def _open_llava(path: Path, fields: dict, vision_tower: Path | None) -> Source:
     return source
 
 
-def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None) -> Source:
+def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored: Collection[str]) -> Source:
     file = path / "config.json"
     if vision_tower:
         raise UserError(f"{path}: has its vision tower inside; --vision-tower is for checkpoints without")
+    LLAVA_HF.check(fields, file, ignored=ignored)
     layer, feature = hf_configs.features_of_llava_hf(fields, file)
-    text = hf_configs.section(fields, "text_config", file)
+    text = section(fields, "text_config", file)
     # transformers 5 writes what it was told at the top, and a default below
     tied = bool(fields.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    vision = hf_configs.vision_of_llava_hf(fields, file, layer, feature)
-    llama = hf_configs.llama_from_hf(text | {"tie_word_embeddings": tied}, file)
+    vision = hf_configs.vision_of_llava_hf(fields, file, layer, feature, ignored)
+    text = text | {"tie_word_embeddings": tied}
+    llama = hf_configs.llama_from_hf(text, file, prefix="text_config.", ignored=ignored)
     source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True)
     source.processor = processors.processor_of_llava_hf(path, vision)
+    source.notes += unread_weights(path)
     tensors = read_directory(path)
     parts = ("llm", "projector", "vision")
     format = recognise(tensors, FORMATS[1:], parts)
@@ -181,19 +289,22 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None) -> Sourc
     return source
 
 
-def open_parts(llm: Path, vision_tower: Path | None = None, projector: Path | None = None) -> Source:
+def open_parts(
+    llm: Path, vision_tower: Path | None = None, projector: Path | None = None, ignored: Collection[str] = ()
+) -> Source:
     """A language model, a CLIP vision tower and a projector, each from where it lies; the last two may be missing."""
     if llm.suffix == ".gguf":
-        config, tensors = read_gguf(llm)
+        config, tensors = read_gguf(llm, ignored)
         source = Source("gguf", llm, config, tokenizer=llm)
         source.take(tensors, LLAMA, ("llm", "head"))
     else:
         file = llm / "config.json"
-        source = Source("llama", llm, hf_configs.llama_from_hf(read_object(file), file), None, _tokenizer(llm))
+        config = hf_configs.llama_from_hf(read_object(file), file, LLAVA, ignored=ignored)  # a LLaVA's holds one too
+        source = Source("llama", llm, config, None, _tokenizer(llm), notes=unread_weights(llm))
         source.take(read_directory(llm), LLAMA, ("llm", "head"))
     if vision_tower:
         config = vision_tower / "config.json"
-        source.vision = hf_configs.vision_from_hf(read_object(config), config, -2, "patch")
+        source.vision = hf_configs.vision_from_hf(read_object(config), config, -2, "patch", ignored)
         source.processor = processors.processor_of_tower([vision_tower], source.vision)
         _take_vision(source, vision_tower)
     if projector:
@@ -201,6 +312,7 @@ def open_parts(llm: Path, vision_tower: Path | None = None, projector: Path | No
         format = recognise(tensors, PROJECTOR, ("projector",))
         if format is None:
             raise UserError(f"{projector}: expected mm_projector.0.weight …, found {min(tensors, default='none')}")
+        source.projector_layers = num_projector_layers(format)
         source.take(tensors, format, ("projector",))
     return source
 

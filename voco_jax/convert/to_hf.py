@@ -1,6 +1,6 @@
 """A run of ours to a PyTorch checkpoint: the released code's format, or Hugging Face's LLaVA."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import json
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from voco_jax.config import load_config
 from voco_jax.convert import hf_configs
 from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.findings import Findings
-from voco_jax.convert.formats import FORMATS, VISION, Format
+from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.processors import processor_to_hf
 from voco_jax.convert.rules import BY_OURS
@@ -39,11 +39,13 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
     stored = StoredParams(run)
     check_run(run, stored, model_config, format_name)
     aspect_ratio, processor = config.data.aspect_ratio, processor_to_hf(make_processor(config), run, format_name)
-    format, num_image_rows = WRITTEN[format_name], 0
+    format, num_image_rows, tokens = WRITTEN[format_name], 0, set(tokenizer.get_vocab().values())
+    if model_config.projector_layers == 1:
+        format = LLAVA_LINEAR
     if format_name == "llava-hf":
         num_image_rows = add_image_token(tokenizer, model_config)
     findings, vocab_size = Findings(), model_config.llama.vocab_size
-    tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, vocab_size, num_image_rows))
+    tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, vocab_size, num_image_rows, tokens))
     # The released code's vision tower lies inside and, as it reads it, beside
     beside = [(n.removeprefix(format.vision), t) for n, t in tensors if n.startswith(format.vision)]
     beside = [(VISION[0].vision + n, t) for n, t in beside] if format_name == "voco" else []
@@ -71,6 +73,8 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
             f"{run}: format {format_name} has no place for LoRA; merge it first: "
             f"python tools/convert_weights.py merge {run} DST"
         )
+    if config.projector_layers not in ((1, 2) if format_name == "voco" else (2,)):
+        raise UserError(f"{run}: projector_layers {config.projector_layers}: format {format_name} has no place for it")
     others = sorted(path for path in stored.shapes if path not in BY_OURS)
     if others:
         raise UserError(f"{run}: {others[0]}: format {format_name} has no place for compressor {config.compressor}")
@@ -88,11 +92,17 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
 
 
 def named_tensors(
-    stored: StoredParams, format: Format, dtype, findings: Findings, vocab_size: int, num_image_rows: int
+    stored: StoredParams,
+    format: Format,
+    dtype,
+    findings: Findings,
+    vocab_size: int,
+    num_image_rows: int,
+    tokens: Collection[int],
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) in the order of the layers; values are read, and checked, when their turn comes.
 
-    The vocabulary's padding is cut, and rows for `<image>` follow.
+    The vocabulary's padding is cut, and rows for `<image>` follow, the mean of the `tokens`' rows.
     """
 
     def tensor(path: str, layer: int | None, name: str) -> Tensor:
@@ -105,7 +115,7 @@ def named_tensors(
         def read() -> np.ndarray:
             values = findings.check(name, stored.read(path, layer), wanted)
             values = without_padding(path, rule.transform.to_theirs(values), vocab_size)
-            return with_fresh_rows(values, shape[0]) if rows else values
+            return with_fresh_rows(values, shape[0], tokens=tokens) if rows else values
 
         return Tensor(shape, wanted, Path(path), read)
 
@@ -165,6 +175,7 @@ def write_configs(
     }
     if format_name == "voco":
         config = hf_configs.config_to_llava(llama, vision, dtype, ids, aspect_ratio)
+        config["mm_projector_type"] = {1: "linear", 2: "mlp2x_gelu"}[model_config.projector_layers]
         write_json(directory / "config.json", config)
         write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
         return

@@ -1,6 +1,6 @@
 """PyTorch and Hugging Face checkpoints to a run of ours, tensor by tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Source
 from voco_jax.convert.tensors import DTYPES
-from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
-from voco_jax.data.tokenizer import VOCO_TOKEN, add_voco_token, load_tokenizer, save_tokenizer
+from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
+from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import abstract_model, init_params, make_model_config, set_processor
@@ -48,21 +48,23 @@ def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True
     as_stored = dataclasses.replace(config.llama, vocab_size=source.llama.vocab_size, vocab_multiple=1)
     _, params = abstract_model(dataclasses.replace(config, llama=as_stored, voco_token_id=0))
     problems = list(source.problems)
-    parts = source.parts()
+    parts, left = source.parts(), dict(source.tensors)
     for path, rule, layer, shape in layers_of({part: params[part] for part in params if part in parts}):
-        tensor = source.tensors.get((path, layer))
+        tensor = left.pop((path, layer), None)
         where = path if layer is None else f"{path} (layer {layer})"
         if tensor is None:
             problems.append(f"{where} missing (expected {list(rule.transform.their_shape(shape))})")
         elif tensor.shape != rule.transform.their_shape(shape):
             expected = list(rule.transform.their_shape(shape))
-            problems.append(f"{source.names[path, layer]}: expected shape {expected}, found {list(tensor.shape)}")
+            empty = "" if tensor.size else " (DeepSpeed's ZeRO-3 left it empty: save it with zero_to_fp32.py)"
+            found = f"{list(tensor.shape)}{empty}"
+            problems.append(f"{source.names[path, layer]}: expected shape {expected}, found {found}")
         elif tensor.dtype not in DTYPES.values():
             problems.append(f"{source.names[path, layer]}: expected {', '.join(DTYPES)}; found {tensor.dtype}")
         elif same_dtypes and layer and tensor.dtype != source.tensors.get((path, 0), tensor).dtype:
             expected = source.tensors[path, 0].dtype
             problems.append(f"{source.names[path, layer]}: expected {expected} as layer 0, found {tensor.dtype}")
-    return problems
+    return problems + [f"{source.names[key]} unknown ({left[key].file.name})" for key in left]
 
 
 def layers_of(model_params: dict):
@@ -79,20 +81,20 @@ def layers_of(model_params: dict):
 
 
 def load_source_tokenizer(source: Source, given: Path | None):
-    """(the tokenizer given or of the source, with `<voco>`; whether that was new to it)."""
+    """(the tokenizer given or of the source, with `<voco>`; the ids that it had before, without `<voco>`)."""
     place = given or source.tokenizer
     if place is None:
         raise UserError(f"{source.path}: no tokenizer inside; give one with --tokenizer DIR")
     tokenizer = gguf_tokenizer(place) if place.suffix == ".gguf" else load_tokenizer(place, add_voco=False)
-    is_new = VOCO_TOKEN not in tokenizer.get_added_vocab()
+    tokens = set(tokenizer.get_vocab().values())
     add_voco_token(tokenizer)
-    return tokenizer, is_new
+    return tokenizer, tokens
 
 
 def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, options: Options) -> list[str]:
     """Write a run directory with checkpoint 0; returns warnings. UserError for whatever does not fit, all together."""
     check_is_new(destination)
-    tokenizer, voco_is_new = load_source_tokenizer(source, tokenizer_dir)
+    tokenizer, tokens = load_source_tokenizer(source, tokenizer_dir)
     config = run_config(source, len(tokenizer), options, destination)
     model_config = make_model_config(config, tokenizer)
     _, ours = abstract_model(model_config)
@@ -104,12 +106,13 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
     if problems:
         raise UserError(f"{source.path}: {len(problems)} tensors do not fit: {listing(problems)}")
 
-    # A released VoCo-LLaMA's row is trained, though its tokenizer may have come without the token; another's is padding
-    fresh = {model_config.voco_token_id} if voco_is_new and source.format != "voco" else set()
+    voco, fresh = model_config.voco_token_id, set()
+    if voco not in tokens and not has_voco_row(source, voco):
+        fresh = {voco}
     findings = Findings()
     drawn = init_params(model_config, options.seed, missing)
     parameters = jax.tree_util.tree_map_with_path(
-        parameter_maker(source, options, findings, drawn, fresh, model_config.llama.vocab_size), ours
+        parameter_maker(source, options, findings, drawn, fresh, tokens, model_config.llama.vocab_size), ours
     )
     total = sum(parameter.nbytes for parameter in jax.tree.leaves(parameters))
     check_space(destination, total)
@@ -119,16 +122,31 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
         with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
             write_checkpoint(run, parameters, bar.update)
         save_tokenizer(tokenizer, run / "tokenizer")
-        return findings.finish(source.path)
+        return source.notes + findings.finish(source.path)
+
+
+def has_voco_row(source: Source, voco: int) -> bool:
+    """Whether a source has a trained row for `<voco>` though its tokenizer does not know the token.
+
+    A released VoCo-LLaMA has: its last one. Elsewhere a row without a token is padding.
+    """
+    tensor = source.tensors.get((EMBEDDING, None))
+    return source.format == "voco" and tensor is not None and tensor.shape[0] == voco + 1 and tensor.read()[voco].any()
 
 
 def parameter_maker(
-    source: Source, options: Options, findings: Findings, drawn: dict, fresh: set[int], vocab_size: int
+    source: Source,
+    options: Options,
+    findings: Findings,
+    drawn: dict,
+    fresh: set[int],
+    tokens: Collection[int],
+    vocab_size: int,
 ) -> Callable:
     """From (key path, shape and dtype of our parameter) to how it comes out of the source; nothing is read yet.
 
     `drawn`: parts that the source does not have; `fresh`: tokens whose rows are new though the source has them;
-    `vocab_size`: rows without padding.
+    `tokens`: those that it knows; `vocab_size`: rows without padding.
     """
     dtype = DTYPES[options.dtype] if options.dtype else None
 
@@ -146,7 +164,8 @@ def parameter_maker(
             if path in VOCABULARY:
                 padded_rows = rule.transform.their_shape(leaf.shape)[0]
                 std, seed = source.llama.initializer_range, (options.seed, VOCABULARY.index(path))
-                values = with_fresh_rows(values, vocab_size, fresh, options.voco_init, std, seed, padded_rows)
+                init = options.voco_init
+                values = with_fresh_rows(values, vocab_size, fresh, init, std, seed, padded_rows, tokens)
             return rule.transform.to_ours(values, leaf.shape[1:] if rule.stacked else leaf.shape)
 
         return Parameter(leaf.shape, wanted, rule.stacked, read)
@@ -169,6 +188,7 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
         dtypes = {tensor.dtype.name for tensor in source.tensors.values()}
         # Parts may differ; what they are restored to must hold the values of all
         config.model.param_dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
+        config.model.projector_layers = source.projector_layers
         config.model.num_voco_tokens = options.num_voco_tokens
         config.model.compressor = options.compressor
         config.tokenizer.source = str(run / "tokenizer")

@@ -21,6 +21,7 @@ _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": BFLOAT16,
+    "DoubleStorage": np.dtype(np.float64),
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
 }
@@ -83,12 +84,22 @@ class _Unpickler(pickle.Unpickler):
     def _tensor(self, storage, offset, shape, strides, *_):
         dtype, info, size = storage
         shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-        row_major = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        if any(a != b for n, a, b in zip(shape, strides, row_major, strict=True) if n > 1):
-            raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides} is not contiguous")
-        if offset < 0 or offset + math.prod(shape) > size:
+        if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
+            raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides} at {offset}")
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        if max(reach, math.prod(shape)) + offset > size:  # repeated values, too, could be any number
             raise pickle.UnpicklingError(f"a tensor of shape {shape} reaches beyond its storage")
-        return raw_tensor(self._file, _data_offset(self._file, info) + offset * dtype.itemsize, shape, dtype)
+        begin = _data_offset(self._file, info) + offset * dtype.itemsize
+        row_major = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        if all(a == b for n, a, b in zip(shape, strides, row_major, strict=True) if n > 1):
+            return raw_tensor(self._file, begin, shape, dtype)
+        flat = raw_tensor(self._file, begin, (reach,), dtype)
+
+        def read() -> np.ndarray:
+            steps = tuple(stride * dtype.itemsize for stride in strides)
+            return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat.read(), shape, steps))
+
+        return Tensor(shape, dtype, self._file, read)
 
 
 def _data_offset(file: Path, info: zipfile.ZipInfo) -> int:

@@ -1,6 +1,6 @@
 """Two checkpoints compared tensor by tensor, whatever their formats: each is read under our names and layouts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from pathlib import Path
 
@@ -8,19 +8,23 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import load_config, vision_config
+from voco_jax.convert.adapters import is_adapter
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.convert.rules import BY_OURS
-from voco_jax.convert.sources import Key, open_source
+from voco_jax.convert.sources import Key, Source, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
+from voco_jax.convert.to_hf import IMAGE_TOKEN
+from voco_jax.convert.to_jax import has_voco_row, load_source_tokenizer
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, without_padding
-from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.data.tokenizer import VOCO_TOKEN, load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
 from voco_jax.run import make_model_config
 
 # Of the configurations; these do not change what a model computes, and rows, but for padding, are compared as tensors.
+_ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add
 _FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
 
 
@@ -32,6 +36,8 @@ class Side:
     config: dict[str, object]
     shapes: dict[Key, tuple[int, ...]]
     read: Callable[[Key], np.ndarray]
+    tokens: Mapping[int, str] | None = None  # by row; None: no tokenizer is there to say
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +49,24 @@ class Comparison:
     worst: float
     where: str
     problems: list[str]
-    notes: list[str]  # rows that only one of the two has, where that is allowed
+    notes: list[str]  # rows that differ and make no other model
 
     @property
     def equal(self) -> bool:
         return not self.problems and self.identical == self.tensors
 
 
-def open_side(path: Path, vision_tower: Path | None = None) -> Side:
+def open_side(
+    path: Path, vision_tower: Path | None = None, base: Path | None = None, ignored: Collection[str] = ()
+) -> Side:
     """A run of ours or any checkpoint that `to-jax` reads; `vision_tower` for one that only names its own.
 
-    UserError for a checkpoint that is not whole.
+    `base` and `ignored` as `open_source` takes them. UserError for a checkpoint that is not whole.
     """
     if (path / "checkpoints").is_dir():
         stored, config = StoredParams(path), load_config(path / "config.json")
-        llama = make_model_config(config, load_tokenizer(path / "tokenizer")).llama
+        tokenizer = load_tokenizer(path / "tokenizer")
+        llama = make_model_config(config, tokenizer).llama
         shapes = {}
         for name, shape in stored.shapes.items():
             rule = BY_OURS.get(name)
@@ -74,16 +83,33 @@ def open_side(path: Path, vision_tower: Path | None = None) -> Side:
             theirs = BY_OURS[key[0]].transform.to_theirs(stored.read(*key))
             return without_padding(key[0], theirs, llama.vocab_size)
 
-        return Side(path, _flat(llama=llama, vision=vision_config(config)), shapes, read)
-    if path.is_dir() and "mm_vision_tower" not in read_object(path / "config.json"):
-        vision_tower = None
-    source = open_source(path, vision_tower)
+        return Side(path, _flat(llama=llama, vision=vision_config(config)), shapes, read, _tokens(tokenizer))
+    if not is_adapter(path):
+        base = None
+        if path.is_dir() and "mm_vision_tower" not in read_object(path / "config.json"):
+            vision_tower = None
+    source = open_source(path, vision_tower, base, ignored)
     problems = problems_of(source)
     if problems:
         raise UserError(f"{path}: {len(problems)} tensors do not fit: {listing(problems)}")
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     configs = _flat(llama=source.llama, vision=source.vision)
-    return Side(path, configs, shapes, lambda key: source.tensors[key].read())
+    side = Side(path, configs, shapes, lambda key: source.tensors[key].read())
+    try:
+        return dataclasses.replace(side, tokens=None if source.tokenizer is None else _tokens_of(source))
+    except UserError as error:  # only what its rows are is not known then
+        return dataclasses.replace(side, notes=[f"tokenizer not read: {error}"])
+
+
+def _tokens_of(source: Source) -> dict[int, str]:
+    tokenizer, known = load_source_tokenizer(source, None)
+    tokens = {row: token for row, token in _tokens(tokenizer).items() if row in known}
+    voco = tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
+    return tokens | ({voco: VOCO_TOKEN} if has_voco_row(source, voco) else {})
+
+
+def _tokens(tokenizer) -> dict[int, str]:
+    return {row: token for token, row in tokenizer.get_vocab().items()}
 
 
 def _flat(**configs) -> dict[str, object]:
@@ -99,10 +125,10 @@ def _flat(**configs) -> dict[str, object]:
 def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
     """Compare all tensors. Equal means equal bytes: one dtype, one value.
 
-    `allow_more_rows`: the embedding and the head of one may have rows at the end that the other has not (of `<voco>`,
-    `<image>` or other added tokens).
+    Rows of the embedding and the head that one has for `<voco>`, `<image>` or as padding, and the other not or without
+    a token, are no difference, but noted. `allow_more_rows`: nor are any rows that only one has, at the end.
     """
-    problems, notes, identical, worst, where = [], [], 0, 0.0, ""
+    problems, notes, identical, worst, where = [], a.notes + b.notes, 0, 0.0, ""
     for key in sorted(a.config.keys() & b.config.keys()):
         if a.config[key] != b.config[key]:
             problems.append(f"{key}: {a.config[key]!r} and {b.config[key]!r}")
@@ -114,15 +140,28 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
             problems.append(f"{name}: missing in {lacking}")
             continue
         shapes = a.shapes[key], b.shapes[key]
-        rows = None
-        if shapes[0] != shapes[1]:
-            if key[0] not in VOCABULARY or shapes[0][1:] != shapes[1][1:]:
-                problems.append(f"{name}: shape {list(shapes[0])} and {list(shapes[1])}")
-                continue
-            rows = min(shape[0] for shape in shapes)
-            line = f"{name}: {shapes[0][0]} and {shapes[1][0]} rows, the first {rows} compared"
-            (notes if allow_more_rows else problems).append(line)
-        x, y = a.read(key)[:rows], b.read(key)[:rows]
+        if shapes[0] != shapes[1] and (key[0] not in VOCABULARY or shapes[0][1:] != shapes[1][1:]):
+            problems.append(f"{name}: shape {list(shapes[0])} and {list(shapes[1])}")
+            continue
+        x, y = a.read(key), b.read(key)
+        if key[0] in VOCABULARY:
+            rows = min(len(x), len(y))
+            if len(x) != len(y):
+                line = f"{name}: {len(x)} and {len(y)} rows, the first {rows} compared"
+                sides = (a, b) if len(x) > rows else (b, a)
+                spare = _spare(*sides, range(rows, max(len(x), len(y))))
+                if spare or allow_more_rows:
+                    notes.append(f"{line}; the others are of {spare}" if spare else line)
+                else:
+                    problems.append(f"{line} (--allow-more-rows, if the others are of added tokens)")
+            x, y = x[:rows], y[:rows]
+            new = [row for row in _new_rows(a, b, rows) if not same_bytes(x[row], y[row])]
+            if new and x.dtype == y.dtype:
+                tokens = sorted({side.tokens[row] for side in (a, b) for row in new if row in side.tokens})
+                notes.append(
+                    f"{name}: row {', '.join(map(str, new))} differs: {', '.join(tokens)} in one, no token in the other"
+                )
+                x, y = np.delete(x, new, axis=0), np.delete(y, new, axis=0)
         if same_bytes(x, y):
             identical += 1
             continue
@@ -130,3 +169,23 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
         if not where or np.isnan(difference) or difference > worst:
             worst, where = (worst, where) if np.isnan(worst) else (difference, name)
     return Comparison(len(keys), identical, worst, where, problems, notes)
+
+
+def _spare(side: Side, other: Side, rows: range) -> str:
+    """What rows that only one side has are of: padding, our added tokens, or tokens that the other knows without having
+    rows for them. '' where one is of anything else."""
+    if side.tokens is None:
+        return ""
+    tokens = {row: side.tokens[row] for row in rows if row in side.tokens}
+    known = other.tokens or {}
+    if any(token not in _ADDED and known.get(row) != token for row, token in tokens.items()):
+        return ""
+    return listing([*tokens.values()] + ["padding"] * (len(tokens) < len(rows)))
+
+
+def _new_rows(a: Side, b: Side, rows: int) -> list[int]:
+    """Rows that are one of our added tokens' on one side, and padding on the other."""
+    if a.tokens is None or b.tokens is None:
+        return []
+    ours = {row for side in (a, b) for row, token in side.tokens.items() if token in _ADDED and row < rows}
+    return sorted(row for row in ours if (row in a.tokens) != (row in b.tokens))

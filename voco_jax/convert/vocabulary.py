@@ -16,10 +16,12 @@ def with_fresh_rows(
     std: float = 0.0,
     seed: int | Sequence[int] = 0,
     padded_rows: int = 0,
+    tokens: Collection[int] | None = None,
 ) -> np.ndarray:
     """[vocabulary, D] with `num_rows` rows; new are those at the end and those that `fresh` names.
 
-    `init`: 'mean', each is the mean of the rows that are not new; 'normal', drawn with this standard deviation.
+    `init`: 'mean', each is the mean of the rows that tokens have: of the ids in `tokens` (None: all), but for new rows
+    and rows of zeros, which nobody trained; 'normal', drawn with this standard deviation.
     `padded_rows`: zeros follow, up to so many rows.
     """
     fresh = sorted({*fresh, *range(len(values), num_rows)})
@@ -29,9 +31,11 @@ def with_fresh_rows(
     if not fresh:
         new = values[:0]
     elif init == "mean":
-        overwritten = [i for i in fresh if i < len(values)]
-        total = values.sum(axis=0, dtype=np.float32) - values[overwritten].sum(axis=0, dtype=np.float32)
-        new = total / (len(values) - len(overwritten))
+        known = np.zeros(len(values), bool)
+        known[sorted(i for i in (range(len(values)) if tokens is None else tokens) if i < len(values))] = True
+        known[[i for i in fresh if i < len(values)]] = False
+        known &= values.any(axis=1)
+        new = np.add.reduce(values, axis=0, dtype=np.float32, where=known[:, None]) / max(1, known.sum())
     else:
         new = std * np.random.default_rng(seed).normal(size=(len(fresh), values.shape[1]))
     result = np.zeros((padded_rows, values.shape[1]), values.dtype)

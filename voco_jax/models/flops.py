@@ -61,7 +61,7 @@ def vision_forward(c: ViTConfig, images: int) -> float:
 
 def projector_forward(c: VoCoConfig, images: int) -> float:
     width = c.llama.hidden_size
-    return images * c.vision.num_features * 2 * (c.vision.hidden_size * width + width**2)
+    return images * c.vision.num_features * 2 * (c.vision.hidden_size + (c.projector_layers - 1) * width) * width
 
 
 def training_flops(

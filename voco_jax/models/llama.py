@@ -21,15 +21,37 @@ from voco_jax.models.linear import Linear, LoRAConfig, LoRALinear
 from voco_jax.models.stack import stack_layers
 from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
 
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling (Hugging Face's `rope_type: llama3`)."""
+    """How rotary frequencies are stretched for a longer context; names and meanings are those of Hugging Face.
+
+    'linear' divides all by `factor`. 'dynamic' changes nothing up to `max_position_embeddings`, and no model of ours
+    goes beyond. 'llama3' (Llama 3.1) and 'yarn' (arXiv:2309.00071) divide those of long wavelengths, by their turns in
+    the original context, and keep those of short ones; 'yarn' also multiplies cosines and sines by `attention_factor`
+    (None: 0.1 ln(factor) + 1). ValueError for a type or a number that cannot be.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    rope_type: str = "llama3"
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}; found {self.rope_type!r}")
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"rope_scaling: factor must be above 0, found {self.factor}")
+        if self.attention_factor is None:
+            is_longer = self.rope_type == "yarn" and self.factor > 1
+            object.__setattr__(self, "attention_factor", 0.1 * math.log(self.factor) + 1 if is_longer else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +91,47 @@ class LlamaConfig:
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:
-    """Radians a position for each pair of head dimensions: [H/2], float32.
-
-    With `rope_scaling`, wavelengths longer than the original context are divided by `factor`, short ones are left
-    alone, and those between are interpolated (Llama 3.1).
-    """
+    """Radians a position for each pair of head dimensions: [H/2], float32; see `RopeScaling`."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_position_embeddings / wavelengths
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return frequencies * (smooth + (1 - smooth) / scaling.factor)
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        kept = _kept_by_yarn(config)
+    else:
+        wavelengths = 2 * math.pi / frequencies
+        turns = scaling.original_max_position_embeddings / wavelengths
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = jnp.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _kept_by_yarn(config: LlamaConfig) -> jax.Array:
+    """Of each frequency, the share that is not divided: from 1 down to 0 between two pairs of dimensions, [H/2]."""
+    scaling, size = config.rope_scaling, config.head_dim
+
+    def pair(turns: float) -> float:  # that makes so many turns in the original context
+        wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return size * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    if first == last:
+        last += 0.001
+    return 1 - jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - first) / (last - first), 0.0, 1.0)
 
 
 def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [..., T, 1, H], float32, for integer positions [..., T]; the first half of sines is negated."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1:
+        cos, sin = cos * config.rope_scaling.attention_factor, sin * config.rope_scaling.attention_factor
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5's projector (mlp2x_gelu): from the vision tower's features to the language model's embeddings."""
+"""LLaVA's projectors: from the vision tower's features to the language model's embeddings."""
 
 from flax import nnx
 import jax
@@ -8,12 +8,19 @@ from voco_jax.models.linear import Linear
 
 
 class Projector(nnx.Module):
-    """Linear, exact (erf) GELU, Linear: [..., D_vision] to [..., D]."""
+    """Linear layers with exact (erf) GELU between, [..., D_vision] to [..., D]: two are LLaVA-1.5's mlp2x_gelu."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.linear_1 = Linear(in_features, out_features, **kwargs)
-        self.linear_2 = Linear(out_features, out_features, **kwargs)
+    def __init__(
+        self, in_features: int, out_features: int, num_layers: int = 2, *,
+        dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.num_layers = num_layers
+        for i in range(1, num_layers + 1):
+            inputs = in_features if i == 1 else out_features
+            setattr(self, f"linear_{i}", Linear(inputs, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        return self.linear_2(jax.nn.gelu(self.linear_1(features), approximate=False))
+        x = self.linear_1(features)
+        for i in range(2, self.num_layers + 1):
+            x = getattr(self, f"linear_{i}")(jax.nn.gelu(x, approximate=False))
+        return x

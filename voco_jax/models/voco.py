@@ -56,6 +56,7 @@ class VoCoConfig:
     suffix_ids: tuple[int, ...] = (28705, 13)
     num_compressed_tokens: int = 1
     num_qformer_layers: int = 2
+    projector_layers: int = 2
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "xla"
@@ -69,6 +70,8 @@ class VoCoConfig:
             raise ValueError(f"remat must be one of none, {', '.join(REMAT)}; found {self.remat!r}")
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; found {self.compressor!r}")
+        if self.projector_layers < 1:
+            raise ValueError(f"projector_layers must be at least 1, found {self.projector_layers}")
         if self.compressor == "voco" and self.num_voco_tokens < 1:
             raise ValueError(f"num_voco_tokens must be at least 1, found {self.num_voco_tokens}")
         if self.compressor == "qformer" and self.llama.hidden_size % self.llama.num_attention_heads:
@@ -137,7 +140,7 @@ class VoCoLlama(nnx.Module):
         kwargs = dict(dtype=jnp.dtype(c.dtype), param_dtype=jnp.dtype(c.param_dtype), rngs=rngs)
         self.attention = attention.get_adapter(c.attention)
         self.vision_tower = ViT(c.vision, unroll=c.unroll_layers, remat=c.remat, **kwargs)
-        self.projector = Projector(c.vision.hidden_size, c.llama.hidden_size, **kwargs)
+        self.projector = Projector(c.vision.hidden_size, c.llama.hidden_size, c.projector_layers, **kwargs)
         self.llama = Llama(c.llama, c.lora, **kwargs)
         if c.compressor == "average_pool":
             self.compressor = AveragePool(c.num_compressed_tokens, c.llama.hidden_size, **kwargs)

@@ -72,7 +72,7 @@ def model_of(config: ConfigDict) -> VoCoConfig:
         return VoCoConfig(
             llama=llama, vision=vision_config(config), compressor=m.compressor, num_voco_tokens=m.num_voco_tokens,
             voco_token_id=llama.vocab_size - 1, num_compressed_tokens=m.num_compressed_tokens,
-            num_qformer_layers=m.num_qformer_layers, dtype=dtype,
+            num_qformer_layers=m.num_qformer_layers, projector_layers=m.projector_layers, dtype=dtype,
             param_dtype=resolve_dtype(m.param_dtype, "param_dtype"), attention=m.attention, remat=m.remat,
             unroll_layers=m.unroll_layers, lora=lora_config(config),
         )  # fmt: skip

@@ -1,0 +1,157 @@
+"""LoRA adapters as PEFT saves them, and as LLaVA's training leaves them: added to their base's weights when read.
+
+`adapter_config.json` says how, `adapter_model.safetensors` (or `.bin`) holds the matrices, and LLaVA's
+`non_lora_trainables.bin` (or `mm_projector.bin`, where the projector alone was trained) what was trained whole.
+W + scale · B A is computed in float32 and rounded once to W's dtype, one tensor at a time.
+"""
+
+from collections.abc import Collection, Mapping
+import dataclasses
+import math
+from pathlib import Path
+import re
+
+import numpy as np
+
+from voco_jax.convert.config_keys import ADAPTER, LLAVA, section
+from voco_jax.convert.findings import listing
+from voco_jax.convert.formats import key_of_name
+from voco_jax.convert.hf_configs import check_numbers, llama_from_hf
+from voco_jax.convert.safetensors_files import read_safetensors
+from voco_jax.convert.tensors import Tensor
+from voco_jax.convert.torch_files import read_torch
+from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
+from voco_jax.models.llama import LlamaConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB]|magnitude_vector)(\.default)?(\.weight)?")
+_WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")  # that PEFT may leave in a name
+_FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
+
+Key = tuple[str, int | None]  # (our parameter's path, layer)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter, and not only the leftover config of one."""
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    return (path / ADAPTER_CONFIG).exists() and any((path / name).exists() for name in names)
+
+
+def base_of(path: Path) -> str | None:
+    """What an adapter names as its base: a hub name, or a path of the machine it was trained on."""
+    return read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+
+
+def trained_beside(path: Path) -> dict[str, Tensor]:
+    """Tensors that were trained whole, under the names of the model without PEFT."""
+    tensors = {}
+    for name in ("mm_projector.bin", "non_lora_trainables.bin"):
+        found = read_torch(path / name) if (path / name).exists() else {}
+        found = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+        tensors |= {f"model.{name}" if name.startswith("mm_projector.") else name: t for name, t in found.items()}
+    if not tensors and not is_adapter(path):
+        raise UserError(f"{path}: --base: expected a LoRA adapter or mm_projector.bin in it, found neither")
+    return tensors
+
+
+def check_same_model(llama: LlamaConfig, file: Path, base: Path) -> None:
+    """UserError where an adapter's config and its base's describe different language models."""
+    fields = read_object(base)
+    other = llama_from_hf(section(fields, "text_config", base) or fields, base, LLAVA)
+    for field in dataclasses.fields(LlamaConfig):
+        ours, theirs = getattr(llama, field.name), getattr(other, field.name)
+        if field.name not in _FREE and ours != theirs:
+            raise UserError(
+                f"{base}: {field.name}: expected {ours!r}, as {file} has it, found {theirs!r}: another base?"
+            )
+
+
+def replace(tensors: dict[Key, Tensor], names: dict[Key, str], trained: Mapping[str, Tensor], path: Path) -> None:
+    """Tensors that were trained whole take the place of the base's; UserError for a name that the base has not."""
+    unknown = []
+    for name, tensor in trained.items():
+        key = key_of_name(name)
+        if key not in tensors:
+            unknown.append(f"{name} unknown ({tensor.file.name})")
+        else:
+            tensors[key], names[key] = tensor, name
+    if unknown:
+        raise UserError(f"{path}: {len(unknown)} tensors do not fit the base: {listing(unknown)}")
+
+
+def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path, ignored: Collection[str] = ()) -> None:
+    """Put the merged tensors in the place of the base's. UserError for what is not computed, and for another base."""
+    file = path / ADAPTER_CONFIG
+    config = read_object(file)
+    ADAPTER.check(config, file, ignored=ignored)
+    weights = path / "adapter_model.safetensors"
+    stored = read_safetensors(weights) if weights.exists() else read_torch(path / "adapter_model.bin")
+    modules, whole = {}, {}
+    for name, tensor in stored.items():
+        plain = name.removeprefix(_PREFIX)
+        found = _MATRIX.fullmatch(plain)
+        if found is None:
+            whole[_WRAPPED.sub("", plain)] = tensor
+        elif found["kind"].startswith("embedding_"):  # an embedding lies as the transpose of a linear layer's weight
+            kind = {"embedding_A": "B", "embedding_B": "A"}[found["kind"]]
+            modules.setdefault(found["module"], {})[kind] = _transposed(tensor)
+        else:
+            modules.setdefault(found["module"], {})[found["kind"]] = tensor
+    replace(tensors, names, whole, path)
+    problems = []
+    for module, matrices in modules.items():
+        key = key_of_name(f"{module}.weight")
+        if key not in tensors:
+            problems.append(f"{module}: the base has no such layer")
+            continue
+        try:
+            tensors[key] = _merged(tensors[key], matrices, config, module, file)
+        except ValueError as error:
+            problems.append(f"{module}: {error}")
+    if problems:
+        raise UserError(f"{path}: {len(problems)} layers of the adapter do not fit the base: {listing(problems)}")
+
+
+def _merged(base: Tensor, matrices: dict[str, Tensor], config: dict, module: str, file: Path) -> Tensor:
+    """W + scale · B A; with DoRA its rows scaled to the lengths learnt. ValueError for shapes that do not fit."""
+    expected = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
+    if matrices.keys() != expected:
+        raise ValueError(f"expected lora_{', lora_'.join(sorted(expected))}; found {', '.join(sorted(matrices))}")
+    a, b, lengths = (matrices.get(kind) for kind in ("A", "B", "magnitude_vector"))
+    numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        numbers[key] = _by_pattern(section(config, patterns, file), module, numbers[key])
+    check_numbers(file, numbers, module)
+    rank, (outputs, inputs) = numbers["r"], base.shape
+    if (a.shape, b.shape) != ((rank, inputs), (outputs, rank)):
+        expected = f"A [{rank}, {inputs}] and B [{outputs}, {rank}]"
+        raise ValueError(f"expected {expected}, found {list(a.shape)} and {list(b.shape)}")
+    if lengths is not None and math.prod(lengths.shape) != outputs:
+        raise ValueError(f"expected a magnitude vector of {outputs} numbers, found {list(lengths.shape)}")
+    scale = numbers["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def read() -> np.ndarray:
+        weight = base.read()
+        low = [matrix.read().astype(np.float32) for matrix in (b, a)]
+        merged = np.float32(scale) * (low[0] @ low[1])
+        merged += weight
+        if lengths is not None:
+            wanted = lengths.read().astype(np.float32).reshape(-1, 1)
+            merged *= wanted / np.linalg.norm(merged, axis=1, keepdims=True)
+        return merged.astype(weight.dtype)
+
+    return dataclasses.replace(base, read=read)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return dataclasses.replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
+
+
+def _by_pattern(patterns: Mapping, module: str, default):
+    """A number that PEFT gives to some modules: to those whose names end so."""
+    for pattern, number in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return number
+    return default

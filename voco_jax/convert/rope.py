@@ -1,0 +1,116 @@
+"""Rotary positions in other projects' configs: Hugging Face's of all versions, and llama.cpp's."""
+
+from collections.abc import Callable, Collection
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from voco_jax.convert.config_keys import ROPE, section
+from voco_jax.errors import UserError
+from voco_jax.models.llama import ROPE_TYPES, LlamaConfig, RopeScaling
+
+_NUMBERS = {  # by type; those with a default may be missing
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+}
+
+
+def rope_of_hf(fields: dict, file: Path, positions: int, ignored: Collection[str] = ()) -> tuple[object, dict | None]:
+    """(theta, arguments of `RopeScaling` or None) as transformers reads a config with so many positions.
+
+    `rope_parameters` is transformers 5's, `rope_scaling` and `rope_theta` what came before. UserError for a type or a
+    key that is not computed; numbers are not checked yet.
+    """
+    old, new = (section(fields, key, file) for key in ("rope_scaling", "rope_parameters"))
+    if old and new and old != new:
+        raise UserError(f"{file}: rope_scaling and rope_parameters: expected one of them, found two that differ")
+    scaling, where = old or new, "rope_scaling" if old else "rope_parameters"
+    ROPE.check(scaling, file, f"{where}.", ignored)
+    theta = scaling.get("rope_theta")
+    theta = fields.get("rope_theta") if theta is None else theta
+    theta = 10000.0 if theta is None else theta
+    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    if kind == "default":
+        return theta, None
+    if kind not in ROPE_TYPES:
+        raise UserError(f"{file}: {where}.rope_type: expected default, {', '.join(ROPE_TYPES)}; found {kind!r}")
+    given = {key: value for key, value in scaling.items() if value is not None}
+    if kind in ("llama3", "yarn"):
+        original = fields.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+        given["original_max_position_embeddings"] = original or positions
+    if kind == "yarn":
+        given = _yarn(given, positions, file, where)
+    missing = [key for key in _NUMBERS[kind] if key not in given]
+    if missing:
+        raise UserError(f"{file}: {where}: key {missing[0]!r} is missing")
+    arguments = {"rope_type": kind} | {key: given[key] for key in _NUMBERS[kind]}
+    return theta, arguments | ({"truncate": bool(given.get("truncate", True))} if kind == "yarn" else {})
+
+
+def _yarn(given: dict, positions: int, file: Path, where: str) -> dict:
+    """With transformers' defaults; its `attention_factor` comes from factor and mscale where it is not given."""
+    numbers = {"beta_fast": 32.0, "beta_slow": 1.0} | {key: value for key, value in given.items() if value}
+    try:
+        factor = numbers.setdefault("factor", positions / numbers["original_max_position_embeddings"])
+        if "attention_factor" not in given:
+            scales = [numbers.get(key, 0) for key in ("mscale", "mscale_all_dim")]
+            over, under = scales if all(scales) else (1, 0)
+            growth = 0.1 * math.log(factor) if factor > 1 else 0.0
+            numbers["attention_factor"] = (over * growth + 1) / (under * growth + 1)
+    except (TypeError, ValueError, ArithmeticError):
+        raise UserError(f"{file}: {where}: expected numbers above 0, found {given!r}") from None
+    return numbers | {key: given[key] for key in ("attention_factor", "truncate") if key in given}
+
+
+def rope_to_hf(scaling: RopeScaling) -> dict:
+    """`rope_scaling`, as transformers before and after version 5 read it.
+
+    'linear' and 'dynamic' are older than the key `rope_type`, and 4.37, the released code's, takes two keys only.
+    """
+    if scaling.rope_type in ("linear", "dynamic"):
+        return {"type": scaling.rope_type, "factor": scaling.factor}
+    fields = {"rope_type": scaling.rope_type} | {key: getattr(scaling, key) for key in _NUMBERS[scaling.rope_type]}
+    return fields if scaling.truncate else fields | {"truncate": False}
+
+
+def rope_of_gguf(field: Callable, file: Path) -> RopeScaling | None:
+    """As llama.cpp reads a file whose metadata are `field(key, default)`: a factor without a type is linear."""
+    kind = field("llama.rope.scaling.type", "linear")
+    factor = float(field("llama.rope.scaling.factor", 0.0) or field("llama.rope.scale_linear", 0.0) or 1.0)
+    if kind == "none" or kind == "linear" and factor == 1:
+        return None
+    if kind == "linear":
+        return RopeScaling(rope_type="linear", factor=factor)
+    if kind != "yarn":
+        raise UserError(f"{file}: llama.rope.scaling.type: expected none, linear or yarn; found {kind!r}")
+    return RopeScaling(
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=int(
+            field("llama.rope.scaling.original_context_length", field("llama.context_length"))
+        ),
+        beta_fast=float(field("llama.rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(field("llama.rope.scaling.yarn_beta_slow", 1.0)),
+    )
+
+
+def rope_of_factors(factors: np.ndarray, config: LlamaConfig, file: Path) -> RopeScaling | None:
+    """Of `rope_freqs.weight`, by which llama.cpp divides frequencies: Llama 3's scaling, in its only form there is.
+
+    Its largest factor, with low_freq_factor 1, high_freq_factor 4 and 8,192 positions, must give all the others.
+    """
+    if factors.shape != (config.head_dim // 2,):
+        raise UserError(f"{file}: rope_freqs.weight: expected shape [{config.head_dim // 2}], found {factors.shape}")
+    if np.allclose(factors, 1):
+        return None
+    scaling = RopeScaling(factor=float(factors.max()))
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = np.clip((turns - 1) / 3, 0, 1)
+    if config.rope_scaling is not None or not np.allclose(1 / factors, kept + (1 - kept) / scaling.factor, rtol=1e-3):
+        raise UserError(f"{file}: rope_freqs.weight: expected the factors of Llama 3's scaling, found others")
+    return dataclasses.replace(scaling, factor=round(scaling.factor, 4))
