@@ -56,7 +56,7 @@ def llama_from_hf(
     """From `LlamaConfig`'s fields; defaults are transformers'. `keys`: what else stands among them (LLaVA's own)."""
     keys.check(fields, file, prefix, ignored)
     fields = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02} | _given(fields)
-    theta, scaling = rope_of_hf(fields, file, fields["max_position_embeddings"], ignored)
+    theta, scaling = rope_of_hf(fields, file, fields["max_position_embeddings"], prefix, ignored)
     names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_theta", "rope_scaling", "vocab_multiple"}
     defaults = {"intermediate_size": 11008, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     values = defaults | {"vocab_size": 32000} | {name: fields[name] for name in names if name in fields}

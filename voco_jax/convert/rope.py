@@ -19,16 +19,18 @@ _NUMBERS = {  # by type; those with a default may be missing
 }
 
 
-def rope_of_hf(fields: dict, file: Path, positions: int, ignored: Collection[str] = ()) -> tuple[object, dict | None]:
+def rope_of_hf(
+    fields: dict, file: Path, positions: int, prefix: str = "", ignored: Collection[str] = ()
+) -> tuple[object, dict | None]:
     """(theta, arguments of `RopeScaling` or None) as transformers reads a config with so many positions.
 
     `rope_parameters` is transformers 5's, `rope_scaling` and `rope_theta` what came before. UserError for a type or a
-    key that is not computed; numbers are not checked yet.
+    key that is not computed, with `prefix` before its name; numbers are not checked yet.
     """
     old, new = (section(fields, key, file) for key in ("rope_scaling", "rope_parameters"))
     if old and new and old != new:
         raise UserError(f"{file}: rope_scaling and rope_parameters: expected one of them, found two that differ")
-    scaling, where = old or new, "rope_scaling" if old else "rope_parameters"
+    scaling, where = old or new, f"{prefix}rope_scaling" if old else f"{prefix}rope_parameters"
     ROPE.check(scaling, file, f"{where}.", ignored)
     theta = scaling.get("rope_theta")
     theta = fields.get("rope_theta") if theta is None else theta
