@@ -25,14 +25,6 @@ PROJECTORS = {"mlp2x_gelu": 2, "linear": 1, "mlp1x_gelu": 1}
 NOT_CLIPS = {"select_layer", "select_feature", "position_init"}
 
 
-def _expect(file: Path, fields: dict, **expected) -> None:
-    """UserError for a key whose value is none of those we compute; a missing key has the default, the first."""
-    for key, values in expected.items():
-        found = fields.get(key, values[0])
-        if isinstance(found, dict | list) or found not in values:
-            raise UserError(f"{file}: {key}: expected {' or '.join(map(repr, values))}, found {found!r}")
-
-
 _FRACTIONS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor",
     "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "r", "lora_alpha",
