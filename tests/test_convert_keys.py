@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests import reference
 from tests.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
-from voco_jax.config import load_config
+from voco_jax.config import default_config, load_config
 from voco_jax.convert.config_keys import CLIP_VISION, LLAMA, LLAVA, LLAVA_HF
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.hf_configs import vision_from_hf
@@ -26,6 +26,7 @@ from voco_jax.convert.vocabulary import EMBEDDING, with_fresh_rows
 from voco_jax.errors import UserError
 from voco_jax.models.llama import RopeScaling, rope_frequencies
 from voco_jax.models.projector import Projector
+from voco_jax.run import begin_with_run
 
 FILE = Path("config.json")
 LLAVA_15 = {  # as released, of transformers 4.31
@@ -241,6 +242,9 @@ def test_projector_of_one_layer(llava, convert):  # noqa: F811
     status, _, err = convert("to-jax", llava, llava.parent / "run", *TOKENIZER)
     assert status == 0, err
     assert load_config(llava.parent / "run" / "config.json").model.projector_layers == 1
+    config = default_config()
+    config.init_from = str(llava.parent / "run")
+    assert begin_with_run(config).model.projector_layers == 1
     assert convert("to-hf", llava.parent / "run", llava.parent / "back", "--format", "voco")[0] == 0
     status, out, _ = convert("verify", llava, llava.parent / "back")
     assert status == 0 and "94 of 94 tensors are identical" in out
