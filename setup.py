@@ -2,7 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# setup.py gives the ranges that should work; constraints.txt the versions that were tested.
+# setup.py gives the ranges that work; constraints.txt the versions that everything is tested with, and
+# constraints-oldest.txt the lower ends of the ranges, with which `make test-oldest` runs tests.
 setup(
     name="voco_jax",
     version="0.1.0",
@@ -15,21 +16,22 @@ setup(
     packages=find_packages(include=["voco_jax", "voco_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
-        "array-record>=0.7",
+        "array-record>=0.8.1",
         "einops>=0.8",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
+        "huggingface-hub>=1.3",
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.9",
         "ml-collections>=1.1,<2",
-        "msgpack>=1.0",
+        "msgpack>=1.0.8",
         "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
-        "pillow>=11",
+        "pillow>=11.3",
         "sentencepiece>=0.2",
-        "tensorboardX>=2.6",  # event files for TensorBoard; brings protobuf and nothing larger
-        "tokenizers>=0.22",
+        "tensorboardX>=2.6.2.2",  # event files for TensorBoard; brings protobuf, as sentencepiece's models are, too
+        "tokenizers>=0.22.1",
         "tqdm>=4.66",
         "transformers>=5,<6",
     ],

@@ -113,6 +113,20 @@ def test_a_stream_is_the_answer(either):
     assert "".join(chat.stream(QUESTIONS[0])) == either.ask(QUESTIONS[0], seen, max_new_tokens=8)
 
 
+def test_a_stream_of_any_bytes_is_the_answer(model):
+    """Drawn at random: halves of letters, special tokens and spaces among them, and cut anywhere."""
+    seen, found = model.see(PICTURES[:1]), ""
+    for seed in range(12):
+        sampling = voco_jax.Sampling(temperature=9.0, seed=seed)
+        chat = model.chat(seen, max_new_tokens=40, sampling=sampling)
+        pieces = list(chat.stream(QUESTIONS[0]))
+        whole = model.ask(QUESTIONS[0], seen, max_new_tokens=40, sampling=sampling)
+        assert "".join(pieces) == whole == chat.turns[-1]["value"]
+        assert all(pieces) and len(pieces) > 5
+        found += whole
+    assert "\N{REPLACEMENT CHARACTER}" in found
+
+
 def test_a_conversation_goes_on_after_what_could_not_be_asked(model):
     chat = model.chat(model.see(PICTURES[:1]), max_new_tokens=4)
     first = chat.ask("is it red?")

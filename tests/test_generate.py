@@ -10,7 +10,7 @@ import pytest
 
 from tests.test_two_streams import CONFIG, IMAGES, PATCHES, make
 from voco_jax.data.conversations import TEMPLATES, Encoder
-from voco_jax.infer.answerer import Answerer
+from voco_jax.infer.answerer import GREEDY, Answerer
 from voco_jax.infer.generate import greedy
 from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Memory, Read
@@ -124,3 +124,27 @@ def test_layers_parted_are_views_and_compute_the_same(answerer):
 
 def test_text_alone(answerer):
     assert len(answerer.answer(["what is it?"], None, [0], 4)) == 1
+
+
+def test_any_of_several_tokens_ends_an_answer(answerer):
+    """In the place of each stands the padding, the tokenizer's own end; rows beside it go on."""
+    prompts = [answerer.encoder.encode_question(question, 0) for question in ("what is it?", "red?")]
+
+    def ids(*stop_ids):
+        encoder = dataclasses.replace(answerer.encoder)
+        object.__setattr__(
+            encoder, "ids", dataclasses.replace(encoder.ids, stop_ids=(encoder.ids.eos_token_id, *stop_ids))
+        )
+        answerer.encoder, before = encoder, answerer.encoder
+        state, stop, drawing = answerer.start(prompts, None, [[], []], 8, GREEDY, [0, 1])
+        output = np.asarray(answerer.advance(state, 8, stop, drawing).output)[:2]
+        answerer.encoder = before
+        return output
+
+    free, eos = ids(), answerer.encoder.ids.eos_token_id
+    for row, column in ((0, 3), (1, 0)):
+        stop = free[row, column]
+        for before, after in zip(free, ids(stop), strict=True):
+            end = np.flatnonzero(before == stop)
+            n = end[0] if len(end) else 8
+            np.testing.assert_array_equal(after, np.where(np.arange(8) < n, before, eos))

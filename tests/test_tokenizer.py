@@ -6,7 +6,7 @@ import random
 import shutil
 
 import pytest
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
 from tests.conftest import DATA
 from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
@@ -64,18 +64,6 @@ def test_a_config_that_does_not_say_legacy(tmp_path, llama_tokenizer):
     assert load_tokenizer(tmp_path / "saved")("x<voco>USER").input_ids == old("x<voco>USER").input_ids
 
 
-def test_a_unigram_model_is_refused(tmp_path):
-    """transformers would merge its pieces as byte pairs."""
-    texts = [f"{a} {b} are read as {c}" for a in ("cats", "dogs") for b in ("tensors", "bytes") for c in "abcdefgh"]
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "tokenizer"), vocab_size=24, model_type="unigram",
-        minloglevel=2,
-    )  # fmt: skip
-    shutil.copy(MODEL.parent / "tokenizer_config.json", tmp_path)
-    with pytest.raises(UserError, match="tokenizer.model: expected byte pairs"):
-        load_tokenizer(tmp_path)
-
-
 def test_files_of_the_current_directory_are_not_its_own(small_tokenizer, tmp_path, monkeypatch):
     """A tokenizer made on the spot has no directory, which is not this one."""
     monkeypatch.chdir(MODEL.parent)
@@ -90,6 +78,6 @@ def test_files_of_the_current_directory_are_not_its_own(small_tokenizer, tmp_pat
 def test_files_that_were_cut_off(small_tokenizer, tmp_path, file):
     save_tokenizer(small_tokenizer, tmp_path)
     os.truncate(tmp_path / file, 10)
-    with pytest.raises(UserError, match="^tokenizer '.*': cannot be loaded: ") as error:
+    with pytest.raises(UserError, match=f"{file}: (cannot be loaded: |not readable as JSON)") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)

@@ -15,6 +15,7 @@ import numpy as np
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import Decoding, Drawing, Sampling, Stop, advance, begin, trim
+from voco_jax.infer.text_stream import Decoder
 from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 from voco_jax.parallel.mesh import ROWS, axis_size
@@ -106,10 +107,13 @@ class Answerer:
         limit = min(PIECE, max_new_tokens) if until else max_new_tokens
         while True:
             state = self.advance(state, limit, stop, drawing)
-            texts = [self.text(ids) for ids in np.asarray(self._whole(state.output))[: len(prompts), :limit]]
-            done = limit == max_new_tokens or bool(self._whole(state.ended).all())
-            if done or all(any(end in text for end in until) for text in texts):
-                return [_cut(text, until) for text in texts]
+            answers = np.asarray(self._whole(state.output))[: len(prompts), :limit]
+            ended = np.asarray(self._whole(state.ended))[: len(prompts)]
+            if limit == max_new_tokens or all(
+                is_whole or any(end in self.sure_text(ids) for end in until)
+                for ids, is_whole in zip(answers, ended, strict=True)
+            ):
+                return [_cut(self.text(ids), until) for ids in answers]
             limit = min(limit + PIECE, max_new_tokens)
 
     def score(self, samples: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]]) -> list[Score]:
@@ -155,8 +159,8 @@ class Answerer:
             [np.asarray(pictures[i], np.int32) % count if apart else np.asarray(pictures[i], np.int32) for i in order],
             max_new_tokens, filled, isinstance(visual, Memory), None if cache is None else cache.keys.shape[2],
         )  # fmt: skip
-        eos = self.encoder.ids.eos_token_id
-        stop = Stop(np.array([eos], np.int32), np.int32(eos))
+        ids = self.encoder.ids
+        stop = Stop(np.array(ids.stop_ids, np.int32), np.int32(ids.eos_token_id))
         drawing = None
         if sampling.temperature:
             numbers = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
@@ -174,7 +178,8 @@ class Answerer:
         return self._advance(self._parted, state, np.int32(limit), stop, drawing)
 
     def pieces(self, state: Decoding, stop: Stop, drawing: Drawing | None, keep) -> Iterator[str]:
-        """The text of one answer, as it comes.
+        """The text of one answer, as it comes: each piece as soon as no later token can change it. Together they are
+        the text of the whole answer.
 
         `keep` is given the state at its end (or where nobody reads on, or it is interrupted) and how many tokens of it
         have been read: the state is one ahead.
@@ -186,9 +191,8 @@ class Answerer:
                     state = self.advance(state, count + 1, stop, drawing)
                 ids = np.asarray(state.output)[0, :count]
                 ended, read = bool(np.isin(ids, stop.ids).any()), count
-                text = self.text(ids)
-                # Half of a letter is shown as U+FFFD until the rest of it comes
-                if text != said and (not text.endswith("\N{REPLACEMENT CHARACTER}") or ended or count == length):
+                text = self.text(ids) if ended or count == length else self.sure_text(ids)
+                if len(text) > len(said):
                     yield text[len(said) :]
                     said = text
                 if ended:
@@ -199,8 +203,18 @@ class Answerer:
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, of its tokens up to the end-of-sequence token."""
-        kept = trim(ids, [self.encoder.ids.eos_token_id])
-        return self.encoder.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return self._decoder.text(self._said(ids))
+
+    def sure_text(self, ids: Sequence[int]) -> str:
+        """What an answer that begins with these tokens begins with, whatever comes next."""
+        return self._decoder.sure(self._said(ids))
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.encoder.tokenizer)
+
+    def _said(self, ids: Sequence[int]) -> list[int]:
+        return trim(ids, [self.encoder.ids.eos_token_id])
 
     def check_length(self, tokens: int, max_new_tokens: int) -> None:
         """UserError for more than the model has positions."""

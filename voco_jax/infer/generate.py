@@ -52,7 +52,7 @@ class Drawing(NamedTuple):
 
 class Decoding(NamedTuple):
     """Answers in the making. `output` [R, N] has `count` tokens a row, of which the last is not in the cache yet: it
-    comes to `positions` [R]. A row that has `ended` is filled up with its stop token."""
+    comes to `positions` [R]. From its stop token on, a row that has `ended` is filled with the padding of `Stop`."""
 
     cache: Cache
     output: jax.Array
@@ -62,7 +62,7 @@ class Decoding(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """`ids` [S], each of which ends an answer, and what fills up the rest of it."""
+    """`ids` [S], each of which ends an answer, and the one of them that stands in its place and fills up the rest."""
 
     ids: jax.Array
     padding: jax.Array
@@ -109,8 +109,9 @@ def begin(
     last = positions.argmax(axis=1)
     logits = model.llama.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
     first = choose(logits, drawing, jnp.int32(0))
-    output = jnp.full((len(tokens), max_new_tokens), stop.padding, jnp.int32).at[:, 0].set(first)
     ended = (first[:, None] == stop.ids).any(axis=1)
+    first = jnp.where(ended, stop.padding, first)
+    output = jnp.full((len(tokens), max_new_tokens), stop.padding, jnp.int32).at[:, 0].set(first)
     return Decoding(cache, output, jnp.int32(1), positions.max(axis=1) + 1, ended), logits
 
 
@@ -128,9 +129,8 @@ def advance(
         token = jnp.take(state.output, state.count - 1, axis=1)
         hidden, cache = model.extend(token[:, None], state.positions[:, None], state.cache)
         chosen = choose(model.llama.logits(hidden)[:, 0], drawing, state.count)
-        chosen = jnp.where(state.ended, stop.padding, chosen)
-        output = state.output.at[:, state.count].set(chosen)
         ended = state.ended | (chosen[:, None] == stop.ids).any(axis=1)
+        output = state.output.at[:, state.count].set(jnp.where(ended, stop.padding, chosen))
         return Decoding(cache, output, state.count + 1, state.positions + 1, ended)
 
     return jax.lax.while_loop(unfinished, step, state)

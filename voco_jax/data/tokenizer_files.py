@@ -1,0 +1,342 @@
+"""Directories of Hugging Face tokenizers: what their files say, whichever version of transformers has written them.
+
+`tokenizer.json` alone says how text becomes ids; where there is none, `tokenizer.model` does (a sentencepiece model).
+The keys of `tokenizer_config.json` that tell how a `tokenizer.json` was once made (`legacy`, `add_prefix_space`,
+`tokenizer_class`) do not change it: transformers 5 reads some of them again, and then gives other ids than the
+checkpoint was trained with. `tokenizer_config.json` gives the special tokens and the added tokens. No code of a
+directory is run.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+from voco_jax.data.sentencepiece_models import SentencePiece
+from voco_jax.errors import UserError, first_line
+from voco_jax.json_files import read_object
+
+VOCO_TOKEN = "<voco>"
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+# What a tokenizer's class takes the special tokens for, where its files do not say
+_DEFAULTS = {
+    "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GPT2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+}
+_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+          "config.json", "generation_config.json", "vocab.json", "merges.txt")  # fmt: skip
+_CHAT_TEMPLATE = "chat_template.jinja"
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a tokenizer's directory held beside the ids of texts; a saved copy has it too."""
+
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # tokenizer_config.json
+    model: bytes | None = None  # tokenizer.model
+    stop_ids: tuple[int, ...] = ()  # of generation_config.json or config.json: each of them ends an answer
+
+
+NO_ORIGIN = Origin()
+
+
+def find(name: str) -> Path:
+    """The directory of that name, or Hugging Face's repository: its files, from the hub or the hub's cache here."""
+    directory = Path(os.path.expanduser(name))
+    if directory.is_dir():
+        return directory
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"tokenizer {name!r}: directory not found")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:  # those of the network, of the name and of access have no common type
+        raise UserError(
+            f"tokenizer {name!r}: no such directory, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
+        ) from error
+
+
+def read(directory: Path):
+    """(`tokenizers.Tokenizer`, special tokens by role, Origin) of a directory. UserError: file, expected and found."""
+    config = _read_config(directory)
+    named = _named_tokens(directory, config)
+    model = _content(directory / "tokenizer.model") if (directory / "tokenizer.model").is_file() else None
+    if model is not None and _is_tiktoken(model):
+        model = None
+    pieces = None if model is None else SentencePiece(model, str(directory / "tokenizer.model"))
+    if (directory / "tokenizer.json").is_file():
+        backend = _read_backend(directory / "tokenizer.json")
+        if pieces is not None:
+            pieces.compare(backend, "tokenizer.json beside it", prefix=config.get("add_prefix_space") is not False)
+    elif pieces is not None:
+        backend = pieces.to_backend(**_prefix(config))
+        named = {**pieces.named_tokens, **named}
+        if config.get("add_bos_token") is not False and named.get("bos_token"):
+            backend.post_processor = _begin_with(named["bos_token"], backend)
+    else:
+        backend, named = _through_transformers(directory, named)
+    stop_ids = _stop_ids(directory)
+    if not named.get("eos_token") and stop_ids:
+        named["eos_token"] = backend.id_to_token(stop_ids[0])
+    backend = _add_tokens(directory, backend, config, named)
+    # A config may have the default of its class, which is some word to this tokenizer
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    return backend, named, Origin(config, model, tuple(i for i in stop_ids if i in special))
+
+
+def edited(backend, edit: Callable[[dict], None]):
+    """A tokenizer like this one with what `edit` changes in its `tokenizer.json`."""
+    import tokenizers
+
+    state = json.loads(backend.to_str())
+    edit(state)
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def write(directory: Path, backend, named: dict[str, str | None], origin: Origin, chat_template) -> None:
+    """The files of a tokenizer for every version of transformers, the released code's of early 2024 included.
+
+    That one wants the sentencepiece model itself, and has other names than transformers 5 for lists of special tokens
+    and for tokenizers that are `tokenizer.json` and nothing else.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    added = backend.get_added_tokens_decoder()
+    left_out = ("auto_map", "backend", "extra_special_tokens", "is_local", "local_files_only", "split_special_tokens")
+    config = {
+        key: value for key, value in origin.config.items() if key not in (*left_out, "add_prefix_space", "legacy")
+    }
+    config |= {key: named.get(key) for key in NAMED}
+    if isinstance(chat_template, dict):  # several, by name
+        config["chat_template"] = [{"name": name, "template": text} for name, text in chat_template.items()]
+    else:
+        config["chat_template"] = chat_template
+    config["clean_up_tokenization_spaces"] = False
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if origin.model is not None and type(backend.model).__name__ == "BPE":
+        # It makes its own tokenizer of the vocabulary, which puts spaces where these keys say
+        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": begins_with_space(backend, after=named["eos_token"])}
+        if not begins_with_space(backend):
+            config["add_prefix_space"] = False
+    special = [token.content for token in added.values() if token.special]
+    config["additional_special_tokens"] = [token for token in special if token not in named.values()]
+    config["added_tokens_decoder"] = {
+        str(i): {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
+        for i, token in sorted(added.items())
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if origin.stop_ids:
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [*origin.stop_ids]}) + "\n")
+    if origin.model is not None:
+        (directory / "tokenizer.model").write_bytes(origin.model)
+    if isinstance(chat_template, str):  # where transformers of 2025 and later look first
+        (directory / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------------
+
+
+def _content(file: Path) -> bytes:
+    content = file.read_bytes()
+    if content.startswith(_LFS):
+        raise UserError(f"{file}: a pointer of Git LFS, not the file itself: git lfs pull")
+    return content
+
+
+def _is_tiktoken(content: bytes) -> bool:
+    """Whether it is lines of a token in base64 and its rank: Llama 3's file of that name."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content) is not None
+
+
+def _optional(directory: Path, name: str) -> dict:
+    return read_object(directory / name) if (directory / name).is_file() else {}
+
+
+def _read_config(directory: Path) -> dict:
+    config = _optional(directory, "tokenizer_config.json")
+    if (directory / _CHAT_TEMPLATE).is_file():
+        config["chat_template"] = _content(directory / _CHAT_TEMPLATE).decode("utf-8", "replace")
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        value, kinds = config.get(key), dict if key == "added_tokens_decoder" else (list, dict)
+        if value is not None and not isinstance(value, kinds):
+            raise UserError(f"{directory / 'tokenizer_config.json'}: {key}: unexpected {type(value).__name__}")
+    return config
+
+
+def _named_tokens(directory: Path, config: dict) -> dict[str, str]:
+    """The special tokens by role. Files without `added_tokens_decoder` are of earlier versions, for which
+    `special_tokens_map.json` goes before `tokenizer_config.json`."""
+    family = str(config.get("tokenizer_class") or "").replace("LLaMA", "Llama").removeprefix("Code")
+    default = next((tokens for name, tokens in _DEFAULTS.items() if family.startswith(name)), {})
+    map_file = _optional(directory, "special_tokens_map.json")
+    known = map_file | config if "added_tokens_decoder" in config else config | map_file
+    named = {}
+    for key in NAMED:
+        value = known.get(key, default.get(key))
+        text = _text(value) if value is not None else None
+        if text == "" or (value is not None and text is None):
+            raise UserError(f"{directory}: {key}: expected a token's text, found {value!r}")
+        if text is not None:
+            named[key] = text
+    return named
+
+
+def _text(token) -> str | None:
+    """The text of a token as files have it: itself, or `{"content": …}`; None for anything else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _read_backend(file: Path):
+    import tokenizers
+
+    content = _content(file)
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        declared = json.loads(content).get("added_tokens") or []
+    except Exception as error:  # the tokenizers library raises bare ones, of a file that was cut off for example
+        raise UserError(f"{file}: cannot be loaded: {first_line(error)}") from error
+    for token in declared:
+        found = backend.token_to_id(token["content"])
+        if found != token["id"]:
+            raise UserError(
+                f"{file}: added token {token['content']!r}: expected id {token['id']}, found {found}: the vocabulary "
+                "has no tokens for some ids before it"
+            )
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _prefix(config: dict) -> dict[str, bool]:
+    """How a `tokenizer.model` is to be read. Llama's config without `legacy` means True: text after a special token
+    begins with a space too."""
+    legacy = config.get("legacy")
+    if legacy is None:
+        legacy = str(config.get("tokenizer_class") or "Llama").startswith(("Llama", "LLaMA"))
+    return {"prefix_after_special": bool(legacy), "prefix": bool(legacy) or config.get("add_prefix_space") is not False}
+
+
+def _begin_with(bos: str, backend):
+    from tokenizers.processors import TemplateProcessing
+
+    special = [(bos, backend.token_to_id(bos))]
+    return TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=special)
+
+
+def _through_transformers(directory: Path, named: dict[str, str]):
+    """Formats that only transformers knows, such as `vocab.json` with `merges.txt`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"tokenizer {str(directory)!r}: cannot be loaded: {first_line(error)}") from error
+    names = [name for name in getattr(tokenizer, "vocab_files_names", {}).values() if name is not None]
+    if not any((directory / name).is_file() for name in names):  # some classes are content with none
+        raise UserError(
+            f"tokenizer {str(directory)!r}: expected tokenizer.json, tokenizer.model or {names}, found none"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {str(directory)!r}: a tokenizer with character offsets (fast) is required")
+    theirs = {key: str(getattr(tokenizer, key)) for key in NAMED if getattr(tokenizer, key) is not None}
+    return tokenizer.backend_tokenizer, theirs | named
+
+
+def _stop_ids(directory: Path) -> tuple[int, ...]:
+    """The ids that end what the checkpoint generates, beside the tokenizer's own."""
+    for name in ("generation_config.json", "config.json"):
+        fields = _optional(directory, name)
+        text = fields.get("text_config")
+        ids = fields.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        ids = ids if isinstance(ids, list) else [ids]
+        if all(type(i) is int and i >= 0 for i in ids):
+            return tuple(ids)
+    return ()
+
+
+def _add_tokens(directory: Path, backend, config: dict, named: dict[str, str]):
+    """The tokenizer with the tokens that its config adds, under the ids that it gives, and with special tokens that are
+    found wherever they stand in a text."""
+    from tokenizers import AddedToken
+
+    file = directory / "tokenizer_config.json"
+    declared = {}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        if not str(i).isdecimal() or not isinstance(token, dict) or not _text(token):
+            raise UserError(f"{file}: added_tokens_decoder: expected ids and tokens, found {i!r}: {token!r}")
+        declared[int(i)] = AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in _FLAGS})
+    if not config.get("added_tokens_decoder"):
+        file = directory / "added_tokens.json"
+        for content, i in _optional(directory, file.name).items():
+            is_special = content in named.values()
+            declared[i] = AddedToken(content, normalized=not is_special, special=is_special)
+    backend = _without_holes(directory, backend, {i: token.content for i, token in declared.items()})
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for i, token in sorted(declared.items()):
+        if token.content not in added:
+            backend.add_tokens([token])
+            added.add(token.content)
+        if backend.token_to_id(token.content) != i:
+            found = backend.token_to_id(token.content)
+            raise UserError(f"{file}: {token.content!r}: expected id {i}, found {found} in the vocabulary")
+    for key in ("bos_token", "eos_token"):
+        if named.get(key) and backend.token_to_id(named[key]) is None:
+            raise UserError(f"{directory}: {key} {named[key]!r}: not in the vocabulary")
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    extra = [_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    new = [token for token in (*named.values(), *extra) if token and token not in added]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(new)])
+    return _with_whole(backend, (*(token for key, token in named.items() if key != "unk_token"), VOCO_TOKEN))
+
+
+def _with_whole(backend, contents: tuple[str, ...]):
+    """The tokenizer, in which these added tokens are special and found wherever they stand in a text: not only as words
+    of their own, nor only where a normalizer has put the space before them that it puts before all text."""
+
+    def is_wrong(token: dict) -> bool:
+        return token["content"] in contents and (token["normalized"] or token["single_word"] or not token["special"])
+
+    def correct(state: dict) -> None:
+        for token in filter(is_wrong, state["added_tokens"]):
+            token.update(normalized=False, single_word=False, special=True)
+
+    flags = [
+        {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
+        for token in backend.get_added_tokens_decoder().values()
+    ]
+    return edited(backend, correct) if any(map(is_wrong, flags)) else backend
+
+
+def _without_holes(directory: Path, backend, declared: dict[int, str]):
+    """The tokenizer, in which every id up to the last of its own and of the declared tokens has a token: `tokenizers`
+    takes the number of tokens for the next free id. Those that are made up stand in no text.
+
+    UserError where two tokens have one id.
+    """
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    names = {i: token for token, i in vocabulary.items()}
+    if len(names) < len(vocabulary):
+        token, i = next((token, i) for token, i in vocabulary.items() if names[i] != token)
+        raise UserError(f"{directory}: expected one token an id, found {token!r} and {names[i]!r} with id {i}")
+    missing = set(range(max({**names, **declared}, default=-1) + 1)) - names.keys()
+    if not missing or min(missing) > max(names) and missing <= declared.keys():
+        return backend  # they follow each other, and are added
+    fill = {declared.get(i, f"<missing_{i}>"): i for i in missing}
+    return edited(backend, lambda state: state["model"]["vocab"].update(fill))
+
+
+# ---- Writing -----------------------------------------------------------------------------------------------------
+
+
+def begins_with_space(backend, *, after: str = "") -> bool:
+    """Whether the tokenizer puts a space before a text; or before one after this special token, which is what
+    LlamaTokenizer's key `legacy` says."""
+    ids = backend.encode(after + "a", add_special_tokens=False).ids
+    return backend.id_to_token(ids[1 if after else 0]).startswith("▁")
