@@ -22,7 +22,8 @@ from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import fingerprint
-from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.linear import LoRAConfig
+from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import begin_with_run, make_processor, other_pixels, set_processor
@@ -237,11 +238,14 @@ def test_training_goes_on_with_a_runs_pixels(tmp_path, small_tokenizer):
     assert other_pixels(begun).endswith("run has 'crop', this config 'pad': the weights know other pictures")
 
 
-def test_memories_of_before_processors_were_read_stay_readable():
-    """Fingerprints as the code of that time made them."""
+def test_memories_of_before_a_field_was_there_stay_readable():
+    """Fingerprints as the code of that time made them, without LoRA and rotary scaling and with both."""
     model = VoCoConfig(llama=LlamaConfig(vocab_size=32001), vision=ViTConfig())
     processors = [ImageProcessor(336, "pad"), ImageProcessor(336, "crop"), ImageProcessor(336, transparency="white")]
     processors += [ImageProcessor(336, resample="box"), ImageProcessor(336, mean=(0.5,) * 3)]
     found = [fingerprint(model, {"a": 1}, processor) for processor in processors]
     assert found[:2] == ["4fdbeb33c1d3bf98bd355003377fee1a", "e7284ec68dee190ce4e8bbf737916080"]
     assert len(set(found)) == len(found)
+    llama = dataclasses.replace(model.llama, rope_scaling=RopeScaling())
+    model = dataclasses.replace(model, llama=llama, lora=LoRAConfig(4, 8.0, ("q_proj",)))
+    assert fingerprint(model, {"a": 1}, processors[0]) == "187f9d856ce9cd445e3fef77c3830a74"

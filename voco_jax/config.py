@@ -288,7 +288,9 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
         raise UserError(f"{path}: key {min(missing)!r} is missing")
     try:
         with config.unlocked():
-            config.model.llama.rope_scaling = stored["model"]["llama"].pop("rope_scaling")
+            scaling = stored["model"]["llama"].pop("rope_scaling")  # the first had fewer keys
+            scaling = None if scaling is None else dataclasses.asdict(RopeScaling(**scaling))
+            config.model.llama.rope_scaling = scaling
             for key in ("train", "test"):
                 by_name = stored["data"].pop(key)
                 config.data[key] = sources(**{name: source(**keys) for name, keys in by_name.items()})
