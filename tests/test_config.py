@@ -135,6 +135,11 @@ def test_rope_scaling_survives_a_file(tmp_path):
     save_config(config, tmp_path / "config.json")
     assert llama_config(load_config(tmp_path / "config.json")) == presets.LLAMA["llama-3.1-8b"]
     assert presets.LLAMA["llama-3.1-8b"].rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    stored = config.to_dict()  # as it was when there was one type
+    names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    stored["model"]["llama"]["rope_scaling"] = {name: stored["model"]["llama"]["rope_scaling"][name] for name in names}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert first_difference(load_config(tmp_path / "config.json"), config) is None
     with pytest.raises(UserError, match="llama preset: expected one of vicuna-7b, .*; found 'vicuna'"):
         llama_preset("vicuna")
 

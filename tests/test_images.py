@@ -69,9 +69,26 @@ def test_cropping_takes_the_middle():
     np.testing.assert_array_equal(pixels, expected)
 
 
-def test_unknown_aspect_ratio():
-    with pytest.raises(ValueError, match="aspect_ratio: expected pad, crop or stretch, found 'squash'"):
-        ImageProcessor(8, "squash")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"aspect_ratio": "squash"}, "aspect_ratio: expected pad, crop or stretch, found 'squash'"),
+        ({"transparency": "black"}, "transparency: expected white or drop, found 'black'"),
+        ({"resample": "cubic"}, "processor.resample: expected nearest or .*, found 'cubic'"),
+        ({"resize_to": (0,)}, r"processor.resize_to: expected \(\) or \(side,\) or \(height, width\), found \(0,\)"),
+        (
+            {"aspect_ratio": "crop", "resize_to": (9, 8)},
+            r"processor.resize_to: expected \(\) or \(side,\), found \(9, 8",
+        ),
+        ({"mean": (0.5, 0.5)}, "processor.image_mean: expected 3 numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "processor.image_std: expected 3 numbers above 0"),
+        ({"rescale_factor": 0}, "processor.rescale_factor: expected above 0, found 0"),
+        ({"pad_color": (1, 2, 256)}, "processor.pad_color: expected 3 grey levels of 0 … 255"),
+    ],
+)
+def test_values_that_no_processor_has(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ImageProcessor(8, **fields)
 
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

@@ -64,15 +64,15 @@ def default_config() -> ConfigDict:
     config.data.test = sources(easyvqa=source("easyvqa", split="test"))
     config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
     config.data.aspect_ratio = "pad"  # to a square with the mean colour; or 'crop' its middle, or 'stretch' it
-    config.data.transparency = "white"  # shows through as white; or 'drop': the colours that are stored behind it
+    config.data.transparency = "white"  # transparent parts become white; or 'drop': show their stored colours (LLaVA)
     config.data.processor = ConfigDict()  # the rest of what makes pixel values: voco_jax/data/images.py
-    config.data.processor.resize_to = ()  # before the middle is cut out: (side,), (height, width); () the image_size
-    config.data.processor.do_resize = True  # False: the middle is cut out of the picture as it is
+    config.data.processor.resize_to = ()  # pixels before the middle is cut out: (side,), (height, width); () image_size
+    config.data.processor.do_resize = True  # False: the middle is cut out of the picture at its own size
     config.data.processor.resample = "bicubic"  # Pillow's name of the filter
     config.data.processor.rescale_factor = 1 / 255  # grey levels 0 … 255 are multiplied with it
     config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue; CLIP's
-    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)
-    config.data.processor.pad_color = ()  # grey levels around a padded picture; () the mean colour
+    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # mean and deviation are of rescaled values
+    config.data.processor.pad_color = ()  # (red, green, blue), 0 … 255, around a padded picture; (): the mean colour
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
@@ -288,7 +288,9 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
         raise UserError(f"{path}: key {min(missing)!r} is missing")
     try:
         with config.unlocked():
-            config.model.llama.rope_scaling = stored["model"]["llama"].pop("rope_scaling")
+            scaling = stored["model"]["llama"].pop("rope_scaling")  # the first had fewer keys
+            scaling = None if scaling is None else dataclasses.asdict(RopeScaling(**scaling))
+            config.model.llama.rope_scaling = scaling
             for key in ("train", "test"):
                 by_name = stored["data"].pop(key)
                 config.data[key] = sources(**{name: source(**keys) for name, keys in by_name.items()})

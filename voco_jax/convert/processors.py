@@ -5,12 +5,15 @@ transformers keeps a processor in `preprocessor_config.json`, and from version 5
 torchvision classes ("Fast" before version 5) have the same fields; their resized grey levels differ a little.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import math
 from pathlib import Path
+import re
 
 from PIL import Image
 
+from voco_jax.convert.config_keys import Keys
+from voco_jax.convert.findings import listing
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
@@ -36,36 +39,36 @@ DEFAULTS = {
 }  # fmt: skip
 
 # What changes no pixel. Pictures are RGB: without do_convert_rgb the others fit no model of transformers.
-HARMLESS = {
-    "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "do_convert_rgb",
-    "data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length", "use_fast",
-    "backend", "model_input_names", "_valid_processor_keys", "_valid_kwargs_names", "name_or_path", "_name_or_path",
-    "transformers_version", "_commit_hash",
-}  # fmt: skip
-
+_HARMLESS = re.compile(
+    "image_processor_type|feature_extractor_type|_?processor_class|do_convert_rgb|(input_)?data_format|return_tensors|"
+    "device|disable_grouping|image_seq_length|use_fast|backend|model_input_names|_valid_(processor_keys|kwargs_names)|"
+    "_?name_or_path|transformers_version|_commit_hash"
+)
+_KEYS = Keys(frozenset(_ALL), {}, _HARMLESS)
 # Of processor_config.json itself: what makes texts, not pixels
-_TEXT_KEYS = {"image_processor", "processor_class", "image_token", "chat_template", "num_additional_image_tokens"}
+_TEXT_KEYS = frozenset({"image_processor", "image_token", "chat_template", "num_additional_image_tokens"})
 
 
-def processor_of_llava_hf(directory: Path, vision: ViTConfig) -> ImageProcessor:
+def processor_of_llava_hf(directory: Path, vision: ViTConfig, ignored: Collection[str] = ()) -> ImageProcessor:
     """Of a Hugging Face LLaVA; without an image processor pictures are padded, as LLaVA-1.5 was trained.
 
-    UserError for what is not computed here, and for pictures of another size than the vision tower takes.
+    `ignored`: unknown keys to be passed over. UserError for what is not computed here, and for pictures of another size
+    than the vision tower takes.
     """
     file = directory / "processor_config.json"
     if file.exists():
         strategy = {"patch": "default", "cls_patch": "full"}[vision.select_feature]
-        known = {"patch_size": vision.patch_size, "vision_feature_select_strategy": strategy}
-        for key, value in read_object(file).items():
-            if value not in (None, known.get(key)) and key not in _TEXT_KEYS | HARMLESS:
-                raise UserError(f"{file}: {key}: expected {known.get(key, 'no such key')!r}, found {value!r}")
+        expected = {"patch_size": (vision.patch_size,), "vision_feature_select_strategy": (strategy,)}
+        Keys(_TEXT_KEYS, expected, _HARMLESS).check(read_object(file), file, ignored=ignored)
     found = _find(directory)
     if found is None:
         return ImageProcessor(vision.image_size, transparency="white")
-    return processor_from_hf(*found, vision.image_size, "LlavaImageProcessor")
+    return processor_from_hf(*found, vision.image_size, "LlavaImageProcessor", ignored=ignored)
 
 
-def processor_of_llava(fields: Mapping, file: Path, tower: Path | None, vision: ViTConfig) -> ImageProcessor:
+def processor_of_llava(
+    fields: Mapping, file: Path, tower: Path | None, vision: ViTConfig, ignored: Collection[str] = ()
+) -> ImageProcessor:
     """Of a released LLaVA's config.json: it pads or not, before the image processor of its vision tower.
 
     That is in the `tower`'s directory, if there is one, or beside the config; else it is CLIP's. UserError as above.
@@ -73,16 +76,21 @@ def processor_of_llava(fields: Mapping, file: Path, tower: Path | None, vision: 
     ratio = fields.get("image_aspect_ratio")
     if ratio not in ("pad", "square", None):
         raise UserError(f"{file}: image_aspect_ratio: expected 'pad' or 'square' or None, found {ratio!r}")
-    return processor_of_tower([tower, file.parent], vision, pad=ratio == "pad", transparency="drop")
+    return processor_of_tower([tower, file.parent], vision, pad=ratio == "pad", transparency="drop", ignored=ignored)
 
 
 def processor_of_tower(
-    directories: Iterable[Path | None], vision: ViTConfig, *, pad: bool = True, transparency: str = "white"
+    directories: Iterable[Path | None],
+    vision: ViTConfig,
+    *,
+    pad: bool = True,
+    transparency: str = "white",
+    ignored: Collection[str] = (),
 ) -> ImageProcessor:
     """The first image processor in the directories, or CLIP's, with padding before it; UserError as above."""
     found = next(filter(None, (_find(directory) for directory in directories if directory)), None)
     fields, where = found or ({"size": vision.image_size, "crop_size": vision.image_size}, "")
-    return processor_from_hf(fields, where, vision.image_size, pad=pad, transparency=transparency)
+    return processor_from_hf(fields, where, vision.image_size, pad=pad, transparency=transparency, ignored=ignored)
 
 
 def _find(directory: Path) -> tuple[dict, str] | None:
@@ -98,13 +106,13 @@ def _find(directory: Path) -> tuple[dict, str] | None:
 
 def processor_from_hf(
     fields: Mapping, where: str, image_size: int, kind: str = "CLIPImageProcessor", *, pad: bool = False,
-    transparency: str = "white",
+    transparency: str = "white", ignored: Collection[str] = (),
 ) -> ImageProcessor:  # fmt: skip
     """Of an image processor's fields. `kind`: what they are of where they do not say; `pad`: whatever they say.
 
     UserError, with `where` before the key, as above.
     """
-    read = _Fields(fields, where, kind)
+    read = _Fields(fields, where, kind, ignored)
     square, shown = (image_size, image_size), f"{image_size} × {image_size} pixels, as the vision tower takes"
     resized = read.sides("size", square=False) if read.flag("do_resize") else ()
     if read.flag("default_to_square") and isinstance(read.values["size"], int):  # not all versions heed it
@@ -150,7 +158,7 @@ def processor_from_hf(
 class _Fields:
     """An image processor's fields with its defaults; UserError names one whose value cannot be, or is not known."""
 
-    def __init__(self, fields: Mapping, where: str, kind: str):
+    def __init__(self, fields: Mapping, where: str, kind: str, ignored: Collection[str]):
         self._where = where
         named = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or kind)
         self.kind = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
@@ -158,10 +166,9 @@ class _Fields:
             raise UserError(f"{where}image_processor_type: expected {' or '.join(DEFAULTS)}, found {named!r}")
         given = {key: value for key, value in fields.items() if value is not None}
         self.values = DEFAULTS[self.kind] | given
-        for key, value in given.items():
-            off = value in ({}, []) or (value is False and key.startswith("do_"))
-            if key not in DEFAULTS[self.kind].keys() | HARMLESS and not off:
-                self.refuse(key, "no such key: voco_jax does not compute it")
+        steps = {key: value for key, value in given.items() if value is not False or not key.startswith("do_")}
+        if problems := _KEYS.problems(steps, where, ignored):
+            raise UserError(listing(problems))
 
     def refuse(self, key: str, expected: str):
         raise UserError(f"{self._where}{key}: expected {expected}; found {self.values[key]!r}")

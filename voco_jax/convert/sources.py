@@ -253,7 +253,7 @@ def _open_llava(
         vision = hf_configs.vision_of_hub(name, file, layer, feature)
     source = Source("voco", path, llama, vision, _tokenizer(path), whole=True, projector_layers=projector_layers)
     source.notes += unread_weights(path)
-    source.processor = processors.processor_of_llava(fields, file, beside, vision)
+    source.processor = processors.processor_of_llava(fields, file, beside, vision, ignored)
     format = LLAVA_LINEAR if LLAVA_LINEAR.projector + "weight" in tensors else FORMATS[0]
     source.take(tensors, format, ("llm", "head", "projector") + (("vision",) if own else ()))
     if not own:
@@ -276,7 +276,7 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     text = text | {"tie_word_embeddings": tied}
     llama = hf_configs.llama_from_hf(text, file, prefix="text_config.", ignored=ignored)
     source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True)
-    source.processor = processors.processor_of_llava_hf(path, vision)
+    source.processor = processors.processor_of_llava_hf(path, vision, ignored)
     source.notes += unread_weights(path)
     tensors = read_directory(path)
     parts = ("llm", "projector", "vision")
@@ -305,7 +305,7 @@ def open_parts(
     if vision_tower:
         config = vision_tower / "config.json"
         source.vision = hf_configs.vision_from_hf(read_object(config), config, -2, "patch", ignored)
-        source.processor = processors.processor_of_tower([vision_tower], source.vision)
+        source.processor = processors.processor_of_tower([vision_tower], source.vision, ignored=ignored)
         _take_vision(source, vision_tower)
     if projector:
         tensors = read_safetensors(projector) if projector.suffix == ".safetensors" else read_torch(projector)

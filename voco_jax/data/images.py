@@ -78,9 +78,9 @@ class ImageProcessor:
         )
         _check("transparency", self.transparency in ("white", "drop"), "white or drop", self.transparency)
         _check("processor.resample", self.resample in _FILTERS, " or ".join(_FILTERS), self.resample)
-        most = 1 if self.aspect_ratio == "crop" else 2
-        sound = len(self.resize_to) <= most and all(side >= 1 for side in self.resize_to)
-        _check("processor.resize_to", sound, f"at most {most} sides, 1 pixel or more each", self.resize_to)
+        forms = ("()", "(side,)") if self.aspect_ratio == "crop" else ("()", "(side,)", "(height, width)")
+        sound = len(self.resize_to) < len(forms) and all(side >= 1 for side in self.resize_to)
+        _check("processor.resize_to", sound, " or ".join(forms), self.resize_to)
         _check(
             "processor.image_mean", len(self.mean) == 3 and all(map(math.isfinite, self.mean)), "3 numbers", self.mean
         )
