@@ -155,8 +155,7 @@ class Answerer:
             [np.asarray(pictures[i], np.int32) % count if apart else np.asarray(pictures[i], np.int32) for i in order],
             max_new_tokens, filled, isinstance(visual, Memory), None if cache is None else cache.keys.shape[2],
         )  # fmt: skip
-        eos = self.encoder.ids.eos_token_id
-        stop = Stop(np.array([eos], np.int32), np.int32(eos))
+        stop = Stop(np.array(self.encoder.stop_ids, np.int32), np.int32(self.encoder.ids.eos_token_id))
         drawing = None
         if sampling.temperature:
             numbers = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
@@ -199,7 +198,7 @@ class Answerer:
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, of its tokens up to the end-of-sequence token."""
-        kept = trim(ids, [self.encoder.ids.eos_token_id])
+        kept = trim(ids, self.encoder.stop_ids)
         return self.encoder.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
     def check_length(self, tokens: int, max_new_tokens: int) -> None:
