@@ -245,14 +245,19 @@ def test_labels_are_the_answers_and_their_ends(tokenizer_dir):
 def test_the_end_of_a_turn_is_its_own_token(tokenizer_dir):
     """`<|eot|>` in a chat template, where the tokenizer's end-of-sequence token is another."""
     tokenizer = load_tokenizer(tokenizer_dir("4.36"))
-    tokenizer.add_tokens(["<|start|>", "<|end|>", "<|eot|>"], special_tokens=True)
+    tokenizer.add_tokens(["<|start|>", "<|end|>", "<|other|>", "\n\n"])
+    tokenizer.add_tokens(["<|eot|>"], special_tokens=True)
     template = read_chat_template(LLAMA_3, tokenizer)
     encoder = Encoder(tokenizer, template, 0, PATCHES, compressed=False, verbatim=True)
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
     assert (encoder.stop_id, encoder.stop_ids) == (eot, (tokenizer.eos_token_id, eot))
-    sample = encoder.encode(turns("Where?", "Here.", "What <|eot|>?", "That."), 0)
+    sample = encoder.encode(turns("Where?", "Here.", "What <|eot|> <|start|>\n\n<|other|>?", "That."), 0)
     assert tokenizer.decode(sample.tokens[sample.labels]) == "Here.<|eot|>That.<|eot|>"
-    assert (sample.tokens == eot).sum() == 4  # after each turn, and none for what the user has written
+    # After each turn, and none for what the user has written; what is no control token of the prompt stays a token
+    counts = {
+        name: (sample.tokens == tokenizer.convert_tokens_to_ids(name)).sum() for name in tokenizer.get_added_vocab()
+    }
+    assert (counts["<|eot|>"], counts["<|start|>"], counts["<|other|>"], counts["\n\n"]) == (4, 4, 1, 5)
 
 
 def test_a_prompt_of_llavas_own_code(llama_tokenizer, tokenizer_dir):

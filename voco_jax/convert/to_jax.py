@@ -138,8 +138,7 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
 def set_template(config: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
     """The prompt of the run: that of VoCo training, or for plain LLaVA what the source was trained with, as its chat
     template says; returns warnings."""
-    directory = source.path if source.path.is_dir() else source.path.parent
-    found = chat_template_of(directory, tokenizer)
+    found = chat_template_of(source.path, tokenizer)
     if found is not None:
         tokenizer.chat_template = found[0]  # goes with it, to be exported again
     if options.template is not None or not options.is_llava:
@@ -151,7 +150,7 @@ def set_template(config: ConfigDict, source: Source, tokenizer, options: Options
     text, file = found
     hint = f"the prompt is {config.data.template}'s; --template chooses another"
     try:
-        template = read_chat_template(text, tokenizer, image_token_of(directory))
+        template = read_chat_template(text, tokenizer, image_token_of(source.path))
     except UserError as error:
         return [f"{file}: a chat template that cannot be followed ({error}): {hint}"]
     config.data.template = CUSTOM

@@ -31,14 +31,16 @@ class Piece(NamedTuple):
 
 
 class ControlTokens:
-    """A tokenizer's control tokens: all special ones, `<image>`, and added tokens that the prompt's `texts` hold."""
+    """A tokenizer's control tokens: all special ones, `<image>`, and what else it has added of that look (`<…>`, `[…]`)
+    if the prompt's `texts` hold it. Other added tokens are words."""
 
     def __init__(self, tokenizer, texts: Sequence[str] = ()):
         self._tokenizer = tokenizer
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= {*tokenizer.all_special_tokens, IMAGE.value} & added.keys()
-        special |= {content for content in added if any(content in text for text in texts)}
+        marks = (content for content in added if content[0] + content[-1] in ("<>", "[]"))
+        special |= {content for content in marks if any(content in text for text in texts)}
         self.ids = {content: added[content] for content in special}
         # A token for letters that the tokenizer does not know stands anywhere
         self._unknown = tokenizer.unk_token if tokenizer.unk_token in special else None
