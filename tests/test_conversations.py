@@ -114,6 +114,7 @@ def test_video_prompt_of_the_released_code():
         (turns("<image>\nwhat?", "a cat"), 0, "expected 0 <image> markers, one an image; found 1"),
         (turns("what?\n<image>\n", "a cat"), 0, "expected 0 <image> markers, one an image; found 1"),
         ([{"from": "system", "value": "x"}], 0, r"expected 'from' \(human or gpt\) and 'value' \(text\)"),
+        ([{"from": "human", "value": ["what?"]}], 0, r"expected 'from' \(human or gpt\) and 'value' \(text\)"),
         ([{"from": "human", "value": 3}], 0, r"expected 'from' \(human or gpt\) and 'value' \(text\)"),
         (turns("what?", "a cat")[:1] * 2, 0, "turn 1: expected from gpt, found from human"),
         ([{"from": "gpt", "value": "x"}], 0, "expected a human turn, found none"),
@@ -141,7 +142,7 @@ def test_what_a_user_writes_is_text(llama_tokenizer, images):
     control = {*ids.prefix_ids, ids.voco_token_id, ids.eos_token_id, llama_tokenizer.unk_token_id}
     for spelled in SPELLED:
         said = f"what is {spelled} or {spelled}?"
-        sample = e.encode(turns(e.question(said, images), [f"it is {spelled}."]), images)
+        sample = e.encode(turns(e.question(said, images), (f"it is {spelled}.",)), images)
         places = [i for i, token in enumerate(sample.tokens) if token in control]
         assert places == ([0, 1, len(sample) - 1] if images else [0, len(sample) - 1]), spelled
         if images:

@@ -175,7 +175,7 @@ def test_the_prompt_is_transformers(tokenizer_dir, photo, age, kind):
         (1, "What is it?", "A red bus.", "Why\n\nis it here?"),
         (2, "Which is larger?", "The left one.", "Über straße 你好?", "No", "x"),
     ):
-        found = encoder.encode(turns(encoder.question(said[0], images), *([text] for text in said[1:])), images)
+        found = encoder.encode(turns(encoder.question(said[0], images), *((text,) for text in said[1:])), images)
         assert ids_of(found) == theirs(rendered(*said, images=images), images), said
         assert found.num_images == images
     if kind == "jinja":  # an image stands where the text has it
@@ -265,7 +265,7 @@ def test_a_prompt_of_llavas_own_code(llama_tokenizer, tokenizer_dir):
     template gives transformers these ids; and taken back, it asks with them."""
     encoder = Encoder(llama_tokenizer, TEMPLATES["llava_v1"], 0, PATCHES, compressed=False, verbatim=True)
     question = "What is it?\nSay a word."
-    values = (encoder.question(question, 1), ["A bus."], ["Why?"])
+    values = (encoder.question(question, 1), ("A bus.",), ("Why?",))
     ours = ids_of(encoder.encode(turns(*values), 1))
     chunks = f"{V1}USER: ", f"\n{question} ASSISTANT: A bus.</s>USER: Why? ASSISTANT:"
     first, second = (llama_tokenizer(text, add_special_tokens=False).input_ids for text in chunks)
@@ -284,7 +284,7 @@ def test_a_prompt_of_llavas_own_code(llama_tokenizer, tokenizer_dir):
     image = Image.new("RGB", (28, 28))
     assert processor(text=text, images=image).input_ids[0] == ours
     again, warnings = encoder_of(directory)
-    values = (again.question(question, 1), ["A bus."], ["Why?"])
+    values = (again.question(question, 1), ("A bus.",), ("Why?",))
     assert not warnings and ids_of(again.encode(turns(*values), 1)) == ours
 
 

@@ -279,14 +279,14 @@ class Model:
         else:
             turns = [{"from": "human", "value": encoder.question(question, count)}]
         if answer is not None:
-            turns.append({"from": "gpt", "value": [answer]})
+            turns.append({"from": "gpt", "value": (answer,)})
         return encoder.encode(turns, count)
 
     def turns(self, question: str, seen: Seen) -> list[dict]:
         """A first turn about a video's frames."""
         stamped = self.run.config.data.video.timestamps
         texts = [f"{format_time(item.time)} " if stamped else "" for item in seen.items]
-        return spread_video([{"from": "human", "value": [VIDEO, f"\n{question}"]}], texts)
+        return spread_video([{"from": "human", "value": (VIDEO, f"\n{question}")}], texts)
 
     def answerer(self, tokens: int | None = None) -> Answerer:
         """For memories of so many tokens a picture (default: the model's)."""

@@ -72,7 +72,7 @@ def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> 
     encoder = Encoder(tokenizer, template, 0, 1, compressed=False, verbatim=True)
     for count in (1, 3, 5):
         for images in (0, 1, 2):
-            turns = [[text] for text in WORDS[:count]]
+            turns = [(text,) for text in WORDS[:count]]
             turns[0] = encoder.question(WORDS[0], images)
             ours = "".join(IMAGE.value if piece is IMAGE else piece.text for piece in encoder.dialogue(turns))
             if ours != (theirs := render(WORDS[:count], images)):

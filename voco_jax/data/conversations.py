@@ -22,7 +22,7 @@ import numpy as np
 from voco_jax.data.control_tokens import ControlTokens, Piece
 from voco_jax.data.records import NO_ANSWER, WRONG_FORM
 from voco_jax.data.tokenizer import VOCO_TOKEN, prompt_ids
-from voco_jax.data.turns import IMAGE, ConversationError, Marker, Part, check_turns, parse, text_of
+from voco_jax.data.turns import IMAGE, ConversationError, Marker, Parts, check_turns, parse, text_of
 from voco_jax.errors import UserError
 
 EOS = "{eos}"  # in a template: the tokenizer's end-of-sequence token
@@ -161,19 +161,19 @@ class Encoder:
             pieces = [p if p is IMAGE else p._replace(text=p.text.replace("\n", "")) for p in pieces]
         return self._tokenize(pieces, num_images)
 
-    def question(self, text: str, num_images: int = 1) -> list[Part]:
+    def question(self, text: str, num_images: int = 1) -> Parts:
         """What the human turn says that asks about images which stand before the question."""
         if not num_images:
-            return [text]
+            return (text,)
         if not self.verbatim:
-            return [*[IMAGE] * num_images, f"\n{text}"]
-        return [*parse(self._texts.image, IMAGE) * num_images, self._texts.after_images + text]
+            return (*[IMAGE] * num_images, f"\n{text}")
+        return (*parse(self._texts.image, IMAGE) * num_images, self._texts.after_images + text)
 
     def encode_question(self, question: str, num_images: int = 1) -> Sample:
         """The prompt that asks a question about images which stand before it."""
         return self.encode([{"from": "human", "value": self.question(question, num_images)}], num_images)
 
-    def dialogue(self, values: list[list[Part]]) -> list[Piece | Marker]:
+    def dialogue(self, values: list[Parts]) -> list[Piece | Marker]:
         """The turns with the template's text around them."""
         for i, parts in enumerate(values):
             if not text_of(parts):
@@ -181,7 +181,7 @@ class Encoder:
                 raise ConversationError(reason, NO_ANSWER if i % 2 else WRONG_FORM)
         t, pieces = self._texts, []
         if not self.verbatim and values[0].count(IMAGE) == sum(parts.count(IMAGE) for parts in values) == 1:
-            values = [[text_of(values[0])], *values[1:]]
+            values = [(text_of(values[0]),), *values[1:]]
             pieces.append(IMAGE)
         pieces.append(Piece(t.system, is_prompt=True))
         asks = len(values) % 2 == 1
@@ -195,7 +195,7 @@ class Encoder:
                 pieces.append(Piece(t.end.removeprefix(self._stop or ""), is_prompt=True))
         return [piece for piece in pieces if piece is IMAGE or piece.text]
 
-    def _plain(self, values: list[list[Part]]) -> list[Piece | Marker]:
+    def _plain(self, values: list[Parts]) -> list[Piece | Marker]:
         images = values[0].count(IMAGE)
         if len(values) != 2 or not images:
             raise ConversationError("the plain template expects one turn with <image> and one caption")
@@ -270,5 +270,5 @@ class Encoder:
         return self.ids.prefix_ids if own and not has_bos else ()
 
 
-def _said(parts: list[Part], is_label: bool = False) -> list[Piece | Marker]:
+def _said(parts: Parts, is_label: bool = False) -> list[Piece | Marker]:
     return [part if part is IMAGE else Piece(part, is_label) for part in parts]

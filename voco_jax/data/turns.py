@@ -23,6 +23,7 @@ class Marker(enum.Enum):
 
 IMAGE, VIDEO = Marker.IMAGE, Marker.VIDEO
 Part = str | Marker
+Parts = tuple[Part, ...]  # what a turn says; no JSON is one
 
 
 class ConversationError(BadRecord):
@@ -35,11 +36,11 @@ class ConversationError(BadRecord):
         return ConversationError, (self.message, self.kind)
 
 
-def parse(text: str, *markers: Marker) -> list[Part]:
+def parse(text: str, *markers: Marker) -> Parts:
     """The text in parts, cut at what stands for one of the markers.
 
     >>> parse("is <image> red?", IMAGE)
-    ['is ', <image>, ' red?']
+    ('is ', <image>, ' red?')
     """
     parts: list[Part] = [text]
     for marker in markers:
@@ -48,10 +49,10 @@ def parse(text: str, *markers: Marker) -> list[Part]:
             first, *rest = part.split(marker.value) if isinstance(part, str) else [part]
             split += [first, *(p for text in rest for p in (marker, text))]
         parts = split
-    return [part for part in parts if part != ""]
+    return tuple(part for part in parts if part != "")
 
 
-def text_of(value: str | Sequence[Part]) -> str:
+def text_of(value: str | Parts) -> str:
     """What a turn's value says, without its markers (`<image>` and `<video>` of a row's text)."""
     parts = parse(value, IMAGE, VIDEO) if isinstance(value, str) else value
     return "".join(part for part in parts if isinstance(part, str)).strip()
@@ -61,23 +62,23 @@ def spread_video(turns: Sequence[dict], frames: Sequence[str]) -> list[dict]:
     """The turns with an image a frame in place of `<video>`, each after its text of `frames` (or none).
 
     >>> spread_video([{"from": "human", "value": "<video>\\nWho wins?"}], ["00:00.5 ", "00:01.5 "])
-    [{'from': 'human', 'value': ['00:00.5 ', <image>, '00:01.5 ', <image>, '\\nWho wins?']}]
+    [{'from': 'human', 'value': ('00:00.5 ', <image>, '00:01.5 ', <image>, '\\nWho wins?')}]
     """
     images = [part for text in frames for part in ((text, IMAGE) if text else (IMAGE,))]
     spread, found = [], 0
     for turn in turns:
         value = turn.get("value") if isinstance(turn, dict) else None
         parts = parse(value, VIDEO, IMAGE) if isinstance(value, str) else value
-        if isinstance(parts, list) and VIDEO in parts:  # another value is for check_turns to find
+        if isinstance(parts, tuple) and VIDEO in parts:  # another value is for check_turns to find
             found += parts.count(VIDEO)
-            turn = turn | {"value": [p for part in parts for p in (images if part is VIDEO else (part,))]}
+            turn = turn | {"value": tuple(p for part in parts for p in (images if part is VIDEO else (part,)))}
         spread.append(turn)
     if found != 1:
         raise ConversationError(f"conversation: expected 1 {VIDEO.value} marker, found {found}", IMAGE_COUNT)
     return spread
 
 
-def check_turns(turns: Sequence[dict], num_images: int) -> list[list[Part]]:
+def check_turns(turns: Sequence[dict], num_images: int) -> list[Parts]:
     """What each turn says, from the first human one on, one by a human and one by the model in alternation.
 
     A turn's 'value' is a row's text, whose markers are read here, or parts. ConversationError where the turns are not a
@@ -87,7 +88,7 @@ def check_turns(turns: Sequence[dict], num_images: int) -> list[list[Part]]:
         raise ConversationError("conversation: expected at least one turn, found none")
     for i, turn in enumerate(turns):
         role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in ("human", "gpt") or not isinstance(turn.get("value"), str | list):
+        if role not in ("human", "gpt") or not isinstance(turn.get("value"), str | tuple):
             raise ConversationError(f"turn {i}: expected 'from' (human or gpt) and 'value' (text), found {shown(turn)}")
     turns = list(turns[1:] if turns[0]["from"] == "gpt" else turns)
     if not turns:
@@ -113,10 +114,10 @@ def check_turns(turns: Sequence[dict], num_images: int) -> list[list[Part]]:
     return values
 
 
-def _parse_row(text: str, num_images: int, *, is_human: bool) -> list[Part]:
+def _parse_row(text: str, num_images: int, *, is_human: bool) -> Parts:
     """Parts of a row's turn. Without images, `<image>` is a word like any other, as in LLaVA; but at a question's start
     or in a last line of its own, where LLaVA's rows have their markers, it tells of an image that the row has lost."""
-    return parse(text, IMAGE) if num_images or (is_human and _AT_AN_END.search(text)) else [text]
+    return parse(text, IMAGE) if num_images or (is_human and _AT_AN_END.search(text)) else (text,)
 
 
 _AT_AN_END = re.compile(rf"^(\s*{IMAGE.value})+|(\n\s*{IMAGE.value})+\s*$")

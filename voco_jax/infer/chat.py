@@ -92,7 +92,7 @@ class Chat:
         # What stands after the last answer; the answers' own words do not matter for it
         count = 0 if self._seen is None else len(self._seen)
         first = {"from": "human", "value": encoder.question("x", count)}
-        turns = [first, {"from": "gpt", "value": ["x"]}, {"from": "human", "value": [question]}]
+        turns = [first, {"from": "gpt", "value": ("x",)}, {"from": "human", "value": (question,)}]
         sample = encoder.encode(turns, count)
         end = np.flatnonzero(sample.labels)[-1]
         tokens = np.concatenate([np.array(self._pending, np.int32), sample.tokens[end + 1 :]])
