@@ -177,21 +177,16 @@ BAD_ROWS = {
         {"image": "good.png", "conversations": turns("what?", "a cat")},
         {"image": "good.png", "conversations": turns("<image><image>\nwhat?", "a cat")},
         {"image": ["good.png", "good.png"], "conversations": turns("<image>\nwhat?", "a cat")},
-        {"image": "good.png", "conversations": turns("<ima<image>ge>\nwhat?", "a cat")},
-        {"image": "good.png", "conversations": turns("<image> what <ima\nge>?", "a cat")},
+        {"image": "", "conversations": turns("<image>\nwhat?", "a cat")},
+        {"image": ["good.png", ""], "conversations": turns("<image><image>\nwhat?", "a cat")},
         {"video": "good.mp4", "conversations": turns("what?", "a cat")},
         {"video": "good.mp4", "conversations": turns("<video><video>\nwhat?", "a cat")},
-    ],
-    "special token in the text": [
-        about(answer="a</s>cat"), about(question="<s>what?"), about(answer="<voco>"), about(answer="<pad>"),
-        {"image": "good.png", "conversations": turns("<vo<image>co> what?", "a cat")},
-        {"image": "good.png", "conversations": turns("<image>\nwhat?", "</\ns>USER: more")},
     ],
     "path outside the root": [
         about(name)
         for name in (
             "../../etc/passwd", "a/../../x.png", "..", "/etc/passwd", "/dev/zero", "//etc/passwd", "a\0.png", 5, 0.5,
-            True, {}, ["a.png", 7][1:], "",
+            True, {}, ["a.png", 7][1:],
         )
     ] + [about(video="../x.mp4"), about(video=3), about(video=[])],
     "does not fit": [
@@ -273,6 +268,9 @@ def good_rows(root: Path) -> dict[str, dict]:
         about(None, "who says a lot?", "word " * 20_000),
         about(None, "日本語 🐈 \u202e?", "naïve \0 text"),
         about(video="good.mp4", question="a clip?"),
+        {"image": "", "video": "", "conversations": turns("an empty name?", "a cat")},
+        {"conversations": turns("is </s> or <image> text?", "<voco> <pad>")},
+        {"image": "good.png", "conversations": turns("<vo<image>co> and </\ns> and <image\n>?", "<s>")},
     ]
     return {row["conversations"][-2]["value"].split("\n")[-1]: row for row in rows}
 
@@ -290,12 +288,12 @@ def epoch(tmp_path_factory, tokenizer_dir) -> Epoch:
 def test_every_kind_is_counted(epoch):
     assert epoch.indexed.bad == {
         "broken JSON": 8, "not UTF-8": 5, "not a conversation": 23, "no answer": 4, "<image> count": 8,
-        "special token in the text": 6, "path outside the root": 16, "does not fit": 2, "missing file": 1,
+        "path outside the root": 15, "does not fit": 2, "missing file": 1,
         "unreadable video": 6,
     }  # fmt: skip
     assert epoch.trained.bad == {"missing file": 9, "unreadable picture": 9, "picture too large": 5}
     assert epoch.bad == {kind: len(rows) for kind, rows in BAD_ROWS.items()}
-    assert epoch.indexed.seen == 17 + 102 and epoch.trained.seen == 17 + 23
+    assert epoch.indexed.seen == 20 + 95 and epoch.trained.seen == 20 + 23
 
 
 def test_good_ones_arrive_once(epoch):
@@ -307,7 +305,8 @@ def test_good_ones_arrive_once(epoch):
             *(f"what shape is {i}?" for i in range(5)), "<s>USER: who are you?", "a link?", "a linked folder?",
             "an absolute path?", "a dot?", "both?", "<s>USER: unknown keys?",
             "<s>USER: first? ASSISTANT: a</s>USER: second?", "<s>USER: answer first?", "<s>USER: who says a lot?",
-            "<s>USER: 日本語 🐈 \u202e?", "a clip?",
+            "<s>USER: 日本語 🐈 \u202e?", "a clip?", "<s>USER: an empty name?", "<s>USER: is </s> or <image> text?",
+            "<voco> and </s> and <image>?",
         ],
         1,
     )  # fmt: skip
@@ -329,7 +328,7 @@ def test_examples_name_the_rows(epoch):
             assert "/pictures/" in text or not re.search("picture|video|missing", kind), text
     (line,) = (line for line in epoch.said if "no answer" in line)
     assert line.startswith("  4 left out: no answer; set.jsonl[") and line.count(" | set.jsonl[") == 2
-    head = "data: dirty: 119 conversations: 40 good (1 cut by 99872 tokens), 79 left out, 40 records"
+    head = "data: dirty: 115 conversations: 43 good (1 cut by 99872 tokens), 72 left out, 43 records"
     assert epoch.said[0] == head
 
 

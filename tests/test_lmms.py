@@ -145,6 +145,8 @@ def test_pictures_stand_at_their_markers(adapter, model):
     with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 pictures"):
         given = lm.generate_until(requests(lm, "odd", [("what is <image> it?", pair)]))
     assert given == directly(model, [("what is  it?", pair)])
+    spelled = [("what is <image> or </s>?", None), ("is <voco> one?", pair[:1])]  # text, without pictures and with them
+    assert lm.generate_until(requests(lm, "spelled", spelled)) == directly(model, spelled)
 
 
 def test_videos(adapter, model, tmp_path):
@@ -331,7 +333,7 @@ def test_generation_keywords():
         ("what?", ["nothing.png"], SHORT, r"odd\[0\]: nothing.png: not found"),
         ("what?", ["sound.wav"], SHORT, r"odd\[0\]: expected pictures and videos, found 'sound.wav'"),
         ("what?", [{"array": 3}], SHORT, r"odd\[0\]: expected pictures and videos, found {'array': 3}"),
-        ("what </s>?", None, SHORT, r"odd\[0\]: turn 0 \(human\): contains the special token '</s>'"),
+        ("what \ud800?", None, SHORT, r"odd\[0\]: turn 0 \(human\): half of a surrogate pair"),
         (" ", None, SHORT, r"odd\[0\]: question: expected text, found none"),
         ("what?", None, {"num_beams": 2}, r"odd\[0\]: generation_kwargs.num_beams"),
         ("what?", None, {"max_new_tokens": 10**6}, r"expected at most \d+ tokens with the answer"),

@@ -84,6 +84,35 @@ def test_answers_are_the_models_in_the_questions_order(model, album, uninterrupt
         assert a["text"] == model.ask(q["text"].removeprefix("<image>\n"), seen, max_new_tokens=6)
 
 
+def test_a_json_array(model, album, tmp_path):
+    """ScienceQA's, and rows as lines have them; `<image>` is text but at a question's ends."""
+    said = [
+        {"from": "human", "value": "<image>\nWhich <image> or </s>?\nA. <s>"},
+        {"from": "gpt", "value": "The answer"},
+    ]
+    rows = [
+        {"id": "4", "image": "0.png", "conversations": said},
+        {"id": 5, "conversations": said[:1]},
+        {"question_id": 6, "text": "what?", "image": ""},
+        {"question_id": 7, "text": "what?\n<image>", "image": "sub/1.png"},
+    ]
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    questions = read_questions(tmp_path / "array.json", album / "images")
+    assert [(q.id, q.asked, q.picture and q.picture.name) for q in questions] == [
+        ("4", "Which <image> or </s>?\nA. <s>", "0.png"), (5, "Which <image> or </s>?\nA. <s>", None),
+        (6, "what?", None), (7, "what?", "1.png"),
+    ]  # fmt: skip
+    answer_questions(model, questions, tmp_path / "a.jsonl", max_new_tokens=2, batch_size=4)
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [a["question_id"] for a in answers] == ["4", 5, 6, 7] and answers[0]["prompt"] == said[0]["value"]
+    (tmp_path / "array.json").write_text(json.dumps([*rows, {"id": 8}]))
+    with pytest.raises(UserError, match=r"array.json, row 5: question_id: expected a number or text, found None"):
+        read_questions(tmp_path / "array.json", album / "images")
+    (tmp_path / "array.json").write_text(json.dumps(rows)[:-1])
+    with pytest.raises(UserError, match=r"array.json: not readable as JSON"):
+        read_questions(tmp_path / "array.json", album / "images")
+
+
 def test_each_picture_is_compressed_once(model, album, uninterrupted, tmp_path, monkeypatch):
     counts, see = [], Model.see_pixels
 
@@ -182,7 +211,9 @@ def test_answers_to_other_questions(model, album, uninterrupted, tmp_path, writt
         ('{"question_id": 1, "text": "what?", "image": "/etc/hosts"}', "image: expected a path inside {images}, found"),
         ('{"question_id": 1, "text": "what?", "image": 7}', "line 2: image: expected the path of a file, found 7"),
         ('{"question_id": 1, "text": "what?", "image": "bad.png"}', "line 2: {images}/bad.png: not a readable picture"),
-        ('{"question_id": 1, "text": "is </s> one?"}', "line 2: turn 0 (human): contains the special token '</s>'"),
+        ('{"id": 1, "conversations": []}', "line 2: conversations: expected a question, found []"),
+        ('{"id": [], "conversations": []}', "line 2: id: expected a number or text, found []"),
+        ('{"question_id": 1, "text": "\\ud800?"}', "line 2: turn 0 (human): half of a surrogate pair"),
         ('{"question_id": 1, "text": "' + "what? " * 5000 + '"}', "line 2: question: expected at most "),
     ],
 )

@@ -25,6 +25,7 @@ from voco_jax.convert.tensors import DTYPES
 from voco_jax.convert.to_hf import WRITTEN, parse_size, to_hf
 from voco_jax.convert.to_jax import Options, to_jax
 from voco_jax.convert.verify import open_side, verify
+from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError, one_line_errors
 
 
@@ -51,8 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_source_options(command)
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     command.add_argument("--voco-init", choices=("normal", "mean"), default="mean", help="rows of <voco>, where new")
-    command.add_argument("--num-voco-tokens", type=int, default=1, metavar="K", help="an image (released code: 2)")
+    command.add_argument(
+        "--num-voco-tokens", type=int, metavar="K", help="an image (default 1; released code: 2; with 'none' 0)"
+    )
     command.add_argument("--compressor", choices=("voco", "none"), default="voco", help="none: plain LLaVA")
+    command.add_argument("--template", choices=tuple(TEMPLATES), help="prompt (default: see docs/converting.md)")
     command.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the tokenizer in SRC")
     command.add_argument("--init-missing", action="store_true", help="draw a missing projector or vision tower")
     command.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -115,8 +119,9 @@ def main() -> None:
     elif args.command == "to-jax":
         *sources, destination = args.paths
         source = source_of(args, sources)
-        if args.num_voco_tokens < 1:
-            raise UserError(f"--num-voco-tokens: expected at least 1, found {args.num_voco_tokens}")
+        least = 0 if args.compressor == "none" else 1
+        if args.num_voco_tokens is not None and args.num_voco_tokens < least:
+            raise UserError(f"--num-voco-tokens: expected at least {least}, found {args.num_voco_tokens}")
         if args.vocab_multiple < 1:
             raise UserError(f"--vocab-multiple: expected at least 1, found {args.vocab_multiple}")
         options = Options(
@@ -127,6 +132,7 @@ def main() -> None:
             args.init_missing,
             args.seed,
             args.vocab_multiple,
+            args.template,
         )
         warn(to_jax(source, destination, args.tokenizer, options))
         print(f"written: {destination} (ask it: python -m voco_jax.ask --run {destination} --image FILE QUESTION)")

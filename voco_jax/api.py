@@ -33,9 +33,10 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from voco_jax.data.conversations import IMAGE, VIDEO, Sample, spread_video
+from voco_jax.data.conversations import Sample
 from voco_jax.data.images import PictureLike, is_picture
 from voco_jax.data.records import Clip, Picture
+from voco_jax.data.turns import VIDEO, spread_video
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.answerer import GREEDY, Answerer, Score, bucket
@@ -55,7 +56,8 @@ Seen = MemoryBank | Embeddings
 class Request:
     """A question, and what it is about: pictures in their order, or a video's frames; None for text alone.
 
-    Pictures stand before the question, or where `interleaved` at its `<image>` markers, one a picture.
+    Pictures stand before the question, and all of its text is text; or where `interleaved` they stand at its `<image>`
+    markers, one a picture.
     """
 
     question: str
@@ -270,19 +272,21 @@ class Model:
             raise UserError("question: expected text, found none")
         encoder = self.answerer(_tokens(seen)).encoder
         count = 0 if seen is None else len(seen)
-        if seen is not None and seen.is_video and not request.interleaved:
+        if request.interleaved:
+            turns = [{"from": "human", "value": question}]
+        elif seen is not None and seen.is_video:
             turns = self.turns(question, seen)
         else:
-            turns = [{"from": "human", "value": question if request.interleaved else IMAGE * count + "\n" + question}]
+            turns = [{"from": "human", "value": encoder.question(question, count)}]
         if answer is not None:
-            turns.append({"from": "gpt", "value": answer})
+            turns.append({"from": "gpt", "value": (answer,)})
         return encoder.encode(turns, count)
 
     def turns(self, question: str, seen: Seen) -> list[dict]:
         """A first turn about a video's frames."""
         stamped = self.run.config.data.video.timestamps
         texts = [f"{format_time(item.time)} " if stamped else "" for item in seen.items]
-        return spread_video([{"from": "human", "value": f"{VIDEO}\n{question}"}], texts)
+        return spread_video([{"from": "human", "value": (VIDEO, f"\n{question}")}], texts)
 
     def answerer(self, tokens: int | None = None) -> Answerer:
         """For memories of so many tokens a picture (default: the model's)."""

@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
     config.model.llama = llama_preset("demo")
     config.model.vision = vision_preset("demo")
     config.model.compressor = "voco"  # or 'none' (LLaVA), 'average_pool', 'qformer'
-    config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' they are in the text all the same
+    config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' in the text all the same, 0: plain LLaVA
     config.model.num_compressed_tokens = 1  # tokens an image with average_pool and qformer
     config.model.num_qformer_layers = 2
     config.model.projector_layers = 2  # linear layers with GELU between (LLaVA-1.5's mlp2x_gelu); 1: LLaVA's first
@@ -62,7 +62,15 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = sources(easyvqa=source("easyvqa"))  # by name; see SOURCE_KEYS below and docs/data.md
     config.data.test = sources(easyvqa=source("easyvqa", split="test"))
-    config.data.template = "voco_v1"  # see voco_jax/data/conversations.py
+    config.data.template = "voco_v1"  # see voco_jax/data/conversations.py; or 'custom'
+    config.data.custom_template = ConfigDict()  # exact text, spaces too; '{eos}' is the end-of-sequence token
+    config.data.custom_template.system = ""  # before the first turn
+    config.data.custom_template.user = "USER: "  # before a question
+    config.data.custom_template.assistant = " ASSISTANT:"  # after a question
+    config.data.custom_template.answer = " "  # before an answer
+    config.data.custom_template.end = "{eos}"  # after an answer
+    config.data.custom_template.image = "<image>"  # an image before a question, and what follows each
+    config.data.custom_template.after_images = "\n"  # after all images before a question
     config.data.aspect_ratio = "pad"  # to a square with the mean colour; or 'crop' its middle, or 'stretch' it
     config.data.transparency = "white"  # transparent parts become white; or 'drop': show their stored colours (LLaVA)
     config.data.processor = ConfigDict()  # the rest of what makes pixel values: voco_jax/data/images.py
@@ -262,6 +270,7 @@ ADDED_LATER = {
     "data.transparency": "drop",
     "model.projector_layers": 2,
     **{f"data.processor.{key}": value for key, value in default_config().data.processor.items()},
+    **{f"data.custom_template.{key}": value for key, value in default_config().data.custom_template.items()},
 }
 
 
@@ -369,6 +378,8 @@ def check_ranges(config: ConfigDict) -> None:
     flat = _flat(config)
     for key, (smallest, below) in RANGES.items():
         value = flat.get(key)
+        if key == "model.num_voco_tokens" and flat["model.compressor"] == "none":
+            smallest = 0  # plain LLaVA
         if not (isinstance(value, int | float) and smallest <= value < (math.inf if below is None else below)):
             limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None else "")
             raise UserError(f"config.{key}: expected {limit}, found {value!r}")

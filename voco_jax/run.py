@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from voco_jax.attention import ADAPTERS, check_platform
 from voco_jax.config import default_config, first_difference, llama_config, load_config, lora_config, vision_config
-from voco_jax.data.conversations import Encoder, get_template
+from voco_jax.data.conversations import Encoder, Template, get_template
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
 from voco_jax.errors import UserError
@@ -113,7 +113,8 @@ def _step(text: str) -> int | str:
 
 
 def begin_with_run(config: ConfigDict) -> ConfigDict:
-    """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one.
+    """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one. Plain
+    LLaVA that goes on as such has its prompt too, where the config names no other.
 
     UserError for a config that asks for other dimensions than the run has, or, where the run has LoRA, other LoRA.
     """
@@ -137,6 +138,10 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
             keys = "aspect_ratio", "transparency", "processor"
             _take_over(config.data, run.data, default.data, keys, config.init_from, "config.data")
         config.tokenizer.source = str(directory / "tokenizer")
+    data, theirs = config.data, run.data
+    unnamed = data.template in (default.data.template, theirs.template)
+    if is_llava(config) and is_llava(run) and unnamed and data.custom_template == default.data.custom_template:
+        data.template, data.custom_template = theirs.template, theirs.custom_template
     return config
 
 
@@ -230,11 +235,22 @@ def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Enc
     external = model_config.compressor in ("average_pool", "qformer")
     return Encoder(
         tokenizer=tokenizer,
-        template=get_template(config.data.template),
+        template=template_of(config),
         num_voco_tokens=0 if external else model_config.num_voco_tokens,
         num_visual_tokens=model_config.num_visual_tokens,
         compressed=model_config.compressor == "voco",
+        verbatim=is_llava(config),
     )
+
+
+def is_llava(config: ConfigDict) -> bool:
+    """Whether a config's model is plain LLaVA, in whose text no VoCo tokens stand."""
+    return config.model.compressor == "none" and not config.model.num_voco_tokens
+
+
+def template_of(config: ConfigDict) -> Template:
+    """The text around a conversation's turns."""
+    return get_template(config.data.template, config.data.custom_template)
 
 
 def abstract_model(model_config: VoCoConfig):

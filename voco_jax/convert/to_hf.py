@@ -1,6 +1,7 @@
 """A run of ours to a PyTorch checkpoint: the released code's format, or Hugging Face's LLaVA."""
 
 from collections.abc import Collection, Iterator
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from voco_jax.config import load_config
 from voco_jax.convert import hf_configs
+from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
@@ -21,10 +23,11 @@ from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.safetensors_files import write_safetensors
 from voco_jax.convert.tensors import DTYPES, Tensor
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model, make_model_config, make_processor
+from voco_jax.run import abstract_model, is_llava, make_encoder, make_model_config, make_processor
 
 WRITTEN = {format.name: format for format in reversed(FORMATS)}  # the first of each name
 IMAGE_TOKEN = "<image>"
@@ -43,6 +46,8 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
     if model_config.projector_layers == 1:
         format = LLAVA_LINEAR
     if format_name == "llava-hf":
+        if is_llava(config):
+            set_chat_template(tokenizer, make_encoder(config, tokenizer, model_config))
         num_image_rows = add_image_token(tokenizer, model_config)
     findings, vocab_size = Findings(), model_config.llama.vocab_size
     tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, vocab_size, num_image_rows, tokens))
@@ -124,6 +129,14 @@ def named_tensors(
         for layer in range(stored.shapes[path][0]) if rule.stacked else (None,):
             name = format.their_name(rule, layer)
             yield name, tensor(path, layer, name)
+
+
+def set_chat_template(tokenizer, encoder: Encoder) -> None:
+    """The run's prompt as a chat template; the one that it is from stays."""
+    with contextlib.suppress(UserError):
+        if tokenizer.chat_template and read_chat_template(tokenizer.chat_template, tokenizer) == encoder.template:
+            return
+    tokenizer.chat_template = write_chat_template(encoder)
 
 
 def add_image_token(tokenizer, model_config: VoCoConfig) -> int:

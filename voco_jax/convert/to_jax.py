@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import default_config, load_config, save_config
+from voco_jax.convert.chat_templates import chat_template_of, image_token_of, read_chat_template
 from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.findings import Findings, listing
 from voco_jax.convert.gguf_files import gguf_tokenizer
@@ -18,6 +19,7 @@ from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Source
 from voco_jax.convert.tensors import DTYPES
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
+from voco_jax.data.conversations import CUSTOM
 from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
@@ -28,16 +30,23 @@ from voco_jax.run import abstract_model, init_params, make_model_config, set_pro
 class Options:
     """`dtype` None: as stored. `voco_init`: the rows of added tokens are drawn ('normal') or the mean row ('mean').
 
-    `vocab_multiple`: zeros pad the vocabulary to a multiple of it, which shards over so many devices.
+    `num_voco_tokens` None: 1, or 0 with compressor 'none', which makes plain LLaVA. `vocab_multiple`: zeros pad the
+    vocabulary to a multiple of it, which shards over so many devices. `template` None: plain LLaVA is asked as its chat
+    template says.
     """
 
     dtype: str | None = None
     voco_init: str = "mean"
-    num_voco_tokens: int = 1
+    num_voco_tokens: int | None = None
     compressor: str = "voco"
     init_missing: bool = False
     seed: int = 0
     vocab_multiple: int = 128
+    template: str | None = None
+
+    @property
+    def is_llava(self) -> bool:
+        return self.compressor == "none" and not self.num_voco_tokens
 
 
 def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True) -> list[str]:
@@ -96,6 +105,7 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
     check_is_new(destination)
     tokenizer, tokens = load_source_tokenizer(source, tokenizer_dir)
     config = run_config(source, len(tokenizer), options, destination)
+    warnings = set_template(config, source, tokenizer, options)
     model_config = make_model_config(config, tokenizer)
     _, ours = abstract_model(model_config)
     missing = [part for part in ours if part not in source.parts()]
@@ -122,7 +132,30 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
         with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
             write_checkpoint(run, parameters, bar.update)
         save_tokenizer(tokenizer, run / "tokenizer")
-        return source.notes + findings.finish(source.path)
+        return source.notes + warnings + findings.finish(source.path)
+
+
+def set_template(config: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
+    """The prompt of the run: that of VoCo training, or for plain LLaVA what the source was trained with, as its chat
+    template says; returns warnings."""
+    found = chat_template_of(source.path, tokenizer)
+    if found is not None:
+        tokenizer.chat_template = found[0]  # goes with it, to be exported again
+    if options.template is not None or not options.is_llava:
+        config.data.template = options.template or config.data.template
+        return []
+    config.data.template = "llava_v1"
+    if found is None:
+        return []
+    text, file = found
+    hint = f"the prompt is {config.data.template}'s; --template chooses another"
+    try:
+        template = read_chat_template(text, tokenizer, image_token_of(source.path))
+    except UserError as error:
+        return [f"{file}: a chat template that cannot be followed ({error}): {hint}"]
+    config.data.template = CUSTOM
+    config.data.custom_template.update({key: getattr(template, key) for key in config.data.custom_template})
+    return [f"{file}: the chat template has a date in it: today's is kept"] if "strftime_now" in text else []
 
 
 def has_voco_row(source: Source, voco: int) -> bool:
@@ -189,7 +222,8 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
         # Parts may differ; what they are restored to must hold the values of all
         config.model.param_dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
         config.model.projector_layers = source.projector_layers
-        config.model.num_voco_tokens = options.num_voco_tokens
+        default = 0 if options.is_llava else 1
+        config.model.num_voco_tokens = default if options.num_voco_tokens is None else options.num_voco_tokens
         config.model.compressor = options.compressor
         config.tokenizer.source = str(run / "tokenizer")
         if source.processor is not None:

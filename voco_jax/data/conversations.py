@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels: the prompt and label rules of the released VoCo-LLaMA.
+"""Conversations to token ids and labels: the prompt and label rules of the released VoCo-LLaMA, and of LLaVA.
 
 A conversation is LLaVA's list of turns, `[{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", …}]`.
 One image in the first human turn, wherever it stands there, gives the released format:
@@ -8,39 +8,49 @@ One image in the first human turn, wherever it stands there, gives the released 
 What stands before the first `<voco>` belongs to the compress stream (see `models/voco.py`), the rest to the read
 stream. With more images, or one in a later turn, every image stays where it stands, with a newline after its VoCo
 tokens. All other newlines of a conversation with images are dropped, as they are in the released code.
+
+Plain LLaVA (compressor 'none' without VoCo tokens) has every image and newline where the text has them:
+
+    <s> A chat between … USER: image \\n What is this? ASSISTANT: A bus.</s>USER: …
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
 
-from voco_jax.data.records import IMAGE_COUNT, NO_ANSWER, NOT_UTF8, SPECIAL_TOKEN, WRONG_FORM, BadRecord, shown
+from voco_jax.data.control_tokens import ControlTokens, Piece
+from voco_jax.data.records import NO_ANSWER, WRONG_FORM
 from voco_jax.data.tokenizer import VOCO_TOKEN, prompt_ids
+from voco_jax.data.turns import IMAGE, ConversationError, Marker, Parts, check_turns, parse, text_of
 from voco_jax.errors import UserError
 
-IMAGE = "<image>"
-VIDEO = "<video>"
-
-
-class ConversationError(BadRecord):
-    """A conversation that cannot be used; the message says why. Training counts such samples and goes on."""
-
-    def __init__(self, message: str, kind: str = WRONG_FORM):
-        super().__init__(kind, message)
-
-    def __reduce__(self):
-        return ConversationError, (self.message, self.kind)
+EOS = "{eos}"  # in a template: the tokenizer's end-of-sequence token
+CUSTOM = "custom"  # the template of `config.data.custom_template`
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """What surrounds the turns. `plain` is captions alone: `<image>caption\\n`, no roles, every token a label."""
+    """The text around the turns, spaces and special tokens included: `system` first; `user` before a question,
+    `assistant` after it; `answer` before an answer where one is there, `end` after it. `image` is an image and what
+    follows each, `after_images` what follows all that stand before a question.
+
+    `plain` is captions alone: `<image>caption\\n`, no roles, every token a label.
+    """
 
     system: str = ""
-    user: str = "USER"
-    assistant: str = "ASSISTANT"
+    user: str = "USER: "
+    assistant: str = " ASSISTANT:"
+    answer: str = " "
+    end: str = EOS
+    image: str = IMAGE.value
+    after_images: str = "\n"
     plain: bool = False
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Those in which control tokens may stand."""
+        return self.system, self.user, self.assistant, self.answer, self.end
 
 
 _HELPFUL = "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -53,19 +63,22 @@ _CHAT = "A chat between a curious user and an artificial intelligence assistant"
 
 # Wording exactly as in the released code, slips included: checkpoints were trained on it.
 TEMPLATES = {
-    "voco_v1": Template(f"{_CHAT} of the image. {_HELPFUL}"),
-    "voco_video": Template(f"{_CHAT} of the video. {_HELPFUL}"),
-    "voco_video_events": Template(f"{_CHAT} of the video. {_WATCH.format('his')}\n"),
-    "voco_video_helpful_events": Template(f"{_CHAT} of the video. {_HELPFUL} {_WATCH.format('the')}"),
-    "llava_v1": Template(f"{_CHAT}. {_HELPFUL}"),
+    "voco_v1": Template(f"{_CHAT} of the image. {_HELPFUL} "),
+    "voco_video": Template(f"{_CHAT} of the video. {_HELPFUL} "),
+    "voco_video_events": Template(f"{_CHAT} of the video. {_WATCH.format('his')}\n "),
+    "voco_video_helpful_events": Template(f"{_CHAT} of the video. {_HELPFUL} {_WATCH.format('the')} "),
+    "llava_v1": Template(f"{_CHAT}. {_HELPFUL} "),
     "bare": Template(),
     "plain": Template(plain=True),
 }
 
 
-def get_template(name: str) -> Template:
+def get_template(name: str, custom: Mapping[str, str] | None = None) -> Template:
+    """By name; `custom` are the texts of the template of that name."""
+    if name == CUSTOM and custom is not None:
+        return Template(**custom)
     if name not in TEMPLATES:
-        raise UserError(f"template: expected one of {', '.join(TEMPLATES)}; found {name!r}")
+        raise UserError(f"template: expected one of {', '.join((*TEMPLATES, CUSTOM))}; found {name!r}")
     return TEMPLATES[name]
 
 
@@ -89,7 +102,8 @@ class Encoder:
 
     num_voco_tokens: K, VoCo tokens an image in the text. num_visual_tokens: M, places an image takes in the read
     stream. compressed: whether those places are the VoCo tokens themselves (M = K; two streams) or stand before them
-    (LLaVA and external compressors, where everything is in the read stream).
+    (LLaVA and external compressors, where everything is in the read stream). verbatim: text, newlines and images stay
+    as and where they are: plain LLaVA.
     """
 
     tokenizer: object
@@ -97,78 +111,119 @@ class Encoder:
     num_voco_tokens: int
     num_visual_tokens: int
     compressed: bool
+    verbatim: bool = False
 
     def __post_init__(self):
         if self.compressed and self.num_visual_tokens != self.num_voco_tokens:
             raise ValueError("compressed images take as many places as they have VoCo tokens")
+        if self.verbatim and (self.compressed or self.num_voco_tokens):
+            raise ValueError("verbatim text has no VoCo tokens")
+        eos = self.tokenizer.eos_token
+        texts = {
+            name: text.replace(EOS, eos)
+            for name, text in dataclasses.asdict(self.template).items()
+            if isinstance(text, str)
+        }
+        template = dataclasses.replace(self.template, **texts)
+        control_tokens = ControlTokens(self.tokenizer, template.texts)
         object.__setattr__(self, "ids", prompt_ids(self.tokenizer))
+        object.__setattr__(self, "_texts", template)
+        object.__setattr__(self, "_control_tokens", control_tokens)
+        object.__setattr__(self, "_stop", control_tokens.at_start(template.end))
+        image_id = control_tokens.ids.get(IMAGE.value)
+        found = self.tokenizer(f"x{IMAGE.value}\nx{IMAGE.value}x").input_ids  # some find one after a space alone
+        object.__setattr__(self, "_image_id", image_id if found.count(image_id) == 2 else None)
+
+    @property
+    def stop_id(self) -> int | None:
+        """The token that ends an answer in the conversation that goes on; None where the template has none there."""
+        return None if self._stop is None else self._control_tokens.ids[self._stop]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens after which an answer of the model has ended."""
+        return tuple(dict.fromkeys([*self.ids.stop_ids, *([] if self.stop_id is None else [self.stop_id])]))
 
     def encode(self, turns: Sequence[dict], num_images: int) -> Sample:
-        """Ids, labels and visual indices of a conversation.
+        """Ids, labels and visual indices of a conversation; a turn's 'value' is a row's text, or parts (`turns.py`).
 
-        A last human turn without answer makes a prompt, which ends in `ASSISTANT:`. Raises ConversationError.
+        A last human turn without answer makes a prompt, which ends in `ASSISTANT:`. Every answer of another ends in the
+        token that ends it, a label too. Raises ConversationError.
         """
-        turns = check_turns(turns, num_images, (VOCO_TOKEN, *self.tokenizer.all_special_tokens))
-        pieces = self._plain(turns) if self.template.plain else self._dialogue(turns)
+        values = check_turns(turns, num_images)
+        if self.template.plain:
+            pieces = self._plain(values)
+        else:
+            pieces = self.dialogue(values)
+            if self.verbatim:
+                return self._tokenize_verbatim(pieces, num_images)
         if num_images and not (self.template.plain and not self.num_voco_tokens):
-            pieces = [(text.replace("\n", ""), is_label) for text, is_label in pieces]
+            pieces = [p if p is IMAGE else p._replace(text=p.text.replace("\n", "")) for p in pieces]
         return self._tokenize(pieces, num_images)
+
+    def question(self, text: str, num_images: int = 1) -> Parts:
+        """What the human turn says that asks about images which stand before the question."""
+        if not num_images:
+            return (text,)
+        if not self.verbatim:
+            return (*[IMAGE] * num_images, f"\n{text}")
+        return (*parse(self._texts.image, IMAGE) * num_images, self._texts.after_images + text)
 
     def encode_question(self, question: str, num_images: int = 1) -> Sample:
         """The prompt that asks a question about images which stand before it."""
-        return self.encode([{"from": "human", "value": IMAGE * num_images + "\n" + question}], num_images)
+        return self.encode([{"from": "human", "value": self.question(question, num_images)}], num_images)
 
-    def _dialogue(self, turns) -> list[tuple[str, bool]]:
-        """Text pieces and whether they are labels; `<image>` still stands in the text."""
-        t, eos = self.template, self.tokenizer.eos_token
-        values = [turn["value"] for turn in turns]
-        for i, value in enumerate(values):
-            if not value.replace(IMAGE, "").strip():
-                reason = f"turn {i} ({turns[i]['from']}): expected text beside {IMAGE}, found none"
+    def dialogue(self, values: list[Parts]) -> list[Piece | Marker]:
+        """The turns with the template's text around them."""
+        for i, parts in enumerate(values):
+            if not text_of(parts):
+                reason = f"turn {i} ({'gpt' if i % 2 else 'human'}): expected text beside {IMAGE.value}, found none"
                 raise ConversationError(reason, NO_ANSWER if i % 2 else WRONG_FORM)
-        head = ""
-        if values[0].count(IMAGE) == sum(value.count(IMAGE) for value in values) == 1:
-            values[0] = values[0].replace(IMAGE, "").strip()
-            head = IMAGE
-        text = head + (t.system + " " if t.system else "")
-        pieces = []
-        for i, value in enumerate(values):
+        t, pieces = self._texts, []
+        if not self.verbatim and values[0].count(IMAGE) == sum(parts.count(IMAGE) for parts in values) == 1:
+            values = [(text_of(values[0]),), *values[1:]]
+            pieces.append(IMAGE)
+        pieces.append(Piece(t.system, is_prompt=True))
+        asks = len(values) % 2 == 1
+        stop = self._stop or ("" if asks else self.tokenizer.eos_token)
+        for i, parts in enumerate(values):
             if i % 2 == 0:
-                pieces.append((f"{text}{t.user}: {value} {t.assistant}:", False))
-            else:
-                pieces.append((f" {value}{eos}", True))
-            text = ""
-        return pieces
+                pieces += [Piece(t.user, is_prompt=True), *_said(parts), Piece(t.assistant, is_prompt=True)]
+                continue
+            pieces += [Piece(t.answer, True, True), *_said(parts, True), Piece(stop, True, True)]
+            if i < len(values) - 1:
+                pieces.append(Piece(t.end.removeprefix(self._stop or ""), is_prompt=True))
+        return [piece for piece in pieces if piece is IMAGE or piece.text]
 
-    def _plain(self, turns) -> list[tuple[str, bool]]:
-        images = turns[0]["value"].count(IMAGE)
-        if len(turns) != 2 or not images:
+    def _plain(self, values: list[Parts]) -> list[Piece | Marker]:
+        images = values[0].count(IMAGE)
+        if len(values) != 2 or not images:
             raise ConversationError("the plain template expects one turn with <image> and one caption")
-        return [(IMAGE * images, False), (turns[1]["value"] + "\n", True)]
+        return [*[IMAGE] * images, *_said(values[1], True), Piece("\n", True, True)]
 
-    def _tokenize(self, pieces: list[tuple[str, bool]], num_images: int) -> Sample:
+    def _tokenize(self, pieces: list[Piece | Marker], num_images: int) -> Sample:
         """Split at the images, put each one's VoCo tokens there, tokenize chunk by chunk as the released code does."""
-        chunks: list[list[tuple[str, bool]]] = [[]]
-        for text, is_label in pieces:
-            before, *after = text.split(IMAGE)
-            chunks[-1].append((before, is_label))
-            chunks.extend([(part, is_label)] for part in after)
         around = "\n" + VOCO_TOKEN * self.num_voco_tokens + "\n" if self.num_voco_tokens else "\n"
         if self.template.plain and not self.num_voco_tokens:
             around = ""
+        chunks: list[list[Piece]] = [[]]
+        for piece in pieces:
+            if piece is IMAGE:
+                chunks.append([Piece(around, is_prompt=True)])
+            else:
+                chunks[-1].append(piece)
 
         tokens, labels, visual = [], [], []
         for i, chunk in enumerate(chunks):
-            text = "".join(part for part, _ in chunk)
             if i == 0:
                 # Compressed, an image at the very front has its own BOS in the compress stream: text sees no other.
-                if text or num_images == 0 or not self.compressed:
-                    ids, is_label = self._encode_chunk(chunk)
+                if any(piece.text for piece in chunk) or num_images == 0 or not self.compressed:
+                    ids, is_label = self._control_tokens.encode(chunk)
                     tokens += [*self.ids.prefix_ids, *ids]
                     labels += [False] * len(self.ids.prefix_ids) + is_label
                     visual += [-1] * (len(tokens) - len(visual))
                 continue
-            ids, is_label = self._encode_chunk([(around, False), *chunk])
+            ids, is_label = self._control_tokens.encode(chunk)
             indices = range((i - 1) * self.num_visual_tokens, i * self.num_visual_tokens)
             if self.compressed:
                 first = ids.index(self.ids.voco_token_id)
@@ -182,63 +237,38 @@ class Encoder:
             labels += is_label
         return Sample(np.array(tokens, np.int32), np.array(labels, bool), np.array(visual, np.int32), num_images)
 
-    def _encode_chunk(self, chunk: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """Ids of the joined text, and which tokens begin inside a label piece."""
-        text = "".join(part for part, _ in chunk)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        is_label_char = np.repeat([is_label for _, is_label in chunk], [len(part) for part, _ in chunk])
-        return list(encoding.input_ids), [bool(is_label_char[start]) for start, _ in encoding.offset_mapping]
+    def _tokenize_verbatim(self, pieces: list[Piece | Marker], num_images: int) -> Sample:
+        """Ids as transformers' LLaVA makes them where the tokenizer has a token for an image: of all text at once. Else
+        as LLaVA's own code does, which tokenizes what stands between images by itself."""
+        image_id = self._image_id
+        chunks: list[list[Piece]] = [[]]
+        for piece in pieces:
+            if piece is not IMAGE:
+                chunks[-1].append(piece)
+            elif image_id is not None:
+                chunks[-1].append(Piece(IMAGE.value, is_prompt=True))
+            else:
+                chunks.append([])
+        prefix = self._prefix_of_text(pieces[0])
+        tokens, labels, image = [*prefix], [False] * len(prefix), -1
+        for i, chunk in enumerate(chunks):
+            ids, is_label = self._control_tokens.encode(chunk) if chunk else ([], [])
+            between = [image] if i else []
+            tokens += [*between, *(image if token == image_id else token for token in ids)]
+            labels += [*[False] * len(between), *is_label]
+        is_image = np.array(tokens) == image
+        counts = np.where(is_image, self.num_visual_tokens, 1)
+        visual = np.full(counts.sum(), -1, np.int32)
+        visual[np.repeat(is_image, counts)] = np.arange(num_images * self.num_visual_tokens)
+        tokens = np.where(is_image, self.ids.pad_token_id, tokens).astype(np.int32)
+        return Sample(np.repeat(tokens, counts), np.repeat(np.array(labels, bool), counts), visual, num_images)
+
+    def _prefix_of_text(self, first: Piece | Marker) -> tuple[int, ...]:
+        """BOS where the tokenizer puts it before a text; not a second one where the text begins with it."""
+        own = self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id]
+        has_bos = first is not IMAGE and own and first.text.startswith(self.tokenizer.bos_token)
+        return self.ids.prefix_ids if own and not has_bos else ()
 
 
-def spread_video(turns: Sequence[dict], frames: Sequence[str]) -> list[dict]:
-    """The turns with an image marker a frame in place of `<video>`, each after its text of `frames` (or none).
-
-    >>> spread_video([{"from": "human", "value": "<video>\\nWho wins?"}], ["00:00.5 ", "00:01.5 "])
-    [{'from': 'human', 'value': '00:00.5 <image>00:01.5 <image>\\nWho wins?'}]
-    """
-    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-    texts = [text if isinstance(text, str) else "" for text in texts]  # for check_turns to find
-    found = sum(text.count(VIDEO) for text in texts)
-    if found != 1:
-        raise ConversationError(f"conversation: expected 1 {VIDEO} marker, found {found}", IMAGE_COUNT)
-    images = "".join(text + IMAGE for text in frames)
-    return [
-        turn | {"value": text.replace(VIDEO, images)} if VIDEO in text else turn
-        for turn, text in zip(turns, texts, strict=True)
-    ]
-
-
-def check_turns(turns: Sequence[dict], num_images: int, special: Sequence[str]) -> list[dict]:
-    """The turns from the first human one on; ConversationError where they are not a conversation."""
-    if not isinstance(turns, Sequence) or not turns:
-        raise ConversationError("conversation: expected at least one turn, found none")
-    for i, turn in enumerate(turns):
-        role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            raise ConversationError(f"turn {i}: expected 'from' (human or gpt) and 'value' (text), found {shown(turn)}")
-    turns = list(turns[1:] if turns[0]["from"] == "gpt" else turns)
-    if not turns:
-        raise ConversationError("conversation: expected a human turn, found none")
-    for i, turn in enumerate(turns):
-        expected = "gpt" if i % 2 else "human"
-        if turn["from"] != expected:
-            raise ConversationError(f"turn {i}: expected from {expected}, found from {turn['from']}")
-        if not turn["value"].strip():
-            kind = NO_ANSWER if i % 2 else WRONG_FORM
-            raise ConversationError(f"turn {i} ({turn['from']}): expected text, found none", kind)
-        if not turn["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in turn["value"]):
-            raise ConversationError(f"turn {i} ({turn['from']}): half of a surrogate pair, which is no text", NOT_UTF8)
-        # What the text becomes without its markers and newlines is looked at too: "<vo<image>co>" has a token inside.
-        without = turn["value"].replace("\n", "").replace(IMAGE, "")
-        for token in special:
-            if token in turn["value"] or token in without:
-                reason = f"turn {i} ({turn['from']}): contains the special token {token!r}"
-                raise ConversationError(reason, SPECIAL_TOKEN)
-        if IMAGE in without or turn["value"].replace("\n", "").count(IMAGE) != turn["value"].count(IMAGE):
-            reason = f"turn {i} ({turn['from']}): an {IMAGE} marker around another or around a newline"
-            raise ConversationError(reason, IMAGE_COUNT)
-    found = sum(turn["value"].count(IMAGE) for turn in turns)
-    if found != num_images:
-        reason = f"conversation: expected {num_images} {IMAGE} markers, one an image; found {found}"
-        raise ConversationError(reason, IMAGE_COUNT)
-    return turns
+def _said(parts: Parts, is_label: bool = False) -> list[Piece | Marker]:
+    return [part if part is IMAGE else Piece(part, is_label) for part in parts]

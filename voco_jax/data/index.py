@@ -27,7 +27,7 @@ from voco_jax.errors import UserError
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
 KEPT_FROM = 5.0  # seconds; an index that took longer is kept in the cache directory
-VERSION = 3  # of the arrays' meaning: an older cache is made anew
+VERSION = 4  # of the arrays' meaning: an older cache is made anew
 
 
 @dataclasses.dataclass
@@ -178,7 +178,7 @@ def _cache_file(source, maker: SampleMaker, directory: Path) -> Path:
     encoder = maker.encoder
     parts = (
         VERSION, source.fingerprint(), encoder.tokenizer.backend_tokenizer.to_str(), encoder.template,
-        encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed,
+        encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed, encoder.verbatim,
         maker.row_length, maker.max_images, maker.sampling, maker.timestamps,
     )  # fmt: skip
     return directory / f"index-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.npz"

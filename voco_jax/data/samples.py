@@ -6,9 +6,10 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.conversations import Encoder, Sample, spread_video
+from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.packing import truncate
 from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
+from voco_jax.data.turns import spread_video
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 
 _REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions again and again encode them once

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.data.conversations import IMAGE, Encoder
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import Record
+from voco_jax.data.turns import text_of
 from voco_jax.eval.scoring import Answer
 from voco_jax.infer.answerer import Answerer
 from voco_jax.run import Run
@@ -41,7 +42,7 @@ def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
 
 def question_of(turns: Sequence[dict]) -> str:
     """The text of a conversation's first turn, without image markers."""
-    return turns[0]["value"].replace(IMAGE, "").strip()
+    return text_of(turns[0]["value"])
 
 
 def encode_first_question(encoder: Encoder, turns: Sequence[dict], num_images: int):

@@ -14,11 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request, Seen
-from voco_jax.data.conversations import VIDEO
 from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.sources.easyvqa import Guesser
 from voco_jax.data.sources.llava import VideoQuestionSource
+from voco_jax.data.turns import VIDEO
 from voco_jax.errors import UserError
 from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind
 
@@ -203,7 +203,7 @@ def answer_clips(
 def _read(source: VideoQuestionSource, i: int) -> tuple[Path, ClipQuestion]:
     record, kind = source[i], source.kind(i)
     question, answer = (turn["value"] for turn in record.conversations[0])
-    question = question.removeprefix(f"{VIDEO}\n").strip()
+    question = question.removeprefix(f"{VIDEO.value}\n").strip()
     if not question:
         raise BadRecord(WRONG_FORM, "question: expected text, found none")
     if not answer.strip():

@@ -3,8 +3,10 @@
     {"question_id": 7, "image": "a.png", "text": "What is this?", "category": "…"}       a line of --questions
     {"question_id": 7, "prompt": "What is this?", "text": "A bus.", "answer_id": "…", "model_id": "…", "metadata": {…}}
 
-Answers are in the questions' order, appended batch by batch. The same command goes on where it was interrupted, to the
-very file that it would have made at once: batches are the same ones, and a line that was cut off is written anew.
+A JSON array of such rows, or of ScienceQA's, will do too: `{"id": "7", "conversations": [{"from": "human", "value": …`,
+whose first turn is asked. Answers are in the questions' order, appended batch by batch. The same command goes on where
+it was interrupted, to the very file that it would have made at once: batches are the same ones, and a line that was cut
+off is written anew.
 """
 
 import argparse
@@ -19,9 +21,9 @@ import uuid
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request
-from voco_jax.data.conversations import IMAGE
 from voco_jax.data.records import BadRecord, shown
 from voco_jax.data.sources.roots import check_file, inside
+from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
 from voco_jax.eval.seen import SeenCache
 from voco_jax.infer.answerer import GREEDY
@@ -36,7 +38,7 @@ OPTIONS = (  # that go with --questions alone
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A line of a question file; `picture` is None where it has no image."""
+    """A row of a question file; `picture` is None where it has no image."""
 
     id: int | str
     text: str
@@ -45,17 +47,23 @@ class Question:
 
     @property
     def asked(self) -> str:
-        """The text without markers: the picture stands before it."""
-        return self.text.replace(IMAGE, "").strip()
+        """The text without the markers at its ends, which some files have: the picture stands before it. What stands
+        elsewhere is text."""
+        return without_markers(self.text)
 
 
 def read_questions(file: Path, images: Path | None) -> list[Question]:
     """All questions of a file; UserError names the line of one that cannot be asked, or whose picture is not there."""
     try:
-        lines = file.read_bytes().split(b"\n")
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: the questions cannot be read: {error.strerror}") from None
-    questions = [_question(line, f"{file}, line {n}", images) for n, line in enumerate(lines, 1) if line.strip()]
+    if content.lstrip().startswith(b"["):
+        rows = [(row, f"{file}, row {n}") for n, row in enumerate(_parsed(content, str(file)), 1)]
+    else:
+        lines = [(line, f"{file}, line {n}") for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        rows = [(_parsed(line, where), where) for line, where in lines]
+    questions = [_question(row, where, images) for row, where in rows]
     if not questions:
         raise UserError(f"{file}: expected questions, found none")
     return questions
@@ -106,7 +114,7 @@ def answer_questions(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, beside those of the model."""
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="a JSONL file of LLaVA's questions")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="LLaVA's questions, JSONL or a JSON array")
     parser.add_argument("--images", type=Path, metavar="DIR", help="that its pictures' paths start from")
     parser.add_argument("--answers", type=Path, metavar="OUT", help="LLaVA's answers to it; goes on where it stopped")
     parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
@@ -131,19 +139,24 @@ def run_command(args: argparse.Namespace) -> None:
     print(f"{args.answers}: {len(questions)} answers" + (f", of which {had} were there" if had else ""))
 
 
-def _question(line: bytes, where: str, images: Path | None) -> Question:
+def _parsed(content: bytes, where: str):
     try:
-        row = json.loads(line)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not readable as JSON ({' '.join(str(error).split())})") from None
+
+
+def _question(row, where: str, images: Path | None) -> Question:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {shown(row)}")
-    number, text, image = row.get("question_id"), row.get("text"), row.get("image")
+    key = "id" if "question_id" not in row and "conversations" in row else "question_id"
+    number, image = row.get(key), row.get("image")
     if isinstance(number, bool) or not isinstance(number, int | str):
-        raise UserError(f"{where}: question_id: expected a number or text, found {shown(number)}")
-    if not isinstance(text, str) or not text.replace(IMAGE, "").strip():
-        raise UserError(f"{where}: text: expected a question, found {shown(text)}")
-    if image is None:
+        raise UserError(f"{where}: {key}: expected a number or text, found {shown(number)}")
+    key, text = ("text", row.get("text")) if "text" in row or "conversations" not in row else _first_turn(row)
+    if not isinstance(text, str) or not without_markers(text):
+        raise UserError(f"{where}: {key}: expected a question, found {shown(text)}")
+    if image is None or image == "":
         return Question(number, text, None, where)
     if images is None:
         raise UserError(f"{where}: image: expected --images, the directory that {shown(image)} is in")
@@ -153,6 +166,14 @@ def _question(line: bytes, where: str, images: Path | None) -> Question:
     except BadRecord as error:
         raise UserError(f"{where}: image: {error}") from None
     return Question(number, text, picture, where)
+
+
+def _first_turn(row: dict) -> tuple[str, object]:
+    """Which key has the question of a row of conversations, and what it has; the answer in it is not looked at."""
+    turns = row["conversations"]
+    turn = turns[0] if isinstance(turns, list) and turns else None
+    is_human = isinstance(turn, dict) and turn.get("from") == "human"
+    return "conversations", turn.get("value") if is_human else turns
 
 
 def _check_lengths(model: Model, questions: Sequence[Question], tokens: int | None, max_new_tokens: int) -> None:

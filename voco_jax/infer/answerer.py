@@ -159,8 +159,7 @@ class Answerer:
             [np.asarray(pictures[i], np.int32) % count if apart else np.asarray(pictures[i], np.int32) for i in order],
             max_new_tokens, filled, isinstance(visual, Memory), None if cache is None else cache.keys.shape[2],
         )  # fmt: skip
-        ids = self.encoder.ids
-        stop = Stop(np.array(ids.stop_ids, np.int32), np.int32(ids.eos_token_id))
+        stop = Stop(np.array(self.encoder.stop_ids, np.int32), np.int32(self.encoder.ids.eos_token_id))
         drawing = None
         if sampling.temperature:
             numbers = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
@@ -214,7 +213,7 @@ class Answerer:
         return Decoder(self.encoder.tokenizer)
 
     def _said(self, ids: Sequence[int]) -> list[int]:
-        return trim(ids, [self.encoder.ids.eos_token_id])
+        return trim(ids, self.encoder.stop_ids)
 
     def check_length(self, tokens: int, max_new_tokens: int) -> None:
         """UserError for more than the model has positions."""

@@ -5,7 +5,8 @@ import dataclasses
 
 import numpy as np
 
-from voco_jax.data.conversations import IMAGE, Sample
+from voco_jax.data.conversations import Sample
+from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
 from voco_jax.infer.answerer import bucket, grown
 from voco_jax.infer.generate import Decoding, Sampling
@@ -70,12 +71,13 @@ class Chat:
             pieces.close()
 
     def _keep(self, state: Decoding, count: int) -> None:
-        eos = self._model.run.encoder.ids.eos_token_id
+        encoder = self._model.run.encoder
         ids = np.asarray(state.output)[0, :count].tolist()
         # Places of tokens that nobody has read are written anew
         self._cache, self._filled = state.cache, int(np.asarray(state.positions)[0]) - (int(state.count) - count)
-        # The last one has been chosen and not been read; every answer of training ends with the one that ends it
-        self._pending = ids[-1:] if ids[-1] == eos else [*ids[-1:], eos]
+        # The last one has been chosen and not been read; an answer ends as those before a later question do
+        said = [token for token in ids[-1:] if token not in encoder.stop_ids]
+        self._pending = said if encoder.stop_id is None else [*said, encoder.stop_id]
 
     def _prompt(self, question: str, encoder):
         """The next turn's tokens, and the pictures that it brings."""
@@ -89,13 +91,13 @@ class Chat:
             return sample, visual, pictures
         # What stands after the last answer; the answers' own words do not matter for it
         count = 0 if self._seen is None else len(self._seen)
-        first = {"from": "human", "value": IMAGE * count + "\nx"}
-        turns = [first, {"from": "gpt", "value": "x"}, {"from": "human", "value": question}]
-        tokens = encoder.encode(turns, count).tokens
-        end = np.flatnonzero(tokens == encoder.ids.eos_token_id)[-1]
-        tokens = np.concatenate([np.array(self._pending, np.int32), tokens[end + 1 :]])
+        first = {"from": "human", "value": encoder.question("x", count)}
+        turns = [first, {"from": "gpt", "value": ("x",)}, {"from": "human", "value": (question,)}]
+        sample = encoder.encode(turns, count)
+        end = np.flatnonzero(sample.labels)[-1]
+        tokens = np.concatenate([np.array(self._pending, np.int32), sample.tokens[end + 1 :]])
         return Sample(tokens, np.zeros(len(tokens), bool), np.full(len(tokens), -1, np.int32), 0), None, range(0)
 
 
 def prompt_text(question: str, seen) -> str:
-    return question if seen is None else IMAGE * len(seen) + "\n" + question
+    return question if seen is None else IMAGE.value * len(seen) + "\n" + question

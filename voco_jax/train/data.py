@@ -9,7 +9,6 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from voco_jax.data.best_fit import BinShape
-from voco_jax.data.conversations import get_template
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, BinLoader
@@ -22,7 +21,7 @@ from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import make_encoder, make_model_config, make_processor
+from voco_jax.run import make_encoder, make_model_config, make_processor, template_of
 
 
 class TrainingData(NamedTuple):
@@ -141,8 +140,8 @@ def make_tokenizer(config: ConfigDict, sources: Sequence, run: Path | None):
     if config.tokenizer.source != "train":
         return load_tokenizer(config.tokenizer.source)
     texts = {text for source in sources for i in range(len(source)) for text in _texts(source, i)}
-    system = get_template(config.data.template).system
-    prompts = (f"{system}{' ' if system else ''}USER: {text} ASSISTANT: {text}" for text in sorted(texts))
+    system = template_of(config).system
+    prompts = (f"{system}USER: {text} ASSISTANT: {text}" for text in sorted(texts))
     return train_tokenizer(prompts, config.tokenizer.vocab_size)
 
 

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.conversations import IMAGE, VIDEO, Sample
+from voco_jax.data.conversations import Sample
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.plan import Placed
 from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.data.reports import Report
+from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
 from voco_jax.eval.scoring import Answer
@@ -221,7 +222,7 @@ class Evaluator:
         picture = images[len(images) // 2].copy() if images else None
         if picture is not None:
             picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-        text = turns[human]["value"].replace(IMAGE, "").replace(VIDEO, "").strip()
+        text = text_of(turns[human]["value"])
         judged = len(truth.split()) <= SHORT and len(tokens) <= limits.max_new_tokens
         return Question(prompt, pixels, text, truth, judged, picture)
 

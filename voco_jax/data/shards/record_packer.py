@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image
 
-from voco_jax.data.conversations import check_turns, spread_video
 from voco_jax.data.images import load_image
 from voco_jax.data.records import (
     MISSING,
@@ -24,6 +23,7 @@ from voco_jax.data.records import (
 )
 from voco_jax.data.sources.array_records import pack_record
 from voco_jax.data.sources.roots import check_file
+from voco_jax.data.turns import check_turns, spread_video
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 
 JPEG_QUALITY = 95
@@ -90,15 +90,12 @@ class RecordPacker:
 
 
 def check_conversations(record: Record) -> None:
-    """BadRecord unless every conversation is one, with markers for the record's pictures or video.
-
-    Which text is a special token is known when a tokenizer is, in training.
-    """
+    """BadRecord unless every conversation is one, with markers for the record's pictures or video."""
     for turns in record.conversations:
         if record.video is None:
-            check_turns(turns, len(record.images), ())
+            check_turns(turns, len(record.images))
         else:
-            check_turns(spread_video(turns, [""]), 1, ())
+            check_turns(spread_video(turns, [""]), 1)
 
 
 def check_clip(clip: Clip) -> None:

@@ -1,6 +1,7 @@
 """Question sets in JSON or JSONL: LLaVA's conversations about pictures or videos, and video questions with answers.
 
-LLaVA (mix665k as published), a row; text-only rows have no `image`, `image` may be a list, `video` may stand for it:
+LLaVA (mix665k as published), a row; text-only rows have no `image` (or an empty one), `image` may be a list, `video`
+may stand for it:
 
     {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat are the colors of the bus in the image?"},
@@ -38,12 +39,10 @@ class LlavaSource:
         if not isinstance(row.get("conversations"), list):
             raise BadRecord(WRONG_FORM, f"expected 'conversations', a list of turns; found {_shown(row)}")
         images, video = row.get("image"), row.get("video")
-        if images is not None and video is not None:
+        images = [name for name in (images if isinstance(images, list) else [images]) if name not in (None, "")]
+        video = None if video == "" else video
+        if images and video is not None:
             raise BadRecord(WRONG_FORM, "expected 'image' or 'video', found both")
-        if images is None:
-            images = []
-        elif not isinstance(images, list):
-            images = [images]
         root = self._images or self._videos
         if images and root is None:
             raise UserError(f"{self._rows.file}: has pictures; the source's key 'images' names their directory")

@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request
-from voco_jax.data.conversations import IMAGE
 from voco_jax.data.records import Clip, Picture, shown
+from voco_jax.data.turns import IMAGE
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.eval.lmms.generation import Generation, read_generation
@@ -174,15 +174,19 @@ class VoCoJax(lmms):
             bar.update(len(chosen))
 
     def _request(self, asked: _Asked, seen) -> Request:
-        """The question with its pictures at their markers, or before it where the markers are not theirs."""
-        count, markers = 0 if seen is None else len(seen), asked.context.count(IMAGE)
-        if markers and markers != count:
+        """The question with its pictures at their markers, or before it where the markers are not theirs. Without
+        pictures `<image>` is text."""
+        context, count = asked.context, 0 if seen is None else len(seen)
+        markers = context.count(IMAGE.value)
+        interleaved = 0 < markers == count
+        if markers and count and not interleaved:
             warnings.warn(
-                f"{asked.where}: {markers} {IMAGE} markers for {count} pictures: the pictures stand before the text",
+                f"{asked.where}: {markers} {IMAGE.value} markers for {count} pictures: "
+                "the pictures stand before the text",
                 stacklevel=2,
             )
-        interleaved = 0 < markers == count
-        request = Request(asked.context if interleaved else asked.context.replace(IMAGE, ""), seen, interleaved)
+            context = context.replace(IMAGE.value, "")
+        request = Request(context, seen, interleaved)
         try:
             self._model.prompt(request)
         except UserError as error:

@@ -1,0 +1,163 @@
+"""A checkpoint's chat template (Jinja, as transformers has them) as one of ours.
+
+transformers renders it, in its sandbox, for a few conversations; what stands around their words is the template's text.
+That text must then give the same renderings of other conversations, or it is refused: templates can compute anything.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+
+from voco_jax.data.control_tokens import ControlTokens
+from voco_jax.data.conversations import EOS, Encoder, Template
+from voco_jax.data.tokenizer import VOCO_TOKEN
+from voco_jax.data.turns import IMAGE
+from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
+
+WORDS = "Which is it", "A hen", "And how many", "Two hens", "Where are they"  # alternately asked and answered
+
+
+def chat_template_of(directory: Path, tokenizer) -> tuple[str, str] | None:
+    """(the template, the file it is from) of a checkpoint's directory or its tokenizer; None where there is none.
+
+    A processor's template stands in a file of its own; older tokenizers have theirs in their config.
+    """
+    own, older = directory / "chat_template.jinja", directory / "chat_template.json"
+    try:
+        if own.is_file():
+            return own.read_text(), own.name
+    except (OSError, ValueError) as error:
+        raise UserError(f"{own}: cannot be read: {error}") from None
+    if older.is_file():
+        return _text(read_object(older).get("chat_template"), older), older.name
+    found = tokenizer.chat_template
+    if isinstance(found, dict):  # several, by name
+        found = found.get("default", next(iter(found.values()), None))
+    return None if not found else (_text(found, directory / "tokenizer_config.json"), "tokenizer_config.json")
+
+
+def image_token_of(directory: Path) -> str:
+    """What stands for an image in the chat template of a checkpoint's directory."""
+    file = directory / "processor_config.json"
+    token = read_object(file).get("image_token") if file.is_file() else None
+    return token if isinstance(token, str) and token else IMAGE.value
+
+
+def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> Template:
+    """The template that gives what a chat template does; UserError says what in it ours has no place for.
+
+    `image_token` is what stands for an image in the chat template.
+    """
+    render = _Renderer(text, tokenizer, image_token)
+    asked, answered, again = WORDS[:3]
+    first = render([asked])
+    conversation = render([asked, answered, again])
+    closed = render([asked, answered], asks=False)
+    begin, assistant = _around(first, asked)
+    begins, between, after, assistant_again = _around(conversation, asked, answered, again)
+    _, _, end = _around(closed, asked, answered)
+    alike = (begins, assistant_again) == (begin, assistant)
+    if not (alike and between.startswith(assistant) and after.startswith(end)):
+        raise UserError("what stands around a turn depends on the turns beside it")
+    user = after.removeprefix(end)
+    if not begin.endswith(user):
+        raise UserError(f"the first question begins with {begin!r}, a later one with {user!r}")
+    image, after_images = render.images(asked, begin, assistant)
+    eos = tokenizer.eos_token
+    template = Template(
+        system=begin.removesuffix(user), user=user, assistant=assistant, answer=between.removeprefix(assistant),
+        end=end.replace(eos, EOS), image=image, after_images=after_images,
+    )  # fmt: skip
+    encoder = Encoder(tokenizer, template, 0, 1, compressed=False, verbatim=True)
+    for count in (1, 3, 5):
+        for images in (0, 1, 2):
+            turns = [(text,) for text in WORDS[:count]]
+            turns[0] = encoder.question(WORDS[0], images)
+            ours = "".join(IMAGE.value if piece is IMAGE else piece.text for piece in encoder.dialogue(turns))
+            if ours != (theirs := render(WORDS[:count], images)):
+                raise UserError(f"{count} turns with {images} images: expected {theirs!r}, found {ours!r}")
+    return template
+
+
+def write_chat_template(encoder: Encoder) -> str:
+    """A chat template that renders the conversations of a plain LLaVA as its prompt is, for a tokenizer with a token
+    for an image."""
+    t, tokenizer = encoder.template, encoder.tokenizer
+    after = t.after_images
+    if IMAGE.value not in ControlTokens(tokenizer).ids:  # text after an image begins as a text does, or a word more
+        expected = tokenizer(f"{after}x", add_special_tokens=False).input_ids
+        spaced = f" {after}"
+        if tokenizer(f"{VOCO_TOKEN}{spaced}x", add_special_tokens=False).input_ids[1:] == expected:
+            after = spaced
+    text = "{% for part in turn['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    image = f"{{{{ {t.image!r} }}}}{{% if loop.last %}}{{{{ {after!r} }}}}{{% endif %}}"
+    images = "{% for part in turn['content'] if part['type'] == 'image' %}" + image + "{% endfor %}"
+    asks = "{% if not loop.last or add_generation_prompt %}" + f"{{{{ {t.assistant!r} }}}}" + "{% endif %}"
+    end = t.end.replace(EOS, tokenizer.eos_token)
+    return (
+        f"{{{{ {t.system!r} }}}}{{% for turn in messages %}}"
+        f"{{% if turn['role'] == 'user' %}}{{{{ {t.user!r} }}}}{images}{text}{asks}"
+        f"{{% else %}}{{{{ {t.answer!r} }}}}{text}{{{{ {end!r} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renderer:
+    """transformers' rendering of turns, images before the first."""
+
+    text: str
+    tokenizer: object
+    image_token: str
+
+    def __call__(self, words: Sequence[str], images: int = 0, *, asks: bool = True) -> str:
+        problem = None
+        # A processor's template takes parts; a language model's takes text, in which LLaVA's marker stands
+        for in_parts in (True, False):
+            messages = []
+            for i, said in enumerate(words):
+                count = 0 if i else images
+                content = IMAGE.value * count + ("\n" if count else "") + said
+                if in_parts:
+                    content = [*[{"type": "image"}] * count, {"type": "text", "text": said}]
+                messages.append({"role": "assistant" if i % 2 else "user", "content": content})
+            try:
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=asks
+                ).replace(self.image_token, IMAGE.value)
+            except Exception as error:  # of Jinja, or what the template itself raises
+                problem = problem or error
+                continue
+            if all(rendered.count(said) == 1 for said in words) and "'text'" not in rendered:
+                return rendered
+        raise UserError(
+            "does not give the words it is given" if problem is None else " ".join(str(problem).split())[:200]
+        )
+
+    def images(self, asked: str, begin: str, assistant: str) -> tuple[str, str]:
+        """What stands for each of several images before a question, and what after all of them."""
+        one, two = (self([asked], n).removeprefix(begin).removesuffix(asked + assistant) for n in (1, 2))
+        if one.count(IMAGE.value) != 1 or two.count(IMAGE.value) != 2:
+            raise UserError(f"an image before a question: expected {IMAGE.value}, found {one!r}")
+        image = next((one[:n] for n in range(len(one), 0, -1) if two == one[:n] * 2 + one[n:]), one)
+        special = ControlTokens(self.tokenizer).ids.keys() - {IMAGE.value}
+        if any(token in one for token in special):
+            raise UserError(f"an image before a question: expected {IMAGE.value} and text, found {one!r}")
+        return image, one.removeprefix(image)
+
+
+def _around(text: str, *words: str) -> list[str]:
+    """The text before, between and after words that stand in it in this order."""
+    parts = []
+    for word in words:
+        before, found, text = text.partition(word)
+        if not found:
+            raise UserError("turns are not in the order in which they were said")
+        parts.append(before)
+    return [*parts, text]
+
+
+def _text(found, file: Path) -> str:
+    if not isinstance(found, str):
+        raise UserError(f"{file}: chat_template: expected text, found {found!r:.100}")
+    return found
