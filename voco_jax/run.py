@@ -122,7 +122,6 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
         return config
     directory = as_path(config.init_from)
     run = load_config(directory / "config.json")
-    config, default = config.copy_and_resolve_references(), default_config()
     difference = first_difference(run.model.lora, config.model.lora) if run.model.lora.rank else None
     if difference:
         key, there, found = difference
@@ -132,12 +131,20 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
         )
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
     run.model.llama.vocab_size = make_model_config(run, load_tokenizer(directory / "tokenizer")).llama.vocab_size
+    config = inherit(config, run, config.init_from)
+    config.tokenizer.source = str(directory / "tokenizer")
+    return config
+
+
+def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigDict:
+    """A copy with what goes with a run's parameters: their dimensions, pixels that no config has by default, and the
+    prompt of plain LLaVA. UserError, which calls the run `name`, for a config that asks for others."""
+    config, default = config.copy_and_resolve_references(), default_config()
     with config.unlocked():
-        _take_over(config.model, run.model, default.model, ("llama", "vision", "projector_layers"), config.init_from)
+        _take_over(config.model, run.model, default.model, ("llama", "vision", "projector_layers"), name)
         if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
             keys = "aspect_ratio", "transparency", "processor"
-            _take_over(config.data, run.data, default.data, keys, config.init_from, "config.data")
-        config.tokenizer.source = str(directory / "tokenizer")
+            _take_over(config.data, run.data, default.data, keys, name, "config.data")
     data, theirs = config.data, run.data
     unnamed = data.template in (default.data.template, theirs.template)
     if is_llava(config) and is_llava(run) and unnamed and data.custom_template == default.data.custom_template:
@@ -154,15 +161,15 @@ def other_pixels(config: ConfigDict) -> str:
     return "" if there == here else f"{said}: the weights know other pictures"
 
 
-def _take_over(config, run, default, keys, init_from: str, where: str = "config.model") -> None:
+def _take_over(config, run, default, keys, name, where: str = "config.model") -> None:
     """Keys, and groups of keys, as the run has them; UserError where the config asks for something else."""
     for key in keys:
         if isinstance(default[key], ConfigDict):
-            _take_over(config[key], run[key], default[key], default[key].keys(), init_from, f"{where}.{key}")
+            _take_over(config[key], run[key], default[key], default[key].keys(), name, f"{where}.{key}")
             continue
         if config[key] not in (default[key], run[key]):
             raise UserError(
-                f"{where}.{key}: {init_from} has {run[key]!r}, found {config[key]!r}; "
+                f"{where}.{key}: {name} has {run[key]!r}, found {config[key]!r}; "
                 "with init_from it need not be given"
             )
         config[key] = run[key]

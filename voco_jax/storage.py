@@ -34,6 +34,16 @@ def in_bucket(path: AnyPath) -> bool:
     return "://" in str(path)
 
 
+def same_place(a: str | AnyPath, b: str | AnyPath) -> bool:
+    """Whether two addresses are one directory's, there or not: `runs/base`, `runs/base/`, `./runs/base`, a link."""
+
+    def whole(address):
+        path = as_path(address)
+        return str(path).rstrip("/") if in_bucket(path) else str(path.resolve())
+
+    return str(a) == str(b) or bool(str(a) and str(b)) and whole(a) == whole(b)
+
+
 @contextlib.contextmanager
 def bucket_errors(path: AnyPath, but: type[Exception] = UserError) -> Iterator[None]:
     """What goes wrong with a bucket in the block, `but` for one kind, is a UserError of one line: the libraries have a

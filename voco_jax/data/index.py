@@ -55,12 +55,18 @@ class Index:
     def arrays(self) -> dict[str, np.ndarray]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "report"}
 
-    def fingerprint(self) -> str:
-        """Of the arrays: two indices with the same give the same plans."""
+    def text_checksum(self) -> str:
+        """Of all but what pictures are called: which conversations of which records can be used, and their tokens."""
         digest = hashlib.sha256()
-        for array in self.arrays.values():
-            digest.update(array.tobytes())
+        for name, array in self.arrays.items():
+            digest.update(same_pictures(array).tobytes() if name == "pictures" else array.tobytes())
         return digest.hexdigest()[:16]
+
+
+def same_pictures(keys: np.ndarray) -> np.ndarray:
+    """Which pictures are the same, not what they are called: the place of each key's first occurrence."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
 
 
 def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_workers: int, label: str) -> Index:

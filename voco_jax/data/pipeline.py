@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.data.augment import augment, augments
+from voco_jax.data.contents import difference
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
 from voco_jax.data.plan import Amount, Placed, Plan
@@ -150,13 +151,19 @@ class Batches(Iterator):
     """
 
     def __init__(
-        self, loader: BinLoader, batch_size: int, shard: Sequence[int] | None = None, num_batches: int = 2**40
+        self,
+        loader: BinLoader,
+        batch_size: int,
+        shard: Sequence[int] | None = None,
+        num_batches: int = 2**40,
+        contents: dict[str, dict] | None = None,
     ):
-        """`shard` are the bins of each global batch that are loaded here (None: all)."""
+        """`shard` are the bins of each global batch that are loaded here (None: all). `contents` are those of each
+        source by its name (`contents.py`): what the state of other data is told by, beside the plan."""
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
         self.num_batches, self._next, self._iterator = num_batches, 0, None
-        self._fingerprint = loader.plan.fingerprint()
+        self._fingerprint, self._contents = loader.plan.fingerprint(), contents or {}
         self._total = loader.plan.num_conversations
 
     def dataset(self) -> grain.MapDataset:
@@ -214,10 +221,20 @@ class Batches(Iterator):
 
     def state_at(self, batches: int) -> dict:
         """Where the iterator is after so many batches."""
-        return {"batches": batches, "plan": self._fingerprint}
+        return {"batches": batches, "plan": self._fingerprint, "contents": self._contents}
 
     def set_state(self, state: dict) -> None:
-        """Go on from where `get_state` was asked; UserError for the state of other data."""
+        """Go on from where `get_state` was asked; UserError for the state of other data, wherever they are.
+
+        Of records that are the same, the paths may be others.
+        """
+        before = state.get("contents", {})  # the first runs have none
+        for (name, now), source in zip(self._contents.items(), self.loader.sources, strict=False):
+            if found := difference(before[name], now, source) if name in before else "":
+                raise UserError(
+                    f"config.data.train.{name}: {found}; a run goes on with the same records, wherever they are: "
+                    "begin another with init_from"
+                )
         if state.get("plan") != self._fingerprint:
             raise UserError(
                 f"data: expected the records that this run began with (plan {state.get('plan')}), found others "

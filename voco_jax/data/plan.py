@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from voco_jax.data.best_fit import Bins, BinShape, first_fit, pack
-from voco_jax.data.index import Index
+from voco_jax.data.index import Index, same_pictures
 from voco_jax.errors import UserError
 
 LAYOUTS = ("pack", "group")
@@ -160,12 +160,10 @@ class Plan:
         digest = hashlib.sha256()
         numbers = self.seed, self._weights, self._sizes, self.shape, self._layout, self._batch_size
         digest.update(repr((*numbers, self._per_record, self._share)).encode())
-        # Which pictures are the same, not what they are called: data may move to another directory
-        _, first, inverse = np.unique(self._pictures, return_index=True, return_inverse=True)
         plan = self._epoch(0)  # what packing and numpy make of all this, in the versions at hand
         for array in (
-            self._records, self._num_images, first[inverse], self._counts, self._conversations, self._lengths,
-            self._digests, plan.offsets, plan.items, plan.records, plan.rows,
+            self._records, self._num_images, same_pictures(self._pictures), self._counts, self._conversations,
+            self._lengths, self._digests, plan.offsets, plan.items, plan.records, plan.rows,
         ):  # fmt: skip
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from voco_jax.data.best_fit import BinShape
+from voco_jax.data.contents import contents_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, BinLoader
@@ -77,7 +78,12 @@ def open_training_data(
         f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
     )
     loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
-    return TrainingData(tokenizer, model_config, Batches(loader, data.batch_size, shard, config.train.steps), longest)
+    contents = {
+        name: contents_of(source, index)
+        for name, source, index in zip(sorted(data.train), sources, indices, strict=True)
+    }
+    batches = Batches(loader, data.batch_size, shard, config.train.steps, contents)
+    return TrainingData(tokenizer, model_config, batches, longest)
 
 
 def open_test_data(config: ConfigDict, training: Batches, say: Callable[[str], None] = print) -> Batches:

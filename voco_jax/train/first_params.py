@@ -19,28 +19,29 @@ from voco_jax.train.state import AbstractState
 
 def first_params(
     config: ConfigDict, model_config: VoCoConfig, state: AbstractState, say: Callable[[str], None] = print
-) -> dict:
-    """Those of the run to begin with, in this run's dtype and shards; or random ones.
+) -> tuple[dict, int | None]:
+    """(parameters, step): those of the run to begin with, in this run's dtype and shards, and of which of its steps;
+    or random ones, and None.
 
     Of a plain run that one with LoRA begins with, all is taken and LoRA drawn; `begin_with_run` refuses the reverse.
     """
     shardings = state.shardings[0]
     if not config.init_from:
-        return init_params(model_config, config.seed, shardings=shardings)
+        return init_params(model_config, config.seed, shardings=shardings), None
     directory = as_path(config.init_from)
     fresh = model_config.lora is not None and not load_config(directory / "config.json").model.lora.rank
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
         step, params = checkpointer.restore_params(_part(state.params, lora=False) if fresh else state.params)
     say(f"parameters: {config.init_from}, step {step}" + (", and LoRA's" if fresh else ""))
     if not fresh:
-        return params
+        return params, step
 
     def draw():
         drawn = nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(config.seed))))
         return _part(drawn, lora=True)  # nothing else is computed
 
     drawn = jax.jit(draw, out_shardings=_part(shardings, lora=True))()
-    return unflatten_dict(flatten_dict(params) | flatten_dict(drawn))
+    return unflatten_dict(flatten_dict(params) | flatten_dict(drawn)), step
 
 
 def _part(params: dict, *, lora: bool) -> dict:

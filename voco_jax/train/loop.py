@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import itertools
+import json
 import sys
 import time
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, make_processor, other_pixels
-from voco_jax.storage import AnyPath
+from voco_jax.storage import AnyPath, as_path, bucket_errors
 from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
@@ -34,9 +35,10 @@ from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
+from voco_jax.train.resume import BASE, base_of, continued
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
-from voco_jax.train.workdir import check_workdir, open_workdir, resumed_config, workdir_path
+from voco_jax.train.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path
 
 
 class _Setup(NamedTuple):
@@ -79,9 +81,8 @@ def train(config: ConfigDict) -> AnyPath:
 
 
 def _set_up(config: ConfigDict) -> _Setup:
-    config = begin_with_run(config)
     workdir = workdir_path(config)
-    config = resumed_config(workdir, config)
+    config = continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
     resuming = check_workdir(workdir, config)
     if not resuming and (note := other_pixels(config)):
         _say(note)
@@ -137,6 +138,8 @@ def _train(run: _Setup, begun: float) -> None:
         contextlib.closing(batches),
     ):
         start, params, opt_state = _begin(run, checkpointer)
+        if run.resuming:
+            workdir.save_config(config)
         steps = range(start + 1, config.train.steps + 1)
         if not steps:
             return
@@ -192,7 +195,10 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     config, state = run.config, run.state
     restored = checkpointer.resume(state.params, state.opt_state, _say)
     if restored is None:
-        params = first_params(config, run.model_config, state, _say)
+        params, step = first_params(config, run.model_config, state, _say)
+        if config.init_from and jax.process_index() == 0:
+            with bucket_errors(run.workdir):
+                (run.workdir / BASE).write_text(json.dumps(base_of(as_path(config.init_from), step)) + "\n")
         return 0, params, init_opt_state(run.optimizer, params, state)
     run.batches.set_state(restored.about["data"])
     progress = "complete" if restored.step == config.train.steps else "resuming"

@@ -15,26 +15,18 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.config import first_difference, load_config, save_config, with_earlier_values
+from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.parallel.distributed import together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, upload
+from voco_jax.train.resume import BASE, check_same_run
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
 _LOGS = ("metrics.jsonl", "metrics.jsonl.new", "goodput.json", "goodput.json.new", "tensorboard", "answers", "profile")
-_BEGINNINGS = {".lock", "tokenizer", "config.json", "config.json.new", "checkpoints", *_LOGS}
+_BEGINNINGS = {".lock", "tokenizer", "config.json", "config.json.new", BASE, "checkpoints", *_LOGS}
 
 _SEEN_WITHIN = 60  # seconds until a network file system must show what another host has made
-
-# What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
-_FREE = (
-    "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.profile_at", "train.profile_steps",
-    "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best",
-    "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
-    "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
-    "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it
-)  # fmt: skip
 
 
 class Workdir:
@@ -46,6 +38,12 @@ class Workdir:
 
     def __init__(self, path: AnyPath, logs: Path):
         self.path, self.logs, self._published = path, logs, {}
+
+    def save_config(self, config: ConfigDict) -> None:
+        """What the run goes on with, once nothing more speaks against it; by the first process."""
+        if jax.process_index() == 0:
+            with bucket_errors(self.path):
+                save_config(config, self.path / "config.json")
 
     def publish(self) -> None:
         """Bring what is new in `logs` to the bucket, if the directory lies in one."""
@@ -63,50 +61,39 @@ def workdir_path(config: ConfigDict) -> AnyPath:
 
 
 def check_workdir(workdir: AnyPath, config: ConfigDict) -> bool:
-    """Whether the directory holds a checkpoint of this very run; UserError if it holds another run, or other things.
+    """Whether the directory holds a checkpoint of this very run; UserError if it holds another run, or other things."""
+    steps = checkpointed_steps(workdir)
+    if steps:
+        check_same_run(config, workdir, steps)
+    return bool(steps)
 
-    A run that was stopped before its first checkpoint has nothing to keep, and may be replaced by any.
+
+def checkpointed_steps(workdir: AnyPath) -> list[int]:
+    """Of the run that the directory holds, if it holds one; UserError where there are other things.
+
+    A run that was stopped before its first checkpoint has nothing to keep, and may be replaced by any. Looked up
+    without Orbax, whose manager waits for the other processes. A checkpoint has its name when it is whole; in a bucket
+    it may only be under way: then Orbax will say that there is none.
     """
     with bucket_errors(workdir):
         if not workdir.exists():
-            return False
-        if not _has_checkpoint(workdir):
+            return []
+        directory = workdir / "checkpoints"
+        steps = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
+        if not steps:
             entries = {path.name for path in workdir.iterdir()} if workdir.is_dir() else {workdir.name}
             ours = in_bucket(workdir) or ".lock" in entries
             if entries - _BEGINNINGS or entries and not ours:
                 raise UserError(f"workdir {workdir}: expected a run or an empty directory, found other files")
-            return False
-    difference = first_difference(load_config(workdir / "config.json"), config, ignore=_FREE)
-    if difference:
-        key, found, expected = difference
-        raise UserError(
-            f"workdir {workdir}: holds a run with {key} = {found!r}, this config has {expected!r}; "
-            "take another --config.workdir"
-        )
-    return True
-
-
-def resumed_config(workdir: AnyPath, config: ConfigDict) -> ConfigDict:
-    """The config to train by: where a run goes on that began before a key was there, the key as it was then."""
-    with bucket_errors(workdir):
-        if not _has_checkpoint(workdir):
-            return config
-    return with_earlier_values(config, load_config(workdir / "config.json"))
-
-
-def _has_checkpoint(workdir: AnyPath) -> bool:
-    """Without Orbax, whose manager waits for the other processes. A checkpoint has its name when it is whole; in a
-    bucket it may only be under way: then Orbax will say that there is none."""
-    directory = workdir / "checkpoints"
-    return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
+    return steps
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Workdir]:
-    """Hold a run's directory for writing, made or brought up to date; UserError if another training holds it.
+    """Hold a run's directory for writing, made if it is not there; UserError if another training holds it.
 
-    The config is written last: a directory without it has not begun. All processes of a training enter together, and
-    if one cannot, none does.
+    A new run's config is written last: a directory without it has not begun. All processes of a training enter
+    together, and if one cannot, none does.
     """
     first = jax.process_index() == 0
     bucket = in_bucket(workdir)
@@ -126,10 +113,10 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
                 if resuming and bucket:
                     _fetch_logs(workdir, logs)
                 if not resuming:
-                    for name in ("metrics.jsonl", "goodput.json"):
+                    for name in ("metrics.jsonl", "goodput.json", BASE):
                         (workdir / name).unlink(missing_ok=True)
                     _save_tokenizer(tokenizer, workdir / "tokenizer")
-                save_config(config, workdir / "config.json")
+                    save_config(config, workdir / "config.json")
         run = Workdir(workdir, logs)
         try:
             yield run

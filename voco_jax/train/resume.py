@@ -1,0 +1,130 @@
+"""What a run needs to go on: its own directory, and a config whose numbers are those of the steps already done.
+
+A run that has a checkpoint has its dimensions, tokenizer and parameters in its directory. The run that it began with
+may be gone, data may lie elsewhere (`data/contents.py` compares what they hold), and `train.steps` may change as long
+as the steps done would have been the same.
+"""
+
+from collections.abc import Sequence
+import hashlib
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from voco_jax.config import first_difference, load_config, with_earlier_values
+from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
+from voco_jax.run import inherit
+from voco_jax.storage import AnyPath, as_path, bucket_errors, same_place
+from voco_jax.train.optimizer import make_schedule
+
+BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
+
+# What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
+_FREE = (
+    "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.profile_at", "train.profile_steps",
+    "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best",
+    "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
+    "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
+    "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it
+)  # fmt: skip
+# And these, if what is compared in their place is the same: records, and the learning rates of the steps done.
+_SCHEDULE = ("optim.schedule", "train.steps", "optim.decay_share", "optim.final_scale")
+
+
+def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
+    """A config with what a run that goes on has of its own, whatever became of the place that it came from.
+
+    That is the run named by `init_from`, the dimensions taken from there, and the tokenizer. UserError for a config
+    that asks for another.
+    """
+    stored = load_config(workdir / "config.json")
+    config = with_earlier_values(config, stored)
+    if stored.init_from:
+        _check_base(config.init_from, stored.init_from, workdir)
+        config = inherit(config, stored, workdir)
+        config.init_from, config.tokenizer.source = stored.init_from, stored.tokenizer.source
+    elif _same_tokenizer(config.tokenizer.source, stored.tokenizer.source, workdir):
+        config.tokenizer.source = stored.tokenizer.source
+    return config
+
+
+def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
+    """UserError where the run in `workdir`, with checkpoints of `steps`, is not what this config would make."""
+    stored = load_config(workdir / "config.json")
+    difference = first_difference(stored, config, ignore=(*_FREE, "data.train", *_SCHEDULE))
+    weights = [{name: source.weight for name, source in c.data.train.items()} for c in (stored, config)]
+    if weights[0] != weights[1]:
+        difference = difference or ("data.train with the weights", *weights)
+    if difference:
+        key, found, expected = difference
+        raise UserError(
+            f"workdir {workdir}: holds a run with {key} = {found!r}, this config has {expected!r}; "
+            "take another --config.workdir"
+        )
+    _check_schedule(stored, config, workdir, steps)
+
+
+def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
+    """UserError unless every step done had the learning rate that the config gives it."""
+    keys = {key: (_at(stored, key), _at(config, key)) for key in _SCHEDULE}
+    changed = next((key for key, (was, wanted) in keys.items() if was != wanted), None)
+    if changed is None:
+        return
+    done, (was, wanted) = max(steps), keys[changed]
+    if config.train.steps < done:
+        raise UserError(f"config.train.steps: {workdir} has done {done} steps already; found {config.train.steps}")
+    before, now = (np.asarray(make_schedule(c.optim, c.train.steps)(np.arange(done))) for c in (stored, config))
+    differ = np.flatnonzero(before != now)
+    if not len(differ):
+        return
+    same = int(differ[0])  # steps
+    earlier = max((step for step in steps if step <= same), default=None)
+    rates = f"{before[same]:.4g}, not {now[same]:.4g}"
+    hint = f", or remove the checkpoints after that of step {earlier}" if earlier else ""
+    raise UserError(
+        f"config.{changed}: {workdir} has {was!r}, this config {wanted!r}; step {same + 1}, which is done, had "
+        f"a learning rate of {rates} (schedule {config.optim.schedule!r}): keep {was!r}, begin another run with "
+        f"--config.init_from={workdir}{hint}"
+    )
+
+
+def _at(config: ConfigDict, key: str):
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+# ---- The run that it began with ---------------------------------------------------------------------------------
+
+
+def base_of(run: AnyPath, step: int) -> dict:
+    """What `BASE` holds of a run's checkpoint. It stays the same when the run is moved or copied."""
+    with bucket_errors(run):
+        metadata = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"  # when it was made, to the nanosecond
+        made = hashlib.sha256(metadata.read_bytes()).hexdigest() if metadata.exists() else ""
+    return {"run": str(run), "step": step, "made": made}
+
+
+def _check_base(found: str, stored: str, workdir: AnyPath) -> None:
+    if not found or same_place(found, stored):
+        return
+    with bucket_errors(workdir):
+        base = read_object(workdir / BASE) if (workdir / BASE).exists() else {}
+    if base.get("made") and base_of(as_path(found), base["step"])["made"] == base["made"]:
+        return
+    raise UserError(
+        f"config.init_from: {workdir} began with {stored}, and {found} is another run; leave it out to go on, or "
+        "take another --config.workdir"
+    )
+
+
+def _same_tokenizer(found: str, stored: str, workdir: AnyPath) -> bool:
+    """Whether a tokenizer is the one that a run has, wherever it lies; UserError where it cannot be loaded."""
+    if "train" in (found, stored) or found == stored:
+        return found == stored
+    if same_place(found, stored):
+        return True
+    ours, other = (load_tokenizer(source).backend_tokenizer.to_str() for source in (workdir / "tokenizer", found))
+    return ours == other
