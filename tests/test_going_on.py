@@ -1,5 +1,6 @@
 """A run goes on when the world around it has moved: its base, its data, its tokenizer, its own directory, its end."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,9 @@ import shutil
 
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
+from flax.traverse_util import flatten_dict
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -20,15 +23,21 @@ from voco_jax.data.index import Index
 from voco_jax.data.records import Clip, Frames, Picture, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.sources.array_records import pack_record
-from voco_jax.data.tokenizer import save_tokenizer
+from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.run import load_run
+from voco_jax.parallel.mesh import make_mesh
+from voco_jax.run import begin_with_run, init_params, load_run, make_model_config
+from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.data import open_training_data
+from voco_jax.train.first_params import first_params
 from voco_jax.train.loop import train
+from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.resume import continued
+from voco_jax.train.state import abstract_state
 from voco_jax.train.workdir import check_workdir
 
 STEPS = 6
+LOW = dict(model__param_dtype="bfloat16", model__lora__rank=2, train__freeze="('vision_tower',)")
 
 
 def write_data(directory: Path, count: int = 12) -> Path:
@@ -52,6 +61,22 @@ def config_of(workdir: Path, data: Path, **changes):
     return config
 
 
+def save_base(directory: Path, data: Path, dtype: str = "float32") -> tuple[Path, dict]:
+    """(run, parameters) of a run of 2 steps, which nobody has trained."""
+    config = config_of(directory, data, seed=3, model__param_dtype=dtype)
+    found = open_training_data(config, say=lambda line: None)
+    params = init_params(found.model_config, config.seed)
+    with contextlib.closing(Checkpointer(directory, create=True)) as checkpointer:
+        checkpointer.save(2, params, {"count": jnp.zeros(())}, {})
+    save_tokenizer(found.tokenizer, directory / "tokenizer")
+    save_config(config, directory / "config.json")
+    return directory, jax.device_get(flatten_dict(params))
+
+
+def parameters(run: Path) -> dict[tuple, np.ndarray]:
+    return flatten_dict(jax.device_get(nnx.to_pure_dict(nnx.state(load_run(run).model))))
+
+
 def losses(run: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
@@ -59,11 +84,11 @@ def losses(run: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, Path]:
-    """`base`, a run of 2 steps, and `run`, which began with it and was never disturbed."""
+    """`base`, a run of 2 steps, and `run`, which began with it and was never disturbed: LoRA, in bfloat16."""
     root = tmp_path_factory.mktemp("world")
     paths = {"data": write_data(root / "data"), "base": root / "base", "run": root / "run"}
-    train(config_of(paths["base"], paths["data"], train__steps=2, optim__warmup_steps=0, seed=3))
-    train(config_of(paths["run"], paths["data"], init_from=f"{paths['base']}/"))
+    save_base(paths["base"], paths["data"])
+    train(config_of(paths["run"], paths["data"], init_from=f"{paths['base']}/", **LOW))
     return paths
 
 
@@ -84,12 +109,19 @@ def test_everything_has_moved_and_the_run_is_what_it_would_have_been(world, tmp_
     run = stopped(world, tmp_path, **{"train.steps": 4, "init_from": str(tmp_path / "gone")})
     data = tmp_path / "moved data"
     shutil.copytree(world["data"], data)
-    changes = dict(data__num_threads=2, data__prefetch=5, model__remat="full", train__keep=3)
-    train(config_of(run, data, **changes))
+    changes = dict(data__num_threads=2, data__prefetch=5, train__keep=3)
+    train(config_of(run, data, **LOW | changes))
     assert f"resuming, at step 2 of {STEPS}" in capsys.readouterr().out
     assert losses(run) == losses(world["run"])
-    parameters = [nnx.to_pure_dict(nnx.state(load_run(path).model)) for path in (run, world["run"])]
-    jax.tree.map(np.testing.assert_array_equal, *parameters)
+    found, undisturbed, base = (parameters(path) for path in (run, world["run"], world["base"]))
+    assert found.keys() == undisturbed.keys() > base.keys()
+    for key, leaf in found.items():
+        np.testing.assert_array_equal(leaf, undisturbed[key])
+        assert leaf.dtype == np.float32 or leaf.dtype == jnp.bfloat16
+        if key in base:  # the projector and the VoCo token's row train; all else is as it was cast at first
+            changed = leaf != base[key].astype(jnp.bfloat16).astype(leaf.dtype)
+            trains = key[0] == "projector" or key == ("llama", "embed_tokens", "embedding")
+            assert changed.any() if trains else not changed.any(), key
     config = load_config(run / "config.json")
     assert (config.train.steps, config.data.train.mix.file) == (STEPS, f"{data}/mix.json")
     assert config.init_from == str(tmp_path / "gone")  # where it came from
@@ -105,17 +137,17 @@ def test_a_base_is_one_by_any_address_and_not_needed(world, tmp_path, monkeypatc
     monkeypatch.chdir(base.parent)
     known = [base, f"{base}/", base.name, f"./{base.name}/", os.path.relpath(base), tmp_path / "link", "", moved]
     for address in known:
-        config = continued(config_of(run, world["data"], init_from=address), run)
+        config = continued(config_of(run, world["data"], **LOW, init_from=address), run)
         assert check_workdir(run, config) and config.init_from == f"{base}/"
         assert config.model.llama.vocab_size == load_config(run / "config.json").model.llama.vocab_size
     for address in other, tmp_path / "nowhere":
         with pytest.raises(UserError, match=f"config.init_from: .*began with {base}/, and {address} is another run"):
-            continued(config_of(run, world["data"], init_from=address), run)
+            continued(config_of(run, world["data"], **LOW, init_from=address), run)
     (run / "init_from.json").unlink()  # as runs have it that began earlier
     with pytest.raises(UserError, match="is another run; leave it out to go on"):
-        continued(config_of(run, world["data"], init_from=moved), run)
+        continued(config_of(run, world["data"], **LOW, init_from=moved), run)
     with pytest.raises(UserError, match=r"config.model.llama.hidden_size: .* has 32, found 64"):
-        continued(config_of(run, world["data"], model__llama__hidden_size=64), run)
+        continued(config_of(run, world["data"], **LOW, model__llama__hidden_size=64), run)
 
 
 def test_a_tokenizer_is_compared_by_what_it_is(world, small_tokenizer, tmp_path):
@@ -125,7 +157,7 @@ def test_a_tokenizer_is_compared_by_what_it_is(world, small_tokenizer, tmp_path)
     vocabulary = load_config(run / "config.json").model.llama.vocab_size
 
     def check(source):
-        config = config_of(run, world["data"], model__llama__vocab_size=vocabulary, tokenizer__source=source)
+        config = config_of(run, world["data"], **LOW, model__llama__vocab_size=vocabulary, tokenizer__source=source)
         return check_workdir(run, continued(config, run))
 
     assert check(tmp_path / "gone" / "tokenizer") and check(f"{tmp_path}/gone/tokenizer/") and check(tmp_path / "same")
@@ -159,7 +191,7 @@ def test_a_tokenizer_is_compared_by_what_it_is(world, small_tokenizer, tmp_path)
 def test_which_steps_may_still_change(world, tmp_path, done, was, now, message):
     """Those whose learning rate is to come: what is done must be what the config would have done."""
     run = stopped(world, tmp_path, done, **was)
-    config = config_of(run, world["data"])
+    config = config_of(run, world["data"], **LOW)
     config.update_from_flattened_dict(was | now)
     if not message:
         assert check_workdir(run, continued(config, run))
@@ -167,6 +199,25 @@ def test_which_steps_may_still_change(world, tmp_path, done, was, now, message):
     with pytest.raises(UserError, match=message) as error:
         check_workdir(run, continued(config, run))
     assert "\n" not in str(error.value)
+
+
+def test_a_float16_base_is_begun_with_exactly(world, tmp_path):
+    """As released LLaVAs are stored; every number of float16 is one of float32."""
+    base, half = save_base(tmp_path / "base", world["data"], "float16")
+    for dtype in "float32", "bfloat16":
+        config = begin_with_run(config_of(tmp_path / "run", world["data"], init_from=base, model__param_dtype=dtype))
+        model_config = make_model_config(config, load_tokenizer(base / "tokenizer"))
+        mesh = make_mesh(config.mesh)
+        state = abstract_state(config, model_config, make_optimizer(config), mesh)
+        params, step = first_params(config, model_config, state, lambda line: None)
+        assert step == 2
+        for key, leaf in flatten_dict(params).items():
+            np.testing.assert_array_equal(leaf, half[key].astype(dtype))
+    with pytest.raises(
+        UserError, match="config.model.param_dtype: expected bfloat16 or float32 to train, found float16"
+    ):
+        train(config_of(tmp_path / "run", world["data"], init_from=base, model__param_dtype="float16"))
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Data -------------------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def default_config() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest), 'adafactor' (least memory)
+    config.optim.rounding = "stochastic"  # of bfloat16 parameters and moments; or 'nearest', which loses small updates
     config.optim.learning_rate = 1e-3
     config.optim.schedule = "cosine"  # or 'linear', 'wsd' (constant, then down), 'constant'
     config.optim.warmup_steps = 100
@@ -269,8 +270,12 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
 ADDED_LATER = {
     "data.transparency": "drop",
     "model.projector_layers": 2,
-    **{f"data.processor.{key}": value for key, value in default_config().data.processor.items()},
-    **{f"data.custom_template.{key}": value for key, value in default_config().data.custom_template.items()},
+    "optim.rounding": "nearest",
+    **{
+        f"data.{group}.{key}": value
+        for group in ("processor", "custom_template")
+        for key, value in default_config().data[group].items()
+    },
 }
 
 

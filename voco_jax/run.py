@@ -169,8 +169,7 @@ def _take_over(config, run, default, keys, name, where: str = "config.model") ->
             continue
         if config[key] not in (default[key], run[key]):
             raise UserError(
-                f"{where}.{key}: {name} has {run[key]!r}, found {config[key]!r}; "
-                "with init_from it need not be given"
+                f"{where}.{key}: {name} has {run[key]!r}, found {config[key]!r}; with init_from it need not be given"
             )
         config[key] = run[key]
 

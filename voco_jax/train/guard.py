@@ -24,7 +24,7 @@ class GuardState(NamedTuple):
 def guard(
     inner: optax.GradientTransformation, action: str = "stop", spike_factor: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, told the loss (`value=`), with a `GuardState` that counts good steps.
+    """`inner`, told the loss (`value=`), with a `GuardState` that counts good steps; `inner` is told them (`step=`).
 
     Bad is a loss or gradient norm that is not finite, and with a `spike_factor` above 0 a loss of more than so many
     times the running mean. With action 'skip' a bad step changes nothing: its updates are zeros, and the inner state
@@ -42,7 +42,8 @@ def guard(
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(global_norm(gradients)))
         if spike_factor:
             bad |= (state.good_steps >= WARM_UP) & (loss > spike_factor * state.mean_loss)
-        updates, new_inner = inner.update(gradients, state.inner, params, value=value, **extra)
+        step = state.good_steps
+        updates, new_inner = inner.update(gradients, state.inner, params, value=value, step=step, **extra)
         if action == "skip":
             # Not a conditional: the choice is part of the loops that update anyway. -0.0 leaves every number as it is
             updates = jax.tree.map(lambda u: jnp.where(bad, jnp.array(-0.0, u.dtype), u), updates)

@@ -36,6 +36,7 @@ from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.resume import BASE, base_of, continued
+from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 from voco_jax.train.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path
@@ -113,6 +114,8 @@ def _set_up(config: ConfigDict) -> _Setup:
         num_frozen = _count(state.params) - num_params
         frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
         _say(f"model: {num_params:,} parameters{frozen}, compressor {model_config.compressor}, {model_config.dtype}")
+        if lost := lost_updates(config, state.freezing.trained(state.params)):
+            _say(lost)
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:
             _try_first_batch(config, batches, train_step, state)

@@ -6,6 +6,7 @@ import optax
 
 from voco_jax.errors import UserError
 from voco_jax.train.guard import guard
+from voco_jax.train.rounding import check_dtypes, rounded
 
 NAMES = ("adamw", "muon", "adafactor")
 FACTORED_FROM = 64  # both sides of a matrix, for Adafactor: a head is a side, the number of layers none
@@ -48,6 +49,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 
     All of it under a guard against bad steps (`train/guard.py`): `update` takes the loss as `value=`.
     """
+    check_dtypes(config)
     optim, train = config.optim, config.train
     chain = optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
@@ -57,6 +59,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         optax.scale_by_schedule(make_schedule(optim, train.steps)),
         _scale_parts(optim.rate_scale.to_dict()),
     )
+    if optim.rounding == "stochastic":
+        chain = rounded(chain, config.seed)
     return guard(chain, train.on_bad_step, train.spike_factor)
 
 
