@@ -12,7 +12,9 @@ import tempfile
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.eight_devices import failures_of, run_checks
@@ -219,6 +221,29 @@ def a_training_step_keeps_what_is_frozen_and_where_things_are():
         assert same == any(keys[: len(part)] == part for part in frozen), keys
 
 
+def rounding_is_that_of_one_device():
+    """Of parameters and moments in bfloat16: what is random follows from places in the whole arrays."""
+    config, mesh = default_config(), mesh_of((2, 2, 1, 2))
+    config.optim.update(dict(clip_norm=1e9, warmup_steps=0, learning_rate=1e-4))
+    kernel = make(BASE)[1]["llama"]["layers"]["q_proj"]["kernel"].astype(jnp.bfloat16)
+    params = {"llama": {"layers": {"q_proj": {"kernel": kernel}}}}
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params)
+    shardings = param_shardings(mesh, params), param_shardings(mesh, state)
+
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params, value=1.0)
+        return optax.apply_updates(params, updates), state
+
+    alone, spread = (params, state), jax.device_put((params, state), shardings)
+    alone_step, spread_step = jax.jit(step), jax.jit(step, out_shardings=shardings)
+    for _ in range(3):
+        alone, spread = alone_step(*alone), spread_step(*spread)
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((alone, spread)))
+    found = spread[0]["llama"]["layers"]["q_proj"]["kernel"]
+    assert found.addressable_shards[0].data.size * 4 == found.size and (jax.device_get(found) != kernel).any()
+
+
 CHECKS = {case: functools.partial(loss_and_gradients_are_those_of_one_device, case) for case in CASES} | {
     check.__name__: check
     for check in (
@@ -228,6 +253,7 @@ CHECKS = {case: functools.partial(loss_and_gradients_are_those_of_one_device, ca
         parameters_are_made_in_their_shards,
         a_checkpoint_moves_between_meshes,
         a_training_step_keeps_what_is_frozen_and_where_things_are,
+        rounding_is_that_of_one_device,
     )
 }
 

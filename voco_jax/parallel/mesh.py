@@ -57,6 +57,11 @@ def axis_size(*axes: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
 
 
+def axis_keys(axes: str | tuple[str, ...]) -> str:
+    """The config keys of axes, for messages: 'mesh.data × mesh.fsdp'."""
+    return " × ".join(f"mesh.{axis}" for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def constrain(x: jax.Array, *spec) -> jax.Array:
     """`x` laid out over the ambient mesh as the partition spec says (axes left out: on every device)."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P(*spec))

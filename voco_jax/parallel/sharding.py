@@ -9,27 +9,37 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from voco_jax.errors import UserError
-from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
+from voco_jax.parallel.mesh import PARAMS, ROWS, axis_keys, constrain
 
-# Path (of a layer's parameter: without the leading layer axis) to the axes of its dimensions; the first that matches.
+# Path (of a layer's parameter: without the leading layer axis) to the axes of its dimensions, and the config keys that
+# say how long those are; the first that matches. `heads` are query or key/value heads.
 RULES = (
     # LoRA's matrices are spread as their kernel's axes are, the rank over nothing
-    (r"(q|k|v|gate|up)_proj\.lora\.lora_a", (PARAMS, None)),  # [D, rank]
-    (r"(q|k|v|gate|up)_proj\.lora\.lora_b", (None, ("tensor", *PARAMS))),  # [rank, heads·H or F]
-    (r"(o|down)_proj\.lora\.lora_a", (("tensor", *PARAMS), None)),  # [heads·H or F, rank]
-    (r"(o|down)_proj\.lora\.lora_b", (None, PARAMS)),  # [rank, D]
-    (r"embed_tokens\.embedding", ("tensor", PARAMS)),  # [V, D]
-    (r"embed_tokens\.voco_row", (PARAMS,)),  # [D], see train/freeze.py
-    (r"lm_head\.kernel", (PARAMS, "tensor")),  # [D, V]
-    (r"\b(q|k|v)_proj\.kernel|attention\.(query|key|value)\.kernel", (PARAMS, "tensor", None)),  # [D, heads, H]
-    (r"\b(q|k|v)_proj\.bias|attention\.(query|key|value)\.bias", ("tensor", None)),  # [heads, H]
-    (r"\b(o|out)_proj\.kernel|attention\.out\.kernel", ("tensor", None, PARAMS)),  # [heads, H, D]
-    (r"(gate_proj|up_proj|fc1|linear_1)\.kernel", (PARAMS, "tensor")),  # [D, F]
-    (r"(fc1|linear_1)\.bias", ("tensor",)),  # [F]
-    (r"(down_proj|fc2|linear_2)\.kernel", ("tensor", PARAMS)),  # [F, D]
-    (r"compressor\.linear\.kernel", (PARAMS, None)),
-    (r"patch_embedding\.kernel", (None, PARAMS)),  # [3·patch², D]
-    (r"norm|bias|class_embedding|position_embedding|queries|scale|ns_coeffs", ()),  # small: on every device
+    (r"(q|k|v)_proj\.lora\.lora_b", (None, ("tensor", *PARAMS)), "rank heads"),  # heads·H
+    (r"(gate|up)_proj\.lora\.lora_b", (None, ("tensor", *PARAMS)), "rank intermediate_size"),
+    (r"(q|k|v|gate|up)_proj\.lora\.lora_a", (PARAMS, None), "hidden_size rank"),
+    (r"o_proj\.lora\.lora_a", (("tensor", *PARAMS), None), "heads rank"),  # heads·H
+    (r"down_proj\.lora\.lora_a", (("tensor", *PARAMS), None), "intermediate_size rank"),
+    (r"(o|down)_proj\.lora\.lora_b", (None, PARAMS), "rank hidden_size"),
+    (r"embed_tokens\.embedding", ("tensor", PARAMS), "vocab_multiple hidden_size"),
+    (r"embed_tokens\.voco_row", (PARAMS,), "hidden_size"),  # see train/freeze.py
+    (r"lm_head\.kernel", (PARAMS, "tensor"), "hidden_size vocab_multiple"),
+    (
+        r"\b(q|k|v)_proj\.kernel|attention\.(query|key|value)\.kernel",
+        (PARAMS, "tensor", None), "hidden_size heads head_dim",
+    ),
+    (r"\b(q|k|v)_proj\.bias|attention\.(query|key|value)\.bias", ("tensor", None), "heads head_dim"),
+    (r"\b(o|out)_proj\.kernel|attention\.out\.kernel", ("tensor", None, PARAMS), "heads head_dim hidden_size"),
+    (r"linear_1\.kernel", (PARAMS, "tensor"), "vision.hidden_size hidden_size"),
+    (r"linear_2\.kernel", ("tensor", PARAMS), "hidden_size hidden_size"),
+    (r"(gate_proj|up_proj|fc1)\.kernel", (PARAMS, "tensor"), "hidden_size intermediate_size"),
+    (r"linear_1\.bias", ("tensor",), "hidden_size"),
+    (r"fc1\.bias", ("tensor",), "intermediate_size"),
+    (r"(down_proj|fc2)\.kernel", ("tensor", PARAMS), "intermediate_size hidden_size"),
+    (r"compressor\.linear\.kernel", (PARAMS, None), "hidden_size hidden_size"),
+    (r"patch_embedding\.kernel", (None, PARAMS), "patch hidden_size"),
+    # Small: on every device
+    (r"norm|bias|class_embedding|position_embedding|queries|scale|ns_coeffs", (), ""),
 )  # fmt: skip
 
 BATCH = {"pixel_values": (ROWS, "frame")}  # [bins, I, size, size, 3]; everything else is [rows, T]
@@ -37,10 +47,31 @@ BATCH = {"pixel_values": (ROWS, "frame")}  # [bins, I, size, size, 3]; everythin
 
 def param_spec(path: str) -> P:
     """The partition spec of a parameter by its dotted path, stacked layers' leading axis included."""
-    for pattern, spec in RULES:
+    spec, _ = _rule(path)
+    return P(None, *spec) if _in_layers(path) and spec else P(*spec)
+
+
+def dimension_key(path: str, place: int) -> str:
+    """The config key that says how long a dimension of a parameter is, of those that are spread over devices."""
+    part = "vision" if re.search(r"\bvision_tower\b", path) else "llama"
+    key = _rule(path)[1].split()[place - _in_layers(path)]
+    if key == "heads":
+        grouped = part == "llama" and re.search(r"\b[kv]_proj\b", path)
+        key = "num_key_value_heads" if grouped else "num_attention_heads"
+    elif key == "intermediate_size" and re.search(r"\bcompressor\b", path):
+        key = "hidden_size"  # of a Q-Former's MLP, which is four times as wide
+    return f"config.model.{key}" if "." in key else f"config.model.{part}.{key}"
+
+
+def _rule(path: str) -> tuple[tuple, str]:
+    for pattern, spec, dimensions in RULES:
         if re.search(pattern, path):
-            return P(None, *spec) if re.search(r"\blayers\.", path) and spec else P(*spec)
+            return spec, dimensions
     raise ValueError(f"{path}: no sharding rule for this parameter (voco_jax/parallel/sharding.py)")
+
+
+def _in_layers(path: str) -> bool:
+    return re.search(r"\blayers\.", path) is not None
 
 
 def param_shardings(mesh: Mesh, params, *, for_use: bool = False):
@@ -61,10 +92,10 @@ def param_shardings(mesh: Mesh, params, *, for_use: bool = False):
             if size % count and for_use and axes == "tensor" and re.search("embed_tokens|lm_head", name):
                 spec = P(*spec[:place], None, *spec[place + 1 :])
             elif size % count:
-                hint = "; model.llama.vocab_multiple pads it" if re.search("embed_tokens|lm_head", name) else ""
-                raise UserError(
-                    f"config.mesh: {name} {list(leaf.shape)}: {count} devices along {axes} do not divide {size}{hint}"
-                )
+                key = dimension_key(name, place)
+                hint = " rows; it pads the vocabulary" if key.endswith("vocab_multiple") else ""
+                expected = f"expected a multiple of {count}, the devices along {axis_keys(axes)}"
+                raise UserError(f"{key}: {name} {list(leaf.shape)}: {expected}; found {size}{hint}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
@@ -82,7 +113,7 @@ def batch_shardings(mesh: Mesh, batch: dict):
         spec = batch_spec(name)
         for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_bin"), strict=False):
             if size % (count := _count(mesh, axes)):
-                expected = f"expected a multiple of {count}, the devices along {axes}"
+                expected = f"expected a multiple of {count}, the devices along {axis_keys(axes)}"
                 raise UserError(f"config.{key}: {name} {list(array.shape)}: {expected}; found {size}")
         return NamedSharding(mesh, P(*spec))
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from voco_jax.attention.platform import platform
 from voco_jax.errors import UserError
-from voco_jax.parallel.mesh import PARAMS, ROWS, axis_size
+from voco_jax.parallel.mesh import PARAMS, ROWS, axis_keys, axis_size
 
 CHUNK = 1024  # labels; logits of a chunk are 131 MB for 32,000 tokens
 CPU_CHUNK = 256  # large enough for its products to run at full speed, and a last one that is half empty costs less
@@ -33,7 +33,7 @@ def label_cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, 
     """
     size = axis_size(*SPREAD)
     if hidden.shape[1] % size:
-        expected = f"expected a multiple of {size}, the devices along {SPREAD}"
+        expected = f"expected a multiple of {size}, the devices along {axis_keys(SPREAD)}"
         raise UserError(f"config.data.row_length: {expected}; found {hidden.shape[1]}")
     return _cross_entropy(hidden, head, jnp.asarray(targets), jnp.asarray(weights), vocab_size)
 

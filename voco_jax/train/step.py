@@ -10,7 +10,7 @@ import optax
 
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Read
-from voco_jax.parallel.mesh import ROWS, axis_size, constrain
+from voco_jax.parallel.mesh import ROWS, axis_keys, axis_size, constrain
 from voco_jax.parallel.sharding import batch_spec
 from voco_jax.train.cross_entropy import label_cross_entropy
 from voco_jax.train.freeze import Freezing
@@ -56,7 +56,11 @@ def split_batch(batch: dict, pieces: int) -> dict:
     devices = axis_size(*ROWS)
     bins = len(batch["pixel_values"])
     if bins % (devices * pieces):
-        over = f"the {devices} devices along {ROWS} times train.accumulate" if devices > 1 else "train.accumulate"
+        over = (
+            f"the {devices} devices along {axis_keys(ROWS)} times train.accumulate"
+            if devices > 1
+            else "train.accumulate"
+        )
         raise UserError(f"config.data.batch_size: expected a multiple of {devices * pieces}, {over}; found {bins}")
 
     def split(name, array):
