@@ -10,6 +10,7 @@ off is written anew.
 """
 
 import argparse
+import codecs
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
@@ -55,7 +56,7 @@ class Question:
 def read_questions(file: Path, images: Path | None) -> list[Question]:
     """All questions of a file; UserError names the line of one that cannot be asked, or whose picture is not there."""
     try:
-        content = file.read_bytes()
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"{file}: the questions cannot be read: {error.strerror}") from None
     if content.lstrip().startswith(b"["):
