@@ -102,7 +102,7 @@ def test_a_mistyped_key(tmp_path, monkeypatch, capsys):
     arguments = [*tiny.arguments(tmp_path / "run"), "--config.optim.learning_rat=1"]
     status, _, err = run_main(train_main, monkeypatch, capsys, *arguments)
     assert status == 2 and err.count("\n") == 1
-    assert 'Did you mean "learning_rate" instead of "learning_rat"' in err
+    assert "no such key; did you mean config.optim.learning_rate?" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.commands import run_main
-from voco_jax.config import parse_command_line
+from voco_jax.command_line import parse_command_line
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.data.preview import __main__ as preview

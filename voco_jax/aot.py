@@ -1,4 +1,6 @@
-"""Does this run fit that TPU slice, and how fast should it be? Asked of the TPU compiler, on a machine without a TPU.
+"""python -m voco_jax.aot --config=FILE --topology=CHIP:SHAPE [--config.KEY=VALUE …]
+
+Does this run fit that TPU slice, and how fast should it be? Asked of the TPU compiler, on a machine without a TPU.
 
     python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
     python -m voco_jax.aot --config=… --config.data.batch_size=256 --topology=v5p:2x2x4 --step=compress --json
@@ -19,9 +21,8 @@ import time
 from absl import flags
 import jax
 from ml_collections import ConfigDict
-from ml_collections.config_flags import get_config_filename
 
-from voco_jax.config import parse_flags
+from voco_jax.command_line import config_file, parse_flags
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel.chips import Chip, topology_devices
 from voco_jax.parallel.hlo import HLOError
@@ -213,7 +214,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 @one_line_errors
 def main() -> None:
-    config, values = parse_flags(sys.argv, define_flags)
+    config, values = parse_flags(sys.argv, define_flags, __doc__)
     topology, step = values["topology"].value, values["step"].value
     if topology is None:
         raise UserError("command line: --topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
@@ -225,7 +226,7 @@ def main() -> None:
     program = make_program(config, step, mesh)
     print(f"compiling for {len(devices)} × {chip.name} …", file=sys.stderr, flush=True)
     about = {
-        "config": get_config_filename(values["config"]),
+        "config": config_file(sys.argv),
         "step": step,
         "topology": topology,
         "chips": len(devices),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from voco_jax.api import Model
+from voco_jax.config import sources_to_score
 from voco_jax.data.records import Record
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
@@ -79,7 +80,7 @@ def evaluate(run: Run, max_records: int | None = None, name: str | None = None) 
 def score_sources(run: Run, max_records: int | None = None, baselines: bool = False) -> Iterator[tuple[str, Scored]]:
     """Every source of the run's config.data.test by its name, in turn. UserError for a kind that cannot be scored, and
     for files that are not there, before the first is."""
-    by_name = run.config.data.test
+    by_name = _by_name(run, "test")
     if not by_name or any(keys.kind not in SCORED for keys in by_name.values()):
         kinds = ", ".join(keys.kind for keys in by_name.values()) or "none"
         raise UserError(f"{run.directory}: config.data.test: only {' and '.join(SCORED)} can be scored; found {kinds}")
@@ -111,18 +112,22 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
 
 
 def _names(run: Run, key: str, kind: str) -> list[str]:
-    return sorted(name for name, keys in run.config.data[key].items() if keys.kind == kind)
+    return sorted(name for name, keys in _by_name(run, key).items() if keys.kind == kind)
+
+
+def _by_name(run: Run, key: str) -> ConfigDict:
+    return sources_to_score(run.config.data) if key == "test" else run.config.data[key]
 
 
 def _load(run: Run, key: str, names: list[str]) -> list[Record]:
-    return [record for name in names for record in easyvqa.load(run.config.data[key][name].split)]
+    return [record for name in names for record in easyvqa.load(_by_name(run, key)[name].split)]
 
 
 def _open_clips(run: Run, key: str) -> dict[str, VideoQuestionSource]:
     names = _names(run, key, "video_qa")
     if not names:
         return {}
-    found, _ = open_sources(ConfigDict({"data": {key: {name: run.config.data[key][name] for name in names}}}), key)
+    found, _ = open_sources(ConfigDict({"data": {key: {name: _by_name(run, key)[name] for name in names}}}), key)
     return dict(zip(names, found, strict=True))
 
 
@@ -158,12 +163,12 @@ def main() -> None:
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
-    several, one_easyvqa = len(run.config.data.test) > 1, len(_names(run, "test", "easyvqa")) == 1
+    several, one_easyvqa = len(_by_name(run, "test")) > 1, len(_names(run, "test", "easyvqa")) == 1
     for name, scored in score_sources(run, args.max_records, args.baselines):
         if several:
             print(f"## {name}\n")
         print("\n".join([table(scored.results["counts"]), *scored.notes]))  # first, whatever becomes of the files
-        of_source = suffix if one_easyvqa and run.config.data.test[name].kind == "easyvqa" else f".{name}{suffix}"
+        of_source = suffix if one_easyvqa and _by_name(run, "test")[name].kind == "easyvqa" else f".{name}{suffix}"
         written = [f"results{of_source}.json", *(f"{picture}{of_source}.png" for picture in scored.pictures)]
         with files_for(args.run) as directory:
             temporary = directory / f"{written[0]}.new"

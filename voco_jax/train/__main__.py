@@ -1,6 +1,8 @@
-"""`python -m voco_jax.train --config=configs/easyvqa.py [--config.optim.learning_rate=… …]`
+"""python -m voco_jax.train --config=FILE [--config.KEY=VALUE …]
 
-With several processes, see `voco_jax/parallel/distributed.py`.
+Trains a model into the directory config.workdir, for example --config=configs/easyvqa.py. The same command again goes
+on from the newest checkpoint. Of several processes each is given the same command, and the first three options below,
+or finds them in its environment (docs/launching.md).
 """
 
 import os
@@ -9,7 +11,7 @@ import threading
 
 import jax
 
-from voco_jax.config import parse_flags
+from voco_jax.command_line import parse_flags
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel import distributed
 from voco_jax.parallel.watch import watch
@@ -18,7 +20,7 @@ from voco_jax.train.loop import train
 
 @one_line_errors
 def main() -> None:
-    config, flags = parse_flags(sys.argv, distributed.define_flags)
+    config, flags = parse_flags(sys.argv, distributed.define_flags, __doc__)
     distributed.start(flags.coordinator, flags.num_processes, flags.process_id, flags.initialization_timeout)
     with watch():
         run = train(config)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from voco_jax.config import sources_to_score
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.errors import UserError
@@ -84,6 +85,8 @@ def train(config: ConfigDict) -> AnyPath:
 def _set_up(config: ConfigDict) -> _Setup:
     workdir = workdir_path(config)
     config = continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
+    config = config.copy_and_resolve_references()
+    config.data.test = sources_to_score(config.data)
     resuming = check_workdir(workdir, config)
     if not resuming and (note := other_pixels(config)):
         _say(note)
@@ -96,6 +99,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     tokenizer, model_config, batches, longest = open_training_data(
         config, run=workdir if resuming else None, shard=shard, say=_say
     )
+    config.data.rows_per_bin = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
     _check_positions(longest, model_config)
