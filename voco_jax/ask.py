@@ -48,6 +48,8 @@ def main() -> None:
         raise UserError("--picture: expected a --memory that holds it")
     model = load_model(args)
     seen = look(model, args)
+    if seen is None and saw_single_questions(model):
+        print(f"note: no picture is given, and {model.run.directory} was trained on pictures only", file=sys.stderr)
     each = args.each or (args.memory is not None and not args.together and seen is not None and not seen.is_video)
     if each and seen is None:
         raise UserError("--each: expected pictures, found none")
@@ -97,6 +99,15 @@ def warn_of_more(model: Model, count: int) -> None:
     if count > trained:
         note = f"note: {model.run.directory} was trained with at most {trained} pictures at a time, found {count}"
         print(note, file=sys.stderr)
+
+
+def saw_single_questions(model: Model) -> bool:
+    """Whether a run has learned all it knows from sources that have a picture, and a single question, in every
+    conversation."""
+    config, directory = model.run.config, model.run.directory
+    kinds = {keys.kind for keys in config.data.train.values()}
+    trained_here = (directory / "metrics.jsonl").exists() and not config.init_from  # not converted, say
+    return trained_here and kinds <= {"easyvqa", "video_qa", "tfds"}
 
 
 def describe(seen: Seen) -> str:

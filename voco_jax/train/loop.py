@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from voco_jax.attention import interpreted
 from voco_jax.config import sources_to_score
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
@@ -114,10 +115,11 @@ def _set_up(config: ConfigDict) -> _Setup:
         train_step = make_train_step(
             state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate
         )
-        num_params = _count(state.freezing.trained(state.params))
-        num_frozen = _count(state.params) - num_params
-        frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
-        _say(f"model: {num_params:,} parameters{frozen}, compressor {model_config.compressor}, {model_config.dtype}")
+        total, trained = _count(state.params), _count(state.freezing.trained(state.params))
+        some = f", {trained:,} of them trained" if trained != total else ""
+        _say(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
+        if note := interpreted(model_config.attention):
+            _say(f"model: {note}")
         if lost := lost_updates(config, state.freezing.trained(state.params)):
             _say(lost)
         # The directory comes into being only later, when what can be wrong with the input has shown itself
