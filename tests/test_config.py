@@ -300,6 +300,12 @@ def test_a_config_from_before_a_key_was_there(tmp_path):
     assert load_config(path).model.projector_layers == 2
 
 
+def test_a_checkpoint_of_another_project_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": {}}')
+    with pytest.raises(UserError, match=f"make one of it: python tools/convert_weights.py to-jax {tmp_path} RUN"):
+        load_config(tmp_path / "config.json")
+
+
 def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
     files = list((Path(__file__).parents[1] / "configs").glob("*.py"))
     configs = [parse(f"--config={file}") for file in files]

@@ -26,9 +26,10 @@ from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
+from voco_jax.eval import pictures
 from voco_jax.eval.conversations import LONG as LONG_ANSWERS
 from voco_jax.eval.conversations import score_conversations, scores, table
-from voco_jax.eval.scoring import token_f1
+from voco_jax.eval.scoring import Answer, token_f1
 from voco_jax.infer.answerer import Answerer
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
@@ -211,7 +212,7 @@ def test_the_sheet(evaluated):
     sheet = evaluated[0].sheet
     assert sheet.name == "step_000005.png" and sheet.parent.name == "answers"
     with Image.open(sheet) as picture:
-        assert picture.size == (1364, 1155) and len(picture.getcolors(10**6)) > 50
+        assert picture.width == 1364 and picture.height > 900 and len(picture.getcolors(10**6)) > 50
 
 
 def test_the_same_again(evaluated):
@@ -361,3 +362,19 @@ def test_two_processes_see_what_one_does(test_set, evaluated, tmp_path):
         assert loss == pytest.approx(evaluation.values["eval_loss"], rel=1e-5) and answers == alone
         assert fingerprint == evaluator.fingerprint()
         assert drawn == (process == 0) and rows == [2 * process, 2 * process + 1]
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_all_text_of_a_sheet_is_on_it(count, tmp_path, monkeypatch):
+    """Long questions and answers under square pictures, in one row and in several."""
+    monkeypatch.setattr(pictures.plt, "close", lambda figure: None)
+    answers = [Answer("", LONG * 4, LONG * 5, LONG * 6)] * count
+    pictures.draw_sheet(answers, [Image.new("RGB", (50, 50))] * count, tmp_path / "sheet.png", "a title")
+    figure = pictures.plt.gcf()
+    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    assert len(boxes) == 2 * count + 1 and sum("truth:" in text.get_text() for text in figure.texts) == count
+    assert all(box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x0 >= 0 for box in boxes)
+    places = [axis.get_window_extent() for axis in figure.axes]
+    assert not any(box.overlaps(place) for box in boxes for place in places)
+    monkeypatch.undo()
+    pictures.plt.close(figure)

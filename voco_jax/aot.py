@@ -18,7 +18,7 @@ import json
 import math
 import re
 import sys
-import threading
+from threading import Event, Thread
 import time
 
 from absl import flags
@@ -280,7 +280,7 @@ def with_shape(config: ConfigDict) -> ConfigDict:
 @contextlib.contextmanager
 def telling_time(line: str) -> Iterator[None]:
     """A line on standard error, and the time that has gone by: on a terminal every second, else every minute."""
-    start, done, terminal = time.monotonic(), threading.Event(), sys.stderr.isatty()
+    start, done, terminal = time.monotonic(), Event(), sys.stderr.isatty()
 
     def tell() -> None:
         while not done.wait(1 if terminal else 60):
@@ -288,7 +288,7 @@ def telling_time(line: str) -> Iterator[None]:
             print(f"\r{passed}" if terminal else passed, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    teller = threading.Thread(target=tell, daemon=True)
+    teller = Thread(target=tell, daemon=True)
     teller.start()
     try:
         yield

@@ -48,11 +48,10 @@ def main() -> None:
         raise UserError("--picture: expected a --memory that holds it")
     model = load_model(args)
     seen = look(model, args)
-    if seen is None and saw_single_questions(model):
-        print(f"note: no picture is given, and {model.run.directory} was trained on pictures only", file=sys.stderr)
     each = args.each or (args.memory is not None and not args.together and seen is not None and not seen.is_video)
     if each and seen is None:
         raise UserError("--each: expected pictures, found none")
+    warn_of_none(model, seen)
     if not each and seen is not None:
         warn_of_more(model, len(seen))
     for question in args.question:
@@ -99,6 +98,12 @@ def warn_of_more(model: Model, count: int) -> None:
     if count > trained:
         note = f"note: {model.run.directory} was trained with at most {trained} pictures at a time, found {count}"
         print(note, file=sys.stderr)
+
+
+def warn_of_none(model: Model, seen: Seen | None) -> None:
+    """On standard error, where a model is asked without a picture that has never seen a text alone."""
+    if seen is None and saw_single_questions(model):
+        print(f"note: no picture is given, and {model.run.directory} was trained on pictures only", file=sys.stderr)
 
 
 def saw_single_questions(model: Model) -> bool:

@@ -10,7 +10,7 @@ A line is a turn. These lines are not:
 import argparse
 import sys
 
-from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more
+from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more, warn_of_none
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import (
     add_answer_arguments,
@@ -36,8 +36,7 @@ def main() -> None:
     seen = look(model, args)
     if seen is not None:
         warn_of_more(model, len(seen))
-    if seen is None and saw_single_questions(model):
-        print(f"note: no picture is given, and {args.run} was trained on pictures only", file=sys.stderr)
+    warn_of_none(model, seen)
     chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
     asking = sys.stdin.isatty()
     if asking:

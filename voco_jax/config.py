@@ -265,6 +265,11 @@ def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 def load_config(path: str | os.PathLike) -> ConfigDict:
     """A config written by `save_config`; UserError names an unknown or missing key."""
     stored = read_object(path, hint="a run directory holds config.json, tokenizer/ and checkpoints/")
+    if "model_type" in stored:
+        raise UserError(
+            f"{path}: a checkpoint in Hugging Face's form, not a run; make one of it: "
+            f"python tools/convert_weights.py to-jax {as_path(path).parent} RUN"
+        )
     config = default_config()
     missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
