@@ -73,6 +73,11 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
     [
         (["--image", "nothing.png", "what?"], "nothing.png: not found"),
         (["--image", __file__, "what?"], "test_command_lines.py: not a readable picture"),
+        (
+            ["--image", "https://a.org/b.png", "what?"],
+            "web addresses are not fetched; download it first: curl -LO https",
+        ),
+        (["--image", "file:///nothing%20here.png", "what?"], "error: /nothing here.png: not found"),
         (["--image", "{picture}", " "], "question: expected text, found none"),
         (["--image", "{picture}", "what <voco>?"], "contains the special token '<voco>'"),
         (["--image", "{picture}", "what <image>?"], "expected 1 <image> markers, one an image; found 2"),

@@ -273,7 +273,7 @@ def key_meanings() -> dict[str, str]:
 
 def help_text(about: str, values: flags.FlagValues) -> str:
     """Usage, what the command does, its own flags, and all config keys with their defaults, in their groups."""
-    width = max(72, min(120, shutil.get_terminal_size().columns))
+    width = max(72, min(120, shutil.get_terminal_size((110, 24)).columns))
     usage, _, rest = about.strip().partition("\n")
     lines = [usage, *([rest.rstrip()] if rest else []), "", "Options:"]
     own = [
@@ -283,7 +283,7 @@ def help_text(about: str, values: flags.FlagValues) -> str:
     for name in values:
         flag = values[name]
         default = f" (default {flag.default})" if flag.default not in (None, "", [], False) else ""
-        own.append((f"--{name}" + ("" if flag.boolean else "=…"), f"{flag.help.splitlines()[0]}{default}"))
+        own.append((f"--{name}" + ("" if flag.boolean else "=…"), f"{flag.help.splitlines()[0].rstrip(';')}{default}"))
     lines += _columns(own, width)
     lines += ["", "Config keys with their defaults:"]
     lines += _group(default_config(), "", key_meanings(), width)
