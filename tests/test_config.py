@@ -152,6 +152,8 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
         ),
         ("source('llava', fil='a')", "source llava: expected a key of weight, file, images, videos; found 'fil'"),
         ("[][1]", "list index out of range"),
+        ("{}['a']", "KeyError: a"),
+        ("assert config.seed", "AssertionError"),
     ],
 )
 def test_a_line_of_a_config_file(tmp_path, line, message):

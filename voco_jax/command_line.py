@@ -165,7 +165,10 @@ def load_file(path: str) -> ConfigDict:
         raise UserError(f"{place}: {error.msg}") from error
     except Exception as error:  # what is mistyped in a config file may be of any kind: a name, an import, a value
         place, frames = _place(error.__traceback__, file)
-        text = _key_error(error, frames) or one_line(error)
+        text = _key_error(error, frames)
+        if text is None:
+            text, bare = one_line(error), isinstance(error, KeyError | AssertionError)
+            text = f"{type(error).__name__}: {text}".rstrip(": ") if bare or not text else text
         prefix = "" if not frames and isinstance(error, UserError) else f"{place}: "
         raise UserError(f"{prefix}{text}") from error
 
