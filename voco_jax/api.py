@@ -141,16 +141,14 @@ class Model:
 
     def look(self, about: About | None) -> Seen | None:
         """What a question is about, as it is read: what `see` and `compress` gave is taken as it is, several joined;
-        pictures are looked at, and a path ending in .voco is a memory file's. None for text alone."""
+        pictures are looked at, and so are a video's frames; a path ending in .voco is a memory file's. None for text
+        alone."""
         if about is None or isinstance(about, MemoryBank | Embeddings):
             return about
-        if isinstance(about, str | os.PathLike):
+        if _names_several(about):
             path = local_path(os.fspath(about))
-            if path.endswith(SUFFIX):
-                return self.open(path)
-            if (mimetypes.guess_type(path)[0] or "").startswith("video/"):
-                return self.see_video(path)
-        if isinstance(about, Sequence) and any(isinstance(one, MemoryBank | Embeddings) for one in about):
+            return self.open(path) if path.endswith(SUFFIX) else self.see_video(path)
+        if isinstance(about, list | tuple) and any(isinstance(x, Seen) or _names_several(x) for x in about):
             parts = [self.look(one) for one in about]
             if isinstance(parts[0], MemoryBank):
                 return join(of_one_dtype(parts))
@@ -372,6 +370,14 @@ class Model:
                         f"{bank.model}"
                     )
             return join(of_one_dtype(banks)).memory(places), pictures
+
+
+def _names_several(about) -> bool:
+    """Whether it is the path of a memory file, or by its ending of a video."""
+    if not isinstance(about, str | os.PathLike):
+        return False
+    path = os.fspath(about)
+    return path.endswith(SUFFIX) or (mimetypes.guess_type(path)[0] or "").startswith("video/")
 
 
 def _tokens(*seen: Seen | None) -> int | None:
