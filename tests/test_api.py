@@ -120,10 +120,12 @@ def test_a_question_about_a_picture_itself(either, tmp_path, monkeypatch):
     shutil.copy(PICTURES[0], tmp_path / "of a.png")
     monkeypatch.chdir(tmp_path)
     image = Image.open(PICTURES[0])
-    for kind in PICTURES[0], "of a.png", (tmp_path / "of a.png").as_uri(), Path("of a.png"), image, np.asarray(image):
+    kinds = [PICTURES[0], "of a.png", (tmp_path / "of a.png").as_uri(), Path("of a.png"), image, np.asarray(image)]
+    for kind in *kinds, Path("of a.png").read_bytes(), io.BytesIO(Path("of a.png").read_bytes()):
         for about in kind, [kind]:
             np.testing.assert_allclose(arrays(either.look(about)), arrays(seen[0]), atol=1e-5)
-    for several in PICTURES[:2], (image, PICTURES[1]), [seen[0], PICTURES[1]], [seen[0], seen[1]]:
+    two = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in PICTURES[:2]])
+    for several in PICTURES[:2], (image, PICTURES[1]), two, [seen[0], PICTURES[1]], [seen[0], seen[1]]:
         np.testing.assert_allclose(arrays(either.look(several)), arrays(seen), atol=1e-5)
     assert either.look(seen) is seen and either.look(None) is None
 

@@ -154,7 +154,7 @@ class Model:
                 return join(of_one_dtype(parts))
             items = tuple(item for part in parts for item in part.items)
             return Embeddings(jax.numpy.concatenate([part.features for part in parts]), items)
-        if not isinstance(about, Iterable | PictureLike):
+        if not is_picture(about) and not isinstance(about, Iterable):
             raise UserError(f"pictures: expected one or several, found {type(about).__name__}")
         return self.see(about)
 

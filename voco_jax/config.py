@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()  # docs/data.md
     config.data.train = sources(easyvqa=source("easyvqa"))  # by name; kinds and their keys: docs/data.md
     config.data.test = sources()  # by name; empty: none, or easy-VQA's own where it alone is trained on
-    config.data.template = "voco_v1"  # what stands around questions and answers: voco_jax/data/conversations.py; or 'custom'
+    config.data.template = "voco_v1"  # what stands around questions and answers: data/conversations.py; or 'custom'
     config.data.custom_template = ConfigDict()  # exact text, spaces too; '{eos}' is the end-of-sequence token
     config.data.custom_template.system = ""  # before the first turn
     config.data.custom_template.user = "USER: "  # before a question
@@ -80,8 +80,8 @@ def default_config() -> ConfigDict:
     config.data.processor.do_resize = True  # False: the middle is cut out of the picture at its own size
     config.data.processor.resample = "bicubic"  # Pillow's name of the filter
     config.data.processor.rescale_factor = 1 / 255  # grey levels 0 … 255 are multiplied with it
-    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue; CLIP's
-    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # mean and deviation are of rescaled values
+    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue; CLIP's
+    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # and standard deviation; of rescaled values
     config.data.processor.pad_color = ()  # (red, green, blue), 0 … 255, around a padded picture; (): the mean colour
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length

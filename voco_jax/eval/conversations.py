@@ -163,7 +163,7 @@ def _read(model: Model, maker: SampleMaker, source, i: int, limit: int, report: 
     if not usable:
         return []
     try:
-        images = maker.load_images(record, times, lambda kind: None)
+        images = maker.load_images(record, times, model.run.processor.load)
     except BadRecord as error:
         for _ in usable:
             report.add_bad(error, source.where(i))
