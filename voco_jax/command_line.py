@@ -295,7 +295,7 @@ def help_text(about: str, values: flags.FlagValues) -> str:
         "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
     ]
     lines += _columns([(kind, ", ".join([*keys, "weight"])) for kind, keys in SOURCE_KEYS.items()], width)
-    lines += ["", f"Templates: {', '.join(TEMPLATES)}"]
+    lines += ["", f"Templates: {', '.join(TEMPLATES)}, custom"]
     return "\n".join(lines)
 
 

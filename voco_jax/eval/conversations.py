@@ -13,10 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model
-from voco_jax.data.conversations import IMAGE, VIDEO, Sample
+from voco_jax.data.conversations import Sample
 from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
+from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import COLUMNS, ROWS
 from voco_jax.eval.scoring import OVERALL, Answer, longest_answer, token_f1
@@ -121,8 +122,7 @@ def _first(turns) -> tuple[str, str] | None:
     """The first question of a conversation, without markers, and its answer; None for what is of another form."""
     try:
         human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
-        question, answer = turns[human]["value"], turns[human + 1]["value"]
-        return question.replace(IMAGE, "").replace(VIDEO, "").strip(), answer + ""
+        return text_of(turns[human]["value"]), turns[human + 1]["value"] + ""
     except (StopIteration, IndexError, KeyError, TypeError, AttributeError):
         return None
 
