@@ -6,13 +6,25 @@ VIDEO_RUN ?= runs/video_demo
 VIDEO_IMAGES ?= runs/video_demo_images
 CLIPS ?= data/shape_clips
 BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
 
 # Of what the oldest versions that setup.py admits might do otherwise
 OLDEST_TESTS ?= tests/test_setup.py tests/test_tokenizer.py tests/test_tokenizer_files.py tests/test_text_stream.py \
   tests/test_conversations.py tests/test_config.py tests/test_images.py tests/test_llama.py tests/test_vit.py \
   tests/test_convert.py tests/test_checkpoint.py tests/test_pipeline.py tests/test_video.py
 
-.PHONY: demo video-demo test test-oldest lint table1 aot clean
+.PHONY: help demo video-demo test test-oldest lint table1 aot clean
+
+help:
+	@echo "make demo        train the small model on easy-VQA, score it and ask it"
+	@echo "make video-demo  an image model, and how it goes on with clips"
+	@echo "make test        all tests"
+	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
+	@echo "make lint        ruff and shellcheck"
+	@echo "make table1      the paper's Table 1 on easy-VQA"
+	@echo "make aot         which run fits which TPU slice"
+	@echo "make clean       delete $(VENV) and what was built"
+	@echo "PYTHON=… chooses the interpreter, VENV=… where packages go; python -m voco_jax lists the commands"
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m voco_jax.train --config=configs/easyvqa.py --config.workdir=$(RUN)

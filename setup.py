@@ -44,6 +44,7 @@ setup(
         "eval": ["easy-vqa==1.0", "lmms-eval>=0.7.3,<0.8", "pytz"],  # pytz: lmms-eval imports it, and does not say so
         "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
         "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
+        "tensorboard": ["tensorboard>=2.18"],  # to look at what training logs
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "video": ["av>=18,<19"],
         "test": [

@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-from voco_jax.config import parse_command_line
+from voco_jax.command_line import parse_command_line
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.train.optimizer import make_schedule
 

@@ -3,7 +3,7 @@
 python -m voco_jax.train --config=configs/easyvqa.py
 """
 
-from voco_jax.config import default_config
+from voco_jax.config import default_config, source, sources
 
 
 def get_config():
@@ -13,6 +13,7 @@ def get_config():
     config.model.num_voco_tokens = 1
     config.model.unroll_layers = True  # few and small: faster on a CPU than a scan
 
+    config.data.test = sources(easyvqa=source("easyvqa", split="test"))
     config.data.template = "bare"  # a system prompt that never changes has nothing to say here
     config.data.batch_size = 32
     config.data.conversations_per_record = 4  # questions that share one compression of their picture

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests import tiny
 from tests.commands import run_main
 from tests.tpu import needs_libtpu
 from voco_jax import aot
-from voco_jax.config import default_config
+from voco_jax.config import default_config, source, sources
+from voco_jax.errors import UserError
 from voco_jax.parallel.chips import CHIPS
+from voco_jax.train.data import open_training_data
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
 
@@ -24,7 +27,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
         (["--topology=v5e:8"], "topology: expected chip:shape, for example v5e:2x2,"),
         (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
         (["--topology=v5e:2x2", "--fast"], "fast"),
-        (["--topology=v5e:2x2", "more"], "'more' is no option; use --config=FILE --config.KEY=VALUE, --json"),
+        (["--topology=v5e:2x2", "more"], "'more' is not an option; use --config=FILE --config.KEY=VALUE, --json"),
         (["--topology=v5e:2x2", "--xla=vmem"], "--xla: expected NAME=VALUE, found 'vmem'"),
         pytest.param(["--topology=v6e:3x5"], "topology v6e:3x5: ", marks=needs_libtpu),
     ],
@@ -157,3 +160,34 @@ def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
     sent = {collective["kind"]: collective["bytes"] for collective in report["collectives"]}
     gathered = 2 * 4 * (4 * 512 * 512 + 3 * 512 * 1408) / 2 * 2 * 7 / 8
     assert gathered < sent["all-gather"] < 1.25 * gathered
+
+
+def test_a_shape_that_the_data_choose(tmp_path, capsys):
+    """As training has it; without the data the keys are named."""
+    config = tiny.config(tmp_path / "run", data__rows_per_bin=0)
+    shape = open_training_data(config, say=lambda line: None).batches.loader.plan.shape
+    found = aot.with_shape(config).data
+    assert (found.row_length, found.rows_per_bin) == (shape.row_length, shape.rows) and config.data.row_length == 0
+    assert capsys.readouterr().err == f"from the data: row_length {shape.row_length}, rows_per_bin {shape.rows}\n"
+    config.data.train = sources(mine=source("llava", file=str(tmp_path / "gone.json")))
+    with pytest.raises(
+        UserError, match=r"gone.json: No such file .*give --config.data.row_length=… --config.data.rows_"
+    ):
+        aot.with_shape(config)
+
+
+def test_the_time_that_has_gone_by(monkeypatch, capsys):
+    class Event:
+        told = 0
+
+        def wait(self, seconds):
+            self.told += 1
+            return self.told > 2
+
+        def set(self):
+            pass
+
+    monkeypatch.setattr(aot, "Event", Event)
+    with aot.telling_time("compiling …"):
+        pass
+    assert capsys.readouterr().err == "compiling …\n" + "compiling … 0 s\n" * 2

@@ -4,6 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import io
 from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import easy_vqa
 import numpy as np
@@ -16,7 +19,7 @@ from voco_jax.api import Model, Request
 from voco_jax.errors import UserError
 from voco_jax.infer import answerer
 from voco_jax.infer.answerer import Answerer
-from voco_jax.infer.memory import Embeddings
+from voco_jax.infer.memory import Embeddings, MemoryBank
 from voco_jax.run import load_run
 
 PICTURES = [str(p) for p in sorted(Path(easy_vqa.__file__).parent.rglob("images/*.png"))[:4]]
@@ -105,6 +108,81 @@ def test_pictures_of_all_kinds_are_one(either):
     arrays = seen.features if isinstance(seen, Embeddings) else seen.keys
     for other in arrays[1:]:
         np.testing.assert_allclose(other, arrays[0], atol=1e-5)
+
+
+def test_a_question_about_a_picture_itself(either, tmp_path, monkeypatch):
+    """Whatever it comes as, one or several, wherever a question is asked: as about what has been looked at before."""
+
+    def arrays(seen):
+        return np.asarray(seen.features if isinstance(seen, Embeddings) else seen.keys)
+
+    seen = either.see(PICTURES[:2])
+    shutil.copy(PICTURES[0], tmp_path / "of a.png")
+    monkeypatch.chdir(tmp_path)
+    image = Image.open(PICTURES[0])
+    kinds = [PICTURES[0], "of a.png", (tmp_path / "of a.png").as_uri(), Path("of a.png"), image, np.asarray(image)]
+    for kind in *kinds, Path("of a.png").read_bytes(), io.BytesIO(Path("of a.png").read_bytes()):
+        for about in kind, [kind]:
+            np.testing.assert_allclose(arrays(either.look(about)), arrays(seen[0]), atol=1e-5)
+    two = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in PICTURES[:2]])
+    for several in PICTURES[:2], (image, PICTURES[1]), two, [seen[0], PICTURES[1]], [seen[0], seen[1]]:
+        np.testing.assert_allclose(arrays(either.look(several)), arrays(seen), atol=1e-5)
+    assert either.look(seen) is seen and either.look(None) is None
+
+    few, question = dict(max_new_tokens=6), QUESTIONS[0]
+    expected = either.answers([Request(question, one) for one in (seen, seen[0], seen[1])], **few)
+    assert len(set(expected)) > 1
+    assert either.ask(question, PICTURES[:2], **few) == expected[0]
+    assert either.ask_each(question, PICTURES[:2], **few) == expected[1:]
+    assert either.answers([Request(question, image), Request(question, image)], **few) == expected[1:2] * 2
+    assert either.chat("of a.png", **few).ask(question) == expected[1]
+    given, about = (either.scores([Request(question, one)], ["circle"])[0] for one in (PICTURES[0], seen[0]))
+    assert given.log_probability == pytest.approx(about.log_probability, abs=1e-4)
+
+
+def test_a_question_about_a_memory_file_or_a_video(model, tmp_path):
+    seen = model.see(PICTURES[:2])
+    model.save(seen, tmp_path / "album.voco")
+    np.testing.assert_array_equal(model.look(tmp_path / "album.voco").keys, seen.keys)
+    assert len(model.look([tmp_path / "album.voco", PICTURES[0]])) == 3
+    with pytest.raises(UserError, match="clip.mp4: expected a video, found no such file"):
+        model.ask(QUESTIONS[0], str(tmp_path / "clip.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("nothing.png", "nothing.png: not found"),
+        (
+            "https://a.org/b c.png",
+            "https://a.org/b c.png: web addresses are not fetched; .*: curl -LO 'https://a.org/b",
+        ),
+        ([], "pictures: expected at least one, found none"),
+        (3, "pictures: expected one or several, found int"),
+    ],
+)
+def test_what_no_question_can_be_about(model, about, message):
+    with pytest.raises(UserError, match=message):
+        model.ask(QUESTIONS[0], about)
+
+
+def test_what_is_printed_is_short(either, tiny_run):
+    seen = either.see(PICTURES)
+    assert repr(seen).startswith(f"{type(seen).__name__}(4 pictures: {PICTURES[0]}, ") and "…" in repr(seen)
+    assert repr(seen[0]).startswith(f"{type(seen).__name__}(1 picture: {PICTURES[0]}, ")
+    assert repr(either).startswith(f"Model('{tiny_run}', step 40, compressor '{either.config.compressor}', ")
+    assert repr(either.run) == f"Run('{tiny_run}', step 40)"
+    if isinstance(seen, MemoryBank):
+        assert repr(seen.memory()) == "Memory(keys float32[2, 1, 4, 2, 16], values of the same shape)"
+        assert "1 tokens each, float32, " in repr(seen) and "KiB" in repr(seen)
+    assert max(len(repr(x)) for x in (either, either.run)) < 300
+
+
+def test_public_names():
+    assert {"load", "Model", "Request", "Sampling", "UserError"} < set(dir(voco_jax)) == set(voco_jax.__all__)
+    assert all(getattr(voco_jax, name).__name__ == name for name in dir(voco_jax))
+    code = "import sys, voco_jax; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_stream_is_the_answer(either):

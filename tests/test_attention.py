@@ -300,3 +300,9 @@ def test_visits_are_the_blocks_with_a_visible_pair():
 def test_rows_of_images(segments, chunk, expected):
     assert splash.row_shape(segments, chunk) == expected
     assert xla.row_shape(segments, chunk) == cudnn.row_shape(segments, chunk) == (1, chunk)
+
+
+def test_a_kernel_that_is_only_interpreted_says_so():
+    """It computes the same as any, many times slower."""
+    assert "attention 'splash' is only interpreted on a CPU" in attention.interpreted("splash")
+    assert not attention.interpreted("xla")

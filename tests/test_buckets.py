@@ -1,6 +1,7 @@
 """Runs in a bucket, by the real clients, against a server on this machine that speaks their protocol."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -11,10 +12,27 @@ import pytest
 from tests import tiny
 from tests.bucket_server import bucket_server
 from tests.test_training import params
-from voco_jax.errors import UserError
+from voco_jax.errors import TryAgain, UserError
 from voco_jax.run import load_run
 from voco_jax.storage import as_path
 from voco_jax.train.loop import train
+
+
+def test_a_machine_that_is_not_online(monkeypatch):
+    """One line and the status to try again, at once."""
+
+    def unknown(host, port):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for name in ("STORAGE_EMULATOR_HOST", "https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    message = r"^gs://bucket/run: storage.googleapis.com is not found \(Name or service not known\); is this machine on"
+    with pytest.raises(TryAgain, match=message):
+        as_path("gs://bucket/run")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://localhost:1")
+    assert str(as_path("gs://bucket/run")) == "gs://bucket/run"
+
 
 CHANGES = dict(train__steps=4, train__checkpoint_every=2, train__log_every=1)
 

@@ -1,5 +1,6 @@
 """`python -m voco_jax.evaluate` and `ask` on a real run; and what they say to bad input."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from tests import tiny
 from tests.commands import run_main
-from voco_jax import ask, evaluate
+from voco_jax import ask, chat, evaluate
+from voco_jax.config import default_config, source, sources
 from voco_jax.eval.scoring import Answer, accuracy_by_kind, table
 from voco_jax.train import __main__ as train_main
 
@@ -71,6 +73,11 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
     [
         (["--image", "nothing.png", "what?"], "nothing.png: not found"),
         (["--image", __file__, "what?"], "test_command_lines.py: not a readable picture"),
+        (
+            ["--image", "https://a.org/b.png", "what?"],
+            "web addresses are not fetched; download it first: curl -LO https",
+        ),
+        (["--image", "file:///nothing%20here.png", "what?"], "error: /nothing here.png: not found"),
         (["--image", "{picture}", " "], "question: expected text, found none"),
         (["--image", "{picture}", "what <voco>?"], "contains the special token '<voco>'"),
         (["--image", "{picture}", "what <image>?"], "expected 1 <image> markers, one an image; found 2"),
@@ -102,7 +109,7 @@ def test_a_mistyped_key(tmp_path, monkeypatch, capsys):
     arguments = [*tiny.arguments(tmp_path / "run"), "--config.optim.learning_rat=1"]
     status, _, err = run_main(train_main, monkeypatch, capsys, *arguments)
     assert status == 2 and err.count("\n") == 1
-    assert 'Did you mean "learning_rate" instead of "learning_rat"' in err
+    assert "no such key; did you mean config.optim.learning_rate?" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -123,3 +130,41 @@ def test_scores_literally():
         "| yes/no | 1 | 100.0 % | 0.0 % |",
         "| overall | 3 | 66.7 % | 66.7 % |",
     ]
+
+
+def test_what_a_complete_run_can_do():
+    """Commands that work for it alone."""
+    config = default_config()
+    evaluate_it = "score it on its test set: python -m voco_jax.evaluate --run 'runs/a b'"
+    ask_it = "ask it: python -m voco_jax.ask --run 'runs/a b' --image FILE \"QUESTION\""
+    assert train_main.next_commands("runs/a b", config) == [evaluate_it, ask_it]
+    config.data.train = sources(mine=source("llava", file="a.json"))
+    assert train_main.next_commands("runs/a b", config) == [ask_it]
+    config.data.train = sources(mine=source("video_qa", file="a.json"))
+    assert train_main.next_commands("runs/a", config) == [
+        'ask it: python -m voco_jax.ask --run runs/a --video FILE "QUESTION"'
+    ]
+
+
+def test_asked_about_no_picture(tiny_run, monkeypatch, capsys):
+    """A model that has never seen a text alone answers, and it is said."""
+    status, out, err = run_main(ask, monkeypatch, capsys, "--run", tiny_run, "--max-new-tokens", 2, "is it red?")
+    assert status == 0 and out.startswith("is it red?\n  ")
+    assert err == f"note: no picture is given, and {tiny_run} was trained on pictures only\n"
+
+
+def test_lines_of_a_chat_that_are_no_questions(tiny_run, picture, monkeypatch, capsys):
+    def said(*lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        arguments = "--run", tiny_run, "--image", picture, "--max-new-tokens", 4
+        status, out, err = run_main(chat, monkeypatch, capsys, *arguments)
+        assert status == 0
+        return out, err
+
+    first, note = said("is it red?", "/usr/bin is red?")  # which is a question
+    assert note == f"note: {tiny_run} was trained on single questions: a second turn is new to it\n"
+    assert first.splitlines()[2] == "> /usr/bin is red?" and len(first.splitlines()) == 4
+    out, note = said("/help", "is it red?", "/clear", "is it red?", "/quit", "is it red?")
+    answer = first.splitlines()[1]
+    assert out.splitlines()[-5:] == ["> is it red?", answer, "> /clear", "> is it red?", answer] and not note
+    assert out.startswith("> /help\nA line is a turn.") and "/clear   begin a new conversation" in out

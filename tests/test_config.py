@@ -8,17 +8,23 @@ import sys
 from absl import flags
 import pytest
 
+from tests.commands import run_main
+import voco_jax
+from voco_jax import __main__ as commands
+from voco_jax.__main__ import COMMANDS
+from voco_jax.command_line import key_meanings, parse_command_line, parse_flags
 from voco_jax.config import (
+    SOURCE_KEYS,
     default_config,
     first_difference,
+    flatten,
     llama_config,
     load_config,
-    parse_command_line,
-    parse_flags,
     save_config,
     vision_config,
     with_earlier_values,
 )
+from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
 from voco_jax.models import presets
 from voco_jax.models.llama import RopeScaling
@@ -40,14 +46,26 @@ def test_the_command_line_sets_keys():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.optim.learning_rat=1", r"Did you mean \"learning_rate\" instead of \"learning_rat\""),
-        ("--config.optm.learning_rate=1", r"Did you mean \"optim\" instead of \"optm\""),
-        ("--config.train.steps=many", "many"),
-        ("--conf.train.steps=3", "conf"),
+        *(
+            (f"--config.{key}=1", rf"--config.{key}: no such key; did you mean config.optim.learning_rate\?$")
+            for key in ("optim.learning_rat", "optm.learning_rate", "optim.lr", "train.learning_rate", "lr")
+        ),
+        ("--lr=1", r"--lr: no such option; did you mean --config.optim.learning_rate\?$"),
+        ("--conf.train.steps=3", r"--conf.train.steps: no such option; did you mean --config.train.steps\?$"),
+        ("--config.model.lora_rank=3", r"did you mean config.model.lora.rank\?$"),
+        ("--config.optm=adamw", r"did you mean config.optim\?$"),
+        ("--config.optim=adamw", "--config.optim: is a group of keys, for example config.optim.b1"),
+        ("--config.xyz=1", "--config.xyz: no such key; --help lists all"),
+        ("--config.data.train.mine.file=x", r"no such source; a config file adds one: config.data.train = sources\("),
+        ("--config.data.train.easyvqa.spilt=x", r"did you mean config.data.train.easyvqa.split\?$"),
+        ("--config.data.train={'mine': {'file': 'x'}}", "--config.data.train.mine: expected a source"),
+        ("--config.train.steps=many", "--config.train.steps: expected an integer, found 'many'"),
+        ("--config.train.steps=1e3", "--config.train.steps: expected an integer, found '1e3'"),
+        ("--config.train.tensorboard=maybe", "--config.train.tensorboard: expected true or false, found 'maybe'"),
         ("--config.train.steps=0", "config.train.steps: expected at least 1, found 0"),
         ("--config.optim.learning_rate=-1", "config.optim.learning_rate: expected at least 1e-12, found -1.0"),
         ("--config.seed=-1", r"config.seed: expected at least 0 and below 2147483648, found -1"),
-        ("train", "'train' is no option; use --config=FILE --config.KEY=VALUE"),
+        ("train", "'train' is not an option; use --config=FILE --config.KEY=VALUE"),
     ],
 )
 def test_wrong_keys_and_values(argument, message):
@@ -69,15 +87,20 @@ def test_a_command_with_flags_of_its_own():
     with pytest.raises(UserError, match="command line: flag --chips=many: invalid literal") as error:
         parse("--chips=many")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="command line: Unknown command line flag 'topolgy'"):
+    with pytest.raises(UserError, match=r"command line: --topolgy: no such option; did you mean --topology\?"):
         parse("--topolgy=v5e:4x4")
 
 
-def test_a_config_file_that_is_not_there():
+def test_a_config_file_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--config=FILE is missing, for example --config=configs/easyvqa.py"):
         parse()
-    with pytest.raises(UserError, match="configs/nothing.py"):
-        parse("--config=configs/nothing.py")
+    with pytest.raises(UserError, match=r"--config=nothing.py: .* no such file; those of voco_jax are in .*configs$"):
+        parse("--config=nothing.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--config=easyvqa.py: .* found no such file; {FILE}$"):
+        parse("--config=easyvqa.py")
+    with pytest.raises(UserError, match=f"--config={tmp_path}: expected a Python file, found a directory"):
+        parse(f"--config={tmp_path}")
 
 
 def test_a_config_file_with_a_mistyped_key(tmp_path):
@@ -89,15 +112,99 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
     with pytest.raises(UserError) as error:
         parse(f"--config={file}")
     assert str(error.value) == (
-        f'config: {file}, line 4: Key "num_vocotokens" does not exist and cannot be added since the config is locked. '
-        'Did you mean "num_voco_tokens" instead of "num_vocotokens"?'
+        f"{file}, line 4: config.model.num_vocotokens: no such key; did you mean config.model.num_voco_tokens?"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.train.steps = 1e3", "config.train.steps: expected an integer, found 1000.0"),
+        ("config.train.steps = '10'", "config.train.steps: expected an integer, found '10'"),
+        ("config.update(dict(train=dict(steps=1e3)))", "config.train.steps: expected an integer, found 1000.0"),
+        ("steps = config.train; steps.steps = 1e3", "config.train.steps: expected an integer, found 1000.0"),
+        ("config.train.tensorboard = None", "config.train.tensorboard: expected true or false, found None"),
+        ("config.train.freeze = 'llama'", "config.train.freeze: expected a tuple, found 'llama'"),
+        ("config.optim = 'adamw'", "config.optim: expected a group of keys, found 'adamw'"),
+        ("config.optim.lr = 1", "config.optim.lr: no such key; did you mean config.optim.learning_rate?"),
+        (
+            "optim = config.optim; optim.lr = 1",
+            "config.optim.lr: no such key; did you mean config.optim.learning_rate?",
+        ),
+        ("config.seed = config.optim.lr", "config.optim.lr: no such key; did you mean config.optim.learning_rate?"),
+        (
+            "config.unlock(); config.optim.lr = 1",
+            "config.optim.lr: no such key; did you mean config.optim.learning_rate?",
+        ),
+        ("config.optim.learning_rate = -1", "config.optim.learning_rate: expected at least 1e-12, found -1.0"),
+        ("config.optim.learning_rate = float('nan')", "config.optim.learning_rate: expected at least 1e-12, found nan"),
+        ("mesh = config.mesh; mesh.data = -2", "config.mesh.data: expected at least -1, found -2"),
+        (
+            "config.data.train = source('llava', file='a.json')",
+            "config.data.train: expected sources(NAME=source('llava', …)), found a source without a name",
+        ),
+        ("config.data.test = None", "config.data.test: expected sources(NAME=source(…)), found None"),
+        ("config.data.train = sources(a=1)", "config.data.train.a: expected a source, as source() makes it; found 1"),
+        (
+            "config.data.train.mine = source('easyvqa')",
+            "config.data.train.mine: no such source; a config file adds one: config.data.train = "
+            "sources(NAME=source(KIND, …))",
+        ),
+        ("source('llava', fil='a')", "source llava: expected a key of weight, file, images, videos; found 'fil'"),
+        ("[][1]", "list index out of range"),
+        ("{}['a']", "KeyError: a"),
+        ("assert config.seed", "AssertionError"),
+    ],
+)
+def test_a_line_of_a_config_file(tmp_path, line, message):
+    """Whatever is wrong with it, and whenever that shows, it is named with its file and its number."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from voco_jax.config import default_config, source, sources\ndef get_config():\n"
+        f"  config = default_config()\n  {line}\n  return config\n"
+    )
+    with pytest.raises(UserError) as error:
+        parse(f"--config={file}")
+    assert str(error.value) == f"{file}, line 4: {message}"
+
+
+def test_a_line_of_the_file_that_a_config_begins_with(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "base_of_mine", raising=False)
+    base, file = tmp_path / "base_of_mine.py", tmp_path / "mine.py"
+    begin = "from voco_jax.config import default_config\ndef get_config():\n  config = default_config()\n"
+    file.write_text("import base_of_mine\ndef get_config():\n  return base_of_mine.get_config()\n")
+    base.write_text(f"{begin}  config.train.steps = 0\n  return config\n")
+    with pytest.raises(UserError, match=f"{base}, line 4: config.train.steps: expected at least 1, found 0"):
+        parse(f"--config={file}")
+    with pytest.raises(UserError, match=r"^--config.train.steps: expected at least 1, found -1"):
+        parse(f"--config={file}", "--config.train.steps=-1")
+
+
+def test_help_lists_every_key_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags(["train", "--config=nothing.py", "-h"], lambda values: None, "python -m voco_jax.train\n\nTrains.")
+    text = capsys.readouterr().out
+    assert not end.value.code and text.startswith("python -m voco_jax.train\n\nTrains.\n\nOptions:")
+    meant = key_meanings()
+    keys = {key for key in flatten(default_config()) if not key.startswith("data.train.")}
+    assert {"optim.learning_rate", "model.llama.hidden_size", "model.vision.patch_size"} < keys
+    for key in keys | {"data.train", "data.test"}:
+        assert len(meant[key]) > 4, f"config.{key} has no comment"
+        assert f"--config.{key}=" in text and meant[key].split()[-1] in text
+    assert "--config.optim.learning_rate=0.001" in text and meant["optim.learning_rate"] == "after warm-up"
+    assert meant["train.compress_gradients"].startswith("Whether gradients go through the compress stream. False: im")
+    assert all(template in text for template in TEMPLATES) and all(kind in text for kind in SOURCE_KEYS)
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def get_config()\n", r"expected ':' \(mine.py, line 1\)"),
+        ("x = 1\n", r"mine.py: expected a function get_config\(\) that returns the config, found none"),
+        ("def get_config():\n  pass\n", r"mine.py: get_config\(\) returned None; expected default_config\(\)"),
+        ("def get_config(x):\n  pass\n", r"mine.py: get_config\(x\): missing a required argument: 'x'"),
+        ("def get_config()\n", r"mine.py, line 1: expected ':'"),
         ("def get_config():\n  return default_confg()\n", "mine.py, line 2: name 'default_confg' is not defined"),
         ("import voco_jax.confg\n", "mine.py, line 1: No module named 'voco_jax.confg'"),
         ("from configs import voco_8b\n", "mine.py, line 1: cannot import name 'voco_8b' from 'configs'"),
@@ -195,9 +302,25 @@ def test_a_config_from_before_a_key_was_there(tmp_path):
     assert load_config(path).model.projector_layers == 2
 
 
+def test_a_checkpoint_of_another_project_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": {}}')
+    with pytest.raises(UserError, match=f"make one of it: python tools/convert_weights.py to-jax {tmp_path} RUN"):
+        load_config(tmp_path / "config.json")
+
+
 def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
     files = list((Path(__file__).parents[1] / "configs").glob("*.py"))
     configs = [parse(f"--config={file}") for file in files]
     for config in configs:
         llama_config(config), vision_config(config)
     assert len({config.workdir for config in (*configs, default_config())}) == len(files) + 1
+
+
+def test_the_list_of_commands(monkeypatch, capsys):
+    root = Path(voco_jax.__file__).parent
+    modules = [file for file in root.rglob("*.py") if "@one_line_errors\ndef main" in file.read_text()]
+    names = {".".join(file.relative_to(root.parent).with_suffix("").parts) for file in modules}
+    assert set(COMMANDS) == {name.removesuffix(".__main__") for name in names}
+    status, out, _ = run_main(commands, monkeypatch, capsys)
+    assert status == 0 and all(f"python -m {name} " in out for name in COMMANDS)
+    assert run_main(commands, monkeypatch, capsys, "train")[0] == 2

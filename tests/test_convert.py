@@ -14,7 +14,7 @@ from tests import reference
 from tests.commands import run_main
 from tests.conftest import DATA
 from tests.test_two_streams import CONFIG
-from voco_jax.config import parse_command_line
+from voco_jax.command_line import parse_command_line
 from voco_jax.convert.rules import RULES
 from voco_jax.convert.to_jax import layers_of
 from voco_jax.errors import UserError

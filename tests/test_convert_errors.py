@@ -378,6 +378,7 @@ def test_bad_runs(golden_run, tmp_path, convert):  # noqa: F811
 def test_bad_arguments(source, tmp_path, convert, golden_run):  # noqa: F811
     bad = {
         "not found": ("to-jax", tmp_path / "nowhere", tmp_path / "run"),
+        "download it first: hf download llava-hf/a-7b --local-dir a-7b": ("to-jax", "llava-hf/a-7b", tmp_path / "run"),
         "no tokenizer inside; give one with --tokenizer DIR": ("to-jax", source, tmp_path / "run"),
         "expected one SRC, or --llm; found 0": ("to-jax", tmp_path / "run"),
         "--max-shard-size: expected a size such as 5GB, found '5 parsecs'": (

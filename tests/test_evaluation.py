@@ -1,5 +1,6 @@
 """Looking at the test set while training: against one conversation at a time, and over meshes."""
 
+import dataclasses
 import json
 from pathlib import Path
 import shutil
@@ -12,19 +13,27 @@ from PIL import Image
 import pytest
 
 from tests import tiny
+from tests.commands import run_main
 from tests.test_distributed import free_port, run_two
 from tests.test_video_training import CLIPS
 from tests.test_video_training import NAMES as CLIP_NAMES
-from voco_jax.config import source, sources
+from voco_jax import evaluate
+from voco_jax.api import Model
+from voco_jax.config import load_config, save_config, source, sources
 from voco_jax.data.images import load_image
 from voco_jax.data.records import Clip
 from voco_jax.data.sources import easyvqa
+from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
+from voco_jax.eval import pictures
+from voco_jax.eval.conversations import LONG as LONG_ANSWERS
+from voco_jax.eval.conversations import score_conversations, scores, table
+from voco_jax.eval.scoring import Answer, token_f1
 from voco_jax.infer.answerer import Answerer
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.run import abstract_model, load_run
+from voco_jax.run import Run, abstract_model, load_run
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.loop import train
@@ -130,6 +139,60 @@ def test_the_answers_are_those_of_one_question_at_a_time(test_set, evaluated):
     assert said[-1] == f"evaluation: 9 questions, {len(judged)} with a short answer"
 
 
+def test_scores_of_own_data(test_set, evaluated, tmp_path):
+    """Answers as of one question at a time, the loss as training has it, whatever is asked together."""
+    evaluation, model, data, *_ = evaluated
+    loader = data.batches.loader
+    config = config_of(tmp_path / "run", test_set, eval__max_new_tokens=0, eval__batch_size=5)
+    maker = loader.maker
+    run = Run(tmp_path / "run", config, model, maker.encoder, loader.processor, 5, {"all": 1})
+    results, answers, report = score_conversations(Model(run), LlavaSource(**test_set[0]), name="all")
+    length = max(len(maker.encoder.tokenizer(a.truth, add_special_tokens=False).input_ids) for a in answers)
+    assert results["max_new_tokens"] == length + 1 > 8 and not report.bad  # room for the longest, and its end
+    answerer = Answerer(model, maker.encoder)
+    for answer, (_, pixels, turns) in zip(answers, conversations(test_set, data), strict=True):
+        visual = None if pixels is None else answerer.see(pixels)
+        prompt = maker.encoder.encode(turns[:1], 0 if pixels is None else 1)
+        assert answerer.complete([prompt], visual, [[0]], length + 1) == [answer.given]
+        assert (answer.question, answer.truth) == (turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"])
+    assert results["loss"] == pytest.approx(evaluation.values["eval_loss"], rel=1e-5)
+    # The scores are those of the answers, whatever these are
+    given = [dataclasses.replace(a, given=a.truth.upper() if i % 3 else "a thing") for i, a in enumerate(answers)]
+    of = scores(given)
+    right = sum(a.given != "a thing" for a in given)
+    assert of["overall"]["exact_match"] == right / len(given)
+    in_long = token_f1("a thing", LONG)  # "a picture of one thing …": 1 of 1 word and of 13
+    expected = right + sum(in_long for a in given if a.given == "a thing" and a.truth == LONG)
+    assert of["overall"]["token_f1"] == pytest.approx(expected / len(given)) and in_long == pytest.approx(2 / 14)
+    assert of[LONG_ANSWERS]["answers"] == sum(a.truth == LONG for a in given) > 0
+    assert of["overall"]["loss"] == results["loss"] == results["scores"]["overall"]["loss"]
+    assert table(of).splitlines()[-1].startswith(f"| overall | {len(given)} | {100 * right / len(given):.1f} % | ")
+
+
+def test_evaluate_on_own_data(tiny_run, test_set, tmp_path, monkeypatch, capsys):
+    """As a user has it: a table, results, a sheet; and what cannot be used is named."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = load_config(run / "config.json")
+    rows = [*test_set[1][:3], {"image": "gone.png", "conversations": test_set[1][0]["conversations"]}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    with config.unlocked():
+        config.data.test = sources(mine=source("llava", file=str(tmp_path / "mine.json"), images=test_set[0]["images"]))
+    config.data.max_bad_share = 0.5
+    save_config(config, run / "config.json")
+    status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run)
+    assert status == 0, err
+    results = json.loads((run / "results.mine.json").read_text())
+    assert out.startswith("| answers | number | exact match | token F1 | loss |\n") and "\n| overall | 3 | " in out
+    assert "1 left out: missing file; mine.json[3]: " in out and results["left_out"] == {"missing file": 1}
+    assert results["answers"] == 3 and 0 < results["loss"] < 10 and results["step"] == 40
+    with Image.open(run / "answers.mine.png") as sheet:
+        assert sheet.width > 1000
+    config.data.max_bad_share = 0.01
+    save_config(config, run / "config.json")
+    status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run)
+    assert status == 2 and err.splitlines()[-1].startswith("error: config.data.test.mine: 1 of the first 4 records")
+
+
 def test_a_right_answer_is_right(evaluated, monkeypatch):
     *_, evaluator, _, params = evaluated
     truths = [q.truth.upper() + "." if i % 2 else "no idea" for i, q in enumerate(evaluator._questions)]
@@ -149,7 +212,7 @@ def test_the_sheet(evaluated):
     sheet = evaluated[0].sheet
     assert sheet.name == "step_000005.png" and sheet.parent.name == "answers"
     with Image.open(sheet) as picture:
-        assert picture.size == (1364, 1155) and len(picture.getcolors(10**6)) > 50
+        assert picture.width == 1364 and picture.height > 900 and len(picture.getcolors(10**6)) > 50
 
 
 def test_the_same_again(evaluated):
@@ -299,3 +362,19 @@ def test_two_processes_see_what_one_does(test_set, evaluated, tmp_path):
         assert loss == pytest.approx(evaluation.values["eval_loss"], rel=1e-5) and answers == alone
         assert fingerprint == evaluator.fingerprint()
         assert drawn == (process == 0) and rows == [2 * process, 2 * process + 1]
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_all_text_of_a_sheet_is_on_it(count, tmp_path, monkeypatch):
+    """Long questions and answers under square pictures, in one row and in several."""
+    monkeypatch.setattr(pictures.plt, "close", lambda figure: None)
+    answers = [Answer("", LONG * 4, LONG * 5, LONG * 6)] * count
+    pictures.draw_sheet(answers, [Image.new("RGB", (50, 50))] * count, tmp_path / "sheet.png", "a title")
+    figure = pictures.plt.gcf()
+    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    assert len(boxes) == 2 * count + 1 and sum("truth:" in text.get_text() for text in figure.texts) == count
+    assert all(box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x0 >= 0 for box in boxes)
+    places = [axis.get_window_extent() for axis in figure.axes]
+    assert not any(box.overlaps(place) for box in boxes for place in places)
+    monkeypatch.undo()
+    pictures.plt.close(figure)

@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from voco_jax.config import parse_command_line
+from voco_jax.command_line import parse_command_line
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("local_pod.sh", "gpu_host.sh", "tpu_pod.sh", "tpu_worker.sh", "gke_xpk.sh")

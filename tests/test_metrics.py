@@ -132,7 +132,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(tmp_path).__exit__()
     shown = capsys.readouterr().err
-    assert "training: 100%|" in shown and "| 12/12, loss 0.6970  grad" in shown and shown.endswith("\n")
+    assert "training: 100%|" in shown and "| 12/12, loss 0.6970  " in shown and shown.endswith("\n")
     assert "step 4/12" not in shown and "step 8/12  evaluation  eval loss 1.235\n" in shown
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from voco_jax.data.best_fit import BinShape
 from voco_jax.data.index import Index
-from voco_jax.data.plan import Plan, group_by_length
+from voco_jax.data.plan import ROWS_JUDGED_BY, Plan, cheapest_rows, group_by_length
 from voco_jax.data.reports import Report
 from voco_jax.errors import UserError
 
@@ -202,3 +202,42 @@ def test_plans_that_cannot_be():
         Plan([index([[5]])], [1], BinShape(1, 10, 1), seed=0, layout="heap")
     with pytest.raises(UserError, match="config.data.train: expected at least one record an epoch"):
         Plan([index([[5]])], [0.5], BinShape(1, 10, 1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "images", "per_record", "rows"),
+    [
+        (1, 1, 8, 1),  # a caption a picture
+        (5, 1, 8, 5),  # more of them about each, of equal length
+        (5, 1, 2, 2),  # of which two are drawn
+        (1, 8, 8, 8),  # pictures enough for the rows
+        (1, 0, 8, 1),  # text alone: any number is as good
+    ],
+)
+def test_the_cheapest_number_of_rows(conversations, images, per_record, rows):
+    """A row for each of the conversations that come together: fewer compress pictures again, more are padding."""
+    of = index([[20] * conversations] * 400, [int(images > 0)] * 400, range(1, 401) if images else [0] * 400)
+    options = dict(seed=0, conversations_per_record=per_record)
+    shape = BinShape(rows=0, row_length=20, images=images)
+    assert cheapest_rows([of], [1], shape, 64, **options) == (rows, 1)
+    # The tokens that an epoch of 16 rows needs, over those of so many
+    needed = {
+        n: Plan([of], [1], BinShape(n, 20, images), **options).use().bins * (20 * n + 64 * images) for n in (rows, 16)
+    }
+    assert cheapest_rows([of], [1], BinShape(16, 20, images), 64, **options)[1] == needed[16] / needed[rows]
+
+
+def test_some_of_a_large_index():
+    """It has the same kinds of records, and all that share a picture."""
+    whole = random_index(np.random.default_rng(0), 9000)
+    some = whole.every(3)
+    assert 0.3 < len(some) / len(whole) < 0.37 and some.offsets[-1] == len(some.lengths) == len(some.digests)
+    pictures = set(some.pictures[some.pictures > 0].tolist())
+    assert np.isin(whole.pictures, [*pictures]).sum() == (some.pictures > 0).sum()
+    for i, record in enumerate(some.records.tolist()):
+        j = record // 10
+        here, there = slice(*some.offsets[i : i + 2]), slice(*whole.offsets[j : j + 2])
+        assert some.digests[here].tolist() == whole.digests[there].tolist()
+    shape = BinShape(rows=0, row_length=30, images=3)
+    some = whole.every(len(whole) // ROWS_JUDGED_BY)
+    assert cheapest_rows([whole], [1], shape, 9, seed=0) == cheapest_rows([some], [1], shape, 9, seed=0)

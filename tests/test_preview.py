@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.commands import run_main
-from voco_jax.config import parse_command_line
+from voco_jax.command_line import parse_command_line
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.data.preview import __main__ as preview
@@ -144,6 +144,12 @@ def drawn(monkeypatch) -> list[str]:
     return texts
 
 
+def test_the_legend_of_several_tokens_a_picture(tmp_path, drawn):
+    batch = batch_of(1, 1, sample("**aB", [0, 1]), 1, 1)
+    preview_sheet.draw_batch(batch, 2, letters, ["a config"], 1, tmp_path / "sheet.png")
+    assert "▣1×2" in drawn and " the 2 tokens of picture 1   " in drawn
+
+
 def test_bins_of_their_own(tmp_path, drawn):
     """Two bins of two rows; the second's are of other text, other images, and with more padding."""
     rows = [row(sample("*aB", [0]), sample("cD"), length=10), row(length=10)]
@@ -156,6 +162,7 @@ def test_bins_of_their_own(tmp_path, drawn):
         found = {color for n, color in sheet.convert("RGB").getcolors(1 << 20) if n > 5000}
     assert found & {*colors[0], *colors[1]} == {colors[0][0], *colors[1][2:]}
     legend = drawn.index("trained on") + 2
+    assert drawn[legend - 4 : legend - 2] == ["▣1", " picture 1   "]
     assert drawn[:2] == ["one", "two"] and drawn[legend:] == [
         "bin 1", "conversations: 2   tokens: 5 of 20 (25.0%)   image slots: 1 of 5 (20.0%)", "▣1",
         "row 1", "padding: 5 of 10 (50.0%)", "1", "▣1", "a", "B", "2", "c", "D",
@@ -188,6 +195,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys, drawn):
         data.tokenizer.decode(tokens[used > 0])
         for tokens, used in zip(batch["tokens"], batch["segment_ids"], strict=True)
     ]
+    assert "▣1" in drawn and " picture 1   " in drawn  # of one token
     runs = "".join(s for s in drawn[drawn.index("bin 1") :] if "USER" in s or s.endswith("</s>"))
     assert runs.replace("↵", "<voco>\n") == "".join(seen[: 2 * 4])
     with Image.open(out) as sheet:

@@ -163,6 +163,7 @@ def test_programs_hold_the_flops_of_the_formula(step, changes):
     ("step", "changes", "message"),
     [
         ("train", {"data.row_length": 0}, "config.data.row_length: expected the tokens of a row, found 0"),
+        ("train", {"data.rows_per_bin": 0}, "config.data.rows_per_bin: expected the rows of a bin, found 0"),
         (
             "train",
             {"model.llama.num_attention_heads": 3},
@@ -176,7 +177,7 @@ def test_programs_hold_the_flops_of_the_formula(step, changes):
 )
 def test_what_cannot_be_compiled_is_one_line(step, changes, message):
     config = default_config()
-    config.data.row_length = 64
+    config.data.row_length, config.data.rows_per_bin = 64, 8
     config.update_from_flattened_dict(changes)
     mesh = make_mesh(config.mesh)
     with pytest.raises(UserError, match=message) as error:

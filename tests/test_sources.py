@@ -18,6 +18,7 @@ from voco_jax.config import default_config, source, sources
 from voco_jax.data.records import BadRecord, Clip, Frames, Picture, Record
 from voco_jax.data.sources import open_sources
 from voco_jax.data.sources.array_records import ArrayRecordSource, pack_record, unpack_record
+from voco_jax.data.sources.easyvqa import EasyVqaSource
 from voco_jax.data.sources.json_rows import JsonRows
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.sources.tfds import TfdsSource
@@ -540,8 +541,7 @@ def said(source) -> list[str]:
 
 
 def test_the_same_in_another_process(llava, video_questions, shards, tfds_dir):
-    easyvqa = open_sources(default_config(), "test")[0][0]
-    every = [llava, video_questions, shards, shapes(tfds_dir), easyvqa]
+    every = [llava, video_questions, shards, shapes(tfds_dir), EasyVqaSource("test")]
     here = [said(each) for each in every]  # and with all files open when they are pickled
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert list(pool.map(said, every)) == here

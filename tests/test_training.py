@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from voco_jax.config import load_config, save_config
+from voco_jax.config import default_config, load_config, save_config, source, sources, sources_to_score
 from voco_jax.errors import UserError
 from voco_jax.run import begin_with_run, load_run
 from voco_jax.train.checkpoint import Checkpointer
-from voco_jax.train.loop import train
+from voco_jax.train.loop import _set_up, train
 from voco_jax.train.workdir import check_workdir
 
 
@@ -97,6 +98,35 @@ def test_a_complete_run_is_left_alone(tiny_run, tmp_path, capsys):
     assert "complete, at step 40 of 40" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_text() == before
     assert load_run(run).config.eval.max_new_tokens == 9
+
+
+def test_rows_that_the_data_choose(tiny_run, tmp_path, capsys):
+    """They are written into the run's config, from which a resumed run has them."""
+    run = _set_up(tiny.config(tmp_path / "run", data__rows_per_bin=0, data__conversations_per_record=3))
+    assert run.config.data.rows_per_bin == run.batches.loader.plan.shape.rows == 3
+    assert "data: 3 read rows a bin, which costs least (config.data.rows_per_bin)" in capsys.readouterr().out
+    again = shutil.copytree(tiny_run, tmp_path / "again")
+    train(tiny.config(again, data__rows_per_bin=0))
+    assert "complete, at step 40 of 40" in capsys.readouterr().out
+    assert load_run(again).config.data.rows_per_bin == tiny.OVERRIDES["data.rows_per_bin"]
+
+
+def test_what_is_mostly_padding_is_told(tmp_path, capsys):
+    _set_up(tiny.config(tmp_path / "run", data__rows_per_bin=8, data__conversations_per_record=1))
+    said = re.search(
+        r"most of that is padding; config.data.rows_per_bin=1 would need (\S+) times", capsys.readouterr().out
+    )
+    assert float(said[1]) > 2
+
+
+def test_the_test_set_is_that_of_the_training_set(tmp_path):
+    """Where nothing is given: easy-VQA's own, and none of other data."""
+    config = default_config()
+    assert not config.data.test and sources_to_score(config.data).easyvqa.split == "test"
+    config.data.train = sources(easyvqa=source("easyvqa"), mine=source("llava", file="mine.json"))
+    assert not sources_to_score(config.data)
+    config.data.test = sources(mine=source("llava", file="test.json"))
+    assert [*sources_to_score(config.data)] == ["mine"]
 
 
 def test_a_directory_of_another_run(tiny_run):

@@ -325,15 +325,19 @@ def test_a_broken_clip(tiny_run, shape_clips, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("test", "arguments", "message"),
     [
-        (dict(a=source("llava", file="a.json")), [], "only easyvqa and video_qa can be scored; found llava"),
-        ({}, [], "config.data.test: only easyvqa and video_qa can be scored; found none"),
+        (dict(a=source("llava", file="a.json")), [], "config.data.test.a: a.json: No such file"),
+        (
+            {},
+            [],
+            "config.data.test: expected a test set, found none; set it in the config file and give the command of",
+        ),
         (dict(a=source("easyvqa", split="test")), ["--baselines"], "--baselines: expected a video_qa source in "),
         (dict(a=source("video_qa", file="a.json", videos="")), [], "config.data.test.a: a.json: No such file"),
         ({}, ["--baselines", "--questions", "a.jsonl"], "--baselines: does not go with --questions"),
     ],
 )
 def test_what_cannot_be_scored(tiny_run, tmp_path, monkeypatch, capsys, test, arguments, message):
-    run = run_of(tiny_run, tmp_path, dict(easyvqa=source("easyvqa")), test)
+    run = run_of(tiny_run, tmp_path, dict(a=source("llava", file="a.json")), test)
     status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run, *arguments)
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("error: ") and message in err

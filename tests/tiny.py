@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from voco_jax.config import parse_command_line
+from voco_jax.command_line import parse_command_line
 
 CONFIG_FILE = Path(__file__).parents[1] / "configs" / "easyvqa.py"
 OVERRIDES = {

@@ -4,19 +4,34 @@
 (`python -m voco_jax.…`), and `voco_jax.load` is the Python API (`api.py`).
 """
 
+import importlib
+
 from voco_jax.platforms import set_defaults
 
 set_defaults()  # before jax looks for devices
 
 
+# Imported when they are asked for: commands set jax up beforehand, and `import voco_jax` takes no time.
+_PUBLIC = {
+    "load": "voco_jax.api",
+    "Model": "voco_jax.api",
+    "Request": "voco_jax.api",
+    "Chat": "voco_jax.infer.chat",
+    "Watch": "voco_jax.infer.watch",
+    "Sampling": "voco_jax.infer.generate",
+    "FrameSampling": "voco_jax.data.video",
+    "MemoryBank": "voco_jax.infer.memory",
+    "Embeddings": "voco_jax.infer.memory",
+    "UserError": "voco_jax.errors",
+}
+__all__ = [*_PUBLIC]
+
+
 def __getattr__(name: str):
-    """`voco_jax.load` and `voco_jax.Sampling`, imported when they are asked for: commands set jax up beforehand."""
-    if name == "load":
-        from voco_jax.api import load
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'voco_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
 
-        return load
-    if name == "Sampling":
-        from voco_jax.infer.generate import Sampling
 
-        return Sampling
-    raise AttributeError(f"module 'voco_jax' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(_PUBLIC)

@@ -1,4 +1,6 @@
-"""Does this run fit that TPU slice, and how fast should it be? Asked of the TPU compiler, on a machine without a TPU.
+"""python -m voco_jax.aot --config=FILE --topology=CHIP:SHAPE [--config.KEY=VALUE …]
+
+Does this run fit that TPU slice, and how fast should it be? Asked of the TPU compiler, on a machine without a TPU.
 
     python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
     python -m voco_jax.aot --config=… --config.data.batch_size=256 --topology=v5p:2x2x4 --step=compress --json
@@ -8,26 +10,30 @@ are estimates from its cycles; `voco_jax/parallel/hlo_cost.py` says how they com
 status 1 and says by how much.
 """
 
+from collections.abc import Iterator
+import contextlib
 from dataclasses import asdict
 import importlib.metadata
 import json
 import math
 import re
 import sys
+from threading import Event, Thread
 import time
 
 from absl import flags
 import jax
 from ml_collections import ConfigDict
-from ml_collections.config_flags import get_config_filename
 
-from voco_jax.config import parse_flags
+from voco_jax.command_line import config_file, parse_flags
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel.chips import Chip, topology_devices
 from voco_jax.parallel.hlo import HLOError
 from voco_jax.parallel.hlo_cost import estimate
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.programs import STEPS, make_program
+from voco_jax.run import begin_with_run
+from voco_jax.train.data import open_training_data
 
 GIB = 2**30
 
@@ -213,7 +219,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 @one_line_errors
 def main() -> None:
-    config, values = parse_flags(sys.argv, define_flags)
+    config, values = parse_flags(sys.argv, define_flags, __doc__)
     topology, step = values["topology"].value, values["step"].value
     if topology is None:
         raise UserError("command line: --topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
@@ -222,10 +228,10 @@ def main() -> None:
         raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")
     chip, devices = topology_devices(topology)
     mesh = make_mesh(config.mesh, devices)
+    config = with_shape(config)
     program = make_program(config, step, mesh)
-    print(f"compiling for {len(devices)} × {chip.name} …", file=sys.stderr, flush=True)
     about = {
-        "config": get_config_filename(values["config"]),
+        "config": config_file(sys.argv),
         "step": step,
         "topology": topology,
         "chips": len(devices),
@@ -234,7 +240,8 @@ def main() -> None:
         "libtpu": importlib.metadata.version("libtpu"),
     }
     try:
-        compiled, seconds = compile_step(program, mesh, chip, options)
+        with telling_time(f"compiling for {len(devices)} × {chip.name} …"):
+            compiled, seconds = compile_step(program, mesh, chip, options)
     except DoesNotFit as error:
         arguments = argument_bytes(program)
         report = about | {
@@ -248,6 +255,48 @@ def main() -> None:
     axes = ", ".join(f"{axis} {size}" for axis, size in about["mesh"].items() if size > 1) or "one device"
     headline = f"{about['config']}: {step} on {topology}, {len(devices)} chips (mesh: {axes})"
     print(json.dumps(report) if values["json"].value else render(report, headline))
+
+
+def with_shape(config: ConfigDict) -> ConfigDict:
+    """The config with rows of a bin and their length, where these are 0, as the training set has them.
+
+    UserError where the data are not on this machine.
+    """
+    missing = [key for key in ("row_length", "rows_per_bin") if not config.data[key]]
+    if not missing:
+        return config
+    try:
+        plan = open_training_data(begin_with_run(config), say=lambda line: None).batches.loader.plan
+    except UserError as error:
+        given = " ".join(f"--config.data.{key}=…" for key in missing)
+        raise UserError(f"{error} (where the data are not: give {given})") from None
+    config = config.copy_and_resolve_references()
+    config.data.update(row_length=plan.shape.row_length, rows_per_bin=plan.shape.rows)
+    chosen = ", ".join(f"{key} {config.data[key]}" for key in missing)
+    print(f"from the data: {chosen}", file=sys.stderr, flush=True)
+    return config
+
+
+@contextlib.contextmanager
+def telling_time(line: str) -> Iterator[None]:
+    """A line on standard error, and the time that has gone by: on a terminal every second, else every minute."""
+    start, done, terminal = time.monotonic(), Event(), sys.stderr.isatty()
+
+    def tell() -> None:
+        while not done.wait(1 if terminal else 60):
+            passed = f"{line} {time.monotonic() - start:.0f} s"
+            print(f"\r{passed}" if terminal else passed, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+        if terminal:
+            print(file=sys.stderr)
 
 
 def render_misfit(report: dict) -> str:

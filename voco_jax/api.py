@@ -3,7 +3,9 @@
     import voco_jax
 
     model = voco_jax.load("runs/easyvqa")
-    album = model.compress(["a.png", "b.png"])            # or model.compress_video("clip.mp4")
+    model.ask("what shape is in the image?", "a.png")     # 'circle'
+
+    album = model.compress(["a.png", "b.png"])            # once, to ask often; or model.compress_video("clip.mp4")
     model.ask("what shape is in the image?", album[0])    # 'circle'
     model.ask_each("is there a circle?", album)           # ['yes', 'no']
 
@@ -26,6 +28,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import mimetypes
 import os
 from pathlib import Path
 
@@ -36,6 +39,7 @@ import numpy as np
 from voco_jax.data.conversations import Sample
 from voco_jax.data.images import PictureLike, is_picture
 from voco_jax.data.records import Clip, Picture
+from voco_jax.data.sources.roots import local_path
 from voco_jax.data.turns import VIDEO, spread_video
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
@@ -43,25 +47,28 @@ from voco_jax.infer.answerer import GREEDY, Answerer, Score, bucket
 from voco_jax.infer.chat import Chat
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join, of_one_dtype
-from voco_jax.infer.memory_file import load_memory, save_memory
+from voco_jax.infer.memory_file import SUFFIX, load_memory, save_memory
 from voco_jax.infer.watch import Watch
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 from voco_jax.run import Run, load_run
 
 Seen = MemoryBank | Embeddings
+About = Seen | PictureLike | Sequence[Seen | PictureLike]  # what a question may be about: `Model.look`
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A question, and what it is about: pictures in their order, or a video's frames; None for text alone.
 
-    Pictures stand before the question, and all of its text is text; or where `interleaved` they stand at its `<image>`
+    `seen` is what `Model.compress` or `see` gave; or pictures themselves, one or several, as `compress` takes them:
+    they are then compressed for each call. Pictures stand before the question, and all of its text is text; or where
+    `interleaved` they stand at its `<image>`
     markers, one a picture.
     """
 
     question: str
-    seen: Seen | None = None
+    seen: About | None = None
     interleaved: bool = False
 
 
@@ -86,6 +93,11 @@ class Model:
         with self.on_mesh():
             self._answerers = {run.encoder.num_visual_tokens: Answerer(run.model, run.encoder, run.mesh)}
         self._normalize = jax.jit(run.processor.normalize)
+
+    def __repr__(self) -> str:
+        kind = self.config.compressor
+        tokens = f"{self.run.encoder.num_visual_tokens} tokens an image"
+        return f"Model({str(self.run.directory)!r}, step {self.run.step}, compressor {kind!r}, {tokens})"
 
     def on_mesh(self):
         """The mesh that the model is spread over, as the ambient one."""
@@ -123,14 +135,34 @@ class Model:
     def see(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> Seen:
         """As `compress`, for a model of any kind: without VoCo compression embeddings, good for asking alone."""
         pictures = [pictures] if is_picture(pictures) else list(pictures)
+        pictures = [local_path(p) if isinstance(p, str) else p for p in pictures]
         items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in pictures]
         return self.see_pixels((self.square(p) for p in pictures), items, batch_size)
+
+    def look(self, about: About | None) -> Seen | None:
+        """What a question is about, as it is read: what `see` and `compress` gave is taken as it is, several joined;
+        pictures are looked at, and so are a video's frames; a path ending in .voco is a memory file's. None for text
+        alone."""
+        if about is None or isinstance(about, MemoryBank | Embeddings):
+            return about
+        if _names_several(about):
+            path = local_path(os.fspath(about))
+            return self.open(path) if path.endswith(SUFFIX) else self.see_video(path)
+        if isinstance(about, list | tuple) and any(isinstance(x, Seen) or _names_several(x) for x in about):
+            parts = [self.look(one) for one in about]
+            if isinstance(parts[0], MemoryBank):
+                return join(of_one_dtype(parts))
+            items = tuple(item for part in parts for item in part.items)
+            return Embeddings(jax.numpy.concatenate([part.features for part in parts]), items)
+        if not is_picture(about) and not isinstance(about, Iterable):
+            raise UserError(f"pictures: expected one or several, found {type(about).__name__}")
+        return self.see(about)
 
     def see_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32
     ) -> Seen:
         """As `compress_video`, for a model of any kind."""
-        clip = Clip(file=Path(video))
+        clip = Clip(file=Path(local_path(os.fspath(video))))
         times = sample_times(probe(clip), sampling or self.frame_sampling())
         items = [Item(str(video), time=float(time)) for time in times]
         frames = (
@@ -205,10 +237,13 @@ class Model:
     # ---- Asking ------------------------------------------------------------------------------------------------
 
     def ask(
-        self, question: str | Sequence[str], seen: Seen | None = None, *, max_new_tokens: int = 64,
+        self, question: str | Sequence[str], seen: About | None = None, *, max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
     ):  # fmt: skip
-        """The answer to a question about all pictures of `seen` together; of several questions, a list of answers."""
+        """The answer to a question about all pictures of `seen` together; of several questions, a list of answers.
+
+        `seen`: see `Request`.
+        """
         questions = [question] if isinstance(question, str) else list(question)
         given = self.answers(
             [Request(q, seen) for q in questions], max_new_tokens=max_new_tokens, sampling=sampling
@@ -216,9 +251,12 @@ class Model:
         return given[0] if isinstance(question, str) else given
 
     def ask_each(
-        self, question: str, seen: Seen, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
+        self, question: str, seen: About, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
     ) -> list[str]:
         """The answers to one question, asked about each picture by itself."""
+        seen = self.look(seen)
+        if seen is None:
+            raise UserError("pictures: expected at least one to ask about, found none")
         requests = [Request(question, seen[i]) for i in range(len(seen))]
         return self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -232,6 +270,7 @@ class Model:
         random numbers (default: 0, 1, …).
         """
         streams = range(len(requests)) if streams is None else streams
+        requests = self._looked(requests)
         prompts = [self.prompt(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
         given: dict[int, str] = {}
@@ -249,6 +288,7 @@ class Model:
 
     def scores(self, requests: Sequence[Request], answers: Sequence[str], *, batch_size: int = 64) -> list[Score]:
         """How likely the model would give `answers[i]` to request i, in their order."""
+        requests = self._looked(requests)
         samples = [self.prompt(request, answer) for request, answer in zip(requests, answers, strict=True)]
         order = sorted(range(len(requests)), key=lambda i: len(samples[i]))
         found: dict[int, Score] = {}
@@ -260,9 +300,15 @@ class Model:
                 found |= zip(batch, answerer.score([samples[i] for i in batch], visual, pictures), strict=True)
         return [found[i] for i in range(len(requests))]
 
-    def chat(self, seen: Seen | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
+    def _looked(self, requests: Sequence[Request]) -> list[Request]:
+        """With what the model keeps of their pictures; what several share is looked at once."""
+        looked = {id(request.seen): request.seen for request in requests}
+        looked = {key: self.look(about) for key, about in looked.items()}
+        return [dataclasses.replace(request, seen=looked[id(request.seen)]) for request in requests]
+
+    def chat(self, seen: About | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
         """A conversation of several turns about pictures; what has been read stays in the cache."""
-        return Chat(self, seen, max_new_tokens, sampling)
+        return Chat(self, self.look(seen), max_new_tokens, sampling)
 
     def prompt(self, request: Request, answer: str | None = None) -> Sample:
         """A request's tokens, as training lays them out: pictures before the question, frames with their times where
@@ -324,6 +370,14 @@ class Model:
                         f"{bank.model}"
                     )
             return join(of_one_dtype(banks)).memory(places), pictures
+
+
+def _names_several(about) -> bool:
+    """Whether it is the path of a memory file, or by its ending of a video."""
+    if not isinstance(about, str | os.PathLike):
+        return False
+    path = os.fspath(about)
+    return path.endswith(SUFFIX) or (mimetypes.guess_type(path)[0] or "").startswith("video/")
 
 
 def _tokens(*seen: Seen | None) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 import sys
 
 from voco_jax.api import Model, Request, Seen
-from voco_jax.data.sources.roots import check_file
+from voco_jax.data.sources.roots import check_file, local_path
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import (
     add_answer_arguments,
@@ -32,7 +32,7 @@ def main() -> None:
     add_seen_arguments(parser)
     parser.add_argument(
         "--picture", action="append", default=[], metavar="NAME",
-        help="of a memory file: only those whose path ends so; again for more",
+        help="of a memory file: only images whose path ends with NAME; repeat for several",
     )  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--together", action="store_true", help="all pictures in one prompt")
@@ -51,6 +51,7 @@ def main() -> None:
     each = args.each or (args.memory is not None and not args.together and seen is not None and not seen.is_video)
     if each and seen is None:
         raise UserError("--each: expected pictures, found none")
+    warn_of_none(model, seen)
     if not each and seen is not None:
         warn_of_more(model, len(seen))
     for question in args.question:
@@ -62,13 +63,15 @@ def main() -> None:
 
 
 def check_seen(args: argparse.Namespace) -> None:
-    """UserError where what `add_seen_arguments` name is not there, before a model is loaded for it."""
+    """UserError where what `add_seen_arguments` name is not there, before a model is loaded for it. `file://` addresses
+    become paths."""
     given = [name for name in ("image", "video", "memory") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]}, --{given[1]}: expected one of them, found both")
     for name, value in (("frames", args.frames), ("fps", args.fps)):
         if value is not None and not args.video:
             raise UserError(f"--{name}: expected a --video to take frames of, found none")
+    args.image, args.video = [local_path(file) for file in args.image], args.video and local_path(args.video)
     for file in (*args.image, *([args.video] if args.video else [])):
         check_file(Path(file))
     if args.memory:
@@ -97,6 +100,21 @@ def warn_of_more(model: Model, count: int) -> None:
     if count > trained:
         note = f"note: {model.run.directory} was trained with at most {trained} pictures at a time, found {count}"
         print(note, file=sys.stderr)
+
+
+def warn_of_none(model: Model, seen: Seen | None) -> None:
+    """On standard error, where a model is asked without a picture that has never seen a text alone."""
+    if seen is None and saw_single_questions(model):
+        print(f"note: no picture is given, and {model.run.directory} was trained on pictures only", file=sys.stderr)
+
+
+def saw_single_questions(model: Model) -> bool:
+    """Whether a run has learned all it knows from sources that have a picture, and a single question, in every
+    conversation."""
+    config, directory = model.run.config, model.run.directory
+    kinds = {keys.kind for keys in config.data.train.values()}
+    trained_here = (directory / "metrics.jsonl").exists() and not config.init_from  # not converted, say
+    return trained_here and kinds <= {"easyvqa", "video_qa", "tfds"}
 
 
 def describe(seen: Seen) -> str:

@@ -1,12 +1,16 @@
 """`python -m voco_jax.chat --run DIR --image a.png --image b.png`: a conversation about pictures, answers as they come.
 
-A line is a turn; an empty one, or the end of the input, ends it.
+A line is a turn. These lines are not:
+
+    /clear   begin a new conversation about the same pictures
+    /help    say this
+    /quit    end; so do an empty line, and the end of the input
 """
 
 import argparse
 import sys
 
-from voco_jax.ask import check_seen, look, warn_of_more
+from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more, warn_of_none
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import (
     add_answer_arguments,
@@ -19,7 +23,9 @@ from voco_jax.infer.arguments import (
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m voco_jax.chat", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
     add_seen_arguments(parser)
     add_answer_arguments(parser, max_new_tokens=256)
@@ -30,17 +36,28 @@ def main() -> None:
     seen = look(model, args)
     if seen is not None:
         warn_of_more(model, len(seen))
+    warn_of_none(model, seen)
     chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
     asking = sys.stdin.isatty()
+    if asking:
+        print("/help lists what is not a question")
     while True:
         try:
             question = input("> " if asking else "").strip()
         except EOFError:
             break
-        if not question:
+        if not question or question == "/quit":
             break
         if not asking:
             print(f"> {question}")
+        if question == "/help":
+            print(__doc__.partition("\n\n")[2].rstrip())
+            continue
+        if question == "/clear":
+            chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
+            continue
+        if len(chat.turns) == 2 and saw_single_questions(model):
+            print(f"note: {args.run} was trained on single questions: a second turn is new to it", file=sys.stderr)
         try:
             for piece in chat.stream(question):
                 print(piece, end="", flush=True)

@@ -1,7 +1,7 @@
-"""Configurations: every key with its default and meaning, and the command line that sets them."""
+"""Configurations: every key with its default and meaning (`--help` shows both), and their files in run directories."""
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import json
@@ -9,11 +9,10 @@ import math
 import os
 from pathlib import Path
 import re
-import traceback
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from voco_jax.config_keys import unknown_key
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
 from voco_jax.models import presets
@@ -24,45 +23,48 @@ from voco_jax.storage import as_path, in_bucket
 
 
 def default_config() -> ConfigDict:
-    """All keys. A config file changes those that differ; the command line, any: `--config.optim.learning_rate=1e-3`."""
+    """All keys. A config file changes those that differ; the command line, any: `--config.optim.learning_rate=1e-3`.
+
+    `--help` takes what a key means from here: each has a comment, beside it or in the lines above it.
+    """
     config = ConfigDict()
     config.workdir = "runs/default"  # checkpoints, this config, the tokenizer and the metrics go here
-    config.seed = 0
+    config.seed = 0  # of first weights, the order of the data and augmentation
     config.init_from = ""  # a run whose weights, dimensions and tokenizer this one begins with
 
-    config.model = ConfigDict()
-    config.model.llama = llama_preset("demo")
-    config.model.vision = vision_preset("demo")
+    config.model = ConfigDict()  # what is trained; with init_from the dimensions are those of that run
+    config.model.llama = llama_preset("demo")  # language model; presets: voco_jax/models/presets.py
+    config.model.vision = vision_preset("demo")  # vision tower
     config.model.compressor = "voco"  # or 'none' (LLaVA), 'average_pool', 'qformer'
     config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' in the text all the same, 0: plain LLaVA
     config.model.num_compressed_tokens = 1  # tokens an image with average_pool and qformer
-    config.model.num_qformer_layers = 2
+    config.model.num_qformer_layers = 2  # with qformer
     config.model.projector_layers = 2  # linear layers with GELU between (LLaVA-1.5's mlp2x_gelu); 1: LLaVA's first
-    config.model.param_dtype = "float32"
+    config.model.param_dtype = "float32"  # that parameters are stored and updated in
     config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
     config.model.attention = "xla"  # any platform; or 'splash' (TPU), 'cudnn' (NVIDIA GPU): see voco_jax/attention
     config.model.remat = "none"  # or 'full' and lines between: REMAT in voco_jax/models/stack.py
     config.model.unroll_layers = False  # straight-line code: for few and small layers
 
     config.model.lora = ConfigDict()  # low-rank updates of the language model's kernels, which stay as they are
-    config.model.lora.rank = 0  # 0: none
+    config.model.lora.rank = 0  # of the updates; 0: none
     config.model.lora.alpha = 16.0  # updates are scaled by alpha / rank
-    config.model.lora.targets = LoRAConfig.TARGETS
+    config.model.lora.targets = LoRAConfig.TARGETS  # kernels of a layer that have updates
 
     config.mesh = ConfigDict()  # devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    config.mesh.frame = 1
-    config.mesh.tensor = 1
+    config.mesh.data = 1  # groups of devices with a copy of the weights each
+    config.mesh.fsdp = -1  # the batch is split over these, and so are weights and optimizer state
+    config.mesh.frame = 1  # images of a bin are split over these
+    config.mesh.tensor = 1  # heads and MLP width are split over these
 
-    config.tokenizer = ConfigDict()
+    config.tokenizer = ConfigDict()  # with init_from that of the run
     config.tokenizer.source = "train"  # a directory or a hub name; 'train' makes a small one from the data
-    config.tokenizer.vocab_size = 512  # at most, with 'train'
+    config.tokenizer.vocab_size = 512  # tokens at most, with source 'train'
 
-    config.data = ConfigDict()
-    config.data.train = sources(easyvqa=source("easyvqa"))  # by name; see SOURCE_KEYS below and docs/data.md
-    config.data.test = sources(easyvqa=source("easyvqa", split="test"))
-    config.data.template = "voco_v1"  # see voco_jax/data/conversations.py; or 'custom'
+    config.data = ConfigDict()  # docs/data.md
+    config.data.train = sources(easyvqa=source("easyvqa"))  # by name; kinds and their keys: docs/data.md
+    config.data.test = sources()  # by name; empty: none, or easy-VQA's own where it alone is trained on
+    config.data.template = "voco_v1"  # what stands around questions and answers: data/conversations.py; or 'custom'
     config.data.custom_template = ConfigDict()  # exact text, spaces too; '{eos}' is the end-of-sequence token
     config.data.custom_template.system = ""  # before the first turn
     config.data.custom_template.user = "USER: "  # before a question
@@ -78,24 +80,24 @@ def default_config() -> ConfigDict:
     config.data.processor.do_resize = True  # False: the middle is cut out of the picture at its own size
     config.data.processor.resample = "bicubic"  # Pillow's name of the filter
     config.data.processor.rescale_factor = 1 / 255  # grey levels 0 … 255 are multiplied with it
-    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue; CLIP's
-    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # mean and deviation are of rescaled values
+    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue; CLIP's
+    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # and standard deviation; of rescaled values
     config.data.processor.pad_color = ()  # (red, green, blue), 0 … 255, around a padded picture; (): the mean colour
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
-    config.data.images_per_bin = 1
-    config.data.rows_per_bin = 8
+    config.data.images_per_bin = 1  # places for pictures, or frames of a clip; a record with more is left out
+    config.data.rows_per_bin = 0  # read rows of a bin; 0: so many as cost least with these data
     config.data.row_length = 0  # tokens a read row; 0: as many as the longest conversation has
     config.data.conversations_per_record = 8  # of a record, drawn anew each time it comes up; 0: all
     config.data.share_images = True  # records about one picture go into one bin, which compresses it once
     config.data.loss_weighting = "token"  # all labels count alike, or 'conversation': all conversations do
 
-    config.data.video = ConfigDict()
-    config.data.video.num_frames = 8  # spread evenly over the clip; 0: by fps
-    config.data.video.fps = 0.0  # frames a second of the clip
-    config.data.video.max_frames = 0  # at most, by fps; 0: any number
-    config.data.video.random_offset = True  # in training, within the even spacing
+    config.data.video = ConfigDict()  # which frames of a clip are looked at
+    config.data.video.num_frames = 8  # of a clip, spread evenly; 0: by fps
+    config.data.video.fps = 0.0  # frames a second of a clip, where num_frames is 0
+    config.data.video.max_frames = 0  # frames of a clip at most, by fps; 0: any number
+    config.data.video.random_offset = True  # in training frames are drawn within the even spacing
     config.data.video.timestamps = False  # each frame's time in the text before it
 
     config.data.random_crop = 1.0  # augmentation: the least share of a picture's sides that is kept; 1: no cropping
@@ -104,53 +106,53 @@ def default_config() -> ConfigDict:
     config.data.max_bad_share = 0.01  # of records that cannot be used; with more the run stops
     config.data.cache_dir = "~/.cache/voco_jax"  # where indices of large sources are kept
     config.data.num_workers = 0  # processes that load batches, and that make the index
-    config.data.num_threads = 0  # in each of them; 0: as many as the machine's cores allow
+    config.data.num_threads = 0  # that load, in each of these processes; 0: as many as the machine's cores allow
     config.data.prefetch = 2  # batches made ahead, by each worker; at least one a thread
 
-    config.optim = ConfigDict()
+    config.optim = ConfigDict()  # docs/optimizer.md
     config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest), 'adafactor' (least memory)
     config.optim.rounding = "stochastic"  # of bfloat16 parameters and moments; or 'nearest', which loses small updates
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 1e-3  # after warm-up
     config.optim.schedule = "cosine"  # or 'linear', 'wsd' (constant, then down), 'constant'
-    config.optim.warmup_steps = 100
+    config.optim.warmup_steps = 100  # in which the learning rate rises from 0
     config.optim.decay_share = 0.2  # of the steps, at their end, in which 'wsd' goes down
     config.optim.final_scale = 0.0  # of the learning rate, at the last step
     config.optim.rate_scale = ConfigDict()  # by which a part's learning rate is another
-    config.optim.rate_scale.vision_tower = 1.0
-    config.optim.rate_scale.projector = 1.0
-    config.optim.rate_scale.compressor = 1.0
-    config.optim.rate_scale.llama = 1.0
-    config.optim.weight_decay = 0.0
+    config.optim.rate_scale.vision_tower = 1.0  # of the vision tower
+    config.optim.rate_scale.projector = 1.0  # of the projector
+    config.optim.rate_scale.compressor = 1.0  # of a compressor with weights of its own (qformer)
+    config.optim.rate_scale.llama = 1.0  # of the language model
+    config.optim.weight_decay = 0.0  # decoupled, times the learning rate
     config.optim.decayed = ("kernel", "embedding")  # the parameters that decay, by the last part of their path
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.99
-    config.optim.clip_norm = 1.0
+    config.optim.b1 = 0.9  # of Adam's first moment
+    config.optim.b2 = 0.99  # of Adam's second moment
+    config.optim.clip_norm = 1.0  # gradients with a larger norm are scaled down to it
 
-    config.train = ConfigDict()
+    config.train = ConfigDict()  # docs/training.md
     config.train.freeze = ()  # parts that stay as they are, for example ("vision_tower",) or ("llama.layers",)
     # Whether gradients go through the compress stream. False: images' memories are constants, which the language model
     # learns to read; vision tower and projector, which act through them alone, are frozen as if `freeze` named them.
     config.train.compress_gradients = True
-    config.train.steps = 1000
+    config.train.steps = 1000  # updates, each of a batch
     config.train.accumulate = 1  # pieces that a batch is computed in, one after the other, before an update
-    config.train.on_bad_step = "stop"  # where the loss is no number, or a spike; or 'skip': no update
+    config.train.on_bad_step = "stop"  # where the loss is not finite, or a spike; or 'skip': no update
     config.train.spike_factor = 0.0  # a loss this many times the running mean is a spike; 0: none is
-    config.train.max_skipped = 10  # steps in a row; with more the run stops
-    config.train.log_every = 20
-    config.train.tensorboard = True
+    config.train.max_skipped = 10  # steps without an update in a row; with more the run stops
+    config.train.log_every = 20  # steps between lines of metrics.jsonl
+    config.train.tensorboard = True  # writes its files too
     config.train.profile_at = 0  # a step from which on a profiler trace is taken; 0: only on SIGUSR1
-    config.train.profile_steps = 5
-    config.train.checkpoint_every = 500
-    config.train.keep = 2  # newest checkpoints that are kept
-    config.train.keep_every = 0  # and those of every so many steps; 0: none
-    config.train.keep_best = 0  # and so many of the lowest evaluation loss
+    config.train.profile_steps = 5  # of a trace
+    config.train.checkpoint_every = 500  # steps between checkpoints; the last step has one always
+    config.train.keep = 2  # so many of the newest checkpoints
+    config.train.keep_every = 0  # and the checkpoints of every so many steps; 0: none
+    config.train.keep_best = 0  # and so many checkpoints of the lowest evaluation loss
 
-    config.eval = ConfigDict()
-    config.eval.batch_size = 64  # records at once
-    config.eval.max_new_tokens = 8
+    config.eval = ConfigDict()  # docs/evaluation.md
+    config.eval.batch_size = 64  # records, or questions, at once
+    config.eval.max_new_tokens = 0  # of an answer; 0: as many as the test set's longest has, from 8 to 256
     config.eval.every = 0  # steps of training, after which it looks at the test set; 0: never
-    config.eval.num_batches = 8  # for the loss
-    config.eval.num_answers = 64  # questions that are answered
+    config.eval.num_batches = 8  # of the test set, for the loss while training
+    config.eval.num_answers = 64  # questions of the test set that are answered while training
 
     return config.lock()
 
@@ -187,6 +189,12 @@ def sources(**by_name: ConfigDict) -> ConfigDict:
     return ConfigDict(by_name)
 
 
+def sources_to_score(data: ConfigDict) -> ConfigDict:
+    """The sources of `config.data.test`; easy-VQA's test split, where there are none and it alone is trained on."""
+    kinds = {keys.kind for keys in data.train.values()}
+    return data.test if data.test or kinds != {"easyvqa"} else sources(easyvqa=source("easyvqa", split="test"))
+
+
 def llama_preset(name: str) -> ConfigDict:
     """Dimensions of a language model by name (`voco_jax/models/presets.py`), as a config of its own."""
     return ConfigDict(dataclasses.asdict(_preset(presets.LLAMA, "llama", name)), convert_dict=True)
@@ -220,41 +228,6 @@ def vision_config(config: ConfigDict) -> ViTConfig:
     return ViTConfig(**config.model.vision.to_dict())
 
 
-def parse_command_line(argv: Sequence[str]) -> ConfigDict:
-    """The config of `--config=FILE --config.key=value …`; UserError names a wrong key's nearest valid one."""
-    return parse_flags(argv, lambda values: None)[0]
-
-
-def parse_flags(argv: Sequence[str], define: Callable[[flags.FlagValues], None]) -> tuple[ConfigDict, flags.FlagValues]:
-    """`parse_command_line` for a command with flags of its own, which `define` adds to the ones for the config."""
-    values = flags.FlagValues()
-    argv = list(argv)
-    config_flags.DEFINE_config_file(
-        "config", None, "a Python file with get_config()", flag_values=values, sys_argv=argv
-    )
-    define(values)
-    own = sorted(set(values) - {"config"})
-    try:
-        rest = values(argv)
-        if len(rest) > 1:
-            options = ", ".join(["--config=FILE --config.KEY=VALUE", *(f"--{name}" for name in own)])
-            raise UserError(f"command line: {rest[1]!r} is no option; use {options}")
-        if values["config"].value is None:
-            if any(argument.startswith("--config=") for argument in argv):
-                raise UserError("config: get_config() of the config file returned nothing")
-            raise UserError("command line: --config=FILE is missing, for example --config=configs/easyvqa.py")
-        config = values["config"].value
-        config.to_dict()  # a file that could not be read shows itself here
-        check_ranges(config)
-    except flags.Error as error:
-        raise UserError(f"command line: {_one_line(error)}") from error
-    except UserError:
-        raise
-    except Exception as error:  # what is mistyped in a config file may be of any kind: a name, an import, the syntax
-        raise UserError(f"config: {_place(error, argv)}{_one_line(error)}") from error
-    return config, values
-
-
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
     """The file is whole, or as it was: written apart and renamed, or in one piece to a bucket."""
     text, path = json.dumps(config.to_dict(), indent=2) + "\n", as_path(path)
@@ -282,7 +255,7 @@ ADDED_LATER = {
 def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     """A copy that goes on with what a stored config means by the keys in `ADDED_LATER`, where it does not ask for
     another value than the default."""
-    asked, default, there = map(_flat, (config, default_config(), stored))
+    asked, default, there = map(flatten, (config, default_config(), stored))
     kept = {key: old for key, old in ADDED_LATER.items() if there[key] == old != asked[key] == default[key]}
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(kept)
@@ -292,8 +265,13 @@ def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 def load_config(path: str | os.PathLike) -> ConfigDict:
     """A config written by `save_config`; UserError names an unknown or missing key."""
     stored = read_object(path, hint="a run directory holds config.json, tokenizer/ and checkpoints/")
+    if "model_type" in stored:
+        raise UserError(
+            f"{path}: a checkpoint in Hugging Face's form, not a run; make one of it: "
+            f"python tools/convert_weights.py to-jax {as_path(path).parent} RUN"
+        )
     config = default_config()
-    missing = _flat(config).keys() - _flat(ConfigDict(stored, convert_dict=True)).keys()
+    missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()
     missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
     missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources
     config.update_from_flattened_dict({key: old for key, old in ADDED_LATER.items() if key in missing})
@@ -310,9 +288,9 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
                 config.data[key] = sources(**{name: source(**keys) for name, keys in by_name.items()})
         config.update(stored)
         llama_config(config), vision_config(config)
-        check_ranges(config)
+        _check(config)
     except (KeyError, AttributeError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path}: {one_line(error)}") from None
     return config
 
 
@@ -338,7 +316,7 @@ RANGES = {
     "tokenizer.vocab_size": (1, None),
     "data.batch_size": (1, None),
     "data.images_per_bin": (0, None),
-    "data.rows_per_bin": (1, None),
+    "data.rows_per_bin": (0, None),
     "data.row_length": (0, None),
     "data.conversations_per_record": (0, None),
     "data.video.num_frames": (0, None),
@@ -370,7 +348,7 @@ RANGES = {
     "train.profile_at": (0, None),
     "train.profile_steps": (1, None),
     "eval.batch_size": (1, None),
-    "eval.max_new_tokens": (1, None),
+    "eval.max_new_tokens": (0, None),
     "eval.every": (0, None),
     "eval.num_batches": (0, None),
     "eval.num_answers": (0, None),
@@ -378,21 +356,68 @@ RANGES = {
 }
 
 
-def check_ranges(config: ConfigDict) -> None:
-    """UserError for a number that no run can have."""
-    flat = _flat(config)
+def find_problem(config: ConfigDict) -> tuple[str, str] | None:
+    """(key, what is wrong with its value) of the first key that no run can have: unknown, of another type than its
+    default, out of its range, or sources that are none."""
+    flat, default = flatten(config), flatten(default_config())
+    for part in ("data.train", "data.test"):
+        by_name = config.data[part.removeprefix("data.")]
+        if not isinstance(by_name, ConfigDict):
+            return part, f"expected sources(NAME=source(…)), found {by_name!r}"
+        if isinstance(by_name.get("kind"), str):
+            return part, f"expected sources(NAME=source({by_name.kind!r}, …)), found a source without a name"
+        for name, keys in by_name.items():
+            if not isinstance(keys, ConfigDict) or "kind" not in keys:
+                found = f"the keys {', '.join(keys)}" if isinstance(keys, ConfigDict) else repr(keys)
+                return f"{part}.{name}", f"expected a source, as source() makes it; found {found}"
+        flat = {key: value for key, value in flat.items() if not key.startswith(f"{part}.")}
+        default = {key: value for key, value in default.items() if not key.startswith(f"{part}.")}
+    for key, value in flat.items():
+        if key.startswith("model.llama.rope_scaling"):
+            continue
+        if key not in default:
+            return key, unknown_key(key, default)
+        if not _is_like(value, default[key]):
+            return key, f"expected {type_in_words(default[key])}, found {value!r}"
     for key, (smallest, below) in RANGES.items():
         value = flat.get(key)
         if key == "model.num_voco_tokens" and flat["model.compressor"] == "none":
             smallest = 0  # plain LLaVA
         if not (isinstance(value, int | float) and smallest <= value < (math.inf if below is None else below)):
             limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None else "")
-            raise UserError(f"config.{key}: expected {limit}, found {value!r}")
+            return key, f"expected {limit}, found {value!r}"
+    return None
+
+
+def _check(config: ConfigDict) -> None:
+    if problem := find_problem(config):
+        raise UserError(f"config.{problem[0]}: {problem[1]}")
+
+
+def _is_like(value, default) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
+
+
+def type_in_words(value) -> str:
+    """What a key expects, by its default or another value of it."""
+    if isinstance(value, ConfigDict):
+        return "a group of keys"
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a tuple",
+        tuple: "a tuple",
+    }
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def first_difference(a: ConfigDict, b: ConfigDict, ignore: Sequence[str] = ()) -> tuple[str, object, object] | None:
     """(key, value in a, value in b) of the first key that differs; some keys, or groups of keys, do not count."""
-    flat_a, flat_b = _flat(a), _flat(b)
+    flat_a, flat_b = flatten(a), flatten(b)
     for key in sorted(flat_a.keys() | flat_b.keys()):
         if any(key == free or key.startswith(f"{free}.") for free in ignore):
             continue
@@ -401,27 +426,18 @@ def first_difference(a: ConfigDict, b: ConfigDict, ignore: Sequence[str] = ()) -
     return None
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Dotted key → value; tuples as lists, as JSON has them."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
-def _place(error: Exception, argv: Sequence[str]) -> str:
-    """'FILE, line N: ' of the config file, or one beside it, that an error comes from; '' where it comes from none."""
-    files = [Path(argument.removeprefix("--config=")) for argument in argv if argument.startswith("--config=")]
-    directories = {file.resolve().parent for file in files}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if Path(frame.filename).resolve().parent in directories:
-            return f"{frame.filename}, line {frame.lineno}: "
-    return ""
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What it says; a KeyError shows its argument as code, and ml_collections nests one in another."""
     while not isinstance(error, OSError) and error.args and isinstance(error.args[0], Exception):
         error = error.args[0]

@@ -1,7 +1,8 @@
 """`python -m voco_jax.evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at.
 
-Of several sources in the run's config.data.test each has a table and files of its own: easyvqa results.json and
-answers.png; video_qa results.NAME.json, kinds.NAME.png (accuracy by kind) and strip.NAME.png (clips with answers).
+Each source of the run's config.data.test has a table and files of its own: easyvqa results.json and answers.png;
+video_qa results.NAME.json, kinds.NAME.png (accuracy by kind) and strip.NAME.png (clips with answers); all others
+results.NAME.json (exact match, token F1, loss) and answers.NAME.png.
 
 With --questions FILE.jsonl --images DIR --answers OUT.jsonl: the answers to LLaVA's question files, as its own scripts
 write them. Started again, it goes on where it stopped.
@@ -17,29 +18,30 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from voco_jax.api import Model
+from voco_jax.config import sources_to_score
 from voco_jax.data.records import Record
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.eval import question_files
+from voco_jax.eval import conversations, question_files
 from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
 from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
-from voco_jax.eval.pictures import draw_answers
+from voco_jax.eval.conversations import score_conversations
+from voco_jax.eval.pictures import COLUMNS, ROWS, draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.infer.arguments import add_model_arguments
 from voco_jax.models.voco import COMPRESSORS
 from voco_jax.run import Run, load_run
 from voco_jax.storage import files_for
 
-SCORED = ("easyvqa", "video_qa")  # kinds of sources
-
 
 class Scored(NamedTuple):
-    """What is known of a source: `results` for its JSON file, `notes` for below its table, and what draws its pictures,
-    by the name of the file (without ending)."""
+    """What is known of a source: `results` for its JSON file, its table, `notes` for below it, and what draws its
+    pictures, by the name of the file (without ending)."""
 
     results: dict
+    table: str
     notes: list[str]
     pictures: dict[str, Callable[[Path], None]]
 
@@ -77,23 +79,33 @@ def evaluate(run: Run, max_records: int | None = None, name: str | None = None) 
 
 
 def score_sources(run: Run, max_records: int | None = None, baselines: bool = False) -> Iterator[tuple[str, Scored]]:
-    """Every source of the run's config.data.test by its name, in turn. UserError for a kind that cannot be scored, and
-    for files that are not there, before the first is."""
-    by_name = run.config.data.test
-    if not by_name or any(keys.kind not in SCORED for keys in by_name.values()):
-        kinds = ", ".join(keys.kind for keys in by_name.values()) or "none"
-        raise UserError(f"{run.directory}: config.data.test: only {' and '.join(SCORED)} can be scored; found {kinds}")
-    clips = _open_clips(run, "test")
+    """Every source of the run's config.data.test by its name, in turn. UserError for a run without any, and for files
+    that are not there, before the first is scored."""
+    by_name = _by_name(run, "test")
+    if not by_name:
+        raise UserError(
+            f"{run.directory}: config.data.test: expected a test set, found none; set it in the config file and give "
+            "the command of the training again (a complete run takes it without training), or use --questions FILE"
+        )
+    opened, _ = open_sources(ConfigDict({"data": {"test": by_name}}), "test")
+    opened = dict(zip(sorted(by_name), opened, strict=True))
+    clips = {name: source for name, source in opened.items() if by_name[name].kind == "video_qa"}
     if baselines and not clips:
         raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
     known = training_answers(_open_clips(run, "train").values()) if baselines else []
     guesser = easyvqa.Guesser(known) if known else None
-    model = Model(run) if clips else None
+    model = Model(run) if any(keys.kind != "easyvqa" for keys in by_name.values()) else None
     for name in sorted(by_name):
-        if name not in clips:
+        if by_name[name].kind == "easyvqa":
             results = evaluate(run, max_records, name)
             draw = functools.partial(draw_answers, results.pop("answers"))
-            yield name, Scored(results, [], {"answers": draw})
+            yield name, Scored(results, table(results["counts"]), [], {"answers": draw})
+            continue
+        if name not in clips:
+            results, answers, report = score_conversations(model, opened[name], name=name, max_records=max_records)
+            notes = [line.strip() for line in report.lines("conversations")] if report.bad else []
+            draw = functools.partial(draw_conversations, answers)
+            yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
             continue
         results, found, report = score_clips(
             model, clips[name], name=name, max_clips=max_records, baselines=baselines, guesser=guesser
@@ -107,22 +119,34 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             "kinds": functools.partial(draw_kinds, results["counts"], title=title),
             "strip": functools.partial(draw_strip, found, title=title),
         }
-        yield name, Scored(results, notes, pictures)
+        yield name, Scored(results, table(results["counts"]), notes, pictures)
+
+
+def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:
+    """The first ones, those with longer answers grey: these are hardly ever given word by word."""
+    shown, overall = answers[: COLUMNS * ROWS], conversations.scores(answers)[OVERALL]
+    title = f"{len(answers):,} answers: exact match {overall['exact_match']:.1%}, token F1 {overall['token_f1']:.1%}"
+    judged = [answer.kind == conversations.SHORT for answer in shown]
+    draw_sheet(shown, [answer.picture for answer in shown], path, title, judged=judged)
 
 
 def _names(run: Run, key: str, kind: str) -> list[str]:
-    return sorted(name for name, keys in run.config.data[key].items() if keys.kind == kind)
+    return sorted(name for name, keys in _by_name(run, key).items() if keys.kind == kind)
+
+
+def _by_name(run: Run, key: str) -> ConfigDict:
+    return sources_to_score(run.config.data) if key == "test" else run.config.data[key]
 
 
 def _load(run: Run, key: str, names: list[str]) -> list[Record]:
-    return [record for name in names for record in easyvqa.load(run.config.data[key][name].split)]
+    return [record for name in names for record in easyvqa.load(_by_name(run, key)[name].split)]
 
 
 def _open_clips(run: Run, key: str) -> dict[str, VideoQuestionSource]:
     names = _names(run, key, "video_qa")
     if not names:
         return {}
-    found, _ = open_sources(ConfigDict({"data": {key: {name: run.config.data[key][name] for name in names}}}), key)
+    found, _ = open_sources(ConfigDict({"data": {key: {name: _by_name(run, key)[name] for name in names}}}), key)
     return dict(zip(names, found, strict=True))
 
 
@@ -158,12 +182,12 @@ def main() -> None:
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
-    several, one_easyvqa = len(run.config.data.test) > 1, len(_names(run, "test", "easyvqa")) == 1
+    several, one_easyvqa = len(_by_name(run, "test")) > 1, len(_names(run, "test", "easyvqa")) == 1
     for name, scored in score_sources(run, args.max_records, args.baselines):
         if several:
             print(f"## {name}\n")
-        print("\n".join([table(scored.results["counts"]), *scored.notes]))  # first, whatever becomes of the files
-        of_source = suffix if one_easyvqa and run.config.data.test[name].kind == "easyvqa" else f".{name}{suffix}"
+        print("\n".join([scored.table, *scored.notes]))  # first, whatever becomes of the files
+        of_source = suffix if one_easyvqa and _by_name(run, "test")[name].kind == "easyvqa" else f".{name}{suffix}"
         written = [f"results{of_source}.json", *(f"{picture}{of_source}.png" for picture in scored.pictures)]
         with files_for(args.run) as directory:
             temporary = directory / f"{written[0]}.new"

@@ -25,7 +25,7 @@ from voco_jax.storage import AnyPath, as_path
 from voco_jax.train.checkpoint import Checkpointer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """What a run directory holds, restored."""
 
@@ -37,6 +37,9 @@ class Run:
     step: int
     checksums: dict[str, int]  # of the parameters as they are stored, by dotted path
     mesh: Mesh | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, step {self.step})"
 
 
 def load_run(

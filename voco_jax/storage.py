@@ -4,14 +4,19 @@ from collections.abc import Iterator
 import contextlib
 import importlib.util
 import logging
+import os
 from pathlib import Path
 import shutil
+import socket
 import tempfile
+from urllib.request import getproxies
 
 from etils import epath
 
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import TryAgain, UserError, first_line
 from voco_jax.parallel.distributed import may_be_of_another
+
+HOST = "storage.googleapis.com"
 
 # Both have `/`, exists, is_dir, iterdir, mkdir, open, read_text, write_text, unlink, rename and rmtree
 AnyPath = Path | epath.Path
@@ -26,8 +31,19 @@ def as_path(address: str | AnyPath) -> AnyPath:
         raise UserError(f"{text}: expected a directory, or gs://BUCKET/DIRECTORY")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets need gcsfs, which is not installed: pip install -e '.[gcs]'")
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of every bucket that it may not ask what kind it is
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of what is raised as well, with a page of traces
+    _check_online(text)
     return epath.Path(text)
+
+
+def _check_online(address: str) -> None:
+    """TryAgain where nobody knows the buckets' server: gcsfs would try for a minute."""
+    if os.environ.get("STORAGE_EMULATOR_HOST") or getproxies():  # then it is not asked, or not by this machine
+        return
+    try:
+        socket.getaddrinfo(HOST, 443)
+    except socket.gaierror as error:
+        raise TryAgain(f"{address}: {HOST} is not found ({error.strerror}); is this machine online?") from None
 
 
 def in_bucket(path: AnyPath) -> bool:

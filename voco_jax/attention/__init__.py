@@ -49,6 +49,13 @@ def check_platform(name: str) -> None:
         raise ValueError(f"attention {name!r} needs a {needed}, found {found}; 'xla' computes the same anywhere")
 
 
+def interpreted(name: str) -> str:
+    """What to say of an adapter whose kernel this machine's devices only interpret; '' of any other."""
+    if name != "splash" or jax.default_backend() != "cpu":
+        return ""
+    return "attention 'splash' is only interpreted on a CPU, many times slower than 'xla', which computes the same"
+
+
 def check_kernels(name: str, **shapes) -> None:
     """ValueError, at set-up, for what an adapter's library refuses only once it compiles: `cudnn.check` has the
     arguments. The other adapters say all that they refuse when a step is traced."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from pathlib import Path
+import re
 
 from voco_jax.convert import hf_configs, processors
 from voco_jax.convert.adapters import apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
@@ -172,7 +173,9 @@ def open_source(
     adapter, or a projector trained alone, belongs to. `ignored`: unknown keys of configs that are to be passed over.
     """
     if not path.exists():
-        raise UserError(f"{path}: not found")
+        hint = "; if this is a name on Hugging Face's hub, download it first: "
+        name = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))
+        raise UserError(f"{path}: not found" + (f"{hint}hf download {path} --local-dir {name[1]}" if name else ""))
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path}: expected a directory or a .gguf file")

@@ -55,6 +55,20 @@ class Index:
     def arrays(self) -> dict[str, np.ndarray]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "report"}
 
+    def every(self, n: int) -> "Index":
+        """About one record of n; those about the same images stay together."""
+        if n == 1:
+            return self
+        keys = np.where(self.pictures, self.pictures, 1 + np.arange(len(self))).astype(np.uint64)
+        mixed = (keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+        kept = np.flatnonzero(mixed % np.uint64(n) == 0)
+        counts = np.diff(self.offsets)[kept]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - self.offsets[kept], counts)
+        of_records = {name: getattr(self, name)[kept] for name in ("records", "num_images", "pictures")}
+        of_conversations = {name: getattr(self, name)[within] for name in ("conversations", "lengths", "digests")}
+        return dataclasses.replace(self, offsets=offsets, **of_records, **of_conversations)
+
     def text_checksum(self) -> str:
         """Of all but what pictures are called: which conversations of which records can be used, and their tokens."""
         digest = hashlib.sha256()

@@ -10,6 +10,7 @@ each batch of one modality and sorted by length.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import hashlib
 import threading
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from voco_jax.data.index import Index, same_pictures
 from voco_jax.errors import UserError
 
 LAYOUTS = ("pack", "group")
+ROWS = (*range(1, 9), 10, 12, 16)  # of a bin, to choose from
+ROWS_JUDGED_BY = 1000  # records, about
 
 
 class Placed(NamedTuple):
@@ -250,6 +253,29 @@ class Plan:
                 held, previous = [], key
             held.append(length)
         return order[places], conversations, np.array([*starts, len(places)], np.int64)
+
+
+def cheapest_rows(
+    indices: Sequence[Index], weights: Sequence[float], shape: BinShape, compress_length: int, **options
+) -> tuple[int, float]:
+    """How many read rows of `shape.row_length` a bin should have, and how many times the tokens of that
+    `shape.rows` would need (1 where those are 0, or not more).
+
+    The fewest whose epoch needs no more tokens than others, but for 2 %: read rows with their padding, and
+    `compress_length` an image slot. Judged by some of the records, the same in all processes. `options` are `Plan`'s.
+    """
+    few = max(1, sum(map(len, indices)) // ROWS_JUDGED_BY)
+    some = [index.every(few) for index in indices]
+    if max(weight * len(index) for weight, index in zip(weights, some, strict=True)) < 1:
+        some = indices
+
+    def tokens(rows: int) -> int:
+        bins = Plan(some, weights, dataclasses.replace(shape, rows=rows), **options).use().bins
+        return bins * (rows * shape.row_length + shape.images * compress_length)
+
+    needed = {rows: tokens(rows) for rows in ROWS}
+    chosen = next(rows for rows in ROWS if needed[rows] <= 1.02 * min(needed.values()))
+    return chosen, max(1.0, tokens(shape.rows) / needed[chosen]) if shape.rows else 1.0
 
 
 def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: BinShape) -> Bins:

@@ -9,7 +9,7 @@ from voco_jax.data.conversations import Encoder
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import Record
 from voco_jax.data.turns import text_of
-from voco_jax.eval.scoring import Answer
+from voco_jax.eval.scoring import Answer, longest_answer
 from voco_jax.infer.answerer import Answerer
 from voco_jax.run import Run
 
@@ -17,7 +17,9 @@ from voco_jax.run import Run
 def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
     """Greedy answers to the first question of every conversation of the records, in their order."""
     answerer = Answerer(run.model, run.encoder)
-    batch_size, max_new_tokens = run.config.eval.batch_size, run.config.eval.max_new_tokens
+    batch_size = run.config.eval.batch_size
+    truths = {turns[1]["value"] for record in records for turns in record.conversations}
+    max_new_tokens = longest_answer(run.config.eval.max_new_tokens, truths, run.encoder.tokenizer)
     answers = []
     total = sum(len(record.conversations) for record in records)
     with tqdm(total=total, unit="question", desc="evaluating", mininterval=0.5) as bar:

@@ -20,7 +20,7 @@ from voco_jax.data.sources.easyvqa import Guesser
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.data.turns import VIDEO
 from voco_jax.errors import UserError
-from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind
+from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind, longest_answer
 
 NO_KIND = "other"  # of the rows without a kind, where some have one
 
@@ -161,6 +161,8 @@ def answer_clips(
     A clip or a question that cannot be used goes to the report, which is then given to `check`: it may raise.
     """
     limits = model.run.config.eval
+    truths = {question.truth for clip in clips for question in clip.questions}
+    max_new_tokens = longest_answer(limits.max_new_tokens, truths, model.run.encoder.tokenizer)
     views = {THIS_RUN: lambda seen, number: seen} | {baseline: BASELINES[baseline] for baseline in baselines}
     found = ClipAnswers({column: [] for column in views}, [], {})
     waiting: list[tuple[AskedClip, ClipQuestion, dict[str, Seen | None]]] = []
@@ -174,7 +176,7 @@ def answer_clips(
         asked = batch + asked[: limits.batch_size - len(batch)]
         for column, answers in found.answers.items():
             requests = [Request(question.text, shown[column]) for _, question, shown in asked]
-            texts = model.answers(requests, max_new_tokens=limits.max_new_tokens, batch_size=limits.batch_size)
+            texts = model.answers(requests, max_new_tokens=max_new_tokens, batch_size=limits.batch_size)
             for (clip, question, _), text in zip(batch, texts[: len(batch)], strict=True):
                 answers.append(Answer(str(clip.file), question.text, question.truth, text))
         found.kinds.extend(question.kind for _, question, _ in batch)
@@ -187,7 +189,7 @@ def answer_clips(
             seen = _look(model, clip, report)
             if seen is not None:
                 shown = {column: view(seen, clip.number) for column, view in views.items()}
-                usable = [q for q in clip.questions if _can_be_asked(model, q, seen, report)]
+                usable = [q for q in clip.questions if _can_be_asked(model, q, seen, max_new_tokens, report)]
                 waiting += [(clip, question, shown) for question in usable]
                 found.times[str(clip.file)] = [item.time for item in seen.items]
             if report.num_bad > bad_before:
@@ -223,11 +225,11 @@ def _look(model: Model, clip: AskedClip, report: Report) -> Seen | None:
         return None
 
 
-def _can_be_asked(model: Model, question: ClipQuestion, seen: Seen, report: Report) -> bool:
+def _can_be_asked(model: Model, question: ClipQuestion, seen: Seen, max_new_tokens: int, report: Report) -> bool:
     try:
         prompt = model.prompt(Request(question.text, seen))
         try:
-            model.answerer().check_length(len(prompt), model.run.config.eval.max_new_tokens)
+            model.answerer().check_length(len(prompt), max_new_tokens)
         except UserError as error:
             raise BadRecord(TOO_LONG, str(error)) from None
     except BadRecord as error:

@@ -17,6 +17,7 @@ from voco_jax.eval.scoring import Answer
 COLUMNS, ROWS = 4, 3
 RIGHT, WRONG, UNJUDGED = "#1a7f37", "#cf222e", "#57606a"
 WIDTH = 40  # letters of a line of text
+_CELL, _SIDE, _LINE, _TITLE, _GAP = 3.1, 2.2, 0.18, 0.42, 0.22  # inches: of a column, a picture, a line, …
 
 
 def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> None:
@@ -45,23 +46,32 @@ def draw_sheet(
     Those that are not `judged` are grey, neither right nor wrong. `rows` are those of the sheet, 0: as many as needed.
     """
     rows = rows or -(-len(answers) // COLUMNS)
-    height = 3.5 * rows
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(3.1 * COLUMNS, height), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for i, (axis, answer, picture) in enumerate(zip(axes.flat, answers, pictures, strict=False)):
-        colour = UNJUDGED if judged is not None and not judged[i] else RIGHT if answer.correct else WRONG
-        if picture is not None:
-            axis.imshow(picture, interpolation="nearest")
-        axis.set_title(_wrapped(answer.question, 3), fontsize=10, parse_math=False)
-        axis.text(
-            0.5, -0.03, _below(answer), transform=axis.transAxes, ha="center", va="top", fontsize=10, color=colour,
-            parse_math=False,
-        )  # fmt: skip
+    texts = [(_wrapped(answer.question, 3), _below(answer)) for answer in answers]
+    by_row = [texts[r * COLUMNS : (r + 1) * COLUMNS] for r in range(rows)]
+    # Lines above and below the pictures of a row: each has the room that its texts need
+    lines = [[max((text[i].count("\n") + 1 for text in row), default=1) for i in (0, 1)] for row in by_row]
+    height = _TITLE + sum((above + below) * _LINE + _SIDE + _GAP for above, below in lines)
+    figure = plt.figure(figsize=(_CELL * COLUMNS, height))
+    top = _TITLE
+    for r, (above, below) in enumerate(lines):
+        top += above * _LINE
+        for column, i in enumerate(range(r * COLUMNS, min((r + 1) * COLUMNS, len(answers)))):
+            left = (column + 0.5) * _CELL - _SIDE / 2
+            place = left / (_CELL * COLUMNS), 1 - (top + _SIDE) / height, _SIDE / (_CELL * COLUMNS), _SIDE / height
+            axis = figure.add_axes(place)
+            axis.axis("off")
+            colour = UNJUDGED if judged is not None and not judged[i] else RIGHT if answers[i].correct else WRONG
+            if pictures[i] is not None:
+                axis.imshow(pictures[i], interpolation="nearest")
+            for text, y, align, ink in (texts[i][0], 1.02, "bottom", "black"), (texts[i][1], -0.02, "top", colour):
+                figure.text(
+                    (column + 0.5) / COLUMNS, 1 - (top + (1 - y) * _SIDE) / height, text, ha="center", va=align,
+                    fontsize=10, color=ink, parse_math=False, linespacing=1.2,
+                )  # fmt: skip
+        top += _SIDE + below * _LINE + _GAP
     figure.suptitle(title, fontsize=12, y=1 - 0.1 / height, parse_math=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font has not are drawn as boxes
-        figure.tight_layout(h_pad=2.5, rect=(0, 0, 1, 1 - 0.25 / height))
         figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,8 +1,9 @@
 """Scores: exact answers, by kind of question, beside what can be had without looking."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import string
 
 OVERALL = "overall"
 
@@ -19,6 +20,36 @@ class Answer:
     @property
     def correct(self) -> bool:
         return normalize(self.given) == normalize(self.truth)
+
+
+SHORTEST_LIMIT, LONGEST_LIMIT = 8, 256  # tokens, where the test set chooses
+
+
+def longest_answer(given: int, truths: Iterable[str], tokenizer) -> int:
+    """`config.eval.max_new_tokens` if it is not 0; else room for the longest of the expected answers, and its end."""
+    if given:
+        return given
+    longest = max((len(tokenizer(text, add_special_tokens=False).input_ids) for text in set(truths)), default=0)
+    return min(max(SHORTEST_LIMIT, longest + 1), LONGEST_LIMIT)
+
+
+def token_f1(given: str, truth: str) -> float:
+    """How much of the words two answers share, from 0 to 1, in whatever order: SQuAD's F1 with its normalisation
+    (Rajpurkar et al., arXiv:1606.05250): lower case, no punctuation, no articles.
+
+    >>> token_f1("The red circle.", "a circle, red"), round(token_f1("a red box", "two red circles"), 2)
+    (1.0, 0.4)
+    """
+    words, expected = (_words(text) for text in (given, truth))
+    if not words or not expected:
+        return float(words == expected)
+    shared = sum((Counter(words) & Counter(expected)).values())
+    return 2 * shared / (len(words) + len(expected))
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in text.split() if word not in ("a", "an", "the")]
 
 
 def normalize(text: str) -> str:

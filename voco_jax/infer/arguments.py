@@ -49,10 +49,14 @@ def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 
         "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
         help=f"longest answer, in tokens (default {max_new_tokens})",
     )  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default); above: drawn")
-    parser.add_argument("--top-p", type=float, default=1.0, help="drawn of the likeliest that sum to this share")
-    parser.add_argument("--top-k", type=int, default=0, help="drawn of the so many likeliest; 0: of all")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest token (default); above 0: sampled"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that sum to this share"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of what is sampled")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -68,8 +72,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def add_seen_arguments(parser: argparse.ArgumentParser) -> None:
     """`--image`, `--video`, `--memory`, `--tokens`, `--frames`, `--fps`."""
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; again for more")
-    parser.add_argument("--video", metavar="FILE", help="a video, all of its frames that are looked at")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
+    parser.add_argument("--video", metavar="FILE", help="video file")
     parser.add_argument("--memory", metavar="FILE", help="a memory file of voco_jax.compress")
     parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
     add_frame_arguments(parser)

@@ -32,7 +32,7 @@ class Item:
         return self.time is not None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MemoryBank:
     """Memories of N pictures, K tokens each.
 
@@ -50,6 +50,10 @@ class MemoryBank:
     def __post_init__(self):
         if len(self.keys) != len(self.items) or self.keys.shape != self.values.shape:
             raise ValueError(f"{len(self.items)} items, keys {self.keys.shape}, values {self.values.shape}")
+
+    def __repr__(self) -> str:
+        size = f"{self.nbytes / 2**20:.1f} MiB" if self.nbytes >= 2**20 else f"{self.nbytes / 2**10:.1f} KiB"
+        return f"MemoryBank({_shown(self.items)}, {self.num_tokens} tokens each, {self.keys.dtype.name}, {size})"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -151,12 +155,15 @@ def of_one_dtype(banks: Sequence[MemoryBank]) -> Sequence[MemoryBank]:
     return banks if alike else [bank.astype(np.float32) for bank in banks]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Embeddings:
     """What a model without VoCo compression keeps of N pictures: their embeddings [N, P, D], on the devices."""
 
     features: jax.Array
     items: tuple[Item, ...]
+
+    def __repr__(self) -> str:
+        return f"Embeddings({_shown(self.items)}, {self.features.shape[1]} each, {self.features.dtype})"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -204,6 +211,16 @@ def _described(config) -> dict:
         for name, value in fields.items()
         if name not in _ADDED_LATER or value != _ADDED_LATER[name]
     }
+
+
+def _shown(items: Sequence[Item]) -> str:
+    """How many, and the first few by name.
+
+    >>> _shown([Item("a.png")]), _shown([Item(f"{i}.png") for i in range(9)])
+    ('1 picture: a.png', '9 pictures: 0.png, 1.png, 2.png, …')
+    """
+    names = [item.source or "(no name)" for item in items[:3]] + ["…"] * (len(items) > 3)
+    return f"{len(items)} picture{'s' * (len(items) != 1)}: {', '.join(names)}"
 
 
 @jax.jit

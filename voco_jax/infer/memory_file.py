@@ -202,7 +202,9 @@ def join_files(file: str | os.PathLike, parts: Iterable["MemoryBank | tuple[Memo
     for kind in kinds[1:]:
         for what, expected, found in zip(("model", "shape of a picture", "dtype"), kinds[0], kind, strict=False):
             if expected != found:
-                raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}")
+                way = "; voco_jax.compress --int8, or MemoryBank.to_int8() in Python, makes int8 of the others"
+                way = way if what == "dtype" and "int8" in (expected, found) else ""
+                raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}{way}")
     items = [
         item
         for part in parts

@@ -58,19 +58,19 @@ class RopeScaling:
 class LlamaConfig:
     """Field names are those of Hugging Face's `LlamaConfig`, but for `vocab_multiple`: how we store a vocabulary."""
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int | None = None
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    vocab_size: int = 32000  # tokens that the model knows; at least as many as the tokenizer has
+    hidden_size: int = 4096  # width of the residual stream (D)
+    intermediate_size: int = 11008  # width of the MLP (F)
+    num_hidden_layers: int = 32  # decoder layers
+    num_attention_heads: int = 32  # query heads (N)
+    num_key_value_heads: int = 32  # key and value heads (G), which query heads share
+    head_dim: int | None = None  # size of a head (H); None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 4096  # longest sequence, in tokens
+    rms_norm_eps: float = 1e-5  # added to the mean square in norms
+    rope_theta: float = 10000.0  # base of the rotary positions
+    rope_scaling: RopeScaling | None = None  # of the rotary positions, for longer sequences; None: none
+    tie_word_embeddings: bool = False  # the head is the embedding
+    initializer_range: float = 0.02  # standard deviation of random first weights
     vocab_multiple: int = 1  # rows of embedding and head are padded to a multiple of it, so that they shard
 
     def __post_init__(self):

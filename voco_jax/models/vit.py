@@ -22,17 +22,17 @@ class ViTConfig:
     -2 (LLaVA) the one before. `select_feature` is 'patch' (class token dropped) or 'cls_patch'.
     """
 
-    image_size: int = 336
-    patch_size: int = 14
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    image_size: int = 336  # pixels of a square picture's side
+    patch_size: int = 14  # pixels of a patch's side
+    hidden_size: int = 1024  # width of the residual stream
+    intermediate_size: int = 4096  # width of the MLP
+    num_hidden_layers: int = 24  # layers
+    num_attention_heads: int = 16  # heads
+    layer_norm_eps: float = 1e-5  # added to the variance in norms
+    initializer_range: float = 0.02  # standard deviation of random first weights
     position_init: str = "normal"  # what position embeddings begin as: CLIP's noise, or 'sincos' (`sincos_positions`)
-    select_layer: int = -2
-    select_feature: str = "patch"
+    select_layer: int = -2  # hidden states that are features: -1 the last layer's, -2 those before it (LLaVA)
+    select_feature: str = "patch"  # 'patch', or 'cls_patch' with the class token
 
     def __post_init__(self):
         if self.image_size % self.patch_size:

@@ -111,6 +111,9 @@ class Memory(NamedTuple):
     keys: jax.Array
     values: jax.Array
 
+    def __repr__(self) -> str:
+        return f"Memory(keys {self.keys.dtype}{list(self.keys.shape)}, values of the same shape)"
+
 
 class Cache(NamedTuple):
     """Keys (rotated) and values of the read stream, each [L, R, C, G, H]; a row's token of position p is at place p."""

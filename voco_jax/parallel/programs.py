@@ -57,8 +57,9 @@ def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
     """
     if step not in STEPS:
         raise UserError(f"step: expected one of {', '.join(STEPS)}; found {step!r}")
-    if not config.data.row_length:
-        raise UserError("config.data.row_length: expected the tokens of a row, found 0 (no data is read here)")
+    for key, what in (("row_length", "tokens of a row"), ("rows_per_bin", "rows of a bin")):
+        if not config.data[key]:
+            raise UserError(f"config.data.{key}: expected the {what}, found 0 (no data is read here)")
     with jax.set_mesh(mesh):
         return _train(config, mesh) if step == "train" else _infer(config, step, mesh)
 

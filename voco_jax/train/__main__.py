@@ -1,15 +1,20 @@
-"""`python -m voco_jax.train --config=configs/easyvqa.py [--config.optim.learning_rate=… …]`
+"""python -m voco_jax.train --config=FILE [--config.KEY=VALUE …]
 
-With several processes, see `voco_jax/parallel/distributed.py`.
+Trains a model into the directory config.workdir, for example --config=configs/easyvqa.py. The same command again goes
+on from the newest checkpoint. Of several processes each is given the same command, and the first three options below,
+or finds them in its environment (docs/launching.md).
 """
 
 import os
+import shlex
 import sys
 import threading
 
 import jax
+from ml_collections import ConfigDict
 
-from voco_jax.config import parse_flags
+from voco_jax.command_line import parse_flags
+from voco_jax.config import sources_to_score
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel import distributed
 from voco_jax.parallel.watch import watch
@@ -18,12 +23,23 @@ from voco_jax.train.loop import train
 
 @one_line_errors
 def main() -> None:
-    config, flags = parse_flags(sys.argv, distributed.define_flags)
+    config, flags = parse_flags(sys.argv, distributed.define_flags, __doc__)
     distributed.start(flags.coordinator, flags.num_processes, flags.process_id, flags.initialization_timeout)
     with watch():
         run = train(config)
     if jax.process_index() == 0:
-        print(f"trained: {run} (evaluate it: python -m voco_jax.evaluate --run {run})")
+        print("\n".join([f"trained: {run}", *(f"  {line}" for line in next_commands(str(run), config))]))
+
+
+def next_commands(run: str, config: ConfigDict) -> list[str]:
+    """What can be done with a run that is complete."""
+    run = shlex.quote(run)
+    video = {keys.kind for keys in config.data.train.values()} == {"video_qa"}
+    about = "--video FILE" if video else "--image FILE" if config.data.images_per_bin else ""
+    lines = [f"ask it: python -m voco_jax.ask --run {run} {about}".rstrip() + ' "QUESTION"']
+    if sources_to_score(config.data):
+        lines.insert(0, f"score it on its test set: python -m voco_jax.evaluate --run {run}")
+    return lines
 
 
 def _orbax_waits() -> bool:

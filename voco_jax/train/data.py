@@ -13,7 +13,7 @@ from voco_jax.data.contents import contents_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, BinLoader
-from voco_jax.data.plan import Plan
+from voco_jax.data.plan import Plan, cheapest_rows
 from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -23,6 +23,8 @@ from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import make_encoder, make_model_config, make_processor, template_of
+
+MOSTLY_PADDING = 0.5  # of the read tokens used; with less, what would be better is said
 
 
 class TrainingData(NamedTuple):
@@ -62,21 +64,28 @@ def open_training_data(
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
-    plan = Plan(
-        indices,
-        weights,
-        BinShape(data.rows_per_bin, data.row_length or longest, data.images_per_bin),
-        seed=config.seed,
-        layout=data.layout,
-        batch_size=data.batch_size,
-        conversations_per_record=data.conversations_per_record,
-        share_images=data.share_images,
-    )
+    shape = BinShape(data.rows_per_bin, data.row_length or longest, data.images_per_bin)
+    options = dict(
+        seed=config.seed, layout=data.layout, batch_size=data.batch_size,
+        conversations_per_record=data.conversations_per_record, share_images=data.share_images,
+    )  # fmt: skip
+    if not data.rows_per_bin:
+        rows, _ = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
+        shape = dataclasses.replace(shape, rows=rows)
+        say(f"data: {rows} read row{'s' * (rows > 1)} a bin, which costs least (config.data.rows_per_bin)")
+    plan = Plan(indices, weights, shape, **options)
     use = plan.use()
     say(
         f"data: {use.bins} bins, {math.ceil(use.bins / data.batch_size)} batches an epoch; "
         f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
     )
+    if data.rows_per_bin and use.tokens < MOSTLY_PADDING:
+        rows, times = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
+        if times > 1:
+            say(
+                f"data: most of that is padding; config.data.rows_per_bin={rows} would need {times:.1f} times fewer "
+                f"tokens an epoch than {data.rows_per_bin}"
+            )
     loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
     contents = {
         name: contents_of(source, index)

@@ -23,7 +23,7 @@ from voco_jax.data.reports import Report
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
-from voco_jax.eval.scoring import Answer
+from voco_jax.eval.scoring import LONGEST_LIMIT, Answer, longest_answer
 from voco_jax.infer.answerer import Answerer
 from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS as ROW_AXES
@@ -88,6 +88,8 @@ class Evaluator:
             encoder = self._batches.loader.maker.encoder
             self._answerer = Answerer(nnx.merge(graphdef, params), encoder, mesh)
             self._questions = self._choose_questions()
+            truths = {question.truth for question in self._questions}
+            self._max_new_tokens = longest_answer(config.eval.max_new_tokens, truths, encoder.tokenizer)
             judged = sum(question.judged for question in self._questions)
             say(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
 
@@ -174,7 +176,7 @@ class Evaluator:
                 visual = self._answerer.see(self._put({"pixel_values": pixels})["pixel_values"])
             prompts = [question.prompt for question in asked]
             pictures = [range(i * num_images, i * num_images + len(q.pixels)) for i, q in enumerate(asked)]
-            given += self._answerer.complete(prompts, visual, pictures, limits.max_new_tokens)
+            given += self._answerer.complete(prompts, visual, pictures, self._max_new_tokens)
         return given
 
     def _choose_questions(self) -> list[Question]:
@@ -204,17 +206,18 @@ class Evaluator:
 
     def _load_question(self, placed: Placed) -> Question:
         """BadRecord for one that cannot be asked."""
-        loader, limits = self._batches.loader, self._config.eval
+        loader = self._batches.loader
         record = loader.sources[placed.source][placed.record]
         times = loader.maker.frame_times(record)
         prompt = loader.maker.prompt(record, placed.conversation, times)
-        positions = self._config.model.llama.max_position_embeddings
-        if len(prompt) + limits.max_new_tokens > positions:
-            raise BadRecord(TOO_LONG, f"a question of {len(prompt)} tokens and {limits.max_new_tokens} for the answer")
         turns = record.conversations[placed.conversation]
         human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
         truth = turns[human + 1]["value"]
-        tokens = loader.maker.encoder.tokenizer(truth, add_special_tokens=False).input_ids
+        tokenizer, limit = loader.maker.encoder.tokenizer, self._config.eval.max_new_tokens
+        room = limit or LONGEST_LIMIT  # the longest answer is not known yet
+        if len(prompt) + room > self._config.model.llama.max_position_embeddings:
+            raise BadRecord(TOO_LONG, f"a question of {len(prompt)} tokens and {room} for the answer")
+        tokens = tokenizer(truth, add_special_tokens=False).input_ids
         images = loader.maker.load_images(record, times, loader.processor.load)
         pixels = np.zeros((len(images), loader.processor.size, loader.processor.size, 3), np.uint8)
         for i, image in enumerate(images):
@@ -223,7 +226,7 @@ class Evaluator:
         if picture is not None:
             picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
         text = text_of(turns[human]["value"])
-        judged = len(truth.split()) <= SHORT and len(tokens) <= limits.max_new_tokens
+        judged = len(truth.split()) <= SHORT and len(tokens) <= room
         return Question(prompt, pixels, text, truth, judged, picture)
 
     def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:

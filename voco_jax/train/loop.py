@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from voco_jax.attention import interpreted
+from voco_jax.config import sources_to_score
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.errors import UserError
@@ -84,6 +86,8 @@ def train(config: ConfigDict) -> AnyPath:
 def _set_up(config: ConfigDict) -> _Setup:
     workdir = workdir_path(config)
     config = continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
+    config = config.copy_and_resolve_references()
+    config.data.test = sources_to_score(config.data)
     resuming = check_workdir(workdir, config)
     if not resuming and (note := other_pixels(config)):
         _say(note)
@@ -96,6 +100,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     tokenizer, model_config, batches, longest = open_training_data(
         config, run=workdir if resuming else None, shard=shard, say=_say
     )
+    config.data.rows_per_bin = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
     _check_positions(longest, model_config)
@@ -110,10 +115,11 @@ def _set_up(config: ConfigDict) -> _Setup:
         train_step = make_train_step(
             state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate
         )
-        num_params = _count(state.freezing.trained(state.params))
-        num_frozen = _count(state.params) - num_params
-        frozen = f" and {num_frozen:,} frozen" if num_frozen else ""
-        _say(f"model: {num_params:,} parameters{frozen}, compressor {model_config.compressor}, {model_config.dtype}")
+        total, trained = _count(state.params), _count(state.freezing.trained(state.params))
+        some = f", {trained:,} of them trained" if trained != total else ""
+        _say(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
+        if note := interpreted(model_config.attention):
+            _say(f"model: {note}")
         if lost := lost_updates(config, state.freezing.trained(state.params)):
             _say(lost)
         # The directory comes into being only later, when what can be wrong with the input has shown itself

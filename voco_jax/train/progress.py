@@ -1,6 +1,8 @@
 """What a person sees of a training that runs: one bar on a terminal, a line now and then in a log file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import shlex
+import shutil
 import sys
 import time
 
@@ -27,7 +29,8 @@ class Progress:
     def show(self, step: int, text: str) -> None:
         """How things stand after a step; not all of it is shown in a log file, but the last step's is."""
         if not self._bar.disable:
-            self._bar.set_postfix_str(text)
+            room = shutil.get_terminal_size().columns - len(f"training: 100%|███| {self._steps}/{self._steps}, ")
+            self._bar.set_postfix_str(fitting(text, room))
         elif self._show and (self._clock() - self._shown >= LINE_EVERY or step == self._steps):
             self._shown = self._clock()
             print(f"step {step}/{self._steps}  {text}", file=sys.stderr, flush=True)
@@ -45,6 +48,30 @@ def say(line: str) -> None:
     """A line on stderr, above the bar if there is one."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def fitting(text: str, room: int) -> str:
+    """What of `describe`'s parts fits into so many columns: the first and the last go last.
+
+    >>> fitting("loss 1.234  grad 0.8  12.3k tokens/s/device  2 min 10 s left", 40)
+    'loss 1.234  grad 0.8  2 min 10 s left'
+    """
+    parts = text.split("  ")
+    while len(parts) > 2 and len("  ".join(parts)) > room:
+        del parts[-2]
+    return "  ".join(parts)
+
+
+def interrupted(workdir: str, saved: int, step: int, arguments: Sequence[str]) -> str:
+    """What Ctrl-C is answered with after `step` steps, the last checkpoint being that of step `saved` (0: none yet).
+
+    >>> interrupted("runs/a", 500, 523, ["--config=a.py"])
+    'interrupted: saved at step 500 in runs/a, 23 steps are lost; goes on: python -m voco_jax.train --config=a.py'
+    """
+    lost = f"{step - saved} step{'s are' if step - saved != 1 else ' is'} lost" if step > saved else "nothing is lost"
+    kept = f"saved at step {saved} in {workdir}" if saved else "no checkpoint yet"
+    again = shlex.join(["python", "-m", "voco_jax.train", *arguments])
+    return f"interrupted: {kept}, {lost}; {'goes on' if saved else 'begins again'}: {again}"
 
 
 def describe(line: dict, seconds_left: float | None) -> str:

@@ -41,6 +41,7 @@ def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
     """
     stored = load_config(workdir / "config.json")
     config = with_earlier_values(config, stored)
+    config.data.rows_per_bin = config.data.rows_per_bin or stored.data.rows_per_bin  # 0: as the data chose them then
     if stored.init_from:
         _check_base(config.init_from, stored.init_from, workdir)
         config = inherit(config, stored, workdir)

@@ -1,4 +1,6 @@
-"""`python -m voco_jax.data.preview --config=configs/easyvqa.py --out preview.png`: a training batch to look at.
+"""python -m voco_jax.data.preview --config=FILE --out=preview.png [--config.KEY=VALUE …]
+
+Draws a training batch to look at.
 
 Before a pod spends hours on it: the pictures of a bin under their numbers, the text of its read rows, which tokens are
 trained on, where one packed conversation ends and the next begins, and how much of it all is padding. What is drawn
@@ -14,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 import numpy as np
 
-from voco_jax.config import parse_flags
+from voco_jax.command_line import config_file, parse_flags
 from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.preview.sheet import bin_arrays, count_conversations, draw_batch, used_images
 from voco_jax.data.preview.text import make_decoder
@@ -53,7 +55,7 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 @one_line_errors
 def main() -> None:
-    config, values = parse_flags(sys.argv, _define_flags)
+    config, values = parse_flags(sys.argv, _define_flags, __doc__)
     out, number = Path(values.out), values.batch
     if not 0 <= number < config.train.steps:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
@@ -67,11 +69,8 @@ def main() -> None:
     batch, report = data.batches.dataset()[number], Report()
     for said in batch.pop("report"):
         report.merge(Report.from_dict(json.loads(said)))
-    file, changes = (
-        config_flags.get_config_filename(values["config"]),
-        config_flags.get_override_values(values["config"]),
-    )
-    header = [f"{file}, batch {number}: step {number + 1} of {config.train.steps}"]
+    changes = config_flags.get_override_values(values["config"])
+    header = [f"{config_file(sys.argv)}, batch {number}: step {number + 1} of {config.train.steps}"]
     header += [" ".join(f"--config.{key}={value}" for key, value in changes.items())] if changes else []
     header += describe(batch, data, report)
     decode = make_decoder(data.tokenizer)

@@ -224,7 +224,8 @@ def draw_batch(
     sheet = Sheet(top + sum(block.height for block in blocks) + MARGIN)
     for i, (line, weight) in enumerate(lines):
         sheet.text(MARGIN, MARGIN / 2 + i * step, line, weight=weight)
-    legend = [("▣1×8", "image"), (" the 8 tokens of picture 1   ", "text"), ("trained on", "label")]
+    of_picture = (f"▣1×{visual_tokens}", f" the {visual_tokens} tokens of") if visual_tokens > 1 else ("▣1", "")
+    legend = [(of_picture[0], "image"), (f"{of_picture[1]} picture 1   ", "text"), ("trained on", "label")]
     legend += [("   read only   ↵ new line   □ not in this font", "text")]
     legend += [(f"   the first {len(blocks)} of {total} bins", "text")] if len(blocks) < total else []
     runs = [Run(text, kind, PADDING_SEGMENT, 0) for text, kind in legend]

@@ -1,7 +1,10 @@
 """Files that data names: only inside the directory that the user gave."""
 
 from pathlib import Path, PurePosixPath
+import shlex
 import stat
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, shown
 
@@ -19,6 +22,20 @@ def inside(root: Path, name) -> Path:
     if path.is_absolute() or ".." in path.parts:
         raise BadRecord(OUTSIDE, f"expected a path inside {root}, found {shown(name)}")
     return root / path
+
+
+def local_path(text: str) -> str:
+    """The path of a `file://` URL, or any other text as it is. BadRecord for what lies on a web server.
+
+    >>> local_path("file:///tmp/a%20b.png"), local_path("a:b.png")
+    ('/tmp/a b.png', 'a:b.png')
+    """
+    scheme, separator, _ = text.partition("://")
+    if not separator or scheme.lower() not in ("file", "http", "https", "ftp"):
+        return text
+    if scheme.lower() == "file":
+        return url2pathname(urlsplit(text).path)
+    raise BadRecord(MISSING, f"{text}: web addresses are not fetched; download it first: curl -LO {shlex.quote(text)}")
 
 
 def check_file(file: Path) -> None:
