@@ -4,8 +4,10 @@
 (`python -m voco_jax.…`), and `voco_jax.load` is the Python API (`api.py`).
 """
 
+from voco_jax.interrupts import listen_in_a_command
 from voco_jax.platforms import set_defaults
 
+listen_in_a_command()  # before anything that takes a moment
 set_defaults()  # before jax looks for devices
 
 

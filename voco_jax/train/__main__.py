@@ -3,12 +3,12 @@
 With several processes, see `voco_jax/parallel/distributed.py`.
 """
 
-import os
 import sys
 import threading
 
 import jax
 
+from voco_jax import interrupts
 from voco_jax.config import parse_flags
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel import distributed
@@ -26,17 +26,17 @@ def main() -> None:
         print(f"trained: {run} (evaluate it: python -m voco_jax.evaluate --run {run})")
 
 
-def _orbax_waits() -> bool:
-    """Whether Orbax has threads that Python would wait for: after a failed save ten minutes, for what will not come."""
+def _farewell_hangs() -> bool:
+    """Whether Python would wait for threads of Orbax: after a failed save ten minutes, for what will not come."""
     return any(type(thread).__module__.startswith("orbax") for thread in threading.enumerate() if not thread.daemon)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except SystemExit as end:
-        if end.code != UserError.status or not _orbax_waits():
-            raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(UserError.status)
+    except SystemExit as error:
+        # Alone, nobody misses jax's farewell, which threads of C++ that still run would crash
+        alone = not jax.distributed.is_initialized()
+        if error.code and (alone or error.code == UserError.status and _farewell_hangs()):
+            interrupts.end(error.code)
+        raise
