@@ -5,7 +5,7 @@ that cannot be used show themselves here, as far as text and video headers tell.
 """
 
 from collections.abc import Iterable
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import json
@@ -19,6 +19,7 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
+from voco_jax.data.processes import begin_worker, ended, uninterrupted
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -89,11 +90,17 @@ def _scan_all(source, maker: SampleMaker, chunks: list[range], num_workers: int)
     context = multiprocessing.get_context("spawn")  # jax has threads, which a fork would cut
     workers = min(num_workers, len(chunks))
     with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (source, maker)) as pool:
-        yield from pool.map(_scan_in_worker, chunks)
+        with uninterrupted():
+            parts = pool.map(_scan_in_worker, chunks)
+        try:
+            yield from parts
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ended(None) from None
 
 
 def _begin_worker(source, maker: SampleMaker) -> None:
     global _worker
+    begin_worker()
     _worker = source, maker
 
 

@@ -1,0 +1,69 @@
+"""Processes that load data: they end with the one that started them, and their end is told in one line."""
+
+from collections.abc import Iterator
+import contextlib
+import multiprocessing
+from multiprocessing import resource_tracker
+import os
+from pathlib import Path
+import signal
+import threading
+
+from voco_jax.errors import TryAgain
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that starts processes: Ctrl-C goes to all processes of a terminal, and these never see it."""
+    # What a process leaves that is killed, Python's tracker removes; it need not tell the user to
+    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = f"{before},{silent}" if before else silent
+    try:
+        resource_tracker.ensure_running()  # which unblocks signals when it begins
+    finally:
+        os.environ.pop("PYTHONWARNINGS") if before is None else os.environ.update(PYTHONWARNINGS=before)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def begin_worker(*_) -> None:
+    """In each process: it ends with the one that started it, however that ends, and when that does rather than before.
+
+    A training that is told to end (SIGTERM, Ctrl-C) may want batches until it has saved.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True, name="parent").start()
+
+
+def ended(status: int | None) -> TryAgain:
+    """For a process that has ended before its work was done, with a status as of `multiprocessing`."""
+    if status is None or status >= 0:
+        how = "ended too early" + ("" if status is None else f", with status {status}")
+    elif status == -signal.SIGBUS:
+        how = f"was ended by SIGBUS: {_SHARED_MEMORY} is full (give it more room, or config.data.num_workers=0)"
+    else:
+        name = next((s.name for s in signal.Signals if s == -status), f"signal {-status}")
+        how = f"was ended by {name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
+    return TryAgain(f"data: a loader process {how}; the same command goes on from the newest checkpoint")
+
+
+def free_shared_memory() -> int | None:
+    """Bytes; None where shared memory is no file system."""
+    try:
+        stat = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return stat.f_bavail * stat.f_frsize
