@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import os
 import re
 import sys
+import time
 
 from absl import flags
 import grain
@@ -24,7 +26,7 @@ from voco_jax.data.augment import augment, augments
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
 from voco_jax.data.plan import Amount, Placed, Plan
-from voco_jax.data.processes import begin_worker, ended, free_shared_memory, uninterrupted
+from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted
 from voco_jax.data.records import TOO_LONG, BadRecord, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -142,6 +144,7 @@ class Batches(Iterator):
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
         self.num_batches, self._next, self._iterator = num_batches, 0, None
+        self._watch, self._asked = None, math.inf
         self._fingerprint = loader.plan.fingerprint()
         self._total = loader.plan.num_conversations
 
@@ -154,14 +157,19 @@ class Batches(Iterator):
         begins = self._iterator is None
         if begins:
             self._iterator = iter(self._ahead())
-        with uninterrupted() if begins else contextlib.nullcontext():  # Grain starts workers when it is first asked
-            try:
+            if self.loader.data.num_workers:
+                self._watch = Watch(lambda: time.monotonic() - self._asked)
+        self._asked = time.monotonic()
+        try:
+            with uninterrupted() if begins else contextlib.nullcontext():  # Grain starts workers when it is first asked
                 batch = next(self._iterator)
-            except RuntimeError as error:
-                status = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))  # Grain's words
-                if status is None:
-                    raise
-                raise ended(int(status[1])) from error
+        except RuntimeError as error:
+            status = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))  # Grain's words
+            if status is None:
+                raise
+            raise ended(int(status[1])) from error
+        finally:
+            self._asked = math.inf
         return self._account(batch)
 
     def _ahead(self) -> grain.IterDataset:
@@ -248,8 +256,10 @@ class Batches(Iterator):
     def close(self) -> None:
         """Stop the workers; a later `next` goes on."""
         if self._iterator is not None:
+            if self._watch is not None:
+                self._watch.stop()
             self._iterator.close()
-            self._iterator = None
+            self._iterator = self._watch = None
             gc.collect()  # what ends Grain's threads holds the last batches in cycles, and their shared memory
 
 

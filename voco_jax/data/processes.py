@@ -1,6 +1,6 @@
 """Processes that load data: they end with the one that started them, and their end is told in one line."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import multiprocessing
 from multiprocessing import resource_tracker
@@ -9,9 +9,12 @@ from pathlib import Path
 import signal
 import threading
 
+from voco_jax import interrupts
 from voco_jax.errors import TryAgain
 
 _SHARED_MEMORY = Path("/dev/shm")
+_TICK = 1.0  # seconds between two looks at the processes
+_PATIENCE = 10.0  # seconds until what a dead process had written must have been read
 
 
 @contextlib.contextmanager
@@ -58,6 +61,27 @@ def ended(status: int | None) -> TryAgain:
         name = next((s.name for s in signal.Signals if s == -status), f"signal {-status}")
         how = f"was ended by {name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
     return TryAgain(f"data: a loader process {how}; the same command goes on from the newest checkpoint")
+
+
+class Watch(threading.Thread):
+    """Ends this process where one of its daemon processes has died and `waiting()` (seconds) grows all the same: what
+    dies while it writes into a pipe leaves a reader that waits for the rest."""
+
+    def __init__(self, waiting: Callable[[], float]):
+        super().__init__(daemon=True, name="loaders")
+        self._waiting, self._stopped = waiting, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        seen = set()
+        while not self._stopped.wait(_TICK):
+            seen.update(process for process in multiprocessing.active_children() if process.daemon)
+            dead = [process.exitcode for process in seen if process.exitcode]
+            if dead and self._waiting() > _PATIENCE:
+                interrupts.end(TryAgain.status, f"error: {ended(dead[0])}")
+
+    def stop(self) -> None:
+        self._stopped.set()
 
 
 def free_shared_memory() -> int | None:
