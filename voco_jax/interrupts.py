@@ -8,6 +8,7 @@ once where there is nothing to save and nothing to tidy up. Elsewhere Ctrl-C is 
 
 from collections.abc import Callable, Iterator
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def listen_in_a_command() -> None:
     """Begin, if this is `python -m voco_jax.…` and its package the first that is imported."""
     if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module
         listen(terminates="voco_jax.train" in sys.orig_argv)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
 
 def listen(*, terminates: bool = False) -> None:

@@ -27,7 +27,13 @@ def as_path(address: str | AnyPath) -> AnyPath:
     """A path of the file system, or of a bucket; UserError for an address of another kind."""
     text = str(address)
     if "://" not in text:
-        return Path(text).expanduser()
+        try:
+            text.encode()  # which Rust's libraries ask for
+            return Path(text).expanduser()
+        except UnicodeEncodeError:
+            raise UserError(f"{ascii(text)}: expected a name in UTF-8") from None
+        except RuntimeError as error:
+            raise UserError(f"{text}: {error}") from None  # there is no home, or no such user's
     if not text.startswith("gs://") or not text.removeprefix("gs://").strip("/"):
         raise UserError(f"{text}: expected a directory, or gs://BUCKET/DIRECTORY")
     if importlib.util.find_spec("gcsfs") is None:
