@@ -69,14 +69,13 @@ class Watch(threading.Thread):
 
     def __init__(self, waiting: Callable[[], float]):
         super().__init__(daemon=True, name="loaders")
-        self._waiting, self._stopped = waiting, threading.Event()
+        self._waiting, self._stopped, self._seen = waiting, threading.Event(), set()
         self.start()
 
     def run(self) -> None:
-        seen = set()
         while not self._stopped.wait(_TICK):
-            seen.update(process for process in multiprocessing.active_children() if process.daemon)
-            dead = [process.exitcode for process in seen if process.exitcode]
+            self._seen.update(process for process in multiprocessing.active_children() if process.daemon)
+            dead = [process.exitcode for process in self._seen if process.exitcode]
             if dead and self._waiting() > _PATIENCE:
                 interrupts.end(TryAgain.status, f"error: {ended(dead[0])}")
 
