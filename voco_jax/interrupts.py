@@ -9,7 +9,9 @@ once where there is nothing to save and nothing to tidy up. Elsewhere Ctrl-C is 
 from collections.abc import Callable, Iterator
 import contextlib
 import logging
+import multiprocessing
 import os
+from pathlib import Path
 import signal
 import sys
 import threading
@@ -29,8 +31,10 @@ _listening = False
 
 
 def listen_in_a_command() -> None:
-    """Begin, if this is `python -m voco_jax.…` and its package the first that is imported."""
-    if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module
+    """Begin, if this is `python -m voco_jax.…` or one of tools/, and the package the first that it imports."""
+    script = Path(sys.argv[0] if sys.argv else "").resolve()  # "-m" while Python looks for the module
+    tool = script.is_file() and script.parent == Path(__file__).resolve().parents[1] / "tools"
+    if (sys.argv[:1] == ["-m"] or tool) and multiprocessing.parent_process() is None:
         listen(terminates="voco_jax.train" in sys.orig_argv)
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
