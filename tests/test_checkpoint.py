@@ -16,6 +16,7 @@ import pytest
 from tests import tiny
 from tests.test_training import params
 from voco_jax.config import default_config
+from voco_jax.convert.jax_checkpoint import StoredParams
 from voco_jax.errors import UserError
 from voco_jax.run import load_run
 from voco_jax.train.checkpoint import VERSIONS, Checkpointer, Damaged
@@ -215,8 +216,8 @@ def test_a_full_disk(tmp_path):
     assert "Traceback" not in done.stderr  # writes of other arrays, which end later
 
 
-def test_parameters_alone(tmp_path):
-    """In another dtype too, of any step; a changed byte is an error here."""
+def test_parameters_alone(tmp_path, capsys):
+    """In another dtype too, of any step; the newest that is whole, where none is asked for."""
     save(tmp_path, 1, 2)
     narrow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), jax.eval_shape(state))
     step, restored = Checkpointer(tmp_path).restore_params(narrow)
@@ -226,8 +227,33 @@ def test_parameters_alone(tmp_path):
     with pytest.raises(UserError, match="checkpoints: no checkpoint found of step 5; there are 2, 1$"):
         Checkpointer(tmp_path).restore_params(narrow, 5)
     damage_one_byte(tmp_path / "checkpoints" / "2")
-    with pytest.raises(UserError, match="checkpoints/2: the checkpoint is damaged: "):
-        Checkpointer(tmp_path).restore_params(narrow)
+    with pytest.raises(Damaged, match="checkpoints/2: the checkpoint is damaged: "):
+        Checkpointer(tmp_path).restore_params(narrow, 2)
+    assert Checkpointer(tmp_path).restore_params(narrow)[0] == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/checkpoints/2: the checkpoint is damaged: ")
+    assert line.endswith("; step 1 is taken")
+
+
+@pytest.mark.parametrize("kind", ["empty", "no params", "no metadata", "truncated"])
+def test_readers_pass_over_what_is_not_whole(tmp_path, kind, capsys):
+    """Of a copy that was broken off, say; of all that read a run: asking, evaluating, converting, beginning with it."""
+    save(tmp_path, 1, 2, 900, losses=[0.2, 0.3, 0.1], keep=3)
+    DAMAGES[kind](tmp_path / "checkpoints" / "900")
+    checkpointer = Checkpointer(tmp_path)
+    step, restored = checkpointer.restore_params(jax.eval_shape(state))
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+    assert "checkpoints/900: the checkpoint is damaged: " in capsys.readouterr().err
+    if kind != "truncated":  # whose names and shapes may still be there to be read
+        assert StoredParams(tmp_path).step == 2
+    if kind == "empty":
+        assert checkpointer.best_step() == 1
+    assert (tmp_path / "checkpoints" / "900").is_dir()  # a reader changes nothing
+    for step in "12":
+        DAMAGES["empty"](tmp_path / "checkpoints" / step)
+    with pytest.raises(Damaged, match="checkpoints/900: the checkpoint is damaged: "):
+        checkpointer.restore_params(jax.eval_shape(state))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])

@@ -1,6 +1,10 @@
 """What the index knows of records, and when it has to look at them again."""
 
 import json
+import multiprocessing
+import os
+import pwd
+import signal
 
 import numpy as np
 import pytest
@@ -13,7 +17,8 @@ from voco_jax.data.records import Clip, Record
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.data.video import FrameSampling, VideoInfo
-from voco_jax.errors import UserError
+from voco_jax.errors import TryAgain, UserError
+from voco_jax.storage import as_path
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,50 @@ def test_a_long_look_is_kept_until_something_changes(rows, encoder, tmp_path, mo
     kept.write_bytes(kept.read_bytes()[:200])
     with pytest.raises(UserError, match=r"index-\w+.npz: damaged .* delete it, and the index is made anew"):
         look()
+
+
+@pytest.mark.parametrize("place", ["below a file", "unreadable", "no home"])
+def test_where_no_index_can_be_kept(encoder, tmp_path, monkeypatch, capfd, place):
+    """A container with a user of its own, a home of another's, a full disk: one line, and no index is kept."""
+    monkeypatch.setattr(index_module, "KEPT_FROM", 0)
+    monkeypatch.chdir(tmp_path)
+    source = ListSource([Record([plain_picture(1)], conversations=[turns("what is it?", "a cat")])])
+    kept = make_index(source, maker(encoder), tmp_path / "kept", 0, "test")
+    cache, before = tmp_path / "file" / "cache", os.geteuid()
+    (tmp_path / "file").touch()
+    if place == "no home":
+        cache = "~/.cache/voco_jax"
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # a user without an entry
+        with pytest.raises(UserError, match="^~/run: "):
+            as_path("~/run")
+    elif place == "unreadable":
+        cache = tmp_path / "home" / ".cache"
+        cache.mkdir(parents=True)
+        cache.parent.chmod(0)
+        if before == 0:  # who may read everything
+            os.seteuid(65534)
+    try:
+        for _ in range(2):
+            same(make_index(source, maker(encoder), cache, 0, "test"), kept)
+    finally:
+        os.seteuid(before)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "indexing" not in line]
+    assert line.startswith("data: ") and line.endswith(" (config.data.cache_dir)") and "cannot be kept" in line
+    assert sorted(os.listdir(tmp_path)) == sorted({"file", "kept"} | ({"home"} if place == "unreadable" else set()))
+
+
+class Deadly(ListSource):
+    """Ends the process that reads it, unless it is the first."""
+
+    def __getitem__(self, i):
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def test_a_process_that_is_killed(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "WORTH_WORKERS", 0)
+    source = Deadly([Record(conversations=[turns("what is it?", "a cat")])])
+    with pytest.raises(TryAgain, match="data: a loader process ended too early; the same command goes on"):
+        make_index(source, maker(encoder), tmp_path, 1, "test")

@@ -2,16 +2,21 @@
 
 from collections import Counter
 import json
+import multiprocessing
 import os
+from pathlib import Path
+import signal
+import time
 
 import numpy as np
 import pytest
 
 from tests.record_lists import ListSource, data_config, greys, make_batches, plain_picture, turns
+from voco_jax.data import pipeline, processes
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.pipeline import default_threads
 from voco_jax.data.records import Picture, Record
-from voco_jax.errors import UserError
+from voco_jax.errors import TryAgain, UserError
 
 ANSWERS = ["red", "a cat", "it is a red cat"]
 
@@ -143,6 +148,66 @@ def test_workers_change_nothing(source, encoder, tmp_path):
     other = make_batches([source], encoder, packed(), tmp_path)
     other.set_state(state)
     same(next(alone), next(other))
+
+
+def shared_memory() -> bool:
+    """Whether this process has any of it mapped."""
+    return "/dev/shm/psm_" in Path("/proc/self/maps").read_text()
+
+
+def test_no_shared_memory_stays(source, encoder, tmp_path):
+    """Neither of what was taken, which is still held, nor of what was made ahead; at the end of the data and before."""
+    for num_batches in 4, 1000:
+        batches = make_batches([source], encoder, packed(num_workers=1), tmp_path, num_batches=num_batches)
+        held = [batch for _, batch in zip(range(5), batches, strict=False)]
+        assert len(held) == min(num_batches, 5)
+        batches.close()
+        deadline = time.monotonic() + 10  # Grain has a thread for it
+        while shared_memory():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_little_shared_memory_and_a_worker_that_is_killed(source, encoder, tmp_path, monkeypatch, capfd):
+    """Batches come through pipes then, and a line says so; a kill is one line, and the status to try again."""
+    monkeypatch.setattr(pipeline, "free_shared_memory", lambda: 10_000)
+    alone = make_batches([source], encoder, packed(), tmp_path)
+    workers = make_batches([source], encoder, packed(num_workers=1), tmp_path)
+    for _ in range(5):
+        same(next(alone), next(workers))
+        assert not shared_memory()
+    said = capfd.readouterr().err
+    assert "data: /dev/shm has 0 MiB free, of " in said and "config.data.num_workers, .prefetch" in said
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    expected = r"data: a loader process was ended by SIGKILL \(out of memory\?\); the same command goes on"
+    with pytest.raises(TryAgain, match=expected):
+        while True:
+            next(workers)
+    workers.close()
+    assert TryAgain.status == 75
+
+
+def test_a_worker_that_dies_while_it_writes(monkeypatch):
+    """Nobody comes back from the pipe then; who waits is ended, once what was whole must have been read."""
+    ends = []
+    monkeypatch.setattr(processes.interrupts, "end", lambda *args: ends.append(args))
+    monkeypatch.setattr(processes, "_TICK", 0.01)
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,), daemon=True)
+    process.start()
+    waiting = [0.0]
+    watch = processes.Watch(lambda: waiting[0])
+    while process not in watch._seen:
+        assert watch.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not ends
+    waiting[0] = processes._PATIENCE + 1
+    while not ends:
+        assert watch.is_alive()
+    watch.stop()
+    assert ends[0] == (75, f"error: {processes.ended(-signal.SIGKILL)}")
+    assert "ended by SIGBUS: /dev/shm is full" in str(processes.ended(-signal.SIGBUS))
 
 
 def test_hosts_come_and_go(source, encoder, small_tokenizer, tmp_path):

@@ -6,8 +6,10 @@
 
 import importlib
 
+from voco_jax.interrupts import listen_in_a_command
 from voco_jax.platforms import set_defaults
 
+listen_in_a_command()  # before anything that takes a moment
 set_defaults()  # before jax looks for devices
 
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 import functools
+import signal
 import sys
+
+from voco_jax import interrupts
 
 
 class UserError(Exception):
@@ -30,12 +33,15 @@ def one_line_errors(main: Callable) -> Callable:
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            with interrupts.at_once(False, signal.SIGINT):  # here it is caught, and what was begun tidied up
+                return main(*args, **kwargs)
         except (UserError, OSError) as error:  # OSError: disk full, no permission …; its text names the file
             print(f"error: {error}", file=sys.stderr)
             sys.exit(getattr(error, "status", UserError.status))
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            if interrupts.listening():
+                interrupts.end(interrupts.INTERRUPTED, interrupts.interrupted())
+            print(interrupts.interrupted(), file=sys.stderr)
+            sys.exit(interrupts.INTERRUPTED)
 
     return wrapper

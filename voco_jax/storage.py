@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
+import glob
 import importlib.util
 import logging
 import os
 from pathlib import Path
+import re
 import shutil
 import socket
 import tempfile
@@ -21,12 +24,21 @@ HOST = "storage.googleapis.com"
 # Both have `/`, exists, is_dir, iterdir, mkdir, open, read_text, write_text, unlink, rename and rmtree
 AnyPath = Path | epath.Path
 
+# What no library takes for anything but a name; epath takes `/s3/…` for a bucket.
+_PLAIN = re.compile("(?!//?(gs|s3|az|hf)/)[A-Za-z0-9._+=,@~ /-]*")
+
 
 def as_path(address: str | AnyPath) -> AnyPath:
     """A path of the file system, or of a bucket; UserError for an address of another kind."""
     text = str(address)
     if "://" not in text:
-        return Path(text).expanduser()
+        try:
+            text.encode()  # which Rust's libraries ask for
+            return Path(text).expanduser()
+        except UnicodeEncodeError:
+            raise UserError(f"{ascii(text)}: expected a name in UTF-8") from None
+        except RuntimeError as error:
+            raise UserError(f"{text}: {error}") from None  # there is no home, or no such user's
     if not text.startswith("gs://") or not text.removeprefix("gs://").strip("/"):
         raise UserError(f"{text}: expected a directory, or gs://BUCKET/DIRECTORY")
     if importlib.util.find_spec("gcsfs") is None:
@@ -58,6 +70,39 @@ def same_place(a: str | AnyPath, b: str | AnyPath) -> bool:
         return str(path).rstrip("/") if in_bucket(path) else str(path.resolve())
 
     return str(a) == str(b) or bool(str(a) and str(b)) and whole(a) == whole(b)
+
+
+def plain_path(directory: AnyPath) -> AnyPath:
+    """The same directory under a name that any library takes literally: its own, or a symbolic link's.
+
+    Orbax looks for the files that it merges by a pattern that begins with the directory's name, in which `[`, `*` and
+    `?` stand for others; TensorStore reads `\\` as `/`. The link is there until the process ends.
+    """
+    if in_bucket(directory) or _PLAIN.fullmatch(str(directory)):
+        return directory
+    return _link(directory.absolute())
+
+
+@functools.cache
+def _link(directory: Path) -> Path:
+    links = _directory_of_links()
+    if not _PLAIN.fullmatch(links.name):
+        raise UserError(f"{directory}: checkpoints under this name need a TMPDIR of a plain name, found {links.name}")
+    link = Path(links.name) / str(_link.cache_info().misses)
+    link.symlink_to(directory)
+    return link
+
+
+@functools.cache
+def _directory_of_links() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="voco_jax_")
+
+
+def matching(pattern: Path) -> list[Path]:
+    """What a pattern (`*`, `**`, `?`, `[…]`) stands for, sorted; as far as its directories are there, they are meant
+    literally."""
+    root = next(parent for parent in pattern.parents if parent.is_dir())
+    return [root / name for name in sorted(glob.glob(str(pattern.relative_to(root)), root_dir=root, recursive=True))]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
     """A directory that takes its name when all went well, and is gone when not."""
     check_is_new(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name[:80]}.", dir=destination.parent))
     try:
         yield temporary
         os.umask(mask := os.umask(0))  # there is no other way to read it

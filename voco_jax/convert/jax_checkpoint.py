@@ -22,6 +22,7 @@ import tensorstore as ts
 
 from voco_jax.convert.tensors import read_ahead
 from voco_jax.errors import UserError
+from voco_jax.storage import plain_path
 from voco_jax.train.checkpoint import Checkpointer
 
 
@@ -99,17 +100,22 @@ class _ParameterHandler(type_handlers.TypeHandler):
 
 
 def write_checkpoint(run: Path, params: dict, progress: Callable[[int], None]) -> None:
-    """`<run>/checkpoints/0` from a nested dict of `Parameter`s; `progress(bytes)` after each array."""
+    """`<run>/checkpoints/0` from a nested dict of `Parameter`s; `progress(bytes)` after each array. UserError where it
+    cannot be written, or not be read afterwards."""
     registry = type_handlers.create_type_handler_registry(
         (Parameter, _ParameterHandler(progress)),
         (jax.Array, type_handlers.ArrayHandler()),  # unused, but Orbax warns where it is not known
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, type_handler_registry=registry)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    (run / "checkpoints").mkdir(parents=True)
+    directory = plain_path(run.resolve() / "checkpoints")
     with contextlib.closing(
-        ocp.CheckpointManager(run.resolve() / "checkpoints", options=options, item_handlers={"params": handler})
+        ocp.CheckpointManager(directory, options=options, item_handlers={"params": handler})
     ) as manager:
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
+    with contextlib.closing(Checkpointer(run)) as written:
+        written.check_shapes(0, params)
 
 
 class StoredParams:
@@ -117,11 +123,9 @@ class StoredParams:
 
     def __init__(self, run: Path):
         with contextlib.closing(Checkpointer(run)) as checkpointer:
-            self.step = checkpointer.latest_step()
-            if self.step is None:
-                raise UserError(f"{checkpointer.directory}: no checkpoint found")
+            self.step, self.shapes = checkpointer.newest(lambda step: (step, checkpointer.param_shapes(step)))
             self._directory = checkpointer.directory / str(self.step) / "params"
-            self.shapes = checkpointer.param_shapes(self.step)
+        self._plain_directory = plain_path(self._directory)
         self._open: dict[str, ts.TensorStore] = {}
 
     def dtype(self, path: str) -> np.dtype:
@@ -136,7 +140,7 @@ class StoredParams:
 
     def _array(self, path: str) -> ts.TensorStore:
         if path not in self._open:
-            kvstore = {"driver": "ocdbt", "base": f"file://{self._directory}", "path": f"{path}/"}
+            kvstore = {"driver": "ocdbt", "base": f"file://{self._plain_directory}", "path": f"{path}/"}
             try:
                 array = ts.open(ts.Spec({"driver": "zarr", "kvstore": kvstore}), open=True).result()
                 if ".layers." in path and array.chunk_layout.read_chunk.shape[0] != 1:
@@ -149,4 +153,5 @@ class StoredParams:
         return self._open[path]
 
     def _damaged(self, path: str, error: Exception) -> UserError:
-        return UserError(f"{self._directory}: {path}: the checkpoint is damaged: {str(error).splitlines()[0]:.300}")
+        reason = str(error).splitlines()[0].replace(str(self._plain_directory), str(self._directory))
+        return UserError(f"{self._directory}: {path}: the checkpoint is damaged: {reason:.300}")

@@ -5,13 +5,15 @@ that cannot be used show themselves here, as far as text and video headers tell.
 """
 
 from collections.abc import Iterable
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 from pathlib import Path
+import sys
 import time
 import zipfile
 import zlib
@@ -19,6 +21,7 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
+from voco_jax.data.processes import begin_worker, ended, uninterrupted
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -84,10 +87,13 @@ def same_pictures(keys: np.ndarray) -> np.ndarray:
 
 
 def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_workers: int, label: str) -> Index:
-    """Look at every record of a source, in `num_workers` processes (0: this one), unless a kept index says it all."""
-    file = _cache_file(source, maker, Path(cache_dir).expanduser())
-    if file.exists():
-        return _load(file)
+    """Look at every record of a source, in `num_workers` processes (0: this one), unless a kept index says it all.
+
+    Where none can be kept (no home, no permission, a full disk), a line says so.
+    """
+    file = _cache_file(source, maker, cache_dir)
+    if (kept := _kept(file)) is not None:
+        return kept
     start = time.monotonic()
     chunks = [range(at, min(at + CHUNK, len(source))) for at in range(0, len(source), CHUNK)]
     with tqdm(total=len(source), unit="record", desc=f"indexing {label}", mininterval=0.5, delay=2) as bar:
@@ -109,11 +115,17 @@ def _scan_all(source, maker: SampleMaker, chunks: list[range], num_workers: int)
     context = multiprocessing.get_context("spawn")  # jax has threads, which a fork would cut
     workers = min(num_workers, len(chunks))
     with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (source, maker)) as pool:
-        yield from pool.map(_scan_in_worker, chunks)
+        with uninterrupted():
+            parts = pool.map(_scan_in_worker, chunks)
+        try:
+            yield from parts
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ended(None) from None
 
 
 def _begin_worker(source, maker: SampleMaker) -> None:
     global _worker
+    begin_worker()
     _worker = source, maker
 
 
@@ -194,22 +206,44 @@ def _join(parts: list[Index]) -> Index:
 # ---- The cache: an .npz file a source and way of encoding -------------------------------------------------------
 
 
-def _cache_file(source, maker: SampleMaker, directory: Path) -> Path:
+def _cache_file(source, maker: SampleMaker, directory: str | os.PathLike) -> Path:
     encoder = maker.encoder
     parts = (
         VERSION, source.fingerprint(), encoder.tokenizer.backend_tokenizer.to_str(), encoder.template,
         encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed, encoder.verbatim,
         maker.row_length, maker.max_images, maker.sampling, maker.timestamps,
     )  # fmt: skip
-    return directory / f"index-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.npz"
+    return Path(os.path.expanduser(directory)) / f"index-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.npz"
 
 
 def _save(index: Index, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        np.savez(stream, report=json.dumps(index.report.to_dict()), **index.arrays)
-    temporary.replace(file)  # several processes of a host may do this at once, and write the same
+    try:
+        if str(file).startswith("~"):
+            raise OSError("there is no home directory")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as stream:
+                np.savez(stream, report=json.dumps(index.report.to_dict()), **index.arrays)
+            temporary.replace(file)  # several processes of a host may do this at once, and write the same
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        _say_once(
+            f"data: {file.parent}: indices cannot be kept there: {error.strerror or error} (config.data.cache_dir)"
+        )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _kept(file: Path) -> Index | None:
+    try:
+        return _load(file) if file.exists() else None
+    except OSError:  # no permission, a file system that is away: it is made anew
+        return None
 
 
 def _load(file: Path) -> Index:
@@ -218,5 +252,5 @@ def _load(file: Path) -> Index:
             arrays = {name: stored[name] for name in stored}
         report = Report.from_dict(json.loads(str(arrays.pop("report"))))
         return Index(**arrays, report=report)
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: damaged ({error!r:.100}); delete it, and the index is made anew") from None

@@ -5,13 +5,16 @@ stands is that number, and it goes on anywhere.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
+import gc
 import json
-import multiprocessing
+import math
 import os
-import signal
-import threading
+import re
+import sys
+import time
 
 from absl import flags
 import grain
@@ -24,6 +27,7 @@ from voco_jax.data.contents import difference
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
 from voco_jax.data.plan import Amount, Placed, Plan
+from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted
 from voco_jax.data.records import TOO_LONG, BadRecord, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -128,22 +132,6 @@ class _Bins:
         return self._plan[(self._first + batch) * self._batch_size + self._shard[row]]
 
 
-def _begin_worker(*_) -> None:
-    """In each worker process: it ends with the training, however that ends, and when that does rather than before.
-
-    A training that is told to end (SIGTERM, Ctrl-C) may want batches until it has saved.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True, name="parent").start()
-
-
 class Batches(Iterator):
     """An iterator of batches that can be put at any batch, and says where it is.
 
@@ -163,6 +151,7 @@ class Batches(Iterator):
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
         self.num_batches, self._next, self._iterator = num_batches, 0, None
+        self._watch, self._asked = None, math.inf
         self._fingerprint, self._contents = loader.plan.fingerprint(), contents or {}
         self._total = loader.plan.num_conversations
 
@@ -172,19 +161,55 @@ class Batches(Iterator):
         return grain.MapDataset.source(bins).map(self.loader).batch(len(self.shard), batch_fn=_join)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            data = self.loader.data
-            threads = data.num_threads or default_threads(data.num_workers, self._batch_bytes())
-            # A thread makes a batch at a time: with fewer batches ahead than threads, some would have nothing to do
-            options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, data.prefetch))
-            dataset = self.dataset().to_iter_dataset(options)
-            if data.num_workers:
-                if not flags.FLAGS.is_parsed():
-                    flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
-                workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=max(1, data.prefetch))
-                dataset = dataset.mp_prefetch(workers, _begin_worker)
-            self._iterator = iter(dataset)
-        return self._account(next(self._iterator))
+        begins = self._iterator is None
+        if begins:
+            self._iterator = iter(self._ahead())
+            if self.loader.data.num_workers:
+                self._watch = Watch(lambda: time.monotonic() - self._asked)
+        self._asked = time.monotonic()
+        try:
+            with uninterrupted() if begins else contextlib.nullcontext():  # Grain starts workers when it is first asked
+                batch = next(self._iterator)
+        except RuntimeError as error:
+            status = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))  # Grain's words
+            if status is None:
+                raise
+            raise ended(int(status[1])) from error
+        finally:
+            self._asked = math.inf
+        return self._account(batch)
+
+    def _ahead(self) -> grain.IterDataset:
+        """Batches made before they are asked for, by threads and worker processes."""
+        data = self.loader.data
+        threads = data.num_threads or default_threads(data.num_workers, self._batch_bytes())
+        # A thread makes a batch at a time: with fewer batches ahead than threads, some would have nothing to do
+        options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, data.prefetch))
+        dataset = self.dataset().to_iter_dataset(options)
+        if not data.num_workers:
+            return dataset
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
+        if not self._fits_shared_memory():
+            dataset = grain.experimental.WithOptionsIterDataset(
+                dataset, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            )
+        workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=max(1, data.prefetch))
+        return dataset.mp_prefetch(workers, begin_worker)
+
+    def _fits_shared_memory(self) -> bool:
+        """Whether all batches that Grain may hold there at a time do; or else a line says so."""
+        data, free = self.loader.data, free_shared_memory()
+        # Of each worker: those that wait on its side and on this one, and one that is being written
+        needed = data.num_workers * (2 * max(1, data.prefetch) + 2) * int(1.1 * self._batch_bytes())
+        if free is None or needed < free:
+            return True
+        print(
+            f"data: /dev/shm has {free / 2**20:,.0f} MiB free, of {needed / 2**20:,.0f} that batches may take "
+            "(config.data.num_workers, .prefetch): they go through pipes instead, which is slower",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return False
 
     def _batch_bytes(self) -> int:
         """Of the pictures of a batch, as far as it is loaded here."""
@@ -210,6 +235,8 @@ class Batches(Iterator):
 
     def _account(self, batch: dict) -> dict[str, np.ndarray]:
         self._next += 1
+        # Shared memory is given back when nobody holds its arrays any more; jax may, until who knows when
+        batch = {name: np.array(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
         for said in batch.pop("report"):
             self.report.merge(Report.from_dict(json.loads(said)))
         self.report.check(self.loader.data.max_bad_share, self._total)
@@ -246,8 +273,11 @@ class Batches(Iterator):
     def close(self) -> None:
         """Stop the workers; a later `next` goes on."""
         if self._iterator is not None:
+            if self._watch is not None:
+                self._watch.stop()
             self._iterator.close()
-            self._iterator = None
+            self._iterator = self._watch = None
+            gc.collect()  # what ends Grain's threads holds the last batches in cycles, and their shared memory
 
 
 def default_threads(num_workers: int, batch_bytes: int) -> int:

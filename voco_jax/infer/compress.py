@@ -27,6 +27,7 @@ from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, join_files, save_memory
+from voco_jax.storage import matching
 
 PICTURES = (
     ".avif", ".bmp", ".gif", ".ico", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -66,7 +67,7 @@ def find_entries(arguments: Sequence[str]) -> list[Entry]:
         if path.is_dir():
             entries = [Entry(file, False) for file in sorted(path.rglob("*")) if _is_known(file) and file.is_file()]
         elif not path.exists() and glob.has_magic(argument):
-            entries = [Entry(Path(file), False) for file in sorted(glob.glob(str(path), recursive=True))]
+            entries = [Entry(file, False) for file in matching(path)]
             entries = [entry for entry in entries if _is_known(entry.path)]
         elif path.suffix.lower() in LISTS:
             entries = [Entry(Path(line).expanduser(), True) for line in _lines(path)]

@@ -7,11 +7,13 @@ trace of C++. Every process tells jax's coordination service now and then that i
 from collections.abc import Iterator
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 
+from voco_jax import interrupts
 from voco_jax.errors import TryAgain, UserError, first_line
 
 _BEAT = 2.0  # seconds between two signs of life
@@ -21,14 +23,15 @@ _ROOM = "voco_jax"  # of keys
 
 @contextlib.contextmanager
 def watch() -> Iterator[None]:
-    """A block of a training's work in which the processes look after one another; alone, it does nothing.
+    """A block of a training's work in which the processes look after one another; alone, it ends at once by Ctrl-C.
 
     An error that leaves the block, and that the others do not know yet, is told to them; they print it and exit with
     status 2. A process that dies without a word is missed by the others after half a minute: status 75.
     """
     client = _client()
     if client is None:
-        yield
+        with interrupts.at_once(True, signal.SIGINT):  # until there is something to save
+            yield
         return
     watcher = _Watcher(client)
     watcher.start()
@@ -112,7 +115,7 @@ class _Watcher(threading.Thread):
         self._failing.set()
         status = getattr(error, "status", UserError.status)
         if isinstance(error, KeyboardInterrupt):
-            status, line = 130, "interrupted"
+            status, line = interrupts.INTERRUPTED, interrupts.interrupted()
         else:
             line = str(error) if isinstance(error, UserError | OSError) and str(error) else repr(error)
         print(f"error: {line}", file=sys.stderr, flush=True)

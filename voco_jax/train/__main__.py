@@ -5,7 +5,6 @@ on from the newest checkpoint. Of several processes each is given the same comma
 or finds them in its environment (docs/launching.md).
 """
 
-import os
 import shlex
 import sys
 import threading
@@ -13,6 +12,7 @@ import threading
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax import interrupts
 from voco_jax.command_line import parse_flags
 from voco_jax.config import sources_to_score
 from voco_jax.errors import UserError, one_line_errors
@@ -42,17 +42,17 @@ def next_commands(run: str, config: ConfigDict) -> list[str]:
     return lines
 
 
-def _orbax_waits() -> bool:
-    """Whether Orbax has threads that Python would wait for: after a failed save ten minutes, for what will not come."""
+def _farewell_hangs() -> bool:
+    """Whether Python would wait for threads of Orbax: after a failed save ten minutes, for what will not come."""
     return any(type(thread).__module__.startswith("orbax") for thread in threading.enumerate() if not thread.daemon)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except SystemExit as end:
-        if end.code != UserError.status or not _orbax_waits():
-            raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(UserError.status)
+    except SystemExit as error:
+        # Alone, nobody misses jax's farewell, which threads of C++ that still run would crash
+        alone = not jax.distributed.is_initialized()
+        if error.code and (alone or error.code == UserError.status and _farewell_hangs()):
+            interrupts.end(error.code)
+        raise

@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 
 from voco_jax.errors import UserError, first_line
 from voco_jax.parallel.distributed import may_be_of_another, texts_of_all, together
-from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, remove
+from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, plain_path, remove
 from voco_jax.train.checksums import checksums
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -61,10 +62,14 @@ class Checkpointer:
             self._config, self._failure, self._writing = config, _FailedSave(), ""
             if create:
                 self._failure.listen()
+                if not in_bucket(run):
+                    self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
+            self._orbax_directory = epath.Path(plain_path(self.directory))
             self._manager = ocp.CheckpointManager(
-                epath.Path(self.directory),
+                self._orbax_directory,
                 options=ocp.CheckpointManagerOptions(
                     create=create,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._check_written),
                     cleanup_tmp_directories=create,  # of saves that were killed
                     preservation_policy=_preservation_policy(config),
                     # Only where there is one are metrics kept, though the policy has the last word
@@ -102,7 +107,7 @@ class Checkpointer:
             **{_ABOUT: ocp.args.JsonSave(about)},
         )
         self.wait()  # Orbax would too, but for good where the last one has failed
-        self._writing = step
+        self._writing, self._written = step, {"params": _shapes(params), "opt_state": _shapes(opt_state)}
         with self._write_errors():
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -134,6 +139,15 @@ class Checkpointer:
         with self._write_errors():
             self._manager.close()
 
+    def _check_written(self) -> None:
+        """That a reader finds what has been written, by its listing and its metadata. Orbax calls it before the
+        checkpoint gets its name and older ones are deleted; of several processes, in the first."""
+        own = re.compile(rf"{self._writing}(\.orbax-.*)?")  # in a bucket it has its name already, and no mark yet
+        (directory,) = (path for path in self._orbax_directory.iterdir() if own.fullmatch(path.name))
+        for item, expected in self._written.items():
+            if _shapes(ocp.StandardCheckpointHandler().metadata(directory / item).tree) != expected:
+                raise ValueError(f"what was written of {item} is not there to be read")
+
     @contextlib.contextmanager
     def _write_errors(self):
         try:
@@ -159,32 +173,37 @@ class Checkpointer:
         What is newer and damaged is told by `say`, and put aside as `<step>.damaged`. UserError where all are damaged,
         or it is another model's. Arrays come as the abstract values given say: shape, dtype, sharding.
         """
+        found, damaged = self._newest(lambda step: self.restore(step, params, opt_state))
+        for step, error in damaged:
+            say(f"{error}; it is kept as {step}.damaged, and step {found.step} taken")
+        self._put_aside([step for step, _ in damaged])
+        return found
+
+    def _newest(self, read: Callable[[int], Any]) -> tuple[Any, list[tuple[int, str]]]:
+        """What `read` gives of the newest step that is not damaged, None where there is no step; and what is wrong with
+        newer ones, by step. `Damaged` where all are."""
         damaged: list[tuple[int, str]] = []
         for step in self.steps():
-            error, restored = "", None
+            error, found = "", None
             with together():
                 try:
-                    restored = self.restore(step, params, opt_state)
-                except Damaged as found:
-                    error = str(found)
+                    found = read(step)
+                except Damaged as damage:
+                    error = str(damage)
             error = next(filter(None, texts_of_all(error)), "")  # all processes take the same checkpoint
-            if error:
-                damaged.append((step, error))
-                continue
-            for other, error in damaged:
-                say(f"{error}; it is kept as {other}.damaged, and step {step} taken")
-            self._put_aside([other for other, _ in damaged])
-            return restored
+            if not error:
+                return found, damaged
+            damaged.append((step, error))
         if damaged:
             raise Damaged(damaged[0][1])
-        return None
+        return None, damaged
 
     def restore(self, step: int, params, opt_state) -> Restored:
         """The checkpoint of a step; `Damaged` where it is not as it was written, UserError for another model's."""
         directory = self.directory / str(step)
         if (directory / "params").exists() and not any((directory / n).exists() for n in ("opt_state", _ABOUT)):
             raise UserError(f"{directory}: holds parameters alone, as converted runs do; begin with it (init_from)")
-        self._check_shapes(step, params)
+        self.check_shapes(step, params)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(_placed(params)),
@@ -202,17 +221,31 @@ class Checkpointer:
         return self.restore_params_and_sums(params, step)[:2]
 
     def restore_params_and_sums(self, params, step: int | str | None = None):
-        """(step, parameters, checksums) of the newest checkpoint, that of a step, or the 'best'; UserError where there
-        is none or it is another model's. Without a sharding an array goes to one device, wherever it was when it was
-        saved. Checksums are by dotted path, of the parameters as they are stored."""
+        """(step, parameters, checksums) of the newest checkpoint that is not damaged, that of a step, or the 'best';
+        UserError where there is none or it is another model's. Without a sharding an array goes to one device, wherever
+        it was when it was saved. Checksums are by dotted path, of the parameters as they are stored."""
         if step is None:
-            step = self.latest_step()
-        elif step == "best" and (step := self.best_step()) is None:
+            return self.newest(lambda step: self._restore_params(step, params))
+        if step == "best" and (step := self.best_step()) is None:
             raise UserError(f"{self.directory}: no checkpoint was evaluated while training (eval.every)")
-        if step is None or step not in self.steps():
+        if step not in self.steps():
             there = f"; there are {', '.join(map(str, self.steps()))}" if self.steps() else ""
-            raise UserError(f"{self.directory}: no checkpoint found" + (f" of step {step}{there}" if step else ""))
-        self._check_shapes(step, params)
+            raise UserError(f"{self.directory}: no checkpoint found of step {step}{there}")
+        return self._restore_params(step, params)
+
+    def newest(self, read: Callable[[int], Any]):
+        """What `read` gives of the newest checkpoint that it does not find `Damaged`; a line says what is passed over.
+        UserError where there is none."""
+        found, damaged = self._newest(lambda step: (step, read(step)))
+        if found is None:
+            raise UserError(f"{self.directory}: no checkpoint found")
+        if jax.process_index() == 0:
+            for _, error in damaged:
+                print(f"{error}; step {found[0]} is taken", file=sys.stderr, flush=True)
+        return found[1]
+
+    def _restore_params(self, step: int, params):
+        self.check_shapes(step, params)
         sums = self._about(step).get("checksums", {}).get("params")  # a converted run has none
         stored = dict(_named_leaves(self._metadata(step)))
         as_stored = jax.tree_util.tree_map_with_path(
@@ -226,13 +259,16 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """That with the lowest evaluation loss; None where no checkpoint has one."""
-        losses = {step: (self._about(step).get("metrics") or {}).get("eval_loss") for step in self.steps()}
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):  # such a one is not the best of them
+                losses[step] = (self._about(step).get("metrics") or {}).get("eval_loss")
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return min(known, key=known.get) if known else None
 
     def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Shape by dotted path of the stored parameters; `Damaged` for a damaged checkpoint."""
-        return {name: tuple(leaf.shape) for name, leaf in _named_leaves(self._metadata(step))}
+        return _shapes(self._metadata(step))
 
     def _metadata(self, step: int):
         with self._damage(step):
@@ -252,10 +288,11 @@ class Checkpointer:
         # By a handler of its own: Orbax's manager ends by waiting for all processes, of which one may have failed
         with self._damage(step):
             handler = ocp.CompositeCheckpointHandler(**_handlers())
-            return handler.restore(epath.Path(self.directory) / str(step), ocp.args.Composite(**args))
+            return handler.restore(self._orbax_directory / str(step), ocp.args.Composite(**args))
 
-    def _check_shapes(self, step: int, params) -> None:
-        expected = {name: tuple(leaf.shape) for name, leaf in _named_leaves(params)}
+    def check_shapes(self, step: int, params) -> None:
+        """UserError where the stored parameters have other names or shapes; `Damaged` where they cannot be found."""
+        expected = _shapes(params)
         found = self.param_shapes(step)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
@@ -285,7 +322,8 @@ class Checkpointer:
         except Exception as error:  # Orbax raises all kinds, bare Exception among them
             if may_be_of_another(error):
                 raise
-            where, reason = self.directory / str(step), f"{first_line(error):.300}"
+            reason = first_line(error).replace(str(self._orbax_directory), str(self.directory))
+            where, reason = self.directory / str(step), f"{reason:.300}"
             if isinstance(error, _NO_DAMAGE) or any(word in repr(error) for word in _NO_DAMAGE_WORDS):
                 raise UserError(f"{where}: the checkpoint cannot be read: {reason}") from error
             raise Damaged(f"{where}: the checkpoint is damaged: {reason}") from error
@@ -429,3 +467,7 @@ def _name(path) -> str:
 def _named_leaves(tree):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield _name(path), leaf
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _named_leaves(tree)}

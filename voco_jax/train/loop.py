@@ -161,7 +161,6 @@ def _train(run: _Setup, begun: float) -> None:
             Profiler(workdir.logs, config.train, start, goodput) as profiler,
             goodput.during("steps"),
         ):
-            preemption.begin()
             feed = _feed(config, run.mesh, batches, len(steps))
             for step in steps:
                 with goodput.during("data"):
@@ -169,6 +168,8 @@ def _train(run: _Setup, begun: float) -> None:
                 with goodput.during("compile" if step == steps.start else "steps"):
                     profiler.before_step(step)
                     params, opt_state, metrics = run.train_step(params, opt_state, batch)
+                    if step == steps.start:
+                        preemption.begin()  # not before: compiling may take minutes
                     log.add(step, metrics, batches.amount(step - 1))
                     profiler.after_step(step, metrics)
                 preempted, evaluation = preemption.reached(step), None

@@ -1,6 +1,7 @@
 """Machines that are taken away: SIGTERM, or a cloud's notice of it, leads to one last checkpoint of all processes."""
 
 from collections.abc import Callable
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import urllib.request
 import jax
 from jax.experimental import multihost_utils
 
+from voco_jax import interrupts
 from voco_jax.errors import TryAgain
 
 
@@ -26,7 +28,8 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Listens for SIGTERM from `with` to its end. Before `begin` there is nothing to save: the process just ends.
+    """Listens for SIGTERM from `with` to its end. Before `begin` there is nothing to save: the process just ends, by
+    Ctrl-C too.
 
     Of several processes, it is enough that one is told: jax's preemption service, which has SIGTERM there, lets all
     stop after one and the same step.
@@ -35,7 +38,7 @@ class Preemption:
     def __init__(self):
         self._told, self._saving_is_worth_it = False, False
         self._several = jax.process_count() > 1
-        self._before = None
+        self._before, self._begun = None, contextlib.ExitStack()
 
     def __enter__(self):
         if not self._several and threading.current_thread() is threading.main_thread():
@@ -46,12 +49,14 @@ class Preemption:
         return self
 
     def __exit__(self, *_):
+        self._begun.close()
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
     def begin(self) -> None:
         """From here on a step is worth saving."""
         self._saving_is_worth_it = True
+        self._begun.enter_context(interrupts.at_once(False, signal.SIGINT, signal.SIGTERM))
         if self._told:
             raise Preempted
 
@@ -59,10 +64,11 @@ class Preemption:
         """Whether to save after this step and end; all processes ask after every step, and get the same answer."""
         return multihost_utils.reached_preemption_sync_point(step) if self._several else self._told
 
-    def _on_signal(self, *_) -> None:
+    def _on_signal(self, *signal_and_frame) -> None:
         self._told = True
+        interrupts.on_signal(*signal_and_frame)
         if not self._saving_is_worth_it:
-            print("preempted before the first step: nothing to save", file=sys.stderr, flush=True)
+            print(interrupts.NOTHING_TO_SAVE, file=sys.stderr, flush=True)
             raise Preempted
 
 

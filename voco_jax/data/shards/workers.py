@@ -4,12 +4,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import multiprocessing
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 import signal
 import time
 from typing import Any
 
+from voco_jax.data.processes import uninterrupted
 from voco_jax.errors import UserError
 
 TICK = 0.1  # seconds between two words of progress
@@ -28,7 +28,7 @@ def run_tasks(work: Callable, tasks: Iterable, num_workers: int, on_ticks: Calla
         for _ in range(min(num_workers, len(tasks))):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            with _no_interrupt():
+            with uninterrupted():
                 process.start()
                 workers[ours] = process
             theirs.close()  # now its end closes when the process ends, and ours when this one does
@@ -62,17 +62,6 @@ def _receive(connection: Connection, process) -> tuple[str, Any]:
         status = process.exitcode
         how = f"was killed by signal {-status} (out of memory?)" if status < 0 else f"ended with status {status}"
         raise UserError(f"a worker process {how}") from None
-
-
-@contextlib.contextmanager
-def _no_interrupt():
-    """Ctrl-C goes to all processes of a terminal: those started here never see it."""
-    resource_tracker.ensure_running()  # which unblocks signals when it begins
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _serve(connection: Connection, work: Callable) -> None:

@@ -10,7 +10,6 @@ with at most one of images, video (an encoded clip) and frames (encoded pictures
 """
 
 from collections.abc import Sequence
-import glob
 from pathlib import Path
 
 import msgpack
@@ -18,6 +17,7 @@ import msgpack
 from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
 from voco_jax.data.shards.files import check_complete
 from voco_jax.errors import UserError
+from voco_jax.storage import matching
 
 _KEYS = {
     "name": str, "conversations": list, "images": list, "image_names": list, "frames": list, "times": list,
@@ -122,7 +122,7 @@ class ArrayRecordSource:
 def find_shards(files: str) -> Sequence[Path]:
     """The shards of a directory or a pattern, by name; UserError where there is none."""
     path = Path(files).expanduser()
-    found = sorted(path.glob("*.array_record")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
+    found = [path] if path.is_file() else matching(path / "*.array_record" if path.is_dir() else path)
     if not files or not found:
         raise UserError(f"{files or 'files'}: expected a directory or pattern of *.array_record files, found none")
     return found

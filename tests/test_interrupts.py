@@ -1,0 +1,99 @@
+"""Signals at moments at which Python's own way ends in a stack trace or a crash: a line and a status, nothing else."""
+
+import os
+from pathlib import Path
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75}
+LINE = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted: nothing to save; the same command goes on"}
+
+
+def told(command: list, sent: signal.Signals, moment: str, **environment) -> None:
+    """Start a command, send it a signal when it has said what belongs to a moment, and see how it ends."""
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=tiny.CONFIG_FILE.parents[1], env=dict(os.environ, PYTHONUNBUFFERED="1", **environment),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if re.search(moment, line):
+                process.send_signal(sent)
+                break
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == STATUS[sent], rest
+    assert rest.splitlines()[-1] == LINE[sent]
+    assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("sent", STATUS)
+def test_while_a_training_imports(tmp_path, sent):
+    told(["-X", "importtime", "-m", "voco_jax.train", *tiny.arguments(tmp_path / "run")], sent, r"\| +numpy$")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sent", STATUS)
+def test_while_a_training_compiles(tmp_path, sent):
+    arguments = tiny.arguments(tmp_path / "run", train__tensorboard=False)
+    told(["-m", "voco_jax.train", *arguments], sent, r"Compiling jit\(step\)", JAX_LOG_COMPILES="1")
+    assert not os.listdir(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("command", ["ask", "evaluate", "compress", "chat", "memory", "tools/convert_weights.py"])
+def test_while_a_command_imports(command):
+    name = [command] if command.startswith("tools/") else ["-m", f"voco_jax.{command}"]
+    told(["-X", "importtime", *name], signal.SIGINT, r"\| +voco_jax$")
+
+
+SCRIPT = """
+import hashlib, os, signal, sys, threading, time
+from voco_jax import interrupts
+interrupts.listen()
+interrupts._GRACE = 0.5
+from voco_jax.errors import one_line_errors
+
+@one_line_errors
+def main(kind):
+    interrupts.say_of_interrupt(lambda: "interrupted in " + kind)
+    try:
+        if kind == "C++":  # which a signal does not interrupt; from here, for it must not come before
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        print("now", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if kind == "tidying up, twice":
+            print("now", flush=True)
+            time.sleep(60)
+        print("tidied up", flush=True)
+        raise
+
+main(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("kind", ["Python", "C++", "tidying up, twice"])
+def test_in_the_middle_of_a_command(kind):
+    """It tidies up, unless it is in C++ for longer than anybody waits, or told a second time."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        for _ in range({"Python": 1, "C++": 0, "tidying up, twice": 2}[kind]):
+            assert process.stdout.readline() == "now\n"
+            process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert output == ("tidied up\n" if kind == "Python" else "") and errors == f"interrupted in {kind}\n"

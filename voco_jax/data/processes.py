@@ -1,0 +1,92 @@
+"""Processes that load data: they end with the one that started them, and their end is told in one line."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import multiprocessing
+from multiprocessing import resource_tracker
+import os
+from pathlib import Path
+import signal
+import threading
+
+from voco_jax import interrupts
+from voco_jax.errors import TryAgain
+
+_SHARED_MEMORY = Path("/dev/shm")
+_TICK = 1.0  # seconds between two looks at the processes
+_PATIENCE = 10.0  # seconds until what a dead process had written must have been read
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that starts processes: Ctrl-C goes to all processes of a terminal, and these never see it."""
+    # What a process leaves that is killed, Python's tracker removes; it need not tell the user to
+    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = f"{before},{silent}" if before else silent
+    try:
+        resource_tracker.ensure_running()  # which unblocks signals when it begins
+    finally:
+        os.environ.pop("PYTHONWARNINGS") if before is None else os.environ.update(PYTHONWARNINGS=before)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def begin_worker(*_) -> None:
+    """In each process: it ends with the one that started it, however that ends, and when that does rather than before.
+
+    A training that is told to end (SIGTERM, Ctrl-C) may want batches until it has saved.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True, name="parent").start()
+
+
+def ended(status: int | None) -> TryAgain:
+    """For a process that has ended before its work was done, with a status as of `multiprocessing`."""
+    if status is None or status >= 0:
+        how = "ended too early" + ("" if status is None else f", with status {status}")
+    elif status == -signal.SIGBUS:
+        how = f"was ended by SIGBUS: {_SHARED_MEMORY} is full (give it more room, or config.data.num_workers=0)"
+    else:
+        name = next((s.name for s in signal.Signals if s == -status), f"signal {-status}")
+        how = f"was ended by {name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
+    return TryAgain(f"data: a loader process {how}; the same command goes on from the newest checkpoint")
+
+
+class Watch(threading.Thread):
+    """Ends this process where one of its daemon processes has died and `waiting()` (seconds) grows all the same: what
+    dies while it writes into a pipe leaves a reader that waits for the rest."""
+
+    def __init__(self, waiting: Callable[[], float]):
+        super().__init__(daemon=True, name="loaders")
+        self._waiting, self._stopped, self._seen = waiting, threading.Event(), set()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stopped.wait(_TICK):
+            self._seen.update(process for process in multiprocessing.active_children() if process.daemon)
+            dead = [process.exitcode for process in self._seen if process.exitcode]
+            if dead and self._waiting() > _PATIENCE:
+                interrupts.end(TryAgain.status, f"error: {ended(dead[0])}")
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def free_shared_memory() -> int | None:
+    """Bytes; None where shared memory is no file system."""
+    try:
+        stat = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,123 @@
+"""Ctrl-C and SIGTERM of a command, from its first moment to its last: one line and a status.
+
+An exception in the main thread, which is Python's way, does not do for all of it. While modules are imported nobody
+catches it; while XLA compiles, the main thread is in C++ for minutes and does not hear of it; and where the interpreter
+then tears itself down under XLA's threads, the process crashes. So a thread hears the signals, and ends the process at
+once where there is nothing to save and nothing to tidy up. Elsewhere Ctrl-C is a KeyboardInterrupt as usual.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+import signal
+import sys
+import threading
+import time
+from typing import NoReturn
+
+NOTHING_TO_SAVE = "preempted: nothing to save; the same command goes on"
+INTERRUPTED = 130  # 128 + SIGINT, as of shells
+_STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: 75}  # as TryAgain's
+_LINE = {signal.SIGINT: lambda: "interrupted", signal.SIGTERM: lambda: NOTHING_TO_SAVE}
+_GRACE = 10.0  # seconds for the main thread to hear of Ctrl-C: a checkpoint may be on its way while it is in C++
+_TWICE = 5.0  # seconds between two Ctrl-C by which somebody will not wait for the tidying up
+
+_at_once = {signal.SIGINT: False, signal.SIGTERM: False}
+_raised, _ending = threading.Event(), threading.Lock()
+_listening = False
+
+
+def listen_in_a_command() -> None:
+    """Begin, if this is `python -m voco_jax.…` or one of tools/, and the package the first that it imports."""
+    script = Path(sys.argv[0] if sys.argv else "").resolve()  # "-m" while Python looks for the module
+    tool = script.is_file() and script.parent == Path(__file__).resolve().parents[1] / "tools"
+    if (sys.argv[:1] == ["-m"] or tool) and multiprocessing.parent_process() is None:
+        listen(terminates="voco_jax.train" in sys.orig_argv)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
+
+
+def listen(*, terminates: bool = False) -> None:
+    """Hear Ctrl-C, and SIGTERM if that is to end with the status on which a command is started again."""
+    global _listening
+    _listening, _at_once[signal.SIGINT], _at_once[signal.SIGTERM] = True, True, terminates
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
+        signal.signal(signal.SIGINT, on_signal)
+    if terminates:
+        signal.signal(signal.SIGTERM, on_signal)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(heard,), daemon=True, name="signals").start()
+
+
+def listening() -> bool:
+    """Whether this process is a command that ends as this module says, and nobody else's."""
+    return _listening
+
+
+@contextlib.contextmanager
+def at_once(value: bool, *signals: signal.Signals) -> Iterator[None]:
+    """A block in which signals end the process at once, or do not: then it is for the block to end well."""
+    before = {number: _at_once[number] for number in signals}
+    _at_once.update(dict.fromkeys(signals, value and _listening))
+    try:
+        yield
+    finally:
+        _at_once.update(before)
+
+
+def say_of_interrupt(line: Callable[[], str]) -> None:
+    """What Ctrl-C is answered with from here on: one line, that is made when it comes."""
+    _LINE[signal.SIGINT] = line
+
+
+def interrupted() -> str:
+    """The line that Ctrl-C is answered with."""
+    return _LINE[signal.SIGINT]()
+
+
+def on_signal(number: int, _) -> None:
+    """Handler: ends the process where that is to be; else Ctrl-C raises, and SIGTERM waits to be asked for."""
+    number = signal.Signals(number)
+    if _at_once[number]:
+        end(_STATUS[number], _LINE[number]())
+    if number == signal.SIGINT:
+        _raised.set()
+        raise KeyboardInterrupt
+
+
+def end(status: int, line: str = "") -> NoReturn:
+    """End the process with a line on standard error, and without Python's farewell, which threads of C++ may crash."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(3600)  # another thread is about to
+    flush = threading.Thread(target=_flush, daemon=True)  # whoever is to read may have stopped reading
+    flush.start()
+    flush.join(1)
+    if line:
+        before = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # "^C", or half a progress bar
+        with contextlib.suppress(OSError):
+            os.write(2, f"{before}{line}\n".encode(errors="backslashreplace"))
+    os._exit(status)
+
+
+def _flush() -> None:
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _hear(descriptor: int) -> None:
+    last = -_TWICE
+    while number := os.read(descriptor, 1):
+        number = number[0]
+        if number in _STATUS and _at_once[number]:
+            end(_STATUS[number], _LINE[number]())
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - last < _TWICE or not _raised.wait(_GRACE):
+                end(INTERRUPTED, interrupted())
+            _raised.clear()
+            last = now
