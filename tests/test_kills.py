@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -116,3 +118,19 @@ def test_told_to_end_before_the_first_step(tmp_path):
     process.terminate()
     assert process.wait(60) == 75
     assert Checkpointer(run, create=True).latest_step() in (None, 1, 2)
+
+
+def test_ctrl_c_says_what_is_saved_and_how_it_goes_on(tmp_path):
+    run = tmp_path / "run"
+    process = start(run)
+    while not newest(run):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    last = Path(f"{run}.log").read_text().splitlines()[-1]
+    again = shlex.join(["python", "-m", "voco_jax.train", *tiny.arguments(run, **CHANGES)])
+    lost = "nothing is lost|1 step is lost|[0-9]+ steps are lost"
+    found = re.fullmatch(f"interrupted: saved at step ([0-9]+) in {re.escape(str(run))}, ({lost}); goes on: (.*)", last)
+    assert found is not None, last
+    assert (int(found[1]), found[3]) == (newest(run), again)

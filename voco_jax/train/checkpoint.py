@@ -339,6 +339,11 @@ class Checkpointer:
             self._manager.reload()
 
 
+def newest_saved(checkpoints: AnyPath) -> int:
+    """The newest step that a directory of checkpoints has whole, 0 without one: a step gets its name when it is."""
+    return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=0)
+
+
 class Damaged(UserError):
     """A checkpoint that is not as it was written."""
 

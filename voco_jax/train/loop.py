@@ -20,6 +20,7 @@ from voco_jax.config import sources_to_score
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.errors import UserError
+from voco_jax.interrupts import say_of_interrupt
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
@@ -28,7 +29,7 @@ from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, make_processor, other_pixels
 from voco_jax.storage import AnyPath, as_path, bucket_errors
-from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite
+from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite, newest_saved
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.first_params import first_params
@@ -37,6 +38,7 @@ from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
+from voco_jax.train.progress import interrupted
 from voco_jax.train.resume import BASE, base_of, continued
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
@@ -152,6 +154,8 @@ def _train(run: _Setup, begun: float) -> None:
         steps = range(start + 1, config.train.steps + 1)
         if not steps:
             return
+        step, checkpoints = start, run.workdir / "checkpoints"
+        say_of_interrupt(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), step, sys.argv[1:]))
         first, evaluator = jax.process_index() == 0, run.evaluator
         if evaluator is not None:
             evaluator.sheets = workdir.logs / "answers"
