@@ -32,7 +32,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.2.2",  # event files for TensorBoard; brings protobuf, as sentencepiece's models are, too
         "tokenizers>=0.22.1",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",
         "transformers>=5,<6",
     ],
     entry_points={"lmms_eval.models": ["voco_jax = voco_jax.eval.lmms:manifest"]},

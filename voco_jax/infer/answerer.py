@@ -213,7 +213,7 @@ class Answerer:
         return Decoder(self.encoder.tokenizer)
 
     def _said(self, ids: Sequence[int]) -> list[int]:
-        return trim(ids, self.encoder.stop_ids)
+        return trim(ids, [self.encoder.ids.eos_token_id])  # which stands in the place of any stop token
 
     def check_length(self, tokens: int, max_new_tokens: int) -> None:
         """UserError for more than the model has positions."""
