@@ -11,6 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.commands import run_main
+from tests.test_video import write_clip
 from voco_jax import ask, chat, evaluate
 from voco_jax.config import default_config, source, sources
 from voco_jax.eval.scoring import Answer, accuracy_by_kind, table
@@ -92,14 +93,21 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
         (["--memory", __file__, "what?"], "test_command_lines.py: not a memory file"),
         (["--picture", "a.png", "what?"], "--picture: expected a --memory that holds it"),
         (["--image", "{picture}", "--frames", "4", "what?"], "--frames: expected a --video to take frames of"),
+        (["--image", "{picture}", "--max-frames", "4", "what?"], "--max-frames: expected a --video to take frames of"),
+        (["--image", "{clip}", "what?"], "clip.png: expected a picture, found a video; --video takes its frames"),
+        (["--video", "{picture}", "what?"], "chelsea.png: expected a video, found a picture (PNG)"),
+        (["--video", "{clip}", "--max-frames", "4", "what?"], "--max-frames: expected --fps with it: 8 frames are"),
         (["--each", "what?"], "--each: expected pictures, found none"),
         (["--image", "{picture}", "what? " * 5000], "question: expected at most "),
         (["--image", "{picture}", "what </s> is it?"], "contains the special token '</s>'"),
         (["--run", "nowhere", "what?"], "nowhere/config.json: not found; a run directory holds"),
     ],
 )
-def test_ask_about_what_cannot_be(tiny_run, picture, monkeypatch, capsys, arguments, message):
-    arguments = [argument.format(picture=picture) for argument in arguments]
+def test_ask_about_what_cannot_be(tiny_run, picture, tmp_path, monkeypatch, capsys, arguments, message):
+    clip = tmp_path / "clip.png"
+    if "{clip}" in arguments:
+        write_clip(clip, format="mp4")
+    arguments = [argument.format(picture=picture, clip=clip) for argument in arguments]
     status, out, err = run_main(ask, monkeypatch, capsys, "--run", tiny_run, *arguments)
     assert status == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -353,6 +353,7 @@ def test_requests_that_cannot_be(adapter, context, visuals, kwargs, message):
         ({"batch_size": "0"}, "--batch_size: expected auto or a number, found '0'"),
         ({"frames": 0}, "frames: expected more than 0, found 0"),
         ({"frames": 2, "fps": 1}, "frames, fps: expected one of them, found both"),
+        ({"max_frames": 2}, "max_frames: expected fps with it: 8 frames are taken of a video"),
         ({"mesh": "tensor"}, "--mesh: expected data=N"),
     ],
 )

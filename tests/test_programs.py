@@ -11,6 +11,7 @@ from tests.commands import run_main
 from tests.tpu import needs_libtpu
 from voco_jax import aot
 from voco_jax.config import default_config
+from voco_jax.data.tokenizer import train_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.flops import training_flops
 from voco_jax.models.linear import LoRAConfig
@@ -19,7 +20,7 @@ from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.chips import CHIPS
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.parallel.programs import make_program
+from voco_jax.parallel.programs import find_tokenizer, make_program
 from voco_jax.run import abstract_model
 
 CONFIG = VoCoConfig(
@@ -183,6 +184,34 @@ def test_what_cannot_be_compiled_is_one_line(step, changes, message):
     with pytest.raises(UserError, match=message) as error:
         aot.compile_step(make_program(config, step, mesh), mesh, CHIPS["v5e"])
     assert "\n" not in str(error.value)
+
+
+def test_the_prompt_is_the_tokenizers(tmp_path):
+    """A byte-level tokenizer has a token less between image and VoCo tokens than Llama's, which are assumed without."""
+    train_tokenizer(["a text"], 300).save_pretrained(tmp_path / "tokenizer")
+    config = default_config()
+    config.data.row_length = 64
+    mesh = make_mesh(config.mesh)
+    assumed = make_program(config, "compress", mesh)
+    assert find_tokenizer(config) is None
+    config.tokenizer.source = "some/name"  # of the hub: not downloaded
+    assert find_tokenizer(config) is None
+    config.tokenizer.source = str(tmp_path / "tokenizer")
+    known = make_program(config, "compress", mesh, find_tokenizer(config))
+    assert assumed.compress_tokens - known.compress_tokens == assumed.images == known.images == config.data.batch_size
+    assert known.model_flops < assumed.model_flops
+
+
+@needs_libtpu
+@pytest.mark.parametrize("known", [False, True])
+def test_an_estimate_says_what_is_assumed(monkeypatch, capsys, tmp_path, known):
+    arguments = ["--config", tiny.CONFIG_FILE, "--config.data.row_length=64", "--config.model.attention=cudnn"]
+    if known:
+        train_tokenizer(["a text"], 300).save_pretrained(tmp_path)
+        arguments.append(f"--config.tokenizer.source={tmp_path}")
+    _, _, error = run_main(aot, monkeypatch, capsys, *arguments, "--topology=v5e:2x2")
+    line = "assumed: a tokenizer with 3 tokens around an image, as Llama's (none is named)"
+    assert (line in error.splitlines()) != known
 
 
 @needs_libtpu

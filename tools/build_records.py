@@ -26,6 +26,7 @@ from voco_jax.data.shards.record_packer import RecordPacker
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.storage import absolute, as_path
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +81,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("llava", help="LLaVA's conversations about pictures or videos")
-    command.add_argument("file", type=Path, metavar="FILE", help=".json or .jsonl")
-    command.add_argument("--images", type=Path, metavar="DIR", help="where the pictures' paths start")
-    command.add_argument("--videos", type=Path, metavar="DIR", help="where the videos' paths start (default: --images)")
+    command.add_argument("file", type=as_path, metavar="FILE", help=".json or .jsonl; or gs://…")
+    command.add_argument("--images", type=as_path, metavar="DIR", help="where the pictures' paths start")
+    command.add_argument("--videos", type=as_path, metavar="DIR", help="where the videos' start (default: --images)")
     add_build_options(command)
     command = commands.add_parser("video", help="rows of video, question, answer")
-    command.add_argument("file", type=Path, metavar="FILE", help=".json or .jsonl")
-    command.add_argument("--videos", type=Path, metavar="DIR", required=True, help="where the videos are")
+    command.add_argument("file", type=as_path, metavar="FILE", help=".json or .jsonl; or gs://…")
+    command.add_argument("--videos", type=as_path, metavar="DIR", required=True, help="where the videos are")
     add_build_options(command)
     command = commands.add_parser("check", help="read all shards back")
     command.add_argument("out", type=Path, metavar="OUT")
@@ -113,14 +114,14 @@ def run_build(args) -> None:
         source = LlavaSource(str(args.file), str(images or ""), str(args.videos or ""))
     else:
         source = VideoQuestionSource(str(args.file), str(args.videos))
-    image_root, video_root = (path and path.expanduser().absolute() for path in (images, args.videos))
+    image_root, video_root = (path and absolute(path) for path in (images, args.videos))
     packer = RecordPacker(source, image_root or video_root, video_root or image_root, args.max_side or 0, sampling)
     if args.shards and args.shards > len(source):
         raise UserError(f"--shards: expected at most {len(source)}, the number of rows; found {args.shards}")
     rows = split_rows(len(source), args.records_per_shard, args.shards or 0)
     arguments = {
         "command": args.command,
-        "file": {"name": args.file.name, **file_digest(args.file.expanduser())},
+        "file": {"name": args.file.name, **file_digest(args.file)},
         "images": image_root and str(image_root),
         "videos": video_root and str(video_root),
         "records_per_shard": 0 if args.shards else args.records_per_shard,

@@ -31,8 +31,9 @@ from voco_jax.parallel.chips import Chip, topology_devices
 from voco_jax.parallel.hlo import HLOError
 from voco_jax.parallel.hlo_cost import estimate
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.parallel.programs import STEPS, make_program
-from voco_jax.run import begin_with_run
+from voco_jax.parallel.programs import STEPS, find_tokenizer, make_program
+from voco_jax.run import begin_with_run, make_model_config
+from voco_jax.storage import as_path
 from voco_jax.train.data import open_training_data
 
 GIB = 2**30
@@ -210,6 +211,16 @@ def advice(config: ConfigDict, step: str, mesh_shape: dict[str, int], arguments:
     return weights + activations if arguments > available / 2 else activations + weights
 
 
+def _assumed(config: ConfigDict) -> str:
+    """A line about a model whose tokenizer is not on this machine."""
+    model = make_model_config(config, None)
+    around, source = len(model.prefix_ids) + len(model.suffix_ids), config.tokenizer.source
+    why = "none is named" if source == "train" else f"{source} is not on this machine"
+    if config.init_from:
+        why = f"init_from: {config.init_from} is not on this machine"
+    return f"assumed: a tokenizer with {around} tokens around an image, as Llama's ({why})"
+
+
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("topology", None, "chip and shape of the slice, v5e:8x8", flag_values=values)
     flags.DEFINE_enum("step", "train", STEPS, "what to compile", flag_values=values)
@@ -228,14 +239,21 @@ def main() -> None:
         raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")
     chip, devices = topology_devices(topology)
     mesh = make_mesh(config.mesh, devices)
+    if config.init_from and (as_path(config.init_from) / "config.json").exists():
+        config = begin_with_run(config)
     config = with_shape(config)
-    program = make_program(config, step, mesh)
+    tokenizer = find_tokenizer(config)
+    assumed = None if tokenizer is not None else _assumed(config)
+    if assumed:
+        print(assumed, file=sys.stderr)
+    program = make_program(config, step, mesh, tokenizer)
     about = {
         "config": config_file(sys.argv),
         "step": step,
         "topology": topology,
         "chips": len(devices),
         "mesh": dict(mesh.shape),
+        "assumed": assumed,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
     }

@@ -28,9 +28,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import mimetypes
 import os
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -38,6 +36,7 @@ import numpy as np
 
 from voco_jax.data.conversations import Sample
 from voco_jax.data.images import PictureLike, is_picture
+from voco_jax.data.media import is_video
 from voco_jax.data.records import Clip, Picture
 from voco_jax.data.sources.roots import local_path
 from voco_jax.data.turns import VIDEO, spread_video
@@ -52,6 +51,7 @@ from voco_jax.infer.watch import Watch
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 from voco_jax.run import Run, load_run
+from voco_jax.storage import as_path
 
 Seen = MemoryBank | Embeddings
 About = Seen | PictureLike | Sequence[Seen | PictureLike]  # what a question may be about: `Model.look`
@@ -162,7 +162,7 @@ class Model:
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32
     ) -> Seen:
         """As `compress_video`, for a model of any kind."""
-        clip = Clip(file=Path(local_path(os.fspath(video))))
+        clip = Clip(file=as_path(local_path(os.fspath(video))))
         times = sample_times(probe(clip), sampling or self.frame_sampling())
         items = [Item(str(video), time=float(time)) for time in times]
         frames = (
@@ -373,11 +373,11 @@ class Model:
 
 
 def _names_several(about) -> bool:
-    """Whether it is the path of a memory file, or by its ending of a video."""
+    """Whether it is the path of a memory file, or of a video."""
     if not isinstance(about, str | os.PathLike):
         return False
-    path = os.fspath(about)
-    return path.endswith(SUFFIX) or (mimetypes.guess_type(path)[0] or "").startswith("video/")
+    path = local_path(os.fspath(about))
+    return path.endswith(SUFFIX) or is_video(as_path(path))
 
 
 def _tokens(*seen: Seen | None) -> int | None:

@@ -5,11 +5,14 @@ asked about one by one, those that --image names, and a video's frames, together
 """
 
 import argparse
-from pathlib import Path, PurePath
+from pathlib import PurePath
 import sys
 
 from voco_jax.api import Model, Request, Seen
+from voco_jax.data.media import ANIMATION, VIDEO, kind_of
+from voco_jax.data.records import Clip
 from voco_jax.data.sources.roots import check_file, local_path
+from voco_jax.data.video import probe
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import (
     add_answer_arguments,
@@ -21,6 +24,7 @@ from voco_jax.infer.arguments import (
 )
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_file import MemoryFile
+from voco_jax.storage import as_path
 
 
 @one_line_errors
@@ -68,12 +72,19 @@ def check_seen(args: argparse.Namespace) -> None:
     given = [name for name in ("image", "video", "memory") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]}, --{given[1]}: expected one of them, found both")
-    for name, value in (("frames", args.frames), ("fps", args.fps)):
+    for name, value in (("frames", args.frames), ("fps", args.fps), ("max-frames", args.max_frames)):
         if value is not None and not args.video:
             raise UserError(f"--{name}: expected a --video to take frames of, found none")
     args.image, args.video = [local_path(file) for file in args.image], args.video and local_path(args.video)
-    for file in (*args.image, *([args.video] if args.video else [])):
-        check_file(Path(file))
+    for file in map(as_path, args.image):
+        check_file(file)
+        kind = kind_of(file)
+        if kind == VIDEO:
+            raise UserError(f"--image {file}: expected a picture, found a video; --video takes its frames")
+        if kind == ANIMATION:
+            print(f"note: {file}: animated; of it the first picture is taken; --video takes more", file=sys.stderr)
+    if args.video:
+        probe(Clip(as_path(args.video)))
     if args.memory:
         MemoryFile(args.memory)
 

@@ -178,21 +178,25 @@ def _take_over(config, run, default, keys, name, where: str = "config.model") ->
 
 
 def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
-    """The model that a config and a tokenizer describe; UserError names a value that cannot be."""
-    m, ids = config.model, prompt_ids(tokenizer)
+    """The model that a config and a tokenizer describe; UserError names a value that cannot be.
+
+    Without a tokenizer (None), for estimates: the vocabulary is the config's, around an image stand Llama's tokens."""
+    m = config.model
     try:
         llama = llama_config(config)
-        # A tokenizer trained with the model sets its vocabulary; a pretrained one may need rows for added tokens.
-        if llama.vocab_size < len(tokenizer) or config.tokenizer.source == "train":
-            llama = dataclasses.replace(llama, vocab_size=len(tokenizer))
+        prompt: dict = {"voco_token_id": llama.vocab_size - 1}
+        if tokenizer is not None:
+            # A tokenizer trained with the model sets its vocabulary; a pretrained one may need rows for added tokens.
+            if llama.vocab_size < len(tokenizer) or config.tokenizer.source == "train":
+                llama = dataclasses.replace(llama, vocab_size=len(tokenizer))
+            ids = prompt_ids(tokenizer)
+            prompt = {name: getattr(ids, name) for name in ("voco_token_id", "prefix_ids", "suffix_ids")}
         return VoCoConfig(
             llama=llama,
             vision=vision_config(config),
             compressor=m.compressor,
             num_voco_tokens=m.num_voco_tokens,
-            voco_token_id=ids.voco_token_id,
-            prefix_ids=ids.prefix_ids,
-            suffix_ids=ids.suffix_ids,
+            **prompt,
             num_compressed_tokens=m.num_compressed_tokens,
             num_qformer_layers=m.num_qformer_layers,
             projector_layers=m.projector_layers,

@@ -27,6 +27,10 @@ AnyPath = Path | epath.Path
 # What no library takes for anything but a name; epath takes `/s3/…` for a bucket.
 _PLAIN = re.compile("(?!//?(gs|s3|az|hf)/)[A-Za-z0-9._+=,@~ /-]*")
 
+# It warns of every bucket that it may not ask what kind it is, and tells failures, which are errors anyway, with their
+# stacks. Here, because worker processes read buckets too.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
 
 def as_path(address: str | AnyPath) -> AnyPath:
     """A path of the file system, or of a bucket; UserError for an address of another kind."""
@@ -43,7 +47,6 @@ def as_path(address: str | AnyPath) -> AnyPath:
         raise UserError(f"{text}: expected a directory, or gs://BUCKET/DIRECTORY")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets need gcsfs, which is not installed: pip install -e '.[gcs]'")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of what is raised as well, with a page of traces
     _check_online(text)
     return epath.Path(text)
 
@@ -105,6 +108,11 @@ def matching(pattern: Path) -> list[Path]:
     return [root / name for name in sorted(glob.glob(str(pattern.relative_to(root)), root_dir=root, recursive=True))]
 
 
+def absolute(path: AnyPath) -> AnyPath:
+    """The same path from wherever it is read; a bucket's is that already."""
+    return path if in_bucket(path) else path.absolute()
+
+
 @contextlib.contextmanager
 def bucket_errors(path: AnyPath, but: type[Exception] = UserError) -> Iterator[None]:
     """What goes wrong with a bucket in the block, `but` for one kind, is a UserError of one line: the libraries have a
@@ -130,6 +138,32 @@ def local_copy(directory: AnyPath) -> Iterator[Path]:
         with bucket_errors(directory):
             download(directory, copy)
         yield copy
+
+
+def list_files(directory: AnyPath) -> list[tuple[str, int, str]]:
+    """The files that stand in a directory, by name: name, bytes, and what is another when the file is changed."""
+    if not in_bucket(directory):
+        found = ((path.name, path.stat()) for path in directory.iterdir() if path.is_file())
+        return sorted((name, status.st_size, str(status.st_mtime_ns)) for name, status in found)
+    entries = _entries(directory, recursive=False)
+    return sorted((e["name"].rpartition("/")[2], e["size"], str(e.get("generation"))) for e in entries)
+
+
+def files_below(directory: AnyPath) -> list[AnyPath]:
+    """All files in a directory and in those that stand in it, by their path."""
+    if not in_bucket(directory):
+        return sorted(path for path in directory.rglob("*") if path.is_file())
+    return sorted(as_path(f"gs://{entry['name']}") for entry in _entries(directory, recursive=True))
+
+
+def _entries(directory: AnyPath, recursive: bool) -> list[dict]:
+    """What fsspec says of the files in a bucket's directory: a request for a thousand, and none for each."""
+    import fsspec
+
+    with bucket_errors(directory):
+        system, path = fsspec.url_to_fs(str(directory))
+        found = system.find(path, detail=True).values() if recursive else system.ls(path, detail=True)
+    return [entry for entry in found if entry["type"] == "file"]
 
 
 def download(source: AnyPath, destination: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from voco_jax.data.index import Index
 from voco_jax.data.records import BadRecord, Encoded, Frames, Record
-from voco_jax.data.sources.roots import check_file
+from voco_jax.data.sources.roots import open_file
 
 SAMPLED = 64  # records of a source whose pictures or clip are read; of a smaller source it is all
 _EDGE = 2**20  # bytes at each end of a file; of a clip, all that is read beside its size
@@ -71,9 +71,7 @@ def _visual_checksum(source: Sequence[Record], i: int) -> str:
 
 
 def _update(digest, encoded: Encoded) -> None:
-    if encoded.data is None:
-        check_file(encoded.file)
-    with io.BytesIO(encoded.data) if encoded.data is not None else encoded.file.open("rb") as stream:
+    with io.BytesIO(encoded.data) if encoded.data is not None else open_file(encoded.file) as stream:
         size = stream.seek(0, io.SEEK_END)
         digest.update(size.to_bytes(8))
         for start in (0, max(_EDGE, size - _EDGE)):

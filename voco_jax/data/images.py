@@ -10,7 +10,6 @@ import dataclasses
 import io
 import math
 import os
-from pathlib import Path
 import struct
 from typing import BinaryIO
 import zlib
@@ -19,7 +18,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture
-from voco_jax.data.sources.roots import check_file
+from voco_jax.data.sources.roots import open_file
+from voco_jax.storage import as_path
 
 # What is opened, whatever a file is called: Pillow would have Ghostscript run PostScript. JPEG is MPO too.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -203,12 +203,9 @@ def load_image(
         with _naming("picture"):
             return _as_seen(picture, "picture", say, transparency)
     picture = _encoded(picture)
-    if picture.data is None:
-        check_file(picture.file)
-    with _naming(picture):
-        content = picture.file if picture.data is None else io.BytesIO(picture.data)
-        with Image.open(content, formats=FORMATS) as image:
-            return _as_seen(image, picture, say, transparency)
+    file = open_file(picture.file, whole=True) if picture.data is None else io.BytesIO(picture.data)
+    with _naming(picture), Image.open(file, formats=FORMATS) as image:
+        return _as_seen(image, picture, say, transparency)
 
 
 def is_picture(value) -> bool:
@@ -222,7 +219,7 @@ def _encoded(picture) -> Picture:
     if isinstance(picture, Picture):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return Picture(Path(picture))
+        return Picture(as_path(picture))
     name = "picture"
     if hasattr(picture, "read"):
         name = str(getattr(picture, "name", name))
@@ -270,13 +267,13 @@ def _naming(picture: Picture | str) -> Iterator[None]:
         raise BadRecord(TOO_LARGE, f"{picture}: {error}") from None
     except UnidentifiedImageError:  # Pillow's own text has the address of an object
         raise BadRecord(UNREADABLE_PICTURE, f"{picture}: not a readable picture (of no known format)") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadRecord(UNREADABLE_PICTURE, f"{picture}: not a readable picture ({reason:.200})") from None
 
 
 # For damaged files; RuntimeError is AVIF's.
-_UNREADABLE = (
+UNREADABLE = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError,
     EOFError, RuntimeError, AssertionError, struct.error, zlib.error, MemoryError,
 )  # fmt: skip
@@ -331,7 +328,7 @@ def _upright(image: Image.Image, say: Callable[[str], None]) -> Image.Image:
         image.load()  # now, as a PNG's EXIF needs it: what is wrong with the picture is not taken for that
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _UNREADABLE:
+    except UNREADABLE:
         say("damaged EXIF")
         return image
     if orientation not in _TURNS:

@@ -1,39 +1,20 @@
 """Videos: how long a clip is, at which times to look into it, and the pictures that it shows then.
 
-Clips are read with PyAV, by one thread: whoever wants more reads clips in several processes. A clip comes from
-anywhere, so only mp4, webm/matroska and avi are opened, and nothing but the clip itself: no playlists, no network.
+Clips are read with PyAV, by one thread: whoever wants more reads clips in several processes.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import dataclasses
-from fractions import Fraction
-import io
 import math
-import stat
 
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.images import MAX_SIDE, load_image
+from voco_jax.data.images import load_image
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames
-from voco_jax.errors import UserError
-
-FORMATS = "mov,matroska,avi"  # FFmpeg's names of what may be opened; mov is mp4 too, matroska is webm too
-MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory is taken for it
-LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
-
-# What turns a frame upright, by the signs of a, b, c, d of its display matrix (x' = a x + c y, y' = b x + d y).
-TURNS = {
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # these angles are anticlockwise
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
-}
+from voco_jax.data.video_file import LOOKAHEAD, VideoFile, open_video
+from voco_jax.data.video_frame import to_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +79,7 @@ def probe(clip: Clip | Frames) -> VideoInfo:
         times = _relative_times(clip)
         n = len(times)
         return VideoInfo(float(times[-1] * n / max(1, n - 1)), n)
-    with _open(clip) as video:
+    with open_video(clip) as video:
         if video.indexed:  # headers tell no end: B-frames and variable rates move the last frame
             num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
             packets = [(p.pts, p.duration) for p in video.last_group() if _shown(p)]
@@ -110,7 +91,7 @@ def probe(clip: Clip | Frames) -> VideoInfo:
         if not starts:
             raise video.bad("expected frames, found none")
         # An mp4 has durations between decoding times; of the packets only the last has one that reordering leaves.
-        end = max(starts) + (packets[-1][1] or 0)
+        end = max(starts) + (packets[-1][1] or video.step)
         return VideoInfo(video.seconds(end), num_frames)
 
 
@@ -126,7 +107,7 @@ def read_frames(clip: Clip | Frames, times: Sequence[float] | np.ndarray) -> lis
         raise ValueError(f"times: expected finite seconds [n], found {times}")
     if isinstance(clip, Frames):
         return _read_pictures(clip, times)
-    with _open(clip) as video:
+    with open_video(clip) as video:
         ticks = [video.ticks(float(time)) for time in times]
         shown = _pictures(video, sorted(set(ticks)))
     return [shown[tick] for tick in ticks]
@@ -162,158 +143,6 @@ def _shown(packet) -> bool:
     return packet.stream.codec_context.name not in ("vp8", "libvpx") or bool(memoryview(packet)[0] & 0x10)
 
 
-@contextlib.contextmanager
-def _open(clip: Clip) -> Iterator["_Video"]:
-    """The clip, opened; whatever PyAV finds wrong with it while it is open is a BadRecord."""
-    try:
-        import av
-    except ImportError:
-        raise UserError(f"{clip}: the package av is not installed; pip install -e '.[video]' brings it") from None
-    if int(av.__version__.partition(".")[0]) < 18:  # lmms-eval brings one without index entries
-        found = f"found {av.__version__}; pip install 'av>=18,<19' brings it"
-        raise UserError(f"{clip}: expected the package av 18 or later, {found}")
-    try:
-        with contextlib.ExitStack() as stack:
-            yield _Video(str(clip), stack.enter_context(_file(clip)), stack)
-    # Python's own errors are of reading the file, and PyAV's of values that no video has.
-    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise BadRecord(UNREADABLE_VIDEO, f"{clip}: expected a video (mp4, webm, avi), found: {found}") from None
-
-
-def _file(clip: Clip) -> io.IOBase:
-    if clip.data is not None:
-        return io.BytesIO(clip.data)
-    try:
-        mode = clip.file.stat().st_mode
-    except FileNotFoundError:
-        raise BadRecord(MISSING, f"{clip}: expected a video, found no such file") from None
-    if not stat.S_ISREG(mode):  # a pipe would be waited for
-        raise BadRecord(UNREADABLE_VIDEO, f"{clip}: expected a video file, found a directory, pipe or device")
-    return open(clip.file, "rb")
-
-
-class _Video:
-    """An opened clip and its video stream. Ticks are the stream's unit of time, and absolute, as in the file."""
-
-    def __init__(self, name: str, file: io.IOBase, stack: contextlib.ExitStack):
-        self.name, self.file, self.stack = name, file, stack
-        self.open()
-        self.tick: Fraction = self.stream.time_base
-        formats = self.container.format.name.split(",")
-        # A plain mp4 has a table of all its frames; one in fragments does not, and counts none in its header.
-        self.indexed = "mov" in formats and self.stream.frames > 0
-        # avi has no presentation times, and what FFmpeg makes up for them is wrong where frames are reordered.
-        self.untimed = "avi" in formats and self.stream.codec_context.has_b_frames
-        if self.indexed:
-            end = max((entry.pos + entry.size for entry in self.stream.index_entries), default=0)
-            if end > self.container.size:
-                raise self.bad(f"expected {end} bytes or more, found {self.container.size}: the file is cut off")
-        first, starts = None, []
-        for packet in self.packets():
-            first = packet if first is None else first
-            start = packet.dts if self.untimed else packet.pts
-            if start is not None and not packet.is_discard:
-                starts.append(start)
-            # what follows is shown after it is decoded, so not before this one's dts
-            if starts and (len(starts) > LOOKAHEAD or packet.dts is not None and packet.dts > min(starts)):
-                break
-        if not starts:
-            raise self.bad("expected frames with time stamps, found none")
-        self.origin = min(starts)
-        self.start = min(t for t in (first.pts, first.dts) if t is not None)
-
-    def open(self):
-        import av
-
-        # Of a file object no other file is looked for; playlists and the like are refused before they are parsed.
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-        self.file.seek(0)
-        self.container = self.stack.enter_context(
-            av.open(self.file, container_options=options, metadata_errors="replace")
-        )
-        self.stream = self.container.streams.best("video")
-        if self.stream is None or self.stream.disposition & av.stream.Disposition.attached_pic:
-            raise self.bad("expected a video stream, found none")
-        codec = self.stream.codec_context
-        if codec is None:
-            raise self.bad("expected a video codec that FFmpeg decodes, found another")
-        if codec.width * codec.height > MAX_PIXELS:
-            raise self.bad(f"expected frames of {MAX_PIXELS} pixels at most, found {codec.width} x {codec.height}")
-        if max(codec.width, codec.height) > MAX_SIDE:
-            raise self.bad(f"expected sides of {MAX_SIDE} pixels at most, found {codec.width} x {codec.height}")
-        codec.thread_count, codec.options = 1, {"max_pixels": str(MAX_PIXELS)}
-        for stream in self.container.streams:
-            if stream.index != self.stream.index:
-                stream.discard = av.stream.Discard.all
-
-    def bad(self, message: str) -> BadRecord:
-        return BadRecord(UNREADABLE_VIDEO, f"{self.name}: {message}")
-
-    def packets(self) -> Iterator:
-        """The stream's packets from where the container stands, without the empty one at the end."""
-        return (packet for packet in self.container.demux(self.stream) if packet.size)
-
-    def ticks(self, seconds: float) -> int:
-        """The last tick at `seconds` or before; a frame's own time in float64 is that frame's tick."""
-        seconds = min(max(seconds, 0.0), 1e9)
-        ticks = math.floor(Fraction(seconds) / self.tick)
-        return self.origin + ticks + (float((ticks + 1) * self.tick) <= seconds)
-
-    def seconds(self, ticks: int) -> float:
-        return float((ticks - self.origin) * self.tick)
-
-    def seek(self, ticks: int) -> bool:
-        """To the last keyframe that the container finds at `ticks` or before; False where it finds none."""
-        import av
-
-        try:
-            self.container.seek(ticks, stream=self.stream)
-        except av.FFmpegError:
-            return False
-        return True
-
-    def rewind(self):
-        """To the clip's first packet, also where there is no index to find it by."""
-        if not self.seek(self.start):
-            self.container.close()
-            self.open()
-
-    def seek_key(self, ticks: int) -> tuple[int, int] | None:
-        """Of the last keyframe shown at `ticks` or before: what to seek to, and when it is shown.
-
-        None where the clip is to be read from its start. Leaves the container anywhere.
-        """
-        target = ticks
-        for _ in range(4):  # a sound file takes two; a damaged one could take as many as it has ticks
-            if target <= self.start or not self.seek(target):
-                break
-            key = next((packet for packet in self.packets() if packet.is_keyframe), None)
-            if key is not None and key.pts is not None and key.pts <= ticks:
-                return (target, key.pts) if key.pts > self.origin else None
-            stamps = [t for t in (key.pts, key.dts) if t is not None] if key is not None else []
-            target = min([target, *stamps]) - 1  # mp4 seeks by decoding times, which are earlier
-        return None
-
-    def seek_keys(self, wanted: list[int]) -> dict[int, tuple[int, int] | None]:
-        """`seek_key` of ascending ticks; where there is an index, it seeks once for those of one group of frames."""
-        keys, before, group = {}, None, -1
-        for ticks in wanted:
-            entry = self.stream.index_entries.search_timestamp(ticks) if self.indexed else -1
-            # what the first try found for an earlier time, or the very first group: found again for this one
-            if entry >= 0 and entry == group and (keys[before][0] == before if keys[before] else entry == 0):
-                keys[ticks] = keys[before]
-            else:
-                keys[ticks], group, before = self.seek_key(ticks), entry, ticks
-        return keys
-
-    def last_group(self) -> list:
-        """The packets from the last keyframe on, of a clip with an index."""
-        if not self.seek(max(entry.timestamp for entry in self.stream.index_entries)):
-            self.rewind()
-        return list(self.packets())
-
-
 class _Pass:
     """Decodes a clip once, from where its container stands onwards; it is asked for ascending times.
 
@@ -321,7 +150,7 @@ class _Pass:
     container stands at; nothing before it is right, and `odd` is set if no frame comes of it.
     """
 
-    def __init__(self, video: _Video, times: list[int] | None = None, key: int | None = None):
+    def __init__(self, video: VideoFile, times: list[int] | None = None, key: int | None = None):
         self.video, self.times, self.key, self.odd = video, times, key, False
         self.packets = video.packets()
         self.queue, self.frames = deque(), deque()  # read and not decoded; decoded and not yet shown
@@ -375,7 +204,7 @@ class _Pass:
             packet, self.drained = None, True
         else:
             return False
-        for frame in _decode(self.video.stream, packet):
+        for frame in _decode(self.video.decoder, packet):
             if self.times is not None:  # in the order in which they are shown
                 frame.pts = self.times[min(self.decoded, len(self.times) - 1)]
             self.decoded += 1
@@ -391,12 +220,12 @@ class _Pass:
         return True
 
 
-def _decode(stream, packet) -> list:
+def _decode(decoder, packet) -> list:
     """All decoding goes through here. None for `packet` asks for the frames that the decoder still holds."""
-    return stream.decode(packet)
+    return decoder.decode(packet)
 
 
-def _pictures(video: _Video, wanted: list[int]) -> dict[int, Image.Image]:
+def _pictures(video: VideoFile, wanted: list[int]) -> dict[int, Image.Image]:
     """The picture shown at each of the ascending ticks `wanted`."""
     times, keys = None, dict.fromkeys(wanted)
     if video.untimed:
@@ -421,20 +250,6 @@ def _pictures(video: _Video, wanted: list[int]) -> dict[int, Image.Image]:
         if frame is None:
             raise video.bad(f"expected a frame at {video.seconds(tick)} s, found none that can be decoded")
         if frame is not last:
-            last, image = frame, _upright(frame)
+            last, image = frame, to_picture(frame, video.aspect)
         shown[tick] = image
     return shown
-
-
-def _upright(frame) -> Image.Image:
-    from av.sidedata.sidedata import SideDataContainer
-
-    image = frame.to_image(threads=1)
-    # Not `frame.side_data`, which the frame would keep, and it the frame: both would stay, pixels and all, until Python
-    # looks for cycles, which it rarely does where few objects are made.
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
-    if matrix is None:
-        return image
-    a, b, _, c, d = np.frombuffer(bytes(matrix), "=i4")[:5] / 65536
-    turn = TURNS.get(tuple(int(v) for v in np.sign(np.round([a, b, c, d]))))
-    return image if turn is None else image.transpose(turn)

@@ -15,6 +15,7 @@ from voco_jax.data.video import format_time, read_frames
 from voco_jax.eval.clips import THIS_RUN, ClipAnswers
 from voco_jax.eval.pictures import RIGHT, WRONG, one_line
 from voco_jax.eval.scoring import Answer, by_kind
+from voco_jax.storage import as_path
 
 BARS = ("#2563eb", "#93c5fd", "#57606a", "#9ca3af", "#d0d7de")  # this run, frames shuffled, one frame, …
 CLIPS, FRAMES, QUESTIONS = 4, 8, 12  # of a strip, at most: clips, of each frames, evenly, and the first questions
@@ -58,7 +59,7 @@ def draw_strip(found: ClipAnswers, path: Path, title: str) -> None:
     rows = []
     for file, answers in choose_clips(found):
         times = _spread(found.times[file], FRAMES)
-        frames = read_frames(Clip(Path(file)), times)
+        frames = read_frames(Clip(as_path(file)), times)
         tall = _FRAME * min(1.0, frames[0].height / frames[0].width)
         answers = answers[:QUESTIONS]
         columns = 1 if any(len(_told(a)) + len(a.question) > WIDTH for a in answers) else 2

@@ -1,12 +1,15 @@
 """Options that the commands share: which model over which devices, how answers are chosen, what they are about."""
 
 import argparse
+import dataclasses
+import math
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from voco_jax.api import Model
+from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import Sampling
 from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
@@ -71,7 +74,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def add_seen_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--image`, `--video`, `--memory`, `--tokens`, `--frames`, `--fps`."""
+    """`--image`, `--video`, `--memory`, `--tokens`, and those of `add_frame_arguments`."""
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
     parser.add_argument("--video", metavar="FILE", help="video file")
     parser.add_argument("--memory", metavar="FILE", help="a memory file of voco_jax.compress")
@@ -80,21 +83,40 @@ def add_seen_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--frames`, `--fps`, `--max-frames`."""
     parser.add_argument(
         "--frames", type=int, metavar="N", help="of a video: so many, evenly spread (default: the run's)"
     )
     parser.add_argument("--fps", type=float, metavar="F", help="of a video: so many a second")
+    parser.add_argument(
+        "--max-frames", type=int, metavar="N", help="of a video, by fps: at most so many; 0: any (default: the run's)"
+    )
 
 
-def frame_sampling(args: argparse.Namespace, model: Model):
+def frame_sampling(args: argparse.Namespace, model: Model) -> FrameSampling:
     """Of a video, as the arguments say, or the run's config."""
-    own = model.frame_sampling()
-    if args.frames is not None and args.fps is not None:
-        raise UserError("--frames, --fps: expected one of them, found both")
-    for name in ("frames", "fps"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name}: expected more than 0, found {value}")
-    if args.frames is not None:
-        return type(own)(num_frames=args.frames)
-    return own if args.fps is None else type(own)(num_frames=0, fps=args.fps)
+    return change_sampling(model.frame_sampling(), args.frames, args.fps, args.max_frames)
+
+
+def change_sampling(
+    own: FrameSampling, frames: int | None, fps: float | None, max_frames: int | None, prefix: str = "--"
+) -> FrameSampling:
+    """A run's own sampling with what was asked for (None: nothing); UserError for what cannot be, by option.
+
+    `fps` takes the place of a number of frames, and keeps the run's `max_frames` where no other is given.
+    """
+    if frames is not None and fps is not None:
+        raise UserError(f"{prefix}frames, {prefix}fps: expected one of them, found both")
+    for name, value in (("frames", frames), ("fps", fps)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{prefix}{name}: expected more than 0, found {value}")
+    most = f"{prefix}max-frames" if prefix else "max_frames"
+    if max_frames is not None and max_frames < 0:
+        raise UserError(f"{most}: expected 0 (any number) or more, found {max_frames}")
+    if max_frames is not None and fps is None and (frames is not None or own.num_frames):
+        raise UserError(f"{most}: expected {prefix}fps with it: {frames or own.num_frames} frames are taken of a video")
+    if frames is not None:
+        return FrameSampling(num_frames=frames)
+    if fps is not None:
+        own = dataclasses.replace(own, num_frames=0, fps=fps)
+    return own if max_frames is None else dataclasses.replace(own, max_frames=max_frames)

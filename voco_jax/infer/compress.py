@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import glob
 import hashlib
 import os
@@ -21,18 +22,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
+from voco_jax.data.media import is_video
 from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
-from voco_jax.data.sources.roots import check_file
+from voco_jax.data.sources.roots import open_file
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, join_files, save_memory
-from voco_jax.storage import matching
+from voco_jax.storage import AnyPath, as_path, files_below, in_bucket, matching
 
-PICTURES = (
-    ".avif", ".bmp", ".gif", ".ico", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 LISTS = (".txt", ".list")
 
 
@@ -40,12 +39,12 @@ LISTS = (".txt", ".list")
 class Entry:
     """A file to compress. One that was `named` has to be readable; of those that were found, the others are told."""
 
-    path: Path
+    path: AnyPath
     named: bool
 
-    @property
+    @functools.cached_property
     def is_video(self) -> bool:
-        return self.path.suffix.lower() in VIDEOS
+        return is_video(self.path)
 
 
 @dataclasses.dataclass
@@ -61,16 +60,16 @@ class Outcome:
 def find_entries(arguments: Sequence[str]) -> list[Entry]:
     """Files of what is named: a picture, a video, a directory (with all below it), a pattern with `*`, or a list (a
     `.txt` with a path a line). In their order, each once. UserError where there is nothing."""
-    found: dict[Path, Entry] = {}
+    found: dict[AnyPath, Entry] = {}
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = as_path(argument)
         if path.is_dir():
-            entries = [Entry(file, False) for file in sorted(path.rglob("*")) if _is_known(file) and file.is_file()]
-        elif not path.exists() and glob.has_magic(argument):
+            entries = [Entry(file, False) for file in files_below(path) if _is_known(file)]
+        elif not in_bucket(path) and not path.exists() and glob.has_magic(argument):
             entries = [Entry(file, False) for file in matching(path)]
             entries = [entry for entry in entries if _is_known(entry.path)]
         elif path.suffix.lower() in LISTS:
-            entries = [Entry(Path(line).expanduser(), True) for line in _lines(path)]
+            entries = [Entry(as_path(line), True) for line in _lines(path)]
         else:
             entries = [Entry(path, True)]
         if not entries:
@@ -174,11 +173,8 @@ class _Wanted:
         return jobs
 
     def _picture(self, entry: Entry):
-        check_file(entry.path)
-        try:
-            data = entry.path.read_bytes()
-        except OSError as error:
-            raise BadRecord(MISSING, f"{entry.path}: {error.strerror}") from None
+        with open_file(entry.path, whole=True) as stream:
+            data = stream.read()
         item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
         known = _key(item) in self._have
         image = None if known else self._load(Picture(data=data, name=str(entry.path)))
@@ -188,7 +184,7 @@ class _Wanted:
     def _frames(self, entry: Entry) -> Iterator:
         clip, source = Clip(file=entry.path), str(entry.path)
         times = sample_times(probe(clip), self._sampling)
-        with open(entry.path, "rb") as stream:
+        with open_file(entry.path) as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         items = [Item(source, sha256, float(time)) for time in times]
         self.keys[source] = set(map(_key, items))
@@ -284,7 +280,7 @@ def _parts(out: Path) -> Iterator[Path]:
 
 
 def _is_known(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES + VIDEOS and not file.name.startswith(".")
+    return has_ending(file, PICTURES + VIDEOS) and not file.name.startswith(".")
 
 
 def _lines(file: Path) -> list[str]:

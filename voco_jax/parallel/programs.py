@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import os
 from typing import Any
 
 from flax import nnx
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from voco_jax.config import llama_config, lora_config, vision_config
+from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.flops import (
     compress_forward,
@@ -24,7 +25,8 @@ from voco_jax.models.flops import (
 from voco_jax.models.voco import Cache, Memory, Read, VoCoConfig
 from voco_jax.parallel.mesh import ROWS
 from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
-from voco_jax.run import abstract_model, resolve_dtype
+from voco_jax.run import abstract_model, make_model_config
+from voco_jax.storage import in_bucket
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state
 from voco_jax.train.step import make_train_step
@@ -48,12 +50,12 @@ class Program:
     compress_tokens: int = 0
 
 
-def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
+def make_program(config: ConfigDict, step: str, mesh: Mesh, tokenizer=None) -> Program:
     """One of `STEPS` for a config over a mesh; UserError for shapes that the mesh does not divide.
 
     A batch is `data.batch_size` bins of `images_per_bin` images and `rows_per_bin` rows of `row_length`
     tokens. 'compress' takes the images, 'read' puts their slots into a cache of `row_length` places and reads the text
-    of the rest, 'decode' is one more token a row.
+    of the rest, 'decode' is one more token a row. `tokenizer`: as for `model_of`.
     """
     if step not in STEPS:
         raise UserError(f"step: expected one of {', '.join(STEPS)}; found {step!r}")
@@ -61,28 +63,34 @@ def make_program(config: ConfigDict, step: str, mesh: Mesh) -> Program:
         if not config.data[key]:
             raise UserError(f"config.data.{key}: expected the {what}, found 0 (no data is read here)")
     with jax.set_mesh(mesh):
-        return _train(config, mesh) if step == "train" else _infer(config, step, mesh)
+        model = model_of(config, tokenizer)
+        return _train(config, model, mesh) if step == "train" else _infer(config, model, step, mesh)
 
 
-def model_of(config: ConfigDict) -> VoCoConfig:
-    """The model of a config, without its tokenizer: the prompt's ids are Llama's, the vocabulary the config's."""
-    m = config.model
-    dtype = "bfloat16" if m.dtype == "auto" else resolve_dtype(m.dtype)
+def find_tokenizer(config: ConfigDict):
+    """The tokenizer of a config, where it lies on this machine (or in a bucket); else None: nothing is downloaded."""
+    source = config.tokenizer.source
+    if source == "train":
+        return None
+    if in_bucket(source) or os.path.isdir(os.path.expanduser(source)):
+        return load_tokenizer(source)
+    from huggingface_hub import snapshot_download
+
     try:
-        llama = llama_config(config)
-        return VoCoConfig(
-            llama=llama, vision=vision_config(config), compressor=m.compressor, num_voco_tokens=m.num_voco_tokens,
-            voco_token_id=llama.vocab_size - 1, num_compressed_tokens=m.num_compressed_tokens,
-            num_qformer_layers=m.num_qformer_layers, projector_layers=m.projector_layers, dtype=dtype,
-            param_dtype=resolve_dtype(m.param_dtype, "param_dtype"), attention=m.attention, remat=m.remat,
-            unroll_layers=m.unroll_layers, lora=lora_config(config),
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from None
+        return load_tokenizer(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError):  # not in the hub's cache, or not a name of the hub's
+        return None
 
 
-def _train(config: ConfigDict, mesh: Mesh) -> Program:
-    model_config = model_of(config)
+def model_of(config: ConfigDict, tokenizer=None) -> VoCoConfig:
+    """The model of a config; without a tokenizer the prompt has Llama's tokens, and the vocabulary is the config's."""
+    if config.model.dtype == "auto":
+        config = config.copy_and_resolve_references()
+        config.model.dtype = "bfloat16"  # of the accelerators that are asked about, not of this machine
+    return make_model_config(config, tokenizer)
+
+
+def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config)
     state = abstract_state(config, model_config, optimizer, mesh)
     function = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate)
@@ -111,8 +119,8 @@ def abstract_batch(config: ConfigDict) -> dict:
     }
 
 
-def _infer(config: ConfigDict, step: str, mesh: Mesh) -> Program:
-    c, data = model_of(config), config.data
+def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
+    data = config.data
     graphdef, params = abstract_model(c)
     params = with_shardings(params, param_shardings(mesh, params))
     batch = abstract_batch(config)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from voco_jax.data.images import load_image
 from voco_jax.data.records import (
-    MISSING,
     NOT_UTF8,
     TOO_LARGE,
     UNREADABLE_VIDEO,
@@ -22,9 +21,10 @@ from voco_jax.data.records import (
     Record,
 )
 from voco_jax.data.sources.array_records import pack_record
-from voco_jax.data.sources.roots import check_file
+from voco_jax.data.sources.roots import check_file, open_file, unread
 from voco_jax.data.turns import check_turns, spread_video
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
+from voco_jax.storage import AnyPath
 
 JPEG_QUALITY = 95
 MAX_BYTES = 2**30  # of a file in a record
@@ -39,8 +39,8 @@ class RecordPacker:
     """
 
     source: Any
-    image_root: Path | None = None
-    video_root: Path | None = None
+    image_root: AnyPath | None = None
+    video_root: AnyPath | None = None
     max_side: int = 0
     sampling: FrameSampling | None = None
 
@@ -106,13 +106,14 @@ def check_clip(clip: Clip) -> None:
 
 def read_file(file: Path, kind: str) -> bytes:
     """The bytes of a file that data names; BadRecord, of `kind` for one that is too large."""
-    check_file(file)
-    try:
-        if (size := file.stat().st_size) > MAX_BYTES:
+    with open_file(file) as stream:
+        if (size := stream.seek(0, io.SEEK_END)) > MAX_BYTES:
             raise BadRecord(kind, f"{file}: {size / 2**30:.1f} GiB, more than the {MAX_BYTES / 2**30:g} of a record")
-        return file.read_bytes()
-    except OSError as error:
-        raise BadRecord(MISSING, f"{file}: {error.strerror}") from None
+        stream.seek(0)
+        try:
+            return stream.read()
+        except Exception as error:
+            raise unread(file, error) from None
 
 
 def _name(file: Path, root: Path | None) -> str:

@@ -16,6 +16,7 @@ import msgpack
 
 from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
 from voco_jax.data.shards.files import check_complete
+from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
 from voco_jax.storage import matching
 
@@ -121,6 +122,7 @@ class ArrayRecordSource:
 
 def find_shards(files: str) -> Sequence[Path]:
     """The shards of a directory or a pattern, by name; UserError where there is none."""
+    local_only(files, "files", "ArrayRecord shards are read")
     path = Path(files).expanduser()
     found = [path] if path.is_file() else matching(path / "*.array_record" if path.is_dir() else path)
     if not files or not found:

@@ -3,14 +3,18 @@
 mix665k is a gigabyte of JSON and several as Python objects, which every worker process would hold.
 """
 
+import atexit
+import hashlib
 import json
 import os
 from pathlib import Path
+import tempfile
 
 import numpy as np
 
 from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, BadRecord
 from voco_jax.errors import UserError
+from voco_jax.storage import as_path, bucket_errors, in_bucket
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -23,13 +27,15 @@ class JsonRows:
     """
 
     def __init__(self, file: str | os.PathLike):
-        self.file = Path(file).expanduser()
         if not file:
             raise UserError("file: expected a .json or .jsonl file, found none")
+        self.file = as_path(file)
         try:
-            content = self.file.read_bytes()
+            with bucket_errors(self.file, but=FileNotFoundError):
+                content = self.file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; expected a .json or .jsonl file") from None
+            raise UserError(f"{file}: {error.strerror or 'not found'}; expected a .json or .jsonl file") from None
+        self._local = _kept(content) if in_bucket(self.file) else self.file
         lines = self.file.suffix == ".jsonl" or not _is_array(content)  # of .jsonl the first row may be the broken one
         self.spans = _line_spans(content) if lines else _array_spans(content, self.file)
         if not len(self.spans):
@@ -52,7 +58,7 @@ class JsonRows:
     def _fd(self) -> int:
         """Of this process: after a fork or in a worker the file is opened anew."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
-            self._descriptor = os.getpid(), os.open(self.file, os.O_RDONLY)
+            self._descriptor = os.getpid(), os.open(self._local, os.O_RDONLY)
         return self._descriptor[1]
 
     def __getstate__(self):
@@ -60,8 +66,25 @@ class JsonRows:
 
     def fingerprint(self) -> str:
         """Changes when the file does."""
+        if in_bucket(self.file):
+            with open(self._local, "rb") as stream:
+                return f"{self.file} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
         status = self.file.stat()
         return f"{self.file.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def _kept(content: bytes) -> Path:
+    """A file of this machine with what a bucket's file holds, for as long as this process lives: rows are read one by
+    one, here and in worker processes."""
+    with tempfile.NamedTemporaryFile(prefix="voco_jax-", suffix=".json", delete=False) as stream:
+        stream.write(content)
+    atexit.register(_remove, stream.name, os.getpid())
+    return Path(stream.name)
+
+
+def _remove(file: str, made_by: int) -> None:
+    if os.getpid() == made_by:
+        Path(file).unlink(missing_ok=True)
 
 
 def _is_array(content: bytes) -> bool:

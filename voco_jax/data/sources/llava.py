@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from voco_jax.data.endings import VIDEOS, has_ending
 from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture, Record, shown
 from voco_jax.data.sources.json_rows import JsonRows
 from voco_jax.data.sources.roots import inside
 from voco_jax.errors import UserError
+from voco_jax.storage import AnyPath, absolute, as_path, bucket_errors, list_files
 
 VIDEO = "<video>"
-VIDEO_ENDINGS = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 
 
 class LlavaSource:
@@ -69,9 +70,10 @@ class VideoQuestionSource:
         root = _root(videos, "videos")
         if root is None:
             raise UserError(f"{file}: the source's key 'videos' names the directory of the videos; found none")
-        self._videos: Path = root
+        self._videos: AnyPath = root
         # By name without ending, because Video-ChatGPT's rows have none. One listing, not a look for each ending.
-        self._by_stem = {p.stem: p.name for p in sorted(root.iterdir(), reverse=True) if _is_video(p)}
+        videos = [Path(name) for name, *_ in list_files(root) if has_ending(Path(name), VIDEOS)]
+        self._by_stem = {p.stem: p.name for p in sorted(videos, key=lambda p: (p.suffix == ".gif", p), reverse=True)}
 
     def __len__(self):
         return len(self._rows)
@@ -81,10 +83,11 @@ class VideoQuestionSource:
         name = _first(row, "video", "video_id", "video_name")
         question, answer = _first(row, "question", "q", "Q"), _first(row, "answer", "a", "A")
         file = inside(self._videos, name)
-        if not _is_video(file):
-            if file.parent != self._videos or file.name not in self._by_stem:
-                raise BadRecord(MISSING, f"{file}: expected a video of this name, ending in {', '.join(VIDEO_ENDINGS)}")
-            file = self._videos / self._by_stem[file.name]
+        if not has_ending(file, VIDEOS):
+            if file.parent == self._videos and file.name in self._by_stem:
+                file = self._videos / self._by_stem[file.name]
+            elif not file.is_file():
+                raise BadRecord(MISSING, f"{file}: expected a video of this name, ending in {', '.join(VIDEOS)}")
         return Record(video=Clip(file), conversations=[question_turns(question, answer, VIDEO)])
 
     def kind(self, i: int) -> str:
@@ -95,12 +98,7 @@ class VideoQuestionSource:
         return f"{self._rows.file.name}[{i}]"
 
     def fingerprint(self) -> str:
-        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._videos.iterdir() if p.is_file())
-        return f"video_qa {self._rows.fingerprint()} {self._videos} {files}"
-
-
-def _is_video(file: Path) -> bool:
-    return file.suffix.lower() in VIDEO_ENDINGS
+        return f"video_qa {self._rows.fingerprint()} {self._videos} {list_files(self._videos)}"
 
 
 def question_turns(question: str, answer: str, marker: str) -> list[dict]:
@@ -112,12 +110,13 @@ def question_turns(question: str, answer: str, marker: str) -> list[dict]:
     return [{"from": "human", "value": f"{marker}\n{question}"}, {"from": "gpt", "value": answer}]
 
 
-def _root(directory: str, key: str) -> Path | None:
+def _root(directory: str, key: str) -> AnyPath | None:
     if not directory:
         return None
-    path = Path(directory).expanduser().absolute()
-    if not path.is_dir():
-        raise UserError(f"{directory}: expected a directory (the source's key '{key}'), found none")
+    path = absolute(as_path(directory))
+    with bucket_errors(path):
+        if not path.is_dir():
+            raise UserError(f"{directory}: expected a directory (the source's key '{key}'), found none")
     return path
 
 

@@ -1,25 +1,36 @@
-"""Files that data names: only inside the directory that the user gave."""
+"""Files that data names, on disk or in a bucket: only inside the directory that the user gave."""
 
-from pathlib import Path, PurePosixPath
+import io
+from pathlib import PurePosixPath
 import shlex
 import stat
+from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, shown
+from voco_jax.errors import UserError, first_line
+from voco_jax.storage import AnyPath, in_bucket
 
 
-def inside(root: Path, name) -> Path:
+def local_only(text: str, key: str, what: str) -> None:
+    """UserError for an address in a bucket that the key has, where `what` happens to files of this machine alone."""
+    if in_bucket(text):
+        raise UserError(f"{key}: {text}: {what} from local files only; copy them first (gcloud storage cp -r)")
+
+
+def inside(root: AnyPath, name) -> AnyPath:
     """The file that a row calls `name`, below `root`; BadRecord for a path that leads out of it.
 
     Links that stand in the root are the user's own, and followed: data cannot make them.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise BadRecord(OUTSIDE, f"expected the path of a file, found {shown(name)}")
-    path = PurePosixPath(name)
+    inner = name.removeprefix(f"{root}/") if in_bucket(root) else name
+    path = PurePosixPath(inner)
     if path.is_absolute() and path.is_relative_to(root):
         path = path.relative_to(root)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or "://" in inner:
         raise BadRecord(OUTSIDE, f"expected a path inside {root}, found {shown(name)}")
     return root / path
 
@@ -38,13 +49,39 @@ def local_path(text: str) -> str:
     raise BadRecord(MISSING, f"{text}: web addresses are not fetched; download it first: curl -LO {shlex.quote(text)}")
 
 
-def check_file(file: Path) -> None:
+def check_file(file: AnyPath) -> None:
     """BadRecord unless `file` is there and is a file: opening a pipe would wait for ever."""
     try:
-        mode = file.stat().st_mode
+        if in_bucket(file):
+            found = file.is_file()
+            if not found and not file.exists():
+                raise FileNotFoundError
+        else:
+            found = stat.S_ISREG(file.stat().st_mode)
     except FileNotFoundError:
         raise BadRecord(MISSING, f"{file}: not found") from None
-    except (OSError, ValueError) as error:
-        raise BadRecord(MISSING, f"{file}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(mode):
+    except Exception as error:
+        raise unread(file, error) from None
+    if not found:
         raise BadRecord(MISSING, f"{file}: expected a file, found something else")
+
+
+def open_file(file: AnyPath, *, whole: bool = False) -> BinaryIO:
+    """A file that data names, to be read; BadRecord for one that is not there, or cannot be read.
+
+    `whole`: it is read here and now, in one go."""
+    if not in_bucket(file):
+        check_file(file)
+    try:
+        return io.BytesIO(file.read_bytes()) if whole else file.open("rb")
+    except FileNotFoundError:
+        raise BadRecord(MISSING, f"{file}: not found") from None
+    except Exception as error:
+        raise unread(file, error) from None
+
+
+def unread(file: AnyPath, error: Exception) -> Exception:
+    """The BadRecord of an error in reading; of a bucket's clients, which have a kind each, of any."""
+    if in_bucket(file) or isinstance(error, OSError | ValueError):
+        return BadRecord(MISSING, f"{file}: {getattr(error, 'strerror', None) or first_line(error)}")
+    return error

@@ -8,6 +8,7 @@ from PIL import Image
 
 from voco_jax.data.records import DAMAGED, NO_ANSWER, NOT_UTF8, WRONG_FORM, BadRecord, Picture, Record, shown
 from voco_jax.data.sources.llava import question_turns
+from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
 
 
@@ -23,6 +24,7 @@ class TfdsSource:
         self._arguments = dict(name=name, split=split, data_dir=data_dir or None)
         self._keys, self._prompt = dict(image=image, question=question, answer=answer), prompt
         self._source, self._features = None, None
+        local_only(data_dir, "data_dir", "prepared datasets are read")
         if bool(question) == bool(prompt):
             raise UserError(f"tfds {name}: expected a feature 'question' or a 'prompt' to ask, one of the two")
         self._length = len(self._open())

@@ -19,20 +19,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request
+from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
+from voco_jax.data.media import is_video
 from voco_jax.data.records import Clip, Picture, shown
 from voco_jax.data.turns import IMAGE
-from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.eval.lmms.generation import Generation, read_generation
 from voco_jax.eval.seen import SeenCache, View
-from voco_jax.infer.arguments import mesh_of
+from voco_jax.infer.arguments import change_sampling, mesh_of
 from voco_jax.run import load_run
 
 BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
 WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length
 MAX_NEW_TOKENS = 1024  # where a task names none, as lmms-eval's LLaVA has it; half of the positions at most
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
-VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +47,18 @@ class VoCoJax(lmms):
     """`--model voco_jax`; the arguments are those of `--model_args`.
 
     run: a run directory. step, attention, mesh: as the commands' options (mesh="data=2,tensor=4" in quotes; default:
-    all devices along data). tokens: only the first so many of each picture's. frames, fps: of a video; default: as the
-    run's config has it. cache: a directory for memories, good for the next command too. host_gib: of memories (or
-    embeddings) kept at hand. seed: of what is drawn.
+    all devices along data). tokens: only the first so many of each picture's. frames, fps, max_frames: of a video;
+    default: as the run's config has it. cache: a directory for memories, good for the next command too. host_gib: of
+    memories (or embeddings) kept at hand. seed: of what is drawn.
     """
 
     is_simple = True
 
     def __init__(
         self, run: str, step: int | str | None = None, attention: str | None = None, mesh: str | None = None,
-        tokens: int | None = None, frames: int | None = None, fps: float | None = None, cache: str | None = None,
-        host_gib: float = 4, seed: int = 0, batch_size: int | str = 1, max_batch_size: int | None = None,
-        device: str | None = None,
+        tokens: int | None = None, frames: int | None = None, fps: float | None = None, max_frames: int | None = None,
+        cache: str | None = None, host_gib: float = 4, seed: int = 0, batch_size: int | str = 1,
+        max_batch_size: int | None = None, device: str | None = None,
     ):  # fmt: skip
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -69,8 +68,9 @@ class VoCoJax(lmms):
         self._batch_size = _batch_size(batch_size)
         mesh = mesh_of(None if mesh is None else str(mesh).strip("\"'"))
         self._model = Model(load_run(str(run), step=step, attention=attention, mesh=mesh))
+        sampling = change_sampling(self._model.frame_sampling(), frames, fps, max_frames, prefix="")
         self._seen = SeenCache(
-            self._model, tokens=tokens, sampling=_sampling(frames, fps), host_bytes=int(host_gib * 2**30),
+            self._model, tokens=tokens, sampling=sampling, host_bytes=int(host_gib * 2**30),
             directory=cache,
         )  # fmt: skip
         self._seed = int(seed)
@@ -218,11 +218,9 @@ def _views(visuals, where: str) -> list[View]:
     if isinstance(visuals, dict) and not {"video_start", "video_end"} & set(visuals):
         visuals = visuals.get("path") or visuals.get("url") or visuals
     if isinstance(visuals, str | os.PathLike):
-        kind = Path(visuals).suffix.lower()
-        if kind in VIDEOS:
-            return [Clip(file=Path(visuals))]
-        if kind in PICTURES:
-            return [os.fspath(visuals)]
+        file = Path(visuals)
+        if file.is_file() or has_ending(file, PICTURES + VIDEOS):
+            return [Clip(file=file) if is_video(file) else os.fspath(visuals)]
     raise UserError(f"{where}: expected pictures and videos, found {shown(visuals)}")
 
 
@@ -233,17 +231,6 @@ def _batch_size(text: int | str) -> int:
     if not str(text).isdecimal() or int(text) < 1:
         raise UserError(f"--batch_size: expected auto or a number, found {text!r}")
     return int(text)
-
-
-def _sampling(frames: int | None, fps: float | None) -> FrameSampling | None:
-    if frames is not None and fps is not None:
-        raise UserError("frames, fps: expected one of them, found both")
-    for name, value in (("frames", frames), ("fps", fps)):
-        if value is not None and not 0 < float(value) < float("inf"):
-            raise UserError(f"{name}: expected more than 0, found {value}")
-    if frames is not None:
-        return FrameSampling(num_frames=int(frames))
-    return None if fps is None else FrameSampling(num_frames=0, fps=float(fps))
 
 
 def _itself(value):
