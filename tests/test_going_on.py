@@ -218,6 +218,13 @@ def test_a_float16_base_is_begun_with_exactly(world, tmp_path):
     ):
         train(config_of(tmp_path / "run", world["data"], init_from=base, model__param_dtype="float16"))
     assert not (tmp_path / "run").exists()
+    config = load_config(base / "config.json")
+    config.model.dtype = "float16"
+    save_config(config, base / "config.json")
+    with pytest.raises(
+        UserError, match="config.json: model.dtype: float16 needs a GPU, found cpu; 'auto' takes float32$"
+    ):
+        load_run(base)
 
 
 # ---- Data -------------------------------------------------------------------------------------------------------

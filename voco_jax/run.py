@@ -72,6 +72,10 @@ def load_run(
         model_config.check_kernels(LONG_PROMPT, training=False)
     except ValueError as error:
         raise UserError(f"{directory}: {error} (--attention)") from None
+    if model_config.dtype == "float16" and jax.default_backend() == "cpu":  # XLA has no such products there
+        raise UserError(
+            f"{directory / 'config.json'}: model.dtype: float16 needs a GPU, found cpu; 'auto' takes float32"
+        )
     graphdef, params = abstract_model(model_config)
     params = _for_use(params, model_config.dtype)
     if mesh is not None:
