@@ -15,6 +15,7 @@ all of it is understood.
 
 import argparse
 from pathlib import Path
+import shlex
 import signal
 import sys
 
@@ -135,7 +136,8 @@ def main() -> None:
             args.template,
         )
         warn(to_jax(source, destination, args.tokenizer, options))
-        print(f"written: {destination} (ask it: python -m voco_jax.ask --run {destination} --image FILE QUESTION)")
+        run = shlex.quote(str(destination))
+        print(f"written: {destination} (ask it: python -m voco_jax.ask --run {run} --image FILE QUESTION)")
     elif args.command == "to-hf":
         warn(to_hf(args.run, args.destination, args.format, args.dtype, parse_size(args.max_shard_size)))
         print(f"written: {args.destination}")

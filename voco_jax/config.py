@@ -9,6 +9,7 @@ import math
 import os
 from pathlib import Path
 import re
+import shlex
 
 from ml_collections import ConfigDict
 
@@ -268,7 +269,7 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     if "model_type" in stored:
         raise UserError(
             f"{path}: a checkpoint in Hugging Face's form, not a run; make one of it: "
-            f"python tools/convert_weights.py to-jax {as_path(path).parent} RUN"
+            f"python tools/convert_weights.py to-jax {shlex.quote(str(as_path(path).parent))} RUN"
         )
     config = default_config()
     missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+import shlex
 
 import jax
 from ml_collections import ConfigDict
@@ -76,7 +77,7 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
     if config.lora is not None:
         raise UserError(
             f"{run}: format {format_name} has no place for LoRA; merge it first: "
-            f"python tools/convert_weights.py merge {run} DST"
+            f"python tools/convert_weights.py merge {shlex.quote(str(run))} DST"
         )
     if config.projector_layers not in ((1, 2) if format_name == "voco" else (2,)):
         raise UserError(f"{run}: projector_layers {config.projector_layers}: format {format_name} has no place for it")

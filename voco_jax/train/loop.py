@@ -154,8 +154,8 @@ def _train(run: _Setup, begun: float) -> None:
         steps = range(start + 1, config.train.steps + 1)
         if not steps:
             return
-        step, checkpoints = start, run.workdir / "checkpoints"
-        say_of_interrupt(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), step, sys.argv[1:]))
+        done, checkpoints = start, run.workdir / "checkpoints"
+        say_of_interrupt(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), done, sys.argv[1:]))
         first, evaluator = jax.process_index() == 0, run.evaluator
         if evaluator is not None:
             evaluator.sheets = workdir.logs / "answers"
@@ -174,6 +174,7 @@ def _train(run: _Setup, begun: float) -> None:
                     params, opt_state, metrics = run.train_step(params, opt_state, batch)
                     if step == steps.start:
                         preemption.begin()  # not before: compiling may take minutes
+                    done = step
                     log.add(step, metrics, batches.amount(step - 1))
                     profiler.after_step(step, metrics)
                 preempted, evaluation = preemption.reached(step), None
