@@ -74,6 +74,11 @@ def test_old_files_mean_llama_3():
     assert RopeScaling(**LLAMA_3) == RopeScaling(8.0, 1.0, 4.0, 64, "llama3")
 
 
+def test_a_null_is_not_set():
+    scaling = {"rope_type": None, "type": "linear", "factor": 4.0}
+    assert llama_from_hf(SMALL | {"rope_scaling": scaling}, FILE).rope_scaling == RopeScaling(4.0, rope_type="linear")
+
+
 def test_a_context_of_16k():
     """Vicuna's: the positions before the stretch, and the length after it under a key of its own."""
     fields = SMALL | {"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}}
@@ -86,6 +91,11 @@ def test_a_context_of_16k():
     [
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type: expected default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: key 'factor' is missing"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type: expected default, linear.*; found None"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling: rope_type 'dynamic' and type 'linear': expected one of them",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling: expected numbers above 0"),
         ({"rope_scaling": YARN | {"beta_fast": -1}}, "rope_scaling.beta_fast: expected a number above 0, found -1"),
         ({"rope_scaling": YARN | {"mrope_section": [2]}}, "rope_scaling.mrope_section: unknown, and may change"),

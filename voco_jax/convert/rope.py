@@ -35,12 +35,14 @@ def rope_of_hf(
     theta = scaling.get("rope_theta")
     theta = fields.get("rope_theta") if theta is None else theta
     theta = 10000.0 if theta is None else theta
-    kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    if kind == "default":
+    given = {key: value for key, value in scaling.items() if value is not None}
+    kind = given.get("rope_type", given.get("type"))
+    if kind is None and "factor" not in given or kind == "default":
         return theta, None
     if kind not in ROPE_TYPES:
         raise UserError(f"{file}: {where}.rope_type: expected default, {', '.join(ROPE_TYPES)}; found {kind!r}")
-    given = {key: value for key, value in scaling.items() if value is not None}
+    if given.get("type", kind) != kind:  # versions of transformers differ in which one they heed
+        raise UserError(f"{file}: {where}: rope_type {kind!r} and type {given['type']!r}: expected one of them")
     if kind in ("llama3", "yarn"):
         original = fields.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
         given["original_max_position_embeddings"] = original or positions
