@@ -181,6 +181,15 @@ def test_tokenizer_model_alone(pieces, tmp_path):
 # ---- Special and added tokens ----------------------------------------------------------------------------------
 
 
+def test_a_run_from_before_files_were_compared(llama_json, pieces, tmp_path):
+    """Of a tokenizer.model alone such runs have put no space before a text, and were trained so."""
+    backend = raw(changed(llama_json, normalizer=PREPEND["normalizers"][1]))
+    backend.add_special_tokens([VOCO_TOKEN])
+    files = {"tokenizer_json": json.loads(backend.to_str()), "tokenizer_config_json": BYTES, "tokenizer_model": pieces}
+    tokenizer = load_tokenizer(directory(tmp_path / "t", **files))
+    assert all(ids(tokenizer, text) == backend.encode(text, add_special_tokens=False).ids for text in TEXTS)
+
+
 def assert_ends_whole(tokenizer):
     encoder = Encoder(tokenizer, get_template("voco_v1"), 2, 2, True)
     sample = encoder.encode(TURNS, 1)

@@ -73,7 +73,10 @@ def read(directory: Path):
     if (directory / "tokenizer.json").is_file():
         backend = _read_backend(directory / "tokenizer.json")
         if pieces is not None:
-            pieces.compare(backend, "tokenizer.json beside it", prefix=config.get("add_prefix_space") is not False)
+            prefix = config.get("add_prefix_space") is not False
+            if backend.token_to_id(VOCO_TOKEN) is not None:  # a run's, which was trained with the ids of its own
+                prefix = begins_with_space(backend)
+            pieces.compare(backend, "tokenizer.json beside it", prefix=prefix)
     elif pieces is not None:
         backend = pieces.to_backend(**_prefix(config))
         named = {**pieces.named_tokens, **named}
