@@ -11,7 +11,8 @@ from tests.bucket_server import bucket_server
 from tests.commands import run_main
 from tests.record_lists import data_config, make_batches
 from tests.test_video import write_clip
-from tools import build_records
+from tools import build_records, convert_weights
+from voco_jax import compress, evaluate, memory
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.images import load_image
@@ -24,6 +25,7 @@ from voco_jax.data.sources.roots import inside
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError
 from voco_jax.infer.compress import find_entries
+from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.storage import as_path
 
 ADDRESS = "gs://bucket/data"
@@ -146,6 +148,26 @@ def test_what_is_read_from_local_files_only(key, made):
     message = f"^config.data.train.a: {key}: {ADDRESS}[^\n]* from local files only; copy them first[^\n]*$"
     with pytest.raises(UserError, match=message):
         open_sources(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (build_records, ["llava", "rows.json", ADDRESS]),
+        (compress, ["--run", "run", "--images", "a.png", "--out", f"{ADDRESS}/a.voco"]),
+        (convert_weights, ["to-jax", "checkpoint", ADDRESS]),
+        (evaluate, ["--run", "run", "--questions", "q.jsonl", "--answers", f"{ADDRESS}/a.jsonl"]),
+        (memory, ["list", f"{ADDRESS}/a.voco"]),
+    ],
+)
+def test_commands_for_files_of_this_machine(command, arguments, tmp_path, monkeypatch, capsys):
+    """`Path("gs://…")` would be a directory `gs:` here."""
+    monkeypatch.chdir(tmp_path)
+    status, out, error = run_main(command, monkeypatch, capsys, *arguments)
+    assert status == 2 and not out and not list(tmp_path.iterdir())
+    assert error.startswith(f"error: {ADDRESS}") and "expected a path of this machine" in error
+    with pytest.raises(UserError, match="expected a path of this machine"):
+        MemoryFile(f"{ADDRESS}/a.voco")
 
 
 def test_files_to_be_asked_about(server):

@@ -13,7 +13,6 @@ OUT/report.json. A build that was stopped goes on where it was when it is run ag
 import argparse
 import math
 import os
-from pathlib import Path
 import signal
 import sys
 
@@ -24,13 +23,14 @@ from voco_jax.data.shards.check import check
 from voco_jax.data.shards.files import read_manifest
 from voco_jax.data.shards.record_packer import RecordPacker
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
+from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.storage import absolute, as_path
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty directory, or one to go on with")
+    parser.add_argument("out", type=path_here, metavar="OUT", help="new or empty directory, or one to go on with")
     shards = parser.add_mutually_exclusive_group()
     shards.add_argument(
         "--records-per-shard", type=whole, default=2000, metavar="N", help="rows of input (default 2000)"
@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--videos", type=as_path, metavar="DIR", required=True, help="where the videos are")
     add_build_options(command)
     command = commands.add_parser("check", help="read all shards back")
-    command.add_argument("out", type=Path, metavar="OUT")
+    command.add_argument("out", type=path_here, metavar="OUT")
     add_workers(command)
     return parser
 

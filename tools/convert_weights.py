@@ -27,17 +27,22 @@ from voco_jax.convert.to_hf import WRITTEN, parse_size, to_hf
 from voco_jax.convert.to_jax import Options, to_jax
 from voco_jax.convert.verify import open_side, verify
 from voco_jax.data.conversations import TEMPLATES
+from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="CLIP directory, where SRC only names its own")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="of a LoRA adapter: the checkpoint it was trained on")
+    parser.add_argument(
+        "--vision-tower", type=path_here, metavar="DIR", help="CLIP directory, where SRC only names its own"
+    )
+    parser.add_argument(
+        "--base", type=path_here, metavar="DIR", help="of a LoRA adapter: the checkpoint it was trained on"
+    )
     parser.add_argument(
         "--ignore-key", action="append", default=[], metavar="KEY", help="of a config: unknown here, and harmless"
     )
-    parser.add_argument("--llm", type=Path, metavar="DIR", help="instead of SRC: a Llama directory or GGUF file")
-    parser.add_argument("--projector", type=Path, metavar="FILE", help="with --llm: mm_projector.bin")
+    parser.add_argument("--llm", type=path_here, metavar="DIR", help="instead of SRC: a Llama directory or GGUF file")
+    parser.add_argument("--projector", type=path_here, metavar="FILE", help="with --llm: mm_projector.bin")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,11 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="format, configuration, tensors, and what is missing or unknown")
-    command.add_argument("paths", nargs="*", metavar="SRC", type=Path)
+    command.add_argument("paths", nargs="*", metavar="SRC", type=path_here)
     add_source_options(command)
 
     command = commands.add_parser("to-jax", help="a run directory from a PyTorch or Hugging Face checkpoint")
-    command.add_argument("paths", nargs="+", metavar="[SRC] DST", type=Path)
+    command.add_argument("paths", nargs="+", metavar="[SRC] DST", type=path_here)
     add_source_options(command)
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     command.add_argument("--voco-init", choices=("normal", "mean"), default="mean", help="rows of <voco>, where new")
@@ -58,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--compressor", choices=("voco", "none"), default="voco", help="none: plain LLaVA")
     command.add_argument("--template", choices=tuple(TEMPLATES), help="prompt (default: see docs/converting.md)")
-    command.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the tokenizer in SRC")
+    command.add_argument("--tokenizer", type=path_here, metavar="DIR", help="default: the tokenizer in SRC")
     command.add_argument("--init-missing", action="store_true", help="draw a missing projector or vision tower")
     command.add_argument("--seed", type=int, default=0, help="of what is drawn")
     command.add_argument(
@@ -70,21 +75,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("to-hf", help="a PyTorch checkpoint from a run directory")
-    command.add_argument("run", type=Path)
-    command.add_argument("destination", type=Path, metavar="DST")
+    command.add_argument("run", type=path_here)
+    command.add_argument("destination", type=path_here, metavar="DST")
     command.add_argument("--format", choices=WRITTEN, required=True)
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     command.add_argument("--max-shard-size", default="5GB", help="default 5GB")
 
     command = commands.add_parser("merge", help="a plain run from a run that was trained with LoRA")
-    command.add_argument("run", type=Path)
-    command.add_argument("destination", type=Path, metavar="DST")
+    command.add_argument("run", type=path_here)
+    command.add_argument("destination", type=path_here, metavar="DST")
 
     command = commands.add_parser("verify", help="compare two checkpoints of any formats tensor by tensor")
-    command.add_argument("a", type=Path, metavar="A")
-    command.add_argument("b", type=Path, metavar="B")
-    command.add_argument("--vision-tower", type=Path, metavar="DIR", help="of whichever only names its own")
-    command.add_argument("--base", type=Path, metavar="DIR", help="of whichever is a LoRA adapter")
+    command.add_argument("a", type=path_here, metavar="A")
+    command.add_argument("b", type=path_here, metavar="B")
+    command.add_argument("--vision-tower", type=path_here, metavar="DIR", help="of whichever only names its own")
+    command.add_argument("--base", type=path_here, metavar="DIR", help="of whichever is a LoRA adapter")
     command.add_argument("--ignore-key", action="append", default=[], metavar="KEY", help="as of to-jax")
     command.add_argument(
         "--allow-more-rows", action="store_true", help="one may have rows for added tokens that the other has not"

@@ -5,11 +5,11 @@ all into one file. The same command again adds what is new, and goes on where it
 """
 
 import argparse
-from pathlib import Path
 import sys
 
 from tqdm import tqdm
 
+from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
 from voco_jax.infer.compress import compress_to_file, default_threads, find_entries
@@ -21,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.compress", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="what to compress; see above")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="memory file to make, or to add to")
+    parser.add_argument(
+        "--out", type=path_here, required=True, metavar="FILE", help="memory file to make, or to add to"
+    )
     parser.add_argument("--tokens", type=int, metavar="K", help="keep only the first K tokens of every picture")
     parser.add_argument("--int8", action="store_true", help="store in int8: half of bfloat16's size")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default 32)")

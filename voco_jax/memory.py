@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.memory_file import MemoryFile, join_files
@@ -13,12 +14,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="what files hold")
-    listing.add_argument("file", nargs="+", type=Path)
+    listing.add_argument("file", nargs="+", type=path_here)
     checking = commands.add_parser("check", help="that every byte of files is as it was written")
-    checking.add_argument("file", nargs="+", type=Path)
+    checking.add_argument("file", nargs="+", type=path_here)
     merging = commands.add_parser("merge", help="files of one model into one; what is in several is taken once")
-    merging.add_argument("file", nargs="+", type=Path)
-    merging.add_argument("--out", type=Path, required=True, metavar="FILE")
+    merging.add_argument("file", nargs="+", type=path_here)
+    merging.add_argument("--out", type=path_here, required=True, metavar="FILE")
     args = parser.parse_args()
     files = [MemoryFile(file) for file in args.file]
     if args.command == "merge":

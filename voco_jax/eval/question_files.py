@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from voco_jax.api import Model, Request
 from voco_jax.data.records import BadRecord, shown
-from voco_jax.data.sources.roots import check_file, inside
+from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
 from voco_jax.eval.seen import SeenCache
@@ -115,9 +115,11 @@ def answer_questions(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, beside those of the model."""
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="LLaVA's questions, JSONL or a JSON array")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="that its pictures' paths start from")
-    parser.add_argument("--answers", type=Path, metavar="OUT", help="LLaVA's answers to it; goes on where it stopped")
+    parser.add_argument("--questions", type=path_here, metavar="FILE", help="LLaVA's questions, JSONL or a JSON array")
+    parser.add_argument("--images", type=path_here, metavar="DIR", help="that its pictures' paths start from")
+    parser.add_argument(
+        "--answers", type=path_here, metavar="OUT", help="LLaVA's answers to it; goes on where it stopped"
+    )
     parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at once (default 64)")
     add_answer_arguments(parser, MAX_NEW_TOKENS)

@@ -14,13 +14,13 @@ import dataclasses
 import json
 import math
 import os
-from pathlib import Path
 import struct
 import zlib
 
 import ml_dtypes
 import numpy as np
 
+from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item, MemoryBank
 
@@ -69,7 +69,7 @@ class MemoryFile:
     """
 
     def __init__(self, file: str | os.PathLike):
-        self.file = Path(file)
+        self.file = path_here(file)
         try:
             with open(self.file, "rb") as stream:
                 self._begin(stream, os.fstat(stream.fileno()).st_size)
@@ -192,7 +192,7 @@ def join_files(file: str | os.PathLike, parts: Iterable["MemoryBank | tuple[Memo
 
     The others are read a piece at a time, and checked. UserError where they do not go together.
     """
-    file, parts = Path(file), list(parts)
+    file, parts = path_here(file), list(parts)
     kinds = [
         (part.model, part.keys.shape[1:], part.keys.dtype, "memory")
         if isinstance(part, MemoryBank)

@@ -1,7 +1,8 @@
 """Files that data names, on disk or in a bucket: only inside the directory that the user gave."""
 
 import io
-from pathlib import PurePosixPath
+import os
+from pathlib import Path, PurePosixPath
 import shlex
 import stat
 from typing import BinaryIO
@@ -47,6 +48,14 @@ def local_path(text: str) -> str:
     if scheme.lower() == "file":
         return url2pathname(urlsplit(text).path)
     raise BadRecord(MISSING, f"{text}: web addresses are not fetched; download it first: curl -LO {shlex.quote(text)}")
+
+
+def path_here(text: str | os.PathLike) -> Path:
+    """A path of this machine, from a command line; also of a `file://` URL. UserError for an address of another."""
+    text = local_path(os.fspath(text))
+    if in_bucket(text):
+        raise UserError(f"{text}: expected a path of this machine; gcloud storage cp -r copies from and to buckets")
+    return Path(text)
 
 
 def check_file(file: AnyPath) -> None:
