@@ -103,5 +103,5 @@ def test_a_permission_that_is_withdrawn(server):
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "gs://", "http://bucket/run"])
 def test_what_is_no_bucket(address):
-    with pytest.raises(UserError, match="expected a directory, or gs://BUCKET/DIRECTORY"):
+    with pytest.raises(UserError, match="expected a path of this machine, or gs://BUCKET/PATH"):
         as_path(address)

@@ -117,7 +117,7 @@ def test_a_picture_is_the_same_however_it_comes(tmp_path):
         loaded, used = Image.open(tmp_path / "picture"), io.BytesIO(content)
         loaded.load(), used.read()
         for picture in (
-            tmp_path / "picture", str(tmp_path / "picture"), content, bytearray(content), memoryview(content), used,
+            tmp_path / "picture", str(tmp_path / "picture"), (tmp_path / "picture").as_uri(), content, bytearray(content), memoryview(content), used,
             io.BufferedReader(io.BytesIO(content)), Image.open(tmp_path / "picture"), loaded, loaded.copy(),
             Image.open(io.BytesIO(content)).convert("RGB"), upright, np.asarray(upright), jax.numpy.asarray(upright),
             np.asarray(upright) / 255, (np.asarray(upright) / 255).astype(np.float16),
@@ -230,6 +230,8 @@ def test_what_is_not_a_picture_is_one_line():
 def test_unreadable_pictures(tmp_path, picture):
     with pytest.raises(UserError, match=r"nothing.png: not found$"):
         load_image(tmp_path / "nothing.png")
+    with pytest.raises(BadRecord, match=r"https://a.org/b.png: web addresses are not fetched; download it first"):
+        load_image("https://a.org/b.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match=r"text.png: not a readable picture \(.*\)$"):
         load_image(tmp_path / "text.png")

@@ -262,7 +262,7 @@ def test_all_ids_that_end_an_answer(byte_json, tmp_path):
     assert prompt_ids(tokenizer).stop_ids == (1, 0)
     save_tokenizer(tokenizer, tmp_path / "saved")
     assert prompt_ids(load_tokenizer(tmp_path / "saved")).stop_ids == (1, 0)
-    nested = {"text_config": {"eos_token_id": 0}}
+    nested = {"eos_token_id": None, "text_config": {"eos_token_id": 0}}
     assert prompt_ids(load_tokenizer(directory(tmp_path / "b", config_json=nested, **files))).stop_ids == (1, 0)
     assert prompt_ids(load_tokenizer(directory(tmp_path / "c", **files))).stop_ids == (1,)
 

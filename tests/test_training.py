@@ -221,7 +221,7 @@ def test_configs_that_cannot_be(tmp_path, changes, message):
 def test_a_directory_that_is_no_directory(tmp_path):
     config = tiny.config(tmp_path)
     config.workdir = "s3://bucket/run"
-    with pytest.raises(UserError, match="config.workdir: s3://bucket/run: expected a directory, or gs://BUCKET/DIREC"):
+    with pytest.raises(UserError, match="config.workdir: s3://bucket/run: expected a path of this machine, or gs://B"):
         train(config)
 
 

@@ -62,9 +62,8 @@ class Request:
     """A question, and what it is about: pictures in their order, or a video's frames; None for text alone.
 
     `seen` is what `Model.compress` or `see` gave; or pictures themselves, one or several, as `compress` takes them:
-    they are then compressed for each call. Pictures stand before the question, and all of its text is text; or where
-    `interleaved` they stand at its `<image>`
-    markers, one a picture.
+    they are then compressed for each call. Pictures stand before the question, and all of its text is text. With
+    `interleaved` they stand at the question's `<image>` markers, one a picture.
     """
 
     question: str

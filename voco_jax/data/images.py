@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture
-from voco_jax.data.sources.roots import open_file
+from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.storage import as_path
 
 # What is opened, whatever a file is called: Pillow would have Ghostscript run PostScript. JPEG is MPO too.
@@ -219,7 +219,7 @@ def _encoded(picture) -> Picture:
     if isinstance(picture, Picture):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return Picture(as_path(picture))
+        return Picture(as_path(local_path(os.fspath(picture))))
     name = "picture"
     if hasattr(picture, "read"):
         name = str(getattr(picture, "name", name))

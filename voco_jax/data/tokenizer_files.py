@@ -257,7 +257,9 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         fields = _optional(directory, name)
         text = fields.get("text_config")
-        ids = fields.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        ids = fields.get("eos_token_id")
+        if ids is None and isinstance(text, dict):
+            ids = text.get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if all(type(i) is int and i >= 0 for i in ids):
             return tuple(ids)
