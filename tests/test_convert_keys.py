@@ -17,7 +17,7 @@ from tests import reference
 from tests.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
 from voco_jax.config import default_config, load_config
 from voco_jax.convert.config_keys import CLIP_VISION, LLAMA, LLAVA, LLAVA_HF
-from voco_jax.convert.gguf_files import read_gguf
+from voco_jax.convert.gguf_files import gguf_tokenizer, read_gguf
 from voco_jax.convert.hf_configs import vision_from_hf
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_jax import has_voco_row
@@ -356,6 +356,7 @@ def test_gguf_factors_of_llama_3(tmp_path):
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count: expected 8, the size of a head; found 4"),
         ({"llama.attention.value_length": 4}, "attention.value_length: expected 8, the size of a head; found 4"),
         ({"llama.attention.scale": 0.5}, "llama.attention.scale: expected 0.353553, found 0.5"),
+        ({"llama.attention.scale": "x"}, "llama.attention.scale: expected 0.353553, found 'x'"),
         ({"llama.expert_count": 8}, "llama.expert_count: expected 0, found 8"),
         ({"llama.attention.sliding_window": 512}, "llama.attention.sliding_window: expected 0, found 512"),
         ({"llama.of_tomorrow": 1}, "llama.of_tomorrow: unknown, and may change what the model computes; found 1"),
@@ -367,3 +368,9 @@ def test_gguf_keys_that_are_refused(extra, message, tmp_path):
     write_gguf(tmp_path / "x.gguf", dict(extra))
     with pytest.raises(UserError, match=rf"x.gguf: .*{message}"):
         read_gguf(tmp_path / "x.gguf")
+
+
+def test_a_gguf_tokenizer_that_is_not_whole(tmp_path):
+    write_gguf(tmp_path / "x.gguf", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"})
+    with pytest.raises(UserError, match="x.gguf: key 'tokenizer.ggml.tokens' is missing; use --tokenizer DIR"):
+        gguf_tokenizer(tmp_path / "x.gguf")

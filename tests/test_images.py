@@ -117,7 +117,8 @@ def test_a_picture_is_the_same_however_it_comes(tmp_path):
         loaded, used = Image.open(tmp_path / "picture"), io.BytesIO(content)
         loaded.load(), used.read()
         for picture in (
-            tmp_path / "picture", str(tmp_path / "picture"), (tmp_path / "picture").as_uri(), content, bytearray(content), memoryview(content), used,
+            tmp_path / "picture", str(tmp_path / "picture"), (tmp_path / "picture").as_uri(),
+            content, bytearray(content), memoryview(content), used,
             io.BufferedReader(io.BytesIO(content)), Image.open(tmp_path / "picture"), loaded, loaded.copy(),
             Image.open(io.BytesIO(content)).convert("RGB"), upright, np.asarray(upright), jax.numpy.asarray(upright),
             np.asarray(upright) / 255, (np.asarray(upright) / 255).astype(np.float16),

@@ -83,8 +83,9 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
         if field(key, numbers["head_dim"]) != numbers["head_dim"]:
             raise UserError(f"{file}: {key}: expected {numbers['head_dim']}, the size of a head; found {field(key)}")
     scale = numbers["head_dim"] ** -0.5
-    if not math.isclose(field("llama.attention.scale", scale), scale, rel_tol=1e-5):
-        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {field('llama.attention.scale')}")
+    found = field("llama.attention.scale", scale)
+    if not isinstance(found, float) or not math.isclose(found, scale, rel_tol=1e-5):
+        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {found!r}")
     try:
         config = LlamaConfig(
             **numbers,
@@ -151,6 +152,9 @@ def gguf_tokenizer(file: Path):
     if content["pre"] not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         raise UserError(f"{file}: tokenizer.ggml.pre: expected {known}, found {content['pre']!r}; use --tokenizer DIR")
+    missing = [key for key in ("tokens", "merges", "token_type") if content[key] is None]
+    if missing:
+        raise UserError(f"{file}: key 'tokenizer.ggml.{missing[0]}' is missing; use --tokenizer DIR")
     tokens = content["tokens"]
     merges = [tuple(merge.split(" ")) for merge in content["merges"]]
     bpe = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
