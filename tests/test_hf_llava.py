@@ -13,13 +13,12 @@ from tests.test_convert import convert  # noqa: F401 (a fixture)
 from tests.test_convert_parity import make_llava
 import voco_jax
 from voco_jax.api import Request
-from voco_jax.config import check_ranges, default_config, load_config
+from voco_jax.config import default_config, find_problem, load_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import Options, set_template
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.tokenizer import load_tokenizer
-from voco_jax.errors import UserError
 from voco_jax.run import begin_with_run, template_of
 
 PATCHES, IMAGE_ID, ROWS = 4, 32000, 32064
@@ -205,10 +204,9 @@ def test_greedy_tokens(model, checkpoint, photo, tmp_path, convert):  # noqa: F8
     # Trained further as LLaVA, with the same prompt; and an older run has no template of its own
     more = default_config()
     more.init_from, more.model.num_voco_tokens = str(tmp_path / "run"), 0
-    with pytest.raises(UserError, match="num_voco_tokens: expected at least 1, found 0"):
-        check_ranges(more)
+    assert find_problem(more) == ("model.num_voco_tokens", "expected at least 1, found 0")
     more.model.compressor = "none"
-    check_ranges(more)
+    assert find_problem(more) is None
     assert template_of(begin_with_run(more)) == ours.run.encoder.template != template_of(more)
     file = tmp_path / "run" / "config.json"
     older = json.loads(file.read_text())
@@ -294,7 +292,7 @@ def test_a_prompt_of_llavas_own_code(llama_tokenizer, tokenizer_dir):
         ("{% for m in messages %}Turn {{ loop.index }}: {{ m['content'] }}\n{% endfor %}", "the first question begins"),
         ("{{ raise_exception('not for you') }}", "not for you"),
         ("{% for ", "unexpected 'end of template'"),
-        ("hello", "does not give the words it is given"),
+        ("hello", "the turns' texts are not in what it renders"),
         ("{{ messages.__class__.__mro__ }}{{ messages[0].__class__.__subclasses__() }}", "unsafe|access"),
         (LLAVA.replace("<image>", "<picture>"), "an image before a question: expected <image>"),
     ],
