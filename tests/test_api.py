@@ -287,5 +287,7 @@ def test_a_picture_in_any_form_is_one_memory(model):
 def test_what_is_no_picture(model, picture, message):
     with pytest.raises(UserError, match=message):
         model.see(picture)
+    with pytest.raises(UserError, match="max_new_tokens: expected at least 1, found 0"):
+        model.ask("what?", max_new_tokens=0)
     with pytest.raises(UserError, match="pictures: expected at least one"):
         model.see([])

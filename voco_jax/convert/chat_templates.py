@@ -131,7 +131,7 @@ class _Renderer:
             if all(rendered.count(said) == 1 for said in words) and "'text'" not in rendered:
                 return rendered
         raise UserError(
-            "does not give the words it is given" if problem is None else " ".join(str(problem).split())[:200]
+            "the turns' texts are not in what it renders" if problem is None else " ".join(str(problem).split())[:200]
         )
 
     def images(self, asked: str, begin: str, assistant: str) -> tuple[str, str]:
@@ -152,7 +152,7 @@ def _around(text: str, *words: str) -> list[str]:
     for word in words:
         before, found, text = text.partition(word)
         if not found:
-            raise UserError("turns are not in the order in which they were said")
+            raise UserError("it renders the turns in another order")
         parts.append(before)
     return [*parts, text]
 

@@ -109,8 +109,8 @@ class ControlTokens:
         meant = [self.ids[token] for p in pieces if p.is_prompt for token in self._pattern.findall(p.text)]
         if found != [i for i in meant if i in self._found]:
             spelled = next(filter(None, (self._pattern.search(p.text) for p in pieces if not p.is_prompt)), None)
-            name = spelled[0] if spelled else "a special token"
-            raise ConversationError(f"text with {name!r}, which this tokenizer cannot write as text", SPECIAL_TOKEN)
+            name = repr(spelled[0]) if spelled else "a text"
+            raise ConversationError(f"{name}: this tokenizer makes a special token of it, not text", SPECIAL_TOKEN)
         return hidden, list(encoding.ids), encoding.offsets
 
 

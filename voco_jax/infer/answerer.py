@@ -145,6 +145,8 @@ class Answerer:
     ) -> tuple[Decoding, Stop, Drawing | None]:  # fmt: skip
         """The first token of every answer; arguments as `complete`'s. `begun`: a cache of one row with room for all
         that comes, and how many places of it are filled."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
         self.check_length(max(map(len, prompts)) + (begun[1] if begun else 0), max_new_tokens)
         cache, filled = begun or (None, 0)
         # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
