@@ -119,6 +119,7 @@ def test_lists_patterns_and_names(tmp_path, album):
     assert names(tmp_path / "list.txt", PICTURES[3]) == PICTURES[3:5]
     assert names(album / "*.png") == names(album) == sorted(album.iterdir())
     assert [e.is_video for e in find_entries([str(CLIP), str(PICTURES[0])])] == [True, False]
+    assert find_entries([PICTURES[0].absolute().as_uri()]) == find_entries([str(PICTURES[0].absolute())])
     for arguments, message in (
         ([tmp_path / "nothing.png"], "nothing.png: expected a picture or a video, found no such file"),
         ([tmp_path / "*.gif"], "expected pictures or videos, found none"),

@@ -254,8 +254,8 @@ def codes(rgb) -> list[int]:
     return [round(4 * (16 + 219 * y)), *(round(4 * (128 + 112 * (x - y) / (1 - k))) for x, k in ((b, kb), (r, kr)))]
 
 
-def hdr_color(rgb, color_trc: int) -> np.ndarray:
-    tags = {"color_trc": color_trc, "colorspace": 9, "color_primaries": 9, "color_range": 1}
+def hdr_color(rgb, color_trc: int, primaries: int = 9) -> np.ndarray:
+    tags = {"color_trc": color_trc, "colorspace": 9, "color_primaries": primaries, "color_range": 1}
     return color_of(flat_clip(io.BytesIO(), codes(rgb), "yuv420p10le", **tags))
 
 
@@ -279,6 +279,17 @@ def test_colours_of_hdr_keep_their_hue(light):
     """Darker than where brightness is bent: light in proportion."""
     found = 100 * (hdr_color(pq(TO_2020 @ light), PQ) / 255) ** 2.4
     np.testing.assert_allclose(found, 0.83802 * np.array(light), atol=2)
+
+
+TO_P3 = np.array([[0.8225, 0.1775, 0.0], [0.0332, 0.9668, 0.0], [0.0171, 0.0724, 0.9105]])  # of BT.709
+
+
+@pytest.mark.parametrize(("primaries", "matrix"), [(1, np.eye(3)), (12, TO_P3), (2, TO_2020)])
+def test_primaries_of_hdr(primaries, matrix):
+    """As tagged (BT.709's, P3's); BT.2020's where they are not."""
+    light = np.array([60, 30, 10])
+    found = 100 * (hdr_color(pq(matrix @ light), PQ, primaries) / 255) ** 2.4
+    np.testing.assert_allclose(found, 0.83802 * light, atol=2)
 
 
 def test_wide_colours_without_hdr():

@@ -11,28 +11,44 @@ import numpy as np
 from PIL import ImageFilter
 
 PQ, HLG = 16, 18  # H.273's numbers for transfer characteristics, which are FFmpeg's
-BT2020 = 9  # and for primaries
+BT709, BT2020, P3 = 1, 9, 12  # and for primaries; P3 with daylight's white (D65)
 
-_LUMINANCE = np.array([0.2627, 0.6780, 0.0593])  # of BT.2020's red, green and blue
-_TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # BT.2407
+_LUMINANCE = {  # of the primaries' red, green and blue
+    BT709: np.array([0.2126, 0.7152, 0.0722]),
+    BT2020: np.array([0.2627, 0.6780, 0.0593]),
+    P3: np.array([0.2290, 0.6917, 0.0793]),
+}
+_TO_BT709 = {
+    BT709: np.eye(3),
+    BT2020: np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]),  # BT.2407
+    P3: np.array([[1.2249, -0.2249, 0.0], [-0.0421, 1.0421, 0.0], [-0.0196, -0.0786, 1.0983]]),
+}
 _SIZE = 65  # places of the table along each colour
 
 
 @functools.cache
-def sdr_table(transfer: int) -> ImageFilter.Color3DLUT:
-    """What turns RGB pictures of BT.2020, with a transfer of `PQ` or `HLG` or else SDR's, into BT.709's SDR."""
+def sdr_table(transfer: int, primaries: int = BT2020) -> ImageFilter.Color3DLUT:
+    """What turns RGB pictures of these primaries, with a transfer of `PQ` or `HLG` or else SDR's, into BT.709's SDR.
+
+    Primaries that are not known are taken for BT.2020's, which HDR has.
+    """
+    primaries = primaries if primaries in _TO_BT709 else BT2020
+    weights = _LUMINANCE[primaries]
     signal = np.linspace(0, 1, _SIZE)
     blue, green, red = np.meshgrid(signal, signal, signal, indexing="ij")  # in the table red changes first
-    light = _light(np.stack([red, green, blue], axis=-1), transfer)
+    light = _light(np.stack([red, green, blue], axis=-1), transfer, weights)
     if transfer in (PQ, HLG):
-        luminance = np.maximum(light @ _LUMINANCE, 1e-6)[..., None]
+        luminance = np.maximum(light @ weights, 1e-6)[..., None]
         light = light * _tone(luminance) / luminance
-    shown = np.clip(light @ _TO_BT709.T / 100, 0, 1) ** (1 / 2.4)
+    shown = np.clip(light @ _TO_BT709[primaries].T / 100, 0, 1) ** (1 / 2.4)
     return ImageFilter.Color3DLUT(_SIZE, shown.astype(np.float32).ravel())
 
 
-def _light(signal: np.ndarray, transfer: int) -> np.ndarray:
-    """cd/m² of R'G'B' signals 0 … 1, on displays of 10,000 (PQ), 1,000 (HLG) or 100 (SDR): BT.2100, BT.1886."""
+def _light(signal: np.ndarray, transfer: int, weights: np.ndarray) -> np.ndarray:
+    """cd/m² of R'G'B' signals 0 … 1, on displays of 10,000 (PQ), 1,000 (HLG) or 100 (SDR): BT.2100, BT.1886.
+
+    `weights` are those of luminance.
+    """
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
         power = signal ** (1 / m2)
@@ -40,7 +56,7 @@ def _light(signal: np.ndarray, transfer: int) -> np.ndarray:
     if transfer == HLG:
         a, b, c = 0.17883277, 0.28466892, 0.55991073
         scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
-        return 1000 * scene * (scene @ _LUMINANCE)[..., None] ** 0.2
+        return 1000 * scene * (scene @ weights)[..., None] ** 0.2
     return 100 * signal**2.4
 
 

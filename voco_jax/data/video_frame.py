@@ -37,8 +37,9 @@ def to_picture(frame, aspect: Fraction = Fraction(1)) -> Image.Image:
         settings["interpolation"] = way | Interpolation.FULL_CHR_H_INT
     frame_of_rgb = frame.reformat(**settings)
     image = Image.fromarray(frame_of_rgb.to_ndarray()) if has_alpha else frame_of_rgb.to_image(threads=1)
-    if frame.color_trc in (PQ, HLG) or frame.color_primaries == BT2020:
-        image = image.filter(sdr_table(int(frame.color_trc) if frame.color_trc in (PQ, HLG) else 0))
+    transfer = int(frame.color_trc) if frame.color_trc in (PQ, HLG) else 0
+    if transfer or frame.color_primaries == BT2020:
+        image = image.filter(sdr_table(transfer, int(frame.color_primaries)))
     if has_alpha:
         layer, image = image, Image.new("RGB", image.size, "white")
         image.paste(layer, mask=layer)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
 from voco_jax.data.media import is_video
 from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
-from voco_jax.data.sources.roots import open_file
+from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item
@@ -62,7 +62,7 @@ def find_entries(arguments: Sequence[str]) -> list[Entry]:
     `.txt` with a path a line). In their order, each once. UserError where there is nothing."""
     found: dict[AnyPath, Entry] = {}
     for argument in arguments:
-        path = as_path(argument)
+        path = as_path(local_path(argument))
         if path.is_dir():
             entries = [Entry(file, False) for file in files_below(path) if _is_known(file)]
         elif not in_bucket(path) and not path.exists() and glob.has_magic(argument):
