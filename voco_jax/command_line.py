@@ -147,8 +147,9 @@ def load_file(path: str) -> ConfigDict:
     if not file.is_file():
         found = "a directory" if file.is_dir() else "no such file"
         ours = Path(__file__).parents[1] / "configs" / file.name
-        hint = f"{_CONFIG}={ours}" if ours.is_file() else f"those of voco_jax are in {ours.parent}"
-        raise UserError(f"{_CONFIG}={path}: expected a Python file, found {found}; {hint}")
+        hint = f"; {_CONFIG}={ours}" if ours.is_file() else f"; those of voco_jax are in {ours.parent}"
+        hint = hint if ours.parent.is_dir() else ""  # an installed package is without them
+        raise UserError(f"{_CONFIG}={path}: expected a Python file, found {found}{hint}")
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
