@@ -144,6 +144,29 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
             "config.data.train: expected sources(NAME=source('llava', …)), found a source without a name",
         ),
         ("config.data.test = None", "config.data.test: expected sources(NAME=source(…)), found None"),
+        (
+            "config.data.test = [source('easyvqa')]",
+            "config.data.test: expected sources(NAME=source(…)), found [kind: easyvqa split: train weight: 1.0 ]",
+        ),
+        ("config.train.freeze = (1,)", "config.train.freeze: expected a tuple of texts, found 1 in it"),
+        (
+            "config.data.processor.resize_to = ('a',)",
+            "config.data.processor.resize_to: expected a tuple of integers, found 'a' in it",
+        ),
+        (
+            "config.model.llama.rope_scaling = 'yarn'",
+            "config.model.llama.rope_scaling: expected None or a group of keys, found 'yarn'",
+        ),
+        (
+            "config.model.llama.rope_scaling = {'type': 'yarn'}",
+            "config.model.llama.rope_scaling: expected keys of factor, low_freq_factor, high_freq_factor, "
+            "original_max_position_embeddings, rope_type, beta_fast, beta_slow, attention_factor, truncate; "
+            "found 'type'",
+        ),
+        (
+            "config.model.llama.rope_scaling = {'factor': 'a'}",
+            "config.model.llama.rope_scaling: factor: expected a number, found 'a'",
+        ),
         ("config.data.train = sources(a=1)", "config.data.train.a: expected a source, as source() makes it; found 1"),
         (
             "config.data.train.mine = source('easyvqa')",
@@ -192,7 +215,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(capsys):
     for key in keys | {"data.train", "data.test"}:
         assert len(meant[key]) > 4, f"config.{key} has no comment"
         assert f"--config.{key}=" in text and meant[key].split()[-1] in text
-    assert "--config.optim.learning_rate=0.001" in text and meant["optim.learning_rate"] == "after warm-up"
+    assert "--config.optim.learning_rate=0.001" in text and meant["optim.learning_rate"].endswith("after the warm-up")
     assert meant["train.compress_gradients"].startswith("Whether gradients go through the compress stream. False: im")
     assert all(template in text for template in TEMPLATES) and all(kind in text for kind in SOURCE_KEYS)
     assert max(map(len, text.splitlines())) <= 120

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from tests import tiny
+from voco_jax import interrupts
+from voco_jax.interrupts import _module
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 75}
 LINE = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted: nothing to save; the same command goes on"}
@@ -52,6 +54,30 @@ def test_while_a_training_compiles(tmp_path, sent):
 def test_while_a_command_imports(command):
     name = [command] if command.startswith("tools/") else ["-m", f"voco_jax.{command}"]
     told(["-X", "importtime", *name], signal.SIGINT, r"\| +voco_jax$")
+
+
+def test_programs_of_others_keep_their_signals(tmp_path):
+    """`python -m mine` imports the package while Python looks for the module, as the commands do."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import voco_jax\n")
+    (tmp_path / "mine" / "__main__.py").write_text("from voco_jax import interrupts\nprint(interrupts.listening())\n")
+    found = {}
+    for arguments in (["-m", "mine"], ["-mmine", "voco_jax.ask"]):
+        path = os.pathsep.join([str(tmp_path), str(tiny.CONFIG_FILE.parents[1])])
+        done = subprocess.run(
+            [sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        found[arguments[0]] = done.stdout
+    assert found == {"-m": "False\n", "-mmine": "False\n"}
+    assert _module(["-m"], ["python", "-X", "dev", "-m", "voco_jax.train"]) == "voco_jax.train"
+    assert _module(["-m", "a", "-m"], ["python", "-mvoco_jax.ask", "a", "-m"]) == "voco_jax.ask"
+    assert _module(["ask.py"], ["python", "ask.py"]) == ""
+
+
+def test_a_line_that_cannot_be_made_is_a_shorter_one(monkeypatch):
+    monkeypatch.setitem(interrupts._LINE, signal.SIGINT, lambda: os.listdir("/is/not/there"))
+    assert interrupts.interrupted().startswith("interrupted (FileNotFoundError: ")
 
 
 SCRIPT = """

@@ -172,7 +172,7 @@ def test_parts_of_a_bank():
     assert same(bank[-1], bank[4]) and len(bank[[]]) == 0
     with pytest.raises(IndexError):
         bank[5]
-    with pytest.raises(UserError, match="tokens: expected 1 … 3, as many as the memory holds; found 4"):
+    with pytest.raises(UserError, match="tokens: expected 1 to 3, the tokens that each image has here; found 4"):
         bank.first_tokens(4)
     memory = bank.memory(places=6)
     assert memory.keys.shape == (2, 1, 18, 2, 4)

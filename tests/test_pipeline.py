@@ -135,6 +135,9 @@ def test_threads_change_nothing(source, encoder, num_threads, tmp_path):
 def test_threads_are_as_many_as_cores_and_memory_allow(cores, workers, batch_bytes, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     assert default_threads(workers, batch_bytes) == expected
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert default_threads(workers, batch_bytes) == expected
 
 
 def test_workers_change_nothing(source, encoder, tmp_path):

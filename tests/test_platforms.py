@@ -20,7 +20,7 @@ def machine(tmp_path, monkeypatch):
     def defaults(files=(), packages=("libtpu",), **environment):
         for file in files:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).write_text("0x1ae0\n" if file.endswith("vendor") else "")
+            (tmp_path / file).write_text("")
         found = importlib.machinery.ModuleSpec("libtpu", None) if "libtpu" in packages else None
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "libtpu" else None)
         monkeypatch.setattr(platforms, "_plugins", lambda: [name for name in packages if name != "libtpu"])
@@ -40,9 +40,24 @@ def test_a_machine_without_a_tpu_is_not_searched_for_one(machine):
     assert machine(packages=CUDA) == {}  # jax says what is wrong with the GPU
 
 
-@pytest.mark.parametrize("file", ["dev/accel0", "dev/vfio/0", "sys/bus/pci/devices/0000:00:05.0/vendor"])
+@pytest.mark.parametrize("file", ["dev/accel0", "dev/vfio/0"])
 def test_a_tpu_is_found_by_jax(machine, file):
     assert machine([file]) == {}
+
+
+@pytest.mark.parametrize(
+    "vendor, kind, is_tpu",
+    [("0x1ae0", "0x120000", True), ("0x1ae0", "0xff0000", True), ("0x1ae0", "0x020000", False),
+     ("0x1ae0", "0x010802", False), ("0x10de", "0x120000", False), ("0x1ae0", None, False)],
+)  # fmt: skip
+def test_a_tpu_is_a_device_of_googles_but_not_every_one_is(machine, tmp_path, vendor, kind, is_tpu):
+    """Network cards and disks of Google's cloud have the same vendor; a container may hide what a device is."""
+    device = tmp_path / "sys/bus/pci/devices/0000:00:05.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(f"{vendor}\n")
+    if kind is not None:
+        (device / "class").write_text(f"{kind}\n")
+    assert machine() == ({} if is_tpu else {"JAX_PLATFORMS": "cpu"})
 
 
 @pytest.mark.parametrize("variable", ["TPU_NAME", "TPU_WORKER_HOSTNAMES", "JAX_FORCE_TPU_INIT", "JAX_PLATFORMS"])

@@ -210,7 +210,7 @@ def test_an_estimate_says_what_is_assumed(monkeypatch, capsys, tmp_path, known):
         train_tokenizer(["a text"], 300).save_pretrained(tmp_path)
         arguments.append(f"--config.tokenizer.source={tmp_path}")
     _, _, error = run_main(aot, monkeypatch, capsys, *arguments, "--topology=v5e:2x2")
-    line = "assumed: a tokenizer with 3 tokens around an image, as Llama's (none is named)"
+    line = "assumed: a tokenizer with 3 tokens around an image, as Llama's (tokenizer.source is 'train')"
     assert (line in error.splitlines()) != known
 
 

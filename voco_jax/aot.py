@@ -155,7 +155,7 @@ def render(report: dict, headline: str) -> str:
         note = f"   splash at the matrix units' minimum, {share} % of the step" if kind == "attention" else ""
         if any(seconds):
             lines.append(f"  {kind:<22}{_range(seconds, 1e3)} ms{note}")
-    lines += ["", "Dearest over the ideal (A)    over ms   of ms"]
+    lines += ["", "Largest costs above ideal (A) over ms   of ms"]
     for dear in report["dearest"][:6]:
         where = f"{dear['label']}  {dear['source']}".strip()
         lines.append(f"  {dear['kind']:<22}{dear['excess_seconds'] * 1e3:13.1f}{dear['seconds'] * 1e3:8.1f}   {where}")
@@ -215,7 +215,7 @@ def _assumed(config: ConfigDict) -> str:
     """A line about a model whose tokenizer is not on this machine."""
     model = make_model_config(config, None)
     around, source = len(model.prefix_ids) + len(model.suffix_ids), config.tokenizer.source
-    why = "none is named" if source == "train" else f"{source} is not on this machine"
+    why = "tokenizer.source is 'train'" if source == "train" else f"{source} is not on this machine"
     if config.init_from:
         why = f"init_from: {config.init_from} is not on this machine"
     return f"assumed: a tokenizer with {around} tokens around an image, as Llama's ({why})"

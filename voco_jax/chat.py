@@ -8,6 +8,7 @@ A line is a turn. These lines are not:
 """
 
 import argparse
+import re
 import sys
 
 from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more, warn_of_none
@@ -55,6 +56,9 @@ def main() -> None:
             continue
         if question == "/clear":
             chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
+            continue
+        if re.fullmatch("/[a-z]+", question):  # meant for another program; a question about it has more words
+            print(f"error: {question}: expected /clear, /help or /quit", file=sys.stderr)
             continue
         if len(chat.turns) == 2 and saw_single_questions(model):
             print(f"note: {args.run} was trained on single questions: a second turn is new to it", file=sys.stderr)

@@ -21,7 +21,7 @@ from absl import flags
 import ml_collections
 from ml_collections import ConfigDict, config_flags
 
-from voco_jax.config import SOURCE_KEYS, default_config, find_problem, flatten, one_line, type_in_words
+from voco_jax.config import SOURCE_KEYS, default_config, find_problem, flatten, in_one_line, one_line, type_in_words
 from voco_jax.config_keys import meanings, unknown_key
 from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
@@ -147,8 +147,9 @@ def load_file(path: str) -> ConfigDict:
     if not file.is_file():
         found = "a directory" if file.is_dir() else "no such file"
         ours = Path(__file__).parents[1] / "configs" / file.name
-        hint = f"{_CONFIG}={ours}" if ours.is_file() else f"those of voco_jax are in {ours.parent}"
-        raise UserError(f"{_CONFIG}={path}: expected a Python file, found {found}; {hint}")
+        hint = f"; {_CONFIG}={ours}" if ours.is_file() else f"; those of voco_jax are in {ours.parent}"
+        hint = hint if ours.parent.is_dir() else ""  # an installed package is without them
+        raise UserError(f"{_CONFIG}={path}: expected a Python file, found {found}{hint}")
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
@@ -158,7 +159,9 @@ def load_file(path: str) -> ConfigDict:
         with _no_arguments(file, get_config, parameter):
             config = get_config(*parameter)
         if not isinstance(config, ConfigDict):
-            raise UserError(f"{file}: get_config() returned {config!r:.60}; expected default_config() with changes")
+            raise UserError(
+                f"{file}: get_config() returned {in_one_line(config)}; expected default_config() with changes"
+            )
         return config.lock()
     except SyntaxError as error:
         place = f"{error.filename}, line {error.lineno}" if error.filename else str(file)
@@ -195,7 +198,7 @@ def _place(trace: TracebackType | None, file: Path) -> tuple[str, list]:
 
 
 def _key_error(error: Exception, frames: list) -> str | None:
-    """What is wrong with a key that a file sets or reads, where ml_collections raised an error of it."""
+    """What is wrong with a key that a file sets or reads, where ml_collections raised an error of it; else None."""
     ours = str(Path(ml_collections.__file__).parent)
     within = [frame for frame in frames[1:] if frame.f_code.co_filename.startswith(ours)]
     for frame in reversed(within):
@@ -212,7 +215,9 @@ def _key_error(error: Exception, frames: list) -> str | None:
     if name not in group:
         return f"config.{key}: {unknown_key(key, flatten(root))}"
     if isinstance(error, TypeError) and "value" in frame.f_locals:
-        return f"config.{key}: expected {type_in_words(group[name])}, found {frame.f_locals['value']!r:.80}"
+        is_sources = key in ("data.train", "data.test")
+        expected = "sources(NAME=source(…))" if is_sources else type_in_words(group[name])
+        return f"config.{key}: expected {expected}, found {in_one_line(frame.f_locals['value'])}"
     return None
 
 

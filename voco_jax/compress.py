@@ -9,10 +9,11 @@ import sys
 
 from tqdm import tqdm
 
+from voco_jax.data.processes import usable_cores
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
-from voco_jax.infer.compress import compress_to_file, default_threads, find_entries
+from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory_file import MemoryFile
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, metavar="K", help="keep only the first K tokens of every picture")
     parser.add_argument("--int8", action="store_true", help="store in int8: half of bfloat16's size")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default 32)")
-    parser.add_argument("--threads", type=int, default=default_threads(), metavar="N", help="that decode pictures")
+    parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="that decode pictures")
     add_frame_arguments(parser)
     args = parser.parse_args()
     for name in ("batch_size", "threads"):

@@ -30,42 +30,42 @@ def default_config() -> ConfigDict:
     """
     config = ConfigDict()
     config.workdir = "runs/default"  # checkpoints, this config, the tokenizer and the metrics go here
-    config.seed = 0  # of first weights, the order of the data and augmentation
+    config.seed = 0  # random seed: first weights, order of the data, augmentation
     config.init_from = ""  # a run whose weights, dimensions and tokenizer this one begins with
 
     config.model = ConfigDict()  # what is trained; with init_from the dimensions are those of that run
     config.model.llama = llama_preset("demo")  # language model; presets: voco_jax/models/presets.py
     config.model.vision = vision_preset("demo")  # vision tower
-    config.model.compressor = "voco"  # or 'none' (LLaVA), 'average_pool', 'qformer'
-    config.model.num_voco_tokens = 1  # K, VoCo tokens an image; with 'none' in the text all the same, 0: plain LLaVA
-    config.model.num_compressed_tokens = 1  # tokens an image with average_pool and qformer
-    config.model.num_qformer_layers = 2  # with qformer
+    config.model.compressor = "voco"  # 'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'
+    config.model.num_voco_tokens = 1  # VoCo tokens per image (K); with 'none' mere text, 0: plain LLaVA
+    config.model.num_compressed_tokens = 1  # tokens per image with average_pool and qformer
+    config.model.num_qformer_layers = 2  # layers of the Q-Former, with qformer
     config.model.projector_layers = 2  # linear layers with GELU between (LLaVA-1.5's mlp2x_gelu); 1: LLaVA's first
-    config.model.param_dtype = "float32"  # that parameters are stored and updated in
-    config.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on a CPU
-    config.model.attention = "xla"  # any platform; or 'splash' (TPU), 'cudnn' (NVIDIA GPU): see voco_jax/attention
-    config.model.remat = "none"  # or 'full' and lines between: REMAT in voco_jax/models/stack.py
-    config.model.unroll_layers = False  # straight-line code: for few and small layers
+    config.model.param_dtype = "float32"  # dtype in which parameters are stored and updated; or 'bfloat16'
+    config.model.dtype = "auto"  # dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU
+    config.model.attention = "xla"  # attention kernel: 'xla' (any platform), 'splash' (TPU) or 'cudnn' (NVIDIA GPU)
+    config.model.remat = "none"  # what the backward pass computes again: 'none' to 'full' (models/stack.py)
+    config.model.unroll_layers = False  # no loop over layers: faster for few and small ones
 
     config.model.lora = ConfigDict()  # low-rank updates of the language model's kernels, which stay as they are
-    config.model.lora.rank = 0  # of the updates; 0: none
+    config.model.lora.rank = 0  # rank of the updates; 0: no LoRA
     config.model.lora.alpha = 16.0  # updates are scaled by alpha / rank
     config.model.lora.targets = LoRAConfig.TARGETS  # kernels of a layer that have updates
 
     config.mesh = ConfigDict()  # devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave
     config.mesh.data = 1  # groups of devices with a copy of the weights each
-    config.mesh.fsdp = -1  # the batch is split over these, and so are weights and optimizer state
-    config.mesh.frame = 1  # images of a bin are split over these
-    config.mesh.tensor = 1  # heads and MLP width are split over these
+    config.mesh.fsdp = -1  # devices over which the batch, the weights and the optimizer state are split
+    config.mesh.frame = 1  # devices over which the images of a bin are split
+    config.mesh.tensor = 1  # devices over which heads and MLP width are split
 
     config.tokenizer = ConfigDict()  # with init_from that of the run
     config.tokenizer.source = "train"  # a directory or a hub name; 'train' makes a small one from the data
-    config.tokenizer.vocab_size = 512  # tokens at most, with source 'train'
+    config.tokenizer.vocab_size = 512  # most tokens of the vocabulary, with source 'train'
 
     config.data = ConfigDict()  # docs/data.md
     config.data.train = sources(easyvqa=source("easyvqa"))  # by name; kinds and their keys: docs/data.md
     config.data.test = sources()  # by name; empty: none, or easy-VQA's own where it alone is trained on
-    config.data.template = "voco_v1"  # what stands around questions and answers: data/conversations.py; or 'custom'
+    config.data.template = "voco_v1"  # text around questions and answers, by name (data/conversations.py), or 'custom'
     config.data.custom_template = ConfigDict()  # exact text, spaces too; '{eos}' is the end-of-sequence token
     config.data.custom_template.system = ""  # before the first turn
     config.data.custom_template.user = "USER: "  # before a question
@@ -77,56 +77,56 @@ def default_config() -> ConfigDict:
     config.data.aspect_ratio = "pad"  # to a square with the mean colour; or 'crop' its middle, or 'stretch' it
     config.data.transparency = "white"  # transparent parts become white; or 'drop': show their stored colours (LLaVA)
     config.data.processor = ConfigDict()  # the rest of what makes pixel values: voco_jax/data/images.py
-    config.data.processor.resize_to = ()  # pixels before the middle is cut out: (side,), (height, width); () image_size
+    config.data.processor.resize_to = ()  # before the crop: (shorter side,) or (height, width); (): image_size
     config.data.processor.do_resize = True  # False: the middle is cut out of the picture at its own size
     config.data.processor.resample = "bicubic"  # Pillow's name of the filter
     config.data.processor.rescale_factor = 1 / 255  # grey levels 0 … 255 are multiplied with it
-    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue; CLIP's
-    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # and standard deviation; of rescaled values
+    config.data.processor.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of rescaled red, green, blue; CLIP's
+    config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # standard deviations; CLIP's
     config.data.processor.pad_color = ()  # (red, green, blue), 0 … 255, around a padded picture; (): the mean colour
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
     config.data.images_per_bin = 1  # places for pictures, or frames of a clip; a record with more is left out
-    config.data.rows_per_bin = 0  # read rows of a bin; 0: so many as cost least with these data
-    config.data.row_length = 0  # tokens a read row; 0: as many as the longest conversation has
-    config.data.conversations_per_record = 8  # of a record, drawn anew each time it comes up; 0: all
+    config.data.rows_per_bin = 0  # read rows of a bin; 0: chosen from the data, for the fewest tokens an epoch
+    config.data.row_length = 0  # tokens of a read row; 0: the length of the longest conversation
+    config.data.conversations_per_record = 8  # conversations taken from a record, drawn anew each time; 0: all
     config.data.share_images = True  # records about one picture go into one bin, which compresses it once
-    config.data.loss_weighting = "token"  # all labels count alike, or 'conversation': all conversations do
+    config.data.loss_weighting = "token"  # 'token': all labels count alike; 'conversation': all conversations do
 
     config.data.video = ConfigDict()  # which frames of a clip are looked at
-    config.data.video.num_frames = 8  # of a clip, spread evenly; 0: by fps
+    config.data.video.num_frames = 8  # frames taken from a clip, spread evenly; 0: by fps
     config.data.video.fps = 0.0  # frames a second of a clip, where num_frames is 0
-    config.data.video.max_frames = 0  # frames of a clip at most, by fps; 0: any number
-    config.data.video.random_offset = True  # in training frames are drawn within the even spacing
+    config.data.video.max_frames = 0  # most frames of a clip, by fps; 0: no limit
+    config.data.video.random_offset = True  # in training, frames are drawn at random within the even spacing
     config.data.video.timestamps = False  # each frame's time in the text before it
 
     config.data.random_crop = 1.0  # augmentation: the least share of a picture's sides that is kept; 1: no cropping
     config.data.color_jitter = 0.0  # brightness, contrast and saturation change by at most this share
 
-    config.data.max_bad_share = 0.01  # of records that cannot be used; with more the run stops
+    config.data.max_bad_share = 0.01  # largest share of records that cannot be used; with more the run stops
     config.data.cache_dir = "~/.cache/voco_jax"  # where indices of large sources are kept
     config.data.num_workers = 0  # processes that load batches, and that make the index
-    config.data.num_threads = 0  # that load, in each of these processes; 0: as many as the machine's cores allow
-    config.data.prefetch = 2  # batches made ahead, by each worker; at least one a thread
+    config.data.num_threads = 0  # threads that load batches, in each of these processes; 0: from the machine's cores
+    config.data.prefetch = 2  # batches made ahead, by each worker; at least one per thread
 
     config.optim = ConfigDict()  # docs/optimizer.md
     config.optim.name = "adamw"  # or 'muon' (matrices; AdamW for the rest), 'adafactor' (least memory)
-    config.optim.rounding = "stochastic"  # of bfloat16 parameters and moments; or 'nearest', which loses small updates
-    config.optim.learning_rate = 1e-3  # after warm-up
-    config.optim.schedule = "cosine"  # or 'linear', 'wsd' (constant, then down), 'constant'
-    config.optim.warmup_steps = 100  # in which the learning rate rises from 0
-    config.optim.decay_share = 0.2  # of the steps, at their end, in which 'wsd' goes down
-    config.optim.final_scale = 0.0  # of the learning rate, at the last step
-    config.optim.rate_scale = ConfigDict()  # by which a part's learning rate is another
+    config.optim.rounding = "stochastic"  # of bfloat16 parameters and moments; 'nearest' loses small updates
+    config.optim.learning_rate = 1e-3  # highest learning rate, reached after the warm-up
+    config.optim.schedule = "cosine"  # 'cosine', 'linear', 'wsd' (constant, then down) or 'constant'
+    config.optim.warmup_steps = 100  # steps in which the learning rate rises from 0
+    config.optim.decay_share = 0.2  # share of the steps, at their end, in which 'wsd' goes down
+    config.optim.final_scale = 0.0  # learning rate of the last step, as a share of learning_rate
+    config.optim.rate_scale = ConfigDict()  # factors on the learning rate, by part of the model
     config.optim.rate_scale.vision_tower = 1.0  # of the vision tower
     config.optim.rate_scale.projector = 1.0  # of the projector
     config.optim.rate_scale.compressor = 1.0  # of a compressor with weights of its own (qformer)
     config.optim.rate_scale.llama = 1.0  # of the language model
-    config.optim.weight_decay = 0.0  # decoupled, times the learning rate
+    config.optim.weight_decay = 0.0  # decoupled weight decay, times the learning rate
     config.optim.decayed = ("kernel", "embedding")  # the parameters that decay, by the last part of their path
-    config.optim.b1 = 0.9  # of Adam's first moment
-    config.optim.b2 = 0.99  # of Adam's second moment
+    config.optim.b1 = 0.9  # decay of Adam's first moment
+    config.optim.b2 = 0.99  # decay of Adam's second moment
     config.optim.clip_norm = 1.0  # gradients with a larger norm are scaled down to it
 
     config.train = ConfigDict()  # docs/training.md
@@ -136,23 +136,23 @@ def default_config() -> ConfigDict:
     config.train.compress_gradients = True
     config.train.steps = 1000  # updates, each of a batch
     config.train.accumulate = 1  # pieces that a batch is computed in, one after the other, before an update
-    config.train.on_bad_step = "stop"  # where the loss is not finite, or a spike; or 'skip': no update
-    config.train.spike_factor = 0.0  # a loss this many times the running mean is a spike; 0: none is
-    config.train.max_skipped = 10  # steps without an update in a row; with more the run stops
+    config.train.on_bad_step = "stop"  # where the loss is not finite, or a spike: 'stop', or 'skip' the update
+    config.train.spike_factor = 0.0  # a loss this many times the running mean is a spike; 0: no check
+    config.train.max_skipped = 10  # most steps in a row without an update; with more the run stops
     config.train.log_every = 20  # steps between lines of metrics.jsonl
-    config.train.tensorboard = True  # writes its files too
-    config.train.profile_at = 0  # a step from which on a profiler trace is taken; 0: only on SIGUSR1
-    config.train.profile_steps = 5  # of a trace
+    config.train.tensorboard = True  # write TensorBoard's files too
+    config.train.profile_at = 0  # step at which a profiler trace begins; 0: only on SIGUSR1
+    config.train.profile_steps = 5  # steps of a trace
     config.train.checkpoint_every = 500  # steps between checkpoints; the last step has one always
-    config.train.keep = 2  # so many of the newest checkpoints
-    config.train.keep_every = 0  # and the checkpoints of every so many steps; 0: none
-    config.train.keep_best = 0  # and so many checkpoints of the lowest evaluation loss
+    config.train.keep = 2  # number of the newest checkpoints that are kept
+    config.train.keep_every = 0  # keep the checkpoints of every so many steps too; 0: none
+    config.train.keep_best = 0  # keep so many checkpoints of the lowest evaluation loss too
 
     config.eval = ConfigDict()  # docs/evaluation.md
     config.eval.batch_size = 64  # records, or questions, at once
-    config.eval.max_new_tokens = 0  # of an answer; 0: as many as the test set's longest has, from 8 to 256
-    config.eval.every = 0  # steps of training, after which it looks at the test set; 0: never
-    config.eval.num_batches = 8  # of the test set, for the loss while training
+    config.eval.max_new_tokens = 0  # longest answer, in tokens; 0: room for the test set's longest, from 8 to 256
+    config.eval.every = 0  # steps between looks at the test set while training; 0: never
+    config.eval.num_batches = 8  # batches of the test set for the loss while training
     config.eval.num_answers = 64  # questions of the test set that are answered while training
 
     return config.lock()
@@ -357,6 +357,15 @@ RANGES = {
 }
 
 
+# What stands in tuples, by an example.
+_ELEMENTS = {
+    **dict.fromkeys(("train.freeze", "optim.decayed", "model.lora.targets"), ""),
+    **dict.fromkeys(("data.processor.resize_to", "data.processor.pad_color"), 0),
+    **dict.fromkeys(("data.processor.image_mean", "data.processor.image_std"), 0.0),
+}
+_IN_WORDS = {str: "texts", int: "integers", float: "numbers"}
+
+
 def find_problem(config: ConfigDict) -> tuple[str, str] | None:
     """(key, what is wrong with its value) of the first key that no run can have: unknown, of another type than its
     default, out of its range, or sources that are none."""
@@ -364,12 +373,12 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
     for part in ("data.train", "data.test"):
         by_name = config.data[part.removeprefix("data.")]
         if not isinstance(by_name, ConfigDict):
-            return part, f"expected sources(NAME=source(…)), found {by_name!r}"
+            return part, f"expected sources(NAME=source(…)), found {in_one_line(by_name)}"
         if isinstance(by_name.get("kind"), str):
             return part, f"expected sources(NAME=source({by_name.kind!r}, …)), found a source without a name"
         for name, keys in by_name.items():
             if not isinstance(keys, ConfigDict) or "kind" not in keys:
-                found = f"the keys {', '.join(keys)}" if isinstance(keys, ConfigDict) else repr(keys)
+                found = f"the keys {', '.join(keys)}" if isinstance(keys, ConfigDict) else in_one_line(keys)
                 return f"{part}.{name}", f"expected a source, as source() makes it; found {found}"
         flat = {key: value for key, value in flat.items() if not key.startswith(f"{part}.")}
         default = {key: value for key, value in default.items() if not key.startswith(f"{part}.")}
@@ -379,7 +388,12 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
         if key not in default:
             return key, unknown_key(key, default)
         if not _is_like(value, default[key]):
-            return key, f"expected {type_in_words(default[key])}, found {value!r}"
+            return key, f"expected {type_in_words(default[key])}, found {in_one_line(value)}"
+        element = _ELEMENTS.get(key)
+        if wrong := [x for x in value if not _is_like(x, element)] if element is not None else ():
+            return key, f"expected a tuple of {_IN_WORDS[type(element)]}, found {in_one_line(wrong[0])} in it"
+    if problem := _rope_problem(config.model.llama.rope_scaling):
+        return "model.llama.rope_scaling", problem
     for key, (smallest, below) in RANGES.items():
         value = flat.get(key)
         if key == "model.num_voco_tokens" and flat["model.compressor"] == "none":
@@ -388,6 +402,29 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
             limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None else "")
             return key, f"expected {limit}, found {value!r}"
     return None
+
+
+def _rope_problem(scaling) -> str:
+    if scaling is None:
+        return ""
+    if not isinstance(scaling, ConfigDict):
+        return f"expected None or a group of keys, found {in_one_line(scaling)}"
+    known = dataclasses.asdict(RopeScaling())
+    for key, value in scaling.items():
+        if key not in known:
+            return f"expected keys of {', '.join(known)}; found {key!r}"
+        if not _is_like(value, known[key]) and (key, value) != ("attention_factor", None):
+            return f"{key}: expected {type_in_words(known[key])}, found {in_one_line(value)}"
+    try:
+        RopeScaling(**scaling)
+    except ValueError as error:
+        return one_line(error)
+    return ""
+
+
+def in_one_line(value) -> str:
+    """On one line, whatever it is."""
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 def _check(config: ConfigDict) -> None:

@@ -6,12 +6,13 @@ then tears itself down under XLA's threads, the process crashes. So a thread hea
 once where there is nothing to save and nothing to tidy up. Elsewhere Ctrl-C is a KeyboardInterrupt as usual.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
 import multiprocessing
 import os
 from pathlib import Path
+import re
 import signal
 import sys
 import threading
@@ -32,11 +33,24 @@ _listening = False
 
 def listen_in_a_command() -> None:
     """Begin, if this is `python -m voco_jax.…` or one of tools/, and the package the first that it imports."""
-    script = Path(sys.argv[0] if sys.argv else "").resolve()  # "-m" while Python looks for the module
+    script = Path(sys.argv[0] if sys.argv else "").resolve()
     tool = script.is_file() and script.parent == Path(__file__).resolve().parents[1] / "tools"
-    if (sys.argv[:1] == ["-m"] or tool) and multiprocessing.parent_process() is None:
-        listen(terminates="voco_jax.train" in sys.orig_argv)
+    module = _module(sys.argv, sys.orig_argv)
+    if (module.split(".")[0] == "voco_jax" or tool) and multiprocessing.parent_process() is None:
+        listen(terminates=module == "voco_jax.train")
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
+
+
+def _module(argv: Sequence[str], orig_argv: Sequence[str]) -> str:
+    """What `python -m` is about to run, as long as Python looks for it; '' of other programs.
+
+    >>> _module(["-m", "--help"], ["python", "-um", "voco_jax.ask", "--help"])
+    'voco_jax.ask'
+    """
+    if argv[:1] != ["-m"]:
+        return ""
+    module = orig_argv[-len(argv)]  # before its own arguments
+    return re.sub("^-[a-zA-Z]*?m", "", module)  # -mNAME
 
 
 def listen(*, terminates: bool = False) -> None:
@@ -76,14 +90,21 @@ def say_of_interrupt(line: Callable[[], str]) -> None:
 
 def interrupted() -> str:
     """The line that Ctrl-C is answered with."""
-    return _LINE[signal.SIGINT]()
+    return _line(signal.SIGINT)
+
+
+def _line(number: int) -> str:
+    try:
+        return _LINE[number]()
+    except Exception as error:  # what it looks up may be out of reach by now: a directory, a bucket
+        return f"interrupted ({type(error).__name__}: {error})".splitlines()[0]
 
 
 def on_signal(number: int, _) -> None:
     """Handler: ends the process where that is to be; else Ctrl-C raises, and SIGTERM waits to be asked for."""
     number = signal.Signals(number)
     if _at_once[number]:
-        end(_STATUS[number], _LINE[number]())
+        end(_STATUS[number], _line(number))
     if number == signal.SIGINT:
         _raised.set()
         raise KeyboardInterrupt
@@ -114,7 +135,7 @@ def _hear(descriptor: int) -> None:
     while number := os.read(descriptor, 1):
         number = number[0]
         if number in _STATUS and _at_once[number]:
-            end(_STATUS[number], _LINE[number]())
+            end(_STATUS[number], _line(number))
         if number == signal.SIGINT:
             now = time.monotonic()
             if now - last < _TWICE or not _raised.wait(_GRACE):

@@ -54,11 +54,20 @@ def _choose(platforms: str, environment: MutableMapping[str, str]) -> None:
 
 
 def _may_have_tpu(environment: MutableMapping[str, str], root: Path) -> bool:
-    """A TPU's device files, a PCI device of Google's, or a variable that only a TPU's machine has."""
+    """A TPU's device files, a PCI device that may be one, or a variable that only a TPU's machine has."""
     if any(name in environment for name in _TPU_VARIABLES) or _any(root, "dev/accel*", "dev/vfio/[0-9]*"):
         return True
-    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+    return any(_is_accelerator(device) for device in (root / "sys/bus/pci/devices").glob("*"))
+
+
+def _is_accelerator(device: Path) -> bool:
+    """Whether a PCI device is Google's, and neither of the others that every machine of their cloud has: a disk and a
+    network card."""
+    try:
+        vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:  # a container may hide it: then jax would not see it either
+        return False
+    return vendor == "0x1ae0" and not kind.startswith(("0x01", "0x02"))
 
 
 def _any(root: Path, *patterns: str) -> bool:

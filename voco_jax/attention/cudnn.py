@@ -24,8 +24,7 @@ __all__ = ["cached", "causal", "check", "chunked", "evenly", "row_shape"]
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """As `xla.causal`. ValueError: not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses."""
-    if (found := platform()) != "gpu":
-        raise ValueError(f"attention 'cudnn' needs an NVIDIA GPU, found platform {found!r}; model.attention = 'xla'")
+    _check_platform()
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, found {q.dtype}: set model.dtype")
     if q.shape[-1] % 8:
@@ -49,6 +48,7 @@ def check(
     `segment_length` is that of the compress stream (0: there is none), `row_length` that of a read row; where
     `training`, read rows are packed, and the gradients' kernels are compiled too. It takes some seconds.
     """
+    _check_platform()
     # jax has a check of its own and so has cuDNN, and some of both come when the gradient is made: later than `causal`
     for stream, length in (("compress stream", segment_length), ("read stream", row_length)):
         if not length:
@@ -68,6 +68,14 @@ def check(
                 f"attention 'cudnn': {stream}, {length} tokens, {heads} and {kv_heads} heads of {size} in {dtype}: "
                 f"{reason}; model.attention = 'xla' computes the same"
             ) from error
+
+
+def _check_platform() -> None:
+    if (found := platform()) != "gpu":
+        raise ValueError(
+            f"attention 'cudnn' needs an NVIDIA GPU, found platform {found!r}; "
+            "model.attention = 'xla' computes the same"
+        )
 
 
 def evenly(attend: Callable) -> Callable:

@@ -11,7 +11,6 @@ import functools
 import gc
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -27,7 +26,7 @@ from voco_jax.data.contents import difference
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
 from voco_jax.data.plan import Amount, Placed, Plan
-from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted
+from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted, usable_cores
 from voco_jax.data.records import TOO_LONG, BadRecord, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -286,8 +285,8 @@ def default_threads(num_workers: int, batch_bytes: int) -> int:
     Each has a batch at hand, and those of a process together are at most 2 GiB. Pillow decodes and resizes without
     Python's lock, so threads do that at once.
     """
-    cores = len(os.sched_getaffinity(0)) - 1
-    return max(1, min(16, cores // max(1, num_workers), 2 * 2**30 // max(1, batch_bytes)))
+    others = usable_cores() - 1
+    return max(1, min(16, others // max(1, num_workers), 2 * 2**30 // max(1, batch_bytes)))
 
 
 def _join(bins: Sequence[dict]) -> dict[str, np.ndarray]:

@@ -83,6 +83,11 @@ class Watch(threading.Thread):
         self._stopped.set()
 
 
+def usable_cores() -> int:
+    """Those that this process may use; where the system does not say (macOS), those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_shared_memory() -> int | None:
     """Bytes; None where shared memory is no file system."""
     try:

@@ -14,7 +14,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import os
 from pathlib import Path
 import shutil
 
@@ -298,8 +297,3 @@ def _key(item: Item) -> tuple:
 
 def _raise(error: Exception):
     raise error
-
-
-def default_threads() -> int:
-    """For decoding pictures: the cores that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

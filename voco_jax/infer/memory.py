@@ -92,7 +92,8 @@ class MemoryBank:
         if count is None:
             return self
         if not 1 <= count <= self.num_tokens:
-            raise UserError(f"tokens: expected 1 … {self.num_tokens}, as many as the memory holds; found {count}")
+            expected = "1" if self.num_tokens == 1 else f"1 to {self.num_tokens}"
+            raise UserError(f"tokens: expected {expected}, the tokens that each image has here; found {count}")
         scales = None if self.scales is None else self.scales[:, :, :count]
         return dataclasses.replace(self, keys=self.keys[:, :count], values=self.values[:, :count], scales=scales)
 

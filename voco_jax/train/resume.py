@@ -7,6 +7,7 @@ as the steps done would have been the same.
 
 from collections.abc import Sequence
 import hashlib
+import shlex
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -87,7 +88,7 @@ def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, st
     raise UserError(
         f"config.{changed}: {workdir} has {was!r}, this config {wanted!r}; step {same + 1}, which is done, had "
         f"a learning rate of {rates} (schedule {config.optim.schedule!r}): keep {was!r}, begin another run with "
-        f"--config.init_from={workdir}{hint}"
+        f"--config.init_from={shlex.quote(str(workdir))}{hint}"
     )
 
 
