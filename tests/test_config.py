@@ -66,6 +66,7 @@ def test_the_command_line_sets_keys():
         ("--config.optim.learning_rate=-1", "config.optim.learning_rate: expected at least 1e-12, found -1.0"),
         ("--config.seed=-1", r"config.seed: expected at least 0 and below 2147483648, found -1"),
         ("train", "'train' is not an option; use --config=FILE --config.KEY=VALUE"),
+        ("mine.py", "'mine.py' is not an option; did you mean --config=mine.py?"),
     ],
 )
 def test_wrong_keys_and_values(argument, message):
@@ -97,7 +98,7 @@ def test_a_config_file_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--config=nothing.py: .* no such file; those of voco_jax are in .*configs$"):
         parse("--config=nothing.py")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"--config=easyvqa.py: .* found no such file; {FILE}$"):
+    with pytest.raises(UserError, match=f"--config=easyvqa.py: .* found no such file; did you mean {FILE}.$"):
         parse("--config=easyvqa.py")
     with pytest.raises(UserError, match=f"--config={tmp_path}: expected a Python file, found a directory"):
         parse(f"--config={tmp_path}")

@@ -32,7 +32,7 @@ from voco_jax.train.data import open_training_data
 from voco_jax.train.first_params import first_params
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.resume import continued
+from voco_jax.train.resume import continued, kept_values
 from voco_jax.train.state import abstract_state
 from voco_jax.train.workdir import check_workdir
 
@@ -148,6 +148,21 @@ def test_a_base_is_one_by_any_address_and_not_needed(world, tmp_path, monkeypatc
         continued(config_of(run, world["data"], **LOW, init_from=moved), run)
     with pytest.raises(UserError, match=r"config.model.llama.hidden_size: .* has 32, found 64"):
         continued(config_of(run, world["data"], **LOW, model__llama__hidden_size=64), run)
+
+
+def test_defaults_of_before_are_kept_and_said(world, tmp_path):
+    run = stopped(world, tmp_path)
+    stored = json.loads((run / "config.json").read_text())
+    del stored["data"]["transparency"], stored["optim"]["rounding"], stored["data"]["processor"]
+    (run / "config.json").write_text(json.dumps(stored))
+    asked = config_of(run, world["data"], **LOW)
+    config = continued(asked, run)
+    assert check_workdir(run, config)
+    assert kept_values(asked, config, run) == (
+        f"{run}: goes on with the defaults of when it began: data.transparency = 'drop' (now 'white'), "
+        "optim.rounding = 'nearest' (now 'stochastic')"
+    )
+    assert kept_values(config, config, run) == ""
 
 
 def test_a_tokenizer_is_compared_by_what_it_is(world, small_tokenizer, tmp_path):

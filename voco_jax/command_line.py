@@ -106,7 +106,8 @@ def _check_names(arguments: Sequence[str], own: Sequence[str]) -> None:
             raise UserError(f"command line: {argument.partition('=')[0]}: {likely.replace('key', 'option', 1)}")
         if not argument.startswith("-") and not option:
             options = ", ".join([f"{_CONFIG}=FILE {_KEY}KEY=VALUE", *(f"--{name}" for name in own)])
-            raise UserError(f"command line: {argument!r} is not an option; use {options}")
+            hint = f"did you mean {_CONFIG}={argument}?" if argument.endswith(".py") else f"use {options}"
+            raise UserError(f"command line: {argument!r} is not an option; {hint}")
         option = argument.startswith("-") and "=" not in argument
 
 
@@ -147,7 +148,7 @@ def load_file(path: str) -> ConfigDict:
     if not file.is_file():
         found = "a directory" if file.is_dir() else "no such file"
         ours = Path(__file__).parents[1] / "configs" / file.name
-        hint = f"; {_CONFIG}={ours}" if ours.is_file() else f"; those of voco_jax are in {ours.parent}"
+        hint = f"; did you mean {_CONFIG}={ours}?" if ours.is_file() else f"; those of voco_jax are in {ours.parent}"
         hint = hint if ours.parent.is_dir() else ""  # an installed package is without them
         raise UserError(f"{_CONFIG}={path}: expected a Python file, found {found}{hint}")
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))

@@ -1,8 +1,8 @@
 """python -m voco_jax.train --config=FILE [--config.KEY=VALUE …]
 
 Trains a model into the directory config.workdir, for example --config=configs/easyvqa.py. The same command again goes
-on from the newest checkpoint. Of several processes each is given the same command, and the first three options below,
-or finds them in its environment (docs/launching.md).
+on from the newest checkpoint. Several processes are all given the same command, and --coordinator, --num_processes and
+--process_id, or find these in their environment (docs/launching.md).
 """
 
 import shlex

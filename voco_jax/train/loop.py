@@ -39,7 +39,7 @@ from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.progress import interrupted
-from voco_jax.train.resume import BASE, base_of, continued
+from voco_jax.train.resume import BASE, base_of, continued, kept_values
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
@@ -87,11 +87,11 @@ def train(config: ConfigDict) -> AnyPath:
 
 def _set_up(config: ConfigDict) -> _Setup:
     workdir = workdir_path(config)
-    config = continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
+    asked, config = config, continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
     config = config.copy_and_resolve_references()
     config.data.test = sources_to_score(config.data)
     resuming = check_workdir(workdir, config)
-    if not resuming and (note := other_pixels(config)):
+    if note := kept_values(asked, config, workdir) if resuming else other_pixels(config):
         _say(note)
     mesh = make_mesh(config.mesh)
 

@@ -12,7 +12,7 @@ import shlex
 from ml_collections import ConfigDict
 import numpy as np
 
-from voco_jax.config import first_difference, load_config, with_earlier_values
+from voco_jax.config import ADDED_LATER, first_difference, flatten, load_config, with_earlier_values
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
@@ -50,6 +50,14 @@ def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
     elif _same_tokenizer(config.tokenizer.source, stored.tokenizer.source, workdir):
         config.tokenizer.source = stored.tokenizer.source
     return config
+
+
+def kept_values(asked: ConfigDict, config: ConfigDict, workdir: AnyPath) -> str:
+    """A line about defaults that have changed since the run began, and that `continued` did not take; '' for none."""
+    before, now = flatten(asked), flatten(config)
+    changed = {key: old for key, old in ADDED_LATER.items() if before[key] != now[key] == old}
+    kept = [f"{key} = {old!r} (now {before[key]!r})" for key, old in changed.items()]
+    return f"{workdir}: goes on with the defaults of when it began: {', '.join(kept)}" if kept else ""
 
 
 def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
