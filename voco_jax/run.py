@@ -161,12 +161,13 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigD
 
 
 def other_pixels(config: ConfigDict) -> str:
-    """A line where pictures come in another shape than in the run that `init_from` names; '' where they do not."""
+    """A line where pictures are prepared otherwise than in the run that `init_from` names; '' where they are not."""
     if not config.init_from:
         return ""
-    there, here = load_config(as_path(config.init_from) / "config.json").data.aspect_ratio, config.data.aspect_ratio
-    said = f"config.data.aspect_ratio: {config.init_from} has {there!r}, this config {here!r}"
-    return "" if there == here else f"{said}: the weights know other pictures"
+    there, here = load_config(as_path(config.init_from) / "config.json").data, config.data
+    differing = [key for key in ("aspect_ratio", "transparency") if there[key] != here[key]]
+    said = [f"config.data.{key}: {config.init_from} has {there[key]!r}, this config {here[key]!r}" for key in differing]
+    return f"{'; '.join(said)}: the weights know other pictures" if said else ""
 
 
 def _take_over(config, run, default, keys, name, where: str = "config.model") -> None:
