@@ -83,7 +83,7 @@ def test_a_run_trains_and_goes_on(tmp_path, capsys):
         optim__weight_decay=0.1,
     )  # fmt: skip
     run = train(config)
-    assert " and " in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model: "))
+    assert " of them trained" in next(x for x in capsys.readouterr().out.splitlines() if x.startswith("model: "))
     restored = load_run(run)
     found = flatten_dict(params_of(restored))
     for keys, first in flatten_dict(jax.device_get(init_params(restored.model.config, config.seed))).items():

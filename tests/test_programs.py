@@ -190,7 +190,7 @@ def test_the_prompt_is_the_tokenizers(tmp_path):
     """A byte-level tokenizer has a token less between image and VoCo tokens than Llama's, which are assumed without."""
     train_tokenizer(["a text"], 300).save_pretrained(tmp_path / "tokenizer")
     config = default_config()
-    config.data.row_length = 64
+    config.data.row_length, config.data.rows_per_bin = 64, 1
     mesh = make_mesh(config.mesh)
     assumed = make_program(config, "compress", mesh)
     assert find_tokenizer(config) is None

@@ -52,7 +52,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     workdir = tmp_path / "two"
     first, second = run(workdir)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert subjects(first.stdout) == ["distributed", "data", "data", "model", "goodput", "trained"]
+    assert subjects(first.stdout) == ["distributed", "data", "data", "model", "goodput", "trained", "score", "ask"]
     assert not subjects(second.stdout)
 
     alone = losses(train(tiny.config(tmp_path / "one", **CHANGES)))
