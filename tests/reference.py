@@ -1,6 +1,7 @@
 """The released code's checkpoint (tests/data/reference) as a model of ours, and its golden values."""
 
 from pathlib import Path
+import shutil
 
 from flax import nnx
 import jax.numpy as jnp
@@ -29,6 +30,15 @@ CONFIG = VoCoConfig(
     num_voco_tokens=2,
     suffix_ids=(13,),  # the golden rows have a bare newline between image and VoCo tokens
 )
+
+
+def copy_checkpoint(destination: Path) -> Path:
+    """A copy of the checkpoint's directory, to be changed; its vision tower is a link."""
+    destination.mkdir()
+    for name in "config.json", "model.safetensors":
+        shutil.copy(DIRECTORY / name, destination)
+    (destination / "vision_tower").symlink_to(DIRECTORY / "vision_tower")
+    return destination
 
 
 def golden() -> dict[str, np.ndarray]:

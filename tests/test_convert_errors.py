@@ -310,12 +310,7 @@ FAULTS = [
 @pytest.fixture
 def source(tmp_path) -> Path:
     """The golden checkpoint, to be damaged."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in "config.json", "model.safetensors":
-        shutil.copy(reference.DIRECTORY / name, source)
-    (source / "vision_tower").symlink_to(reference.DIRECTORY / "vision_tower")
-    return source
+    return reference.copy_checkpoint(tmp_path / "source")
 
 
 def assert_one_line(status: int, err: str, message: str) -> None:

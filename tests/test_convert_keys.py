@@ -151,12 +151,7 @@ def test_the_first_clips_say_it_twice():
 @pytest.fixture
 def llava(tmp_path) -> Path:
     """The golden checkpoint, to be changed."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in "config.json", "model.safetensors":
-        shutil.copy(reference.DIRECTORY / name, source)
-    (source / "vision_tower").symlink_to(reference.DIRECTORY / "vision_tower")
-    return source
+    return reference.copy_checkpoint(tmp_path / "source")
 
 
 def rename(source: Path, change) -> dict[str, np.ndarray]:

@@ -137,13 +137,9 @@ def _scan(source, maker: SampleMaker, chunk: range) -> Index:
     records, num_images, pictures, offsets, conversations, lengths, digests = [], [], [], [0], [], [], []
     report = Report()
     for i in chunk:
-        try:
-            record = source[i]
-            times = maker.frame_times(record)
-        except BadRecord as error:
-            report.seen += 1
-            report.add_bad(error, source.where(i))
+        if (read := maker.read(source, i, report)) is None:
             continue
+        record, times = read
         found = _lengths(record, times, maker, report, source.where(i))
         if found:
             records.append(i)

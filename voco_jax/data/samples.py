@@ -9,6 +9,7 @@ from PIL import Image
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.packing import truncate
 from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
+from voco_jax.data.reports import Report
 from voco_jax.data.turns import spread_video
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 
@@ -35,6 +36,16 @@ class SampleMaker:
 
     def __getstate__(self):
         return self.__dict__ | {"_encoded": {}, "_probed": None}
+
+    def read(self, source, i: int, report: Report) -> tuple[Record, np.ndarray | None] | None:
+        """(record i, its `frame_times`); None where it cannot be used, which the report hears of."""
+        try:
+            record = source[i]
+            return record, self.frame_times(record)
+        except BadRecord as error:
+            report.seen += 1
+            report.add_bad(error, source.where(i))
+            return None
 
     def frame_times(self, record: Record, rng: np.random.Generator | None = None) -> np.ndarray | None:
         """Seconds at which the record's video is looked at; None for pictures. BadRecord for a video without frames."""

@@ -140,13 +140,9 @@ def _truths(source, count: int) -> set[str]:
 
 def _read(model: Model, maker: SampleMaker, source, i: int, limit: int, report: Report, shown: bool) -> list[_Asked]:
     """A record's conversations that can be asked; the report hears of all."""
-    try:
-        record = source[i]
-        times = maker.frame_times(record)
-    except BadRecord as error:
-        report.seen += 1
-        report.add_bad(error, source.where(i))
+    if (read := maker.read(source, i, report)) is None:
         return []
+    record, times = read
     usable = []
     for c, turns in enumerate(record.conversations):
         report.seen += 1
