@@ -81,8 +81,7 @@ def _check_platform() -> None:
 def evenly(attend: Callable) -> Callable:
     """`attend(q, k, v, segment_ids)`, a causal kernel for rows of an even length, as one for rows of any length.
 
-    A row of odd length gets one place more, in a segment of its own at the row's end: causal queries never see it,
-    and its gradient is zero.
+    A row of odd length gets one place more at its end: the queries before it never see it, and its gradient is zero.
     """
 
     def attend_any(q, k, v, segment_ids=None):
@@ -91,7 +90,7 @@ def evenly(attend: Callable) -> Callable:
             return attend(q, k, v, segment_ids)
         q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
         if segment_ids is not None:
-            segment_ids = jnp.pad(segment_ids, [(0, 0), (0, 1)], constant_values=-1)
+            segment_ids = jnp.pad(segment_ids, [(0, 0), (0, 1)])
         return attend(q, k, v, segment_ids)[:, :length]
 
     return attend_any
