@@ -3,14 +3,10 @@
 from collections.abc import Callable, Sequence
 import contextlib
 import importlib.metadata
-import inspect
 import json
-import logging
 import re
 import sys
-import threading
 import time
-import traceback
 from typing import Any, NamedTuple
 import zlib
 
@@ -21,16 +17,14 @@ from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from voco_jax.errors import UserError, first_line
-from voco_jax.parallel.distributed import may_be_of_another, texts_of_all, together
+from voco_jax.errors import UserError
+from voco_jax.parallel.distributed import texts_of_all, together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, plain_path, remove
+from voco_jax.train.checkpoint_errors import Damaged, FailedSave, read_errors, write_errors
 from voco_jax.train.checksums import checksums
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
-# What keeps a checkpoint from being read, and may be over the next time
-_NO_DAMAGE = (PermissionError, ConnectionError, TimeoutError, MemoryError)
-_NO_DAMAGE_WORDS = ("PERMISSION_DENIED", "Forbidden", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write and read
 _ABOUT = "run"  # {"step", "data", "metrics", "config", "versions", "checksums"}, as JSON
 
@@ -59,7 +53,7 @@ class Checkpointer:
         with bucket_errors(self.directory):
             if not create and not self.directory.is_dir():
                 raise UserError(f"{self.directory}: no checkpoint found")
-            self._config, self._failure, self._writing = config, _FailedSave(), ""
+            self._config, self._failure, self._writing = config, FailedSave(), ""
             if create:
                 self._failure.listen()
                 if not in_bucket(run):
@@ -148,22 +142,8 @@ class Checkpointer:
             if _shapes(ocp.StandardCheckpointHandler().metadata(directory / item).tree) != expected:
                 raise ValueError(f"what was written of {item} is not there to be read")
 
-    @contextlib.contextmanager
     def _write_errors(self):
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
-            if may_be_of_another(error):
-                raise
-            where = self.directory / str(self._writing)
-            if isinstance(error, OSError) and error.strerror:
-                reason = error.strerror
-            else:  # TensorStore tells the address and its own source lines too; the reason stands last
-                reason, of_tensorstore, _ = first_line(error).partition(" [")
-                reason = reason.rsplit(": ", 1)[-1] if of_tensorstore else reason
-            raise UserError(f"{where}: the checkpoint cannot be written: {reason}") from error
+        return write_errors(self.directory / str(self._writing))
 
     # ---- Restoring ---------------------------------------------------------------------------------------------
 
@@ -271,7 +251,7 @@ class Checkpointer:
         return _shapes(self._metadata(step))
 
     def _metadata(self, step: int):
-        with self._damage(step):
+        with self._read_errors(step):
             metadata = self._manager.item_metadata(step)["params"]
             if metadata is None:
                 raise ValueError("params has no metadata")
@@ -286,7 +266,7 @@ class Checkpointer:
 
     def _restore(self, step: int, **args):
         # By a handler of its own: Orbax's manager ends by waiting for all processes, of which one may have failed
-        with self._damage(step):
+        with self._read_errors(step):
             handler = ocp.CompositeCheckpointHandler(**_handlers())
             return handler.restore(self._orbax_directory / str(step), ocp.args.Composite(**args))
 
@@ -301,7 +281,7 @@ class Checkpointer:
 
     def _check_about(self, step: int, about: dict) -> None:
         """That it is what was written: of text, no array's checksum would tell."""
-        with self._damage(step):
+        with self._read_errors(step):
             sums = about["checksums"]
             if sums.get(_ABOUT, expected := _checksum(about)) != expected:  # the first runs have none
                 raise ValueError(f"{_ABOUT}: its checksum")
@@ -314,19 +294,8 @@ class Checkpointer:
             if expected.get(name) != found.get(name):
                 raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")
 
-    @contextlib.contextmanager
-    def _damage(self, step: int):
-        try:
-            with _quiet_rest():
-                yield
-        except Exception as error:  # Orbax raises all kinds, bare Exception among them
-            if may_be_of_another(error):
-                raise
-            reason = first_line(error).replace(str(self._orbax_directory), str(self.directory))
-            where, reason = self.directory / str(step), f"{reason:.300}"
-            if isinstance(error, _NO_DAMAGE) or any(word in repr(error) for word in _NO_DAMAGE_WORDS):
-                raise UserError(f"{where}: the checkpoint cannot be read: {reason}") from error
-            raise Damaged(f"{where}: the checkpoint is damaged: {reason}") from error
+    def _read_errors(self, step: int):
+        return read_errors(self.directory / str(step), self._orbax_directory / str(step))
 
     def _put_aside(self, steps: Sequence[int]) -> None:
         with together():
@@ -342,68 +311,6 @@ class Checkpointer:
 def newest_saved(checkpoints: AnyPath) -> int:
     """The newest step that a directory of checkpoints has whole, 0 without one: a step gets its name when it is."""
     return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=0)
-
-
-class Damaged(UserError):
-    """A checkpoint that is not as it was written."""
-
-
-class _FailedSave(logging.Filter):
-    """Hears of a save that fails while the loop goes on.
-
-    Orbax's log has it at once. Its methods say so only after waiting for the other processes, which wait for this one.
-    """
-
-    error: BaseException | None = None
-    _before = None
-
-    def listen(self) -> None:
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet_rest())
-        logging.getLogger("absl").addFilter(self)
-        self._before, threading.excepthook = threading.excepthook, self._end_of_thread
-
-    def close(self) -> None:
-        if self._before is not None and self.error is None:  # or its threads still have to come to their end
-            logging.getLogger("absl").removeFilter(self)
-            threading.excepthook = self._before
-            self._quiet.close()
-
-    def _end_of_thread(self, args) -> None:
-        frames = traceback.extract_tb(args.exc_traceback)
-        if any("orbax" in frame.filename for frame in frames):
-            self.error = self.error or args.exc_value
-        else:
-            self._before(args)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and record.exc_info[1] is not None and "orbax" in record.pathname:
-            self.error = self.error or record.exc_info[1]
-            return False  # instead of its stack trace there will be a line
-        return True
-
-
-@contextlib.contextmanager
-def _quiet_rest():
-    """Where one array cannot be read or written, Orbax drops the others, which end later with a stack trace each."""
-    before, logger = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def hook(unraisable):
-        error, reader = unraisable.exc_value, unraisable.object
-        late = reader is None and isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        dropped = inspect.iscoroutine(reader) and "orbax" in reader.cr_code.co_filename
-        if not (late or dropped):
-            before(unraisable)
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return "exception was never retrieved" not in record.getMessage()
-
-    sys.unraisablehook = hook
-    logger.addFilter(is_news)
-    yield
-    if sys.unraisablehook is hook:  # and not that of a block inside of this one, which has failed
-        sys.unraisablehook = before  # only if all went well: nobody knows when the last of them ends
-    logger.removeFilter(is_news)
 
 
 def _checksum(about: dict) -> int:
