@@ -13,13 +13,14 @@ OLDEST_TESTS ?= tests/test_setup.py tests/test_tokenizer.py tests/test_tokenizer
   tests/test_conversations.py tests/test_config.py tests/test_images.py tests/test_llama.py tests/test_vit.py \
   tests/test_convert.py tests/test_checkpoint.py tests/test_pipeline.py tests/test_video.py
 
-.PHONY: help demo video-demo test test-oldest lint table1 aot clean
+.PHONY: help demo video-demo test test-oldest fuzz lint table1 aot clean
 
 help:
 	@echo "make demo        train the small model on easy-VQA, score it and ask it"
 	@echo "make video-demo  an image model, and how it goes on with clips"
 	@echo "make test        all tests"
 	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
+	@echo "make fuzz        damaged and hostile input, some 20,000 cases"
 	@echo "make lint        ruff and shellcheck"
 	@echo "make table1      the paper's Table 1 on easy-VQA"
 	@echo "make aot         which run fits which TPU slice"
@@ -50,6 +51,10 @@ test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.lmms
 # On Python 3.11, which has wheels of all of them: make PYTHON=python3.11 test-oldest
 test-oldest: $(VENV)-oldest/.test
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
+
+# Damaged and hostile input of every kind, some 20,000 cases
+fuzz: $(VENV)/.test $(VENV)/.smollm2
+	$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 import reprlib
 
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, printable
 
 # Every kind of record that is left out, and of one that is read though it is odd, as reports name them.
 BROKEN_JSON = "broken JSON"
@@ -34,7 +34,7 @@ class BadRecord(UserError):
         self.kind, self.message = kind, message
 
     def __str__(self):
-        return self.message
+        return printable(self.message)
 
 
 def shown(value) -> str:

@@ -1,0 +1,40 @@
+"""A small share of the fuzz suite, of every kind (`make fuzz` runs it in full)."""
+
+import os
+import time
+
+import pytest
+
+from tests.fuzz import TARGETS, target
+from tests.fuzz.harness import HANG, OVER, REFUSED, SILENT, SOUND, TRACEBACK, Target, run
+from voco_jax.errors import UserError
+
+SHARE = 0.02
+
+
+class Faulty(Target):
+    """What the suite has to notice."""
+
+    def case(self, rng, directory):
+        def fail(error):
+            raise error
+
+        reads = [
+            lambda: None, lambda: fail(UserError("a line")), lambda: fail(ValueError("a traceback")),
+            lambda: time.sleep(60), lambda: bytearray(b"x" * (2**30 + 2**27)) and None, lambda: "other numbers",
+            lambda: os._exit(3), lambda: fail(UserError("")),
+        ]  # fmt: skip
+        return "", reads[int(rng.bit_generator.seed_seq.entropy[-1])]
+
+
+def test_what_goes_wrong_is_noticed():
+    report = run("tests.test_fuzz:Faulty", range(8), seconds=3)
+    expected = [SOUND, REFUSED, TRACEBACK, HANG, OVER, SILENT, TRACEBACK, TRACEBACK]
+    assert [outcome.kind for outcome in report.outcomes] == expected
+    assert "ValueError: a traceback" in report.outcomes[2].said and len(report.bad) == 6
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_hostile_input_is_a_line_or_a_result(name):
+    report = run(name, range(max(5, round(target(name).count * SHARE))), seed=1)
+    assert not report.bad, "\n".join([str(report), *(f"case {bad.case}: {bad}" for bad in report.bad[:5])])

@@ -1,0 +1,58 @@
+"""The one opener of files that are read, on this machine or in a bucket: regular files only, and of bounded size."""
+
+import io
+import os
+import stat
+from typing import BinaryIO
+
+from voco_jax.errors import UserError
+from voco_jax.storage import AnyPath, as_path, in_bucket
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | AnyPath) -> BinaryIO:
+    """A file, opened to be read. UserError for what is none: opening a pipe would wait for its writer, and a device may
+    never end. Other errors are those of the file system (OSError, FileNotFoundError among them) or of the bucket."""
+    path = as_path(path)
+    if in_bucket(path):
+        return path.open("rb")
+    # Without waiting: a pipe opens at once, and is told by its kind. Links are followed.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        check_regular(path, os.fstat(descriptor))
+        os.set_blocking(descriptor, True)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | os.PathLike, status: os.stat_result) -> None:
+    """UserError unless it is the status of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise UserError(f"{path}: expected a file, found {found}")
+
+
+def read_bytes(path: str | AnyPath, most: int | None = None) -> bytes:
+    """A whole file. UserError for one of more than `most` bytes, of which no more is read, and as `open_regular`."""
+    with open_regular(path) as stream:
+        if most is None:
+            return stream.read()
+        content = stream.read(most + 1)
+        if len(content) > most:
+            size = stream.seek(0, io.SEEK_END)
+            raise UserError(f"{path}: expected {most} bytes at most, found {size}")
+        return content
+
+
+def read_text(path: str | AnyPath, most: int | None = None) -> str:
+    """A whole file in UTF-8, as `read_bytes`; UnicodeDecodeError, a ValueError, for any other."""
+    return read_bytes(path, most).decode()
