@@ -7,9 +7,10 @@ import socket
 import pytest
 
 from voco_jax.data.records import MISSING, BadRecord
-from voco_jax.errors import UserError, printable
+from voco_jax.errors import UserError
 from voco_jax.files import open_regular, read_bytes, read_text
 from voco_jax.json_files import read_object
+from voco_jax.terminal import printable
 
 
 def test_regular_files_alone_are_opened(tmp_path):

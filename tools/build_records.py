@@ -27,6 +27,7 @@ from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.storage import absolute, as_path
+from voco_jax.terminal import printable
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +141,7 @@ def run_check(args) -> None:
     with tqdm(total=manifest.get("records"), unit=" records", desc=args.out.name, delay=0.5, file=sys.stderr) as bar:
         problems = check(args.out, args.workers, bar.update)
     if problems:
-        print("\n".join(problems))
+        print("\n".join(map(printable, problems)))
         sys.exit(1)
     print(f"{args.out}: {manifest['records']} records in {manifest['num_shards']} shards, all well")
 

@@ -29,6 +29,7 @@ from voco_jax.convert.verify import open_side, verify
 from voco_jax.data.conversations import TEMPLATES
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.terminal import printable
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -157,16 +158,16 @@ def compare(args) -> None:
     a, b = (open_side(path, args.vision_tower, args.base, args.ignore_key) for path in (args.a, args.b))
     result = verify(a, b, allow_more_rows=args.allow_more_rows)
     for line in result.notes + result.problems:
-        print(line)
+        print(printable(line))
     print(f"{result.identical} of {result.tensors} tensors are identical")
     if result.where:
-        print(f"worst difference: {result.worst:.3g} in {result.where}")
+        print(f"worst difference: {result.worst:.3g} in {printable(result.where)}")
     sys.exit(0 if result.equal else 1)
 
 
 def warn(warnings: list[str]) -> None:
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from voco_jax.infer.arguments import (
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.storage import as_path
+from voco_jax.terminal import printable
 
 
 @one_line_errors
@@ -61,9 +62,10 @@ def main() -> None:
     for question in args.question:
         requests = [Request(question, seen[i]) for i in range(len(seen))] if each else [Request(question, seen)]
         answers = model.answers(requests, max_new_tokens=args.max_new_tokens, sampling=sampling)
-        print(question)
+        print(printable(question, keep="\n\t"))
         for request, answer in zip(requests, answers, strict=True):
-            print(f"  {describe(request.seen)}: {answer}" if each else f"  {answer}")
+            answer = printable(answer, keep="\n\t")
+            print(f"  {printable(describe(request.seen))}: {answer}" if each else f"  {answer}")
 
 
 def check_seen(args: argparse.Namespace) -> None:
@@ -82,7 +84,8 @@ def check_seen(args: argparse.Namespace) -> None:
         if kind == VIDEO:
             raise UserError(f"--image {file}: expected a picture, found a video; --video takes its frames")
         if kind == ANIMATION:
-            print(f"note: {file}: animated; of it the first picture is taken; --video takes more", file=sys.stderr)
+            note = f"note: {file}: animated; of it the first picture is taken; --video takes more"
+            print(printable(note), file=sys.stderr)
     if args.video:
         probe(Clip(as_path(args.video)))
     if args.memory:

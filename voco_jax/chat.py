@@ -20,6 +20,7 @@ from voco_jax.infer.arguments import (
     load_model,
     sampling_of,
 )
+from voco_jax.terminal import printable
 
 
 @one_line_errors
@@ -50,7 +51,7 @@ def main() -> None:
         if not question or question == "/quit":
             break
         if not asking:
-            print(f"> {question}")
+            print(f"> {printable(question)}")
         if question == "/help":
             print(__doc__.partition("\n\n")[2].rstrip())
             continue
@@ -58,13 +59,13 @@ def main() -> None:
             chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
             continue
         if re.fullmatch("/[a-z]+", question):  # meant for another program; a question about it has more words
-            print(f"error: {question}: expected /clear, /help or /quit", file=sys.stderr)
+            print(f"error: {printable(question)}: expected /clear, /help or /quit", file=sys.stderr)
             continue
         if len(chat.turns) == 2 and saw_single_questions(model):
             print(f"note: {args.run} was trained on single questions: a second turn is new to it", file=sys.stderr)
         try:
             for piece in chat.stream(question):
-                print(piece, end="", flush=True)
+                print(printable(piece, keep="\n\t"), end="", flush=True)
             print(flush=True)
         except UserError as error:  # the conversation is as it was
             print(f"error: {error}", file=sys.stderr)

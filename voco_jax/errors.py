@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 import functools
-import re
 import signal
 import sys
 
 from voco_jax import interrupts
+from voco_jax.terminal import printable
 
 
 class UserError(Exception):
@@ -22,22 +22,6 @@ class TryAgain(UserError):
     """Nobody has to mend anything: the same command may well succeed the next time (a machine was lost)."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h; launch scripts start again on it
-
-
-# Control characters, line separators, halves of characters (names that are not UTF-8), and what turns the direction of
-# the text that follows. Joiners, which emoji and some scripts are made with, stay.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Text from a file, for a terminal or a log: in one line, and nothing in it is obeyed (colours, titles, cursor).
-
-    Control characters but those to `keep` are escaped as Python does.
-
-    >>> printable("a\\x1b[2Jb\\nc")
-    'a\\\\x1b[2Jb\\\\nc'
-    """
-    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:

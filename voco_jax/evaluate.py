@@ -34,6 +34,7 @@ from voco_jax.infer.arguments import add_model_arguments
 from voco_jax.models.voco import COMPRESSORS
 from voco_jax.run import Run, load_run
 from voco_jax.storage import files_for
+from voco_jax.terminal import printable
 
 
 class Scored(NamedTuple):
@@ -185,8 +186,9 @@ def main() -> None:
     several, one_easyvqa = len(_by_name(run, "test")) > 1, len(_names(run, "test", "easyvqa")) == 1
     for name, scored in score_sources(run, args.max_records, args.baselines):
         if several:
-            print(f"## {name}\n")
-        print("\n".join([scored.table, *scored.notes]))  # first, whatever becomes of the files
+            print(f"## {printable(name)}\n")
+        # First, whatever becomes of the files
+        print("\n".join([printable(scored.table, keep="\n"), *map(printable, scored.notes)]))
         of_source = suffix if one_easyvqa and _by_name(run, "test")[name].kind == "easyvqa" else f".{name}{suffix}"
         written = [f"results{of_source}.json", *(f"{picture}{of_source}.png" for picture in scored.pictures)]
         with files_for(args.run) as directory:

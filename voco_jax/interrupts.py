@@ -19,6 +19,8 @@ import threading
 import time
 from typing import NoReturn
 
+from voco_jax.terminal import printable
+
 NOTHING_TO_SAVE = "preempted: nothing to save; the same command goes on"
 INTERRUPTED = 130  # 128 + SIGINT, as of shells
 _STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: 75}  # as TryAgain's
@@ -120,7 +122,7 @@ def end(status: int, line: str = "") -> NoReturn:
     if line:
         before = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # "^C", or half a progress bar
         with contextlib.suppress(OSError):
-            os.write(2, f"{before}{line}\n".encode(errors="backslashreplace"))
+            os.write(2, f"{before}{printable(line)}\n".encode(errors="backslashreplace"))
     os._exit(status)
 
 

@@ -138,7 +138,8 @@ def _child(name: str, seed: int, directory: Path, pipe) -> None:
 
 
 def _outcome(case: int, what: str, read: Callable[[], str | None], needs: Callable[[], int]) -> Outcome:
-    from voco_jax.errors import UserError, printable
+    from voco_jax.errors import UserError
+    from voco_jax.terminal import printable
 
     before, start = _start_of_peak(), time.monotonic()
     try:

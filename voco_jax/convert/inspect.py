@@ -13,6 +13,7 @@ from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import make_model_config
+from voco_jax.terminal import printable
 
 
 def describe(source: Source) -> tuple[str, bool]:
@@ -37,7 +38,7 @@ def describe(source: Source) -> tuple[str, bool]:
     lines += _columns(rows)
     problems = problems_of(source)
     lines += ["", "what does not fit" if problems else "everything fits", *(f"  {problem}" for problem in problems)]
-    return "\n".join(lines), not problems
+    return "\n".join(map(printable, lines)), not problems
 
 
 def describe_run(run: Path) -> str:
@@ -53,7 +54,8 @@ def describe_run(run: Path) -> str:
     lines += _configuration("llama", llama) + _configuration("vision", vision_config(config))
     count = f"{parameters - padding:,} parameters" + (f" and {padding:,} of padding" if padding else "")
     lines += ["", f"{len(stored.shapes)} arrays, {count}, {size / 1e9:.2f} GB", ""]
-    return "\n".join(lines + _columns([[p, stored.dtype(p).name, str(list(s))] for p, s in stored.shapes.items()]))
+    lines += _columns([[p, stored.dtype(p).name, str(list(s))] for p, s in stored.shapes.items()])
+    return "\n".join(map(printable, lines))
 
 
 def _configuration(part: str, config) -> list[str]:

@@ -26,6 +26,7 @@ from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Picture,
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
+from voco_jax.terminal import printable
 
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
@@ -232,7 +233,7 @@ def _save(index: Index, file: Path) -> None:
 
 @functools.cache
 def _say_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _kept(file: Path) -> Index | None:

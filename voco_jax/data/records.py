@@ -5,7 +5,8 @@ import dataclasses
 from pathlib import Path
 import reprlib
 
-from voco_jax.errors import UserError, printable
+from voco_jax.errors import UserError
+from voco_jax.terminal import printable
 
 # Every kind of record that is left out, and of one that is read though it is odd, as reports name them.
 BROKEN_JSON = "broken JSON"

@@ -5,6 +5,7 @@ import dataclasses
 
 from voco_jax.data.records import BadRecord
 from voco_jax.errors import UserError
+from voco_jax.terminal import printable
 
 EXAMPLES = 3  # that are named of each kind
 
@@ -15,8 +16,7 @@ def one_line(text: str, most: int = 500) -> str:
     >>> one_line("a\\nb\\x1b[2J.jpg: not found")
     'a b\\\\x1b[2J.jpg: not found'
     """
-    text = " ".join(text[: 2 * most].split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(" ".join(text[: 2 * most].split()))
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -29,6 +29,7 @@ from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.run import begin_with_run, make_processor, other_pixels
 from voco_jax.storage import AnyPath, as_path, bucket_errors
+from voco_jax.terminal import printable
 from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite, newest_saved
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
@@ -267,7 +268,7 @@ def _check_positions(conversation: int, model_config) -> None:
 
 def _say(line: str) -> None:
     if jax.process_index() == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def _count(params) -> int:

@@ -8,6 +8,8 @@ import time
 
 from tqdm import tqdm
 
+from voco_jax.terminal import printable
+
 LINE_EVERY = 10.0  # seconds at least between two lines where there is no terminal
 
 
@@ -46,7 +48,7 @@ class Progress:
 
 def say(line: str) -> None:
     """A line on stderr, above the bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
     sys.stderr.flush()
 
 
