@@ -12,7 +12,10 @@ import importlib
 from tests.fuzz.harness import Target
 
 # By name, "module:class": what is not asked for is not imported
-TARGETS = {"json": "tests.fuzz.json_objects:JSONObjects"}
+TARGETS = {
+    "json": "tests.fuzz.json_objects:JSONObjects",
+    "logs": "tests.fuzz.logs:Logs",
+}
 
 
 def target(name: str) -> Target:

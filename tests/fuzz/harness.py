@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import hashlib
 import multiprocessing
+import os
 from pathlib import Path
 import re
+import sys
 import tempfile
 import time
 import traceback
@@ -74,10 +76,12 @@ def run(
     """All cases in order; the process is started anew after one that it does not survive."""
     outcomes, left = [], collections.deque(cases)
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="fuzz_") as directory:
+    with tempfile.TemporaryDirectory(prefix="fuzz_") as temporary:
+        directory = Path(temporary) / "inputs"
+        directory.mkdir()
         while left:
             ours, theirs = context.Pipe()
-            child = context.Process(target=_child, args=(name, seed, Path(directory), theirs), daemon=True)
+            child = context.Process(target=_child, args=(name, seed, directory, theirs), daemon=True)
             child.start()
             theirs.close()
             what = "making the case"
@@ -126,15 +130,26 @@ def _rng(name: str, seed: int, case: int) -> np.random.Generator:
 
 def _child(name: str, seed: int, directory: Path, pipe) -> None:
     from tests.fuzz import target
+    from voco_jax.terminal import printable
 
+    printed = os.open(directory.with_name(f"{directory.name}_printed"), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
     of_kind = target(name)
     of_kind.make(directory)
     pipe.send("ready")
     while True:
         case = pipe.recv()
         what, read = of_kind.case(_rng(name, seed, case), directory)
+        os.ftruncate(printed, 0)
         pipe.send(what)
-        pipe.send(_outcome(case, what, read, of_kind.needs))
+        outcome = _outcome(case, what, read, of_kind.needs)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        text = os.pread(printed, 10_000, 0).decode(errors="surrogateescape")
+        if outcome.kind not in BAD and (text != printable(text, keep="\n\r\t") or "Traceback" in text):
+            outcome = dataclasses.replace(outcome, kind=TRACEBACK, said=f"printed: {ascii(text)}")
+        pipe.send(outcome)
 
 
 def _outcome(case: int, what: str, read: Callable[[], str | None], needs: Callable[[], int]) -> Outcome:

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.files import read_bytes
 from voco_jax.train.goodput import CATEGORIES, LABELS, read_seconds, share
 from voco_jax.train.progress import duration, short
 
@@ -60,14 +61,13 @@ def read_history(run: Path) -> History:
     if not file.exists():
         raise UserError(f"{file}: not found; a run directory has it once training has begun")
     lines = []
-    for i, text in enumerate(
-        file.read_text(errors="replace").split("\n")[:-1], start=1
-    ):  # the last may be half written
+    texts = read_bytes(file).decode(errors="replace").split("\n")[:-1]  # the last may be half written
+    for i, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
-            lines.append(numbers | {"step": int(line["step"])})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            numbers = {key: value for key, value in line.items() if _is_number(value)}
+            lines.append(numbers | {"step": int(numbers["step"])})
+        except (ValueError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{file}:{i}: expected an object with a step, found {text!r:.80}") from None
     if not lines:
         raise UserError(f"{file}: nothing has been logged yet")
@@ -75,6 +75,11 @@ def read_history(run: Path) -> History:
     return History(run.name or str(run), lines, read_seconds(account) if account.exists() else None)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # what can be drawn; a file may say anything
+
+
+@plt.rc_context({"text.parse_math": False})  # a run may be called `a$b$`
 def draw_curves(histories: Sequence[History], path: Path) -> None:
     """All runs into one PNG (or what else the name's ending says)."""
     keys = [key for key in PANELS if any(history.series(key)[0] for history in histories)]

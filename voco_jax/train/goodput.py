@@ -227,7 +227,7 @@ def _read(path: Path) -> tuple[dict[str, float], int, dict[int, float]]:
         if not all(0 <= number < float("inf") for number in numbers):
             raise ValueError("a number that is no time")
         return seconds, int(content["step"]), marks
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not an account of goodput ({error!r:.100})") from None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
+from voco_jax.files import read_bytes
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.optimizer import make_schedule
 from voco_jax.train.progress import Progress, describe, say
@@ -233,7 +234,7 @@ def _step_of(line: str) -> int | None:
     try:
         step = json.loads(line)["step"]
         return step if isinstance(step, int) else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -241,9 +242,8 @@ def _drop_after(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`."""
     if not path.exists():
         return
-    *lines, unfinished = path.read_text(errors="replace").split(
-        "\n"
-    )  # nothing stands after the last newline, but in a killed run
+    # Nothing stands after the last newline, but in a killed run
+    *lines, unfinished = read_bytes(path).decode(errors="replace").split("\n")
     steps = [_step_of(line) for line in lines]
     if None in steps:
         say(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
