@@ -18,6 +18,8 @@ import numpy as np
 
 from voco_jax.convert.golden import check
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.files import open_regular
+from voco_jax.terminal import printable
 
 
 @one_line_errors
@@ -28,13 +30,14 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default 1e-4)")
     args = parser.parse_args()
     try:
-        with np.load(args.golden, allow_pickle=False) as file:
+        with open_regular(args.golden) as stream, np.load(stream, allow_pickle=False) as file:
             golden = dict(file)
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, MemoryError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{args.golden}: not a readable npz file: {error}") from None
     worst, greedy = 0.0, []
     for line in check(args.checkpoint, golden, str(args.golden)):
-        print(f"{line.what}: worst difference {line.worst:.3g}" if line.worst is not None else line.what)
+        worst_of = "" if line.worst is None else f": worst difference {line.worst:.3g}"
+        print(f"{printable(line.what)}{worst_of}")
         if line.worst is not None:
             worst = max(worst, line.worst) if line.worst == line.worst else float("nan")
         greedy.append(line.agrees)
