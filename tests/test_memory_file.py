@@ -50,10 +50,12 @@ def test_it_is_safetensors_and_holds_nothing_else(tmp_path):
     bank = make_bank()
     save_memory(tmp_path / "a.voco", bank)
     tensors = safetensors.numpy.load_file(tmp_path / "a.voco")
-    assert sorted(tensors) == ["checksums", "keys", "values"]
+    assert sorted(tensors) == ["checksums", "items", "keys", "values"]
     np.testing.assert_array_equal(tensors["keys"], bank.keys)
+    items = [json.loads(line) for line in tensors["items"].tobytes().splitlines()]
+    assert [Item(**fields) for fields in items] == list(bank.items)
     data = sum(tensor.nbytes for tensor in tensors.values())
-    assert (tmp_path / "a.voco").stat().st_size - data < 300 * len(bank) + 600
+    assert (tmp_path / "a.voco").stat().st_size - data < 700
 
 
 def test_half_a_mebibyte_a_token_of_7b():
@@ -126,8 +128,8 @@ def test_other_files(tmp_path, content, message):
 def test_a_later_version(tmp_path):
     save_memory(tmp_path / "a.voco", make_bank())
     content = (tmp_path / "a.voco").read_bytes()
-    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "1"', b'"version": "2"'))
-    with pytest.raises(UserError, match="expected a memory file of version 1, found '2'"):
+    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "2"', b'"version": "3"'))
+    with pytest.raises(UserError, match="expected a memory file of version 1 to 2, found '3'"):
         MemoryFile(tmp_path / "a.voco")
 
 
@@ -160,7 +162,7 @@ def test_what_does_not_go_together(tmp_path, other, message):
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     save_memory(tmp_path / "a.voco", make_bank())
-    with pytest.raises(UserError, match="/nowhere/a.voco: the memory file cannot be written: No such file"):
+    with pytest.raises(UserError, match="/nowhere/a.voco: cannot be written: No such file"):
         save_memory("/nowhere/a.voco", make_bank())
     (tmp_path / "a.voco").rename(tmp_path / "b.voco")
     assert same(load_memory(tmp_path / "b.voco"), make_bank())
@@ -212,9 +214,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert len(out.splitlines()) == 11
     assert "every byte as it was written" in run("check", tmp_path / "c.voco")[1]
     content = bytearray((tmp_path / "c.voco").read_bytes())
-    content[-1] ^= 1
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    content[8 + length + header["values"]["data_offsets"][1] - 1] ^= 1
     (tmp_path / "c.voco").write_bytes(content)
     status, _, err = run("check", tmp_path / "c.voco")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "q4.png" in err
-    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
     assert header["__metadata__"]["model"] == "m1"

@@ -141,14 +141,24 @@ class Model:
     def look(self, about: About | None) -> Seen | None:
         """What a question is about, as it is read: what `see` and `compress` gave is taken as it is, several joined;
         pictures are looked at, and so are a video's frames; a path ending in .voco is a memory file's. None for text
-        alone."""
+        alone. UserError where there is no picture, and for memories of another model."""
+        seen = self._look(about)
+        if seen is not None and not len(seen):
+            raise UserError("pictures: expected at least one to ask about, found none")
+        if seen is not None:
+            self.check_seen(seen)
+        return seen
+
+    def _look(self, about: About | None) -> Seen | None:
         if about is None or isinstance(about, MemoryBank | Embeddings):
             return about
         if _names_several(about):
             path = local_path(os.fspath(about))
             return self.open(path) if path.endswith(SUFFIX) else self.see_video(path)
         if isinstance(about, list | tuple) and any(isinstance(x, Seen) or _names_several(x) for x in about):
-            parts = [self.look(one) for one in about]
+            parts = [self._look(one) for one in about]
+            for part in parts:
+                self.check_seen(part)
             if isinstance(parts[0], MemoryBank):
                 return join(of_one_dtype(parts))
             items = tuple(item for part in parts for item in part.items)
@@ -231,7 +241,28 @@ class Model:
 
     def open(self, file: str | os.PathLike, *, tokens: int | None = None) -> MemoryBank:
         """Read a memory file; UserError for one that is damaged, or of another model."""
-        return load_memory(file, self.fingerprint, tokens)
+        bank = load_memory(file, self.fingerprint, tokens)
+        self.check_seen(bank)
+        return bank
+
+    def check_seen(self, bank: Seen) -> None:
+        """UserError unless it is what this model sees; of memories, which come from files, unless it made them."""
+        kind = MemoryBank if self.config.compressor == "voco" else Embeddings
+        if not isinstance(bank, kind):
+            found = f"found {type(bank).__name__}"
+            raise UserError(f"pictures: expected {kind.__name__} (compressor {self.config.compressor!r}), {found}")
+        if isinstance(bank, Embeddings):
+            return
+        c, name = self.config.llama, f"memory of {bank.items[0].source}" if len(bank) else "memory"
+        if bank.model != self.fingerprint:
+            raise UserError(f"{name}: expected one of this model ({self.fingerprint}), found {bank.model}")
+        tokens, *shape = bank.keys.shape[1:]
+        expected = [c.num_hidden_layers, c.num_key_value_heads, c.head_dim]
+        if shape != expected or not 1 <= tokens <= self.config.num_voco_tokens:
+            raise UserError(
+                f"{name}: expected 1 to {self.config.num_voco_tokens} tokens of {expected} (layers, heads, head size), "
+                f"found {tokens} of {shape}"
+            )
 
     # ---- Asking ------------------------------------------------------------------------------------------------
 
@@ -363,11 +394,7 @@ class Model:
                 features = jax.numpy.concatenate([bank.features for bank in banks])
                 return jax.numpy.pad(features, [(0, places - count), (0, 0), (0, 0)])[None], pictures
             for bank in banks:
-                if bank.model != self.fingerprint:
-                    raise UserError(
-                        f"memory of {bank.items[0].source}: expected one of this model ({self.fingerprint}), found "
-                        f"{bank.model}"
-                    )
+                self.check_seen(bank)
             return join(of_one_dtype(banks)).memory(places), pictures
 
 

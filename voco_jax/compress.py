@@ -15,6 +15,7 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
 from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory_file import MemoryFile
+from voco_jax.terminal import printable
 
 
 @one_line_errors
@@ -47,10 +48,9 @@ def main() -> None:
     file = MemoryFile(args.out)
     counts = [f"{outcome.new} new", f"{outcome.known} known"]
     counts += [f"{n} {what}" for n, what in ((outcome.bad, "left out"), (outcome.dropped, "replaced")) if n]
-    size = args.out.stat().st_size / 2**20
     print(
-        f"{args.out}: {len(file)} pictures of {file.num_tokens} tokens, {file.dtype.name}, {size:.1f} MiB "
-        f"({', '.join(counts)})"
+        f"{printable(str(args.out))}: {len(file)} pictures of {file.num_tokens} tokens, {file.dtype.name}, "
+        f"{file.size / 2**20:.1f} MiB ({', '.join(counts)})"
     )
 
 

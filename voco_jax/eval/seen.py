@@ -205,11 +205,10 @@ class _Directory:
         for file in sorted(path.glob(f"*{SUFFIX}")):
             try:
                 memories = MemoryFile(file)
+                if memories.model == model:
+                    self._add(memories)
             except UserError as error:
                 warnings.warn(f"cache: left out: {error}", stacklevel=2)
-                continue
-            if memories.model == model:
-                self._places |= {item.source: (memories, i) for i, item in enumerate(memories.items)}
 
     def __contains__(self, key: str) -> bool:
         return key in self._places or key in self._waiting
@@ -237,9 +236,12 @@ class _Directory:
         name = hashlib.sha256("".join([self._model, *self._waiting]).encode()).hexdigest()[:24]
         file = self._path / f"{name}{SUFFIX}"
         save_memory(file, join(list(self._waiting.values())))
-        memories = MemoryFile(file)
-        self._places |= {item.source: (memories, i) for i, item in enumerate(memories.items)}
+        self._add(MemoryFile(file))
         self._waiting = {}
+
+    def _add(self, memories: MemoryFile) -> None:
+        memories.close()  # there may be thousands
+        self._places |= {item.source: (memories, i) for i, item in enumerate(memories.items)}
 
 
 def _identity(view: View) -> tuple:

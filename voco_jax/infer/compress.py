@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import glob
 import hashlib
@@ -27,8 +26,9 @@ from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
 from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
+from voco_jax.files import read_text
 from voco_jax.infer.memory import Item
-from voco_jax.infer.memory_file import MemoryFile, join_files, save_memory
+from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.storage import AnyPath, as_path, files_below, in_bucket, matching
 
 LISTS = (".txt", ".list")
@@ -97,33 +97,40 @@ def compress_to_file(
     A file that is there keeps what it has, but for pictures that are others now (by their bytes) and for videos that
     are looked at in other places. `tokens` a picture and the dtype are those of the file that is there, else as asked
     for (default: all, and the dtype of the computation). UserError for a file of another model, and for a named
-    picture that cannot be read; what was done until then is kept.
+    picture that cannot be read; what was done until then is kept. TryAgain where another process writes the file.
     """
     model.require_voco()
-    with _parts(out) as directory:
-        old = MemoryFile(out) if out.exists() else None  # in here: no other process makes it any more
-        parts = [MemoryFile(file) for file in sorted(directory.glob("*.voco"))]
+    with writing(out, patience=0) as real, _parts(real) as directory:
+        old = MemoryFile(real) if real.exists() else None
+        parts = [_part(file) for file in sorted(directory.glob("*.voco"))]
         tokens, dtype = _form(model, [old, *parts], tokens, int8)
-        have = {_key(item): None for file in [old, *parts] if file is not None for item in file.items}
+        have = {item.identity for file in [old, *parts] if file is not None for item in file.items}
         wanted = _Wanted(have, model.run.processor.load, sampling or model.frame_sampling(), batch_size)
         outcome = Outcome()
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
-            number = len(parts)
+            number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
             for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, say):
                 bank = model.see_pixels(squares, items, batch_size).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
-                save_memory(file, bank if dtype is None else bank.astype(dtype))
-                parts.append(MemoryFile(file))
+                write_memory(file, [bank if dtype is None else bank.astype(dtype)])
+                parts.append(_part(file))
                 outcome.new, number = outcome.new + len(items), number + 1
                 bar.update(len(items))
         if wanted.total and outcome.bad == wanted.total:
             raise UserError(f"{out}: none of {wanted.total} pictures could be read")
-        _write(out, old, parts, wanted, outcome)
+        _write(real, old, parts, wanted, outcome)
     return outcome
 
 
-def _write(out: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "_Wanted", outcome: Outcome) -> None:
+def _part(file: Path) -> MemoryFile:
+    """Without a descriptor: there may be thousands."""
+    part = MemoryFile(file)
+    part.close()
+    return part
+
+
+def _write(real: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "_Wanted", outcome: Outcome) -> None:
     """The one file of the old one and the parts; untouched where nothing has changed."""
     taken: list[tuple[MemoryFile, list[int]]] = []
     seen: set = set()
@@ -132,7 +139,7 @@ def _write(out: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "
             continue
         which = []
         for i, item in enumerate(file.items):
-            key = _key(item)
+            key = item.identity
             # The parts of a run that was killed when it had just made the file. In that itself all stay: what came from
             # Python as arrays has no names to be told apart by
             if file is not old and key in seen:
@@ -144,13 +151,13 @@ def _write(out: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: "
             which.append(i)
         taken.append((file, which))
     if old is None or outcome.dropped or any(which for file, which in taken if file is not old):
-        join_files(out, [(file, which) for file, which in taken if which])
+        write_memory(real, [(file, which) for file, which in taken if which])
 
 
 class _Wanted:
     """What the entries come to: keys of items by source, and the jobs that load them."""
 
-    def __init__(self, have: dict, load: Callable[[Picture], Image.Image], sampling: FrameSampling, chunk: int):
+    def __init__(self, have: set[bytes], load: Callable[[Picture], Image.Image], sampling: FrameSampling, chunk: int):
         self._have, self._load, self._sampling, self._chunk = have, load, sampling, chunk
         self.keys: dict[str, set] = {}
         self.total = 0
@@ -175,9 +182,9 @@ class _Wanted:
         with open_file(entry.path, whole=True) as stream:
             data = stream.read()
         item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
-        known = _key(item) in self._have
+        known = item.identity in self._have
         image = None if known else self._load(Picture(data=data, name=str(entry.path)))
-        self.keys[item.source] = {_key(item)}  # only now: where it cannot be read the old one is not replaced
+        self.keys[item.source] = {item.identity}  # only now: where it cannot be read the old one is not replaced
         return item, image
 
     def _frames(self, entry: Entry) -> Iterator:
@@ -186,10 +193,10 @@ class _Wanted:
         with open_file(entry.path) as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         items = [Item(source, sha256, float(time)) for time in times]
-        self.keys[source] = set(map(_key, items))
+        self.keys[source] = {item.identity for item in items}
 
         def load(some):
-            new = [item for item in some if _key(item) not in self._have]
+            new = [item for item in some if item.identity not in self._have]
             frames = dict(zip(new, read_frames(clip, [item.time for item in new]), strict=True)) if new else {}
             return [(item, frames.get(item)) for item in some]
 
@@ -258,24 +265,20 @@ def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: b
 
 
 @contextlib.contextmanager
-def _parts(out: Path) -> Iterator[Path]:
-    """The directory of parts, for this process alone; it goes when all has gone well."""
-    directory = Path(f"{out}.parts")
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is compressing into it") from None
-        for left in directory.glob(".*.new"):  # of a write that was killed
-            left.unlink()
-        try:
-            yield directory
-        except BaseException:
-            if not any(directory.glob("*.voco")):
-                shutil.rmtree(directory)
-            raise
-        shutil.rmtree(directory)
+def _parts(real: Path) -> Iterator[Path]:
+    """The directory of a locked file's parts; it goes when all has gone well."""
+    directory = Path(f"{real}.parts")
+    try:
+        directory.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{directory}: expected a directory, found a file") from None
+    try:
+        yield directory
+    except BaseException:
+        if not any(directory.glob("*.voco")):
+            shutil.rmtree(directory)
+        raise
+    shutil.rmtree(directory)
 
 
 def _is_known(file: Path) -> bool:
@@ -284,15 +287,11 @@ def _is_known(file: Path) -> bool:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text().splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(f"{file}: the list cannot be read: {reason}") from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def _key(item: Item) -> tuple:
-    return item.source, item.sha256, item.time
 
 
 def _raise(error: Exception):

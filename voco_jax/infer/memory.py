@@ -16,9 +16,10 @@ import numpy as np
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Memory, VoCoConfig
+from voco_jax.terminal import printable
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Item:
     """What one memory is of: the picture's file (or any name), the SHA-256 of the file's bytes, and for a frame of a
     video its time in seconds."""
@@ -30,6 +31,13 @@ class Item:
     @property
     def is_frame(self) -> bool:
         return self.time is not None
+
+    @property
+    def identity(self) -> bytes:
+        """What tells it from others, in 16 bytes."""
+        time = None if self.time is None else float(self.time)
+        fields = json.dumps([self.source, self.sha256, time]).encode()
+        return hashlib.blake2b(fields, digest_size=16).digest()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -50,6 +58,9 @@ class MemoryBank:
     def __post_init__(self):
         if len(self.keys) != len(self.items) or self.keys.shape != self.values.shape:
             raise ValueError(f"{len(self.items)} items, keys {self.keys.shape}, values {self.values.shape}")
+        scales = None if self.scales is None else self.scales.shape
+        if scales != ((2, *self.keys.shape[:4]) if self.keys.dtype == np.int8 else None):
+            raise ValueError(f"scales {scales} of keys {self.keys.shape} in {self.keys.dtype}")
 
     def __repr__(self) -> str:
         size = f"{self.nbytes / 2**20:.1f} MiB" if self.nbytes >= 2**20 else f"{self.nbytes / 2**10:.1f} KiB"
@@ -132,10 +143,13 @@ def from_memory(memory: Memory, num_tokens: int, items: Sequence[Item], model: s
 def join(banks: Iterable[MemoryBank]) -> MemoryBank:
     """One bank of several, in their order; UserError where they do not go together."""
     banks = list(banks)
+    if not banks:
+        raise UserError("memories: expected at least one, found none")
     for bank in banks[1:]:
         for what, there, found in (
             ("model", banks[0].model, bank.model),
             ("tokens a picture", banks[0].num_tokens, bank.num_tokens),
+            ("layers and heads", banks[0].keys.shape[2:], bank.keys.shape[2:]),
             ("dtype", banks[0].keys.dtype.name, bank.keys.dtype.name),
         ):
             if there != found:
@@ -220,7 +234,7 @@ def _shown(items: Sequence[Item]) -> str:
     >>> _shown([Item("a.png")]), _shown([Item(f"{i}.png") for i in range(9)])
     ('1 picture: a.png', '9 pictures: 0.png, 1.png, 2.png, …')
     """
-    names = [item.source or "(no name)" for item in items[:3]] + ["…"] * (len(items) > 3)
+    names = [printable(item.source) or "(no name)" for item in items[:3]] + ["…"] * (len(items) > 3)
     return f"{len(items)} picture{'s' * (len(items) != 1)}: {', '.join(names)}"
 
 

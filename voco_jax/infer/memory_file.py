@@ -1,127 +1,109 @@
-"""Memory files: a `MemoryBank` on disk, as safetensors with metadata, of which nothing wrong is ever read.
+"""Memory files: a `MemoryBank` on disk (`memory_format.py`), of which nothing wrong is ever read.
 
-    keys, values                  [N, K, L, G, H] BF16, F16, F32 or I8
-    keys_scales, values_scales    [N, K, L, G] F32, with I8 only
-    checksums                     [N, K] U32, of each token's keys, values and scales
-
-Pictures come first in every tensor, so that some of them, or fewer tokens of each, are read without the others, and
-files are joined without holding them in memory. The metadata has the model's fingerprint, what each memory is of, and
-a checksum of the header itself. A file is written apart and renamed when it is whole.
+Some of the pictures, or fewer tokens of each, are read without the others, and files are joined without holding them in
+memory. A file is written apart and renamed when it is whole, by one writer at a time. Who has opened one reads that
+file, whatever is renamed to its place meanwhile.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-import dataclasses
-import json
-import math
+import contextlib
+import errno
 import os
-import struct
-import zlib
+from pathlib import Path
+import weakref
 
-import ml_dtypes
 import numpy as np
 
 from voco_jax.data.sources.roots import path_here
-from voco_jax.errors import UserError
-from voco_jax.infer.memory import Item, MemoryBank
+from voco_jax.errors import TryAgain, UserError
+from voco_jax.files import open_regular
+from voco_jax.infer.memory import MemoryBank
+from voco_jax.infer.memory_format import (
+    OF_MEMORIES,
+    Contents,
+    Damaged,
+    Items,
+    Layout,
+    begun,
+    checksums,
+    header,
+    line_of,
+    read_contents,
+    same_head,
+    tensors_of,
+)
+from voco_jax.locks import locked
+from voco_jax.storage import as_path
 
 SUFFIX = ".voco"
-_FORMAT, _VERSION = "voco_jax.memory", "1"
-_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
-    "I8": np.dtype(np.int8), "U32": np.dtype(np.uint32),
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LONGEST_HEADER = 1 << 30
-_PIECE = 64 << 20  # bytes that are copied at once
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where each tensor lies: fixed by the bank's shape and dtype."""
-
-    shape: tuple[int, ...]  # of keys and of values: [N, K, L, G, H]
-    dtype: np.dtype
-
-    @property
-    def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        tensors = {"keys": (self.dtype, self.shape), "values": (self.dtype, self.shape)}
-        if self.dtype == np.int8:
-            tensors |= {f"{name}_scales": (np.dtype(np.float32), self.shape[:4]) for name in ("keys", "values")}
-        return tensors | {"checksums": (np.dtype(np.uint32), self.shape[:2])}
-
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """First byte and end of each tensor, from the end of the header on."""
-        offsets, end = {}, 0
-        for name, (dtype, shape) in self.tensors.items():
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            offsets[name] = begin, end
-        return offsets
-
-    @property
-    def size(self) -> int:
-        return self.offsets()["checksums"][1]
+PATIENCE = 10.0  # seconds that one writer waits for another
+_PIECE = 64 << 20  # bytes that are read and checked, or copied, at once
+_PICTURES = 1 << 14  # at most in a piece
 
 
 class MemoryFile:
-    """A memory file, opened for reading: the header is read and checked at once, memories as they are asked for.
+    """A memory file, opened for reading: what it holds is read and checked at once, memories as they are asked for.
 
-    UserError for what is no memory file, is cut off, or is not as it was written.
+    UserError for what is no memory file, is cut off, or is not as it was written. TryAgain where another program writes
+    into the file while it is read.
     """
 
     def __init__(self, file: str | os.PathLike):
-        self.file = path_here(file)
-        try:
-            with open(self.file, "rb") as stream:
-                self._begin(stream, os.fstat(stream.fileno()).st_size)
-        except OSError as error:
-            raise UserError(f"{self.file}: the memory file cannot be read: {error.strerror}") from None
-
-    def _begin(self, stream, size: int) -> None:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-            raise UserError(f"{self.file}: not a memory file, or cut off: {size} bytes")
-        text = stream.read(length)
-        try:
-            header = json.loads(text)
-            metadata = header["__metadata__"]
-            if metadata["format"] != _FORMAT:
-                raise ValueError(metadata["format"])
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise UserError(f"{self.file}: not a memory file, or damaged in its header") from None
-        if (version := metadata.get("version")) != _VERSION:
-            raise UserError(f"{self.file}: expected a memory file of version {_VERSION}, found {version!r}")
-        try:
-            keys = header["keys"]
-            self.items = tuple(Item(**item) for item in json.loads(metadata["items"]))
-            self.model = str(metadata["model"])
-            self._layout = _Layout(tuple(map(int, keys["shape"])), _DTYPES[keys["dtype"]])
-            sound = text == _header(self._layout, self.items, self.model) and len(self.items) == self._layout.shape[0]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            sound = False
-        if not sound:  # it also fails where one letter of a path or one digit of a time is another
-            raise UserError(f"{self.file}: the memory file is damaged: its header is not as it was written")
-        self._data = 8 + length
-        if (expected := self._data + self._layout.size) != size:
-            what = "cut off" if size < expected else "damaged"
-            raise UserError(f"{self.file}: the memory file is {what}: expected {expected} bytes, found {size}")
+        self.file = _path(file)
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(_Opened(self.file))
+            self._contents: Contents = opened.checked(lambda: read_contents(self.file, opened.read, opened.size))
+            self._opened: _Opened | None = opened
+            self._identity = opened.identity
+            self._close = weakref.finalize(self, stack.pop_all().close)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._contents.items)
+
+    def __enter__(self) -> "MemoryFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def items(self) -> Items:
+        """What each memory is of."""
+        return self._contents.items
+
+    @property
+    def model(self) -> str:
+        """The fingerprint of the model that made them."""
+        return self._contents.model
+
+    @property
+    def version(self) -> str:
+        """Of the format."""
+        return self._contents.version
 
     @property
     def num_tokens(self) -> int:
         """K, tokens of a picture."""
-        return self._layout.shape[1]
+        return self.shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[N, K, L, G, H] of keys and of values."""
-        return self._layout.shape
+        return self._contents.layout.shape
 
     @property
     def dtype(self) -> np.dtype:
-        return self._layout.dtype
+        return self._contents.layout.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._contents.head_bytes + self._contents.layout.size
+
+    def close(self) -> None:
+        """Keep no descriptor: what is read afterwards opens the file again. UserError then where it is another."""
+        self._opened = None
+        self._close()
 
     def read(self, which: Sequence[int] | None = None, tokens: int | None = None, model: str | None = None):
         """The memories of some pictures, or all, with their first `tokens` tokens, or all, as a `MemoryBank`.
@@ -133,25 +115,10 @@ class MemoryFile:
             self.check_model(model)
         if tokens is not None and not 1 <= tokens <= self.num_tokens:
             raise UserError(f"{self.file}: expected 1 … {self.num_tokens} tokens of a picture, found {tokens}")
-        which = range(len(self)) if which is None else which
-        tokens = self.num_tokens if tokens is None else tokens
-        arrays = self._arrays()
-        taken = {name: np.stack([arrays[name][i, :tokens] for i in which]) for name in arrays} if len(which) else {
-            name: np.zeros((0, tokens, *array.shape[2:]), array.dtype) for name, array in arrays.items()
-        }  # fmt: skip
-        bank = _bank(taken, tuple(self.items[i] for i in which), self.model)
-        found = _checksums(bank)
-        for place, i in enumerate(which):
-            if (found[place] != taken["checksums"][place]).any():
-                raise UserError(
-                    f"{self.file}: the memory file is damaged: {self.items[i].source}: keys and values are not as they "
-                    "were written"
-                )
-        return bank
-
-    def checksums(self) -> list[bytes]:
-        """Of each picture's tokens, as they were written."""
-        return [sums.tobytes() for sums in self._arrays()["checksums"]]
+        places = range(len(self))
+        which = places if which is None else [places[i] for i in which]
+        with self._open() as opened:
+            return self._read(opened, which, self.num_tokens if tokens is None else tokens)
 
     def check_model(self, model: str) -> None:
         """UserError where another model's fingerprint stands in the file."""
@@ -163,36 +130,210 @@ class MemoryFile:
 
     def pieces(self, which: Sequence[int]) -> Iterator[MemoryBank]:
         """`read`, some pictures at a time."""
-        count = max(1, _PIECE // max(1, self._layout.size // max(1, len(self))))
-        for start in range(0, len(which), count):
-            yield self.read(which[start : start + count])
+        count = self._piece(self.num_tokens)
+        with self._open() as opened:
+            for start in range(0, len(which), count):
+                yield self._read(opened, which[start : start + count], self.num_tokens)
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        offsets = self._layout.offsets()
-        return {
-            name: np.memmap(self.file, dtype, "r", self._data + offsets[name][0], shape)
-            if math.prod(shape)
-            else np.zeros(shape, dtype)
-            for name, (dtype, shape) in self._layout.tensors.items()
-        }
+    def is_at(self, real: Path) -> bool:
+        """Whether it is the file that stands at a path, and has not been replaced there."""
+        try:
+            status = os.stat(real)
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator["_Opened"]:
+        if self._opened is not None:
+            yield self._opened
+            return
+        with _Opened(self.file) as opened:
+            if not opened.checked(lambda: same_head(self._contents, opened.read, opened.size)):
+                raise TryAgain(f"{self.file}: the memory file was replaced while it was read")
+            yield opened
+
+    def _piece(self, tokens: int) -> int:
+        """Pictures of so many tokens that are read at once."""
+        of_one = self._contents.layout.picture_bytes // self.num_tokens * tokens
+        return max(1, min(_PICTURES, _PIECE // of_one))
+
+    def _read(self, opened: "_Opened", which: Sequence[int], tokens: int) -> MemoryBank:
+        layout = self._contents.layout
+        try:
+            arrays = {
+                name: np.empty((len(which), tokens, *shape[2:]), dtype)
+                for name, (dtype, shape) in layout.tensors.items()
+            }
+        except MemoryError:
+            size = len(which) * layout.picture_bytes // self.num_tokens * tokens
+            raise UserError(f"{self.file}: {len(which)} pictures are more than memory holds: {size} bytes") from None
+        step = self._piece(tokens)
+        for start in range(0, len(which), step):  # checked before more is read: there may be no end of wrong bytes
+            piece = {name: array[start : start + step] for name, array in arrays.items()}
+            opened.checked(lambda piece=piece, start=start: self._fill(opened, piece, which[start : start + step]))
+        scales = np.stack([arrays["keys_scales"], arrays["values_scales"]]) if layout.dtype == np.int8 else None
+        items = tuple(self.items[i] for i in which)
+        return MemoryBank(arrays["keys"], arrays["values"], items, self.model, scales)
+
+    def _fill(self, opened: "_Opened", piece: dict[str, np.ndarray], which: Sequence[int]) -> None:
+        """Read some pictures into arrays [n, tokens, …]; Damaged where their checksums are others."""
+        layout, offsets = self._contents.layout, self._contents.layout.offsets()
+        for name, array in piece.items():
+            of_picture = layout.bytes_of(name)
+            rows = array.reshape(len(which), -1).view(np.uint8)
+            begin = self._contents.head_bytes + offsets[name][0]
+            for first, end in _runs(which, rows.shape[1] == of_picture):
+                opened.read_into(rows[first:end].reshape(-1), begin + which[first] * of_picture)
+        tensors = {name: array for name, array in piece.items() if name != "checksums"}
+        about = None if self.version == "1" else begun(layout, self.model, [self.items.line(i) for i in which])
+        wrong = (checksums(tensors, about) != piece["checksums"]).any(axis=1)
+        if wrong.any():
+            source = self.items[which[int(wrong.argmax())]].source
+            raise Damaged(f"the memory file is damaged: {source}: keys and values are not as they were written")
+
+
+class _Opened:
+    """An open file, read by place: as it was when it was opened, whatever takes its name."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        try:
+            self._stream = open_regular(file)
+        except (OSError, ValueError) as error:  # ValueError: no path at all
+            raise _unread(file, error) from None
+        self._status = os.fstat(self._stream.fileno())
+        self.size = self._status.st_size
+        self.identity = self._status.st_dev, self._status.st_ino
+
+    def __enter__(self) -> "_Opened":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stream.close()
+
+    def checked(self, read):
+        """What `read()` gives; what is wrong with the file's bytes is a UserError."""
+        try:
+            try:
+                return read()
+            except Damaged as error:
+                now = os.fstat(self._stream.fileno())
+                if (now.st_mtime_ns, now.st_size) == (self._status.st_mtime_ns, self._status.st_size):
+                    raise UserError(f"{self._file}: {error}") from None
+                raise TryAgain(f"{self._file}: another program wrote into the memory file while it was read") from None
+        except OSError as error:
+            raise _unread(self._file, error) from None
+
+    def read(self, begin: int, count: int) -> bytearray:
+        found = bytearray(count)
+        self.read_into(found, begin)
+        return found
+
+    def read_into(self, buffer: bytearray | np.ndarray, begin: int) -> None:
+        """Fill a buffer of bytes; Damaged where the file has not so many."""
+        # Read, not mapped: where a mapped file is cut off by another program, the process is killed
+        rest = memoryview(buffer)
+        while rest:
+            count = os.preadv(self._stream.fileno(), [rest], begin)
+            if not count:
+                raise Damaged("the memory file is cut off")
+            rest, begin = rest[count:], begin + count
+
+
+def _unread(file: Path, error: Exception) -> UserError:
+    if getattr(error, "errno", None) == errno.ESTALE:  # a server of files has forgotten what was replaced
+        return TryAgain(f"{file}: the memory file was replaced while it was read")
+    return UserError(f"{file}: the memory file cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _path(file: str | os.PathLike) -> Path:
+    return as_path(path_here(file))
+
+
+def _runs(which: Sequence[int], whole: bool) -> Iterator[tuple[int, int]]:
+    """Parts of `which` that lie side by side in the file: (first, end); of pictures that are not read whole, each."""
+    first = 0
+    for i in range(1, len(which) + 1):
+        if i == len(which) or not whole or which[i] != which[i - 1] + 1:
+            yield first, i
+            first = i
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------
+
+Part = MemoryBank | tuple[MemoryFile, Sequence[int]]  # a bank, or some pictures of a file
 
 
 def save_memory(file: str | os.PathLike, bank: MemoryBank) -> None:
-    """Write a memory file; one that is there is replaced when the new one is whole."""
+    """Write a memory file; one that is there is replaced when the new one is whole. As `join_files`."""
     join_files(file, [bank])
 
 
 def load_memory(file: str | os.PathLike, model: str | None = None, tokens: int | None = None) -> MemoryBank:
     """All of a memory file; `model` and `tokens` as `MemoryFile.read`'s."""
-    return MemoryFile(file).read(tokens=tokens, model=model)
+    with MemoryFile(file) as opened:
+        return opened.read(tokens=tokens, model=model)
 
 
-def join_files(file: str | os.PathLike, parts: Iterable["MemoryBank | tuple[MemoryFile, Sequence[int]]"]) -> None:
+def join_files(file: str | os.PathLike, parts: Iterable[Part]) -> None:
     """Write a memory file of banks and of some pictures of other files, in their order.
 
-    The others are read a piece at a time, and checked. UserError where they do not go together.
+    The others are read a piece at a time, and checked. UserError where they do not go together. TryAgain where another
+    process writes the same file for long, or has replaced it since it was opened to be one of the parts.
     """
-    file, parts = path_here(file), list(parts)
+    parts = list(parts)
+    with writing(file) as real:
+        for part in parts:
+            if isinstance(part, tuple) and os.path.realpath(part[0].file) == str(real) and not part[0].is_at(real):
+                raise TryAgain(f"{part[0].file}: the memory file was replaced since it was opened")
+        write_memory(real, parts)
+
+
+def writing(file: str | os.PathLike, patience: float = PATIENCE):
+    """A block for who writes a memory file, and reads before what is there: as `locked`."""
+    return locked(_path(file), patience)
+
+
+def write_memory(real: Path, parts: Sequence[Part]) -> None:
+    """As `join_files`, inside of `writing`, which gives the path."""
+    if not parts:
+        raise UserError(f"{real}: expected memories, found none")
+    model, (shape, dtype) = _kind(parts)
+    text = bytearray()
+    num = 0
+    for part in parts:
+        for item in part.items if isinstance(part, MemoryBank) else map(part[0].items.__getitem__, part[1]):
+            text += line_of(item)
+            num += 1
+    layout = Layout((num, *shape), dtype, len(text))
+    temporary = real.with_name(f".{real.name}.new")
+    try:
+        head = header(layout, model, text)
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        with open(temporary, "xb") as stream:
+            stream.write(head)
+            done = 0
+            for bank in _banks(parts):
+                tensors, lines = tensors_of(bank), list(map(line_of, bank.items))
+                tensors["checksums"] = checksums(tensors, begun(layout, model, lines))
+                for name, array in tensors.items():
+                    stream.seek(len(head) + layout.offsets()[name][0] + done * layout.bytes_of(name))
+                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+                done += len(bank)
+            stream.seek(len(head) + layout.offsets()["items"][0])
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(real)
+    except OSError as error:
+        raise UserError(f"{real}: the memory file cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _kind(parts: Sequence[Part]) -> tuple[str, tuple[tuple[int, ...], np.dtype]]:
+    """Model, shape of a picture and dtype, which all parts have. UserError where they do not go together."""
     kinds = [
         (part.model, part.keys.shape[1:], part.keys.dtype, "memory")
         if isinstance(part, MemoryBank)
@@ -205,76 +346,16 @@ def join_files(file: str | os.PathLike, parts: Iterable["MemoryBank | tuple[Memo
                 way = "; voco_jax.compress --int8, or MemoryBank.to_int8() in Python, makes int8 of the others"
                 way = way if what == "dtype" and "int8" in (expected, found) else ""
                 raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}{way}")
-    items = [
-        item
-        for part in parts
-        for item in (part.items if isinstance(part, MemoryBank) else [part[0].items[i] for i in part[1]])
-    ]
-    layout = _Layout((len(items), *kinds[0][1]), kinds[0][2])
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        with open(temporary, "wb") as stream:
-            text = _header(layout, items, kinds[0][0])
-            stream.write(struct.pack("<Q", len(text)) + text)
-            start, done = 8 + len(text), 0
-            for bank in _banks(parts):
-                for name, array in (_tensors(bank) | {"checksums": _checksums(bank)}).items():
-                    begin = layout.offsets()[name][0] + done * math.prod(array.shape[1:]) * array.dtype.itemsize
-                    stream.seek(start + begin)
-                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-                done += len(bank)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: the memory file cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    model, shape, dtype, name = kinds[0]
+    if dtype not in OF_MEMORIES.values() or len(shape) != 4 or 0 in shape:
+        known = ", ".join(dtype.name for dtype in OF_MEMORIES.values())
+        raise UserError(f"{name}: expected keys of pictures [K, L, G, H] in {known}; found {list(shape)} in {dtype}")
+    return model, (shape, dtype)
 
 
-def _banks(parts) -> Iterator[MemoryBank]:
+def _banks(parts: Sequence[Part]) -> Iterator[MemoryBank]:
     for part in parts:
         if isinstance(part, MemoryBank):
             yield part
         else:
-            yield from part[0].pieces(list(part[1]))
-
-
-def _tensors(bank: MemoryBank) -> dict[str, np.ndarray]:
-    tensors = {"keys": bank.keys, "values": bank.values}
-    if bank.scales is not None:
-        tensors |= {"keys_scales": bank.scales[0], "values_scales": bank.scales[1]}
-    return tensors
-
-
-def _bank(tensors: dict[str, np.ndarray], items: tuple[Item, ...], model: str) -> MemoryBank:
-    scales = np.stack([tensors["keys_scales"], tensors["values_scales"]]) if "keys_scales" in tensors else None
-    return MemoryBank(tensors["keys"], tensors["values"], items, model, scales)
-
-
-def _checksums(bank: MemoryBank) -> np.ndarray:
-    """CRC-32 of each token's bytes, uint32 [N, K]."""
-    sums = np.zeros(bank.keys.shape[:2], np.uint32)
-    for array in _tensors(bank).values():
-        of_tokens = np.ascontiguousarray(array).reshape(*sums.shape, -1).view(np.uint8)
-        for at in np.ndindex(sums.shape):
-            sums[at] = zlib.crc32(of_tokens[at], int(sums[at]))
-    return sums
-
-
-def _header(layout: _Layout, items: Sequence[Item], model: str) -> bytes:
-    """The one text for a file of this content: one that differs in a letter is damaged."""
-    unknown = dataclasses.asdict(Item(""))
-    described = [{k: v for k, v in dataclasses.asdict(i).items() if k == "source" or v != unknown[k]} for i in items]
-    metadata = {
-        "format": _FORMAT, "version": _VERSION, "model": model, "tokens": str(layout.shape[1]),
-        "layers": str(layout.shape[2]), "items": json.dumps(described),
-    }  # fmt: skip
-    offsets = layout.offsets()
-    header = {"__metadata__": metadata} | {
-        name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
-        for name, (dtype, shape) in layout.tensors.items()
-    }
-    metadata["checksum"] = f"{zlib.crc32(json.dumps(header).encode()):08x}"
-    text = json.dumps(header).encode()
-    return text + b" " * (-len(text) % 8)
+            yield from part[0].pieces(part[1])

@@ -1,0 +1,360 @@
+"""The bytes of memory files: safetensors, with what each memory is of, and checksums that hold all of it together.
+
+    keys, values                  [N, K, L, G, H] BF16, F16, F32 or I8
+    keys_scales, values_scales    [N, K, L, G] F32, with I8 only
+    checksums                     [N, K] U32: CRC-32 of what a token's keys, values and scales are of, and of these
+    items                         [bytes] U8: a line of JSON for each picture
+
+What a token is of: the model, dtype and shape, its picture's line in `items`, and its place in the picture. So no part
+of another picture, file or model is taken for this one's. The header's metadata has format, version, the model's
+fingerprint, K and L, and checksums of `items` and of the header itself. A header is short, and the lines of `items` are
+decoded one by one as they are asked for: a file of millions of pictures opens in little more memory than `items` takes.
+
+Version 1 is read as well. Its items are one text in the header, and its checksums are those of the tokens' bytes alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import struct
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+from voco_jax.data.records import shown
+from voco_jax.errors import UserError
+from voco_jax.infer.memory import Item, MemoryBank
+
+VERSION = "2"  # that is written
+_FORMAT = "voco_jax.memory"
+OF_MEMORIES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
+    "I8": np.dtype(np.int8),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in OF_MEMORIES.items()} | {np.dtype(np.uint32): "U32", np.dtype(np.uint8): "U8"}
+# What no honest file has more of
+_LONGEST_HEADER = 1 << 16  # bytes, without the items of version 1
+_LONGEST_ITEMS_1 = 1 << 30  # bytes, in a header of version 1
+_LONGEST_ITEM = 1 << 20  # bytes of JSON: a path has 4096, and six for each where it is escaped
+_LARGEST_PICTURE = 1 << 40  # numbers
+_LATEST = 1e12  # seconds
+
+Read = Callable[[int, int], bytearray]  # (first byte, how many) of a file; `Damaged` where it has not so many
+
+
+class Damaged(Exception):
+    """What is wrong with a file's bytes, as the end of a message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies: fixed by the bank's shape and dtype, and the bytes of its items."""
+
+    shape: tuple[int, ...]  # of keys and of values: [N, K, L, G, H]
+    dtype: np.dtype
+    items_bytes: int | None  # None: they stand in the header, as in version 1
+
+    @property
+    def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Dtype and shape of those that have a place for each picture."""
+        tensors = {"keys": (self.dtype, self.shape), "values": (self.dtype, self.shape)}
+        if self.dtype == np.int8:
+            tensors |= {f"{name}_scales": (np.dtype(np.float32), self.shape[:4]) for name in ("keys", "values")}
+        return tensors | {"checksums": (np.dtype(np.uint32), self.shape[:2])}
+
+    @property
+    def _all(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        items = {} if self.items_bytes is None else {"items": (np.dtype(np.uint8), (self.items_bytes,))}
+        return self.tensors | items
+
+    def offsets(self) -> dict[str, tuple[int, int]]:
+        """First byte and end of each tensor, from the end of the header on."""
+        offsets, end = {}, 0
+        for name, (dtype, shape) in self._all.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            offsets[name] = begin, end
+        return offsets
+
+    @property
+    def size(self) -> int:
+        return max(end for _, end in self.offsets().values())
+
+    def bytes_of(self, name: str) -> int:
+        """Of one picture in a tensor."""
+        dtype, shape = self.tensors[name]
+        return math.prod(shape[1:]) * dtype.itemsize
+
+    @property
+    def picture_bytes(self) -> int:
+        """Of one picture in all tensors."""
+        return sum(map(self.bytes_of, self.tensors))
+
+    def described(self) -> dict[str, dict]:
+        """As safetensors has it."""
+        offsets = self.offsets()
+        return {
+            name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
+            for name, (dtype, shape) in self._all.items()
+        }
+
+
+# ---- Items ---------------------------------------------------------------------------------------------------------
+
+
+class Items(Sequence[Item]):
+    """What each picture of a file is, decoded when it is asked for; UserError then for what is no item."""
+
+    def __init__(self, file, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool):
+        self._file, self._text, self._starts, self._ends, self._escaped = file, text, starts, ends, escaped
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, which: int) -> Item:
+        try:
+            text = self.line(which).decode("ascii")
+            return item_of(json.loads(json.loads(f'"{text}"') if self._escaped else text))
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else error
+            raise UserError(f"{self._file}: picture {which}: expected what it is of: {reason}") from None
+
+    def line(self, i: int) -> bytes:
+        """As it stands in the file."""
+        return bytes(self._text[self._starts[i] : self._ends[i]])
+
+
+def item_of(fields) -> Item:
+    """Of a JSON value; ValueError for what is none."""
+    if not isinstance(fields, dict) or "source" not in fields or not fields.keys() <= {"source", "sha256", "time"}:
+        raise ValueError("expected source, sha256 and time, found other fields")
+    for name in ("source", "sha256"):
+        if not isinstance(fields.get(name, ""), str):
+            raise ValueError(f"{name}: expected text, found {type(fields[name]).__name__}")
+    time = fields.get("time")
+    if time is not None:
+        number = isinstance(time, int | float | np.integer | np.floating) and not isinstance(time, bool)
+        if not number or not abs(time) < _LATEST:
+            raise ValueError(f"time: expected seconds, found {shown(time)}")
+        time = float(time)
+    return Item(fields["source"], fields.get("sha256", ""), time)
+
+
+def line_of(item: Item) -> bytes:
+    """JSON of an item, with the end of the line. UserError for what is none."""
+    try:
+        item = item_of({"source": item.source, "sha256": item.sha256, "time": item.time})
+    except ValueError as error:
+        raise UserError(f"memory of {item.source!r:.80}: {error}") from None
+    fields = {"source": item.source, "sha256": item.sha256, "time": item.time}
+    text = json.dumps({name: value for name, value in fields.items() if name == "source" or value not in ("", None)})
+    if len(text) >= _LONGEST_ITEM:
+        raise UserError(f"memory of {item.source!r:.80}: expected a name of less than {_LONGEST_ITEM} bytes")
+    return text.encode() + b"\n"
+
+
+# ---- Checksums -----------------------------------------------------------------------------------------------------
+
+
+def begun(layout: Layout, model: str, lines: Sequence[bytes]) -> np.ndarray:
+    """Checksums of what each picture is of, uint32 [N]: those of its tokens go on from them."""
+    about = zlib.crc32(json.dumps([model, _NAMES[layout.dtype], *layout.shape[1:]]).encode() + b"\n")
+    return np.array([zlib.crc32(line, about) for line in lines], np.uint32)
+
+
+def checksums(tensors: dict[str, np.ndarray], begun: np.ndarray | None) -> np.ndarray:
+    """CRC-32 of each token, uint32 [N, K]; `begun` is None in version 1."""
+    sums = np.zeros(tensors["keys"].shape[:2], np.uint32)
+    if begun is not None:
+        for i, k in np.ndindex(sums.shape):
+            sums[i, k] = zlib.crc32(struct.pack("<I", k), int(begun[i]))
+    for array in tensors.values():
+        of_tokens = np.ascontiguousarray(array).reshape(*sums.shape, math.prod(array.shape[2:])).view(np.uint8)
+        for at in np.ndindex(sums.shape):
+            sums[at] = zlib.crc32(of_tokens[at], int(sums[at]))
+    return sums
+
+
+def tensors_of(bank: MemoryBank) -> dict[str, np.ndarray]:
+    """As they are kept."""
+    tensors = {"keys": bank.keys, "values": bank.values}
+    if bank.scales is not None:
+        tensors |= {"keys_scales": bank.scales[0], "values_scales": bank.scales[1]}
+    return tensors
+
+
+# ---- Header --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What the beginning of a file says, and its items."""
+
+    version: str
+    model: str
+    layout: Layout
+    items: Items
+    head_bytes: int  # before the tensors
+    head: bytes  # a digest of them
+
+
+def header(layout: Layout, model: str, items: bytes) -> bytes:
+    """All before the tensors. UserError where the model's name is longer than any."""
+    text = _header(layout, model, f"{zlib.crc32(items):08x}")
+    if len(text) > _LONGEST_HEADER:
+        raise UserError(f"model: expected a fingerprint, found text of {len(model)} characters")
+    return struct.pack("<Q", len(text)) + text
+
+
+def _header(layout: Layout, model: str, items: str, version: str = VERSION, checksum: str | None = None) -> bytes:
+    """The one text for a file of this content: one that differs in a letter is damaged."""
+    metadata = {
+        "format": _FORMAT, "version": version, "model": model, "tokens": str(layout.shape[1]),
+        "layers": str(layout.shape[2]), "items": items,
+    }  # fmt: skip
+    header = {"__metadata__": metadata} | layout.described()
+    metadata["checksum"] = f"{zlib.crc32(json.dumps(header).encode()):08x}" if checksum is None else checksum
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+_BEGINNING = re.compile(rb'\{"__metadata__": \{"format": "%s", "version": "([^"\\]{1,20})", ' % _FORMAT.encode())
+
+
+def read_contents(file, read: Read, size: int) -> Contents:
+    """Of a file of `size` bytes. Damaged where it is no memory file, cut off, or not as it was written."""
+    length = struct.unpack("<Q", read(0, 8))[0] if size >= 8 else 0
+    if not 2 <= length <= size - 8:
+        raise Damaged(f"not a memory file, or cut off: {size} bytes")
+    beginning = _BEGINNING.match(read(8, min(length, 1000)))
+    if beginning is None:
+        raise Damaged("not a memory file, or damaged in its header")
+    version = beginning[1].decode(errors="replace")
+    if version == "1":
+        contents = _read_1(file, read, length, size)
+    elif version == VERSION:
+        contents = _read_2(file, read, length, size)
+    else:
+        raise Damaged(f"expected a memory file of version 1 to {VERSION}, found {version!r}")
+    return contents
+
+
+_CHANGED = "the memory file is damaged: its header is not as it was written"
+
+
+def _read_2(file, read: Read, length: int, size: int) -> Contents:
+    if length > _LONGEST_HEADER:
+        raise Damaged(_CHANGED)
+    text = bytes(read(8, length))
+    layout, model, metadata = _parsed(text, of_version_1=False)
+    if text != _header(layout, model, metadata["items"]):  # also where one letter of a name is another
+        raise Damaged(_CHANGED)
+    _check_size(layout, length, size)
+    begin, end = (8 + length + offset for offset in layout.offsets()["items"])
+    items = _read_text(read, begin, end - begin)
+    num, checksum = items.count(b"\n"), f"{zlib.crc32(items):08x}"
+    if checksum != metadata["items"] or num != layout.shape[0] or items and items[-1] != 10:
+        raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
+    ends = np.flatnonzero(np.frombuffer(items, np.uint8) == 10) + 1
+    starts = np.concatenate([np.zeros(min(num, 1), np.intp), ends[:-1]])
+    items = _items(file, items, starts, ends, escaped=False)
+    return Contents(VERSION, model, layout, items, 8 + length, _digest(length, text))
+
+
+_ITEMS_1, _AFTER_ITEMS_1 = b', "items": "', b'", "checksum": "'
+_BETWEEN_ITEMS_1 = re.compile(rb'\}, (?=\{\\"source\\": )')  # in a name the quotation marks have more backslashes
+
+
+def _read_1(file, read: Read, length: int, size: int) -> Contents:
+    """Version 1: the items are a text of JSON inside the header's, which is not parsed as a whole."""
+    if length > _LONGEST_ITEMS_1:
+        raise Damaged(_CHANGED)
+    text = _read_text(read, 8, length)
+    begin = text.find(_ITEMS_1, 0, _LONGEST_HEADER) + len(_ITEMS_1)
+    end = text.find(_AFTER_ITEMS_1, begin)
+    if begin < len(_ITEMS_1) or end < 0 or begin + length - end > _LONGEST_HEADER:
+        raise Damaged(_CHANGED)
+    without_items = bytes(text[:begin] + text[end:])
+    layout, model, metadata = _parsed(without_items, of_version_1=True)
+    checksum = metadata["checksum"]
+    expected = _header(layout, model, "", "1", checksum).rstrip(b" ")
+    spaces = len(without_items) - len(expected)
+    rest = end + len(_AFTER_ITEMS_1) + len(checksum)  # from the quotation mark that ends it
+    sum_ = zlib.crc32(text[rest : length - spaces], zlib.crc32(memoryview(text)[:end]))
+    if f"{sum_:08x}" != checksum or without_items != expected + b" " * (-(length - spaces) % 8):
+        raise Damaged(_CHANGED)
+    _check_size(layout, length, size)
+    num = layout.shape[0]
+    if text[begin : begin + 1] != b"[" or text[end - 1 : end] != b"]" or (num == 0) != (end - begin == 2):
+        raise Damaged(_CHANGED)
+    between = _BETWEEN_ITEMS_1.finditer(text, begin, end)
+    splits = np.fromiter((match.start() for match, _ in zip(between, range(num), strict=False)), np.int64)
+    if num and len(splits) != num - 1:
+        raise Damaged(_CHANGED)
+    starts = np.concatenate([[begin + 1], splits + 3])[:num]
+    ends = np.concatenate([splits + 1, [end - 1]])[:num]
+    items = _items(file, text, starts, ends, escaped=True)
+    return Contents("1", model, layout, items, 8 + length, _digest(length, text))
+
+
+def same_head(contents: Contents, read: Read, size: int) -> bool:
+    """Whether a file begins as the one with these contents: it has the same memories then."""
+    if size != contents.head_bytes + contents.layout.size:
+        return False
+    length = struct.unpack("<Q", read(0, 8))[0]
+    return length == contents.head_bytes - 8 and _digest(length, read(8, length)) == contents.head
+
+
+def _digest(length: int, text: bytes | bytearray) -> bytes:
+    return hashlib.sha256(struct.pack("<Q", length) + hashlib.sha256(text).digest()).digest()
+
+
+def _parsed(text: bytes, of_version_1: bool) -> tuple[Layout, str, dict]:
+    """Layout, model and metadata of a short header, which is not compared yet with the one of this content."""
+    try:
+        header = json.loads(text)
+        metadata, keys = header["__metadata__"], header["keys"]
+        shape, dtype = keys["shape"], keys["dtype"]
+        if not all(isinstance(metadata[name], str) for name in ("model", "items", "checksum")):
+            raise ValueError
+        if not all(type(n) is int and least <= n < 2**63 for n, least in zip(shape, (0, 1, 1, 1, 1), strict=True)):
+            raise ValueError
+        if not isinstance(dtype, str) or dtype not in OF_MEMORIES or math.prod(shape[1:]) > _LARGEST_PICTURE:
+            raise ValueError
+        items_bytes = None
+        if not of_version_1:
+            (items_bytes,) = header["items"]["shape"]
+            if type(items_bytes) is not int or items_bytes < 0:
+                raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise Damaged(_CHANGED) from None
+    return Layout(tuple(shape), OF_MEMORIES[dtype], items_bytes), metadata["model"], metadata
+
+
+def _check_size(layout: Layout, length: int, size: int) -> None:
+    if (expected := 8 + length + layout.size) != size:
+        what = "cut off" if size < expected else "damaged"
+        raise Damaged(f"the memory file is {what}: expected {expected} bytes, found {size}")
+
+
+def _read_text(read: Read, begin: int, length: int) -> bytearray:
+    """ASCII without NUL; where it is none, no more of it is read: a file may have holes of any size."""
+    text = bytearray(length)
+    for start in range(0, length, _LONGEST_ITEM):
+        piece = read(begin + start, min(_LONGEST_ITEM, length - start))
+        if not piece.isascii() or b"\0" in piece:
+            raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
+        text[start : start + len(piece)] = piece
+    return text
+
+
+def _items(file, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool) -> Items:
+    if len(starts) and (ends - starts).max() > _LONGEST_ITEM:
+        raise Damaged("the memory file is damaged: the name of a picture is longer than any")
+    return Items(file, text, starts, ends, escaped)
