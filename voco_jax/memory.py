@@ -33,15 +33,20 @@ def main() -> None:
     if args.command == "merge":
         merge(args.file, args.out)
     for path in [args.out] if args.command == "merge" else args.file:
-        with MemoryFile(path) as file:
-            if args.command == "check":
-                for _ in file.pieces(range(len(file))):
-                    pass
-            print(printable(summary(file)) + (": every byte as it was written" if args.command == "check" else ""))
-            if args.command == "list":
-                for item in file.items:
-                    time = f"  {format_time(item.time)}" if item.is_frame else ""
-                    print(printable(f"  {item.source}{time}  {item.sha256[:12]}"))
+        show(path, args.command)
+
+
+def show(path: Path, command: str) -> None:
+    """Print what a file is; for `list` also what each memory is of, for `check` that all of it could be read."""
+    with MemoryFile(path) as file:
+        if command == "check":
+            for _ in file.pieces(range(len(file))):
+                pass
+        print(printable(summary(file)) + (": every byte as it was written" if command == "check" else ""))
+        if command == "list":
+            for item in file.items:
+                time = f"  {format_time(item.time)}" if item.is_frame else ""
+                print(printable(f"  {item.source}{time}  {item.sha256[:12]}"))
 
 
 def summary(file: MemoryFile) -> str:

@@ -15,6 +15,7 @@ from tests.fuzz.harness import Target
 TARGETS = {
     "json": "tests.fuzz.json_objects:JSONObjects",
     "logs": "tests.fuzz.logs:Logs",
+    "memory": "tests.fuzz.memory:MemoryFiles",
 }
 
 

@@ -8,6 +8,8 @@ file, whatever is renamed to its place meanwhile.
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import errno
+import functools
+import itertools
 import os
 from pathlib import Path
 import weakref
@@ -27,6 +29,7 @@ from voco_jax.infer.memory_format import (
     begun,
     checksums,
     header,
+    is_shape,
     line_of,
     read_contents,
     same_head,
@@ -155,8 +158,7 @@ class MemoryFile:
 
     def _piece(self, tokens: int) -> int:
         """Pictures of so many tokens that are read at once."""
-        of_one = self._contents.layout.picture_bytes // self.num_tokens * tokens
-        return max(1, min(_PICTURES, _PIECE // of_one))
+        return max(1, min(_PICTURES, _PIECE // (self._contents.layout.token_bytes * tokens)))
 
     def _read(self, opened: "_Opened", which: Sequence[int], tokens: int) -> MemoryBank:
         layout = self._contents.layout
@@ -166,28 +168,30 @@ class MemoryFile:
                 for name, (dtype, shape) in layout.tensors.items()
             }
         except MemoryError:
-            size = len(which) * layout.picture_bytes // self.num_tokens * tokens
+            size = len(which) * tokens * layout.token_bytes
             raise UserError(f"{self.file}: {len(which)} pictures are more than memory holds: {size} bytes") from None
-        step = self._piece(tokens)
-        for start in range(0, len(which), step):  # checked before more is read: there may be no end of wrong bytes
-            piece = {name: array[start : start + step] for name, array in arrays.items()}
-            opened.checked(lambda piece=piece, start=start: self._fill(opened, piece, which[start : start + step]))
+        # Checked before more is read: there may be no end of wrong bytes
+        step, of_picture = self._piece(tokens), min(tokens, max(1, _PIECE // layout.token_bytes))
+        for start, first in itertools.product(range(0, len(which), step), range(0, tokens, of_picture)):
+            part = slice(start, start + step), slice(first, first + of_picture)
+            piece = {name: array[part] for name, array in arrays.items()}
+            opened.checked(functools.partial(self._fill, opened, piece, which[part[0]], first))
         scales = np.stack([arrays["keys_scales"], arrays["values_scales"]]) if layout.dtype == np.int8 else None
         items = tuple(self.items[i] for i in which)
         return MemoryBank(arrays["keys"], arrays["values"], items, self.model, scales)
 
-    def _fill(self, opened: "_Opened", piece: dict[str, np.ndarray], which: Sequence[int]) -> None:
-        """Read some pictures into arrays [n, tokens, …]; Damaged where their checksums are others."""
+    def _fill(self, opened: "_Opened", piece: dict[str, np.ndarray], which: Sequence[int], first: int) -> None:
+        """Read some pictures' tokens from the `first` on into arrays [n, tokens, …], all of them contiguous; Damaged
+        where their checksums are others."""
         layout, offsets = self._contents.layout, self._contents.layout.offsets()
         for name, array in piece.items():
-            of_picture = layout.bytes_of(name)
-            rows = array.reshape(len(which), -1).view(np.uint8)
-            begin = self._contents.head_bytes + offsets[name][0]
-            for first, end in _runs(which, rows.shape[1] == of_picture):
-                opened.read_into(rows[first:end].reshape(-1), begin + which[first] * of_picture)
+            rows, of_token = array.reshape(len(which), -1).view(np.uint8), layout.bytes_of(name)
+            begin = self._contents.head_bytes + offsets[name][0] + first * of_token
+            for i, end in _runs(which, array.shape[1] == self.num_tokens):
+                opened.read_into(rows[i:end].reshape(-1), begin + which[i] * self.num_tokens * of_token)
         tensors = {name: array for name, array in piece.items() if name != "checksums"}
         about = None if self.version == "1" else begun(layout, self.model, [self.items.line(i) for i in which])
-        wrong = (checksums(tensors, about) != piece["checksums"]).any(axis=1)
+        wrong = (checksums(tensors, about, first) != piece["checksums"]).any(axis=1)
         if wrong.any():
             source = self.items[which[int(wrong.argmax())]].source
             raise Damaged(f"the memory file is damaged: {source}: keys and values are not as they were written")
@@ -318,7 +322,7 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
                 tensors, lines = tensors_of(bank), list(map(line_of, bank.items))
                 tensors["checksums"] = checksums(tensors, begun(layout, model, lines))
                 for name, array in tensors.items():
-                    stream.seek(len(head) + layout.offsets()[name][0] + done * layout.bytes_of(name))
+                    stream.seek(len(head) + layout.offsets()[name][0] + done * layout.shape[1] * layout.bytes_of(name))
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
                 done += len(bank)
             stream.seek(len(head) + layout.offsets()["items"][0])
@@ -347,7 +351,7 @@ def _kind(parts: Sequence[Part]) -> tuple[str, tuple[tuple[int, ...], np.dtype]]
                 way = way if what == "dtype" and "int8" in (expected, found) else ""
                 raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}{way}")
     model, shape, dtype, name = kinds[0]
-    if dtype not in OF_MEMORIES.values() or len(shape) != 4 or 0 in shape:
+    if dtype not in OF_MEMORIES.values() or not is_shape([0, *shape]):
         known = ", ".join(dtype.name for dtype in OF_MEMORIES.values())
         raise UserError(f"{name}: expected keys of pictures [K, L, G, H] in {known}; found {list(shape)} in {dtype}")
     return model, (shape, dtype)

@@ -40,7 +40,8 @@ _NAMES = {dtype: name for name, dtype in OF_MEMORIES.items()} | {np.dtype(np.uin
 _LONGEST_HEADER = 1 << 16  # bytes, without the items of version 1
 _LONGEST_ITEMS_1 = 1 << 30  # bytes, in a header of version 1
 _LONGEST_ITEM = 1 << 20  # bytes of JSON: a path has 4096, and six for each where it is escaped
-_LARGEST_PICTURE = 1 << 40  # numbers
+_LARGEST_TOKEN = 1 << 24  # keys: 175B models have 1.2 million
+_MOST_TOKENS = 1 << 24  # of a picture
 _LATEST = 1e12  # seconds
 
 Read = Callable[[int, int], bytearray]  # (first byte, how many) of a file; `Damaged` where it has not so many
@@ -84,13 +85,13 @@ class Layout:
         return max(end for _, end in self.offsets().values())
 
     def bytes_of(self, name: str) -> int:
-        """Of one picture in a tensor."""
+        """Of one token in a tensor."""
         dtype, shape = self.tensors[name]
-        return math.prod(shape[1:]) * dtype.itemsize
+        return math.prod(shape[2:]) * dtype.itemsize
 
     @property
-    def picture_bytes(self) -> int:
-        """Of one picture in all tensors."""
+    def token_bytes(self) -> int:
+        """Of one token in all tensors."""
         return sum(map(self.bytes_of, self.tensors))
 
     def described(self) -> dict[str, dict]:
@@ -100,6 +101,15 @@ class Layout:
             name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
             for name, (dtype, shape) in self._all.items()
         }
+
+
+def is_shape(shape: Sequence) -> bool:
+    """Whether keys may have it: [N, K, L, G, H], of which N alone may be 0 or of any size."""
+    if len(shape) != 5 or not all(type(size) is int for size in shape):
+        return False
+    num, tokens, *of_token = shape
+    possible = 0 <= num < 2**62 and 1 <= tokens <= _MOST_TOKENS and min(of_token) >= 1
+    return possible and math.prod(of_token) <= _LARGEST_TOKEN
 
 
 # ---- Items ---------------------------------------------------------------------------------------------------------
@@ -121,9 +131,10 @@ class Items(Sequence[Item]):
         try:
             text = self.line(which).decode("ascii")
             return item_of(json.loads(json.loads(f'"{text}"') if self._escaped else text))
-        except (ValueError, TypeError, RecursionError) as error:
-            reason = "nested too deep" if isinstance(error, RecursionError) else error
-            raise UserError(f"{self._file}: picture {which}: expected what it is of: {reason}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError):
+            raise UserError(f"{self._file}: picture {which}: what it is of is not readable as JSON") from None
+        except ValueError as error:
+            raise UserError(f"{self._file}: picture {which}: {error}") from None
 
     def line(self, i: int) -> bytes:
         """As it stands in the file."""
@@ -162,23 +173,23 @@ def line_of(item: Item) -> bytes:
 # ---- Checksums -----------------------------------------------------------------------------------------------------
 
 
-def begun(layout: Layout, model: str, lines: Sequence[bytes]) -> np.ndarray:
-    """Checksums of what each picture is of, uint32 [N]: those of its tokens go on from them."""
+def begun(layout: Layout, model: str, lines: Sequence[bytes]) -> list[int]:
+    """Checksums of what each picture is of: those of its tokens go on from them."""
     about = zlib.crc32(json.dumps([model, _NAMES[layout.dtype], *layout.shape[1:]]).encode() + b"\n")
-    return np.array([zlib.crc32(line, about) for line in lines], np.uint32)
+    return [zlib.crc32(line, about) for line in lines]
 
 
-def checksums(tensors: dict[str, np.ndarray], begun: np.ndarray | None) -> np.ndarray:
-    """CRC-32 of each token, uint32 [N, K]; `begun` is None in version 1."""
-    sums = np.zeros(tensors["keys"].shape[:2], np.uint32)
+def checksums(tensors: dict[str, np.ndarray], begun: Sequence[int] | None, first: int = 0) -> np.ndarray:
+    """CRC-32 of each token from the `first` of its picture on, uint32 [n, k]; `begun` is None in version 1."""
+    n, k = tensors["keys"].shape[:2]
+    sums = [0] * (n * k)
     if begun is not None:
-        for i, k in np.ndindex(sums.shape):
-            sums[i, k] = zlib.crc32(struct.pack("<I", k), int(begun[i]))
+        places = [struct.pack("<I", place) for place in range(first, first + k)]
+        sums = [zlib.crc32(place, one) for one in begun for place in places]
     for array in tensors.values():
-        of_tokens = np.ascontiguousarray(array).reshape(*sums.shape, math.prod(array.shape[2:])).view(np.uint8)
-        for at in np.ndindex(sums.shape):
-            sums[at] = zlib.crc32(of_tokens[at], int(sums[at]))
-    return sums
+        tokens = np.ascontiguousarray(array).reshape(n * k, math.prod(array.shape[2:])).view(np.uint8)
+        sums = list(map(zlib.crc32, tokens, sums))
+    return np.array(sums, np.uint32).reshape(n, k)
 
 
 def tensors_of(bank: MemoryBank) -> dict[str, np.ndarray]:
@@ -323,9 +334,7 @@ def _parsed(text: bytes, of_version_1: bool) -> tuple[Layout, str, dict]:
         shape, dtype = keys["shape"], keys["dtype"]
         if not all(isinstance(metadata[name], str) for name in ("model", "items", "checksum")):
             raise ValueError
-        if not all(type(n) is int and least <= n < 2**63 for n, least in zip(shape, (0, 1, 1, 1, 1), strict=True)):
-            raise ValueError
-        if not isinstance(dtype, str) or dtype not in OF_MEMORIES or math.prod(shape[1:]) > _LARGEST_PICTURE:
+        if not is_shape(shape) or not isinstance(dtype, str) or dtype not in OF_MEMORIES:
             raise ValueError
         items_bytes = None
         if not of_version_1:
