@@ -10,7 +10,6 @@ import numpy as np
 from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.infer.memory_format import tensors_of
 from voco_jax.terminal import printable
@@ -61,43 +60,40 @@ def summary(file: MemoryFile) -> str:
 def merge(files: Sequence[Path], out: Path) -> None:
     """Write one file of several, in their order. UserError where they are not of one model and kind."""
     with writing(out) as real:  # which may be one of them
-        opened, identities = [], []
+        opened = []
         for file in files:
             opened.append(MemoryFile(file))
-            identities.append(_identities(opened[-1]))
             if len(opened) > _HELD:
                 opened[-1].close()
-        _, first = np.unique(np.concatenate(identities), return_index=True)
-        taken = np.zeros(sum(map(len, opened)), bool)
+        ends = np.cumsum([len(file) for file in opened])
+        identities = np.zeros(ends[-1], "S16")
+        for file, into in zip(opened, np.split(identities, ends[:-1]), strict=True):
+            _identify(file, into)
+        _, first = np.unique(identities, return_index=True)
+        taken = np.zeros(len(identities), bool)
         taken[first] = True
         if not taken.any():
             raise UserError(f"{files[0]}: expected pictures, found none")
-        parts = np.split(taken, np.cumsum([len(file) for file in opened])[:-1])
+        parts = np.split(taken, ends[:-1])
         write_memory(real, [(file, np.flatnonzero(part)) for file, part in zip(opened, parts, strict=True)])
 
 
-def _identities(file: MemoryFile) -> np.ndarray:
+def _identify(file: MemoryFile, into: np.ndarray) -> None:
     """16 bytes of each picture, S16: the same for the same one in another file."""
-    found = np.zeros(len(file), "S16")
-    unnamed = []
+    is_unnamed = np.zeros(len(file), bool)
     for i, item in enumerate(file.items):
-        found[i] = item.identity
-        if not item.sha256:
-            unnamed.append(i)
+        into[i], is_unnamed[i] = item.identity, not item.sha256
+    unnamed = np.flatnonzero(is_unnamed)
     # What was no file when it was compressed (an array, a frame of a camera) has no hash: its memory tells it apart
     done = 0
     for bank in file.pieces(unnamed):
-        for one in range(len(bank)):
-            found[unnamed[done]] = _with_contents(bank[one])
+        tensors = [np.ascontiguousarray(array).view(np.uint8) for array in tensors_of(bank).values()]
+        for item, *contents in zip(bank.items, *tensors, strict=True):
+            digest = hashlib.blake2b(item.identity, digest_size=16)
+            for array in contents:
+                digest.update(array)
+            into[unnamed[done]] = digest.digest()
             done += 1
-    return found
-
-
-def _with_contents(one: MemoryBank) -> bytes:
-    digest = hashlib.blake2b(one.items[0].identity, digest_size=16)
-    for array in tensors_of(one).values():
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return digest.digest()
 
 
 if __name__ == "__main__":

@@ -75,9 +75,11 @@ class MemoryBank:
             if not -len(self) <= which < len(self):
                 raise IndexError(f"picture {which} of {len(self)}")
             which = slice(which, which + 1 or None)
-        if not isinstance(which, slice):
+        if isinstance(which, slice):
+            items = self.items[which]
+        else:
             which = np.asarray(which, np.intp)
-        items = tuple(np.array(self.items, object)[which])
+            items = tuple(self.items[i] for i in which)
         scales = None if self.scales is None else self.scales[:, which]
         return dataclasses.replace(self, keys=self.keys[which], values=self.values[which], items=items, scales=scales)
 
