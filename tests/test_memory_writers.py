@@ -139,9 +139,10 @@ def test_nothing_is_lost_of_what_several_add(tmp_path):
             save_memory(one, make_bank(shape=(1, 3, 2, 2, 4), name=one.stem))
     mergers = [started(MERGER, file, *files) for files in own]
     assert all(merger.stdout.readline() == "ready\n" for merger in mergers)
-    for merger in mergers:
-        merger.communicate("go\n", timeout=60)
-    assert [merger.returncode for merger in mergers] == [0] * every
+    for merger in mergers:  # together
+        merger.stdin.write("go\n")
+        merger.stdin.flush()
+    assert [merger.wait(60) for merger in mergers] == [0] * every
     sources = [item.source for item in load_memory(file).items]
     assert sorted(sources) == sorted(
         [f"first{i}.png" for i in range(5)] + [f"{one.stem}0.png" for files in own for one in files]
