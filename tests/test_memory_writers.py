@@ -223,6 +223,24 @@ def test_locks(tmp_path):
     assert not (tmp_path / "victim").exists()
 
 
+def test_a_lock_that_its_owner_deletes(tmp_path, monkeypatch):
+    """Between who opens it and locks it: another may have made a new one, and that is the one that counts."""
+    lock, flock, times = tmp_path / ".a.voco.lock", fcntl.flock, []
+
+    def late(descriptor, operation):
+        if not times:
+            lock.unlink()
+            lock.touch()
+        times.append(descriptor)
+        flock(descriptor, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with locked(tmp_path / "a.voco", 10), open(lock) as other, pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(times) == 2 and names(tmp_path) == []
+
+
 def test_what_lies_where_a_file_is_made_is_not_written_into(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".a.voco.new").symlink_to(tmp_path / "victim")
