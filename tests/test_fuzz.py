@@ -21,14 +21,14 @@ class Faulty(Target):
 
         reads = [
             lambda: None, lambda: fail(UserError("a line")), lambda: fail(ValueError("a traceback")),
-            lambda: time.sleep(60), lambda: bytearray(b"x" * (2**30 + 2**27)) and None, lambda: "other numbers",
+            lambda: time.sleep(60), lambda: bytearray(b"x") * (2**30 + 2**27) and None, lambda: "other numbers",
             lambda: os._exit(3), lambda: fail(UserError("")), lambda: print("\x1b[2J"),
         ]  # fmt: skip
         return "", reads[int(rng.bit_generator.seed_seq.entropy[-1])]
 
 
 def test_what_goes_wrong_is_noticed():
-    report = run("tests.test_fuzz:Faulty", range(9), seconds=3)
+    report = run("tests.test_fuzz:Faulty", range(9), seconds=5)
     expected = [SOUND, REFUSED, TRACEBACK, HANG, OVER, SILENT, TRACEBACK, TRACEBACK, TRACEBACK]
     assert [outcome.kind for outcome in report.outcomes] == expected
     assert "ValueError: a traceback" in report.outcomes[2].said and len(report.bad) == 7
@@ -36,5 +36,5 @@ def test_what_goes_wrong_is_noticed():
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_hostile_input_is_a_line_or_a_result(name):
-    report = run(name, range(max(5, round(target(name).count * SHARE))), seed=1)
+    report = run(name, range(max(5, round(target(name).count * SHARE))), seed=1, seconds=30)  # others run beside
     assert not report.bad, "\n".join([str(report), *(f"case {bad.case}: {bad}" for bad in report.bad[:5])])
