@@ -141,7 +141,7 @@ def doubled_in_the_header(source):
     entry = '"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
     header = f"{{{entry},{entry}}}".encode()
     (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    return "model.safetensors: damaged safetensors header: ValueError: x doubled"
+    return "model.safetensors: damaged safetensors header: x doubled"
 
 
 def overlapping_tensors(source):

@@ -3,14 +3,17 @@
 from collections.abc import Collection
 import dataclasses
 import math
+import operator
 from pathlib import Path
+import re
+import reprlib
 
 import numpy as np
 
-from voco_jax.convert.config_keys import GGUF
+from voco_jax.convert.config_keys import GGUF, GGUF_KINDS
 from voco_jax.convert.hf_configs import check_numbers
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
-from voco_jax.convert.tensors import Tensor
+from voco_jax.convert.tensors import SourceFile, Tensor, raw_tensor
 from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig
 
@@ -32,143 +35,189 @@ _LAYER_NAMES = {
 }
 
 
+_BYTES = np.dtype(np.uint8)
+# Keys that are one character off from others, and not damaged
+_OTHERS = {f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")}
 _PRE_TOKENIZERS = ("smollm",)  # how text is split before byte pairs are merged: digits one by one, then as GPT-2
 
 
-def _reader(file: Path):
+# Tensors of blocks, as llama.cpp calls them
+_OF_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
+
+
+def _read_header(file: Path):
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError:
         raise UserError(f"{file}: reading GGUF needs the gguf package: pip install gguf") from None
-    try:
-        return gguf, gguf.GGUFReader(file)
-    except (ValueError, OSError, IndexError) as error:
-        raise UserError(f"{file}: not a readable GGUF file: {error}") from None
+    from voco_jax.convert.gguf_header import read_header
+
+    header = read_header(file)
+    for key, value in header.fields.items():
+        _check_key(file, key, value)
+    return header
+
+
+def _check_key(file: Path, key: str, value: object) -> None:
+    """UserError for a value of another type than the format gives to a key that counts here; and for a name that is
+    such a key's but for one character, which no file has that is sound."""
+    if key in GGUF_KINDS:
+        expected, is_one = GGUF_KINDS[key]
+        if not is_one(value):
+            raise UserError(f"{file}: {key}: expected {expected}, found {reprlib.repr(value)}")
+        return
+    near = next((k for k in GGUF_KINDS if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
+    if near is not None and key not in _OTHERS:
+        raise UserError(f"{file}: {key}: no such key; {near} damaged?")
 
 
 def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """(dimensions, tensors in float32 under Hugging Face's names); `ignored`: unknown keys that are passed over."""
-    gguf, reader = _reader(file)
+    header = _read_header(file)
 
     def field(key: str, default=None):
-        found = reader.get_field(key)
-        if found is None and default is None:
+        found = header.fields.get(key, default)
+        if found is None:
             raise UserError(f"{file}: key {key!r} is missing")
-        return default if found is None else found.contents()
+        return found
 
     architecture = field("general.architecture")
     if architecture != "llama":
         raise UserError(f"{file}: general.architecture: expected 'llama', found {architecture!r}")
     # The values of the others, a tokenizer's, may be long
-    names = [key for key in reader.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
+    names = [key for key in header.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
     GGUF.check({key: field(key) for key in names}, file, ignored=ignored)
-    embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
+    embedding = next((entry for entry in header.tensors if entry.name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{file}: token_embd.weight is missing")
+    for key in ("tokens", "scores", "token_type"):
+        found = len(header.fields.get(f"tokenizer.ggml.{key}", embedding.shape[0] * "x"))
+        if found != embedding.shape[0]:
+            expected = f"{embedding.shape[0]}, as token_embd.weight has rows"
+            raise UserError(f"{file}: tokenizer.ggml.{key}: expected {expected}, found {found}")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     numbers = {
-        "vocab_size": int(embedding.shape[1]),
+        "vocab_size": embedding.shape[0],
         "hidden_size": width,
         "intermediate_size": field("llama.feed_forward_length"),
         "num_hidden_layers": field("llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": field("llama.attention.head_count_kv", heads),
-        "head_dim": field("llama.attention.key_length", width // heads if isinstance(heads, int) and heads else width),
+        "head_dim": field("llama.attention.key_length", width // max(heads, 1)),
         "max_position_embeddings": field("llama.context_length"),
         "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": field("llama.rope.freq_base", 10000.0),
     }
     check_numbers(file, numbers, "llama")
+    if numbers["num_hidden_layers"] > len(header.tensors):
+        raise UserError(
+            f"{file}: llama.block_count: expected the blocks of {len(header.tensors)} tensors, found "
+            f"{numbers['num_hidden_layers']}"
+        )
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if field(key, numbers["head_dim"]) != numbers["head_dim"]:
             raise UserError(f"{file}: {key}: expected {numbers['head_dim']}, the size of a head; found {field(key)}")
     scale = numbers["head_dim"] ** -0.5
     found = field("llama.attention.scale", scale)
-    if not isinstance(found, float) or not math.isclose(found, scale, rel_tol=1e-5):
+    if not math.isclose(found, scale, rel_tol=1e-5):
         raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {found!r}")
     try:
         config = LlamaConfig(
             **numbers,
             rope_scaling=rope_of_gguf(field, file),
-            tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+            tie_word_embeddings=all(entry.name != "output.weight" for entry in header.tensors),
         )
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    kv_heads = config.num_key_value_heads
     tensors = {}
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        turned = {"attn_q": heads, "attn_k": kv_heads}.get(tensor.name.split(".")[-2])
-
-        def read(tensor=tensor, shape=shape, turned=turned):
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
-            if turned:  # llama.cpp pairs neighbours for rotary positions, Hugging Face the two halves of a head
-                values = values.reshape(turned, -1, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
-            return np.ascontiguousarray(values)
-
-        if tensor.name == "rope_freqs.weight":
-            scaling = rope_of_factors(read(), config, file)
+    for entry in header.tensors:
+        tensor = _tensor(header.file, entry, config)
+        if entry.name == "rope_freqs.weight":
+            scaling = rope_of_factors(tensor.read(), config, file)
             config = config if scaling is None else dataclasses.replace(config, rope_scaling=scaling)
             continue
-        tensors[_hf_name(tensor.name)] = Tensor(shape, np.dtype(np.float32), file, read)
+        tensors[_hf_name(entry.name)] = tensor
     return config, tensors
+
+
+def _tensor(file: SourceFile, entry, config: LlamaConfig) -> Tensor:
+    """A tensor as float32. UserError for a type whose values are not expanded, and for heads that it does not have."""
+    from gguf import GGML_QUANT_SIZES, quants
+
+    of_block, block_bytes = GGML_QUANT_SIZES[entry.type]
+    try:
+        quants.dequantize(np.zeros((1, block_bytes), np.uint8), entry.type)
+    except NotImplementedError:
+        raise UserError(f"{file.path}: {entry.name}: values of type {entry.type.name} are not read") from None
+    shape, found = entry.shape, _OF_BLOCK.fullmatch(entry.name)
+    kind = found[2] if found and found[3] == "weight" else None
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(kind)
+    if heads and (len(shape) != 2 or shape[0] != heads * config.head_dim):
+        expected = f"{heads} heads of {config.head_dim} rows"
+        raise UserError(f"{file.path}: {entry.name}: expected {expected}, found {list(shape)}")
+    raw = raw_tensor(file, entry.begin, (math.prod(shape[:-1]), entry.nbytes // math.prod(shape[:-1])), _BYTES)
+
+    def read() -> np.ndarray:
+        values = quants.dequantize(raw.read(), entry.type).astype(np.float32, copy=False).reshape(shape)
+        if heads:  # llama.cpp pairs neighbours for rotary positions, Hugging Face the two halves of a head
+            values = values.reshape(heads, -1, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
+        return np.ascontiguousarray(values)
+
+    return Tensor(shape, np.dtype(np.float32), file.path, read)
 
 
 def _hf_name(name: str) -> str:
     if name in _NAMES:
         return _NAMES[name]
-    if name.startswith("blk."):
-        _, layer, kind, suffix = name.split(".")
-        if kind in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{suffix}"
-    return name  # unknown, and reported as that
+    found = _OF_BLOCK.fullmatch(name)
+    if found and found[2] in _LAYER_NAMES:
+        return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.{found[3]}"
+    return f"gguf:{name}"  # unknown, and reported as that: Hugging Face's own names are no names here
 
 
 def gguf_tokenizer(file: Path):
     """The byte-pair tokenizer inside a GGUF file, as a Hugging Face tokenizer."""
+    fields = _read_header(file).fields
+    content = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    from gguf import TokenType
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    gguf, reader = _reader(file)
-    content = {
-        key: reader.get_field(f"tokenizer.ggml.{key}")
-        for key in (
-            "model",
-            "pre",
-            "tokens",
-            "merges",
-            "token_type",
-            "bos_token_id",
-            "eos_token_id",
-            "padding_token_id",
-        )
-    }
-    content = {key: None if field is None else field.contents() for key, field in content.items()}
-    if content["model"] != "gpt2":
+    if content.get("model") != "gpt2":
         raise UserError(
             f"{file}: tokenizer.ggml.model: expected 'gpt2', found {content['model']!r}; use --tokenizer DIR"
         )
-    if content["pre"] not in _PRE_TOKENIZERS:
+    if content.get("pre") not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         raise UserError(f"{file}: tokenizer.ggml.pre: expected {known}, found {content['pre']!r}; use --tokenizer DIR")
-    missing = [key for key in ("tokens", "merges", "token_type") if content[key] is None]
-    if missing:
-        raise UserError(f"{file}: key 'tokenizer.ggml.{missing[0]}' is missing; use --tokenizer DIR")
-    tokens = content["tokens"]
+    for key in ("tokens", "merges", "token_type", "eos_token_id"):
+        if key not in content:
+            raise UserError(f"{file}: key 'tokenizer.ggml.{key}' is missing; use --tokenizer DIR")
+    tokens, types = content["tokens"], content["token_type"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens) or "" in vocabulary:
+        raise UserError(f"{file}: tokenizer.ggml.tokens: expected one text a token, found one twice, or none")
+    if len(types) != len(tokens) or not set(types) <= {int(kind) for kind in TokenType}:
+        raise UserError(f"{file}: tokenizer.ggml.token_type: expected one of {[*map(int, TokenType)]} for every token")
     merges = [tuple(merge.split(" ")) for merge in content["merges"]]
-    bpe = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise UserError(f"{file}: tokenizer.ggml.merges: expected two tokens that make a third, found {merge!r}")
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, content["token_type"], strict=True))
-    control = [token for token, kind in kinds if kind == gguf.TokenType.CONTROL]
-    bpe.add_special_tokens(control)
-    bpe.add_tokens([token for token, kind in kinds if kind == gguf.TokenType.USER_DEFINED])
+    kinds = list(zip(tokens, types, strict=True))
+    bpe.add_special_tokens([token for token, kind in kinds if kind == TokenType.CONTROL])
+    bpe.add_tokens([token for token, kind in kinds if kind == TokenType.USER_DEFINED])
 
     def token(key):
-        return None if content[key] is None else tokens[content[key]]
+        i = content.get(key)
+        if i is not None and i >= len(tokens):
+            raise UserError(f"{file}: tokenizer.ggml.{key}: expected a token's id below {len(tokens)}, found {i}")
+        return None if i is None else tokens[i]
 
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

@@ -9,57 +9,81 @@ from collections.abc import Iterable
 import json
 import math
 from pathlib import Path
+import reprlib
 import struct
 
 import numpy as np
 
-from voco_jax.convert.tensors import BFLOAT16, Tensor, raw_tensor, read_ahead
+from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor, read_ahead
 from voco_jax.errors import UserError
+from voco_jax.json_files import read_object
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "F64": np.dtype(np.float64)}  # buffers, not weights
-_LONGEST_HEADER = 100_000_000  # as the safetensors library allows
+_LONGEST_HEADER = 2**24  # bytes, of more than 100,000 tensors: as Python's objects it may take 0.4 GiB
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name. UserError for a file that is damaged or truncated, or holds a dtype without place here."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(_LONGEST_HEADER, size - 8):
-            raise UserError(f"{file}: not a safetensors file, or truncated: a header of {length} bytes in {size}")
-        try:
-            header = json.loads(stream.read(length), object_pairs_hook=_no_doubles)
-            header.pop("__metadata__", None)
-            entries = {
-                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
-            }
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{file}: damaged safetensors header: {type(error).__name__}: {error}") from None
+    file = SourceFile(path)
+    start = file.read(0, min(8, file.size))
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else file.size
+    if length > file.size - 8:
+        raise UserError(f"{path}: not a safetensors file, or truncated: a header of {length} bytes in {file.size}")
+    if length > _LONGEST_HEADER:
+        raise UserError(f"{path}: expected a header of at most {_LONGEST_HEADER} bytes, found {length}")
+    try:
+        entries = _read_header(file.read(8, length))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged safetensors header: {error}") from None
     tensors, last = {}, 0
     for name, (dtype_name, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         dtype = (_DTYPES | _OTHERS).get(dtype_name)
         if dtype is None:
-            raise UserError(f"{file}: {name}: expected dtype {', '.join(_DTYPES)}; found {dtype_name}")
-        if begin < last or min(shape, default=0) < 0:
-            raise UserError(f"{file}: {name}: overlaps another tensor, or has a negative dimension")
+            raise UserError(f"{path}: {name}: expected dtype {', '.join(_DTYPES)}; found {dtype_name}")
+        if begin != last:  # the format has no gaps
+            fault = "overlaps another tensor" if begin < last else f"there is a gap of {begin - last} bytes before it"
+            raise UserError(f"{path}: {name}: {fault}")
         last = end
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{file}: {name}: {end - begin} bytes do not make {dtype_name} {list(shape)}")
-        if 8 + length + end > size:
-            raise UserError(f"{file}: truncated: {name} ends at byte {8 + length + end}, the file has {size}")
+            raise UserError(f"{path}: {name}: {end - begin} bytes do not make {dtype_name} {list(shape)}")
+        if 8 + length + end > file.size:
+            raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + end}, the file has {file.size}")
         tensors[name] = raw_tensor(file, 8 + length + begin, shape, dtype)
+    if 8 + length + last != file.size:
+        raise UserError(f"{path}: the tensors end at byte {8 + length + last}, the file has {file.size}")
     return tensors
+
+
+def _read_header(text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """(dtype, shape, begin, end) by name. ValueError or RecursionError for anything else than the format has."""
+    header = json.loads(text, object_pairs_hook=_no_doubles)
+    if not isinstance(header, dict):
+        raise ValueError(f"expected an object, found {type(header).__name__}")
+    about = header.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("__metadata__: expected an object of texts")
+    entries = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["dtype"], str):
+            raise ValueError(f"{name}: expected dtype, shape and data_offsets, found {reprlib.repr(entry)}")
+        offsets = entry["data_offsets"]
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(i) is int and i >= 0 for i in offsets):
+            raise ValueError(f"{name}: data_offsets: expected begin and end, found {reprlib.repr(offsets)}")
+        try:
+            entries[name] = entry["dtype"], check_shape(entry["shape"]), *offsets
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return entries
 
 
 def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} doubled")
+        seen = set()
+        raise ValueError(f"{next(name for name, _ in pairs if name in seen or seen.add(name))} doubled")
     return content
 
 
@@ -90,8 +114,7 @@ def _write(stream, data) -> None:
 
 def read_index(index: Path) -> dict[str, str]:
     """File by tensor name of a `*.index.json`."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: expected an object with 'weight_map': {type(error).__name__}: {error}") from None
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+        raise UserError(f"{index}: expected an object with 'weight_map', an object of file names")
+    return weight_map

@@ -1,20 +1,25 @@
 """PyTorch's `*.bin` checkpoints, read without PyTorch and without running anything.
 
-Such a file is a zip archive: a pickle that describes the tensors, and their values in one uncompressed member each. The
-unpickler here knows what makes a state dict of tensors, and nothing else can be called.
+Such a file is a zip archive: a pickle that describes the tensors, and their values in one uncompressed member each,
+with a checksum. Python's unpickler is not used: the few operations that describe a dictionary of tensors are carried
+out here, on plain data, and all others are refused.
+https://docs.python.org/3/library/pickletools.html
 """
 
-import collections
+from collections.abc import Callable
+import dataclasses
 import io
 import math
 from pathlib import Path
-import pickle
+import pickletools
 import struct
+from typing import NamedTuple
 import zipfile
+import zlib
 
 import numpy as np
 
-from voco_jax.convert.tensors import BFLOAT16, Tensor, raw_tensor
+from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor
 from voco_jax.errors import UserError
 
 _STORAGES = {
@@ -25,87 +30,328 @@ _STORAGES = {
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
 }
+_DICT, _TENSOR, _PARAMETER = (
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+)  # fmt: skip
+_GLOBALS = {_DICT, _TENSOR, _PARAMETER, *(f"torch {name}" for name in _STORAGES)}
+
+# No honest file comes near these: 20,000 tensors take a million operations and four megabytes.
+_LONGEST_PICKLE = 2**24  # bytes
+_MOST_OPERATIONS = 2_000_000
+_LONGEST_DIRECTORY = 2**23  # bytes of the archive's own
 
 
-def read_torch(file: Path) -> dict[str, Tensor]:
+def read_torch(path: Path) -> dict[str, Tensor]:
     """Tensors by name. UserError for damaged files, and for any object that is not a plain tensor."""
+    file = SourceFile(path)
     try:
-        with zipfile.ZipFile(file) as archive:
-            (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            members = {info.filename: info for info in archive.infolist()}
-            state = _Unpickler(
-                io.BytesIO(archive.read(pickled)), file, pickled.removesuffix("data.pkl"), members
-            ).load()
+        members = _members(file)
+        pickles = [name for name in members if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"expected one data.pkl in it, found {len(pickles)}")
+        prefix = pickles[0].removesuffix("data.pkl")
+        order = members.get(f"{prefix}byteorder")
+        if order is not None and _content(file, order, 100) != b"little":
+            raise ValueError("expected the byte order 'little'")
+        state = _Machine(file, prefix, members).run(_content(file, members[pickles[0]], _LONGEST_PICKLE))
     except _DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file}: not a PyTorch checkpoint that can be read safely: {reason}") from None
+        raise UserError(f"{path}: not a PyTorch checkpoint that can be read safely: {error}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file}: expected a dictionary of tensors, found {type(state).__name__}")
-    return {str(name): tensor for name, tensor in state.items()}
+        raise UserError(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
+    if not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: expected names of tensors, found a number")
+    return state
 
 
-# What reading a damaged archive, or unpickling whatever bytes, may raise.
-_DAMAGE = (
-    zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError, ArithmeticError, AttributeError, LookupError,
-    MemoryError, NotImplementedError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
+# What reading a damaged archive or pickle may raise; UnicodeDecodeError is a ValueError
+_DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Hands out nothing that the pickle could change: strings, and functions that are made anew each time."""
+# ---- The archive ---------------------------------------------------------------------------------------------------
 
-    def __init__(self, stream, file: Path, prefix: str, members: dict[str, zipfile.ZipInfo]):
-        super().__init__(stream)
-        self._file, self._prefix, self._members = file, prefix, members
 
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: self._tensor(*arguments)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, requires_grad, hooks: tensor
-        if module == "torch" and name in _STORAGES:
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name} is not among the things a state dict is made of")
+class _Member(NamedTuple):
+    """Where a member's bytes are; `crc` 0: PyTorch was told to write none."""
 
-    def persistent_load(self, pid):
-        kind, storage, key, _, size = pid
-        if kind != "storage" or storage not in _STORAGES:
-            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        dtype = _STORAGES[storage]
-        info = self._members[f"{self._prefix}data/{key}"]
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size < size * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {key}: compressed, or shorter than {size} values")
-        return dtype, info, size
+    begin: int
+    size: int
+    crc: int
 
-    def _tensor(self, storage, offset, shape, strides, *_):
-        dtype, info, size = storage
-        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-        if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
-            raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides} at {offset}")
+
+class _Archive:
+    """A file for `zipfile`, which would read an archive's directory at any length."""
+
+    def __init__(self, stream):
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+
+    def read(self, size: int = _LONGEST_DIRECTORY) -> bytes:
+        if not 0 <= size <= _LONGEST_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory has {size} bytes, expected at most {_LONGEST_DIRECTORY}")
+        return self._read(size)
+
+
+def _members(file: SourceFile) -> dict[str, _Member]:
+    """The members of the archive by name. ValueError where two overlap, have one name, or are not plain bytes."""
+    if file.read(0, min(4, file.size)) == b"\x80\x02\x8a\x0a":
+        raise ValueError("it has the format of PyTorch before 1.6; load and save it with a later one")
+    members, last = {}, 0
+    with zipfile.ZipFile(_Archive(file.stream)) as archive:
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+            name = info.filename
+            if name in members:
+                raise ValueError(f"{name} is there twice")
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1 or info.compress_size != info.file_size:
+                raise ValueError(f"{name} is compressed or encrypted")
+            if not last <= info.header_offset <= file.size - 30:
+                raise ValueError(f"{name} overlaps another member, or is not in the file")
+            # Its bytes begin behind its local header, whose extra field may differ from the directory's
+            signature, flags, name_length, extra_length = struct.unpack(
+                "<4s2xH18xHH", file.read(info.header_offset, 30)
+            )
+            begin = info.header_offset + 30 + name_length + extra_length
+            stored = file.read(info.header_offset + 30, name_length) if begin <= file.size else b""
+            if signature != b"PK\3\4" or flags & 0x1 or stored != name.encode("utf-8" if flags & 0x800 else "cp437"):
+                raise ValueError(f"{name}: the archive's directory says something else than the member itself")
+            last = begin + info.file_size
+            if last > archive.start_dir:
+                raise ValueError(f"{name} reaches beyond the members of the archive")
+            members[name] = _Member(begin, info.file_size, info.CRC)
+    return members
+
+
+def _content(file: SourceFile, member: _Member, most: int) -> bytes:
+    if member.size > most:
+        raise ValueError(f"expected at most {most} bytes of description, found {member.size}")
+    content = file.read(member.begin, member.size)
+    if member.crc and zlib.crc32(content) != member.crc:
+        raise ValueError("its description is damaged: another checksum")
+    return content
+
+
+class _Storage:
+    """The values that tensors are views of: a member of the archive, whose checksum is compared when it is read."""
+
+    def __init__(self, file: SourceFile, key: str, dtype: np.dtype, member: _Member):
+        self.file, self.key, self.dtype, self.member = file, key, dtype, member
+        self.size = member.size // dtype.itemsize
+        self._sound = not member.crc
+
+    def check(self, content: memoryview | None = None) -> None:
+        """UserError for other bytes than were written; `content`: all of them, where they are in memory."""
+        if self._sound:
+            return
+        crc = 0
+        if content is not None:
+            crc = zlib.crc32(content)
+        else:
+            step = 2**24
+            for at in range(0, self.member.size, step):
+                part = self.file.read(self.member.begin + at, min(step, self.member.size - at))
+                crc = zlib.crc32(part, crc)
+        if crc != self.member.crc:
+            raise UserError(f"{self.file.path}: storage {self.key}: damaged: another checksum than was written")
+        self._sound = True
+
+    def tensor(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-        if max(reach, math.prod(shape)) + offset > size:  # repeated values, too, could be any number
-            raise pickle.UnpicklingError(f"a tensor of shape {shape} reaches beyond its storage")
-        begin = _data_offset(self._file, info) + offset * dtype.itemsize
+        if max(reach, math.prod(shape)) + offset > self.size:  # repeated values, too, could be any number
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
+        begin = self.member.begin + offset * self.dtype.itemsize
         row_major = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        if all(a == b for n, a, b in zip(shape, strides, row_major, strict=True) if n > 1):
-            return raw_tensor(self._file, begin, shape, dtype)
-        flat = raw_tensor(self._file, begin, (reach,), dtype)
+        contiguous = all(a == b for n, a, b in zip(shape, strides, row_major, strict=True) if n > 1)
+        whole = contiguous and math.prod(shape) == self.size
+        flat = raw_tensor(
+            self.file,
+            begin,
+            shape if contiguous else (reach,),
+            self.dtype,
+            self.check if whole else lambda _: self.check(),
+        )
+        if contiguous:
+            return flat
 
         def read() -> np.ndarray:
-            steps = tuple(stride * dtype.itemsize for stride in strides)
+            steps = tuple(stride * self.dtype.itemsize for stride in strides)
             return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat.read(), shape, steps))
 
-        return Tensor(shape, dtype, self._file, read)
+        return dataclasses.replace(flat, shape=shape, read=read)
 
 
-def _data_offset(file: Path, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind its local header, whose extra field may differ from the directory's."""
-    with open(file, "rb") as stream:
-        stream.seek(info.header_offset)
-        header = stream.read(30)
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    return info.header_offset + 30 + name_length + extra_length
+# ---- The pickle ----------------------------------------------------------------------------------------------------
+
+
+class _Global(str):
+    """The name of something that a pickle wants to use, `module name`; one of `_GLOBALS`."""
+
+
+class _Machine:
+    """What the operations of a pickle leave, where they make dictionaries, lists, tuples, texts, numbers and tensors.
+
+    Nothing is called: `REDUCE` of the three functions that state dicts have is done here.
+    """
+
+    def __init__(self, file: SourceFile, prefix: str, members: dict[str, _Member]):
+        self._file, self._prefix, self._members = file, prefix, members
+        self._stack: list = []
+        self._marked: list[list] = []  # the stacks below each MARK
+        self._memo: dict[int, object] = {}
+        self._storages: dict[str, tuple] = {}
+
+    def run(self, pickled: bytes) -> object:
+        """ValueError for an operation that is not among those, and for one that has not what it needs."""
+        for count, (operation, argument, at) in enumerate(pickletools.genops(io.BytesIO(pickled))):
+            if count > _MOST_OPERATIONS:
+                raise ValueError(f"expected at most {_MOST_OPERATIONS} operations")
+            if operation.name == "STOP":
+                if at + 1 != len(pickled) or len(self._stack) != 1 or self._marked:
+                    raise ValueError("the description ends too early")
+                return self._stack[0]
+            perform = _OPERATIONS.get(operation.name)
+            if perform is None:
+                raise ValueError(f"operation {operation.name} is not among those that make a state dict")
+            perform(self, argument)
+        raise ValueError("the description does not end")
+
+    def push(self, value: object) -> None:
+        self._stack.append(value)
+
+    def pop(self, *kinds: type):
+        """The last value, of one of these types exactly."""
+        if not self._stack:
+            raise ValueError("an operation lacks its values")
+        value = self._stack.pop()
+        if kinds and type(value) not in kinds:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"expected {expected}, found {type(value).__name__}")
+        return value
+
+    def pop_mark(self) -> list:
+        """The values since the last MARK."""
+        if not self._marked:
+            raise ValueError("an operation lacks its MARK")
+        values, self._stack = self._stack, self._marked.pop()
+        return values
+
+    def mark(self, _) -> None:
+        self._marked.append(self._stack)
+        self._stack = []
+
+    def tuple_of(self, count: int) -> None:
+        self.push(tuple(reversed([self.pop() for _ in range(count)])))
+
+    def append(self, values: list) -> None:
+        target = self.pop(list)
+        target.extend(values)
+        self.push(target)
+
+    def set_items(self, values: list) -> None:
+        target = self.pop(dict)
+        if len(values) % 2:
+            raise ValueError("a name without a value")
+        for name, value in zip(values[::2], values[1::2], strict=True):
+            if type(name) not in (str, int):
+                raise ValueError(f"expected a name, found {type(name).__name__}")
+            if name in target:
+                raise ValueError(f"{name} doubled")
+            target[name] = value
+        self.push(target)
+
+    def pair(self) -> list:
+        value, name = self.pop(), self.pop()
+        return [name, value]
+
+    def build(self, _) -> None:
+        """State of the dictionary itself, `_metadata`, which says nothing about the tensors."""
+        self.pop(dict)
+        self.push(self.pop(dict))
+
+    def memoize(self, index: int) -> None:
+        self._memo[index] = self.pop()
+        self.push(self._memo[index])
+
+    def recall(self, index: int) -> None:
+        if index not in self._memo:
+            raise ValueError(f"there is no value {index}")
+        self.push(self._memo[index])
+
+    def find(self, name: str) -> None:
+        if name not in _GLOBALS:
+            name = name.replace(" ", ".")
+            raise ValueError(f"{name} is not among the things a state dict is made of")
+        self.push(_Global(name))
+
+    def find_by_stack(self, _) -> None:
+        name, module = self.pop(str), self.pop(str)
+        self.find(f"{module} {name}")
+
+    def reduce(self, _) -> None:
+        arguments, function = self.pop(tuple), self.pop(_Global)
+        if function == _DICT and not arguments:
+            self.push({})
+        elif function == _PARAMETER and list(map(type, arguments)) == [Tensor, bool, dict]:
+            self.push(arguments[0])
+        elif function == _TENSOR and len(arguments) in (6, 7) and isinstance(arguments[0], _Storage):
+            storage, offset, shape, strides, *_ = arguments
+            if type(offset) is not int or offset < 0 or type(shape) is not tuple or type(strides) is not tuple:
+                raise ValueError("a tensor's offset, shape or strides are no such thing")
+            shape, strides = check_shape(shape), check_shape(strides)
+            if len(shape) != len(strides):
+                raise ValueError(f"a tensor of shape {shape} and strides {strides}")
+            self.push(storage.tensor(offset, shape, strides))
+        else:
+            raise ValueError(f"{function.replace(' ', '.')} of other things than a state dict is made of")
+
+    def storage(self, _) -> None:
+        """A storage by its persistent id: ('storage', type, key, device, number of values)."""
+        found = self.pop(tuple)
+        if [*map(type, found)] != [str, _Global, str, str, int] or found[0] != "storage":
+            raise ValueError("a persistent id that is not a storage's")
+        kind, key, size = found[1].removeprefix("torch "), found[2], found[4]
+        if kind not in _STORAGES:
+            raise ValueError(f"unknown storage {kind}")
+        if key not in self._storages:
+            member, dtype = self._members.get(f"{self._prefix}data/{key}"), _STORAGES[kind]
+            if member is None or member.size != size * dtype.itemsize:
+                found = "none" if member is None else f"{member.size} bytes"
+                raise ValueError(f"storage {key}: expected {size} values of {dtype}, found {found}")
+            self._storages[key] = (kind, size), _Storage(self._file, key, dtype, member)
+        known, storage = self._storages[key]
+        if known != (kind, size):
+            raise ValueError(f"storage {key} is described twice, and not alike")
+        self.push(storage)
+
+
+_OPERATIONS: dict[str, Callable[[_Machine, object], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    **dict.fromkeys(
+        ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+        _Machine.push,
+    ),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "MARK": _Machine.mark,
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
+    "APPEND": lambda machine, _: machine.append([machine.pop()]),
+    "APPENDS": lambda machine, _: machine.append(machine.pop_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pair()),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
+    "BUILD": _Machine.build,
+    "BINPUT": _Machine.memoize,
+    "LONG_BINPUT": _Machine.memoize,
+    "MEMOIZE": lambda machine, _: machine.memoize(len(machine._memo)),
+    "BINGET": _Machine.recall,
+    "LONG_BINGET": _Machine.recall,
+    "GLOBAL": _Machine.find,
+    "STACK_GLOBAL": _Machine.find_by_stack,
+    "REDUCE": _Machine.reduce,
+    "BINPERSID": _Machine.storage,
+}
