@@ -16,6 +16,8 @@ TARGETS = {
     "json": "tests.fuzz.json_objects:JSONObjects",
     "logs": "tests.fuzz.logs:Logs",
     "memory": "tests.fuzz.memory:MemoryFiles",
+    "safetensors": "tests.fuzz.weights:Safetensors",
+    "bin": "tests.fuzz.weights:Torch",
 }
 
 

@@ -21,7 +21,7 @@ from voco_jax.json_files import read_object
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "F64": np.dtype(np.float64)}  # buffers, not weights
-_LONGEST_HEADER = 2**24  # bytes, of more than 100,000 tensors: as Python's objects it may take 0.4 GiB
+_LONGEST_HEADER = 2**23  # bytes, of more than 50,000 tensors: as Python's objects they may take 0.4 GiB
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 
