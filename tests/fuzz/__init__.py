@@ -18,6 +18,7 @@ TARGETS = {
     "memory": "tests.fuzz.memory:MemoryFiles",
     "safetensors": "tests.fuzz.weights:Safetensors",
     "bin": "tests.fuzz.weights:Torch",
+    "gguf": "tests.fuzz.gguf_files:GGUF",
 }
 
 

@@ -158,7 +158,8 @@ def _tensor(file: SourceFile, entry, config: LlamaConfig) -> Tensor:
     raw = raw_tensor(file, entry.begin, (math.prod(shape[:-1]), entry.nbytes // math.prod(shape[:-1])), _BYTES)
 
     def read() -> np.ndarray:
-        values = quants.dequantize(raw.read(), entry.type).astype(np.float32, copy=False).reshape(shape)
+        with np.errstate(all="ignore"):  # values that are not finite are found later
+            values = quants.dequantize(raw.read(), entry.type).astype(np.float32, copy=False).reshape(shape)
         if heads:  # llama.cpp pairs neighbours for rotary positions, Hugging Face the two halves of a head
             values = values.reshape(heads, -1, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
         return np.ascontiguousarray(values)
@@ -184,13 +185,12 @@ def gguf_tokenizer(file: Path):
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if content.get("model") != "gpt2":
-        raise UserError(
-            f"{file}: tokenizer.ggml.model: expected 'gpt2', found {content['model']!r}; use --tokenizer DIR"
-        )
-    if content.get("pre") not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
-        raise UserError(f"{file}: tokenizer.ggml.pre: expected {known}, found {content['pre']!r}; use --tokenizer DIR")
+    for key, known in (("model", ("gpt2",)), ("pre", _PRE_TOKENIZERS)):
+        if content.get(key) not in known:
+            expected = " or ".join(map(repr, known))
+            raise UserError(
+                f"{file}: tokenizer.ggml.{key}: expected {expected}, found {content.get(key)!r}; use --tokenizer DIR"
+            )
     for key in ("tokens", "merges", "token_type", "eos_token_id"):
         if key not in content:
             raise UserError(f"{file}: key 'tokenizer.ggml.{key}' is missing; use --tokenizer DIR")

@@ -108,7 +108,7 @@ def _placed(file: SourceFile, described: list[tuple], data: int, alignment: int)
         if end > file.size:
             raise UserError(f"{file.path}: truncated: {name} ends at byte {end}, the file has {file.size}")
         entries.append(Entry(name, shape, kind, begin, nbytes))
-    if file.size - end >= alignment:
+    if file.size not in (end, -(-end // alignment) * alignment):
         raise UserError(f"{file.path}: the tensors end at byte {end}, the file has {file.size}")
     return entries
 
