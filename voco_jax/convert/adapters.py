@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from voco_jax.convert.config_keys import ADAPTER, LLAVA, section
+from voco_jax.convert.config_keys import ADAPTER, LLAVA, section, short
 from voco_jax.convert.findings import listing
 from voco_jax.convert.formats import key_of_name
 from voco_jax.convert.hf_configs import check_numbers, llama_from_hf
@@ -150,8 +150,16 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 
 def _by_pattern(patterns: Mapping, module: str, default):
-    """A number that PEFT gives to some modules: to those whose names end so."""
+    """A number that PEFT gives to some modules: to those whose names end so, by a regular expression.
+
+    ValueError for one that could search for ages, with a repeated group or many repetitions.
+    """
     for pattern, number in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return number
+        if len(pattern) > 1000 or len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
+            raise ValueError(f"expected a simpler pattern, found {short(pattern)}")
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return number
+        except re.error as error:
+            raise ValueError(f"pattern {short(pattern)}: {error}") from None
     return default

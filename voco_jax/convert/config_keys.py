@@ -46,10 +46,10 @@ class Keys:
             if key in self.expected:
                 if not any(value == allowed for allowed in self.expected[key]):
                     expected = " or ".join(map(repr, self.expected[key]))
-                    found.append(f"{prefix}{key}: expected {expected}, found {_short(value)}{_WHY.get(key, '')}")
+                    found.append(f"{prefix}{key}: expected {expected}, found {short(value)}{_WHY.get(key, '')}")
             elif key not in self.computed and not self.harmless.fullmatch(key) and key not in ignored:
                 unknown = "unknown, and may change what the model computes"
-                found.append(f"{prefix}{key}: {unknown}; found {_short(value)} (harmless? --ignore-key {key})")
+                found.append(f"{prefix}{key}: {unknown}; found {short(value)} (harmless? --ignore-key {key})")
         return found
 
     def check(self, fields: Mapping, file: Path, prefix: str = "", ignored: Collection[str] = ()) -> None:
@@ -67,7 +67,8 @@ def section(fields: Mapping, key: str, file: Path) -> dict:
     return value
 
 
-def _short(value, length: int = 100) -> str:
+def short(value, length: int = 100) -> str:
+    """A value out of a file as Python shows it, or its beginning."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]} …"
 

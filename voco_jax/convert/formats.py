@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import re
 
 from voco_jax.convert.rules import RULES, Rule
@@ -69,13 +70,16 @@ def num_projector_layers(format: Format) -> int:
 
 def key_of_name(name: str) -> tuple[str, int | None] | None:
     """(our parameter's path, layer) of a tensor's name in any of the formats; None for a name of none."""
-    number = next((int(part) for part in name.split(".") if part.isdecimal()), 0)
-    for format in (*FORMATS, LLAVA_LINEAR, LLAMA):
-        for rule in RULES:
-            layer = number if rule.stacked else None
-            if format.their_name(rule, layer) == name:
-                return rule.ours, layer
-    return None
+    found = re.fullmatch(r"(.*\.layers\.)(0|[1-9]\d{0,8})(\..*)", name)
+    ours = _all_names().get(f"{found[1]}{{}}{found[3]}" if found else name)
+    return None if ours is None else (ours, int(found[2]) if found else None)
+
+
+@functools.cache
+def _all_names() -> dict[str, str]:
+    """Our parameter by its name in any of the formats, in which `{}` is for the layer."""
+    formats = (*FORMATS, LLAVA_LINEAR, LLAMA)
+    return {format.their_name(rule): rule.ours for format in formats for rule in RULES}
 
 
 def recognise(names: Mapping[str, object], formats, parts: tuple[str, ...]) -> Format | None:

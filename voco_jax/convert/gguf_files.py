@@ -6,11 +6,10 @@ import math
 import operator
 from pathlib import Path
 import re
-import reprlib
 
 import numpy as np
 
-from voco_jax.convert.config_keys import GGUF, GGUF_KINDS
+from voco_jax.convert.config_keys import GGUF, GGUF_KINDS, short
 from voco_jax.convert.hf_configs import check_numbers
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
 from voco_jax.convert.tensors import SourceFile, Tensor, raw_tensor
@@ -64,7 +63,7 @@ def _check_key(file: Path, key: str, value: object) -> None:
     if key in GGUF_KINDS:
         expected, is_one = GGUF_KINDS[key]
         if not is_one(value):
-            raise UserError(f"{file}: {key}: expected {expected}, found {reprlib.repr(value)}")
+            raise UserError(f"{file}: {key}: expected {expected}, found {short(value)}")
         return
     near = next((k for k in GGUF_KINDS if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
     if near is not None and key not in _OTHERS:
@@ -83,7 +82,7 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
 
     architecture = field("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{file}: general.architecture: expected 'llama', found {architecture!r}")
+        raise UserError(f"{file}: general.architecture: expected 'llama', found {short(architecture)}")
     # The values of the others, a tokenizer's, may be long
     names = [key for key in header.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
     GGUF.check({key: field(key) for key in names}, file, ignored=ignored)
@@ -120,7 +119,7 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     scale = numbers["head_dim"] ** -0.5
     found = field("llama.attention.scale", scale)
     if not math.isclose(found, scale, rel_tol=1e-5):
-        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {found!r}")
+        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {short(found)}")
     try:
         config = LlamaConfig(
             **numbers,
@@ -187,10 +186,8 @@ def gguf_tokenizer(file: Path):
 
     for key, known in (("model", ("gpt2",)), ("pre", _PRE_TOKENIZERS)):
         if content.get(key) not in known:
-            expected = " or ".join(map(repr, known))
-            raise UserError(
-                f"{file}: tokenizer.ggml.{key}: expected {expected}, found {content.get(key)!r}; use --tokenizer DIR"
-            )
+            expected = f"expected {' or '.join(map(repr, known))}, found {short(content.get(key))}"
+            raise UserError(f"{file}: tokenizer.ggml.{key}: {expected}; use --tokenizer DIR")
     for key in ("tokens", "merges", "token_type", "eos_token_id"):
         if key not in content:
             raise UserError(f"{file}: key 'tokenizer.ggml.{key}' is missing; use --tokenizer DIR")
@@ -203,7 +200,8 @@ def gguf_tokenizer(file: Path):
     merges = [tuple(merge.split(" ")) for merge in content["merges"]]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
-            raise UserError(f"{file}: tokenizer.ggml.merges: expected two tokens that make a third, found {merge!r}")
+            expected = "expected two tokens that make a third"
+            raise UserError(f"{file}: tokenizer.ggml.merges: {expected}, found {short(merge)}")
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from voco_jax.convert.config_keys import CLIP, CLIP_VISION, LLAMA, Keys, section
+from voco_jax.convert.config_keys import CLIP, CLIP_VISION, LLAMA, Keys, section, short
 from voco_jax.convert.rope import rope_of_hf, rope_to_hf
 from voco_jax.errors import UserError
 from voco_jax.models import presets
@@ -25,6 +25,8 @@ PROJECTORS = {"mlp2x_gelu": 2, "linear": 1, "mlp1x_gelu": 1}
 NOT_CLIPS = {"select_layer", "select_feature", "position_init"}
 
 
+_MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31}
+_LEAST = 1e-30  # of fractions, which are float32 in the end
 _FRACTIONS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor",
     "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "r", "lora_alpha",
@@ -32,14 +34,18 @@ _FRACTIONS = (
 
 
 def check_numbers(file: Path, values: dict, what: str) -> None:
-    """UserError for a dimension that is no whole number above zero, or another number that is none at all."""
+    """UserError for a dimension that is no whole number above zero, or another number that is none at all; and for
+    those that no model has, with which there would be no end of layers or no number of values."""
     for key, value in values.items():
         if isinstance(value, bool) and key == "tie_word_embeddings":
             continue
-        whole = key not in _FRACTIONS
+        whole, most = key not in _FRACTIONS, _MOST.get(key, 2**24)
         kinds, expected = (int, "a whole number above 0") if whole else ((int, float), "a number above 0")
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {value!r}")
+            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {short(value)}")
+        if value > most if whole else not _LEAST <= value <= 1 / _LEAST:
+            expected = f"at most {most}" if whole else f"a number of {_LEAST} to {1 / _LEAST}"
+            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {short(value)}")
 
 
 def llama_from_hf(
@@ -105,7 +111,7 @@ def projector_layers_of_llava(fields: dict, file: Path) -> int:
     """Linear layers of the projector; without its key, one (the first LLaVA's). UserError for other kinds."""
     kind = fields.get("mm_projector_type") or "linear"
     if not isinstance(kind, str) or kind not in PROJECTORS:
-        raise UserError(f"{file}: mm_projector_type: expected {', '.join(PROJECTORS)}; found {kind!r}")
+        raise UserError(f"{file}: mm_projector_type: expected {', '.join(PROJECTORS)}; found {short(kind)}")
     return PROJECTORS[kind]
 
 
@@ -115,7 +121,7 @@ def _layer(fields: dict, key: str, file: Path) -> int:
     if isinstance(layer, list) and len(layer) == 1:
         (layer,) = layer
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UserError(f"{file}: {key}: expected one layer, found {layer!r}")
+        raise UserError(f"{file}: {key}: expected one layer, found {short(layer)}")
     return layer
 
 
@@ -136,7 +142,7 @@ def vision_of_llava_hf(
 
 def vision_of_hub(name: str, file: Path, select_layer: int, select_feature: str) -> ViTConfig:
     if name not in HUB_TOWERS:
-        raise UserError(f"{file}: mm_vision_tower {name!r} is not known; give it with --vision-tower DIR")
+        raise UserError(f"{file}: mm_vision_tower {short(name)} is not known; give it with --vision-tower DIR")
     preset = presets.VIT[HUB_TOWERS[name]]
     try:
         return dataclasses.replace(preset, select_layer=select_layer, select_feature=select_feature)

@@ -16,7 +16,7 @@ import numpy as np
 
 from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor, read_ahead
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.json_files import parse, read_object
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -36,7 +36,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: expected a header of at most {_LONGEST_HEADER} bytes, found {length}")
     try:
         entries = _read_header(file.read(8, length))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: damaged safetensors header: {error}") from None
     tensors, last = {}, 0
     for name, (dtype_name, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
@@ -58,8 +58,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_header(text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """(dtype, shape, begin, end) by name. ValueError or RecursionError for anything else than the format has."""
-    header = json.loads(text, object_pairs_hook=_no_doubles)
+    """(dtype, shape, begin, end) by name. ValueError for anything else than the format has."""
+    header = parse(text.decode(), _no_doubles)
     if not isinstance(header, dict):
         raise ValueError(f"expected an object, found {type(header).__name__}")
     about = header.pop("__metadata__", None) or {}

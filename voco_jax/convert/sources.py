@@ -7,7 +7,7 @@ import re
 
 from voco_jax.convert import hf_configs, processors
 from voco_jax.convert.adapters import apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
-from voco_jax.convert.config_keys import LLAVA, LLAVA_HF, section
+from voco_jax.convert.config_keys import LLAVA, LLAVA_HF, section, short
 from voco_jax.convert.formats import (
     FORMATS,
     LLAMA,
@@ -22,7 +22,7 @@ from voco_jax.convert.formats import (
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.rules import RULES
 from voco_jax.convert.safetensors_files import read_index, read_safetensors
-from voco_jax.convert.tensors import Tensor, inside, name_leads_out, same_bytes
+from voco_jax.convert.tensors import Tensor, inside, name_leads_out, readable, same_bytes
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
 from voco_jax.data.images import ImageProcessor
@@ -115,7 +115,9 @@ def _is_left_behind(index: Path, file: Path) -> bool:
     shards = set(read_index(index).values())
     if file.name in shards or not shards:
         return False
-    if any((file.parent / name).exists() for name in shards if not name_leads_out(name)):
+    with readable(index):  # a name may be too long
+        there = any((file.parent / name).exists() for name in shards if not name_leads_out(name))
+    if there:
         both = f"found {file.name} and {index.name}, and they may differ; move away the one that is not meant"
         raise UserError(f"{file.parent}: expected one checkpoint, {both}")
     return True
@@ -146,8 +148,10 @@ def _read_shards(directory: Path, index: Path, pattern: str, read: Callable) -> 
     weight_map = read_index(index)
     files = {name: inside(directory, name) for name in sorted(set(weight_map.values()))}
     for name, file in files.items():
-        if not file.exists():
-            raise UserError(f"{index}: the shard {name} is not there")
+        with readable(index):  # as above
+            there = file.exists()
+        if not there:
+            raise UserError(f"{index}: the shard {short(name)} is not there")
     strays = {file.name for file in directory.glob(pattern)} - files.keys()
     if strays:
         raise UserError(f"{index}: the shard {min(strays)} is missing from the index")
@@ -191,7 +195,7 @@ def open_source(
         return _open_llava_hf(path, fields, vision_tower, ignored)
     if kind == "llama":
         return open_parts(path, vision_tower, ignored=ignored)
-    raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {kind!r}")
+    raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {short(kind)}")
 
 
 def _is_llava(fields: dict) -> bool:
@@ -206,7 +210,7 @@ def _open_adapter(path: Path, vision_tower: Path | None, base: Path | None, igno
     """
     if base is None:
         named = base_of(path)
-        named = f" (the adapter names {named!r}, which is never fetched)" if named else ""
+        named = f" (the adapter names {short(named)}, which is never fetched)" if named else ""
         raise UserError(f"{path}: a LoRA adapter: give the checkpoint it was trained on with --base DIR{named}")
     fields = read_object(path / "config.json") if (path / "config.json").exists() else {}
     fields.pop("quantization_config", None)  # QLoRA's base was quantized while it trained; the one given is not
@@ -245,10 +249,11 @@ def _open_llava(
     own = any(name.startswith(FORMATS[0].vision) for name in tensors)
     name = fields.get("mm_vision_tower") or ""
     if not isinstance(name, str):
-        raise UserError(f"{file}: mm_vision_tower: expected a name, found {name!r}")
+        raise UserError(f"{file}: mm_vision_tower: expected a name, found {short(name)}")
     beside = vision_tower
-    if not beside and name and not name_leads_out(name) and (path / name / "config.json").exists():
-        beside = path / name
+    if not beside and name and not name_leads_out(name):
+        with readable(file):  # a name may be too long
+            beside = path / name if (path / name / "config.json").exists() else None
     if beside:
         config = beside / "config.json"
         vision = hf_configs.vision_from_hf(read_object(config), config, layer, feature, ignored)
@@ -261,7 +266,8 @@ def _open_llava(
     source.take(tensors, format, ("llm", "head", "projector") + (("vision",) if own else ()))
     if not own:
         if not beside:
-            raise UserError(f"{path}: has no vision tower inside, and names {name!r}: give it with --vision-tower DIR")
+            found = f"has no vision tower inside, and names {short(name)}"
+            raise UserError(f"{path}: {found}: give it with --vision-tower DIR")
         _take_vision(source, beside)
     return source
 
