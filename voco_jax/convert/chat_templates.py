@@ -1,20 +1,26 @@
 """A checkpoint's chat template (Jinja, as transformers has them) as one of ours.
 
-transformers renders it, in its sandbox, for a few conversations; what stands around their words is the template's text.
-That text must then give the same renderings of other conversations, or it is refused: templates can compute anything.
+transformers renders it, in its sandbox and in a process of its own, for a few conversations; what stands around their
+words is the template's text. That text must then give the same renderings of other conversations, or it is refused:
+templates can compute anything.
 """
 
 from collections.abc import Sequence
-import dataclasses
+import json
 from pathlib import Path
+import signal
+import subprocess
+import sys
 
 from voco_jax.data.control_tokens import ControlTokens
 from voco_jax.data.conversations import EOS, Encoder, Template
 from voco_jax.data.tokenizer import VOCO_TOKEN
 from voco_jax.data.turns import IMAGE
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, first_line
+from voco_jax.files import read_text
 from voco_jax.json_files import read_object
 
+_MOST = 2**20  # bytes of a template
 WORDS = "Which is it", "A hen", "And how many", "Two hens", "Where are they"  # alternately asked and answered
 
 
@@ -25,11 +31,11 @@ def chat_template_of(directory: Path, tokenizer) -> tuple[str, str] | None:
     """
     own, older = directory / "chat_template.jinja", directory / "chat_template.json"
     try:
-        if own.is_file():
-            return own.read_text(), own.name
+        if own.exists():
+            return read_text(own, _MOST), own.name
     except (OSError, ValueError) as error:
-        raise UserError(f"{own}: cannot be read: {error}") from None
-    if older.is_file():
+        raise UserError(f"{own}: cannot be read: {first_line(error)}") from None
+    if older.exists():
         return _text(read_object(older).get("chat_template"), older), older.name
     found = tokenizer.chat_template
     if isinstance(found, dict):  # several, by name
@@ -40,7 +46,7 @@ def chat_template_of(directory: Path, tokenizer) -> tuple[str, str] | None:
 def image_token_of(directory: Path) -> str:
     """What stands for an image in the chat template of a checkpoint's directory."""
     file = directory / "processor_config.json"
-    token = read_object(file).get("image_token") if file.is_file() else None
+    token = read_object(file).get("image_token") if file.exists() else None
     return token if isinstance(token, str) and token else IMAGE.value
 
 
@@ -102,37 +108,28 @@ def write_chat_template(encoder: Encoder) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class _Renderer:
-    """transformers' rendering of turns, images before the first."""
+    """transformers' rendering of turns, images before the first: all that is ever asked for, by one process."""
 
-    text: str
-    tokenizer: object
-    image_token: str
+    def __init__(self, text: str, tokenizer, image_token: str):
+        self._tokenizer, self._image_token = tokenizer, image_token
+        asked = [(count, images, True) for count in (1, 3, 5) for images in (0, 1, 2)] + [(2, 0, False)]
+        # A processor's template takes parts; a language model's takes text, in which LLaVA's marker stands
+        calls = [(*call, in_parts) for call in asked for in_parts in (True, False)]
+        conversations = [[_messages(count, images, in_parts), asks] for count, images, asks, in_parts in calls]
+        self._rendered = dict(zip(calls, _render(text, tokenizer.special_tokens_map, conversations), strict=True))
 
     def __call__(self, words: Sequence[str], images: int = 0, *, asks: bool = True) -> str:
         problem = None
-        # A processor's template takes parts; a language model's takes text, in which LLaVA's marker stands
         for in_parts in (True, False):
-            messages = []
-            for i, said in enumerate(words):
-                count = 0 if i else images
-                content = IMAGE.value * count + ("\n" if count else "") + said
-                if in_parts:
-                    content = [*[{"type": "image"}] * count, {"type": "text", "text": said}]
-                messages.append({"role": "assistant" if i % 2 else "user", "content": content})
-            try:
-                rendered = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=asks
-                ).replace(self.image_token, IMAGE.value)
-            except Exception as error:  # of Jinja, or what the template itself raises
+            rendered, error = self._rendered[len(words), images, asks, in_parts]
+            if rendered is None:
                 problem = problem or error
                 continue
+            rendered = rendered.replace(self._image_token, IMAGE.value)
             if all(rendered.count(said) == 1 for said in words) and "'text'" not in rendered:
                 return rendered
-        raise UserError(
-            "the turns' texts are not in what it renders" if problem is None else " ".join(str(problem).split())[:200]
-        )
+        raise UserError(problem or "the turns' texts are not in what it renders")
 
     def images(self, asked: str, begin: str, assistant: str) -> tuple[str, str]:
         """What stands for each of several images before a question, and what after all of them."""
@@ -140,10 +137,40 @@ class _Renderer:
         if one.count(IMAGE.value) != 1 or two.count(IMAGE.value) != 2:
             raise UserError(f"an image before a question: expected {IMAGE.value}, found {one!r}")
         image = next((one[:n] for n in range(len(one), 0, -1) if two == one[:n] * 2 + one[n:]), one)
-        special = ControlTokens(self.tokenizer).ids.keys() - {IMAGE.value}
+        special = ControlTokens(self._tokenizer).ids.keys() - {IMAGE.value}
         if any(token in one for token in special):
             raise UserError(f"an image before a question: expected {IMAGE.value} and text, found {one!r}")
         return image, one.removeprefix(image)
+
+
+def _messages(count: int, images: int, in_parts: bool) -> list[dict]:
+    """The first so many turns as transformers takes them."""
+    messages = []
+    for i, said in enumerate(WORDS[:count]):
+        marks = 0 if i else images
+        content = IMAGE.value * marks + ("\n" if marks else "") + said
+        if in_parts:
+            content = [*[{"type": "image"}] * marks, {"type": "text", "text": said}]
+        messages.append({"role": "assistant" if i % 2 else "user", "content": content})
+    return messages
+
+
+def _render(text: str, special_tokens: dict, conversations: list) -> list[tuple[str | None, str | None]]:
+    """(text, None) or (None, an error) of each conversation; UserError for a template that does not come to an end."""
+    program = Path(__file__).with_name("template_process.py")
+    asked = {"template": text, "special_tokens": special_tokens, "conversations": conversations}
+    try:
+        # -P: the modules beside the program are none of Python's
+        process = subprocess.run(
+            [sys.executable, "-P", program], input=json.dumps(asked), capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError("it takes too long") from None
+    if process.returncode:
+        ended = -process.returncode in (signal.SIGXCPU, signal.SIGKILL)
+        last = (process.stderr.splitlines() or ["no reason given"])[-1]
+        raise UserError("it takes too long" if ended else f"it cannot be rendered: {last}")
+    return json.loads(process.stdout)
 
 
 def _around(text: str, *words: str) -> list[str]:
