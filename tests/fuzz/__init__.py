@@ -19,6 +19,8 @@ TARGETS = {
     "safetensors": "tests.fuzz.weights:Safetensors",
     "bin": "tests.fuzz.weights:Torch",
     "gguf": "tests.fuzz.gguf_files:GGUF",
+    "checkpoints": "tests.fuzz.checkpoints:Checkpoints",
+    "tokenizers": "tests.fuzz.checkpoints:Tokenizers",
 }
 
 

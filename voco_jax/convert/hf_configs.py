@@ -25,7 +25,17 @@ PROJECTORS = {"mlp2x_gelu": 2, "linear": 1, "mlp1x_gelu": 1}
 NOT_CLIPS = {"select_layer", "select_feature", "position_init"}
 
 
-_MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31}
+# The largest dimensions that a run's config takes
+_MOST = {
+    key: below - 1
+    for below, keys in {
+        2**12: "num_hidden_layers",
+        2**14: "num_attention_heads num_key_value_heads head_dim image_size patch_size",
+        2**20: "hidden_size intermediate_size",
+        2**24: "vocab_size",
+    }.items()
+    for key in keys.split()
+}
 _LEAST = 1e-30  # of fractions, which are float32 in the end
 _FRACTIONS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor",
@@ -39,7 +49,7 @@ def check_numbers(file: Path, values: dict, what: str) -> None:
     for key, value in values.items():
         if isinstance(value, bool) and key == "tie_word_embeddings":
             continue
-        whole, most = key not in _FRACTIONS, _MOST.get(key, 2**24)
+        whole, most = key not in _FRACTIONS, _MOST.get(key, 2**31 - 1)
         kinds, expected = (int, "a whole number above 0") if whole else ((int, float), "a number above 0")
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
             raise UserError(f"{file}: {what}.{key}: expected {expected}, found {short(value)}")
