@@ -32,13 +32,13 @@ def _text(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _payload(kind: int, value) -> bytes:
+def payload(kind: int, value) -> bytes:
     """A value's bytes; lists are arrays of (their items' type, the items)."""
     if kind == _Kind.STRING:
         return _text(value if isinstance(value, bytes) else value.encode())
     if kind == _Kind.ARRAY:
         of, items = value
-        return struct.pack("<IQ", of, len(items)) + b"".join(_payload(of, item) for item in items)
+        return struct.pack("<IQ", of, len(items)) + b"".join(payload(of, item) for item in items)
     return struct.pack(_NUMBERS[kind], value)
 
 
@@ -96,7 +96,7 @@ def _free(key: str, kind: int, payload: bytes) -> list[tuple[int, int]]:
     return [(0, len(payload))] if key.endswith(lone) else []
 
 
-def _sound() -> _File:
+def sound_file() -> _File:
     """A model of two layers, in several types, with a byte-pair tokenizer."""
     from tests.tokenizer_kinds import byte_level
 
@@ -140,14 +140,14 @@ def _sound() -> _File:
     for name, (*shape, kind) in shapes.items():
         content = gguf.quants.quantize(rng.normal(size=shape).astype(np.float32), kind).tobytes()
         tensors.append((f"{name}.weight".encode(), shape[::-1], int(kind), content))
-    return _File([(name.encode(), int(kind), _payload(kind, value)) for name, kind, value in keys], tensors)
+    return _File([(name.encode(), int(kind), payload(kind, value)) for name, kind, value in keys], tensors)
 
 
 class GGUF(Target):
     count = 2000
 
     def make(self, directory: Path) -> None:
-        self.sound = _sound()
+        self.sound = sound_file()
         self.free = []
         self.data = self.sound.write(self.free)
         (directory / "sound.gguf").write_bytes(self.data)
@@ -204,7 +204,7 @@ class GGUF(Target):
                 kind = int(rng.choice([*range(14), 255, 2**31]))
                 if kind in _NUMBERS and file.keys[at][1] in _NUMBERS:
                     (value,) = struct.unpack(_NUMBERS[file.keys[at][1]], payload)
-                    payload = _payload(kind, float(value) if _NUMBERS[kind] in ("<f", "<d") else int(value) % 128)
+                    payload = payload(kind, float(value) if _NUMBERS[kind] in ("<f", "<d") else int(value) % 128)
                     may_differ = name.endswith((b"context_length", b"vocab_size", b"token_id"))
             case "number" if kind in _NUMBERS:
                 kind = int(rng.choice([_Kind.UINT32, _Kind.INT32, _Kind.UINT64, _Kind.FLOAT32, _Kind.FLOAT64]))
@@ -215,7 +215,7 @@ class GGUF(Target):
                     numbers = [2**31, 2**64 - 1]
                 elif kind == _Kind.INT32:
                     numbers = [-1, -(2**31)]
-                payload = _payload(kind, numbers[rng.integers(len(numbers))])
+                payload = payload(kind, numbers[rng.integers(len(numbers))])
                 may_differ = bool(_free(name.decode(), kind, payload))
             case "text":
                 texts = [b"", b"\xff\xfe", b"\x1b[2J\n", b"llama", b"x" * 100_000, b"\0", "\u202e".encode(), b"gpt2"]
@@ -227,7 +227,7 @@ class GGUF(Target):
                 payload = struct.pack("<IQ", of, counts[rng.integers(len(counts))]) + payload[12:]
             case "shorter" if kind == _Kind.ARRAY:
                 of, count = struct.unpack_from("<IQ", payload)
-                payload = _payload(kind, (of, []))
+                payload = payload(kind, (of, []))
                 may_differ = name.endswith(b"merges")
             case "nested":
                 depth, kind = int(rng.choice([1, 2, 1000])), int(_Kind.ARRAY)
@@ -246,7 +246,7 @@ class GGUF(Target):
                     "llama.of_tomorrow",
                 ]
                 name, kind = str(rng.choice(keys)).encode(), int(_Kind.UINT32)
-                payload = _payload(kind, int(rng.choice([0, 1, 3, 64, 2**20, 2**31])))
+                payload = payload(kind, int(rng.choice([0, 1, 3, 64, 2**20, 2**31])))
                 file.keys.append(file.keys[at])
         if what not in ("removed", "doubled"):
             file.keys[at] = name, kind, payload

@@ -70,6 +70,8 @@ def _rows(golden: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
     for i in range(count):
         if golden[f"rows{i}"].ndim != 1 or golden[f"rows{i}"].dtype.kind not in "iu":
             raise UserError(f"{name}: rows{i}: expected a list of token ids, found {_kind(golden[f'rows{i}'])}")
+        if golden[f"rows{i}"].size and np.abs(golden[f"rows{i}"]).max() >= 2**31:
+            raise UserError(f"{name}: rows{i}: expected token ids, found {np.abs(golden[f'rows{i}']).max()}")
     return [golden[f"rows{i}"].astype(np.int32) for i in range(count)]
 
 

@@ -6,7 +6,6 @@ torchvision classes ("Fast" before version 5) have the same fields; their resize
 """
 
 from collections.abc import Collection, Iterable, Mapping
-import math
 from pathlib import Path
 import re
 
@@ -217,7 +216,7 @@ class _Fields:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 # ---- Back ----------------------------------------------------------------------------------------------------------

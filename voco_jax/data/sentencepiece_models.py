@@ -15,6 +15,9 @@ TEXTS = (
 )
 
 
+_LONGEST = 1000  # characters of a piece; a hundred is much
+
+
 class SentencePiece:
     """A sentencepiece model: the library's processor, and its protocol buffer for what the processor does not tell.
 
@@ -27,8 +30,11 @@ class SentencePiece:
         self.name, self._content = name, content
         try:
             self.processor = SentencePieceProcessor(model_proto=content)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{name}: not a sentencepiece model: {error}") from None
+        longest = max((len(piece.piece) for piece in self.proto.pieces), default=0)
+        if longest > _LONGEST:
+            raise UserError(f"{name}: expected pieces of at most {_LONGEST} characters, found one of {longest}")
 
     @functools.cached_property
     def proto(self):

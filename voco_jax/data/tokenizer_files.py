@@ -30,6 +30,7 @@ _DEFAULTS = {
 _FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
           "config.json", "generation_config.json", "vocab.json", "merges.txt")  # fmt: skip
 _CHAT_TEMPLATE = "chat_template.jinja"
+_HIGHEST = 10**8  # id of a token
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -169,6 +170,13 @@ def _read_config(directory: Path) -> dict:
         value, kinds = config.get(key), dict if key == "added_tokens_decoder" else (list, dict)
         if value is not None and not isinstance(value, kinds):
             raise UserError(f"{directory / 'tokenizer_config.json'}: {key}: unexpected {type(value).__name__}")
+    template = config.get("chat_template")
+    several = isinstance(template, list) and all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+        for item in template
+    )
+    if not (template is None or isinstance(template, str) or several):
+        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template: expected text, or several by name")
     return config
 
 
@@ -191,9 +199,10 @@ def _named_tokens(directory: Path, config: dict) -> dict[str, str]:
 
 
 def _text(token) -> str | None:
-    """The text of a token as files have it: itself, or `{"content": …}`; None for anything else."""
+    """The text of a token as files have it: itself, or `{"content": …}`; None for anything else, and for halves of
+    characters, which no tokenizer takes."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) and not re.search("[\ud800-\udfff]", text) else None
 
 
 def _read_backend(file: Path):
@@ -229,7 +238,9 @@ def _prefix(config: dict) -> dict[str, bool]:
 def _begin_with(bos: str, backend):
     from tokenizers.processors import TemplateProcessing
 
-    special = [(bos, backend.token_to_id(bos))]
+    if (i := backend.token_to_id(bos)) is None:
+        raise UserError(f"bos_token {bos!r:.100}: not in the vocabulary of tokenizer.model")
+    special = [(bos, i)]
     return TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=special)
 
 
@@ -261,7 +272,7 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
         if ids is None and isinstance(text, dict):
             ids = text.get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        if all(type(i) is int and i >= 0 for i in ids):
+        if all(type(i) is int and 0 <= i <= _HIGHEST for i in ids):
             return tuple(ids)
     return ()
 
@@ -274,12 +285,14 @@ def _add_tokens(directory: Path, backend, config: dict, named: dict[str, str]):
     file = directory / "tokenizer_config.json"
     declared = {}
     for i, token in (config.get("added_tokens_decoder") or {}).items():
-        if not str(i).isdecimal() or not isinstance(token, dict) or not _text(token):
-            raise UserError(f"{file}: added_tokens_decoder: expected ids and tokens, found {i!r}: {token!r}")
+        if not re.fullmatch(r"[0-9]{1,8}", i) or not isinstance(token, dict) or not _text(token):
+            raise UserError(f"{file}: added_tokens_decoder: expected ids and tokens, found {i!r}: {token!r:.100}")
         declared[int(i)] = AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in _FLAGS})
     if not config.get("added_tokens_decoder"):
         file = directory / "added_tokens.json"
         for content, i in _optional(directory, file.name).items():
+            if type(i) is not int or not 0 <= i <= _HIGHEST or not _text(content):
+                raise UserError(f"{file}: expected tokens and their ids, found {content!r}: {i!r:.100}")
             is_special = content in named.values()
             declared[i] = AddedToken(content, normalized=not is_special, special=is_special)
     backend = _without_holes(directory, backend, {i: token.content for i, token in declared.items()})
