@@ -21,7 +21,8 @@ from voco_jax.json_files import parse, read_object
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "F64": np.dtype(np.float64)}  # buffers, not weights
-_LONGEST_HEADER = 2**23  # bytes, of more than 50,000 tensors: as Python's objects they may take 0.4 GiB
+_LONGEST_HEADER = 2**23  # bytes, of more than 50,000 tensors
+_MOST_BRACKETS = 2**18  # three for each tensor
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 
@@ -34,8 +35,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a safetensors file, or truncated: a header of {length} bytes in {file.size}")
     if length > _LONGEST_HEADER:
         raise UserError(f"{path}: expected a header of at most {_LONGEST_HEADER} bytes, found {length}")
+    text = file.read(8, length)
+    if (brackets := text.count(b"[") + text.count(b"{")) > _MOST_BRACKETS:
+        raise UserError(f"{path}: expected at most {_MOST_BRACKETS} brackets in its header, found {brackets}")
     try:
-        entries = _read_header(file.read(8, length))
+        entries = _read_header(text)
     except ValueError as error:
         raise UserError(f"{path}: damaged safetensors header: {error}") from None
     tensors, last = {}, 0

@@ -38,6 +38,7 @@ _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *(f"torch {name}" for name in _STORAGES)
 # No honest file comes near these: 10,000 tensors take half a million operations and two megabytes.
 _LONGEST_PICKLE = 2**24  # bytes
 _MOST_OPERATIONS = 1_000_000
+_MOST_TENSORS = 2**16
 _LONGEST_DIRECTORY = 2**23  # bytes of the archive's own
 
 
@@ -198,6 +199,7 @@ class _Machine:
         self._marked: list[list] = []  # the stacks below each MARK
         self._memo: dict[int, object] = {}
         self._storages: dict[str, tuple] = {}
+        self._num_tensors = 0
 
     def run(self, pickled: bytes) -> object:
         """ValueError for an operation that is not among those, and for one that has not what it needs."""
@@ -299,6 +301,9 @@ class _Machine:
             shape, strides = check_shape(shape), check_shape(strides)
             if len(shape) != len(strides):
                 raise ValueError(f"a tensor of shape {shape} and strides {strides}")
+            self._num_tensors += 1
+            if self._num_tensors > _MOST_TENSORS:
+                raise ValueError(f"expected at most {_MOST_TENSORS} tensors")
             self.push(storage.tensor(offset, shape, strides))
         else:
             raise ValueError(f"{function.replace(' ', '.')} of other things than a state dict is made of")
