@@ -92,13 +92,14 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
     for name, tensor in stored.items():
         plain = name.removeprefix(_PREFIX)
         found = _MATRIX.fullmatch(plain)
-        if found is None:
-            whole[_WRAPPED.sub("", plain)] = tensor
-        elif found["kind"].startswith("embedding_"):  # an embedding lies as the transpose of a linear layer's weight
-            kind = {"embedding_A": "B", "embedding_B": "A"}[found["kind"]]
-            modules.setdefault(found["module"], {})[kind] = _transposed(tensor)
-        else:
-            modules.setdefault(found["module"], {})[found["kind"]] = tensor
+        place, kind = (whole, _WRAPPED.sub("", plain))
+        if found is not None:
+            place, kind = modules.setdefault(found["module"], {}), found["kind"]
+            if kind.startswith("embedding_"):  # an embedding lies as the transpose of a linear layer's weight
+                kind, tensor = {"embedding_A": "B", "embedding_B": "A"}[kind], _transposed(tensor)
+        if kind in place:
+            raise UserError(f"{tensor.file}: {name}: found a second tensor that stands for the same")
+        place[kind] = tensor
     replace(tensors, names, whole, path)
     problems = []
     for module, matrices in modules.items():

@@ -210,7 +210,9 @@ class _Fields:
             sides = (
                 tuple(value) if isinstance(value, list) and len(value) == 2 else (value, value) if square else (value,)
             )
-        if not sides or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        if not sides or not all(
+            isinstance(side, int) and not isinstance(side, bool) and 0 < side < 2**14 for side in sides
+        ):
             self.refuse(key, "height and width in pixels" + (", or shortest_edge alone" if key == "size" else ""))
         return sides
 
