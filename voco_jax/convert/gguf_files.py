@@ -32,14 +32,10 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
 _BYTES = np.dtype(np.uint8)
 # Keys that are one character off from others, and not damaged
 _OTHERS = {f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")}
 _PRE_TOKENIZERS = ("smollm",)  # how text is split before byte pairs are merged: digits one by one, then as GPT-2
-
-
 # Tensors of blocks, as llama.cpp calls them
 _OF_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
 
@@ -108,6 +104,8 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
         "rope_theta": field("llama.rope.freq_base", 10000.0),
     }
     check_numbers(file, numbers, "llama")
+    rope = {key: value for key, value in header.fields.items() if key.startswith("llama.rope.scaling.yarn_beta")}
+    check_numbers(file, {key.removeprefix("llama.rope.scaling.yarn_"): value for key, value in rope.items()}, "yarn")
     if numbers["num_hidden_layers"] > len(header.tensors):
         raise UserError(
             f"{file}: llama.block_count: expected the blocks of {len(header.tensors)} tensors, found "

@@ -73,6 +73,9 @@ def llama_from_hf(
     if scaling is not None:
         numbers = {key: value for key, value in scaling.items() if key not in ("rope_type", "truncate")}
         check_numbers(file, numbers, f"{prefix}rope_scaling")
+        low, high = numbers.get("low_freq_factor", 0), numbers.get("high_freq_factor", 1)
+        if low >= high:  # frequencies between the two are interpolated
+            raise UserError(f"{file}: {prefix}rope_scaling.high_freq_factor: expected above {low}, found {high}")
     longest = fields.get("max_sequence_length")  # Vicuna 16k's: max_position_embeddings is what it was before
     if scaling is not None and scaling["rope_type"] == "linear" and isinstance(longest, int):
         values["max_position_embeddings"] = max(longest, values["max_position_embeddings"])

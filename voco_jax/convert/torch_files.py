@@ -225,7 +225,7 @@ class _Machine:
             raise ValueError("an operation lacks its values")
         value = self._stack.pop()
         if kinds and type(value) not in kinds:
-            expected = " or ".join(kind.__name__ for kind in kinds)
+            expected = " or ".join(kind.__name__.lstrip("_") for kind in kinds)
             raise ValueError(f"expected {expected}, found {type(value).__name__}")
         return value
 
