@@ -244,7 +244,7 @@ def sound():
 
 def put(file, name: str, kind: gguf.GGUFValueType, value):
     """The file with another value of a key, or with the key too."""
-    key = (name.encode(), int(kind), gguf_files.payload(kind, value))
+    key = (name.encode(), int(kind), gguf_files.payload_of(kind, value))
     kept = [key if key[0] == old[0] else old for old in file.keys]
     return dataclasses.replace(file, keys=kept if key in kept else [*kept, key])
 

@@ -32,13 +32,13 @@ def _text(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def payload(kind: int, value) -> bytes:
+def payload_of(kind: int, value) -> bytes:
     """A value's bytes; lists are arrays of (their items' type, the items)."""
     if kind == _Kind.STRING:
         return _text(value if isinstance(value, bytes) else value.encode())
     if kind == _Kind.ARRAY:
         of, items = value
-        return struct.pack("<IQ", of, len(items)) + b"".join(payload(of, item) for item in items)
+        return struct.pack("<IQ", of, len(items)) + b"".join(payload_of(of, item) for item in items)
     return struct.pack(_NUMBERS[kind], value)
 
 
@@ -140,7 +140,7 @@ def sound_file() -> _File:
     for name, (*shape, kind) in shapes.items():
         content = gguf.quants.quantize(rng.normal(size=shape).astype(np.float32), kind).tobytes()
         tensors.append((f"{name}.weight".encode(), shape[::-1], int(kind), content))
-    return _File([(name.encode(), int(kind), payload(kind, value)) for name, kind, value in keys], tensors)
+    return _File([(name.encode(), int(kind), payload_of(kind, value)) for name, kind, value in keys], tensors)
 
 
 class GGUF(Target):
@@ -204,7 +204,7 @@ class GGUF(Target):
                 kind = int(rng.choice([*range(14), 255, 2**31]))
                 if kind in _NUMBERS and file.keys[at][1] in _NUMBERS:
                     (value,) = struct.unpack(_NUMBERS[file.keys[at][1]], payload)
-                    payload = payload(kind, float(value) if _NUMBERS[kind] in ("<f", "<d") else int(value) % 128)
+                    payload = payload_of(kind, float(value) if _NUMBERS[kind] in ("<f", "<d") else int(value) % 128)
                     may_differ = name.endswith((b"context_length", b"vocab_size", b"token_id"))
             case "number" if kind in _NUMBERS:
                 kind = int(rng.choice([_Kind.UINT32, _Kind.INT32, _Kind.UINT64, _Kind.FLOAT32, _Kind.FLOAT64]))
@@ -215,7 +215,7 @@ class GGUF(Target):
                     numbers = [2**31, 2**64 - 1]
                 elif kind == _Kind.INT32:
                     numbers = [-1, -(2**31)]
-                payload = payload(kind, numbers[rng.integers(len(numbers))])
+                payload = payload_of(kind, numbers[rng.integers(len(numbers))])
                 may_differ = bool(_free(name.decode(), kind, payload))
             case "text":
                 texts = [b"", b"\xff\xfe", b"\x1b[2J\n", b"llama", b"x" * 100_000, b"\0", "\u202e".encode(), b"gpt2"]
@@ -227,7 +227,7 @@ class GGUF(Target):
                 payload = struct.pack("<IQ", of, counts[rng.integers(len(counts))]) + payload[12:]
             case "shorter" if kind == _Kind.ARRAY:
                 of, count = struct.unpack_from("<IQ", payload)
-                payload = payload(kind, (of, []))
+                payload = payload_of(kind, (of, []))
                 may_differ = name.endswith(b"merges")
             case "nested":
                 depth, kind = int(rng.choice([1, 2, 1000])), int(_Kind.ARRAY)
@@ -246,7 +246,7 @@ class GGUF(Target):
                     "llama.of_tomorrow",
                 ]
                 name, kind = str(rng.choice(keys)).encode(), int(_Kind.UINT32)
-                payload = payload(kind, int(rng.choice([0, 1, 3, 64, 2**20, 2**31])))
+                payload = payload_of(kind, int(rng.choice([0, 1, 3, 64, 2**20, 2**31])))
                 file.keys.append(file.keys[at])
         if what not in ("removed", "doubled"):
             file.keys[at] = name, kind, payload
