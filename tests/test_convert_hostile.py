@@ -125,6 +125,7 @@ PICKLES = {
         b"\x80\x02ccollections\nOrderedDict\n]\x85R.",
         "collections.OrderedDict of other things",
     ),
+    "an endless name": (b"\x80\x02}X\x10\x27\0\0" + b"a" * 10_000 + b"K\1s.", "expected a name of at most 1000"),
     "texts without an end": (b"\x80\x02X\xff\xff\xff\x7fabc.", "expected 2147483647 bytes in a unicode"),
 }
 
@@ -328,6 +329,15 @@ def test_hostile_tokenizers_in_gguf(key, kind, value, message, sound, tmp_path):
     with pytest.raises(UserError) as error:
         gguf_tokenizer(tmp_path / "x.gguf")
     assert f"tokenizer.ggml.{message}" in str(error.value)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0, -1.0])
+def test_rotary_factors_that_are_none(odd, sound, tmp_path):
+    factors = np.array([1, 1, odd, 1], np.float32).tobytes()
+    tensors = [*sound.tensors, (b"rope_freqs.weight", [4], int(gguf.GGMLQuantizationType.F32), factors)]
+    (tmp_path / "x.gguf").write_bytes(dataclasses.replace(sound, tensors=tensors).write())
+    with pytest.raises(UserError, match=r"rope_freqs.weight: expected factors above 0, found others"):
+        read_gguf(tmp_path / "x.gguf")
 
 
 def test_a_gguf_file_that_is_cut_off_or_too_long(sound, tmp_path):

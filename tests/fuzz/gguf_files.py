@@ -235,7 +235,6 @@ class GGUF(Target):
             case "name":
                 names = [b"", b"\x1b[31m", b"a" * 70_000, "é".encode(), name[:-1] + b"~", b"~" + name[1:], name + b" "]
                 name = names[rng.integers(len(names))]
-                may_differ = len(name) == 70_000
             case "length" if kind == _Kind.STRING:
                 payload = struct.pack("<Q", int(rng.choice([2**31, 2**40, 2**62]))) + payload[8:]
             case _:

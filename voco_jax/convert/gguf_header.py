@@ -19,6 +19,7 @@ from voco_jax.errors import UserError
 # No honest file comes near these: a vocabulary of 256,000 tokens and its merges take less than half.
 _LONGEST = 2**25  # bytes of metadata and descriptions of tensors
 _MOST = 2**16  # keys, and tensors
+_LONGEST_KEY = 1000  # bytes
 _LONGEST_NAME = 63  # bytes of a tensor's name, as llama.cpp allows
 
 _Kind = gguf.GGUFValueType
@@ -62,7 +63,7 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path}: expected at most {_MOST} tensors and keys, found {num_tensors} and {num_keys}")
     fields = {}
     for _ in range(num_keys):
-        key = cursor.name("a key", 2**16 - 1)
+        key = cursor.name("a key", _LONGEST_KEY)
         if key in fields:
             raise UserError(f"{path}: key {key!r} is there twice")
         (kind,) = cursor.unpack("<I")

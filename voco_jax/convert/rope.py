@@ -110,6 +110,8 @@ def rope_of_factors(factors: np.ndarray, config: LlamaConfig, file: Path) -> Rop
     """
     if factors.shape != (config.head_dim // 2,):
         raise UserError(f"{file}: rope_freqs.weight: expected shape [{config.head_dim // 2}], found {factors.shape}")
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise UserError(f"{file}: rope_freqs.weight: expected factors above 0, found others")
     if np.allclose(factors, 1):
         return None
     scaling = RopeScaling(factor=float(factors.max()))

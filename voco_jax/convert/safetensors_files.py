@@ -23,6 +23,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _OTHERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "F64": np.dtype(np.float64)}  # buffers, not weights
 _LONGEST_HEADER = 2**23  # bytes, of more than 50,000 tensors
 _MOST_BRACKETS = 2**18  # three for each tensor
+_LONGEST_NAME = 1000  # characters
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 
@@ -66,11 +67,15 @@ def _read_header(text: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]
     header = parse(text.decode(), _no_doubles)
     if not isinstance(header, dict):
         raise ValueError(f"expected an object, found {type(header).__name__}")
-    about = header.pop("__metadata__", None) or {}
+    about = header.pop("__metadata__", None)
+    about = {} if about is None else about
     if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
         raise ValueError("__metadata__: expected an object of texts")
+    "".join([*header, *about, *about.values()]).encode()  # half characters are none of a name
     entries = {}
     for name, entry in header.items():
+        if len(name) > _LONGEST_NAME:
+            raise ValueError(f"expected names of at most {_LONGEST_NAME} characters, found one of {len(name)}")
         if not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["dtype"], str):
             raise ValueError(f"{name}: expected dtype, shape and data_offsets, found {reprlib.repr(entry)}")
         offsets = entry["data_offsets"]
@@ -87,7 +92,8 @@ def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) != len(pairs):
         seen = set()
-        raise ValueError(f"{next(name for name, _ in pairs if name in seen or seen.add(name))} doubled")
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice[:_LONGEST_NAME]} doubled")
     return content
 
 
@@ -119,6 +125,9 @@ def _write(stream, data) -> None:
 def read_index(index: Path) -> dict[str, str]:
     """File by tensor name of a `*.index.json`."""
     weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and 0 < len(file) <= _LONGEST_NAME and len(name) <= _LONGEST_NAME
+        for name, file in weight_map.items()
+    ):
         raise UserError(f"{index}: expected an object with 'weight_map', an object of file names")
     return weight_map

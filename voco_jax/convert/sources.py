@@ -151,7 +151,7 @@ def _read_shards(directory: Path, index: Path, pattern: str, read: Callable) -> 
         with readable(index):  # as above
             there = file.exists()
         if not there:
-            raise UserError(f"{index}: the shard {short(name)} is not there")
+            raise UserError(f"{index}: the shard {name} is not there")
     strays = {file.name for file in directory.glob(pattern)} - files.keys()
     if strays:
         raise UserError(f"{index}: the shard {min(strays)} is missing from the index")

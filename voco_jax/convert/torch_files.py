@@ -19,7 +19,7 @@ import zlib
 
 import numpy as np
 
-from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor
+from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor, readable
 from voco_jax.errors import UserError
 
 _STORAGES = {
@@ -39,6 +39,7 @@ _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *(f"torch {name}" for name in _STORAGES)
 _LONGEST_PICKLE = 2**24  # bytes
 _MOST_OPERATIONS = 1_000_000
 _MOST_TENSORS = 2**16
+_LONGEST_NAME = 1000  # characters
 _LONGEST_DIRECTORY = 2**23  # bytes of the archive's own
 
 
@@ -98,7 +99,7 @@ def _members(file: SourceFile) -> dict[str, _Member]:
     if file.read(0, min(4, file.size)) == b"\x80\x02\x8a\x0a":
         raise ValueError("it has the format of PyTorch before 1.6; load and save it with a later one")
     members, last = {}, 0
-    with zipfile.ZipFile(_Archive(file.stream)) as archive:
+    with readable(file.path), zipfile.ZipFile(_Archive(file.stream)) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
             name = info.filename
             if name in members:
@@ -253,8 +254,8 @@ class _Machine:
         if len(values) % 2:
             raise ValueError("a name without a value")
         for name, value in zip(values[::2], values[1::2], strict=True):
-            if type(name) not in (str, int):
-                raise ValueError(f"expected a name, found {type(name).__name__}")
+            if type(name) not in (str, int) or len(str(name)) > _LONGEST_NAME:
+                raise ValueError(f"expected a name of at most {_LONGEST_NAME} characters, found another key")
             if name in target:
                 raise ValueError(f"{name} doubled")
             target[name] = value
@@ -280,7 +281,7 @@ class _Machine:
 
     def find(self, name: str) -> None:
         if name not in _GLOBALS:
-            name = name.replace(" ", ".")
+            name = name.replace(" ", ".")[:_LONGEST_NAME]
             raise ValueError(f"{name} is not among the things a state dict is made of")
         self.push(_Global(name))
 
@@ -314,8 +315,8 @@ class _Machine:
         if [*map(type, found)] != [str, _Global, str, str, int] or found[0] != "storage":
             raise ValueError("a persistent id that is not a storage's")
         kind, key, size = found[1].removeprefix("torch "), found[2], found[4]
-        if kind not in _STORAGES:
-            raise ValueError(f"unknown storage {kind}")
+        if kind not in _STORAGES or len(key) > _LONGEST_NAME:
+            raise ValueError("a persistent id that is not a storage's")
         if key not in self._storages:
             member, dtype = self._members.get(f"{self._prefix}data/{key}"), _STORAGES[kind]
             if member is None or member.size != size * dtype.itemsize:
