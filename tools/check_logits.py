@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -32,7 +33,16 @@ def main() -> None:
     try:
         with open_regular(args.golden) as stream, np.load(stream, allow_pickle=False) as file:
             golden = dict(file)
-    except (OSError, EOFError, MemoryError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"{args.golden}: not a readable npz file: {error}") from None
     worst, greedy = 0.0, []
     for line in check(args.checkpoint, golden, str(args.golden)):
