@@ -35,9 +35,9 @@ _DICT, _TENSOR, _PARAMETER = (
 )  # fmt: skip
 _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *(f"torch {name}" for name in _STORAGES)}
 
-# No honest file comes near these: 10,000 tensors take half a million operations and two megabytes.
+# No honest file comes near these: 5,000 tensors take 250,000 operations and one megabyte.
 _LONGEST_PICKLE = 2**24  # bytes
-_MOST_OPERATIONS = 1_000_000
+_MOST_OPERATIONS = 500_000
 _MOST_TENSORS = 2**16
 _LONGEST_NAME = 1000  # characters
 _LONGEST_DIRECTORY = 2**23  # bytes of the archive's own
