@@ -5,6 +5,7 @@ import io
 import math
 import os
 from pathlib import Path
+import struct
 import sys
 import time
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from voco_jax.data import video, video_file, video_frame
+from voco_jax.data import container_sizes, video, video_file, video_frame
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames, Picture
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
@@ -297,28 +298,105 @@ def test_no_other_file_is_opened(tmp_path, monkeypatch):
             assert "expected a video, found: Inv" in bad(Clip(file))
 
 
-def cut(clip: Clip, share: float) -> Clip:
+def cut(clip: Clip, share: float, zeros: bool = False, incomplete: bool = False) -> Clip:
+    """What is there of the first `share` of its file; with zeros for the rest, as a copy has that made room first."""
     content = clip.file.read_bytes()
-    return Clip(data=content[: int(len(content) * share)], name=clip.file.name)
+    size = int(len(content) * share)
+    rest = bytes(len(content) - size if zeros else 0)
+    return Clip(data=content[:size] + rest, name=clip.file.name, incomplete=incomplete)
 
 
-def test_truncated_clips(tmp_path):
+CUT_KINDS = {
+    **KINDS,
+    "faststart.mp4": {"container_options": {"movflags": "faststart"}},
+    "dash.mp4": {"container_options": {"movflags": "dash+frag_keyframe"}},
+    "clip.ts": {"format": "mpegts"},
+    "clip.flv": {},
+    "clip.mpg": {"codec": "mpeg2video", "format": "mpeg"},
+    "clip.wmv": {"codec": "wmv2", "format": "asf"},
+    "clip.ogv": {"codec": "libvpx"},
+    "clip.mxf": {"codec": "mpeg2video", "b_frames": 2},
+    "clip.ivf": {"codec": "libvpx-vp9", "settings": FAST_VP9},
+    "clip.gif": {"codec": "gif"},
+}
+
+
+@pytest.mark.parametrize("name", CUT_KINDS)
+def test_a_clip_that_is_cut_off_is_no_shorter_clip(tmp_path, name):
+    clip = write_clip(tmp_path / name, **CUT_KINDS[name]) if name != "clip.gif" else write_gif(tmp_path / name)
+    assert probe(clip).num_frames == 60
+    for share in (0.3, 0.62, 0.93, 0.995):
+        for zeros in (False, True) if name not in ("clip.wmv", "clip.mpg", "clip.mxf") else (False,):
+            for call in (probe, lambda clip: read_frames(clip, [2.39])):
+                try:
+                    found = call(cut(clip, share, zeros))
+                except BadRecord as error:  # of this, or where FFmpeg finds no video at all
+                    assert "cut off" in error.message or ": expected " in error.message
+                else:  # what is not there nobody needs; or zeros are left of the last frame
+                    whole = found == VideoInfo(2.4, 60) if call is probe else zeros or share == 0.995
+                    assert whole, (share, zeros, found)
+
+
+def write_gif(file: Path) -> Clip:
+    pictures = [Image.fromarray(np.full((48, 64), 4 * i, np.uint8)) for i in range(60)]
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=40)
+    return Clip(file)
+
+
+def test_what_is_there_of_a_clip_that_is_cut_off(tmp_path):
     early = write_clip(tmp_path / "early.mp4", container_options={"movflags": "faststart"})
     whole = len(early.file.read_bytes())
-    found = f"early.mp4: expected {whole} bytes or more, found {whole * 9 // 10}: the file is cut off"
-    assert bad(cut(early, 0.9)) == found
+    assert bad(cut(early, 0.9)).startswith(f"early.mp4: expected {whole} bytes or more, found {whole * 9 // 10}: the ")
+    info = probe(cut(early, 0.9, incomplete=True))
+    assert 40 < info.num_frames < 60 and numbers(cut(early, 0.9, incomplete=True), [0, 0.41]) == [0, 10]
     late = write_clip(tmp_path / "late.mp4")
-    assert "late.mp4: expected a video, found: Invalid data" in bad(cut(late, 0.9))
-    # these have no table at the end that is needed: what is there is a shorter clip
-    for name in ("mjpeg.avi", "vp9.webm", "hidden.webm"):
-        half = cut(write_clip(tmp_path / name, **KINDS[name]), 0.5)
+    assert "late.mp4: expected a video, found: Invalid data" in bad(cut(late, 0.9, incomplete=True))
+    for name in ("mjpeg.avi", "vp9.webm", "hidden.webm", "fragments.mp4"):
+        half = cut(write_clip(tmp_path / name, **KINDS[name]), 0.5, incomplete=True)
         info = probe(half)
-        assert 15 < info.num_frames < 45 and info.duration == pytest.approx(info.num_frames / 25)
+        assert 15 < info.num_frames < 50 and info.duration == pytest.approx(info.num_frames / 25)
         assert numbers(half, [0, 0.41, info.duration - 0.01]) == [0, 10, info.num_frames - 1]
     assert "mjpeg.avi: expected a whole packet, found it cut off at byte " in bad(
-        cut(Clip(tmp_path / "mjpeg.avi"), 0.5), [2]
+        cut(Clip(tmp_path / "mjpeg.avi"), 0.5, incomplete=True), [2]
     )
-    assert "vp9.webm: expected a video, found: " in bad(cut(Clip(tmp_path / "vp9.webm"), 0.05))
+    assert "vp9.webm: expected a video, found: " in bad(cut(Clip(tmp_path / "vp9.webm"), 0.05, incomplete=True))
+
+
+def test_fragments_that_are_not_there(tmp_path):
+    """Cut between two fragments; something in the file has to say that there were more."""
+    content = write_clip(tmp_path / "clip.mp4", **KINDS["fragments.mp4"]).file.read_bytes()
+    index = content.index(b"mfra") - 4
+    last = content.rindex(b"moof") - 4
+    assert probe(Clip(data=content[:index])).num_frames == 60  # as live recordings are
+    assert probe(Clip(data=content[:last])).num_frames == 56  # and so is this
+    message = bad(Clip(data=content[:last] + content[index:], name="clip"))  # of which the index speaks
+    assert message.startswith(f"clip: expected a fragment at byte {last}, found none: the file is cut off or")
+    assert "expected a box of data" in bad(Clip(data=content[: content.rindex(b"mdat") - 4]))
+    # A movie that declares its duration: 'mehd' in 'mvex' in 'moov', whose sizes grow
+    place, scale = content.index(b"mvex") + 4, 1000
+    for duration, told in ((2.24, False), (2.4, True)):
+        mehd = struct.pack(">I4sII", 16, b"mehd", 0, round(duration * scale))
+        longer = content[:place] + mehd + content[place:last]
+        for box in (b"moov", b"mvex"):
+            at = longer.index(box) - 4
+            longer = longer[:at] + struct.pack(">I", int.from_bytes(longer[at : at + 4]) + 16) + longer[at + 4 :]
+        clip = Clip(data=longer, name="clip")
+        if told:
+            assert "clip: expected 2.40 s, found 2.24: the file is cut off" in bad(clip)
+        else:
+            assert probe(clip).num_frames == 56
+
+
+def test_headers_of_a_container_are_bounded(tmp_path, monkeypatch):
+    """However many boxes a file has, few are looked at."""
+    content = write_clip(tmp_path / "clip.mp4", **KINDS["fragments.mp4"]).file.read_bytes()
+    boxes = struct.pack(">I4s", 8, b"free") * 10**6
+    at = content.index(b"moof") - 4
+    reads = []
+    read = container_sizes.Headers.read
+    monkeypatch.setattr(container_sizes.Headers, "read", lambda *args: reads.append(0) or read(*args))
+    assert container_sizes.what_is_missing(io.BytesIO(content[:at] + boxes + content[at:-20]), "mov,mp4", 1000) == ""
+    assert len(reads) == 1001
 
 
 def test_damage_is_told_only_where_it_is_wanted(tmp_path):

@@ -43,6 +43,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     frames.add_argument("--num-frames", type=whole, metavar="N", help="of each video (default 8)")
     frames.add_argument("--fps", type=rate, metavar="F", help="frames a second instead")
     parser.add_argument("--max-frames", type=whole, metavar="N", help="with --fps: at most")
+    parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
     parser.add_argument("--max-bad-share", type=share, default=0.01, metavar="SHARE", help="of rows (default 0.01)")
     add_workers(parser)
 
@@ -116,7 +117,9 @@ def run_build(args) -> None:
     else:
         source = VideoQuestionSource(str(args.file), str(args.videos))
     image_root, video_root = (path and absolute(path) for path in (images, args.videos))
-    packer = RecordPacker(source, image_root or video_root, video_root or image_root, args.max_side or 0, sampling)
+    packer = RecordPacker(
+        source, image_root or video_root, video_root or image_root, args.max_side or 0, sampling, args.incomplete
+    )
     if args.shards and args.shards > len(source):
         raise UserError(f"--shards: expected at most {len(source)}, the number of rows; found {args.shards}")
     rows = split_rows(len(source), args.records_per_shard, args.shards or 0)
@@ -129,7 +132,7 @@ def run_build(args) -> None:
         "num_shards": len(rows),
         "max_side": packer.max_side,
         "frames": sampling and vars(sampling),
-    }
+    } | ({"incomplete": True} if args.incomplete else {})  # builds begun before there was this go on
     with tqdm(total=len(source), unit=" records", desc=args.out.name, delay=0.5, file=sys.stderr) as bar:
         report = build(packer, args.out, arguments, rows, args.workers, args.max_bad_share, bar.update)
     print("\n".join(report.lines()))

@@ -121,11 +121,15 @@ class Model:
 
     def compress_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, tokens: int | None = None,
-        batch_size: int = 32,
+        batch_size: int = 32, incomplete: bool = False,
     ) -> MemoryBank:  # fmt: skip
-        """The memories of a video's frames, with their times: as the run's config samples them, or by `sampling`."""
+        """The memories of a video's frames, with their times: as the run's config samples them, or by `sampling`.
+
+        BadRecord for a file that is cut off, unless `incomplete`: then of what is there.
+        """
         self.require_voco()
-        return self.see_video(video, sampling=sampling, batch_size=batch_size).first_tokens(tokens)
+        seen = self.see_video(video, sampling=sampling, batch_size=batch_size, incomplete=incomplete)
+        return seen.first_tokens(tokens)
 
     def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> Watch:
         """A video whose frames come one by one, to be asked about at any time."""
@@ -168,10 +172,11 @@ class Model:
         return self.see(about)
 
     def see_video(
-        self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32
-    ) -> Seen:
+        self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,
+        incomplete: bool = False,
+    ) -> Seen:  # fmt: skip
         """As `compress_video`, for a model of any kind."""
-        clip = Clip(file=as_path(local_path(os.fspath(video))))
+        clip = Clip(file=as_path(local_path(os.fspath(video))), incomplete=incomplete)
         times = sample_times(probe(clip), sampling or self.frame_sampling())
         items = [Item(str(video), time=float(time)) for time in times]
         frames = (

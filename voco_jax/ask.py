@@ -87,7 +87,7 @@ def check_seen(args: argparse.Namespace) -> None:
             note = f"note: {file}: animated; of it the first picture is taken; --video takes more"
             print(printable(note), file=sys.stderr)
     if args.video:
-        probe(Clip(as_path(args.video)))
+        probe(Clip(as_path(args.video), incomplete=args.incomplete))
     if args.memory:
         MemoryFile(args.memory)
 
@@ -102,7 +102,7 @@ def look(model: Model, args: argparse.Namespace) -> Seen | None:
         file = MemoryFile(args.memory)
         return file.read(_chosen(file, getattr(args, "picture", None)), args.tokens, model.fingerprint)
     if args.video:
-        seen = model.see_video(args.video, sampling=frame_sampling(args, model))
+        seen = model.see_video(args.video, sampling=frame_sampling(args, model), incomplete=args.incomplete)
     else:
         seen = model.see(args.image)
     return seen.first_tokens(args.tokens) if isinstance(seen, MemoryBank) else seen

@@ -44,6 +44,7 @@ def main() -> None:
     outcome = compress_to_file(
         model, entries, args.out, tokens=args.tokens, int8=args.int8, sampling=frame_sampling(args, model),
         batch_size=args.batch_size, threads=args.threads, say=lambda line: tqdm.write(line, file=sys.stderr),
+        incomplete=args.incomplete,
     )  # fmt: skip
     file = MemoryFile(args.out)
     counts = [f"{outcome.new} new", f"{outcome.known} known"]

@@ -100,6 +100,7 @@ def default_config() -> ConfigDict:
     config.data.video.max_frames = 0  # most frames of a clip, by fps; 0: no limit
     config.data.video.random_offset = True  # in training, frames are drawn at random within the even spacing
     config.data.video.timestamps = False  # each frame's time in the text before it
+    config.data.video.incomplete = False  # of a file that is cut off, take what is there; False: it cannot be used
 
     config.data.random_crop = 1.0  # augmentation: the least share of a picture's sides that is kept; 1: no cropping
     config.data.color_jitter = 0.0  # brightness, contrast and saturation change by at most this share
@@ -243,6 +244,7 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
 # Keys that runs made earlier do not have, with the value that means what those runs did.
 ADDED_LATER = {
     "data.transparency": "drop",
+    "data.video.incomplete": True,
     "model.projector_layers": 2,
     "optim.rounding": "nearest",
     **{

@@ -21,6 +21,7 @@ TARGETS = {
     "gguf": "tests.fuzz.gguf_files:GGUF",
     "checkpoints": "tests.fuzz.checkpoints:Checkpoints",
     "tokenizers": "tests.fuzz.checkpoints:Tokenizers",
+    "clips": "tests.fuzz.clips:Clips",
 }
 
 

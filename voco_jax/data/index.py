@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.data.processes import begin_worker, ended, uninterrupted
-from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record
+from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
@@ -31,7 +31,7 @@ from voco_jax.terminal import printable
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
 KEPT_FROM = 5.0  # seconds; an index that took longer is kept in the cache directory
-VERSION = 4  # of the arrays' meaning: an older cache is made anew
+VERSION = 5  # of the arrays' meaning: an older cache is made anew
 
 
 @dataclasses.dataclass
@@ -103,7 +103,8 @@ def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_wor
             parts.append(part)
             bar.update(len(chunk))
     index = _join(parts)
-    passing = {MISSING, UNREADABLE_VIDEO} & index.report.bad.keys()  # files that may come
+    # Files that may come, or were not read for an error of the disk: shards say no more than that it failed
+    passing = {MISSING, UNREADABLE_VIDEO, DAMAGED} & index.report.bad.keys()
     if time.monotonic() - start > KEPT_FROM and not passing:
         _save(index, file)
     return index
@@ -208,7 +209,7 @@ def _cache_file(source, maker: SampleMaker, directory: str | os.PathLike) -> Pat
     parts = (
         VERSION, source.fingerprint(), encoder.tokenizer.backend_tokenizer.to_str(), encoder.template,
         encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed, encoder.verbatim,
-        maker.row_length, maker.max_images, maker.sampling, maker.timestamps,
+        maker.row_length, maker.max_images, maker.sampling, maker.timestamps, maker.incomplete,
     )  # fmt: skip
     return Path(os.path.expanduser(directory)) / f"index-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.npz"
 

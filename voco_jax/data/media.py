@@ -28,7 +28,7 @@ def kind_of(file: Path) -> str:
     except UNREADABLE:  # not a picture
         pass
     try:
-        with open_video(Clip(file)):
+        with open_video(Clip(file, incomplete=True)):
             return VIDEO
     except UserError:  # not readable, or nothing is installed to read it with
         return NEITHER

@@ -67,8 +67,11 @@ class Picture(Encoded):
     """An encoded picture."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Clip(Encoded):
-    """An encoded video."""
+    """An encoded video; `incomplete`: of a file that is cut off, what is there is the clip."""
+
+    incomplete: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

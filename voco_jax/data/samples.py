@@ -20,8 +20,9 @@ _REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions 
 class SampleMaker:
     """Turns records into samples of at most `row_length` tokens (0: any) about at most `max_images` images.
 
-    `timestamps` puts each frame's time before it. Same record, same number of images and (but for the digits of a
-    time stamp) of tokens, whatever `rng` gives to `frame_times`.
+    `timestamps` puts each frame's time before it; `incomplete` takes what is there of clips that are cut off. Same
+    record, same number of images and (but for the digits of a time stamp) of tokens, whatever `rng` gives to
+    `frame_times`.
     """
 
     encoder: Encoder
@@ -29,6 +30,7 @@ class SampleMaker:
     max_images: int
     sampling: FrameSampling
     timestamps: bool = False
+    incomplete: bool = False
 
     def __post_init__(self):
         self._encoded: dict = {}
@@ -56,10 +58,14 @@ class SampleMaker:
     def _probe(self, video: Clip | Frames) -> VideoInfo:
         if not isinstance(video, Clip):
             return probe(video)
+        video = self._clip(video)
         found = self._probed  # other threads are here too
         if found is None or found[0] != video:
             found = self._probed = video, probe(video)
         return found[1]
+
+    def _clip(self, video: Clip | Frames) -> Clip | Frames:
+        return dataclasses.replace(video, incomplete=True) if self.incomplete and isinstance(video, Clip) else video
 
     def sample(self, record: Record, conversation: int, times: np.ndarray | None) -> tuple[Sample, int]:
         """One conversation's sample and how many of its tokens were cut off; BadRecord for one that cannot be used."""
@@ -107,7 +113,7 @@ class SampleMaker:
         """
         if record.video is None:
             return [load(picture) for picture in record.images]
-        return read_frames(record.video, times)
+        return read_frames(self._clip(record.video), times)
 
 
 def _text_of(turns) -> tuple:

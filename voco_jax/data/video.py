@@ -11,10 +11,12 @@ import math
 import numpy as np
 from PIL import Image
 
+from voco_jax.data.container_sizes import matroska_duration
 from voco_jax.data.images import load_image
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames
-from voco_jax.data.video_file import LOOKAHEAD, VideoFile, open_video
+from voco_jax.data.video_file import LOOK, LOOKAHEAD, THOROUGH_LOOK, VideoFile, open_video
 from voco_jax.data.video_frame import to_picture
+from voco_jax.storage import in_bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +84,30 @@ def probe(clip: Clip | Frames) -> VideoInfo:
     with open_video(clip) as video:
         if video.indexed:  # headers tell no end: B-frames and variable rates move the last frame
             num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
-            packets = [(p.pts, p.duration) for p in video.last_group() if _shown(p)]
+            last = video.last_group()
+            if video.decoder.name != "rawvideo" and any(not any(memoryview(packet)[:64]) for packet in last):
+                video.not_whole("expected packets of frames, found zeros")  # the room of a copy that was not finished
+            packets = [(p.pts, p.duration) for p in last if _shown(p)]
         else:
+            video.check_whole(LOOK if in_bucket(clip) else THOROUGH_LOOK)
             video.rewind()
-            packets = [(p.dts if video.untimed else p.pts, p.duration) for p in video.packets() if _shown(p)]
+            packets = []
+            for packet in video.packets():
+                if packet.is_corrupt and not video.is_a("mpegts"):  # where packets may be lost on their way
+                    video.not_whole(f"expected a whole packet at byte {packet.pos}, found it cut off")
+                if _shown(packet):
+                    packets.append((packet.dts if video.untimed else packet.pts, packet.duration))
             num_frames = len(packets)
         starts = [start for start, _ in packets if start is not None]
         if not starts:
             raise video.bad("expected frames, found none")
         # An mp4 has durations between decoding times; of the packets only the last has one that reordering leaves.
         end = max(starts) + (packets[-1][1] or video.step)
+        if video.is_a("matroska") and len(video.container.streams) == 1:  # of sound and pictures, either is the longer
+            declared, gap = matroska_duration(video.file), max(np.diff(sorted(starts)), default=0)
+            found = float(end * video.tick)  # as is declared: not from when the first frame is shown
+            if found + max(0.1, float(2 * int(gap) * video.tick)) < declared:
+                video.not_whole(f"expected {declared:.2f} s, found {found:.2f}")
         return VideoInfo(video.seconds(end), num_frames)
 
 

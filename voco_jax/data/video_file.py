@@ -11,6 +11,7 @@ import math
 
 from PIL import Image, UnidentifiedImageError
 
+from voco_jax.data.container_sizes import what_is_missing
 from voco_jax.data.images import FORMATS as PICTURE_FORMATS
 from voco_jax.data.images import MAX_SIDE
 from voco_jax.data.records import UNREADABLE_VIDEO, BadRecord, Clip
@@ -27,6 +28,8 @@ BARE = ("h264", "hevc", "vvc", "h263", "mpegvideo", "vc1")  # a codec's stream a
 # FFmpeg cannot begin in the middle of these: times are lost (mpeg), or what a frame is drawn upon
 FROM_START = (*BARE, "mpeg", "gif", "apng")
 MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory is taken for it
+# Headers of the container that are looked at whenever a file is opened, and when all of it is read through anyway
+LOOK, THOROUGH_LOOK = 2048, 2**20
 LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
 
 
@@ -43,7 +46,7 @@ def open_video(clip: Clip) -> Iterator["VideoFile"]:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_file(clip.file) if clip.data is None else io.BytesIO(clip.data))
         try:
-            yield VideoFile(str(clip), file, stack)
+            yield VideoFile(clip, file, stack)
         except BadRecord:
             raise
         except Exception as error:
@@ -69,8 +72,8 @@ def _picture_format(file: io.IOBase) -> str:
 class VideoFile:
     """An opened clip and its video stream. Ticks are the stream's unit of time, and absolute, as in the file."""
 
-    def __init__(self, name: str, file: io.IOBase, stack: contextlib.ExitStack):
-        self.name, self.file, self.stack = name, file, stack
+    def __init__(self, clip: Clip, file: io.IOBase, stack: contextlib.ExitStack):
+        self.clip, self.file, self.stack = clip, file, stack
         self.open()
         self.tick: Fraction = self.stream.time_base
         # A plain mp4 has a table of all its frames; one in fragments does not, and counts none in its header.
@@ -81,7 +84,10 @@ class VideoFile:
         if self.indexed:
             end = max((entry.pos + entry.size for entry in self.stream.index_entries), default=0)
             if end > self.container.size:
-                raise self.bad(f"expected {end} bytes or more, found {self.container.size}: the file is cut off")
+                self.not_whole(f"expected {end} bytes or more, found {self.container.size}")
+                self.indexed = False  # of what is not there too
+        else:
+            self.check_whole(LOOK)
         first, starts = None, []
         for packet in self.packets():
             first = packet if first is None else first
@@ -139,12 +145,32 @@ class VideoFile:
         return not set(formats).isdisjoint(self.container.format.name.split(","))
 
     def bad(self, message: str) -> BadRecord:
-        return BadRecord(UNREADABLE_VIDEO, f"{self.name}: {message}")
+        return BadRecord(UNREADABLE_VIDEO, f"{self.clip}: {message}")
+
+    def not_whole(self, message: str) -> None:
+        """BadRecord, unless what is there is wanted."""
+        if not self.clip.incomplete:
+            hint = "--incomplete or config.data.video.incomplete takes what is there"
+            raise self.bad(f"{message}: the file is cut off or damaged; {hint}")
+
+    def check_whole(self, most: int) -> None:
+        """BadRecord for a file that has less than its container says, as far as `most` of its headers show."""
+        if missing := what_is_missing(self.file, self.container.format.name, most):
+            self.not_whole(missing)
 
     def packets(self) -> Iterator:
         """The stream's packets from where the container stands, without the empty one at the end."""
-        packets = (packet for packet in self.container.demux(self.stream) if packet.size)
+        packets = (packet for packet in self._demuxed() if packet.size)
         return self._counted(packets) if self.is_a(*BARE) else packets
+
+    def _demuxed(self) -> Iterator:
+        import av
+
+        try:
+            yield from self.container.demux(self.stream)
+        except av.FFmpegError:
+            if not self.clip.incomplete:
+                raise
 
     def _counted(self, packets: Iterator) -> Iterator:
         """Packets without times: they follow each other at the stream's rate."""

@@ -59,7 +59,7 @@ def draw_strip(found: ClipAnswers, path: Path, title: str) -> None:
     rows = []
     for file, answers in choose_clips(found):
         times = _spread(found.times[file], FRAMES)
-        frames = read_frames(Clip(as_path(file)), times)
+        frames = read_frames(Clip(as_path(file), incomplete=True), times)  # as they were asked about
         tall = _FRAME * min(1.0, frames[0].height / frames[0].width)
         answers = answers[:QUESTIONS]
         columns = 1 if any(len(_told(a)) + len(a.question) > WIDTH for a in answers) else 2

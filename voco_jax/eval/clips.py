@@ -218,7 +218,7 @@ def _read(source: VideoQuestionSource, i: int) -> tuple[Path, ClipQuestion]:
 def _look(model: Model, clip: AskedClip, report: Report) -> Seen | None:
     """None for a broken clip, which counts once for each of its questions."""
     try:
-        return model.see_video(clip.file)
+        return model.see_video(clip.file, incomplete=model.run.config.data.video.incomplete)
     except BadRecord as error:
         for _ in clip.questions:
             report.add_bad(error)

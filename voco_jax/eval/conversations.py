@@ -64,7 +64,8 @@ def score_conversations(
     run, report = model.run, Report()
     config, key = run.config, f"config.data.test.{name}"
     count = len(source) if max_records is None else min(max_records, len(source))
-    maker = SampleMaker(run.encoder, 0, _MOST_IMAGES, model.frame_sampling(), config.data.video.timestamps)
+    video = config.data.video
+    maker = SampleMaker(run.encoder, 0, _MOST_IMAGES, model.frame_sampling(), video.timestamps, video.incomplete)
     limit = longest_answer(config.eval.max_new_tokens, _truths(source, count), run.encoder.tokenizer)
     answers: list[ScoredAnswer] = []
     waiting: list[_Asked] = []

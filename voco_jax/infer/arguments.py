@@ -83,7 +83,7 @@ def add_seen_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--frames`, `--fps`, `--max-frames`."""
+    """`--frames`, `--fps`, `--max-frames`, `--incomplete`."""
     parser.add_argument(
         "--frames", type=int, metavar="N", help="of a video: so many, evenly spread (default: the run's)"
     )
@@ -91,6 +91,7 @@ def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-frames", type=int, metavar="N", help="of a video, by fps: at most so many; 0: any (default: the run's)"
     )
+    parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
 
 
 def frame_sampling(args: argparse.Namespace, model: Model) -> FrameSampling:

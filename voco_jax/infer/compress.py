@@ -91,6 +91,7 @@ def compress_to_file(
     batch_size: int = 32,
     threads: int = 4,
     say: Callable[[str], None] = print,
+    incomplete: bool = False,
 ) -> Outcome:
     """Compress what `out` does not hold yet, by an `api.Model`, and write it.
 
@@ -98,6 +99,7 @@ def compress_to_file(
     are looked at in other places. `tokens` a picture and the dtype are those of the file that is there, else as asked
     for (default: all, and the dtype of the computation). UserError for a file of another model, and for a named
     picture that cannot be read; what was done until then is kept. TryAgain where another process writes the file.
+    `incomplete`: of a video that is cut off, what is there is taken.
     """
     model.require_voco()
     with writing(out, patience=0) as real, _parts(real) as directory:
@@ -105,7 +107,8 @@ def compress_to_file(
         parts = [_part(file) for file in sorted(directory.glob("*.voco"))]
         tokens, dtype = _form(model, [old, *parts], tokens, int8)
         have = {item.identity for file in [old, *parts] if file is not None for item in file.items}
-        wanted = _Wanted(have, model.run.processor.load, sampling or model.frame_sampling(), batch_size)
+        sampling = sampling or model.frame_sampling()
+        wanted = _Wanted(have, model.run.processor.load, sampling, batch_size, incomplete)
         outcome = Outcome()
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
@@ -157,8 +160,12 @@ def _write(real: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: 
 class _Wanted:
     """What the entries come to: keys of items by source, and the jobs that load them."""
 
-    def __init__(self, have: set[bytes], load: Callable[[Picture], Image.Image], sampling: FrameSampling, chunk: int):
+    def __init__(
+        self, have: set[bytes], load: Callable[[Picture], Image.Image], sampling: FrameSampling, chunk: int,
+        incomplete: bool,
+    ):  # fmt: skip
         self._have, self._load, self._sampling, self._chunk = have, load, sampling, chunk
+        self._incomplete = incomplete
         self.keys: dict[str, set] = {}
         self.total = 0
 
@@ -188,7 +195,7 @@ class _Wanted:
         return item, image
 
     def _frames(self, entry: Entry) -> Iterator:
-        clip, source = Clip(file=entry.path), str(entry.path)
+        clip, source = Clip(file=entry.path, incomplete=self._incomplete), str(entry.path)
         times = sample_times(probe(clip), self._sampling)
         with open_file(entry.path) as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -59,7 +59,9 @@ def open_training_data(
     model_config = make_model_config(config, tokenizer)
     sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
     encoder = make_encoder(config, tokenizer, model_config)
-    maker = SampleMaker(encoder, data.row_length, data.images_per_bin, sampling, data.video.timestamps)
+    maker = SampleMaker(
+        encoder, data.row_length, data.images_per_bin, sampling, data.video.timestamps, data.video.incomplete
+    )
     indices = _look_at(config, "train", sources, maker, say)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:

@@ -25,7 +25,8 @@ def check(directory: Path, num_workers: int, on_records: Callable[[int], Any]) -
     manifest = read_manifest(directory)
     problems = check_manifest(directory, manifest)
     names = shard_names(manifest["num_shards"])
-    work = ShardCheck(directory, manifest["shards"] if manifest["complete"] else [])
+    incomplete = bool(manifest["arguments"].get("incomplete"))
+    work = ShardCheck(directory, manifest["shards"] if manifest["complete"] else [], incomplete)
     found: dict[int, list[str]] = {}
     shards = [i for i, name in enumerate(names) if (directory / f"{name}{SHARD}").exists()]
     with contextlib.closing(run_tasks(work, shards, num_workers, on_records)) as results:
@@ -85,6 +86,7 @@ class ShardCheck:
 
     directory: Path
     listed: list[dict]  # of the manifest; empty where the build is not complete
+    incomplete: bool = False  # clips may be cut off
 
     def __call__(self, task: int, tick: Callable[[], Any]) -> tuple[int, list[str]]:
         num_shards = len(self.listed) or read_manifest(self.directory)["num_shards"]
@@ -94,10 +96,12 @@ class ShardCheck:
         for key, found in file_digest(file).items():
             if expected and found != expected.get(key):
                 problems.append(f"{file.name}: expected {key} = {expected.get(key)}, found {found}")
-        return task, problems + [f"{file.name}: {line}" for line in _check_records(file, expected, tick)]
+        return task, problems + [
+            f"{file.name}: {line}" for line in _check_records(file, expected, tick, self.incomplete)
+        ]
 
 
-def _check_records(file: Path, expected: dict, tick) -> list[str]:
+def _check_records(file: Path, expected: dict, tick, incomplete: bool) -> list[str]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -115,20 +119,20 @@ def _check_records(file: Path, expected: dict, tick) -> list[str]:
         try:
             record = unpack_record(reader.read([i])[0])
             name = f" ({record.name})"
-            check_record(record)
+            check_record(record, incomplete)
         except (BadRecord, RuntimeError) as error:
             problems.append(one_line(f"record {i}{name}: {error}"))
         tick()
     return problems
 
 
-def check_record(record: Record) -> None:
+def check_record(record: Record, incomplete: bool = False) -> None:
     """BadRecord unless all of it can be used: conversations, pictures, the beginning of a video."""
     check_conversations(record)
     pictures = [*record.images, *(record.video.pictures if isinstance(record.video, Frames) else ())]
     for picture in pictures:
         load_image(picture)
     if isinstance(record.video, Clip):
-        check_clip(record.video)
+        check_clip(dataclasses.replace(record.video, incomplete=incomplete))
     elif record.video is not None:
         probe(record.video)  # whether times ascend

@@ -21,6 +21,7 @@ from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
 
 MANIFEST, REPORT = "manifest.json", "report.json"
+MOST_SHARDS = 10**6
 FORMAT, VERSION = "voco_jax records", 1
 SHARD = ".array_record"
 _OURS = re.compile(r"(data-\d{5,}-of-\d{5,}\.(array_record|json)|manifest\.json|report\.json)")
@@ -134,6 +135,11 @@ def read_manifest(directory: Path) -> dict:
     if manifest.get("complete"):
         kinds |= {"shards": list, "records": int, "rows": int}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    if not wrong and not 1 <= manifest["num_shards"] <= MOST_SHARDS:
+        raise UserError(f"{file}: num_shards: expected 1 … {MOST_SHARDS}, found {manifest['num_shards']}")
+    listed = manifest.get("shards", []) if manifest.get("complete") and not wrong else []
+    if not all(isinstance(shard, dict) and isinstance(shard.get("bytes"), int) for shard in listed):
+        raise UserError(f"{file}: shards: expected for each its bytes, found another form")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION or wrong:
         what = f"of {FORMAT}, version {VERSION}" + (f"; {wrong[0]} is missing" if wrong else "")
         raise UserError(f"{file}: expected the manifest {what}")

@@ -36,6 +36,7 @@ class RecordPacker:
 
     image_root, video_root: pictures and videos are named by their path from there. max_side: pixels; a picture that is
     longer is scaled down (0: any may be). sampling: of the frames kept in place of a clip; None keeps the clip.
+    incomplete: of a clip that is cut off, what is there is taken.
     """
 
     source: Any
@@ -43,6 +44,7 @@ class RecordPacker:
     video_root: AnyPath | None = None
     max_side: int = 0
     sampling: FrameSampling | None = None
+    incomplete: bool = False
 
     def __call__(self, i: int, on_odd: Callable[[str, str], Any]) -> bytes:
         """The i-th record; BadRecord. `on_odd` hears kind and name of pictures that are read though they are odd."""
@@ -67,7 +69,7 @@ class RecordPacker:
 
     def _video(self, file: Path) -> Clip | Frames:
         check_file(file)
-        clip, name = Clip(file), _name(file, self.video_root)
+        clip, name = Clip(file, incomplete=self.incomplete), _name(file, self.video_root)
         if self.sampling is None:
             data = read_file(file, UNREADABLE_VIDEO)
             check_clip(clip)

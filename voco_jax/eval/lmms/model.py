@@ -48,8 +48,9 @@ class VoCoJax(lmms):
 
     run: a run directory. step, attention, mesh: as the commands' options (mesh="data=2,tensor=4" in quotes; default:
     all devices along data). tokens: only the first so many of each picture's. frames, fps, max_frames: of a video;
-    default: as the run's config has it. cache: a directory for memories, good for the next command too. host_gib: of
-    memories (or embeddings) kept at hand. seed: of what is drawn.
+    default: as the run's config has it. incomplete: of a video that is cut off, take what is there. cache: a directory
+    for memories, good for the next command too. host_gib: of memories (or embeddings) kept at hand. seed: of what is
+    drawn.
     """
 
     is_simple = True
@@ -58,7 +59,7 @@ class VoCoJax(lmms):
         self, run: str, step: int | str | None = None, attention: str | None = None, mesh: str | None = None,
         tokens: int | None = None, frames: int | None = None, fps: float | None = None, max_frames: int | None = None,
         cache: str | None = None, host_gib: float = 4, seed: int = 0, batch_size: int | str = 1,
-        max_batch_size: int | None = None, device: str | None = None,
+        max_batch_size: int | None = None, device: str | None = None, incomplete: bool = False,
     ):  # fmt: skip
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -73,7 +74,7 @@ class VoCoJax(lmms):
             self._model, tokens=tokens, sampling=sampling, host_bytes=int(host_gib * 2**30),
             directory=cache,
         )  # fmt: skip
-        self._seed = int(seed)
+        self._seed, self._incomplete = int(seed), bool(incomplete)
 
     # ---- What lmms-eval calls ----------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ class VoCoJax(lmms):
         size = WINDOW * self._batch_size
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
-            views = [_views(asked[i].visuals(), asked[i].where) for i in chosen]
+            views = [_views(asked[i].visuals(), asked[i].where, self._incomplete) for i in chosen]
             seen = self._seen.see(views, lambda k, chosen=chosen: asked[chosen[k]].where)
             use(chosen, [self._request(asked[i], one) for i, one in zip(chosen, seen, strict=True)])
             bar.update(len(chosen))
@@ -203,12 +204,12 @@ class VoCoJax(lmms):
         return self.task_dict[task][split][doc_id]
 
 
-def _views(visuals, where: str) -> list[View]:
-    """What a task's `doc_to_visual` gives, in lists of any depth, as pictures and videos."""
+def _views(visuals, where: str, incomplete: bool) -> list[View]:
+    """What a task's `doc_to_visual` gives, in lists of any depth, as pictures and videos (`incomplete`: see `Clip`)."""
     if visuals is None:
         return []
     if isinstance(visuals, list | tuple):
-        return [view for visual in visuals for view in _views(visual, where)]
+        return [view for visual in visuals for view in _views(visual, where, incomplete)]
     if isinstance(visuals, Image.Image | np.ndarray | Picture | Clip):
         return [visuals]
     if isinstance(visuals, dict) and visuals.get("bytes") is not None:  # a picture that datasets has not decoded
@@ -220,7 +221,7 @@ def _views(visuals, where: str) -> list[View]:
     if isinstance(visuals, str | os.PathLike):
         file = Path(visuals)
         if file.is_file() or has_ending(file, PICTURES + VIDEOS):
-            return [Clip(file=file) if is_video(file) else os.fspath(visuals)]
+            return [Clip(file=file, incomplete=incomplete) if is_video(file) else os.fspath(visuals)]
     raise UserError(f"{where}: expected pictures and videos, found {shown(visuals)}")
 
 

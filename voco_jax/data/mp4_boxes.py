@@ -1,0 +1,128 @@
+"""The boxes of an mp4 (ISO/IEC 14496-12): whether one in fragments is whole."""
+
+import re
+import struct
+
+from voco_jax.data.container_headers import Headers, none
+
+
+def check_fragments(headers: Headers) -> str:
+    """Of mp4 in fragments; a plain one has a table of its frames, which FFmpeg reads (`video_file.py`)."""
+    at, movie, moofs, last, pointed = 0, b"", [], b"", set()
+    while at < headers.size:
+        kind, start, end = _box(headers, at)
+        if kind == b"moov":
+            movie = headers.read(start, min(end - start, 2**24))
+            if b"mvex" not in movie:
+                return ""
+        if not re.fullmatch(rb"[\w \-.\xa9]{4}", kind) or end < start:
+            return none("a box", at)
+        if short := headers.beyond(end):
+            return short
+        if kind == b"moof":
+            moofs.append((at, end))
+        elif kind == b"sidx" and (
+            short := headers.beyond(_end_of_segments(headers.read(start, min(end - start, 2**20)), end))
+        ):
+            return short
+        elif kind == b"mfra":
+            pointed = _moofs_of_index(headers.read(start, min(end - start, 2**24)))
+        at, last = end, kind if kind not in (b"free", b"skip") else last
+    if last == b"moof":
+        return none("a box of data", headers.size)
+    if lost := pointed - {begin for begin, _ in moofs}:
+        return none("a fragment", min(lost))
+    return _ends_early(movie, [headers.read(begin, min(end - begin, 2**22)) for begin, end in moofs[-8:]])
+
+
+def _box(headers: Headers, at: int) -> tuple[bytes, int, int]:
+    """Kind, where its content begins and where it ends; it ends before it begins where it is none."""
+    data = headers.read(at, 16)
+    if len(data) < 8:
+        return b"", at, -1
+    size, kind = int.from_bytes(data[:4]), data[4:8]
+    if size == 1 and len(data) == 16:
+        return kind, at + 16, at + int.from_bytes(data[8:16])
+    return kind, at + 8, headers.size if size == 0 else at + size
+
+
+def _end_of_segments(sidx: bytes, end: int) -> int:
+    """Where the last of the segments ends that an index names, which stands right before them."""
+    width = 4 if sidx[:1] == b"\0" else 8
+    at = 12 + 2 * width
+    if len(sidx) < at + 4:
+        return end
+    first = int.from_bytes(sidx[12 + width : at])
+    count = int.from_bytes(sidx[at + 2 : at + 4])
+    sizes = struct.unpack_from(f">{3 * min(count, (len(sidx) - at - 4) // 12)}I", sidx, at + 4)[::3]
+    return end + first + sum(size & 0x7FFFFFFF for size in sizes)
+
+
+def _moofs_of_index(mfra: bytes) -> set[int]:
+    """Where fragments begin, by the index at the file's end."""
+    found, at = set(), 0
+    while at + 8 <= len(mfra):
+        size = max(8, int.from_bytes(mfra[at : at + 4]))
+        if mfra[at + 4 : at + 8] == b"tfra" and at + 24 <= len(mfra):
+            width = 8 if mfra[at + 8] else 4
+            numbers = sum((mfra[at + 19] >> shift & 3) + 1 for shift in (0, 2, 4))
+            for entry in range(at + 24, min(at + size, len(mfra)) - 2 * width - numbers + 1, 2 * width + numbers):
+                found.add(int.from_bytes(mfra[entry + width : entry + 2 * width]))
+        at += size
+    return found
+
+
+def _ends_early(movie: bytes, moofs: list[bytes]) -> str:
+    """By the duration that a fragmented movie declares, and the end of its last fragments."""
+    declared, header = movie.find(b"mehd"), movie.find(b"mvhd")
+    if declared < 0 or header < 0 or not moofs:
+        return ""
+    width = 8 if movie[declared + 4 : declared + 5] == b"\1" else 4
+    duration = int.from_bytes(movie[declared + 8 : declared + 8 + width])
+    place = header + (24 if movie[header + 4 : header + 5] == b"\1" else 16)
+    scale = int.from_bytes(movie[place : place + 4])
+    ends = [end for moof in moofs for end in _ends_of_tracks(moof, movie)]
+    if not scale or not ends or max(ends) >= duration / scale - 0.1:
+        return ""
+    return f"expected {duration / scale:.2f} s, found {max(ends):.2f}"
+
+
+def _ends_of_tracks(moof: bytes, movie: bytes) -> list[float]:
+    """Seconds at which the fragments of a `moof` end, as far as they say when they begin."""
+    ends = []
+    for traf in moof.split(b"traf")[1:]:
+        tfhd, tfdt = traf.find(b"tfhd"), traf.find(b"tfdt")
+        track = int.from_bytes(traf[tfhd + 8 : tfhd + 12])
+        scale, default = _track(movie, track)
+        if tfhd < 0 or tfdt < 0 or not scale:
+            continue
+        flags, at = int.from_bytes(traf[tfhd + 5 : tfhd + 8]), tfhd + 12 + 8 * traf[tfhd + 7 : tfhd + 8].count(b"\1")
+        at = tfhd + 12 + 8 * (flags & 1) + 4 * (flags >> 1 & 1)
+        default = int.from_bytes(traf[at : at + 4]) if flags & 8 else default
+        end = int.from_bytes(traf[tfdt + 8 : tfdt + (16 if traf[tfdt + 4 : tfdt + 5] == b"\1" else 12)])
+        for run in traf.split(b"trun")[1:]:
+            flags, count = int.from_bytes(run[1:4]), int.from_bytes(run[4:8])
+            if not flags & 0x100:
+                end += count * default
+                continue
+            step = 4 * sum(flags >> bit & 1 for bit in (8, 9, 10, 11))
+            start = 8 + 4 * (flags & 1) + 4 * (flags >> 2 & 1)
+            words = run[start : start + count * step]
+            end += sum(int.from_bytes(words[i : i + 4]) for i in range(0, len(words), step))
+        ends.append(end / scale)
+    return ends
+
+
+def _track(movie: bytes, track: int) -> tuple[int, int]:
+    """Ticks a second of a track, and the duration of a frame where fragments say none."""
+    scale = default = 0
+    for trak in movie.split(b"trak")[1:]:
+        tkhd, mdhd = trak.find(b"tkhd"), trak.find(b"mdhd")
+        place = tkhd + (24 if trak[tkhd + 4 : tkhd + 5] == b"\1" else 16)
+        if tkhd >= 0 and mdhd >= 0 and int.from_bytes(trak[place : place + 4]) == track:
+            place = mdhd + (24 if trak[mdhd + 4 : mdhd + 5] == b"\1" else 16)
+            scale = int.from_bytes(trak[place : place + 4])
+    for trex in movie.split(b"trex")[1:]:
+        if int.from_bytes(trex[4:8]) == track:
+            default = int.from_bytes(trex[12:16])
+    return scale, default
