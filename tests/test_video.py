@@ -8,6 +8,7 @@ from pathlib import Path
 import struct
 import sys
 import time
+import zlib
 
 import av
 import numpy as np
@@ -385,6 +386,42 @@ def test_fragments_that_are_not_there(tmp_path):
             assert "clip: expected 2.40 s, found 2.24: the file is cut off" in bad(clip)
         else:
             assert probe(clip).num_frames == 56
+
+
+def boxes(content: bytes, change) -> bytes:
+    """An mp4 with every box's content as `change(kind, content)` gives it, from the innermost on."""
+    made, at = b"", 0
+    while at < len(content):
+        size, kind = struct.unpack_from(">I4s", content, at)
+        inner = content[at + 8 : at + size]
+        inner = change(kind, boxes(inner, change) if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl") else inner)
+        made, at = made + struct.pack(">I4s", len(inner) + 8, kind) + inner, at + size
+    return made
+
+
+def test_headers_that_would_take_gigabytes(tmp_path):
+    early = write_clip(tmp_path / "early.mp4", container_options={"movflags": "faststart"}).file.read_bytes()
+    size = 1900 * 2**20
+    packed = struct.pack(">I4sI", 0, b"cmvd", size) + zlib.compress(bytes(2**20))
+    packed = struct.pack(">I4sI4s4s", len(packed) + 20, b"cmov", 12, b"dcom", b"zlib") + packed
+    for where in (b"moov", b"trak"):  # FFmpeg finds it anywhere
+        bomb = boxes(early, lambda kind, content, where=where: packed + content if kind == where else content)
+        message = bad(Clip(data=bomb, name="bomb"))
+        assert message == f"bomb: expected a header of {2**26} bytes at most, found {size}, compressed"
+
+    def many(kind: bytes, content: bytes) -> bytes:
+        samples = {b"stsz": (0, 1, 10**8), b"stsc": (0, 1, 1, 10**8, 1), b"stts": (0, 1, 10**8, 512)}
+        return struct.pack(f">{len(samples[kind])}I", *samples[kind]) if kind in samples else content
+
+    assert "found 100000000 frames of 1" in bad(Clip(data=boxes(early, many), name="bomb"))
+    fragments = bytearray(write_clip(tmp_path / "fragments.mp4", **KINDS["fragments.mp4"]).file.read_bytes())
+    at = fragments.index(b"trun") + 4
+    fragments[at : at + 8] = struct.pack(">II", 0, 10**7)
+    assert "frames at most, found 10000" in bad(Clip(data=bytes(fragments), name="bomb"))
+    track = early[early.index(b"trak") - 4 :]
+    track = track[: int.from_bytes(track[:4])]
+    tracks = boxes(early, lambda kind, content: content + 999 * track if kind == b"moov" else content)
+    assert "expected a video, found: " in bad(Clip(data=tracks, name="bomb"))
 
 
 def test_headers_of_a_container_are_bounded(tmp_path, monkeypatch):

@@ -126,3 +126,33 @@ def _track(movie: bytes, track: int) -> tuple[int, int]:
         if int.from_bytes(trex[4:8]) == track:
             default = int.from_bytes(trex[12:16])
     return scale, default
+
+
+# ---- What a header would have FFmpeg do ----------------------------------------------------------------------------
+
+MOST_MOVIE = 2**26  # bytes of a header that is compressed: a day's is less
+_PIECE, _OVERLAP = 2**24, 64
+
+
+def check_counts(headers: Headers) -> str:
+    """'expected …, found …' where a header counts more frames than the file has bytes, or is compressed and too large:
+    FFmpeg takes memory for all of it. '' for files of other kinds, too."""
+    at, samples = 0, 0
+    while at < headers.size:
+        kind, _, end = _box(headers, at)
+        is_box = re.fullmatch(rb"[\x20-\x7e\xa9]{4}", kind)
+        if end < at + 8 or end > headers.size and not is_box:
+            break  # not an mp4, or no longer
+        end = min(end, headers.size)
+        for piece in range(at, end, _PIECE) if is_box and kind != b"mdat" else ():
+            data = headers.read(piece, min(_PIECE + _OVERLAP, end - piece))
+            for found in re.finditer(rb"cmvd|stsz|trun", data[:_PIECE]):
+                words = data[found.end() : found.end() + 12].ljust(12, b"\0")
+                first, second, third = struct.unpack(">3I", words)
+                if found[0] == b"cmvd" and first > MOST_MOVIE:
+                    return f"expected a header of {MOST_MOVIE} bytes at most, found {first}, compressed"
+                if found[0] == b"stsz" and second * third > headers.size:
+                    return f"expected {headers.size} bytes of frames at most, found {third} frames of {second}"
+                samples += second if found[0] == b"trun" else 0
+        at = end
+    return f"expected {headers.size} frames at most, found {samples}" if samples > headers.size else ""

@@ -11,9 +11,11 @@ import math
 
 from PIL import Image, UnidentifiedImageError
 
+from voco_jax.data.container_headers import Enough, Headers
 from voco_jax.data.container_sizes import what_is_missing
 from voco_jax.data.images import FORMATS as PICTURE_FORMATS
 from voco_jax.data.images import MAX_SIDE
+from voco_jax.data.mp4_boxes import check_counts
 from voco_jax.data.records import UNREADABLE_VIDEO, BadRecord, Clip
 from voco_jax.data.sources.roots import in_bucket, open_file
 from voco_jax.errors import UserError, first_line
@@ -30,6 +32,7 @@ FROM_START = (*BARE, "mpeg", "gif", "apng")
 MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory is taken for it
 # Headers of the container that are looked at whenever a file is opened, and when all of it is read through anyway
 LOOK, THOROUGH_LOOK = 2048, 2**20
+MAX_STREAMS = 200  # FFmpeg begins to decode each of them, to know what it is
 LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
 
 
@@ -74,6 +77,7 @@ class VideoFile:
 
     def __init__(self, clip: Clip, file: io.IOBase, stack: contextlib.ExitStack):
         self.clip, self.file, self.stack = clip, file, stack
+        self._check_counts()
         self.open()
         self.tick: Fraction = self.stream.time_base
         # A plain mp4 has a table of all its frames; one in fragments does not, and counts none in its header.
@@ -107,9 +111,12 @@ class VideoFile:
 
         # Of a file object no other file is looked for; playlists and the like are refused before they are parsed.
         options = {"format_whitelist": ",".join((*CONTAINERS, *BARE)), "protocol_whitelist": "none"}
+        options["max_streams"] = str(MAX_STREAMS)
         self.file.seek(0)
+        # Those of the decoders are theirs too who look at the first frames, to know what they are
+        decoders = {"max_pixels": str(MAX_PIXELS)}
         self.container = self.stack.enter_context(
-            av.open(self.file, container_options=options, metadata_errors="replace")
+            av.open(self.file, container_options=options, options=decoders, metadata_errors="replace")
         )
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
@@ -139,6 +146,16 @@ class VideoFile:
         for stream in self.container.streams:
             if stream.index != self.stream.index:
                 stream.discard = av.stream.Discard.all
+
+    def _check_counts(self) -> None:
+        """BadRecord for an mp4 whose header would take memory beyond measure; before it is opened."""
+        most = LOOK if in_bucket(self.clip) else THOROUGH_LOOK
+        try:
+            found = check_counts(Headers(self.file, most))
+        except Enough:  # from a bucket it would be as much as to read the whole file
+            found = "" if in_bucket(self.clip) else f"expected {most} boxes at most, found more"
+        if found:
+            raise self.bad(found)
 
     def is_a(self, *formats: str) -> bool:
         """Whether the file is one of FFmpeg's `formats`."""
