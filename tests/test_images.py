@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import jax
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from voco_jax.data.images import ImageProcessor, is_picture, load_image, pad_to_square
 from voco_jax.data.pipeline import stack_images
-from voco_jax.data.records import BadRecord
+from voco_jax.data.records import TOO_LARGE, BadRecord
 from voco_jax.errors import UserError
 
 MEAN_COLOUR = (122, 116, 104)
@@ -249,3 +251,80 @@ def test_places_without_a_picture_are_zero(picture):
     assert pixels.shape == (3, 16, 16, 3) and (pixels[1:] == 0).all() and (pixels[0] != 0).any()
     with pytest.raises(UserError, match=r"images_per_bin: expected at least 2, found 1"):
         stack_images([load_image(picture)] * 2, 1, ImageProcessor(16))
+
+
+# ---- Headers that ask for gigabytes, or minutes ---------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, kind: str, **settings) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **settings)
+    return content.getvalue()
+
+
+def scans(count: int) -> bytes:
+    """A JPEG of 1,000 x 1,000 pixels in 10 scans and `count` more."""
+    data = encoded(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
+
+
+def tiff_tile(side: int) -> bytes:
+    packed = zlib.compress(bytes(min(side, 64) ** 2))
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 8)]
+    tags.append((325, len(packed)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<4sI", b"II*\0", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def jpeg_2000(side: int, tile: int, precincts: bytes = b"") -> bytes:
+    data = bytearray(encoded(Image.new("RGB", (64, 64)), "JPEG2000", num_resolutions=2))
+    at = data.index(b"\xff\x51")
+    data[at + 6 : at + 14], data[at + 22 : at + 30] = struct.pack(">II", side, side), struct.pack(">II", tile, tile)
+    if precincts:
+        at = data.index(b"\xff\x52")
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        style = bytes([data[at + 4] | 1]) + data[at + 5 : end] + precincts
+        data[at + 2 : end] = struct.pack(">H", len(style) + 2) + style
+    return bytes(data)
+
+
+def with_segments(count: int, segment: bytes) -> bytes:
+    data = encoded(Image.new("RGB", (16, 16)), "JPEG")
+    return data[:2] + segment * count + data[2:]
+
+
+BOMBS = {
+    "at most 536 scans of 1000000 pixels, found 610": lambda: scans(600),
+    "tiles of 268435456 bytes at most, found 20000 x 20000": lambda: tiff_tile(20000),
+    "tiles, precincts and blocks, found 243000000": lambda: jpeg_2000(9000, 1),
+    "tiles, precincts and blocks, found 75": lambda: jpeg_2000(9000, 9000, b"\x11\x11"),
+    "65536 segments before": lambda: with_segments(70_000, b"\xff\xe5\0\2"),
+    "33554432 bytes before": lambda: with_segments(600, b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)),
+    "262144 chunks": lambda: encoded(Image.new("L", (4, 4)), "PNG").replace(
+        b"\0\0\0\0IEND", b"\0\0\0\0IDAT\x35\xaf\x06\x1e" * 300_000 + b"\0\0\0\0IEND"
+    ),
+    "a header of 4096 bytes": lambda: b"P6\n#" + b"x" * 10_000 + b"\n1 1 255\n123",
+    "16777216 values": lambda: b"P3 3000 3000 255\n1 1 1",
+}
+
+
+@pytest.mark.parametrize("told", BOMBS)
+def test_pictures_that_ask_too_much(told, tmp_path):
+    (tmp_path / "a.png").write_bytes(BOMBS[told]())
+    for picture in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+        with pytest.raises(BadRecord, match=f": expected .*{told}") as error:
+            load_image(picture)
+        assert error.value.kind == TOO_LARGE
+
+
+def test_pictures_that_ask_much_and_not_too_much():
+    for data in (scans(300), tiff_tile(64), jpeg_2000(64, 32, b"\x55\x66"), with_segments(400, b"\xff\xe5\0\2")):
+        load_image(data)
+    assert load_image(encoded(Image.new("LA", (600, 600), (50, 0)), "PNG")).getcolors() == [(360000, (255,) * 3)]
+
+
+def test_an_icon_larger_than_it_says():
+    png = encoded(Image.new("1", (9500, 9500)), "PNG")
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+    with pytest.raises(BadRecord, match="9500 × 9500 pixels"):
+        load_image(icon)

@@ -18,7 +18,7 @@ from voco_jax.convert.processors import (
 )
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import Options, run_config
-from voco_jax.data.images import ImageProcessor
+from voco_jax.data.images import ImageProcessor, pad_to_square
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import fingerprint
@@ -74,6 +74,18 @@ def sizes(seed: int) -> list[tuple[int, int]]:
     rng = np.random.default_rng(seed)
     drawn = np.exp(rng.uniform(0, np.log(450), (12, 2))).astype(int) + rng.integers(0, 2)
     return [(720, 480), (639, 426), (410, 615), (1, 90), (SIZE, SIZE), *map(tuple, drawn.tolist())]
+
+
+@pytest.mark.parametrize("name", ["padded", "padded as it is", "padded and cropped"])
+@pytest.mark.parametrize("size", [(3, 2048), (2049, 2), (700, 2301), (2500, 2400), (2048, 2048)])
+def test_large_squares_are_padded_in_parts(name, size):
+    """Which are not made whole, and are the same to a grey level."""
+    processor = processor_from_hf(PROCESSORS[name], "", SIZE)
+    picture = noise(*size)
+    whole = pad_to_square(picture, processor.colour)
+    assert np.array_equal(
+        processor.square(picture), dataclasses.replace(processor, aspect_ratio="stretch").square(whole)
+    )
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture
 from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.storage import as_path
@@ -29,6 +30,8 @@ PictureLike = str | os.PathLike | Picture | bytes | bytearray | memoryview | Bin
 
 MAX_SIDE = 16384  # pixels: a picture of few but in one long row would be padded to a square of gigabytes
 _MAX_RESIZED = 2**25  # pixels of a resized picture, 128 MiB: of a longer one only the part that is kept is resized
+
+_LARGE_SIDE, _STRIP = 2048, 256  # pixels: a square of such a side is padded in strips of so many rows
 
 _FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 
@@ -133,17 +136,30 @@ class ImageProcessor:
         return (height, long) if size[0] <= size[1] else (long, height)
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """`pad_to_square`; a wide picture is resized half-way before, which is the same and a fifth faster.
+        """`pad_to_square`; a wide picture is resized half-way before, which is the same and a fifth faster, and so is a
+        very tall one, whose square would be a gigabyte.
 
         Pillow makes squares of squares along the rows first and then along the columns, and rounds to grey levels in
-        between. Padding above and below is no part of the first half.
+        between. Padding above and below is no part of the first half, and every row is made by itself.
         """
         width, height = image.size
-        wide, high = self._resized((width, width))
-        if not self.do_resize or width <= height or wide != high:
+        side = max(width, height)
+        if not self.do_resize and side >= max(_LARGE_SIDE, self.size):  # no more than the middle
+            square = Image.new("RGB", (self.size, self.size), self.colour)
+            square.paste(image, tuple((side - length) // 2 - (side - self.size) // 2 for length in image.size))
+            return square
+        wide, high = self._resized((side, side))
+        if not self.do_resize or wide != high or (width <= height and height < _LARGE_SIDE):
             return pad_to_square(image, self.colour)
-        square = Image.new("RGB", (wide, width), self.colour)
-        square.paste(image.resize((wide, height), self.filter), (0, (width - height) // 2))
+        square = Image.new("RGB", (wide, side), self.colour)
+        if width > height:
+            square.paste(image.resize((wide, height), self.filter), (0, (width - height) // 2))
+            return square
+        for top in range(0, height, _STRIP):
+            strip = image.crop((0, top, width, min(top + _STRIP, height)))
+            padded = Image.new("RGB", (height, strip.height), self.colour)
+            padded.paste(strip, ((height - width) // 2, 0))
+            square.paste(padded.resize((wide, strip.height), self.filter), (0, top))
         return square
 
     def normalize(self, pixels):
@@ -204,6 +220,8 @@ def load_image(
             return _as_seen(picture, "picture", say, transparency)
     picture = _encoded(picture)
     file = open_file(picture.file, whole=True) if picture.data is None else io.BytesIO(picture.data)
+    if found := asks_too_much(file):
+        raise BadRecord(TOO_LARGE, f"{picture}: {found}")
     with _naming(picture), Image.open(file, formats=FORMATS) as image:
         return _as_seen(image, picture, say, transparency)
 
@@ -243,11 +261,12 @@ def _from_array(values) -> Image.Image:
         expected = "an array [height, width] or [height, width, 1 … 4]"
         raise BadRecord(UNREADABLE_PICTURE, f"picture: expected {expected}, found {found}")
     if np.issubdtype(values.dtype, np.floating):
-        values = values.astype(np.float32)
+        values = values.astype(np.float32, copy=False)
         if not (values.min() >= 0 and values.max() <= 1):  # also for NaN
             found = f"{found} of {values.min():g} … {values.max():g}"
             raise BadRecord(UNREADABLE_PICTURE, f"picture: expected values of 0 … 1 in a float array, found {found}")
-        values = np.round(values * 255)
+        values = values * np.float32(255)
+        np.round(values, out=values)
     elif values.dtype == np.uint16:
         values = values >> 8
     elif values.dtype == bool:
@@ -287,6 +306,8 @@ def _as_seen(image: Image.Image, name: Picture | str, say: Callable[[str], None]
     if image.mode in ("CMYK", "P"):
         say(f"{image.mode} picture")
     image = _upright(image, say)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # an icon's header is not that of the picture in it
+        raise BadRecord(TOO_LARGE, f"{name}: {image.width} × {image.height} pixels")
     if image.mode.startswith("I"):
         say("16-bit picture")
         image = _from_deep_grey(image)
@@ -302,19 +323,28 @@ def _as_seen(image: Image.Image, name: Picture | str, say: Callable[[str], None]
     elif image.mode in ("RGBa", "La"):  # colours multiplied with alpha
         image = image.convert(image.mode.upper())
     if transparency == "white" and image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = _on_white(image)
     image = image.convert("RGB")
     image.info = {}  # EXIF has been followed, and must not be again
     return image
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, in strips: in one go a large picture would be there four times."""
+    shown = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        shown.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, top))
+    return shown
+
+
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     """The upper 8 of 16 bits, where Pillow's own conversion clips to white; with alpha where one level is clear."""
-    levels = np.asarray(image).astype(np.int64)
+    levels = np.asarray(image)
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError(f"expected grey levels of 0 … 65535, found {levels.min()} … {levels.max()}")
-    grey = (levels >> 8).astype(np.uint8)
+    grey = np.right_shift(levels, 8, out=np.empty(levels.shape, np.uint8), casting="unsafe")
     clear = image.info.get("transparency")
     if not isinstance(clear, int):
         return Image.fromarray(grey)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
 from voco_jax.data.images import FORMATS, UNREADABLE
+from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import BadRecord, Clip
 from voco_jax.data.sources.roots import open_file
 from voco_jax.data.video_file import open_video
@@ -18,9 +19,12 @@ def kind_of(file: Path) -> str:
     """PICTURE, ANIMATION (a picture in several frames that can be looked at as a video: GIF, PNG, AVIF), VIDEO; NEITHER
     for a file that is not there or not readable as one of these."""
     try:
-        with open_file(file) as stream, Image.open(stream, formats=FORMATS) as image:
-            moves = image.format in ("GIF", "PNG", "AVIF") and image.is_animated
-            return ANIMATION if moves else PICTURE
+        with open_file(file) as stream:
+            if asks_too_much(stream, whole=False):  # a picture that is refused when it is looked at
+                return PICTURE
+            with Image.open(stream, formats=FORMATS) as image:
+                moves = image.format in ("GIF", "PNG", "AVIF") and image.is_animated
+                return ANIMATION if moves else PICTURE
     except Image.DecompressionBombError:
         return PICTURE
     except BadRecord:
