@@ -109,7 +109,7 @@ def test_a_json_array(model, album, tmp_path):
     with pytest.raises(UserError, match=r"array.json, row 5: question_id: expected a number or text, found None"):
         read_questions(tmp_path / "array.json", album / "images")
     (tmp_path / "array.json").write_text(json.dumps(rows)[:-1])
-    with pytest.raises(UserError, match=r"array.json: not readable as JSON"):
+    with pytest.raises(UserError, match=r"array.json: not readable as a JSON array: .* after 4 rows"):
         read_questions(tmp_path / "array.json", album / "images")
 
 

@@ -99,8 +99,54 @@ def test_a_file_that_is_no_rows(content, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["none.json", ".", ""])
 def test_no_file(name, tmp_path):
-    with pytest.raises(UserError, match="expected a .json or .jsonl file"):
+    with pytest.raises(UserError, match="expected a .json or .jsonl file|expected a file, found a directory"):
         JsonRows(str(tmp_path / name) if name else "")
+
+
+ROW = b'{"question": "what?", "answer": "this"}'
+HOSTILE = {
+    "expected rows of questions, found 10000 rows of 2.0 bytes": b"[" + b"1," * 200_000 + b"1]",
+    "expected rows of questions, found 10000 rows of 3.0 bytes": b"[" + (ROW + b",") * 10_000 + b"{}," * 20_000 + b"1]",
+    "expected rows of questions, found 100000 rows of ": b"1\n" * 100_000,
+    "expected a JSON array or a row a line, found none": b"\n" * 10**6 + b" \r\n" * 1000,
+    "maximum recursion depth": b"[" * 10**6,
+}
+
+
+@pytest.mark.parametrize("told", HOSTILE)
+def test_files_of_next_to_nothing(told, tmp_path):
+    """Which would be many times larger in memory."""
+    (tmp_path / "rows.json").write_bytes(HOSTILE[told])
+    with pytest.raises(UserError, match=told) as error:
+        JsonRows(tmp_path / "rows.json")
+    assert str(tmp_path / "rows.json") in str(error.value)
+
+
+def test_a_row_that_no_model_reads(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(ROW + b"\n" + b'{"question": "' + b"x" * 5 * 2**20 + b'"}\n' + ROW + b"\n")
+    rows = JsonRows(file)
+    assert rows[0] == rows[2] == json.loads(ROW)
+    with pytest.raises(BadRecord, match="expected a row of 4194304 bytes at most, found 5242896"):
+        rows[1]
+
+
+def test_a_pipe_is_no_source(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for file, found in ((tmp_path / "rows.jsonl", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(UserError, match=f"expected a file, found {found}"):
+            JsonRows(file)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
+    """By the time that a worker opens it: no row is cut in two."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes((ROW + b"\n") * 3)
+    rows = JsonRows(file)
+    (tmp_path / "new.jsonl").write_bytes(b'{"question": "longer than that", "answer": "x"}\n' * 3)
+    (tmp_path / "new.jsonl").replace(file)
+    with pytest.raises(UserError, match="rows.jsonl: was replaced while it was read; start again"):
+        rows[1]
 
 
 def test_bad_rows_are_bad_alone(tmp_path):

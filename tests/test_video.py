@@ -273,9 +273,9 @@ def test_sound_and_cover_pictures_are_no_videos(tmp_path):
 
 def test_files_that_are_no_videos(tmp_path):
     assert "none.mp4: not found" in bad(Clip(tmp_path / "none.mp4"), kind=MISSING)
-    assert "expected a file, found something else" in bad(Clip(tmp_path), kind=MISSING)
+    assert "expected a file, found a directory" in bad(Clip(tmp_path), kind=MISSING)
     os.mkfifo(tmp_path / "pipe.mp4")
-    assert "expected a file, found something else" in bad(Clip(tmp_path / "pipe.mp4"), kind=MISSING)
+    assert "expected a file, found a pipe" in bad(Clip(tmp_path / "pipe.mp4"), kind=MISSING)
     for content in (b"", b"a text\n" * 999, b"\0" * 9999):
         (tmp_path / "text.mp4").write_bytes(content)
         assert "text.mp4: expected a video, found: " in bad(Clip(tmp_path / "text.mp4"))

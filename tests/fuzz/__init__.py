@@ -22,6 +22,8 @@ TARGETS = {
     "checkpoints": "tests.fuzz.checkpoints:Checkpoints",
     "tokenizers": "tests.fuzz.checkpoints:Tokenizers",
     "clips": "tests.fuzz.clips:Clips",
+    "pictures": "tests.fuzz.pictures:Pictures",
+    "json_rows": "tests.fuzz.json_rows:JSONRows",
 }
 
 

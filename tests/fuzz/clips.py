@@ -55,19 +55,21 @@ class Clips(Target):
             at = int(rng.integers(len(data)))
             what = f"{way} from {at} on"
             data = data[:at] + (bytes(len(data) - at) if way == "zeros" else b"")
-        # A file's end that is whole in itself, and of a container that says nothing of its length
-        hidden = way == "cut" and _ends_whole(name, self.sound[name], len(data))
+        # An end that is whole in itself, in a container that says nothing of its length; packets that are filled up with
+        # zeros anyway
+        hidden = (way == "cut" and _ends_whole(name, self.sound[name], len(data))) or (way, name) == ("zeros", "wmv")
+        incomplete = bool(rng.random() < 0.1)
 
         def read() -> str | None:
-            clip = Clip(data=data, name=name)
+            clip = Clip(data=data, name=name, incomplete=incomplete)
             info = probe(clip)
             times = sample_times(info, FrameSampling(4))
             assert len(read_frames(clip, times)) == len(times)
-            if way == "damage" or hidden or info == self.infos[name]:
+            if way == "damage" or hidden or incomplete or info == self.infos[name]:
                 return None
             return f"{info.num_frames} frames, {info.duration} s; whole: {self.infos[name]}"
 
-        return f"{name}: {what}" + " (cannot be told)" * hidden, read
+        return f"{name}: {what}" + " (cannot be told)" * hidden + " (taken)" * incomplete, read
 
 
 def _clip(path: Path, container: str, codec: str, options: dict) -> bytes:

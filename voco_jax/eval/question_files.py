@@ -16,17 +16,21 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 from pathlib import Path
+from typing import BinaryIO
 import uuid
 
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request
 from voco_jax.data.records import BadRecord, shown
+from voco_jax.data.sources.json_rows import MOST_ROW, array_spans
 from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
 from voco_jax.eval.seen import SeenCache
+from voco_jax.files import check_regular, open_regular
 from voco_jax.infer.answerer import GREEDY
 from voco_jax.infer.arguments import add_answer_arguments, load_model, sampling_of
 from voco_jax.infer.generate import Sampling
@@ -56,18 +60,33 @@ class Question:
 def read_questions(file: Path, images: Path | None) -> list[Question]:
     """All questions of a file; UserError names the line of one that cannot be asked, or whose picture is not there."""
     try:
-        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+        with open_regular(file) as stream:
+            questions = [_question(row, where, images) for row, where in _rows(stream, file)]
     except OSError as error:
         raise UserError(f"{file}: the questions cannot be read: {error.strerror}") from None
-    if content.lstrip().startswith(b"["):
-        rows = [(row, f"{file}, row {n}") for n, row in enumerate(_parsed(content, str(file)), 1)]
-    else:
-        lines = [(line, f"{file}, line {n}") for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-        rows = [(_parsed(line, where), where) for line, where in lines]
-    questions = [_question(row, where, images) for row, where in rows]
     if not questions:
         raise UserError(f"{file}: expected questions, found none")
     return questions
+
+
+def _rows(stream: BinaryIO, file: Path) -> Iterator[tuple[object, str]]:
+    """Each row and where it is; one after the other, so that the first wrong one is told before all are in memory."""
+    head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    stream.seek(0)
+    if head.startswith(b"["):
+        text = stream.read().decode("latin-1")
+        for n, (start, end) in enumerate(array_spans(text, file).tolist(), 1):
+            where = f"{file}, row {n}"
+            yield _parsed(text[start:end].encode("latin-1"), where), where
+        return
+    for n, line in enumerate(iter(lambda: stream.readline(MOST_ROW + 1), b""), 1):
+        where = f"{file}, line {n}"
+        if len(line) > MOST_ROW:
+            raise UserError(f"{where}: expected {MOST_ROW} bytes at most, found more")
+        if n == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield _parsed(line, where), where
 
 
 def answer_questions(
@@ -194,6 +213,7 @@ def _check_lengths(model: Model, questions: Sequence[Question], tokens: int | No
 def _opened(file: Path) -> Iterator:
     """The answer file, for this process alone, to be read and appended to."""
     with open(file, "a+b") as stream:
+        check_regular(file, os.fstat(stream.fileno()))
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -20,6 +20,7 @@ from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
 from voco_jax.storage import matching
 
+_MOST_VALUES = 2**18  # of a list: pictures, frames, turns
 _KEYS = {
     "name": str, "conversations": list, "images": list, "image_names": list, "frames": list, "times": list,
     "video_name": str,
@@ -46,7 +47,7 @@ def pack_record(record: Record) -> bytes:
 def unpack_record(content: bytes) -> Record:
     """The inverse of `pack_record`; BadRecord for anything else."""
     try:
-        values = msgpack.unpackb(content, strict_map_key=True)
+        values = msgpack.unpackb(content, strict_map_key=True, max_array_len=_MOST_VALUES, max_map_len=_MOST_VALUES)
     except Exception as error:  # msgpack raises ValueError, and several of its own that share no base
         raise BadRecord(WRONG_FORM, f"not a record of build_records ({shown(error)})") from None
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in _KEYS.items()):

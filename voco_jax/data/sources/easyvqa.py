@@ -11,7 +11,8 @@ from pathlib import Path
 import re
 
 from voco_jax.data.records import Picture, Record
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, first_line
+from voco_jax.files import read_text
 
 SPLITS = ("train", "test")
 KINDS = ("shape", "color", "yes/no")
@@ -23,9 +24,13 @@ def load(split: str) -> list[Record]:
         raise UserError(f"easyvqa: expected a split of {', '.join(SPLITS)}; found {split!r}")
     root = _package_data() / split
     by_picture = defaultdict(list)
-    for question, answer, picture in json.loads((root / "questions.json").read_text()):
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-        by_picture[picture].append(turns)
+    file = root / "questions.json"
+    try:
+        for question, answer, picture in json.loads(read_text(file)):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            by_picture[int(picture)].append(turns)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: not as the package easy-vqa has it ({first_line(error)}); install it anew") from None
     return [
         Record([Picture(root / "images" / f"{i}.png")], conversations=by_picture[i], name=f"easyvqa/{split}[{n}]")
         for n, i in enumerate(sorted(by_picture))

@@ -3,19 +3,28 @@
 mix665k is a gigabyte of JSON and several as Python objects, which every worker process would hold.
 """
 
+from array import array
 import atexit
 import hashlib
 import json
 import os
 from pathlib import Path
+import shutil
 import tempfile
+from typing import BinaryIO
 
 import numpy as np
 
-from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, BadRecord
+from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, TOO_LONG, BadRecord
 from voco_jax.errors import UserError
-from voco_jax.storage import as_path, bucket_errors, in_bucket
+from voco_jax.files import open_regular
+from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket
 
+MOST_ROW = 2**22  # bytes: a million tokens
+LEAST_ROW = 16  # bytes of a row on average: a question and its answer are more
+_MANY = 10_000  # rows, of which the average is taken
+_PIECE = 2**20  # bytes that are read at once
+_BLANK = 64  # bytes: lines that are shorter are looked at, whether there is anything in them
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -32,12 +41,12 @@ class JsonRows:
         self.file = as_path(file)
         try:
             with bucket_errors(self.file, but=FileNotFoundError):
-                content = self.file.read_bytes()
+                self._local = _copy_of(self.file) if in_bucket(self.file) else self.file
+                with open_regular(self._local) as stream:
+                    self._status = _status(stream.fileno())
+                    self.spans = _row_spans(stream, self.file)
         except OSError as error:
             raise UserError(f"{file}: {error.strerror or 'not found'}; expected a .json or .jsonl file") from None
-        self._local = _kept(content) if in_bucket(self.file) else self.file
-        lines = self.file.suffix == ".jsonl" or not _is_array(content)  # of .jsonl the first row may be the broken one
-        self.spans = _line_spans(content) if lines else _array_spans(content, self.file)
         if not len(self.spans):
             raise UserError(f"{file}: expected a JSON array or a row a line, found none")
         self._descriptor: tuple[int, int] | None = None
@@ -47,7 +56,15 @@ class JsonRows:
 
     def __getitem__(self, i: int):
         start, end = self.spans[i].tolist()
-        content = os.pread(self._fd(), end - start, start).removeprefix(_BOM)
+        if end - start > MOST_ROW:
+            raise BadRecord(TOO_LONG, f"expected a row of {MOST_ROW} bytes at most, found {end - start}")
+        try:
+            content = os.pread(self._fd(), end - start, start)
+        except OSError as error:  # of the disk: it is no fault of this row
+            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
+        if len(content) < end - start:
+            raise UserError(f"{self.file}: was cut off while it was read")
+        content = content.removeprefix(_BOM)
         try:
             return json.loads(content.decode())
         except UnicodeDecodeError as error:
@@ -58,7 +75,10 @@ class JsonRows:
     def _fd(self) -> int:
         """Of this process: after a fork or in a worker the file is opened anew."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
-            self._descriptor = os.getpid(), os.open(self._local, os.O_RDONLY)
+            with open_regular(self._local) as stream:
+                if _status(stream.fileno()) != self._status:
+                    raise UserError(f"{self.file}: was replaced while it was read; start again")
+                self._descriptor = os.getpid(), os.dup(stream.fileno())
         return self._descriptor[1]
 
     def __getstate__(self):
@@ -73,11 +93,20 @@ class JsonRows:
         return f"{self.file.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-def _kept(content: bytes) -> Path:
+def _status(descriptor: int) -> tuple[int, ...]:
+    """What is another when a file is: device and number, bytes, and time of change."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _copy_of(file: AnyPath) -> Path:
     """A file of this machine with what a bucket's file holds, for as long as this process lives: rows are read one by
     one, here and in worker processes."""
-    with tempfile.NamedTemporaryFile(prefix="voco_jax-", suffix=".json", delete=False) as stream:
-        stream.write(content)
+    with (
+        open_regular(file) as source,
+        tempfile.NamedTemporaryFile(prefix="voco_jax-", suffix=".json", delete=False) as stream,
+    ):
+        shutil.copyfileobj(source, stream, _PIECE)
     atexit.register(_remove, stream.name, os.getpid())
     return Path(stream.name)
 
@@ -87,34 +116,60 @@ def _remove(file: str, made_by: int) -> None:
         Path(file).unlink(missing_ok=True)
 
 
-def _is_array(content: bytes) -> bool:
-    return content[:4096].removeprefix(_BOM).lstrip()[:1] == b"["
+def _row_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
+    """[n, 2], where the rows of a file begin and end; UserError for a broken array, and for rows that are too small."""
+    head = stream.read(4096).removeprefix(_BOM).lstrip()
+    stream.seek(0)
+    lines = file.suffix == ".jsonl" or not head.startswith(b"[")  # of .jsonl the first row may be the broken one
+    return _line_spans(stream, file) if lines else array_spans(stream.read().decode("latin-1"), file)
 
 
-def _line_spans(content: bytes) -> np.ndarray:
-    """[n, 2], where lines that are not empty begin and end."""
-    ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
-    if not content.endswith(b"\n"):
-        ends = np.append(ends, len(content))
-    spans = np.stack([np.append(0, ends[:-1] + 1), ends], axis=1) if len(ends) else np.zeros((0, 2), np.int64)
-    keep = [bool(content[start:end].removeprefix(_BOM).strip()) for start, end in spans.tolist()]
-    return spans[np.array(keep, bool)]
+def _check_sizes(rows: int, size: int, file: AnyPath) -> None:
+    """Of some thousands of rows: where they hold next to nothing, there would be more to keep of them than they are."""
+    if size < LEAST_ROW * rows:
+        raise UserError(f"{file}: expected rows of questions, found {rows} rows of {size / rows:.1f} bytes")
 
 
-def _array_spans(content: bytes, file: Path) -> np.ndarray:
-    """[n, 2], where an array's elements begin and end.
+def _line_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
+    """Of lines that are not empty."""
+    found, start, at = [], 0, 0
+    while piece := stream.read(_PIECE):
+        ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + at
+        at += len(piece)
+        if len(ends):
+            spans = np.stack([np.append(start, ends[:-1] + 1), ends], axis=1)
+            found.append(spans[spans[:, 1] > spans[:, 0]])
+            start = int(ends[-1]) + 1
+            if len(found[-1]) > _MANY:
+                _check_sizes(len(found[-1]), len(piece), file)
+    spans = np.concatenate([*found, np.array([(start, at)] if start < at else [], np.int64).reshape(-1, 2)])
+
+    def is_blank(start: int, end: int) -> bool:
+        stream.seek(start)
+        return not stream.read(min(end - start, MOST_ROW)).removeprefix(_BOM).strip()
+
+    # A line that is blank is short, or looked at because it could be
+    short = np.flatnonzero(spans[:, 1] - spans[:, 0] < _BLANK)
+    blank = [i for i in short.tolist() if is_blank(*spans[i].tolist())]
+    return np.delete(spans, blank, axis=0)
+
+
+def array_spans(text: str, file: AnyPath) -> np.ndarray:
+    """Of an array's elements.
 
     JSON's syntax is ASCII, so Latin-1, whose characters are the bytes, does for finding it.
     """
-    text = content.decode("latin-1")
     decoder = json.JSONDecoder(strict=False, parse_int=str)  # a number of too many digits spoils its own row only
     decode, space = decoder.raw_decode, json.decoder.WHITESPACE.match
-    spans = []
-    at = space(text, text.index("[") + 1).end()
+    spans = array("q")
+    at = checked = space(text, text.index("[") + 1).end()
     try:
         while not (text[at : at + 1] == "]" and not spans):
             _, end = decode(text, at)
-            spans.append((at, end))
+            spans.extend((at, end))
+            if len(spans) % (2 * _MANY) == 0:
+                _check_sizes(_MANY, end - checked, file)
+                checked = end
             at = space(text, end).end()
             if text[at : at + 1] == "]":
                 break
@@ -124,6 +179,6 @@ def _array_spans(content: bytes, file: Path) -> np.ndarray:
         if (at := space(text, at + 1).end()) < len(text):
             raise ValueError("expected nothing after the array")
     except (ValueError, RecursionError) as error:
-        reason = f"{getattr(error, 'msg', error)}, at byte {at}, after {len(spans)} rows"
+        reason = f"{getattr(error, 'msg', error)}, at byte {at}, after {len(spans) // 2} rows"
         raise UserError(f"{file}: not readable as a JSON array: {reason}") from None
     return np.array(spans, np.int64).reshape(-1, 2)

@@ -1,16 +1,18 @@
 """Files that data names, on disk or in a bucket: only inside the directory that the user gave."""
 
+from collections.abc import Iterator
+import contextlib
 import io
 import os
 from pathlib import Path, PurePosixPath
 import shlex
-import stat
 from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, shown
 from voco_jax.errors import UserError, first_line
+from voco_jax.files import check_regular, open_regular
 from voco_jax.storage import AnyPath, in_bucket
 
 
@@ -60,31 +62,34 @@ def path_here(text: str | os.PathLike) -> Path:
 
 def check_file(file: AnyPath) -> None:
     """BadRecord unless `file` is there and is a file: opening a pipe would wait for ever."""
-    try:
-        if in_bucket(file):
-            found = file.is_file()
-            if not found and not file.exists():
-                raise FileNotFoundError
-        else:
-            found = stat.S_ISREG(file.stat().st_mode)
-    except FileNotFoundError:
-        raise BadRecord(MISSING, f"{file}: not found") from None
-    except Exception as error:
-        raise unread(file, error) from None
-    if not found:
-        raise BadRecord(MISSING, f"{file}: expected a file, found something else")
+    with _reading(file):
+        if not in_bucket(file):
+            check_regular(file, file.stat())
+        elif not file.is_file():
+            raise UserError(f"{file}: expected a file, found something else") if file.exists() else FileNotFoundError
 
 
 def open_file(file: AnyPath, *, whole: bool = False) -> BinaryIO:
     """A file that data names, to be read; BadRecord for one that is not there, or cannot be read.
 
     `whole`: it is read here and now, in one go."""
-    if not in_bucket(file):
-        check_file(file)
+    with _reading(file):
+        if not whole:
+            return open_regular(file)
+        with open_regular(file) as stream:
+            return io.BytesIO(stream.read())
+
+
+@contextlib.contextmanager
+def _reading(file: AnyPath) -> Iterator[None]:
     try:
-        return io.BytesIO(file.read_bytes()) if whole else file.open("rb")
+        yield
     except FileNotFoundError:
         raise BadRecord(MISSING, f"{file}: not found") from None
+    except BadRecord:
+        raise
+    except UserError as error:
+        raise BadRecord(MISSING, str(error)) from None
     except Exception as error:
         raise unread(file, error) from None
 
