@@ -1,5 +1,6 @@
 """What the index knows of records, and when it has to look at them again."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from tests.record_lists import ListSource, plain_picture, turns
+from tests.test_video import write_clip
 from voco_jax.data import index as index_module
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.index import make_index
-from voco_jax.data.records import Clip, Record
+from voco_jax.data.records import DAMAGED, BadRecord, Clip, Record
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.data.video import FrameSampling, VideoInfo
@@ -169,3 +171,34 @@ def test_a_process_that_is_killed(encoder, tmp_path, monkeypatch):
     source = Deadly([Record(conversations=[turns("what is it?", "a cat")])])
     with pytest.raises(TryAgain, match="data: a loader process ended too early; the same command goes on"):
         make_index(source, maker(encoder), tmp_path, 1, "test")
+
+
+def test_a_clip_that_is_cut_off_is_taken_where_that_is_wanted(encoder, tmp_path):
+    file = write_clip(tmp_path / "clip.mkv").file
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    record = Record(video=Clip(file), conversations=[turns("<video>\nwhat is it?", "a cat")])
+    strict = maker(encoder, max_images=4)
+    with pytest.raises(BadRecord, match="cut off or damaged; --incomplete or config.data.video.incomplete takes"):
+        strict.frame_times(record)
+    taking = dataclasses.replace(strict, incomplete=True)
+    times = taking.frame_times(record)
+    assert times[-1] < 1.3 and len(taking.load_images(record, times, None)) == 4
+
+
+def test_a_source_that_was_not_read_is_looked_at_anew(rows, encoder, tmp_path, monkeypatch):
+    """A shard's reader tells a disk's error as it tells damage: no record is left out for good."""
+    monkeypatch.setattr(index_module, "KEPT_FROM", 0.0)
+
+    class Failing(LlavaSource):
+        failing = True
+
+        def __getitem__(self, i):
+            if self.failing and i == 1:
+                raise BadRecord(DAMAGED, "read() failed: Input/output error")
+            return super().__getitem__(i)
+
+    source = Failing(str(rows))
+    first = make_index(source, maker(encoder), tmp_path / "cache", 0, "test")
+    source.failing = False
+    again = make_index(source, maker(encoder), tmp_path / "cache", 0, "test")
+    assert len(again) == len(first) + 1 and list((tmp_path / "cache").iterdir())

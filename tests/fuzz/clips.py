@@ -55,8 +55,7 @@ class Clips(Target):
             at = int(rng.integers(len(data)))
             what = f"{way} from {at} on"
             data = data[:at] + (bytes(len(data) - at) if way == "zeros" else b"")
-        # An end that is whole in itself, in a container that says nothing of its length; packets that are filled up with
-        # zeros anyway
+        # An end that is whole in itself, in a container that says nothing of its length; or packets filled with zeros
         hidden = (way == "cut" and _ends_whole(name, self.sound[name], len(data))) or (way, name) == ("zeros", "wmv")
         incomplete = bool(rng.random() < 0.1)
 

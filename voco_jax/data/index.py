@@ -239,7 +239,7 @@ def _say_once(line: str) -> None:
 
 def _kept(file: Path) -> Index | None:
     try:
-        return _load(file) if file.exists() else None
+        return _load(file) if file.is_file() else None
     except OSError:  # no permission, a file system that is away: it is made anew
         return None
 

@@ -18,6 +18,7 @@ from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, 
 from voco_jax.data.shards.files import check_complete
 from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
+from voco_jax.files import check_regular
 from voco_jax.storage import matching
 
 _MOST_VALUES = 2**18  # of a list: pictures, frames, turns
@@ -126,6 +127,8 @@ def find_shards(files: str) -> Sequence[Path]:
     local_only(files, "files", "ArrayRecord shards are read")
     path = Path(files).expanduser()
     found = [path] if path.is_file() else matching(path / "*.array_record" if path.is_dir() else path)
+    for file in found:
+        check_regular(file, file.stat())
     if not files or not found:
         raise UserError(f"{files or 'files'}: expected a directory or pattern of *.array_record files, found none")
     return found
