@@ -94,7 +94,7 @@ def _pixels(i: int) -> np.ndarray:
 def _ends_whole(name: str, whole: bytes, size: int) -> bool:
     """Whether nothing in the first `size` bytes says that there were more."""
     if name == "fragments.mp4":  # its index stands at the end; what is cut between two boxes of data is a file
-        at = 0
+        kind, at = b"", 0
         while at < size:
             kind, at = whole[at + 4 : at + 8], at + int.from_bytes(whole[at : at + 4])
         return at == size and kind == b"mdat"
