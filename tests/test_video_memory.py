@@ -22,6 +22,7 @@ from voco_jax.api import Request
 from voco_jax.data.records import Clip
 from voco_jax.data.video import FrameSampling, read_frames
 from voco_jax.infer import compress as compressing
+from voco_jax.terminal import printable
 from voco_jax.train.loop import train
 
 BIKES = REAL / "bikes.mp4"
@@ -118,6 +119,7 @@ import voco_jax
 from voco_jax import compress
 from voco_jax.data.video import FrameSampling
 from voco_jax.infer.arguments import mesh_of
+from voco_jax.terminal import printable
 
 run, clip, expected, out, *questions = sys.argv[1:]
 for mesh in ("frame=4", "data=2,frame=2", "data=4"):
@@ -228,7 +230,7 @@ def test_any_clip_is_compressed_and_asked_about(run, model, tmp_path, monkeypatc
             ask, monkeypatch, capsys, "--run", run, "--video", path, "--max-new-tokens", 4, *QUESTIONS
         )
         answers = model.ask(QUESTIONS, of_clip, max_new_tokens=4)
-        assert (status, said.splitlines()[1::2]) == (0, [f"  {answer}" for answer in answers]), (path, err)
+        assert (status, said.splitlines()[1::2]) == (0, [f"  {printable(answer)}" for answer in answers]), (path, err)
 
 
 def broken_clips(directory: Path) -> dict[Path, str]:
