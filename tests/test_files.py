@@ -45,7 +45,7 @@ def test_more_than_is_meant_is_not_read(tmp_path):
         read_bytes(file, most=9)
     with file.open("wb") as stream:
         stream.truncate(1 << 40)  # takes no place
-    with pytest.raises(UserError, match=f"expected 16777216 bytes at most, found {1 << 40}"):
+    with pytest.raises(UserError, match=f"expected 8388608 bytes at most, found {1 << 40}"):
         read_object(file)
 
 
