@@ -16,12 +16,13 @@ import pytest
 from tests import tiny
 from tests.test_training import params
 from voco_jax.config import default_config
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.errors import UserError
 from voco_jax.run import load_run
-from voco_jax.train.checkpoint import VERSIONS, Checkpointer, Damaged
+from voco_jax.train.checkpoint import Checkpointer, Damaged
 from voco_jax.train.checksums import _on_cpu, _on_device, checksums
 from voco_jax.train.loop import train
+from voco_jax.train.run_files import VERSIONS
 
 
 def config(**keep):
@@ -190,7 +191,7 @@ def test_one_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("orbax.checkpoint.CompositeCheckpointHandler.restore", refuse)
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", refuse)
     with pytest.raises(UserError, match=r"checkpoints/2: the checkpoint cannot be read: .*Permission denied"):
         resume(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
@@ -246,7 +247,7 @@ def test_readers_pass_over_what_is_not_whole(tmp_path, kind, capsys):
     jax.tree.map(np.testing.assert_array_equal, restored, state(2))
     assert "checkpoints/900: the checkpoint is damaged: " in capsys.readouterr().err
     if kind != "truncated":  # whose names and shapes may still be there to be read
-        assert StoredParams(tmp_path).step == 2
+        assert of_newest(tmp_path, lambda stored: stored.step) == 2
     if kind == "empty":
         assert checkpointer.best_step() == 1
     assert (tmp_path / "checkpoints" / "900").is_dir()  # a reader changes nothing

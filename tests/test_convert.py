@@ -294,7 +294,7 @@ import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from pathlib import Path
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.run import abstract_model, load_run, make_model_config
 from voco_jax.train.checkpoint import Checkpointer
 
@@ -308,7 +308,7 @@ def shard(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 abstract = jax.tree.map(shard, params)
 _, restored = Checkpointer(run).restore_params(abstract)
-stored = StoredParams(run)
+stored = of_newest(run, lambda stored: stored)
 for path, x in jax.tree_util.tree_leaves_with_path(restored):
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     np.testing.assert_array_equal(np.asarray(x), stored.read(name))

@@ -13,7 +13,7 @@ import transformers
 from tests import reference
 from tests.conftest import DATA
 from tests.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.models.voco import Read
@@ -224,7 +224,7 @@ def test_parts_of_several_dtypes(tmp_path, tokenizer, convert):  # noqa: F811
         "--projector", tmp_path / "p.bin", "--tokenizer", tokenizer,
     )  # fmt: skip
     assert status == 0, err
-    stored = StoredParams(tmp_path / "run")
+    stored = of_newest(tmp_path / "run", lambda stored: stored)
     dtypes = {path.split(".")[0]: stored.dtype(path).name for path in stored.shapes}
     assert dtypes == {"llama": "float16", "vision_tower": "float32", "projector": "bfloat16"}
     model = load_run(tmp_path / "run").model

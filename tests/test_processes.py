@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tests.test_distributed import free_port, run_two
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.train.checkpoint import Checkpointer
 
 SCRIPT = """
@@ -94,7 +94,7 @@ def test_two_processes_share_a_directory(tmp_path):
     step, params = Checkpointer(workdir).restore_params(abstract)
     assert step == 4
     np.testing.assert_array_equal(params["layers"]["kernel"], kernel)
-    np.testing.assert_array_equal(StoredParams(workdir).read("layers.kernel", 2), kernel[2])
+    np.testing.assert_array_equal(of_newest(workdir, lambda stored: stored).read("layers.kernel", 2), kernel[2])
 
 
 def test_a_directory_that_is_held(tmp_path):

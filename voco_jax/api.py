@@ -105,7 +105,7 @@ class Model:
     @functools.cached_property
     def fingerprint(self) -> str:
         """What tells the memories of this model from all others'."""
-        return fingerprint(self.config, self.run.checksums, self.run.processor)
+        return fingerprint(self.config, self.run.checksums, self.run.processor, self.run.vocabulary)
 
     # ---- Seeing ------------------------------------------------------------------------------------------------
 

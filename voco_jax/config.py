@@ -265,23 +265,33 @@ def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     return config
 
 
+_MOST = 2**17  # bytes of a config as JSON: room for hundreds of sources, and two seconds if all are keys
+
+
 def load_config(path: str | os.PathLike) -> ConfigDict:
     """A config written by `save_config`; UserError names an unknown or missing key."""
-    stored = read_object(path, hint="a run directory holds config.json, tokenizer/ and checkpoints/")
+    stored = read_object(path, "a run directory holds config.json, tokenizer/ and checkpoints/", _MOST)
     if "model_type" in stored:
         raise UserError(
             f"{path}: a checkpoint in Hugging Face's form, not a run; make one of it: "
             f"python tools/convert_weights.py to-jax {shlex.quote(str(as_path(path).parent))} RUN"
         )
+    return parse_config(stored, path)
+
+
+def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
+    """A config of what `save_config` wrote as JSON; UserError, which begins with a name, says which key is wrong."""
     config = default_config()
-    missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()
-    missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
-    missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources
-    config.update_from_flattened_dict({key: old for key, old in ADDED_LATER.items() if key in missing})
-    missing -= ADDED_LATER.keys()
-    if missing:
-        raise UserError(f"{path}: key {min(missing)!r} is missing")
     try:
+        if (size := len(json.dumps(stored))) > _MOST:
+            raise UserError(f"expected {_MOST} bytes at most, found {size}")
+        stored = ConfigDict(stored, convert_dict=True).to_dict()  # a copy; no key has a dot
+        missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()
+        missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
+        missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources
+        config.update_from_flattened_dict({key: old for key, old in ADDED_LATER.items() if key in missing})
+        if missing := missing - ADDED_LATER.keys():
+            raise UserError(f"key {min(missing)!r} is missing")
         with config.unlocked():
             scaling = stored["model"]["llama"].pop("rope_scaling")  # the first had fewer keys
             scaling = None if scaling is None else dataclasses.asdict(RopeScaling(**scaling))
@@ -292,26 +302,28 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
         config.update(stored)
         llama_config(config), vision_config(config)
         _check(config)
-    except (KeyError, AttributeError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: {one_line(error)}") from None
+    except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError, UserError) as error:
+        raise UserError(f"{name}: {one_line(error)}") from None
     return config
 
 
+# What dimensions stay below: more would only overflow, or take minutes to be found too large for any machine.
+_DIMENSIONS = {
+    2**6: "num_qformer_layers projector_layers",
+    2**12: "llama.num_hidden_layers vision.num_hidden_layers",
+    2**14: "llama.num_attention_heads llama.num_key_value_heads llama.head_dim vision.num_attention_heads "
+    "vision.image_size vision.patch_size",
+    2**20: "num_voco_tokens num_compressed_tokens llama.hidden_size llama.intermediate_size vision.hidden_size "
+    "vision.intermediate_size",
+    2**24: "llama.vocab_size llama.vocab_multiple",
+    2**31: "llama.max_position_embeddings",
+}
+
 # Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
 RANGES = {
-    **{f"model.{key}": (1, None) for key in ("num_voco_tokens", "num_compressed_tokens", "num_qformer_layers")},
-    "model.projector_layers": (1, None),
-    **{
-        f"model.{part}.{key}": (1, None)
-        for part, keys in {
-            "llama": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim max_position_embeddings vocab_multiple",
-            "vision": "image_size patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads",
-        }.items()
-        for key in keys.split()
-    },
+    **{f"model.{key}": (1, below) for below, keys in _DIMENSIONS.items() for key in keys.split()},
     "model.llama.rope_theta": (1, None),
-    "model.lora.rank": (0, None),
+    "model.lora.rank": (0, 2**20),
     "model.lora.alpha": (1e-12, None),
     **{f"model.{key}": (0, None) for key in ("llama.initializer_range", "vision.initializer_range")},
     **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
@@ -401,7 +413,8 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
         if key == "model.num_voco_tokens" and flat["model.compressor"] == "none":
             smallest = 0  # plain LLaVA
         if not (isinstance(value, int | float) and smallest <= value < (math.inf if below is None else below)):
-            limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None else "")
+            too_small = isinstance(value, int) and value < smallest and key.startswith("model.")
+            limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None and not too_small else "")
             return key, f"expected {limit}, found {value!r}"
     return None
 

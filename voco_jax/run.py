@@ -17,7 +17,7 @@ from voco_jax.attention import ADAPTERS, check_platform
 from voco_jax.config import default_config, first_difference, llama_config, load_config, lora_config, vision_config
 from voco_jax.data.conversations import Encoder, Template, get_template
 from voco_jax.data.images import ImageProcessor
-from voco_jax.data.tokenizer import load_tokenizer, prompt_ids
+from voco_jax.data.tokenizer import load_run_tokenizer, prompt_ids, vocabulary_sum
 from voco_jax.errors import UserError
 from voco_jax.models.voco import LONG_PROMPT, VoCoConfig, VoCoLlama
 from voco_jax.parallel.mesh import find_devices
@@ -37,6 +37,7 @@ class Run:
     processor: ImageProcessor
     step: int
     checksums: dict[str, int]  # of the parameters as they are stored, by dotted path
+    vocabulary: str = ""  # SHA-256 of the tokenizer's; '' where the checkpoint says nothing of its tokenizer
     mesh: Mesh | None = None
 
     def __repr__(self) -> str:
@@ -66,7 +67,7 @@ def load_run(
         config.model.compressor = compressor
     if attention is not None:
         config.model.attention = attention
-    tokenizer = load_tokenizer(directory / "tokenizer")
+    tokenizer = load_run_tokenizer(directory)
     model_config = make_model_config(config, tokenizer)
     try:
         check_platform(model_config.attention)
@@ -82,15 +83,16 @@ def load_run(
     if mesh is not None:
         params = with_shardings(params, param_shardings(mesh, params, for_use=True))
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
-        step, params, sums = checkpointer.restore_params_and_sums(params, step)
+        restored = checkpointer.restore_params_and_sums(params, step)
     return Run(
         directory=directory,
         config=config,
-        model=nnx.merge(graphdef, params),
+        model=nnx.merge(graphdef, restored.params),
         encoder=make_encoder(config, tokenizer, model_config),
         processor=make_processor(config),
-        step=step,
-        checksums=sums,
+        step=restored.step,
+        checksums=restored.checksums,
+        vocabulary=vocabulary_sum(tokenizer) if "tokenizer" in restored.about else "",
         mesh=mesh,
     )
 
@@ -138,7 +140,7 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
             f"merge it first: python tools/convert_weights.py merge {shlex.quote(str(config.init_from))} DST"
         )
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
-    run.model.llama.vocab_size = make_model_config(run, load_tokenizer(directory / "tokenizer")).llama.vocab_size
+    run.model.llama.vocab_size = make_model_config(run, load_run_tokenizer(directory)).llama.vocab_size
     config = inherit(config, run, config.init_from)
     config.tokenizer.source = str(directory / "tokenizer")
     return config

@@ -24,6 +24,7 @@ TARGETS = {
     "clips": "tests.fuzz.clips:Clips",
     "pictures": "tests.fuzz.pictures:Pictures",
     "json_rows": "tests.fuzz.json_rows:JSONRows",
+    "runs": "tests.fuzz.runs:Runs",
 }
 
 

@@ -4,15 +4,17 @@ import dataclasses
 import math
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from voco_jax.config import load_config, vision_config
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import check_source
 from voco_jax.convert.vocabulary import VOCABULARY
-from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import make_model_config
+from voco_jax.run import abstract_model, make_model_config
 from voco_jax.terminal import printable
 
 
@@ -42,9 +44,16 @@ def describe(source: Source) -> tuple[str, bool]:
 
 
 def describe_run(run: Path) -> str:
-    """Report on a run directory of ours."""
-    config, stored = load_config(run / "config.json"), StoredParams(run)
-    llama = make_model_config(config, load_tokenizer(run / "tokenizer")).llama
+    """Report on a run directory of ours, all of whose parameters are read and compared with their checksums."""
+    config = load_config(run / "config.json")
+    return of_newest(run, lambda stored: _describe_run(run, config, stored))
+
+
+def _describe_run(run: Path, config: ConfigDict, stored: StoredParams) -> str:
+    model_config = make_model_config(config, load_run_tokenizer(run))
+    llama = model_config.llama
+    stored.check_shapes(abstract_model(model_config)[1])
+    stored.check()
     num_tables = sum(path in stored.shapes for path in VOCABULARY)
     padding = num_tables * (llama.padded_vocab_size - llama.vocab_size) * llama.hidden_size
     parameters = sum(math.prod(shape) for shape in stored.shapes.values())

@@ -11,10 +11,13 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
+from typing import TypeVar
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
@@ -24,6 +27,11 @@ from voco_jax.convert.tensors import read_ahead
 from voco_jax.errors import UserError
 from voco_jax.storage import plain_path
 from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.train.checkpoint_errors import read_errors
+from voco_jax.train.checksums import PartedSum
+from voco_jax.train.run_files import ABOUT, describe, tokenizer_sums
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,7 @@ class _ParameterHandler(type_handlers.TypeHandler):
 
     def __init__(self, progress: Callable[[int], None]):
         self._progress = progress
+        self.sums: dict[str, int] = {}  # of what was written
 
     def typestr(self) -> str:
         return "jax.Array"  # what it is to whoever restores it
@@ -85,25 +94,29 @@ class _ParameterHandler(type_handlers.TypeHandler):
             }
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
             layers = range(parameter.shape[0] if parameter.stacked else 1)
-            size = parameter.nbytes // len(layers)
+            size, sum_ = parameter.nbytes // len(layers), PartedSum(math.prod(parameter.shape))
             reads = ((size, functools.partial(parameter.read, i)) for i in layers)
             for i, values in zip(layers, read_ahead(reads), strict=True):
                 target = array[i] if parameter.stacked else array
+                sum_.add(i, values)
                 pending.append((target.write(values, can_reference_source_data_indefinitely=True), values.nbytes))
                 while sum(size for _, size in pending) > _IN_FLIGHT:
                     await pending[0][0]
                     pending.popleft()
                 self._progress(values.nbytes)
+            self.sums[info.name] = sum_.value()
         for write, _ in pending:
             await write
         return []
 
 
-def write_checkpoint(run: Path, params: dict, progress: Callable[[int], None]) -> None:
-    """`<run>/checkpoints/0` from a nested dict of `Parameter`s; `progress(bytes)` after each array. UserError where it
-    cannot be written, or not be read afterwards."""
+def write_checkpoint(run: Path, params: dict, config: ConfigDict, progress: Callable[[int], None]) -> None:
+    """`<run>/checkpoints/0` from a nested dict of `Parameter`s, with their checksums and what else it says of the run,
+    whose config is given and whose tokenizer is written; `progress(bytes)` after each array. UserError where it cannot
+    be written, or not be read afterwards."""
+    ours = _ParameterHandler(progress)
     registry = type_handlers.create_type_handler_registry(
-        (Parameter, _ParameterHandler(progress)),
+        (Parameter, ours),
         (jax.Array, type_handlers.ArrayHandler()),  # unused, but Orbax warns where it is not known
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, type_handler_registry=registry)
@@ -114,44 +127,86 @@ def write_checkpoint(run: Path, params: dict, progress: Callable[[int], None]) -
         ocp.CheckpointManager(directory, options=options, item_handlers={"params": handler})
     ) as manager:
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
+    about = describe(0, config, tokenizer_sums(run), {"params": ours.sums}, data={})
+    item = run / "checkpoints" / "0" / ABOUT  # after the arrays, for only now their checksums are known
+    item.mkdir()
+    (item / "metadata").write_text(json.dumps(about))
     with contextlib.closing(Checkpointer(run)) as written:
         written.check_shapes(0, params)
 
 
-class StoredParams:
-    """The arrays of a run's newest checkpoint, by dotted path; nothing is read yet."""
+def of_newest(run: Path, use: Callable[["StoredParams"], T]) -> T:
+    """What `use` gives of a run's newest checkpoint that it does not find `Damaged`; a line names newer ones."""
+    with contextlib.closing(Checkpointer(run)) as checkpointer:
+        return checkpointer.newest(lambda step: use(StoredParams(checkpointer, step)))
 
-    def __init__(self, run: Path):
-        with contextlib.closing(Checkpointer(run)) as checkpointer:
-            self.step, self.shapes = checkpointer.newest(lambda step: (step, checkpointer.param_shapes(step)))
-            self._directory = checkpointer.directory / str(self.step) / "params"
-        self._plain_directory = plain_path(self._directory)
+
+class StoredParams:
+    """The arrays of a checkpoint, by dotted path; nothing is read yet.
+
+    Once all that is needed was read, `check` compares it with the checksums: before, it may be anything.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, step: int):
+        """`Damaged` and UserError as `Checkpointer.about` says."""
+        self.step, self._sums = step, checkpointer.about(step).get("checksums", {}).get("params")
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in checkpointer.stored(step).items()}
+        self._checkpointer = checkpointer
+        self._directory = checkpointer.directory / str(step) / "params"
+        self._plain_directory = plain_path(checkpointer.directory) / str(step) / "params"
         self._open: dict[str, ts.TensorStore] = {}
+        self._found: dict[str, PartedSum] = {}
+
+    def check_shapes(self, params) -> None:
+        """UserError where they are not those of a model, whose parameters are given as shapes."""
+        self._checkpointer.check_shapes(self.step, params)
+
+    def check(self) -> None:
+        """`Damaged` unless all parameters are as they were written; those that were not read yet are read."""
+        for path, shape in self.shapes.items():
+            for layer in range(shape[0]) if _is_stacked(path) else (None,):
+                if layer not in self._found.get(path, ()):
+                    self.read(path, layer)
+        if self._sums is not None:
+            found = {path: sum_.value() for path, sum_ in self._found.items()}
+            self._checkpointer.compare_sums(self.step, "params", self._sums, found)
 
     def dtype(self, path: str) -> np.dtype:
         return self._array(path).dtype.numpy_dtype
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter, or a layer of one; `Damaged` where it is not there, or another time was another."""
         array = self._array(path)
-        try:
-            return (array if layer is None else array[layer]).read().result()
-        except ValueError as error:
-            raise self._damaged(path, error) from None
+        with self._read_errors():
+            values = (array if layer is None else array[layer]).read().result()
+            found = self._found.setdefault(path, PartedSum(math.prod(self.shapes[path])))
+            if (layer is not None) == _is_stacked(path) and not found.add(layer, values):
+                raise ValueError(f"{path}: it changes while it is read")
+        return values
 
     def _array(self, path: str) -> ts.TensorStore:
         if path not in self._open:
             kvstore = {"driver": "ocdbt", "base": f"file://{self._plain_directory}", "path": f"{path}/"}
-            try:
+            with self._read_errors():
                 array = ts.open(ts.Spec({"driver": "zarr", "kvstore": kvstore}), open=True).result()
-                if ".layers." in path and array.chunk_layout.read_chunk.shape[0] != 1:
+                shape, chunk = self.shapes[path], array.chunk_layout.read_chunk.shape
+                if array.shape != shape or any(c > max(1, s) for c, s in zip(chunk, shape, strict=True)):
+                    raise ValueError(f"{path}: expected shape {shape}, found {array.shape} in chunks of {chunk}")
+                if _is_stacked(path) and chunk[0] != 1:
                     # Not written by layers: a chunk stays in memory while its layers are read in turn
                     context = ts.Context({"cache_pool": {"total_bytes_limit": 2**30}})
                     array = ts.open(array.spec(), open=True, context=context).result()
                 self._open[path] = array
-            except ValueError as error:
-                raise self._damaged(path, error) from None
         return self._open[path]
 
-    def _damaged(self, path: str, error: Exception) -> UserError:
-        reason = str(error).splitlines()[0].replace(str(self._plain_directory), str(self._directory))
-        return UserError(f"{self._directory}: {path}: the checkpoint is damaged: {reason:.300}")
+    @contextlib.contextmanager
+    def _read_errors(self):
+        try:
+            yield
+        except (ValueError, OSError):  # TensorStore's
+            with read_errors(self._directory.parent, self._plain_directory.parent):  # not around what threads do
+                raise
+
+
+def _is_stacked(path: str) -> bool:
+    return ".layers." in path

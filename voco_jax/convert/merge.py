@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import load_config, save_config
 from voco_jax.convert.directories import check_is_new, check_space, new_directory
-from voco_jax.convert.jax_checkpoint import Parameter, StoredParams, write_checkpoint
-from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from voco_jax.convert.jax_checkpoint import Parameter, StoredParams, of_newest, write_checkpoint
+from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.run import abstract_model, make_model_config
@@ -22,13 +23,17 @@ def merge(run: Path, destination: Path) -> None:
     and for a checkpoint that is not its config's.
     """
     check_is_new(destination)
-    config, tokenizer = load_config(run / "config.json"), load_tokenizer(run / "tokenizer")
+    config = load_config(run / "config.json")
+    of_newest(run, lambda stored: _merge(run, config.copy_and_resolve_references(), stored, destination))
+
+
+def _merge(run: Path, config: ConfigDict, stored: StoredParams, destination: Path) -> None:
+    tokenizer = load_run_tokenizer(run)
     model_config = make_model_config(config, tokenizer)
     lora = model_config.lora
     if lora is None:
         raise UserError(f"{run}: expected a run with LoRA, found model.lora.rank 0")
-    stored = StoredParams(run)
-    _check_shapes(run, stored, _named(abstract_model(model_config)[1]))
+    stored.check_shapes(abstract_model(model_config)[1])
     config.model.lora.rank = 0
     config.workdir = str(destination)
     _, plain = abstract_model(make_model_config(config, tokenizer))
@@ -37,8 +42,9 @@ def merge(run: Path, destination: Path) -> None:
     check_space(destination, total)
     with new_directory(destination) as directory, tqdm(total=total, unit="B", unit_scale=True, desc="merge") as bar:
         save_config(config, directory / "config.json")
-        write_checkpoint(directory, parameters, bar.update)
         save_tokenizer(tokenizer, directory / "tokenizer")
+        write_checkpoint(directory, parameters, config, bar.update)
+        stored.check()
 
 
 def _parameter(stored: StoredParams, name: str, leaf, lora: LoRAConfig) -> Parameter:
@@ -54,17 +60,6 @@ def _parameter(stored: StoredParams, name: str, leaf, lora: LoRAConfig) -> Param
         return (values.astype(np.float32) + lora.scale * (a @ b).reshape(values.shape)).astype(dtype)
 
     return Parameter(leaf.shape, dtype, stacked, read)
-
-
-def _check_shapes(run: Path, stored: StoredParams, expected: dict[str, tuple[int, ...]]) -> None:
-    for name in sorted(expected.keys() | stored.shapes.keys()):
-        if expected.get(name) != stored.shapes.get(name):
-            shapes = f"config.json has shape {expected.get(name)}, found {stored.shapes.get(name)}"
-            raise UserError(f"{run}: {name}: {shapes}")
-
-
-def _named(params) -> dict[str, tuple[int, ...]]:
-    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _name(path) -> str:

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 import shlex
 
-import jax
 from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
@@ -18,14 +17,14 @@ from voco_jax.convert.chat_templates import read_chat_template, write_chat_templ
 from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
 from voco_jax.convert.processors import processor_to_hf
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.safetensors_files import write_safetensors
 from voco_jax.convert.tensors import DTYPES, Tensor
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
 from voco_jax.data.conversations import Encoder
-from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.run import abstract_model, is_llava, make_encoder, make_model_config, make_processor
@@ -37,10 +36,21 @@ IMAGE_TOKEN = "<image>"
 def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max_shard_size: int) -> list[str]:
     """Write a directory with sharded safetensors, config, tokenizer and image processor; returns warnings."""
     check_is_new(destination)
-    config: ConfigDict = load_config(run / "config.json")
-    tokenizer = load_tokenizer(run / "tokenizer")
+    config = load_config(run / "config.json")
+    return of_newest(run, lambda stored: _to_hf(run, config, stored, destination, format_name, dtype, max_shard_size))
+
+
+def _to_hf(
+    run: Path,
+    config: ConfigDict,
+    stored: StoredParams,
+    destination: Path,
+    format_name: str,
+    dtype: str | None,
+    max_shard_size: int,
+) -> list[str]:
+    tokenizer = load_run_tokenizer(run)
     model_config = make_model_config(config, tokenizer)
-    stored = StoredParams(run)
     check_run(run, stored, model_config, format_name)
     aspect_ratio, processor = config.data.aspect_ratio, processor_to_hf(make_processor(config), run, format_name)
     format, num_image_rows, tokens = WRITTEN[format_name], 0, set(tokenizer.get_vocab().values())
@@ -69,6 +79,7 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
         write_shards(directory, tensors, max_shard_size, bar.update)
         write_configs(directory, format_name, model_config, aspect_ratio, processor, tokenizer, written_dtype)
         save_tokenizer(tokenizer, directory)
+        stored.check()
         return findings.finish(run)
 
 
@@ -84,11 +95,7 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
     others = sorted(path for path in stored.shapes if path not in BY_OURS)
     if others:
         raise UserError(f"{run}: {others[0]}: format {format_name} has no place for compressor {config.compressor}")
-    _, params = abstract_model(config)
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = jax.tree_util.keystr(key_path, simple=True, separator=".")
-        if stored.shapes.get(path) != leaf.shape:
-            raise UserError(f"{run}: {path}: config.json has shape {leaf.shape}, found {stored.shapes.get(path)}")
+    stored.check_shapes(abstract_model(config)[1])
     llama = config.llama
     if format_name == "voco" and llama.head_dim * llama.num_attention_heads != llama.hidden_size:
         raise UserError(

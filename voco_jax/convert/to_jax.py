@@ -129,9 +129,9 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
     with new_directory(destination) as run:
         save_config(config, run / "config.json")
         load_config(run / "config.json")  # what nobody could load must not be written
-        with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
-            write_checkpoint(run, parameters, bar.update)
         save_tokenizer(tokenizer, run / "tokenizer")
+        with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
+            write_checkpoint(run, parameters, config, bar.update)
         return source.notes + warnings + findings.finish(source.path)
 
 

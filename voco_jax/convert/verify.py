@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from pathlib import Path
 
+from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
@@ -11,17 +12,17 @@ from voco_jax.config import load_config, vision_config
 from voco_jax.convert.adapters import is_adapter
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
-from voco_jax.convert.jax_checkpoint import StoredParams
+from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Key, Source, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
 from voco_jax.convert.to_hf import IMAGE_TOKEN
 from voco_jax.convert.to_jax import has_voco_row, load_source_tokenizer
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, without_padding
-from voco_jax.data.tokenizer import VOCO_TOKEN, load_tokenizer
+from voco_jax.data.tokenizer import VOCO_TOKEN, load_run_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
-from voco_jax.run import make_model_config
+from voco_jax.run import abstract_model, make_model_config
 
 # Of the configurations; these do not change what a model computes, and rows, but for padding, are compared as tensors.
 _ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add
@@ -64,26 +65,8 @@ def open_side(
     `base` and `ignored` as `open_source` takes them. UserError for a checkpoint that is not whole.
     """
     if (path / "checkpoints").is_dir():
-        stored, config = StoredParams(path), load_config(path / "config.json")
-        tokenizer = load_tokenizer(path / "tokenizer")
-        llama = make_model_config(config, tokenizer).llama
-        shapes = {}
-        for name, shape in stored.shapes.items():
-            rule = BY_OURS.get(name)
-            if rule is None:
-                raise UserError(f"{path}: {name}: no format has a place for it; it cannot be compared")
-            for layer in range(shape[0]) if rule.stacked else (None,):
-                theirs = rule.transform.their_shape(shape[layer is not None :])
-                if name in VOCABULARY and theirs[0] != llama.padded_vocab_size:
-                    expected = f"{llama.padded_vocab_size} rows with padding"
-                    raise UserError(f"{path}: {name}: config.json has {expected}, found {theirs[0]}")
-                shapes[name, layer] = true_shape(name, theirs, llama.vocab_size)
-
-        def read(key: Key) -> np.ndarray:
-            theirs = BY_OURS[key[0]].transform.to_theirs(stored.read(*key))
-            return without_padding(key[0], theirs, llama.vocab_size)
-
-        return Side(path, _flat(llama=llama, vision=vision_config(config)), shapes, read, _tokens(tokenizer))
+        config = load_config(path / "config.json")
+        return of_newest(path, lambda stored: _side_of_run(path, config, stored))
     if not is_adapter(path):
         base = None
         if path.is_dir() and "mm_vision_tower" not in read_object(path / "config.json"):
@@ -99,6 +82,28 @@ def open_side(
         return dataclasses.replace(side, tokens=None if source.tokenizer is None else _tokens_of(source))
     except UserError as error:  # only what its rows are is not known then
         return dataclasses.replace(side, notes=[f"tokenizer not read: {error}"])
+
+
+def _side_of_run(path: Path, config: ConfigDict, stored: StoredParams) -> Side:
+    tokenizer = load_run_tokenizer(path)
+    model_config = make_model_config(config, tokenizer)
+    if others := [name for name in stored.shapes if name not in BY_OURS]:
+        raise UserError(f"{path}: {others[0]}: no format has a place for it; it cannot be compared")
+    stored.check_shapes(abstract_model(model_config)[1])
+    stored.check()
+    vocab_size, shapes = model_config.llama.vocab_size, {}
+    for name, shape in stored.shapes.items():
+        rule = BY_OURS[name]
+        for layer in range(shape[0]) if rule.stacked else (None,):
+            theirs = rule.transform.their_shape(shape[layer is not None :])
+            shapes[name, layer] = true_shape(name, theirs, vocab_size)
+
+    def read(key: Key) -> np.ndarray:
+        theirs = BY_OURS[key[0]].transform.to_theirs(stored.read(*key))
+        return without_padding(key[0], theirs, vocab_size)
+
+    configs = _flat(llama=model_config.llama, vision=vision_config(config))
+    return Side(path, configs, shapes, read, _tokens(tokenizer))
 
 
 def _tokens_of(source: Source) -> dict[int, str]:

@@ -30,11 +30,13 @@ class SentencePiece:
         self.name, self._content = name, content
         try:
             self.processor = SentencePieceProcessor(model_proto=content)
-        except (OSError, RuntimeError, ValueError) as error:
+            self._pieces = self.processor.id_to_piece(list(range(len(self.processor))))
+        except (OSError, RuntimeError, ValueError) as error:  # the last where pieces are not UTF-8
             raise UserError(f"{name}: not a sentencepiece model: {error}") from None
-        longest = max((len(piece.piece) for piece in self.proto.pieces), default=0)
-        if longest > _LONGEST:
-            raise UserError(f"{name}: expected pieces of at most {_LONGEST} characters, found one of {longest}")
+        longest = max(map(len, self._pieces), default=0)
+        if self.processor.unk_id() < 0 or longest > _LONGEST:
+            found = f"found one of {longest}" if longest > _LONGEST else "found no piece for what is unknown"
+            raise UserError(f"{name}: expected pieces of at most {_LONGEST} characters, {found}")
 
     @functools.cached_property
     def proto(self):
@@ -51,6 +53,11 @@ class SentencePiece:
         """The tokens that the model itself knows by role."""
         ids = {key: getattr(self.proto.trainer_spec, f"{key}_id") for key in ("bos", "eos", "unk")}
         return {f"{key}_token": self.processor.id_to_piece(i) for key, i in ids.items() if i >= 0}
+
+    @functools.cached_property
+    def _own(self) -> dict[str, int]:
+        """Pieces that no tokenizer gives another use."""
+        return self.of_type("NORMAL", "BYTE")
 
     def of_type(self, *names: str) -> dict[str, int]:
         """Pieces of these types (NORMAL, CONTROL, …) and their ids."""
@@ -92,9 +99,9 @@ class SentencePiece:
         """UserError unless the `other` tokenizer has the same pieces, and the same ids for some texts and `also` this
         one; `prefix` as for `to_backend`."""
         processor = self.processor if prefix else self._without_prefix()
-        for i, piece in enumerate(processor.id_to_piece(list(range(len(processor))))):
+        for i, piece in enumerate(self._pieces):
             token = backend.id_to_token(i)
-            if token != piece and piece in self.of_type("NORMAL", "BYTE"):  # others may have been given another use
+            if token != piece and piece in self._own:
                 raise UserError(
                     f"{self.name}: {other} expected to have the same tokens: {i} is {piece!r}, found {token!r}"
                 )

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import hashlib
+import json
 import os
 from pathlib import Path
 
 from voco_jax.data import tokenizer_files
 from voco_jax.data.tokenizer_files import NO_ORIGIN, VOCO_TOKEN, Origin
 from voco_jax.errors import UserError
-from voco_jax.storage import as_path, in_bucket, local_copy
+from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, local_copy
 
 # transformers is here for its tokenizers; it need not say at every start that there is no PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -30,19 +32,32 @@ class PromptIds:
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike, *, add_voco: bool = True):
-    """A tokenizer from a directory or, by name, from Hugging Face's hub; `<voco>` is added if it is not there yet.
+    """A tokenizer that a user names: a directory, or a repository on Hugging Face's hub, which a line then says.
 
-    Its ids are those of `tokenizer.json`, or of `tokenizer.model` where that stands alone, and of both where both do.
-    Raises UserError for what cannot be read, for files that contradict each other, and for tokenizers without an
-    end-of-sequence token.
+    `<voco>` is added if it is not there yet. Its ids are those of `tokenizer.json`, or of `tokenizer.model` where that
+    stands alone, and of both where both do. Raises UserError for what cannot be read, for files that contradict each
+    other, and for tokenizers without an end-of-sequence token.
     """
     if in_bucket(name_or_dir):
         with local_copy(as_path(name_or_dir)) as directory:
-            return load_tokenizer(directory, add_voco=add_voco)
-    directory = tokenizer_files.find(os.fspath(name_or_dir))
-    backend, named, origin = tokenizer_files.read(directory)
+            return _load(directory, name_or_dir, add_voco)
+    return _load(tokenizer_files.find(os.fspath(name_or_dir)), name_or_dir, add_voco)
+
+
+def load_run_tokenizer(run: str | AnyPath):
+    """The tokenizer in a run's directory; UserError where it is not there, for nothing else can stand for it."""
+    directory = as_path(run) / "tokenizer"
+    with bucket_errors(directory):
+        if not directory.is_dir():
+            raise UserError(f"{directory}: not found; a run directory holds config.json, tokenizer/ and checkpoints/")
+    with local_copy(directory) as copy:
+        return _load(copy, directory, add_voco=True, of_run=True)
+
+
+def _load(directory: Path, name: str | os.PathLike, add_voco: bool, *, of_run: bool = False):
+    backend, named, origin = tokenizer_files.read(directory, of_run=of_run)
     if not named.get("eos_token"):
-        raise UserError(f"tokenizer {str(name_or_dir)!r}: has no end-of-sequence token, which ends every answer")
+        raise UserError(f"tokenizer {str(name)!r}: has no end-of-sequence token, which ends every answer")
     tokenizer = make_tokenizer(backend, named, origin)
     tokenizer.name_or_path = str(directory)
     if origin.model is not None:
@@ -50,6 +65,11 @@ def load_tokenizer(name_or_dir: str | os.PathLike, *, add_voco: bool = True):
     if add_voco:
         add_voco_token(tokenizer)
     return tokenizer
+
+
+def vocabulary_sum(tokenizer) -> str:
+    """SHA-256 of its tokens and their ids, the same for every version of the libraries."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def make_tokenizer(backend, named: Mapping[str, str | None], origin: Origin = NO_ORIGIN):

@@ -13,11 +13,15 @@ import json
 import os
 from pathlib import Path
 import re
+import sys
+import tempfile
 from typing import Any
 
 from voco_jax.data.sentencepiece_models import SentencePiece
 from voco_jax.errors import UserError, first_line
+from voco_jax.files import read_bytes
 from voco_jax.json_files import read_object
+from voco_jax.terminal import printable
 
 VOCO_TOKEN = "<voco>"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -27,9 +31,14 @@ _DEFAULTS = {
     "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
-_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+# What a tokenizer is read from, as patterns of names
+FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
           "config.json", "generation_config.json", "vocab.json", "merges.txt")  # fmt: skip
+_NAMING = ("auto_map", "name_or_path", "_name_or_path")  # keys of configs, beside those that end with _file
 _CHAT_TEMPLATE = "chat_template.jinja"
+_MOST = 2**26  # bytes of a file, 33 MB being the largest that is known (Gemma's)
+_MOST_PARTS = 2**21  # of a tokenizer.json: as Python's objects, 2 million take 0.5 GiB
+_MOST_HOLES = 2**16  # ids without a token
 _HIGHEST = 10**8  # id of a token
 _LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -47,32 +56,39 @@ NO_ORIGIN = Origin()
 
 
 def find(name: str) -> Path:
-    """The directory of that name, or Hugging Face's repository: its files, from the hub or the hub's cache here."""
+    """The directory of that name, or Hugging Face's repository: its files, from the hub or the hub's cache here, as a
+    line on standard error says."""
     directory = Path(os.path.expanduser(name))
     if directory.is_dir():
         return directory
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    # A name of the hub is OWNER/NAME or NAME; where a directory OWNER is here, it is a path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and directory.parent.is_dir():
         raise UserError(f"tokenizer {name!r}: directory not found")
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        found = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # those of the network, of the name and of access have no common type
         raise UserError(
             f"tokenizer {name!r}: no such directory, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
         ) from error
+    print(printable(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}"), file=sys.stderr, flush=True)
+    return found
 
 
-def read(directory: Path):
-    """(`tokenizers.Tokenizer`, special tokens by role, Origin) of a directory. UserError: file, expected and found."""
+def read(directory: Path, *, of_run: bool = False):
+    """(`tokenizers.Tokenizer`, special tokens by role, Origin) of a directory. UserError: file, expected and found.
+
+    `of_run`: only in the forms that runs have, which are read here; transformers has many others.
+    """
     config = _read_config(directory)
     named = _named_tokens(directory, config)
-    model = _content(directory / "tokenizer.model") if (directory / "tokenizer.model").is_file() else None
+    content, model = (_content(directory / name) for name in ("tokenizer.json", "tokenizer.model"))
     if model is not None and _is_tiktoken(model):
         model = None
     pieces = None if model is None else SentencePiece(model, str(directory / "tokenizer.model"))
-    if (directory / "tokenizer.json").is_file():
-        backend = _read_backend(directory / "tokenizer.json")
+    if content is not None:
+        backend = _read_backend(directory / "tokenizer.json", content)
         if pieces is not None:
             prefix = config.get("add_prefix_space") is not False
             if backend.token_to_id(VOCO_TOKEN) is not None:  # a run's, which was trained with the ids of its own
@@ -81,8 +97,11 @@ def read(directory: Path):
     elif pieces is not None:
         backend = pieces.to_backend(**_prefix(config))
         named = {**pieces.named_tokens, **named}
-        if config.get("add_bos_token") is not False and named.get("bos_token"):
-            backend.post_processor = _begin_with(named["bos_token"], backend)
+        bos = named.get("bos_token")
+        if config.get("add_bos_token") is not False and bos and backend.token_to_id(bos) is not None:
+            backend.post_processor = _begin_with(bos, backend)
+    elif of_run:
+        raise UserError(f"{directory / 'tokenizer.json'}: not found")
     else:
         backend, named = _through_transformers(directory, named)
     stop_ids = _stop_ids(directory)
@@ -146,8 +165,14 @@ def write(directory: Path, backend, named: dict[str, str | None], origin: Origin
 # ---- Reading -----------------------------------------------------------------------------------------------------
 
 
-def _content(file: Path) -> bytes:
-    content = file.read_bytes()
+def _content(file: Path) -> bytes | None:
+    """None where there is no such file."""
+    try:
+        content = read_bytes(file, _MOST)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     if content.startswith(_LFS):
         raise UserError(f"{file}: a pointer of Git LFS, not the file itself: git lfs pull")
     return content
@@ -159,13 +184,13 @@ def _is_tiktoken(content: bytes) -> bool:
 
 
 def _optional(directory: Path, name: str) -> dict:
-    return read_object(directory / name) if (directory / name).is_file() else {}
+    return read_object(directory / name) if (directory / name).exists() else {}
 
 
 def _read_config(directory: Path) -> dict:
     config = _optional(directory, "tokenizer_config.json")
-    if (directory / _CHAT_TEMPLATE).is_file():
-        config["chat_template"] = _content(directory / _CHAT_TEMPLATE).decode("utf-8", "replace")
+    if (template := _content(directory / _CHAT_TEMPLATE)) is not None:
+        config["chat_template"] = template.decode("utf-8", "replace")
     for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         value, kinds = config.get(key), dict if key == "added_tokens_decoder" else (list, dict)
         if value is not None and not isinstance(value, kinds):
@@ -205,10 +230,11 @@ def _text(token) -> str | None:
     return text if isinstance(text, str) and not re.search("[\ud800-\udfff]", text) else None
 
 
-def _read_backend(file: Path):
+def _read_backend(file: Path, content: bytes):
     import tokenizers
 
-    content = _content(file)
+    if (parts := sum(content.count(sign) for sign in (b"[", b"{", b":"))) > _MOST_PARTS:
+        raise UserError(f"{file}: expected {_MOST_PARTS} tokens and merges at most, found {parts}")
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
         declared = json.loads(content).get("added_tokens") or []
@@ -245,13 +271,26 @@ def _begin_with(bos: str, backend):
 
 
 def _through_transformers(directory: Path, named: dict[str, str]):
-    """Formats that only transformers knows, such as `vocab.json` with `merges.txt`."""
+    """Formats that only transformers knows, such as `vocab.json` with `merges.txt`.
+
+    It sees a copy of the directory's own files, in which nothing names code, other files or the hub's repositories.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"tokenizer {str(directory)!r}: cannot be loaded: {first_line(error)}") from error
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        for path in directory.iterdir():
+            if path.suffix in (".json", ".txt", ".model") and (content := _content(path)) is not None:
+                (copy / path.name).write_bytes(content)
+        for name in ("config.json", "tokenizer_config.json"):
+            if fields := _optional(copy, name):
+                kept = {key: fields[key] for key in fields if key not in _NAMING and not key.endswith("_file")}
+                (copy / name).write_text(json.dumps(kept))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            reason = first_line(error).replace(temporary, str(directory))
+            raise UserError(f"tokenizer {str(directory)!r}: cannot be loaded: {reason}") from error
     names = [name for name in getattr(tokenizer, "vocab_files_names", {}).values() if name is not None]
     if not any((directory / name).is_file() for name in names):  # some classes are content with none
         raise UserError(
@@ -343,7 +382,10 @@ def _without_holes(directory: Path, backend, declared: dict[int, str]):
     if len(names) < len(vocabulary):
         token, i = next((token, i) for token, i in vocabulary.items() if names[i] != token)
         raise UserError(f"{directory}: expected one token an id, found {token!r} and {names[i]!r} with id {i}")
-    missing = set(range(max({**names, **declared}, default=-1) + 1)) - names.keys()
+    last = max({**names, **declared}, default=-1)
+    if last >= len(names) + len(declared) + _MOST_HOLES:
+        raise UserError(f"{directory}: a token has the id {last}, of {len(names.keys() | declared.keys())} tokens")
+    missing = set(range(last + 1)) - names.keys()
     if not missing or min(missing) > max(names) and missing <= declared.keys():
         return backend  # they follow each other, and are added
     fill = {declared.get(i, f"<missing_{i}>"): i for i in missing}

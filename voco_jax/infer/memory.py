@@ -194,10 +194,14 @@ class Embeddings:
         return Embeddings(self.features[np.asarray(which, np.intp)], tuple(self.items[i] for i in which))
 
 
-def fingerprint(config: VoCoConfig, checksums: dict[str, int], processor: ImageProcessor) -> str:
-    """Of a model, by all that a memory depends on: parameters, dimensions, what stands around an image, its pixels.
+def fingerprint(
+    config: VoCoConfig, checksums: dict[str, int], processor: ImageProcessor, vocabulary: str = ""
+) -> str:  # fmt: skip
+    """Of a model, by all that a memory and its answers depend on: parameters, dimensions, what stands around an image,
+    its pixels, and the tokenizer's vocabulary (its SHA-256).
 
-    Where it computes and in which dtype is no part of it.
+    Where it computes and in which dtype is no part of it. Nor is the vocabulary where it is '', in a run of an earlier
+    version, whose memories say nothing of it and stay readable.
     """
     described = {
         "params": checksums,
@@ -208,6 +212,8 @@ def fingerprint(config: VoCoConfig, checksums: dict[str, int], processor: ImageP
         "lora": None if config.lora is None else _described(config.lora),
         "pixels": _described(processor),
     }
+    if vocabulary:
+        described["vocabulary"] = vocabulary
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 

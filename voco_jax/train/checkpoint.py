@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
-import importlib.metadata
+import functools
 import json
 import re
 import sys
 import time
 from typing import Any, NamedTuple
-import zlib
 
 from etils import epath
 import jax
@@ -18,24 +17,27 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from voco_jax.errors import UserError
+from voco_jax.files import read_text
 from voco_jax.parallel.distributed import texts_of_all, together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, plain_path, remove
+from voco_jax.train import run_files
 from voco_jax.train.checkpoint_errors import Damaged, FailedSave, read_errors, write_errors
 from voco_jax.train.checksums import checksums
+from voco_jax.train.run_files import ABOUT
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
 _SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write and read
-_ABOUT = "run"  # {"step", "data", "metrics", "config", "versions", "checksums"}, as JSON
+_NAMES = ocp.path.step.standard_name_format()  # of checkpoints' directories
 
 
 class Restored(NamedTuple):
-    """A checkpoint: `about` has its step, the data iterator's state, config, versions and checksums."""
+    """A checkpoint. `about` is what it says of itself (`run_files.describe`), `checksums` are of its parameters as they
+    are stored, by dotted path; the optimizer's state is there where it was asked for."""
 
     step: int
     params: dict
     opt_state: Any
     about: dict
+    checksums: dict[str, int]
 
 
 class Checkpointer:
@@ -49,7 +51,9 @@ class Checkpointer:
     def __init__(self, run: str | AnyPath, *, create: bool = False, config: ConfigDict | None = None):
         """`config` says how many are kept (`train.keep…`), and is written into every checkpoint."""
         run = as_path(run)
-        self.directory = run / "checkpoints" if in_bucket(run) else run.resolve() / "checkpoints"
+        self._run = run if in_bucket(run) else run.resolve()
+        self._manager = None  # which only saving needs
+        self.directory = self._run / "checkpoints"
         with bucket_errors(self.directory):
             if not create and not self.directory.is_dir():
                 raise UserError(f"{self.directory}: no checkpoint found")
@@ -58,63 +62,69 @@ class Checkpointer:
                 self._failure.listen()
                 if not in_bucket(run):
                     self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
+            run_files.check_tree(self.directory)
+            self._tokenizer_sums = functools.cache(lambda: run_files.tokenizer_sums(self._run))
+            if create:
+                self._tokenizer_sums()  # of the files that the training has just written or read
             self._orbax_directory = epath.Path(plain_path(self.directory))
-            self._manager = ocp.CheckpointManager(
-                self._orbax_directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=create,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._check_written),
-                    cleanup_tmp_directories=create,  # of saves that were killed
-                    preservation_policy=_preservation_policy(config),
-                    # Only where there is one are metrics kept, though the policy has the last word
-                    best_fn=_eval_loss if config is not None and config.train.keep_best else None,
-                ),
-                item_handlers=_handlers(),
-            )
 
     def steps(self) -> list[int]:
         """Of all whole checkpoints, the newest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        with bucket_errors(self.directory):
+            return sorted((found.step for found in _NAMES.find_all(self._orbax_directory)), reverse=True)
 
     def latest_step(self) -> int | None:
         return next(iter(self.steps()), None)
 
     # ---- Saving ------------------------------------------------------------------------------------------------
 
+    def _begin_to_save(self) -> None:
+        """Make Orbax's manager, which writes, and deletes what need not be kept. It reads a little of all checkpoints:
+        damaged ones must have been put aside."""
+        with bucket_errors(self.directory), read_errors(self.directory, self._orbax_directory):
+            self._manager = ocp.CheckpointManager(
+                self._orbax_directory,
+                options=ocp.CheckpointManagerOptions(
+                    create=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._check_written),
+                    cleanup_tmp_directories=True,  # of saves that were killed; it goes on beside
+                    preservation_policy=_preservation_policy(self._config),
+                    # Only where there is one are metrics kept, though the policy has the last word
+                    best_fn=_eval_loss if self._config is not None and self._config.train.keep_best else None,
+                ),
+                item_handlers=_handlers(),
+            )
+
     def save(self, step: int, params, opt_state, data_state: dict, metrics: dict | None = None) -> None:
         """Start writing, and return when the arrays may change; waits for the save before, if that is still written.
 
         metrics: what `train.keep_best` goes by. UserError where this or the save before cannot be written.
         """
-        about = {
-            "step": step,
-            "data": data_state,
-            "metrics": metrics,
-            "config": self._config.to_dict() if self._config is not None else None,
-            "versions": VERSIONS,
-            "checksums": {"params": checksums(params), "opt_state": checksums(opt_state)},
-        }
-        about["checksums"][_ABOUT] = _checksum(about)
+        sums = {"params": checksums(params), "opt_state": checksums(opt_state)}
+        about = run_files.describe(step, self._config, self._tokenizer_sums(), sums, data_state, metrics)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_by_layers, params)),
             opt_state=ocp.args.StandardSave(opt_state),
-            **{_ABOUT: ocp.args.JsonSave(about)},
+            **{ABOUT: ocp.args.JsonSave(about)},
         )
         self.wait()  # Orbax would too, but for good where the last one has failed
         self._writing, self._written = step, {"params": _shapes(params), "opt_state": _shapes(opt_state)}
+        if self._manager is None:
+            self._begin_to_save()
         with self._write_errors():
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def saving(self) -> bool:
         """Whether a save is being written."""
-        return self._manager.is_saving_in_progress()
+        return self._manager is not None and self._manager.is_saving_in_progress()
 
     def check(self) -> None:
         """UserError if what is being written beside has failed; does not wait for it."""
         with self._write_errors():
             if self._failure.error is not None:
                 raise self._failure.error
-            self._manager.check_for_errors()
+            if self._manager is not None:
+                self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Until the last save is whole; UserError where it could not be written."""
@@ -123,13 +133,14 @@ class Checkpointer:
             time.sleep(0.01)
             self.check()
         with self._write_errors():
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """As `wait`, for the last time."""
         self._failure.close()
-        if self._failure.error is not None:
-            return  # it has been told, and Orbax would wait for what will not come
+        if self._failure.error is not None or self._manager is None:
+            return  # it has been told, and Orbax would wait for what will not come; or nothing was written
         with self._write_errors():
             self._manager.close()
 
@@ -154,9 +165,16 @@ class Checkpointer:
         or it is another model's. Arrays come as the abstract values given say: shape, dtype, sharding.
         """
         found, damaged = self._newest(lambda step: self.restore(step, params, opt_state))
+        for step in self.steps():
+            if found is not None and step < found.step:
+                with together():
+                    error = self._damage_of(step)
+                if error := next(filter(None, texts_of_all(error)), ""):
+                    damaged.append((step, error))
         for step, error in damaged:
             say(f"{error}; it is kept as {step}.damaged, and step {found.step} taken")
         self._put_aside([step for step, _ in damaged])
+        self._begin_to_save()
         return found
 
     def _newest(self, read: Callable[[int], Any]) -> tuple[Any, list[tuple[int, str]]]:
@@ -180,30 +198,37 @@ class Checkpointer:
 
     def restore(self, step: int, params, opt_state) -> Restored:
         """The checkpoint of a step; `Damaged` where it is not as it was written, UserError for another model's."""
-        directory = self.directory / str(step)
-        if (directory / "params").exists() and not any((directory / n).exists() for n in ("opt_state", _ABOUT)):
-            raise UserError(f"{directory}: holds parameters alone, as converted runs do; begin with it (init_from)")
+        about = self._read_about(step)
+        if "opt_state" not in about.get("checksums", {}):
+            there = self.directory / str(step)
+            raise UserError(f"{there}: holds parameters alone, as converted runs do; begin with it (init_from)")
+        run_files.check_run(self._run, step, about, self._tokenizer_sums)
+        if error := self._damage_of(step):
+            raise Damaged(error)
         self.check_shapes(step, params)
-        items = self._restore(
-            step,
-            params=ocp.args.StandardRestore(_placed(params)),
-            opt_state=ocp.args.StandardRestore(_placed(opt_state)),
-            **{_ABOUT: ocp.args.JsonRestore()},
-        )
-        about = items[_ABOUT]
-        self._check_about(step, about)
-        for name in ("params", "opt_state"):
-            self._compare_sums(step, name, about["checksums"][name], checksums(items[name]))
-        return Restored(step, items.params, items.opt_state, about)
+        found = {"params": self._restore(step, "params", params)}
+        found["opt_state"] = self._restore(step, "opt_state", opt_state)
+        for name, tree in found.items():
+            self.compare_sums(step, name, about["checksums"][name], checksums(tree))
+        return Restored(step, found["params"], found["opt_state"], about, about["checksums"]["params"])
+
+    def _damage_of(self, step: int) -> str:
+        """What keeps Orbax's manager from beginning with a checkpoint; '' where nothing does."""
+        try:
+            with self._read_errors(step):
+                run_files.check_listing(self._orbax_directory / str(step))
+        except Damaged as damage:
+            return str(damage)
+        return ""
 
     def restore_params(self, params, step: int | str | None = None):
-        """`restore_params_and_sums` without the checksums."""
+        """(step, parameters) of `restore_params_and_sums`."""
         return self.restore_params_and_sums(params, step)[:2]
 
-    def restore_params_and_sums(self, params, step: int | str | None = None):
-        """(step, parameters, checksums) of the newest checkpoint that is not damaged, that of a step, or the 'best';
-        UserError where there is none or it is another model's. Without a sharding an array goes to one device, wherever
-        it was when it was saved. Checksums are by dotted path, of the parameters as they are stored."""
+    def restore_params_and_sums(self, params, step: int | str | None = None) -> Restored:
+        """Parameters alone of the newest checkpoint that is not damaged, that of a step, or the 'best'; UserError where
+        there is none, it is another model's, or its run's config or tokenizer is. Without a sharding an array goes to
+        one device, wherever it was when it was saved."""
         if step is None:
             return self.newest(lambda step: self._restore_params(step, params))
         if step == "best" and (step := self.best_step()) is None:
@@ -225,71 +250,72 @@ class Checkpointer:
         return found[1]
 
     def _restore_params(self, step: int, params):
-        self.check_shapes(step, params)
-        sums = self._about(step).get("checksums", {}).get("params")  # a converted run has none
-        stored = dict(_named_leaves(self._metadata(step)))
+        about = self.about(step)
+        stored = self.check_shapes(step, params)
+        sums = about.get("checksums", {}).get("params")
         as_stored = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, stored[_name(path)].dtype, sharding=x.sharding), params
         )
-        restored = self._restore(step, params=ocp.args.StandardRestore(_placed(as_stored))).params
+        restored = self._restore(step, "params", as_stored)
         found = checksums(restored)
         if sums is not None:
-            self._compare_sums(step, "params", sums, found)
-        return step, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, params), found
+            self.compare_sums(step, "params", sums, found)
+        params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, params)
+        return Restored(step, params, None, about, found)
 
     def best_step(self) -> int | None:
         """That with the lowest evaluation loss; None where no checkpoint has one."""
         losses = {}
         for step in self.steps():
             with contextlib.suppress(Damaged):  # such a one is not the best of them
-                losses[step] = (self._about(step).get("metrics") or {}).get("eval_loss")
+                losses[step] = (self._read_about(step).get("metrics") or {}).get("eval_loss")
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return min(known, key=known.get) if known else None
 
-    def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Shape by dotted path of the stored parameters; `Damaged` for a damaged checkpoint."""
-        return _shapes(self._metadata(step))
-
-    def _metadata(self, step: int):
+    def stored(self, step: int) -> dict:
+        """What Orbax says of the stored parameters (`shape`, `dtype`) by dotted path; `Damaged` where that is not as it
+        was written."""
         with self._read_errors(step):
-            metadata = self._manager.item_metadata(step)["params"]
-            if metadata is None:
-                raise ValueError("params has no metadata")
-            return metadata.tree
+            metadata = ocp.StandardCheckpointHandler().metadata(self._orbax_directory / str(step) / "params")
+            found = dict(_named_leaves(metadata.tree))
+            run_files.check_chunks(found)
+            return found
 
-    def _about(self, step: int) -> dict:
-        if not (self.directory / str(step) / _ABOUT).exists():
-            return {}
-        about = self._restore(step, **{_ABOUT: ocp.args.JsonRestore()})[_ABOUT]
-        self._check_about(step, about)
+    def about(self, step: int) -> dict:
+        """What a checkpoint says of itself (`run_files.describe`), empty for a converted run of an earlier version.
+        `Damaged` where that is not as it was written, UserError where its run's config or tokenizer is another."""
+        about = self._read_about(step)
+        run_files.check_run(self._run, step, about, self._tokenizer_sums)
         return about
 
-    def _restore(self, step: int, **args):
+    def _read_about(self, step: int) -> dict:
+        directory = self.directory / str(step)
+        with self._read_errors(step):
+            if {item for item in ("params", "opt_state", ABOUT) if (directory / item).exists()} == {"params"}:
+                return {}
+            about = json.loads(read_text(directory / ABOUT / "metadata"))
+            run_files.check_about(about, step)
+            return about
+
+    def _restore(self, step: int, item: str, tree):
         # By a handler of its own: Orbax's manager ends by waiting for all processes, of which one may have failed
         with self._read_errors(step):
-            handler = ocp.CompositeCheckpointHandler(**_handlers())
-            return handler.restore(self._orbax_directory / str(step), ocp.args.Composite(**args))
+            directory = self._orbax_directory / str(step) / item
+            return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(_placed(tree)))
 
-    def check_shapes(self, step: int, params) -> None:
-        """UserError where the stored parameters have other names or shapes; `Damaged` where they cannot be found."""
-        expected = _shapes(params)
-        found = self.param_shapes(step)
+    def check_shapes(self, step: int, params) -> dict:
+        """UserError where the stored parameters have other names or shapes; `Damaged` where they cannot be found. What
+        Orbax says of each, by dotted path."""
+        expected, stored = _shapes(params), self.stored(step)
+        found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 shapes = (f"shape {x[name]}" if name in x else "no such parameter" for x in (expected, found))
                 raise UserError("{}: {}: expected {}, found {}".format(self.directory / str(step), name, *shapes))
+        return stored
 
-    def _check_about(self, step: int, about: dict) -> None:
-        """That it is what was written: of text, no array's checksum would tell."""
-        with self._read_errors(step):
-            sums = about["checksums"]
-            if sums.get(_ABOUT, expected := _checksum(about)) != expected:  # the first runs have none
-                raise ValueError(f"{_ABOUT}: its checksum")
-            if about["step"] != step or sums.keys() - {_ABOUT} != {"params", "opt_state"}:
-                raise ValueError(f"{_ABOUT}: it is another checkpoint's")
-            dict(about["data"]), dict(about["versions"])
-
-    def _compare_sums(self, step: int, item: str, expected: dict[str, int], found: dict[str, int]) -> None:
+    def compare_sums(self, step: int, item: str, expected: dict[str, int], found: dict[str, int]) -> None:
+        """`Damaged` unless checksums of an item's arrays are those that were written."""
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")
@@ -304,20 +330,11 @@ class Checkpointer:
                     target = self.directory / f"{step}.damaged"
                     remove(target)
                     (self.directory / str(step)).rename(target)
-        if steps:
-            self._manager.reload()
 
 
 def newest_saved(checkpoints: AnyPath) -> int:
     """The newest step that a directory of checkpoints has whole, 0 without one: a step gets its name when it is."""
     return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=0)
-
-
-def _checksum(about: dict) -> int:
-    """Of all that is in it, but for this very number."""
-    about = json.loads(json.dumps(about))  # as it will come back
-    about["checksums"].pop(_ABOUT, None)
-    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 @jax.jit
@@ -331,7 +348,7 @@ def _handlers() -> dict:
     return {
         "params": ocp.StandardCheckpointHandler(),
         "opt_state": ocp.StandardCheckpointHandler(),
-        _ABOUT: ocp.JsonCheckpointHandler(),
+        ABOUT: ocp.JsonCheckpointHandler(),
     }
 
 

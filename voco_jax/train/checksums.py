@@ -25,9 +25,41 @@ def checksums(tree) -> dict[str, int]:
     own = np.array(jax.device_get([_of_own_shards(x) for x in leaves.values()]), np.uint32).reshape(-1, 1, 3)
     if jax.process_count() > 1:
         own = np.moveaxis(multihost_utils.process_allgather(own[:, 0]), 0, 1)
-    bits, some, all_ = (operation.reduce(own[..., i], axis=1) for i, operation in enumerate(_REDUCE))
-    values = bits.astype(np.uint64) + 3 * some.astype(np.uint64) + 5 * (~all_).astype(np.uint64)
-    return {name: int(value % 2**32) for name, value in zip(leaves, values, strict=True)}
+    whole = np.stack([operation.reduce(own[..., i], axis=1) for i, operation in enumerate(_REDUCE)], axis=-1)
+    return {name: _value(words) for name, words in zip(leaves, whole, strict=True)}
+
+
+class PartedSum:
+    """The checksum of an array that is read or written part by part on the host: layers of a stack, say."""
+
+    def __init__(self, size: int):
+        """`size`: numbers of the whole array."""
+        self._small, self._parts = size <= _SMALL, {}
+
+    def add(self, key, values: np.ndarray) -> bool:
+        """Take in the part of a name; False where there was another one under that name."""
+        words = _on_cpu(values, self._small)
+        return np.array_equal(self._parts.setdefault(key, words), words)
+
+    def __contains__(self, key) -> bool:
+        return key in self._parts
+
+    def value(self) -> int:
+        """As `checksums` has it, once all parts were added."""
+        return _value(_joined(self._parts.values()))
+
+
+def _joined(parts) -> np.ndarray:
+    """[exclusive or, or, and] of a whole, from those of its parts."""
+    whole = np.array([0, 0, 2**32 - 1], np.uint32)  # of nothing
+    for part in parts:
+        whole = np.array([f(a, b) for f, a, b in zip(_REDUCE, whole, part, strict=True)], np.uint32)
+    return whole
+
+
+def _value(words: np.ndarray) -> int:
+    bits, some, all_ = (int(word) for word in words)
+    return (bits + 3 * some + 5 * (~all_ % 2**32)) % 2**32
 
 
 def _of_own_shards(array: jax.Array):
@@ -35,13 +67,10 @@ def _of_own_shards(array: jax.Array):
     shards = [shard.data for shard in array.addressable_shards if shard.replica_id == 0 and shard.data.size]
     small = array.size <= _SMALL
     of_each = [(_on_cpu if next(iter(x.devices())).platform == "cpu" else _on_device)(x, small) for x in shards]
-    whole = np.array([0, 0, 2**32 - 1], np.uint32)  # of nothing
-    for value in jax.device_get(of_each):
-        whole = np.array([f(a, b) for f, a, b in zip(_REDUCE, whole, value, strict=True)], np.uint32)
-    return whole
+    return _joined(jax.device_get(of_each))
 
 
-def _on_cpu(array: jax.Array, small: bool) -> np.ndarray:
+def _on_cpu(array: jax.Array | np.ndarray, small: bool) -> np.ndarray:
     """By numpy: XLA is slow at this on a CPU."""
     words = np.ravel(np.asarray(array)).view(_WORDS[array.dtype.itemsize])
     if words.itemsize == 8:

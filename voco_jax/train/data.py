@@ -18,7 +18,7 @@ from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources import open_sources
-from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_tokenizer
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
@@ -153,7 +153,9 @@ def _report(indices: Sequence[Index], names: Sequence[str], say: Callable[[str],
 def make_tokenizer(config: ConfigDict, sources: Sequence, run: Path | None):
     """The run's tokenizer, or the config's, or one trained on the conversations of the sources."""
     if run is not None:
-        return load_tokenizer(run / "tokenizer")
+        return load_run_tokenizer(run)
+    if config.init_from:
+        return load_run_tokenizer(config.init_from)
     if config.tokenizer.source != "train":
         return load_tokenizer(config.tokenizer.source)
     texts = {text for source in sources for i in range(len(source)) for text in _texts(source, i)}

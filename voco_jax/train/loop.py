@@ -30,7 +30,7 @@ from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, w
 from voco_jax.run import begin_with_run, make_processor, other_pixels
 from voco_jax.storage import AnyPath, as_path, bucket_errors
 from voco_jax.terminal import printable
-from voco_jax.train.checkpoint import VERSIONS, Checkpointer, all_finite, newest_saved
+from voco_jax.train.checkpoint import Checkpointer, all_finite, newest_saved
 from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.first_params import first_params
@@ -42,6 +42,7 @@ from voco_jax.train.profile import Profiler
 from voco_jax.train.progress import interrupted
 from voco_jax.train.resume import BASE, base_of, continued, kept_values
 from voco_jax.train.rounding import lost_updates
+from voco_jax.train.run_files import VERSIONS
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 from voco_jax.train.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path

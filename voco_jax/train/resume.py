@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from voco_jax.config import ADDED_LATER, first_difference, flatten, load_config, with_earlier_values
-from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.files import read_bytes
 from voco_jax.json_files import read_object
 from voco_jax.run import inherit
 from voco_jax.storage import AnyPath, as_path, bucket_errors, same_place
@@ -113,7 +114,7 @@ def base_of(run: AnyPath, step: int) -> dict:
     """What `BASE` holds of a run's checkpoint. It stays the same when the run is moved or copied."""
     with bucket_errors(run):
         metadata = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"  # when it was made, to the nanosecond
-        made = hashlib.sha256(metadata.read_bytes()).hexdigest() if metadata.exists() else ""
+        made = hashlib.sha256(read_bytes(metadata)).hexdigest() if metadata.exists() else ""
     return {"run": str(run), "step": step, "made": made}
 
 
@@ -122,7 +123,8 @@ def _check_base(found: str, stored: str, workdir: AnyPath) -> None:
         return
     with bucket_errors(workdir):
         base = read_object(workdir / BASE) if (workdir / BASE).exists() else {}
-    if base.get("made") and base_of(as_path(found), base["step"])["made"] == base["made"]:
+    made, step = base.get("made"), base.get("step")
+    if made and type(step) is int and base_of(as_path(found), step)["made"] == made:
         return
     raise UserError(
         f"config.init_from: {workdir} began with {stored}, and {found} is another run; leave it out to go on, or "
@@ -136,5 +138,5 @@ def _same_tokenizer(found: str, stored: str, workdir: AnyPath) -> bool:
         return found == stored
     if same_place(found, stored):
         return True
-    ours, other = (load_tokenizer(source).backend_tokenizer.to_str() for source in (workdir / "tokenizer", found))
-    return ours == other
+    ours, other = load_run_tokenizer(workdir), load_tokenizer(found)
+    return ours.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()

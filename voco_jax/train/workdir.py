@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.files import check_regular
 from voco_jax.parallel.distributed import together
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, upload
 from voco_jax.train.resume import BASE, check_same_run
@@ -102,6 +103,7 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
             if first:
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not bucket:
+                    _check_kinds(workdir)
                     _lock(workdir, held.enter_context((workdir / ".lock").open("w")))
         with together():
             if not bucket:
@@ -122,6 +124,13 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
             yield run
         finally:
             run.publish()
+
+
+def _check_kinds(workdir: Path) -> None:
+    """UserError where what training writes into is no file: a pipe, say, that it would wait for."""
+    for path in workdir.iterdir():
+        if path.name in _BEGINNINGS and path.exists() and not path.is_dir():
+            check_regular(path, path.stat())
 
 
 def _fetch_logs(workdir: AnyPath, logs: Path) -> None:
