@@ -253,6 +253,7 @@ ADDED_LATER = {
         for key, value in default_config().data[group].items()
     },
 }
+_MOST = 2**17  # bytes of a config as JSON: room for hundreds of sources, and two seconds if all are keys
 
 
 def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
@@ -263,9 +264,6 @@ def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(kept)
     return config
-
-
-_MOST = 2**17  # bytes of a config as JSON: room for hundreds of sources, and two seconds if all are keys
 
 
 def load_config(path: str | os.PathLike) -> ConfigDict:
@@ -413,9 +411,8 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
         if key == "model.num_voco_tokens" and flat["model.compressor"] == "none":
             smallest = 0  # plain LLaVA
         if not (isinstance(value, int | float) and smallest <= value < (math.inf if below is None else below)):
-            too_small = isinstance(value, int) and value < smallest and key.startswith("model.")
-            limit = f"at least {smallest:g}" + (f" and below {below}" if below is not None and not too_small else "")
-            return key, f"expected {limit}, found {value!r}"
+            beyond = f" and below {below}" if below is not None and (value >= smallest or key[:6] != "model.") else ""
+            return key, f"expected at least {smallest:g}{beyond}, found {value!r}"
     return None
 
 
