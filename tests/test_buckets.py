@@ -67,6 +67,13 @@ def test_a_run_in_a_bucket(server, tmp_path):
     local = train(config(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, params(address), params(local))
     assert load_run(address).step == 4
+    for part in "params", "run", "commit_success":
+        server.forbidden = f"somewhere/run/checkpoints/4/{part}"  # no reason to take an older one
+        try:
+            with pytest.raises(UserError, match="^gs://bucket/somewhere/run/checkpoints(/4: the checkpoint cannot|: )"):
+                load_run(address)
+        finally:
+            server.forbidden = False
     begun = train(config(tmp_path / "next", init_from=address, train__steps=1, optim__warmup_steps=0))
     assert load_run(begun).step == 1
 
@@ -96,7 +103,8 @@ def test_a_permission_that_is_withdrawn(server):
         server.forbidden = False
     assert done.returncode == 2, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: gs://bucket/third/run") and ": Forbidden: " in error
+    assert error.startswith("error: gs://bucket/third/run/checkpoints/4: the checkpoint cannot be written: ")
+    assert "Forbidden" in error or "does not have storage.objects.list access" in error
     assert "Traceback" not in done.stderr
     assert any(name.startswith("third/run/checkpoints/2/") for name in server.objects)
 

@@ -1,11 +1,13 @@
 """What comes back is what was saved, or the one before it and a word about it; never anything else."""
 
 import gc
+import itertools
 import os
 from pathlib import Path
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -15,14 +17,16 @@ import pytest
 
 from tests import tiny
 from tests.test_training import params
-from voco_jax.config import default_config
+from voco_jax.config import default_config, load_config
 from voco_jax.convert.jax_checkpoint import of_newest
+from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.run import load_run
 from voco_jax.train.checkpoint import Checkpointer, Damaged
 from voco_jax.train.checksums import _on_cpu, _on_device, checksums
 from voco_jax.train.loop import train
 from voco_jax.train.run_files import VERSIONS
+from voco_jax.train.workdir import open_workdir
 
 
 def config(**keep):
@@ -184,19 +188,6 @@ def test_another_models_is_no_damage(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
-def test_one_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
-    """The disk may be back tomorrow: nothing is put aside."""
-    save(tmp_path, 1, 2)
-
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", refuse)
-    with pytest.raises(UserError, match=r"checkpoints/2: the checkpoint cannot be read: .*Permission denied"):
-        resume(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-
-
 def test_a_full_disk(tmp_path):
     """One line that names the checkpoint and the reason, and what was there stays. (A limit of a file's size stands
     for the disk, which tests cannot fill.)"""
@@ -215,6 +206,48 @@ def test_a_full_disk(tmp_path):
     assert errors[0].endswith("File too large")
     assert "ERROR:absl" not in done.stderr  # Orbax's own account, with its stack
     assert "Traceback" not in done.stderr  # writes of other arrays, which end later
+
+
+def test_a_clock_that_jumps(tmp_path, monkeypatch):
+    """As that of a machine that was paused: by 25 minutes at every look."""
+    before, jumps = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: before() + 1500 * next(jumps))
+    save(tmp_path, 1, 2)
+    assert next(jumps) > 10  # Orbax has looked
+    assert resume(tmp_path).step == 2
+
+
+def test_a_workdir_that_goes_away(tiny_run, tmp_path):
+    """While a training runs in it: an error at the next save, and no half of a run under its name."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "40")
+
+    def take_away():
+        while (run / "metrics.jsonl").stat().st_size == size:  # of which steps 31 to 40 are about to come again
+            time.sleep(0.001)
+        run.rename(tmp_path / "elsewhere")
+
+    size = (run / "metrics.jsonl").stat().st_size
+    thread = threading.Thread(target=take_away)
+    thread.start()
+    try:
+        with pytest.raises(
+            UserError, match=f"workdir {run}: is there no more, or is another directory: it was deleted"
+        ):
+            train(tiny.config(run, train__tensorboard=False))
+    finally:
+        thread.join()
+    assert not run.exists()
+
+
+def test_a_workdir_that_is_replaced(tiny_run, tmp_path):
+    config, tokenizer = load_config(tiny_run / "config.json"), load_tokenizer(tiny_run / "tokenizer")
+    with open_workdir(tmp_path / "run", config, tokenizer) as workdir:
+        workdir.check()
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        shutil.copytree(tmp_path / "elsewhere", tmp_path / "run")
+        with pytest.raises(UserError, match=f"workdir {tmp_path}/run: is there no more, or is another directory"):
+            workdir.check()
 
 
 def test_parameters_alone(tmp_path, capsys):

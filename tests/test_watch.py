@@ -25,7 +25,6 @@ def main(address, process, run):
     import jax, jax.numpy as jnp
     from voco_jax.config import default_config
     from voco_jax.train.checkpoint import Checkpointer
-    watch._SILENCE = 6
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     params = {"scale": jax.jit(lambda: jnp.arange(8.0), out_shardings=sharding)()}
@@ -46,14 +45,15 @@ CHANGES = dict(
 ENVIRONMENT = dict(os.environ, JAX_PLATFORMS="cpu")
 
 
-def start(workdir: Path, count: int = 2, **changes) -> list[subprocess.Popen]:
+def start(workdir: Path, count: int = 2, **environment) -> list[subprocess.Popen]:
     port = free_port()
 
     def process(i):
         address = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"]
-        command = [sys.executable, "-m", "voco_jax.train", *tiny.arguments(workdir, **CHANGES | changes), *address]
+        command = [sys.executable, "-m", "voco_jax.train", *tiny.arguments(workdir, **CHANGES), *address]
         with open(f"{workdir}.{i}.log", "wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, cwd=tiny.CONFIG_FILE.parents[1])
+            env = ENVIRONMENT | environment
+            return subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=tiny.CONFIG_FILE.parents[1])
 
     return [process(i) for i in range(count)]
 
@@ -85,7 +85,7 @@ def test_one_dies(tmp_path, victim):
     if victim == 1:
         assert status == 75, status
         (error,) = errors(workdir, 0)
-        assert error.startswith("error: process 1 has given no sign of life for 30 s: it died, or its")
+        assert error.startswith("error: process 1 has given no sign of life for 30 s: it died or was stopped, or its")
         assert "Traceback" not in Path(f"{workdir}.0.log").read_text(errors="replace")
     else:  # process 0 takes jax's coordination service with it, which jax ends the others for, at once and loudly
         assert status in (75, -signal.SIGABRT)
@@ -98,6 +98,24 @@ def test_one_dies(tmp_path, victim):
     processes[victim].terminate()
     assert [process.wait(60) for process in processes] == [75, 75]
     assert "the same command goes on from there" in Path(f"{workdir}.0.log").read_text()
+
+
+def test_the_first_is_stopped(tmp_path):
+    """As a paused machine is: the others end in one line, not in jax's stack trace, and so does it when it goes on."""
+    workdir = tmp_path / "run"
+    processes = start(workdir, VOCO_JAX_SILENCE="6")
+    wait_until((workdir / "checkpoints" / "20").exists, processes)
+    processes[0].send_signal(signal.SIGSTOP)
+    try:
+        assert processes[1].wait(30) == 75
+        (error,) = errors(workdir, 1)
+        assert error.startswith("error: process 0 has given no sign of life for 6 s: it died or was stopped")
+        assert "Traceback" not in Path(f"{workdir}.1.log").read_text()
+    finally:
+        processes[0].send_signal(signal.SIGCONT)
+    assert processes[0].wait(30) == 75
+    (error,) = errors(workdir, 0)
+    assert error.startswith("error: process 1 has given no sign of life for 6 s")
 
 
 def test_one_fails(tmp_path):
@@ -119,10 +137,12 @@ def test_one_fails(tmp_path):
 def test_one_dies_inside_of_a_save(tmp_path):
     """No error of the disk, which would have to be mended: the others end to be started again, and say who has gone."""
     address = f"localhost:{free_port()}"
-    first, second = run_two(lambda i: (address, i, str(tmp_path)), lambda i: {}, script=SAVE)
+    first, second = run_two(lambda i: (address, i, str(tmp_path)), lambda i: {"VOCO_JAX_SILENCE": "6"}, script=SAVE)
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 75, first.stderr
     (error,) = [line for line in first.stderr.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: process 1 has given no sign of life for 6 s: it died, or its machine did")
+    assert error.startswith(
+        "error: process 1 has given no sign of life for 6 s: it died or was stopped, or its machine"
+    )
     assert "Traceback" not in first.stderr
     assert (tmp_path / "checkpoints" / "1").is_dir() and not (tmp_path / "checkpoints" / "2").exists()

@@ -6,6 +6,7 @@ import signal
 import sys
 
 from voco_jax import interrupts
+from voco_jax.outages import passing, reason
 from voco_jax.terminal import printable
 
 
@@ -31,8 +32,21 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def cannot(line: str, error: BaseException) -> UserError:
+    """What to raise where a file system or a bucket refuses: a line that ends with the reason; `TryAgain` where nobody
+    has to mend anything."""
+    return (TryAgain if passing(error) else UserError)(f"{line}: {reason(error)}")
+
+
+def exit_status(error: BaseException) -> int:
+    """What a command exits with that an error ends."""
+    known = getattr(error, "status", None)
+    return known or (TryAgain if isinstance(error, OSError) and passing(error) else UserError).status
+
+
 def one_line_errors(main: Callable) -> Callable:
-    """Decorator for a command line's `main`: an error that the user can mend is one line, exit status 2."""
+    """Decorator for a command line's `main`: an error that the user can mend is one line, exit status 2; or
+    75, where it may be over the next time."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -41,7 +55,7 @@ def one_line_errors(main: Callable) -> Callable:
                 return main(*args, **kwargs)
         except (UserError, OSError) as error:  # OSError: disk full, no permission …; its text names the file
             print(f"error: {printable(str(error))}", file=sys.stderr)
-            sys.exit(getattr(error, "status", UserError.status))
+            sys.exit(exit_status(error))
         except KeyboardInterrupt:
             if interrupts.listening():
                 interrupts.end(interrupts.INTERRUPTED, interrupts.interrupted())

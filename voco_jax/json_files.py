@@ -5,7 +5,7 @@ import gc
 import json
 import os
 
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, cannot
 from voco_jax.files import read_text
 from voco_jax.storage import as_path, bucket_errors
 
@@ -22,7 +22,7 @@ def read_object(path: str | os.PathLike, hint: str = "", most: int = MOST) -> di
     except FileNotFoundError:
         raise UserError(f"{path}: not found{hint and f'; {hint}'}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise cannot(f"{path}: cannot be read", error) from None
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):

@@ -11,12 +11,13 @@ from pathlib import Path
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from urllib.request import getproxies
 
 from etils import epath
 
-from voco_jax.errors import TryAgain, UserError, first_line
+from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.parallel.distributed import may_be_of_another
 
 HOST = "storage.googleapis.com"
@@ -48,6 +49,9 @@ def as_path(address: str | AnyPath) -> AnyPath:
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets need gcsfs, which is not installed: pip install -e '.[gcs]'")
     _check_online(text)
+    from fsspec.config import conf
+
+    conf.setdefault("gs", {})["use_listings_cache"] = False  # others write and delete there too
     return epath.Path(text)
 
 
@@ -63,6 +67,29 @@ def _check_online(address: str) -> None:
 
 def in_bucket(path: AnyPath) -> bool:
     return "://" in str(path)
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether it is there. OSError where that cannot be known (no permission, a server that is away): libraries say
+    then that it is not."""
+    if in_bucket(path):
+        return path.exists()
+    return _status(path) is not None
+
+
+def is_directory(path: AnyPath) -> bool:
+    """Whether it is one, as `exists`."""
+    if in_bucket(path):
+        return path.is_dir()
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def same_place(a: str | AnyPath, b: str | AnyPath) -> bool:
@@ -124,7 +151,7 @@ def bucket_errors(path: AnyPath, but: type[Exception] = UserError) -> Iterator[N
     except Exception as error:
         if not in_bucket(path) or may_be_of_another(error):
             raise
-        raise UserError(f"{path}: {first_line(error)}") from error
+        raise cannot(str(path), error) from error
 
 
 @contextlib.contextmanager
@@ -140,13 +167,18 @@ def local_copy(directory: AnyPath) -> Iterator[Path]:
         yield copy
 
 
+def entries(directory: AnyPath) -> list[AnyPath]:
+    """What stands in a directory, unsorted; nothing where there is no directory. OSError as `exists`."""
+    return list(directory.iterdir()) if is_directory(directory) else []
+
+
 def list_files(directory: AnyPath) -> list[tuple[str, int, str]]:
     """The files that stand in a directory, by name: name, bytes, and what is another when the file is changed."""
     if not in_bucket(directory):
         found = ((path.name, path.stat()) for path in directory.iterdir() if path.is_file())
         return sorted((name, status.st_size, str(status.st_mtime_ns)) for name, status in found)
-    entries = _entries(directory, recursive=False)
-    return sorted((e["name"].rpartition("/")[2], e["size"], str(e.get("generation"))) for e in entries)
+    found = _entries(directory, recursive=False)
+    return sorted((e["name"].rpartition("/")[2], e["size"], str(e.get("generation"))) for e in found)
 
 
 def files_below(directory: AnyPath) -> list[AnyPath]:

@@ -24,7 +24,7 @@ from orbax.checkpoint import type_handlers
 import tensorstore as ts
 
 from voco_jax.convert.tensors import read_ahead
-from voco_jax.errors import UserError
+from voco_jax.errors import cannot
 from voco_jax.storage import plain_path
 from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.checkpoint_errors import read_errors
@@ -72,8 +72,7 @@ class _ParameterHandler(type_handlers.TypeHandler):
         try:
             return await self._serialize(parameters, infos, pending)
         except ValueError as error:  # TensorStore's only one: a full disk, no permission …
-            reason = str(error).split(" [")[0].rsplit(": ", 1)[-1]
-            raise UserError(f"{infos[0].parent_dir}: cannot be written: {reason}") from error
+            raise cannot(f"{infos[0].parent_dir}: cannot be written", error) from error
         finally:  # also after a failure: nobody can tidy up while files are still coming
             await asyncio.gather(*(write for write, _ in pending), return_exceptions=True)
 

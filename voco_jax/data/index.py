@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+import struct
 import sys
 import time
 import zipfile
@@ -26,6 +27,7 @@ from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord,
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
+from voco_jax.files import open_regular
 from voco_jax.terminal import printable
 
 CHUNK = 256  # records that a worker process looks at in one go
@@ -232,6 +234,13 @@ def _save(index: Index, file: Path) -> None:
         )
 
 
+# Of numpy and zipfile, where a file is not what they have written
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RuntimeError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
@@ -246,9 +255,9 @@ def _kept(file: Path) -> Index | None:
 
 def _load(file: Path) -> Index:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with open_regular(file) as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored}
         report = Report.from_dict(json.loads(str(arrays.pop("report"))))
         return Index(**arrays, report=report)
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise UserError(f"{file}: damaged ({error!r:.100}); delete it, and the index is made anew") from None

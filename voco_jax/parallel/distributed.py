@@ -22,7 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from voco_jax.errors import TryAgain, UserError
+from voco_jax.errors import TryAgain, UserError, exit_status
 
 _FLAGS = ("--coordinator", "--num_processes", "--process_id")
 _HINT = "--coordinator, --num_processes and --process_id set it by hand"
@@ -80,7 +80,8 @@ def start(
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that all processes leave at one time; what one of them raises in it, the others raise as a UserError.
+    """A block that all processes leave at one time; what one of them raises in it, the others raise as a UserError or
+    TryAgain.
 
     Without it they would wait in the next collective for one that is gone, and end minutes later with a stack trace.
     """
@@ -89,10 +90,12 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-        text = (str(caught) if isinstance(caught, UserError | OSError) else "") or repr(caught)  # empty is no error
+        line = (str(caught) if isinstance(caught, UserError | OSError) else "") or repr(caught)
+        text = f"{exit_status(caught)} {line}"
     for process, line in enumerate(texts_of_all(text)):
         if line and error is None:
-            error = UserError(f"process {process}: {line}")
+            status, _, line = line.partition(" ")
+            error = (TryAgain if int(status) == TryAgain.status else UserError)(f"process {process}: {line}")
     if error is not None:
         error.known_to_all = True
         raise error

@@ -14,10 +14,11 @@ import time
 import traceback
 
 from voco_jax import interrupts
-from voco_jax.errors import TryAgain, UserError, first_line
+from voco_jax.errors import TryAgain, UserError, exit_status, first_line
 
 _BEAT = 2.0  # seconds between two signs of life
-_SILENCE = 30.0  # seconds without one, after which a process is given up
+# Seconds without one, after which a process is given up; jax itself ends a process, with a stack trace, after 100
+_SILENCE = float(os.environ.get("VOCO_JAX_SILENCE", "30"))
 _ROOM = "voco_jax"  # of keys
 
 
@@ -26,7 +27,8 @@ def watch() -> Iterator[None]:
     """A block of a training's work in which the processes look after one another; alone, it ends at once by Ctrl-C.
 
     An error that leaves the block, and that the others do not know yet, is told to them; they print it and exit with
-    status 2. A process that dies without a word is missed by the others after half a minute: status 75.
+    status 2. A process that dies or is stopped without a word is missed by the others after half a
+    minute: status 75.
     """
     client = _client()
     if client is None:
@@ -35,6 +37,7 @@ def watch() -> Iterator[None]:
         return
     watcher = _Watcher(client)
     watcher.start()
+    threading.Thread(target=watcher.await_answers, daemon=True, name="watch of process 0").start()
     try:
         yield
     except Exception as error:
@@ -65,6 +68,16 @@ class _Watcher(threading.Thread):
         state = distributed.global_state  # jax.process_index() would ask for devices, which may not be free
         self._client, self._own, self._count = client, state.process_id, state.num_processes
         self._failing, self._done, self._ending = threading.Event(), threading.Event(), threading.Event()
+        self._answered = time.monotonic()
+
+    def await_answers(self) -> None:
+        """End this process where process 0, which has all keys, does not answer: a call to it waits without end."""
+        while not self._done.wait(_BEAT) and not self._ending.is_set():
+            silent = time.monotonic() - self._answered
+            if self._own != 0 and silent > _SILENCE:
+                self._ending.set()
+                print(f"error: {_gone(0)}", file=sys.stderr, flush=True)
+                _end(TryAgain.status)
 
     def run(self) -> None:
         beats: dict[int, str] = {}
@@ -72,6 +85,8 @@ class _Watcher(threading.Thread):
         for beat in range(2**62):
             if self._done.is_set():
                 return
+            if time.monotonic() - self._answered > _SILENCE / 2:  # this process was stopped for a while
+                heard = dict.fromkeys(range(self._count), time.monotonic())
             try:
                 self._put(f"alive/{self._own}", str(beat))
                 alive, errors = self._all("alive"), self._all("error")
@@ -81,7 +96,7 @@ class _Watcher(threading.Thread):
                 self._give_up(
                     f"process 0, which all others go by, does not answer: {first_line(error)}", TryAgain.status
                 )
-            now = time.monotonic()
+            self._answered = now = time.monotonic()
             for process, value in alive.items():
                 if beats.get(process) != value:
                     beats[process], heard[process] = value, now
@@ -91,11 +106,7 @@ class _Watcher(threading.Thread):
                     self._give_up(f"process {process}: {line}", int(status))
             gone = [p for p in heard if alive.get(p) != "done" and now - heard[p] > _SILENCE and p != self._own]
             if gone:
-                self._give_up(
-                    f"process {gone[0]} has given no sign of life for {_SILENCE:.0f} s: it died, or its machine did; "
-                    "the same command goes on from the newest checkpoint",
-                    TryAgain.status,
-                )
+                self._give_up(_gone(gone[0]), TryAgain.status)
             self._done.wait(_BEAT)
 
     def stop(self) -> None:
@@ -113,7 +124,7 @@ class _Watcher(threading.Thread):
                 self.join()  # it ends this process as soon as the others know
             traceback.print_exception(error)
         self._failing.set()
-        status = getattr(error, "status", UserError.status)
+        status = exit_status(error)
         if isinstance(error, KeyboardInterrupt):
             status, line = interrupts.INTERRUPTED, interrupts.interrupted()
         else:
@@ -149,6 +160,13 @@ class _Watcher(threading.Thread):
 
     def _all(self, room: str) -> dict[int, str]:
         return {int(key.rsplit("/", 1)[1]): value for key, value in self._client.key_value_dir_get(f"{_ROOM}/{room}/")}
+
+
+def _gone(process: int) -> str:
+    return (
+        f"process {process} has given no sign of life for {_SILENCE:.0f} s: it died or was stopped, or its machine; "
+        "the same command goes on from the newest checkpoint"
+    )
 
 
 def _end(status: int) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints of a run, by Orbax: parameters, optimizer, where the data stands, config and versions under one step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import json
@@ -14,19 +14,41 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from voco_jax.errors import UserError
+from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import read_text
+from voco_jax.outages import reason
 from voco_jax.parallel.distributed import texts_of_all, together
-from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, plain_path, remove
+from voco_jax.storage import (
+    AnyPath,
+    as_path,
+    bucket_errors,
+    entries,
+    exists,
+    in_bucket,
+    is_directory,
+    plain_path,
+    remove,
+)
 from voco_jax.train import run_files
-from voco_jax.train.checkpoint_errors import Damaged, FailedSave, read_errors, write_errors
+from voco_jax.train.checkpoint_errors import (
+    Damaged,
+    FailedSave,
+    await_writers,
+    check_files,
+    read_errors,
+    write_error,
+)
 from voco_jax.train.checksums import checksums
+from voco_jax.train.orbax_manager import make_manager
+from voco_jax.train.progress import say
 from voco_jax.train.run_files import ABOUT
 
+_MARK = "commit_success.txt"  # of Orbax, in a bucket: its checkpoint is whole
+_PAUSES = (1, 5, 20)  # seconds before a save that an outage has ended is tried again
+_LONGEST = 3600.0  # seconds of waiting for a save
+_POLL = 0.01  # seconds
 _SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write and read
-_NAMES = ocp.path.step.standard_name_format()  # of checkpoints' directories
 
 
 class Restored(NamedTuple):
@@ -52,53 +74,53 @@ class Checkpointer:
         """`config` says how many are kept (`train.keep…`), and is written into every checkpoint."""
         run = as_path(run)
         self._run = run if in_bucket(run) else run.resolve()
-        self._manager = None  # which only saving needs
         self.directory = self._run / "checkpoints"
-        with bucket_errors(self.directory):
-            if not create and not self.directory.is_dir():
+        self._config, self._failure, self._writing = config, FailedSave(), ""
+        self._failed, self._again = 0, False  # attempts since the last save that went well; whether one is due
+        self._manager = None  # which only saving needs: of what it cannot read it says that it is not there
+        with self._listing():
+            if create and not in_bucket(run):
+                self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
+            elif not create and not is_directory(self.directory):
                 raise UserError(f"{self.directory}: no checkpoint found")
-            self._config, self._failure, self._writing = config, FailedSave(), ""
-            if create:
-                self._failure.listen()
-                if not in_bucket(run):
-                    self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
             run_files.check_tree(self.directory)
-            self._tokenizer_sums = functools.cache(lambda: run_files.tokenizer_sums(self._run))
-            if create:
+        self._tokenizer_sums = functools.cache(lambda: run_files.tokenizer_sums(self._run))
+        self._orbax_directory = epath.Path(plain_path(self.directory))
+        if create:
+            self._failure.listen()
+            with self._listing():
                 self._tokenizer_sums()  # of the files that the training has just written or read
-            self._orbax_directory = epath.Path(plain_path(self.directory))
+
+    @contextlib.contextmanager
+    def _listing(self) -> Iterator[None]:
+        try:
+            with bucket_errors(self.directory, but=FileNotFoundError):
+                yield
+        except OSError as error:
+            raise cannot(f"{self.directory}: the checkpoints cannot be reached", error) from error
 
     def steps(self) -> list[int]:
-        """Of all whole checkpoints, the newest first."""
-        with bucket_errors(self.directory):
-            return sorted((found.step for found in _NAMES.find_all(self._orbax_directory)), reverse=True)
+        """Of all whole checkpoints, the newest first; UserError or TryAgain where they cannot be looked up."""
+        with self._listing():
+            named = [path for path in entries(self.directory) if path.name.isdecimal()]
+            # It has its name when it is whole; in a bucket, which knows no renaming, a mark
+            whole = [path for path in named if (exists(path / _MARK) if in_bucket(path) else is_directory(path))]
+        return sorted((int(path.name) for path in whole), reverse=True)
 
     def latest_step(self) -> int | None:
         return next(iter(self.steps()), None)
 
     # ---- Saving ------------------------------------------------------------------------------------------------
 
-    def _begin_to_save(self) -> None:
-        """Make Orbax's manager, which writes, and deletes what need not be kept. It reads a little of all checkpoints:
-        damaged ones must have been put aside."""
-        with bucket_errors(self.directory), read_errors(self.directory, self._orbax_directory):
-            self._manager = ocp.CheckpointManager(
-                self._orbax_directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=True,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._check_written),
-                    cleanup_tmp_directories=True,  # of saves that were killed; it goes on beside
-                    preservation_policy=_preservation_policy(self._config),
-                    # Only where there is one are metrics kept, though the policy has the last word
-                    best_fn=_eval_loss if self._config is not None and self._config.train.keep_best else None,
-                ),
-                item_handlers=_handlers(),
-            )
+    def _make_manager(self) -> ocp.CheckpointManager:
+        """What writes, and deletes what need not be kept. It reads a little of all checkpoints: damaged ones must have
+        been put aside."""
+        return make_manager(self._orbax_directory, self._config, self._check_written)
 
     def save(self, step: int, params, opt_state, data_state: dict, metrics: dict | None = None) -> None:
         """Start writing, and return when the arrays may change; waits for the save before, if that is still written.
 
-        metrics: what `train.keep_best` goes by. UserError where this or the save before cannot be written.
+        metrics: what `train.keep_best` goes by. Where it cannot be begun, that is tried again as `has_failed` says.
         """
         sums = {"params": checksums(params), "opt_state": checksums(opt_state)}
         about = run_files.describe(step, self._config, self._tokenizer_sums(), sums, data_state, metrics)
@@ -107,42 +129,97 @@ class Checkpointer:
             opt_state=ocp.args.StandardSave(opt_state),
             **{ABOUT: ocp.args.JsonSave(about)},
         )
-        self.wait()  # Orbax would too, but for good where the last one has failed
+        self._settle()  # Orbax would too, but for good where the last one has failed; else this one stands in for it
         self._writing, self._written = step, {"params": _shapes(params), "opt_state": _shapes(opt_state)}
-        if self._manager is None:
-            self._begin_to_save()
-        with self._write_errors():
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+        while True:
+            try:
+                self._manager = self._manager or self._make_manager()
+                self._manager.save(step, args=items, metrics=metrics, force=True)
+                self._again = False
+                return
+            except Exception as error:
+                if not self._fail(error):
+                    return
 
-    def saving(self) -> bool:
-        """Whether a save is being written."""
-        return self._manager is not None and self._manager.is_saving_in_progress()
+    def has_failed(self) -> bool:
+        """Whether what is being written beside has failed, and is to be saved again as it is by now; does not wait.
 
-    def check(self) -> None:
-        """UserError if what is being written beside has failed; does not wait for it."""
-        with self._write_errors():
+        An outage gets three more attempts, of one process; then it is TryAgain. UserError at once for what somebody has
+        to mend: a full disk, no permission. The older checkpoints stay.
+        """
+        if self._again or self._manager is None:
+            return self._again
+        try:
             if self._failure.error is not None:
                 raise self._failure.error
-            if self._manager is not None:
-                self._manager.check_for_errors()
+            self._manager.check_for_errors()
+        except Exception as error:
+            return self._fail(error)
+        return False
 
-    def wait(self) -> None:
-        """Until the last save is whole; UserError where it could not be written."""
-        self.check()
-        while self.saving():
-            time.sleep(0.01)
-            self.check()
-        with self._write_errors():
+    def wait(self) -> bool:
+        """Until the last save is whole; whether it is, as `has_failed`. UserError where it is there no more."""
+        if not self._settle():
+            return False
+        if self._writing != "" and jax.process_index() == 0 and self._is_there(self._writing) is False:
+            raise UserError(f"{self.directory / str(self._writing)}: the checkpoint was written, and is there no more")
+        return True
+
+    def _settle(self) -> bool:
+        polls = 0
+        while not (failed := self.has_failed()) and self._manager and self._manager.is_saving_in_progress():
+            time.sleep(_POLL)  # the sum of which is time that this process has run, even if it was stopped meanwhile
+            polls += 1
+            if polls * _POLL > _LONGEST:
+                self._failure.error = TimeoutError(f"it has not come to an end in {_LONGEST / 60:.0f} minutes")
+        if failed:
+            return False
+        try:
             if self._manager is not None:
                 self._manager.wait_until_finished()
+        except Exception as error:
+            if self._fail(error):
+                return False
+        self._failed = 0
+        return True
+
+    def _fail(self, error: Exception) -> bool:
+        """Say that a save has failed, and pause before it is tried again; raises where it is not to be. False where it
+        is whole, and what failed was to delete older ones."""
+        line = write_error(self.directory / str(self._writing), error)
+        alone = jax.process_count() == 1
+        if alone:
+            await_writers()  # or what they fail of would be taken for the next attempt's failure
+        if alone and self._writing != "" and self._is_there(self._writing):
+            say(f"{self.directory}: an older checkpoint cannot be deleted: {reason(error)}")
+            self._manager, self._failure.error, self._again = None, None, False
+            return False
+        if not alone or not isinstance(line, TryAgain) or self._failed == len(_PAUSES):
+            self._failure.error = self._failure.error or error
+            raise line from error
+        pause = _PAUSES[self._failed]
+        say(f"{line}; the one before is kept, and the next attempt made in {pause} s")
+        self._failed += 1
+        self._manager, self._failure.error, self._again = None, None, True
+        time.sleep(pause)
+        return True
+
+    def _is_there(self, step: int) -> bool | None:
+        """Whether a step's checkpoint is, whole; None where the disk or the bucket does not say."""
+        try:
+            return step in self.steps()
+        except UserError:
+            return None
 
     def close(self) -> None:
         """As `wait`, for the last time."""
         self._failure.close()
         if self._failure.error is not None or self._manager is None:
-            return  # it has been told, and Orbax would wait for what will not come; or nothing was written
-        with self._write_errors():
+            return  # it has been told, and Orbax would wait for what will not come
+        try:
             self._manager.close()
+        except Exception as error:
+            raise write_error(self.directory / str(self._writing), error) from error
 
     def _check_written(self) -> None:
         """That a reader finds what has been written, by its listing and its metadata. Orbax calls it before the
@@ -152,9 +229,6 @@ class Checkpointer:
         for item, expected in self._written.items():
             if _shapes(ocp.StandardCheckpointHandler().metadata(directory / item).tree) != expected:
                 raise ValueError(f"what was written of {item} is not there to be read")
-
-    def _write_errors(self):
-        return write_errors(self.directory / str(self._writing))
 
     # ---- Restoring ---------------------------------------------------------------------------------------------
 
@@ -171,10 +245,13 @@ class Checkpointer:
                     error = self._damage_of(step)
                 if error := next(filter(None, texts_of_all(error)), ""):
                     damaged.append((step, error))
+        self._put_aside([step for step, _ in damaged])
         for step, error in damaged:
             say(f"{error}; it is kept as {step}.damaged, and step {found.step} taken")
-        self._put_aside([step for step, _ in damaged])
-        self._begin_to_save()
+        try:
+            self._manager = self._manager or self._make_manager()
+        except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
+            raise write_error(self.directory, error) from error
         return found
 
     def _newest(self, read: Callable[[int], Any]) -> tuple[Any, list[tuple[int, str]]]:
@@ -182,15 +259,16 @@ class Checkpointer:
         newer ones, by step. `Damaged` where all are."""
         damaged: list[tuple[int, str]] = []
         for step in self.steps():
-            error, found = "", None
-            with together():
-                try:
-                    found = read(step)
-                except Damaged as damage:
-                    error = str(damage)
-            error = next(filter(None, texts_of_all(error)), "")  # all processes take the same checkpoint
-            if not error:
-                return found, damaged
+            for _ in range(2):  # what a disk gives once, and otherwise the next time, is not what it holds
+                error, found = "", None
+                with together():
+                    try:
+                        found = read(step)
+                    except Damaged as damage:
+                        error = str(damage)
+                error = next(filter(None, texts_of_all(error)), "")  # all processes take the same checkpoint
+                if not error:
+                    return found, damaged
             damaged.append((step, error))
         if damaged:
             raise Damaged(damaged[0][1])
@@ -202,7 +280,8 @@ class Checkpointer:
         if "opt_state" not in about.get("checksums", {}):
             there = self.directory / str(step)
             raise UserError(f"{there}: holds parameters alone, as converted runs do; begin with it (init_from)")
-        run_files.check_run(self._run, step, about, self._tokenizer_sums)
+        with self._read_errors(step):
+            run_files.check_run(self._run, step, about, self._tokenizer_sums)
         if error := self._damage_of(step):
             raise Damaged(error)
         self.check_shapes(step, params)
@@ -285,13 +364,14 @@ class Checkpointer:
         """What a checkpoint says of itself (`run_files.describe`), empty for a converted run of an earlier version.
         `Damaged` where that is not as it was written, UserError where its run's config or tokenizer is another."""
         about = self._read_about(step)
-        run_files.check_run(self._run, step, about, self._tokenizer_sums)
+        with self._read_errors(step):
+            run_files.check_run(self._run, step, about, self._tokenizer_sums)
         return about
 
     def _read_about(self, step: int) -> dict:
         directory = self.directory / str(step)
         with self._read_errors(step):
-            if {item for item in ("params", "opt_state", ABOUT) if (directory / item).exists()} == {"params"}:
+            if {item for item in ("params", "opt_state", ABOUT) if exists(directory / item)} == {"params"}:
                 return {}
             about = json.loads(read_text(directory / ABOUT / "metadata"))
             run_files.check_about(about, step)
@@ -320,16 +400,25 @@ class Checkpointer:
             if expected.get(name) != found.get(name):
                 raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")
 
-    def _read_errors(self, step: int):
-        return read_errors(self.directory / str(step), self._orbax_directory / str(step))
+    @contextlib.contextmanager
+    def _read_errors(self, step: int) -> Iterator[None]:
+        with read_errors(self.directory / str(step), self._orbax_directory / str(step)):
+            check_files(self.directory / str(step))
+            yield
 
     def _put_aside(self, steps: Sequence[int]) -> None:
         with together():
             if jax.process_index() == 0:
                 for step in steps:
                     target = self.directory / f"{step}.damaged"
-                    remove(target)
-                    (self.directory / str(step)).rename(target)
+                    try:
+                        remove(target)
+                        (self.directory / str(step)).rename(target)
+                    except OSError as error:
+                        line = f"{self.directory / str(step)}: the checkpoint is damaged, and cannot be renamed"
+                        raise cannot(f"{line} {target.name}", error) from error
+        if steps and self._manager is not None:
+            self._manager.reload()
 
 
 def newest_saved(checkpoints: AnyPath) -> int:
@@ -342,35 +431,6 @@ def all_finite(params) -> jax.Array:
     """Whether every number of a tree is one."""
     # A sum of floats is what XLA is fast at on a CPU; 0 · inf and 0 · nan are nan
     return jnp.isfinite(jnp.stack([(leaf * 0).sum(dtype=jnp.float32) for leaf in jax.tree.leaves(params)]).sum())
-
-
-def _handlers() -> dict:
-    return {
-        "params": ocp.StandardCheckpointHandler(),
-        "opt_state": ocp.StandardCheckpointHandler(),
-        ABOUT: ocp.JsonCheckpointHandler(),
-    }
-
-
-def _preservation_policy(config: ConfigDict | None):
-    if config is None:
-        return LatestN()  # a reader deletes nothing
-    policies = [LatestN(config.train.keep)]
-    if config.train.keep_every:
-        policies.append(EveryNSteps(config.train.keep_every))
-    if config.train.keep_best:
-        best = BestN(
-            get_metric_fn=_eval_loss,
-            reverse=True,  # the lowest last, which are kept
-            n=config.train.keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies.append(best)
-    return AnyPreservationPolicy(policies)
-
-
-def _eval_loss(metrics: dict) -> float:
-    return metrics["eval_loss"]
 
 
 def _by_layers(path, param) -> ocp.SaveArgs:

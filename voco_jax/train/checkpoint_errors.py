@@ -3,19 +3,27 @@ one line, and whether the checkpoint is damaged or only cannot be reached."""
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import inspect
 import logging
+import os
 import sys
 import threading
+import time
 import traceback
+from typing import NoReturn
 
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import TryAgain, UserError, cannot
+from voco_jax.files import check_regular
+from voco_jax.outages import chain, error_number, http_code, passing, reason, status_of
 from voco_jax.parallel.distributed import may_be_of_another
-from voco_jax.storage import AnyPath
+from voco_jax.storage import AnyPath, exists, in_bucket
 
-# What keeps a checkpoint from being read, and may be over the next time
-_NO_DAMAGE = (PermissionError, ConnectionError, TimeoutError, MemoryError)
-_NO_DAMAGE_WORDS = ("PERMISSION_DENIED", "Forbidden", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+# Of what was read and is not what was written: it is not there, cannot be decoded, or has another form. All else keeps
+# a checkpoint from being read, and leaves open what is in it.
+_DAMAGE_NUMBERS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_DAMAGE_STATUS = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT"}
+_DAMAGE_KINDS = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RecursionError, EOFError)
 
 
 class Damaged(UserError):
@@ -25,35 +33,77 @@ class Damaged(UserError):
 @contextlib.contextmanager
 def read_errors(checkpoint: AnyPath, orbax_name: AnyPath) -> Iterator[None]:
     """A block that reads a checkpoint, which Orbax knows by another name: `Damaged` where it is not as it was written,
-    UserError where it cannot be read."""
+    UserError or TryAgain where it cannot be read."""
     try:
         with _quiet_rest():
             yield
-    except Exception as error:  # Orbax raises all kinds, bare Exception among them
-        if may_be_of_another(error):
-            raise
-        reason = f"{first_line(error).replace(str(orbax_name.parent), str(checkpoint.parent)):.300}"
-        if isinstance(error, _NO_DAMAGE) or any(word in repr(error) for word in _NO_DAMAGE_WORDS):
-            raise UserError(f"{checkpoint}: the checkpoint cannot be read: {reason}") from error
-        raise Damaged(f"{checkpoint}: the checkpoint is damaged: {reason}") from error
-
-
-@contextlib.contextmanager
-def write_errors(checkpoint: AnyPath) -> Iterator[None]:
-    """A block that writes a checkpoint; UserError where it cannot be written."""
-    try:
-        yield
     except UserError:
         raise
-    except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own
+    except Exception as error:  # Orbax raises all kinds
         if may_be_of_another(error):
             raise
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:  # TensorStore tells the address and its own source lines too; the reason stands last
-            reason, of_tensorstore, _ = first_line(error).partition(" [")
-            reason = reason.rsplit(": ", 1)[-1] if of_tensorstore else reason
-        raise UserError(f"{checkpoint}: the checkpoint cannot be written: {reason}") from error
+        damaged = is_damage(error)
+        why = reason(error).replace(str(orbax_name.parent), str(checkpoint.parent))
+        if damaged:
+            raise Damaged(f"{checkpoint}: the checkpoint is damaged: {why:.300}") from error
+        raise (TryAgain if passing(error) else UserError)(
+            f"{checkpoint}: the checkpoint cannot be read: {why:.300}"
+        ) from error
+
+
+def check_files(checkpoint: AnyPath) -> None:
+    """UserError where something else stands for one of its files (Orbax would wait for a pipe's writer), OSError where
+    something in it cannot be looked up (Orbax takes it for missing)."""
+    if in_bucket(checkpoint):
+        return
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    for directory, directories, files in os.walk(checkpoint, onerror=refuse):
+        for name in files:
+            path = os.path.join(directory, name)
+            check_regular(path, os.stat(path))
+        for name in directories:
+            os.stat(os.path.join(directory, name))
+
+
+def check_file(path: AnyPath) -> None:
+    """The same of one file, which need not be there."""
+    if not in_bucket(path) and exists(path):
+        check_regular(path, os.stat(path))
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether it says that what was read is not what was written, and nothing about it that it could not be read."""
+    for link in chain(error):
+        if (number := error_number(link)) is not None or isinstance(link, OSError):
+            if number not in _DAMAGE_NUMBERS and not isinstance(link, FileNotFoundError):
+                return False
+        elif (code := http_code(link)) is not None:
+            if code != 404:
+                return False
+        elif (status := status_of(link)) and status not in _DAMAGE_STATUS:
+            return False
+    return isinstance(error, (OSError, *_DAMAGE_KINDS))
+
+
+def write_error(checkpoint: AnyPath, error: Exception) -> UserError:
+    """What to raise where a checkpoint cannot be written: UserError, or TryAgain if the next attempt may succeed.
+    Raises the error itself where it is one of these, or another process's."""
+    if isinstance(error, UserError) or may_be_of_another(error):
+        raise error
+    return cannot(f"{checkpoint}: the checkpoint cannot be written", error)
+
+
+def await_writers(seconds: float = 10.0) -> None:
+    """Until the threads of a save that has failed have come to their end, which takes them no time but for a disk that
+    does not answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(
+        thread.name == "async_save" or type(thread).__module__.startswith("orbax") for thread in threading.enumerate()
+    ):
+        time.sleep(0.01)
 
 
 class FailedSave(logging.Filter):

@@ -179,25 +179,27 @@ def _train(run: _Setup, begun: float) -> None:
                     done = step
                     log.add(step, metrics, batches.amount(step - 1))
                     profiler.after_step(step, metrics)
-                preempted, evaluation = preemption.reached(step), None
+                preempted, values = preemption.reached(step), None
                 if evaluator is not None and evaluator.due(step) and not preempted:  # which may take too long
                     log.settle()
                     with goodput.during("evaluation"):
-                        evaluation = evaluator(step, params)
+                        values, *_ = evaluation = evaluator(step, params)
                         log.evaluated(step, *evaluation)
-                if preempted or step % config.train.checkpoint_every == 0 or step == steps[-1]:
+                last = preempted or step == steps[-1]
+                if last or step % config.train.checkpoint_every == 0 or checkpointer.has_failed():
                     log.settle()
                     with goodput.during("checkpoint"):
                         _check_finite(params, step)
-                        values = evaluation.values if evaluation else None
-                        checkpointer.save(step, params, opt_state, batches.state_at(step), values)
+                        whole = False
+                        while not whole:
+                            workdir.check()
+                            checkpointer.save(step, params, opt_state, batches.state_at(step), values)
+                            whole = not last or checkpointer.wait()
+                        workdir.check()
                         workdir.publish()
                     goodput.mark(step)
-                checkpointer.check()
-                if preempted:
+                if last:
                     break
-            with goodput.during("checkpoint"):
-                checkpointer.wait()
             _say(goodput.summary())
         if step != steps[-1]:
             _say(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")

@@ -14,6 +14,7 @@ import numpy as np
 from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
 from voco_jax.files import read_bytes
+from voco_jax.storage import exists
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.optimizer import make_schedule
 from voco_jax.train.progress import Progress, describe, say
@@ -240,7 +241,7 @@ def _step_of(line: str) -> int | None:
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`."""
-    if not path.exists():
+    if not exists(path):
         return
     # Nothing stands after the last newline, but in a killed run
     *lines, unfinished = read_bytes(path).decode(errors="replace").split("\n")

@@ -18,7 +18,7 @@ from voco_jax.errors import UserError
 from voco_jax.files import read_bytes
 from voco_jax.json_files import read_object
 from voco_jax.run import inherit
-from voco_jax.storage import AnyPath, as_path, bucket_errors, same_place
+from voco_jax.storage import AnyPath, as_path, bucket_errors, exists, same_place
 from voco_jax.train.optimizer import make_schedule
 
 BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
@@ -114,7 +114,7 @@ def base_of(run: AnyPath, step: int) -> dict:
     """What `BASE` holds of a run's checkpoint. It stays the same when the run is moved or copied."""
     with bucket_errors(run):
         metadata = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"  # when it was made, to the nanosecond
-        made = hashlib.sha256(read_bytes(metadata)).hexdigest() if metadata.exists() else ""
+        made = hashlib.sha256(read_bytes(metadata)).hexdigest() if exists(metadata) else ""
     return {"run": str(run), "step": step, "made": made}
 
 
@@ -122,7 +122,7 @@ def _check_base(found: str, stored: str, workdir: AnyPath) -> None:
     if not found or same_place(found, stored):
         return
     with bucket_errors(workdir):
-        base = read_object(workdir / BASE) if (workdir / BASE).exists() else {}
+        base = read_object(workdir / BASE) if exists(workdir / BASE) else {}
     made, step = base.get("made"), base.get("step")
     if made and type(step) is int and base_of(as_path(found), step)["made"] == made:
         return

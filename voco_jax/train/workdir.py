@@ -7,20 +7,23 @@ writes, all look. It may lie in a bucket (`gs://…`), which all hosts share wit
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import os
 from pathlib import Path
 import socket
 import tempfile
 import time
+from typing import TextIO
 
 import jax
 from ml_collections import ConfigDict
 
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, cannot
 from voco_jax.files import check_regular
+from voco_jax.outages import passing
 from voco_jax.parallel.distributed import together
-from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, upload
+from voco_jax.storage import AnyPath, as_path, bucket_errors, entries, exists, in_bucket, is_directory, upload
 from voco_jax.train.resume import BASE, check_same_run
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
@@ -37,14 +40,38 @@ class Workdir:
     whose files cannot grow, a temporary one that `publish` copies there.
     """
 
-    def __init__(self, path: AnyPath, logs: Path):
-        self.path, self.logs, self._published = path, logs, {}
+    def __init__(self, path: AnyPath, logs: Path, lock: TextIO | None = None):
+        """`lock` is the open `.lock`, of the process that holds it."""
+        self.path, self.logs, self._published, self._lock = path, logs, {}, lock
 
     def save_config(self, config: ConfigDict) -> None:
         """What the run goes on with, once nothing more speaks against it; by the first process."""
         if jax.process_index() == 0:
             with bucket_errors(self.path):
                 save_config(config, self.path / "config.json")
+
+    def check(self) -> None:
+        """UserError where the directory is there no more, or another has its name: a checkpoint would be all that it
+        holds."""
+        if in_bucket(self.path):
+            with bucket_errors(self.path):
+                there = jax.process_index() > 0 or exists(self.path / "config.json")
+        elif self._lock is None:
+            return
+        else:
+            try:
+                there = os.path.samestat(os.stat(self.path / ".lock"), os.fstat(self._lock.fileno()))
+            except (FileNotFoundError, NotADirectoryError):
+                there = False
+            except OSError as error:
+                if passing(error):
+                    return  # saving will meet it, and may try again
+                raise cannot(f"workdir {self.path}: cannot be looked up", error) from error
+        if not there:
+            raise UserError(
+                f"workdir {self.path}: is there no more, or is another directory: it was deleted, moved or replaced "
+                "while this training ran"
+            )
 
     def publish(self) -> None:
         """Bring what is new in `logs` to the bucket, if the directory lies in one."""
@@ -77,14 +104,14 @@ def checkpointed_steps(workdir: AnyPath) -> list[int]:
     it may only be under way: then Orbax will say that there is none.
     """
     with bucket_errors(workdir):
-        if not workdir.exists():
+        if not exists(workdir):
             return []
         directory = workdir / "checkpoints"
-        steps = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
+        steps = [int(path.name) for path in entries(directory) if path.name.isdecimal()]
         if not steps:
-            entries = {path.name for path in workdir.iterdir()} if workdir.is_dir() else {workdir.name}
-            ours = in_bucket(workdir) or ".lock" in entries
-            if entries - _BEGINNINGS or entries and not ours:
+            names = {path.name for path in entries(workdir)} if is_directory(workdir) else {workdir.name}
+            ours = in_bucket(workdir) or ".lock" in names
+            if names - _BEGINNINGS or names and not ours:
                 raise UserError(f"workdir {workdir}: expected a run or an empty directory, found other files")
     return steps
 
@@ -97,14 +124,14 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
     together, and if one cannot, none does.
     """
     first = jax.process_index() == 0
-    bucket = in_bucket(workdir)
+    bucket, lock = in_bucket(workdir), None
     with contextlib.ExitStack() as held:
         with together(), bucket_errors(workdir):
             if first:
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not bucket:
                     _check_kinds(workdir)
-                    _lock(workdir, held.enter_context((workdir / ".lock").open("w")))
+                    lock = held.enter_context(_lock(workdir))
         with together():
             if not bucket:
                 _check_shared(workdir)
@@ -119,7 +146,7 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
                         (workdir / name).unlink(missing_ok=True)
                     _save_tokenizer(tokenizer, workdir / "tokenizer")
                     save_config(config, workdir / "config.json")
-        run = Workdir(workdir, logs)
+        run = Workdir(workdir, logs, lock)
         try:
             yield run
         finally:
@@ -149,11 +176,21 @@ def _save_tokenizer(tokenizer, directory: AnyPath) -> None:
         upload(Path(temporary) / "tokenizer", directory)
 
 
-def _lock(workdir: Path, lock) -> None:
+def _lock(workdir: Path) -> TextIO:
+    """The open `.lock`, held until it is closed."""
+    path = workdir / ".lock"
+    # A pipe of that name would wait for its reader; nothing is written to it
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+")
     try:
+        check_regular(path, os.fstat(lock.fileno()))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         raise UserError(f"workdir {workdir}: another process is training in it") from None
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def _check_shared(workdir: Path) -> None:

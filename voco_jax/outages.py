@@ -1,0 +1,87 @@
+"""What the errors of disks, network file systems and buckets mean, whichever library raises them: whether the same may
+succeed the next time, or somebody has to mend something."""
+
+from collections.abc import Iterator
+import errno
+import os
+import re
+
+# A server that is away, a connection that broke, a disk that did not answer. EIO is among them: it is what network
+# file systems give when their server is away for too long.
+_PASSING_NUMBERS = {
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENFILE, errno.ENOLCK, errno.ETIMEDOUT,
+    errno.EPIPE, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ESHUTDOWN,
+    errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
+    errno.ENOLINK,
+    errno.ENOTEMPTY,  # a directory is deleted while somebody still writes into it
+}  # fmt: skip
+_PASSING_HTTP = {408, 425, 429}  # and 500 to 599
+_STATUSES = {
+    "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
+    "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+    "INTERNAL", "UNAVAILABLE", "DATA_LOSS",
+}  # fmt: skip
+_PASSING_STATUS = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"}
+# Of aiohttp, google.auth and requests, which are imported only where there are buckets
+_PASSING_NAMES = {"ClientConnectionError", "ClientPayloadError", "TransportError", "ConnectionError", "Timeout"}
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same may succeed the next time, though nobody mends anything."""
+    for link in chain(error):
+        if (number := error_number(link)) is not None:
+            return number in _PASSING_NUMBERS
+        if (code := http_code(link)) is not None:
+            return code in _PASSING_HTTP or 500 <= code < 600
+        names = {kind.__name__ for kind in type(link).__mro__}
+        if names & _PASSING_NAMES or isinstance(link, TimeoutError) or status_of(link) in _PASSING_STATUS:
+            return True
+    return False
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it comes of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's, of TensorStore's errors too, which are texts; None where it has none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\bos_error_code='(\d+)'", str(error)) if status_of(error) else None
+    return int(found[1]) if found else None
+
+
+def http_code(error: BaseException) -> int | None:
+    """What a bucket's server answered; None where that is not the matter."""
+    if type(error).__module__.startswith("gcsfs"):
+        code = getattr(error, "code", None)
+        return int(code) if str(code).isdecimal() else None
+    found = re.search(r"\bhttp_response_code='(\d+)'", str(error)) if status_of(error) else None
+    return int(found[1]) if found else None
+
+
+def status_of(error: BaseException) -> str:
+    """The status with which the errors of C++ libraries begin (`DATA_LOSS`); '' of others."""
+    word = str(error).partition(": ")[0] if isinstance(error, ValueError | RuntimeError) else ""
+    return word if word in _STATUSES else ""
+
+
+def reason(error: BaseException) -> str:
+    """Why, in one line, without the file."""
+    for link in chain(error):
+        if number := error_number(link):
+            return os.strerror(number)
+    lines = [line.strip() for line in str(_root(error)).splitlines() if line.strip()]
+    if not lines:
+        return type(_root(error)).__name__
+    line = re.sub(r" \[[a-z_]+='.*", "", lines[0])
+    return line.rsplit(": ", 1)[-1] if line != lines[0] else line  # TensorStore tells all of the request around it
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
