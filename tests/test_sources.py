@@ -127,7 +127,7 @@ def test_a_row_that_no_model_reads(tmp_path):
     file.write_bytes(ROW + b"\n" + b'{"question": "' + b"x" * 5 * 2**20 + b'"}\n' + ROW + b"\n")
     rows = JsonRows(file)
     assert rows[0] == rows[2] == json.loads(ROW)
-    with pytest.raises(BadRecord, match="expected a row of 4194304 bytes at most, found 5242896"):
+    with pytest.raises(BadRecord, match="expected a row of 1048576 bytes at most, found 5242896"):
         rows[1]
 
 

@@ -294,7 +294,7 @@ def _naming(picture: Picture | str) -> Iterator[None]:
 # For damaged files; RuntimeError is AVIF's.
 UNREADABLE = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError,
-    EOFError, RuntimeError, AssertionError, struct.error, zlib.error, MemoryError,
+    EOFError, RuntimeError, AssertionError, struct.error, zlib.error, MemoryError, ImageCms.PyCMSError,
 )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ from fractions import Fraction
 import io
 import math
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from voco_jax.data.container_headers import Enough, Headers
 from voco_jax.data.container_sizes import what_is_missing
 from voco_jax.data.images import FORMATS as PICTURE_FORMATS
-from voco_jax.data.images import MAX_SIDE
+from voco_jax.data.images import MAX_SIDE, UNREADABLE
 from voco_jax.data.mp4_boxes import check_counts
+from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import UNREADABLE_VIDEO, BadRecord, Clip
 from voco_jax.data.sources.roots import in_bucket, open_file
 from voco_jax.errors import UserError, first_line
@@ -65,10 +66,11 @@ def open_video(clip: Clip) -> Iterator["VideoFile"]:
 def _picture_format(file: io.IOBase) -> str:
     """' a picture (PNG)' where the file is one."""
     try:
-        file.seek(0)
+        if asks_too_much(file, whole=False):
+            return ""
         with Image.open(file, formats=PICTURE_FORMATS) as image:
             return f" a picture ({image.format})"
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+    except (Image.DecompressionBombError, *UNREADABLE):
         return ""
 
 

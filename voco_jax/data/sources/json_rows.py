@@ -20,7 +20,7 @@ from voco_jax.errors import UserError
 from voco_jax.files import open_regular
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket
 
-MOST_ROW = 2**22  # bytes: a million tokens
+MOST_ROW = 2**20  # bytes: some 250,000 tokens
 LEAST_ROW = 16  # bytes of a row on average: a question and its answer are more
 _MANY = 10_000  # rows, of which the average is taken
 _PIECE = 2**20  # bytes that are read at once
