@@ -323,6 +323,13 @@ def test_pictures_that_ask_much_and_not_too_much():
     assert load_image(encoded(Image.new("LA", (600, 600), (50, 0)), "PNG")).getcolors() == [(360000, (255,) * 3)]
 
 
+def test_headers_that_are_cut_off():
+    for data in (scans(0), tiff_tile(64), jpeg_2000(64, 32, b"\x55\x66"), encoded(Image.new("L", (4, 4)), "PNG")):
+        for size in range(0, min(len(data), 120), 3):
+            with pytest.raises(BadRecord):
+                load_image(data[:size])
+
+
 def test_an_icon_larger_than_it_says():
     png = encoded(Image.new("1", (9500, 9500)), "PNG")
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png

@@ -92,9 +92,10 @@ def _png(file: BinaryIO) -> str:
 
 def _tiff(file: BinaryIO, head: bytes) -> str:
     """Of the first picture."""
+    head = head.ljust(16, b"\0")  # of a file that is cut off
     order, large = "<" if head[:1] == b"I" else ">", b"+" in head[:4]
     place = struct.unpack_from(order + "Q", head, 8)[0] if large else struct.unpack_from(order + "I", head, 4)[0]
-    file.seek(min(place, 2**62))
+    file.seek(min(place, file.seek(0, io.SEEK_END)))
     width = 8 if large else 2
     count = int.from_bytes(file.read(width), "little" if order == "<" else "big")
     step, values = (20 if large else 12), {}
