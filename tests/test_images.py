@@ -325,7 +325,7 @@ def test_pictures_that_ask_much_and_not_too_much():
 
 def test_headers_that_are_cut_off():
     for data in (scans(0), tiff_tile(64), jpeg_2000(64, 32, b"\x55\x66"), encoded(Image.new("L", (4, 4)), "PNG")):
-        for size in range(0, min(len(data), 120), 3):
+        for size in range(40):
             with pytest.raises(BadRecord):
                 load_image(data[:size])
 
