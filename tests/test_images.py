@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import struct
 import zlib
@@ -7,10 +8,16 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from voco_jax.config import default_config
 from voco_jax.data.images import ImageProcessor, is_picture, load_image, pad_to_square
 from voco_jax.data.pipeline import stack_images
-from voco_jax.data.records import TOO_LARGE, BadRecord
+from voco_jax.data.records import TOO_LARGE, BadRecord, Picture
 from voco_jax.errors import UserError
+from voco_jax.infer.memory import fingerprint
+from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.vit import ViTConfig
+from voco_jax.models.voco import VoCoConfig
+from voco_jax.run import make_processor
 
 MEAN_COLOUR = (122, 116, 104)
 
@@ -224,7 +231,7 @@ def test_what_is_not_a_picture_is_one_line():
         (io.StringIO("text"), "expected a path, .* found str"),
         (b"", "not a readable picture"),
         (b"GIF89a", "not a readable picture"),
-        (Image.new("L", (20_000, 1)), "20000 × 1 pixels"),
+        (Image.new("L", (20_000, 1)), "20000 × 1 pixels: expected 16384 at most .config.data.limits.picture_side., f"),
     ):
         with pytest.raises(BadRecord, match=f"^picture: {message}"):
             load_image(picture)
@@ -328,6 +335,18 @@ def test_headers_that_are_cut_off():
         for size in range(40):
             with pytest.raises(BadRecord):
                 load_image(data[:size])
+
+
+def test_limits_of_a_config():
+    config = default_config()
+    config.data.limits.update(picture_pixels=20_000, picture_side=20_000)
+    processor = make_processor(config)
+    assert processor.load(Picture(data=encoded(Image.new("L", (20_000, 1)), "PNG"))).size == (20_000, 1)
+    with pytest.raises(BadRecord, match="200 × 101 pixels: expected 20000 at most .config.data.limits.picture_pixels"):
+        processor.load(Picture(data=encoded(Image.new("L", (200, 101)), "PNG")))
+    # Which pictures are read is no part of what a memory is of
+    model, other = VoCoConfig(LlamaConfig(), ViTConfig(), voco_token_id=9), dataclasses.replace(processor, max_side=1)
+    assert fingerprint(model, {}, processor) == fingerprint(model, {}, other)
 
 
 def test_an_icon_larger_than_it_says():

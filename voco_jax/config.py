@@ -85,6 +85,10 @@ def default_config() -> ConfigDict:
     config.data.processor.image_std = (0.26862954, 0.26130258, 0.27577711)  # standard deviations; CLIP's
     config.data.processor.pad_color = ()  # (red, green, blue), 0 … 255, around a padded picture; (): the mean colour
 
+    config.data.limits = ConfigDict()  # what is larger is not read
+    config.data.limits.picture_pixels = 89_478_485  # width × height of a picture: 2^30 bytes in all that is made of it
+    config.data.limits.picture_side = 16_384  # longer side of a picture, in pixels
+
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
     config.data.images_per_bin = 1  # places for pictures, or frames of a clip; a record with more is left out
@@ -249,7 +253,7 @@ ADDED_LATER = {
     "optim.rounding": "nearest",
     **{
         f"data.{group}.{key}": value
-        for group in ("processor", "custom_template")
+        for group in ("processor", "custom_template", "limits")
         for key, value in default_config().data[group].items()
     },
 }
@@ -327,14 +331,10 @@ RANGES = {
     **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
     **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "frame", "tensor")},
     "tokenizer.vocab_size": (1, None),
-    "data.batch_size": (1, None),
-    "data.images_per_bin": (0, None),
-    "data.rows_per_bin": (0, None),
-    "data.row_length": (0, None),
-    "data.conversations_per_record": (0, None),
-    "data.video.num_frames": (0, None),
-    "data.video.fps": (0, None),
-    "data.video.max_frames": (0, None),
+    **dict.fromkeys(("data.batch_size", "data.limits.picture_pixels", "data.limits.picture_side"), (1, None)),
+    **{f"data.{key}": (0, None) for key in ("images_per_bin", "rows_per_bin", "row_length")},
+    **{f"data.{key}": (0, None) for key in ("conversations_per_record", "video.num_frames")},
+    **{f"data.{key}": (0, None) for key in ("video.fps", "video.max_frames")},
     "data.random_crop": (1e-3, 1.0000001),
     "data.color_jitter": (0, 1),
     "data.max_bad_share": (0, 1.0000001),

@@ -238,7 +238,12 @@ def make_processor(config: ConfigDict) -> ImageProcessor:
     fields = {_PROCESSOR_FIELDS.get(key, key): value for key, value in data.processor.items()}
     try:
         return ImageProcessor(
-            config.model.vision.image_size, data.aspect_ratio, transparency=data.transparency, **fields
+            config.model.vision.image_size,
+            data.aspect_ratio,
+            transparency=data.transparency,
+            max_pixels=data.limits.picture_pixels,
+            max_side=data.limits.picture_side,
+            **fields,
         )
     except ValueError as error:
         raise UserError(f"config.data.{error}") from None

@@ -28,6 +28,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 # What `load_image` opens: a file's path or its bytes, a file object, a PIL image, or an array (also jax's, torch's).
 PictureLike = str | os.PathLike | Picture | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's: 2^30 / 12
 MAX_SIDE = 16384  # pixels: a picture of few but in one long row would be padded to a square of gigabytes
 _MAX_RESIZED = 2**25  # pixels of a resized picture, 128 MiB: of a longer one only the part that is kept is resized
 
@@ -61,6 +62,7 @@ class ImageProcessor:
     rescale_factor: grey levels 0 … 255 are multiplied with it.
     pad_color: grey levels of red, green and blue around a padded picture; `()` for the mean colour.
     transparency: 'white' shows what is transparent on white, 'drop' shows the colours that are stored behind it.
+    max_pixels, max_side: of a larger picture nothing is read.
     """
 
     size: int = 336
@@ -73,6 +75,8 @@ class ImageProcessor:
     rescale_factor: float = 1 / 255
     pad_color: tuple[int, ...] = ()
     transparency: str = "drop"
+    max_pixels: int = MAX_PIXELS
+    max_side: int = MAX_SIDE
 
     def __post_init__(self):
         """ValueError for a value that cannot be, under the name of its key in `config.data`."""
@@ -101,7 +105,7 @@ class ImageProcessor:
 
     def load(self, picture: PictureLike, on_odd: Callable[[str], None] | None = None) -> Image.Image:
         """`load_image`, with transparency as this processor wants it."""
-        return load_image(picture, on_odd, self.transparency)
+        return load_image(picture, on_odd, self.transparency, self.max_pixels, self.max_side)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """`pixel_values` [size, size, 3], float32, of an RGB picture."""
@@ -200,14 +204,18 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def load_image(
-    picture: PictureLike, on_odd: Callable[[str], None] | None = None, transparency: str = "white"
+    picture: PictureLike,
+    on_odd: Callable[[str], None] | None = None,
+    transparency: str = "white",
+    max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
 ) -> Image.Image:
     """The picture in 8-bit RGB and upright, the same from a path, bytes, a file object, a PIL image or an array.
 
     Arrays are [height, width] (grey) or [height, width, 1 … 4] (grey, grey and alpha, RGB, RGBA), in uint8, bool,
     uint16, or a float dtype with values 0 … 1. A PIL image is turned by its EXIF data as a file is. Of an animated
     picture the first frame is taken, of a PIL image the one that it stands at. Of 16 bits the upper 8 are. Colour
-    profiles are not applied, as in the released code. `transparency`: see `ImageProcessor`.
+    profiles are not applied, as in the released code. The other arguments: see `ImageProcessor`.
 
     BadRecord names a picture that is missing, broken, a decompression bomb or not a picture. `on_odd` hears of one that
     is read and yet not what one expects.
@@ -217,13 +225,15 @@ def load_image(
         picture = _from_array(picture)
     if isinstance(picture, Image.Image):
         with _naming("picture"):
-            return _as_seen(picture, "picture", say, transparency)
+            return _as_seen(picture, "picture", say, transparency, max_pixels, max_side)
     picture = _encoded(picture)
     file = open_file(picture.file, whole=True) if picture.data is None else io.BytesIO(picture.data)
     if found := asks_too_much(file):
         raise BadRecord(TOO_LARGE, f"{picture}: {found}")
+    if max_pixels > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice that by itself
+        Image.MAX_IMAGE_PIXELS = max_pixels
     with _naming(picture), Image.open(file, formats=FORMATS) as image:
-        return _as_seen(image, picture, say, transparency)
+        return _as_seen(image, picture, say, transparency, max_pixels, max_side)
 
 
 def is_picture(value) -> bool:
@@ -298,16 +308,29 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def _as_seen(image: Image.Image, name: Picture | str, say: Callable[[str], None], transparency: str) -> Image.Image:
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > MAX_SIDE:  # Pillow: twice that
-        raise BadRecord(TOO_LARGE, f"{name}: {image.width} × {image.height} pixels")
+def _check_size(image: Image.Image, name: Picture | str, max_pixels: int, max_side: int) -> None:
+    width, height = image.size
+    for key, found, most in (("pixels", width * height, max_pixels), ("side", max(width, height), max_side)):
+        if found > most:
+            expected = f"expected {most} at most (config.data.limits.picture_{key})"
+            raise BadRecord(TOO_LARGE, f"{name}: {width} × {height} pixels: {expected}, found {found}")
+
+
+def _as_seen(
+    image: Image.Image,
+    name: Picture | str,
+    say: Callable[[str], None],
+    transparency: str,
+    max_pixels: int,
+    max_side: int,
+) -> Image.Image:
+    _check_size(image, name, max_pixels, max_side)
     if getattr(image, "is_animated", False):
         say("animated picture")
     if image.mode in ("CMYK", "P"):
         say(f"{image.mode} picture")
     image = _upright(image, say)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # an icon's header is not that of the picture in it
-        raise BadRecord(TOO_LARGE, f"{name}: {image.width} × {image.height} pixels")
+    _check_size(image, name, max_pixels, max_side)  # again: an icon's header is not that of the picture in it
     if image.mode.startswith("I"):
         say("16-bit picture")
         image = _from_deep_grey(image)

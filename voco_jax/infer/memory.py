@@ -13,7 +13,7 @@ import json
 import jax
 import numpy as np
 
-from voco_jax.data.images import ImageProcessor
+from voco_jax.data.images import MAX_PIXELS, MAX_SIDE, ImageProcessor
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Memory, VoCoConfig
 from voco_jax.terminal import printable
@@ -210,7 +210,7 @@ def fingerprint(
         "vision": _described(config.vision),
         "prompt": [config.prefix_ids, config.suffix_ids, config.voco_token_id],
         "lora": None if config.lora is None else _described(config.lora),
-        "pixels": _described(processor),
+        "pixels": _described(dataclasses.replace(processor, max_pixels=MAX_PIXELS, max_side=MAX_SIDE)),
     }
     if vocabulary:
         described["vocabulary"] = vocabulary
@@ -221,7 +221,7 @@ def fingerprint(
 # memories stay readable.
 _ADDED_LATER = {
     "resize_to": (), "do_resize": True, "resample": "bicubic", "rescale_factor": 1 / 255, "pad_color": (),
-    "transparency": "drop",
+    "transparency": "drop", "max_pixels": MAX_PIXELS, "max_side": MAX_SIDE,
     "rope_type": "llama3", "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0, "truncate": True,
 }  # fmt: skip
 
