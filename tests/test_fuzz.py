@@ -34,6 +34,16 @@ def test_what_goes_wrong_is_noticed():
     assert "ValueError: a traceback" in report.outcomes[2].said and len(report.bad) == 7
 
 
+class Unmade(Target):
+    def make(self, directory):
+        raise ValueError("no input")
+
+
+def test_a_target_that_cannot_be_made_ends_the_suite():
+    with pytest.raises(RuntimeError, match="its inputs were not made: (.*\\n)*ValueError: no input"):
+        run("tests.test_fuzz:Unmade", range(5))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_hostile_input_is_a_line_or_a_result(name):
     report = run(name, range(max(5, round(target(name).count * SHARE))), seed=1, seconds=30)  # others run beside

@@ -77,20 +77,22 @@ def run(
     outcomes, left = [], collections.deque(cases)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="fuzz_") as temporary:
-        directory = Path(temporary) / "inputs"
-        directory.mkdir()
         while left:
+            directory = Path(temporary) / f"inputs_{len(outcomes)}"
+            directory.mkdir()
             ours, theirs = context.Pipe()
             child = context.Process(target=_child, args=(name, seed, directory, theirs), daemon=True)
             child.start()
             theirs.close()
-            what = "making the case"
+            what = None  # until there is a case
             try:
-                assert ours.poll(300) and ours.recv() == "ready", f"{name}: its inputs were not made"
+                if not ours.poll(300) or ours.recv() != "ready":
+                    raise TimeoutError(f"{name}: its inputs were not made in 300 s")
                 while left:
+                    what = "making the case"
                     ours.send(left[0])
                     # First what is read, then what became of it
-                    what = ours.recv() if ours.poll(60) else "making the case"
+                    what = ours.recv() if ours.poll(60) else what
                     outcome = ours.recv() if ours.poll(seconds) else Outcome(left[0], HANG, what, "", seconds)
                     outcomes.append(outcome)
                     left.popleft()
@@ -99,6 +101,9 @@ def run(
                         break
             except (EOFError, ConnectionResetError, BrokenPipeError):
                 child.join()
+                if what is None:
+                    printed = directory.with_name(f"{directory.name}_printed").read_text(errors="replace")
+                    raise RuntimeError(f"{name}: its inputs were not made: {printed[-2000:]}") from None
                 outcomes.append(Outcome(left.popleft(), TRACEBACK, what, f"the process ended: {child.exitcode}"))
                 on_case(outcomes[-1])
             finally:
