@@ -318,7 +318,7 @@ def test_a_run_and_its_memories_of_an_earlier_version(tmp_path, capsys):
         archive.extractall(tmp_path, filter="data")
     for _ in range(2):
         model = voco_jax.load(tmp_path / "run")
-    line = "has no checksum of the tokenizer, as an earlier version wrote it"
+    line = "written by an earlier version, without a checksum of the tokenizer"
     assert capsys.readouterr().err == f"{tmp_path}/run/checkpoints/1: {line}\n"
     bank = model.open(tmp_path / "picture.voco")
     assert bank.model == model.fingerprint == "3226f83070435ccbcd736f00f9e3eaea"
@@ -337,7 +337,7 @@ def test_a_converted_run_of_an_earlier_version(made_converted, tmp_path, capsys)
     assert capsys.readouterr().err == ""
     earlier, now = voco_jax.load(run), voco_jax.load(made_converted)
     describe_run(run)
-    line = "has no checksums, as an earlier version wrote it: damage to it may not be noticed"
+    line = "written by an earlier version, without checksums: damage may not be noticed"
     assert capsys.readouterr().err == f"{run}/checkpoints/0: {line}\n"
     assert earlier.run.checksums == now.run.checksums and earlier.run.vocabulary == ""
 

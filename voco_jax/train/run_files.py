@@ -103,12 +103,12 @@ def check_run(run: AnyPath, step: int, about: dict, sums: Callable[[], dict[str,
     """
     checkpoint = run / "checkpoints" / str(step)
     if not about:
-        _say_once(f"{checkpoint}: has no checksums, as an earlier version wrote it: damage to it may not be noticed")
+        _say_once(f"{checkpoint}: written by an earlier version, without checksums: damage may not be noticed")
         return
     if about["config"] is not None and (run / "config.json").exists():
         _check_config(run / "config.json", about["config"], checkpoint)
     if "tokenizer" not in about:
-        _say_once(f"{checkpoint}: has no checksum of the tokenizer, as an earlier version wrote it")
+        _say_once(f"{checkpoint}: written by an earlier version, without a checksum of the tokenizer")
     elif about["tokenizer"]:
         _check_tokenizer(run / "tokenizer", about["tokenizer"], sums(), checkpoint)
 
