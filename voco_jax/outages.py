@@ -11,8 +11,8 @@ import re
 _PASSING_NUMBERS = {
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENFILE, errno.ENOLCK, errno.ETIMEDOUT,
     errno.EPIPE, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ESHUTDOWN,
-    errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
-    errno.ENOLINK,
+    errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENOLINK, getattr(errno, "EREMOTEIO", errno.EIO),  # which macOS does not have
     errno.ENOTEMPTY,  # a directory is deleted while somebody still writes into it
 }  # fmt: skip
 _PASSING_HTTP = {408, 425, 429}  # and 500 to 599
