@@ -27,8 +27,7 @@ def watch() -> Iterator[None]:
     """A block of a training's work in which the processes look after one another; alone, it ends at once by Ctrl-C.
 
     An error that leaves the block, and that the others do not know yet, is told to them; they print it and exit with
-    status 2. A process that dies or is stopped without a word is missed by the others after half a
-    minute: status 75.
+    status 2. A process that dies or is stopped without a word is missed by the others after half a minute: status 75.
     """
     client = _client()
     if client is None:

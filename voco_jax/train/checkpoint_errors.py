@@ -17,7 +17,7 @@ from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import check_regular
 from voco_jax.outages import chain, error_number, http_code, passing, reason, status_of
 from voco_jax.parallel.distributed import may_be_of_another
-from voco_jax.storage import AnyPath, exists, in_bucket
+from voco_jax.storage import AnyPath, in_bucket
 
 # Of what was read and is not what was written: it is not there, cannot be decoded, or has another form. All else keeps
 # a checkpoint from being read, and leaves open what is in it.
@@ -66,12 +66,6 @@ def check_files(checkpoint: AnyPath) -> None:
             check_regular(path, os.stat(path))
         for name in directories:
             os.stat(os.path.join(directory, name))
-
-
-def check_file(path: AnyPath) -> None:
-    """The same of one file, which need not be there."""
-    if not in_bucket(path) and exists(path):
-        check_regular(path, os.stat(path))
 
 
 def is_damage(error: BaseException) -> bool:
