@@ -1,14 +1,20 @@
 """What is opened for reading, and how text from files reaches a terminal."""
 
+import errno
 import os
 from pathlib import Path
 import socket
 
+import numpy as np
 import pytest
 
+from voco_jax.convert.tensors import SourceFile
 from voco_jax.data.records import MISSING, BadRecord
-from voco_jax.errors import UserError
+from voco_jax.data.sources.json_rows import JsonRows
+from voco_jax.errors import TryAgain, UserError
 from voco_jax.files import open_regular, read_bytes, read_text
+from voco_jax.infer.memory import Item, MemoryBank
+from voco_jax.infer.memory_file import MemoryFile, save_memory
 from voco_jax.json_files import read_object
 from voco_jax.terminal import printable
 
@@ -57,3 +63,23 @@ def test_messages_are_one_line_that_no_terminal_obeys():
     assert str(BadRecord(MISSING, f"{name}: not found")) == expected
     assert str(UserError(f"{Path('grün') / '图片 👩‍🌾.png'}: not found")) == "grün/图片 👩‍🌾.png: not found"
     assert printable("a\tb\nc\x1b", keep="\n\t") == "a\tb\nc\\x1b"
+
+
+def test_a_disk_that_does_not_answer(tmp_path, monkeypatch):
+    """The same command may succeed the next time: rows of data, weights and memory files say so by their status."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Which?"}\n')
+    opened = JsonRows(rows), SourceFile(rows)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("pread", "preadv", "fsync"):
+        monkeypatch.setattr(os, name, fail)
+    bank = MemoryBank(*2 * [np.zeros((1, 1, 1, 1, 2), np.float32)], (Item("a.png"),), "model")
+    for call in (
+        lambda: opened[0][0], lambda: opened[1].read(0, 2), lambda: save_memory(tmp_path / "a.voco", bank),
+        lambda: MemoryFile(rows),
+    ):  # fmt: skip
+        with pytest.raises(TryAgain, match="cannot be (read|written): Input/output error"):
+            call()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 import time
 
-from voco_jax.errors import TryAgain, UserError
+from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import check_regular
 
 
@@ -26,8 +26,7 @@ def locked(file: Path, patience: float) -> Iterator[Path]:
         lock = real.with_name(f".{real.name}.lock")
         descriptor = _acquire(file, lock, time.monotonic() + patience)
     except (OSError, ValueError) as error:  # ValueError: no path at all
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file}: cannot be written: {reason}") from None
+        raise cannot(f"{file}: cannot be written", error) from None
     try:
         yield real
     finally:

@@ -13,7 +13,7 @@ import reprlib
 import ml_dtypes
 import numpy as np
 
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, cannot
 from voco_jax.files import open_regular
 
 _AHEAD = 2**29  # bytes of arrays in the making
@@ -69,11 +69,11 @@ class SourceFile:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """UserError for an error of the disk or of permissions, which says nothing of what the file holds."""
+    """UserError or TryAgain for an error of the disk or of permissions, which says nothing of what the file holds."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise cannot(f"{path}: cannot be read", error) from None
 
 
 def raw_tensor(

@@ -18,7 +18,7 @@ import tempfile
 from typing import Any
 
 from voco_jax.data.sentencepiece_models import SentencePiece
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import UserError, cannot, first_line
 from voco_jax.files import read_bytes
 from voco_jax.json_files import read_object
 from voco_jax.terminal import printable
@@ -172,7 +172,7 @@ def _content(file: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        raise cannot(f"{file}: cannot be read", error) from None
     if content.startswith(_LFS):
         raise UserError(f"{file}: a pointer of Git LFS, not the file itself: git lfs pull")
     return content

@@ -17,7 +17,7 @@ import weakref
 import numpy as np
 
 from voco_jax.data.sources.roots import path_here
-from voco_jax.errors import TryAgain, UserError
+from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import open_regular
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_format import (
@@ -248,7 +248,7 @@ class _Opened:
 def _unread(file: Path, error: Exception) -> UserError:
     if getattr(error, "errno", None) == errno.ESTALE:  # a server of files has forgotten what was replaced
         return TryAgain(f"{file}: the memory file was replaced while it was read")
-    return UserError(f"{file}: the memory file cannot be read: {getattr(error, 'strerror', None) or error}")
+    return cannot(f"{file}: the memory file cannot be read", error)
 
 
 def _path(file: str | os.PathLike) -> Path:
@@ -331,7 +331,7 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
             os.fsync(stream.fileno())
         temporary.replace(real)
     except OSError as error:
-        raise UserError(f"{real}: the memory file cannot be written: {error.strerror}") from error
+        raise cannot(f"{real}: the memory file cannot be written", error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

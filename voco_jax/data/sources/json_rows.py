@@ -16,8 +16,9 @@ from typing import BinaryIO
 import numpy as np
 
 from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, TOO_LONG, BadRecord
-from voco_jax.errors import UserError
+from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import open_regular
+from voco_jax.outages import passing
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket
 
 MOST_ROW = 2**20  # bytes: some 250,000 tokens
@@ -46,7 +47,8 @@ class JsonRows:
                     self._status = _status(stream.fileno())
                     self.spans = _row_spans(stream, self.file)
         except OSError as error:
-            raise UserError(f"{file}: {error.strerror or 'not found'}; expected a .json or .jsonl file") from None
+            kind = TryAgain if passing(error) else UserError
+            raise kind(f"{file}: {error.strerror or 'not found'}; expected a .json or .jsonl file") from None
         if not len(self.spans):
             raise UserError(f"{file}: expected a JSON array or a row a line, found none")
         self._descriptor: tuple[int, int] | None = None
@@ -61,7 +63,7 @@ class JsonRows:
         try:
             content = os.pread(self._fd(), end - start, start)
         except OSError as error:  # of the disk: it is no fault of this row
-            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
+            raise cannot(f"{self.file}: cannot be read", error) from None
         if len(content) < end - start:
             raise UserError(f"{self.file}: was cut off while it was read")
         content = content.removeprefix(_BOM)
