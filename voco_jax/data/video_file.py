@@ -31,7 +31,7 @@ BARE = ("h264", "hevc", "vvc", "h263", "mpegvideo", "vc1")  # a codec's stream a
 # FFmpeg cannot begin in the middle of these: times are lost (mpeg), or what a frame is drawn upon
 FROM_START = (*BARE, "mpeg", "gif", "apng")
 MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory is taken for it
-# Headers of the container that are looked at whenever a file is opened, and when all of it is read through anyway
+# Headers of the container that are read whenever a file is opened, and where the whole file is read anyway
 LOOK, THOROUGH_LOOK = 2048, 2**20
 MAX_STREAMS = 200  # FFmpeg begins to decode each of them, to know what it is
 LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
@@ -115,7 +115,7 @@ class VideoFile:
         options = {"format_whitelist": ",".join((*CONTAINERS, *BARE)), "protocol_whitelist": "none"}
         options["max_streams"] = str(MAX_STREAMS)
         self.file.seek(0)
-        # Those of the decoders are theirs too who look at the first frames, to know what they are
+        # FFmpeg decodes the first frames to learn what they are: this limit holds for those decoders too
         decoders = {"max_pixels": str(MAX_PIXELS)}
         self.container = self.stack.enter_context(
             av.open(self.file, container_options=options, options=decoders, metadata_errors="replace")
