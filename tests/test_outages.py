@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import random
 import re
+import shutil
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.faults import Call, Child
 from tests.test_checkpoint import resume, save
 from voco_jax.errors import UserError
 from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.train.workdir import checkpointed_steps
 
 BEGIN = """
 import contextlib
@@ -106,6 +108,38 @@ def test_a_pipe_in_a_checkpoint(tmp_path, file):
         with pytest.raises(UserError, match=f"checkpoints/2/{file}: expected a file, found a pipe$"):
             read(tmp_path)
     assert names(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoints", "checkpoints/2", "checkpoints/2/params", "checkpoints/2/run/metadata"]
+)
+def test_an_archive_that_is_not_mounted(tmp_path, place):
+    """A link to it is neither damage nor nothing: no older step is taken, and nothing put aside."""
+    save(tmp_path / "run", 1, 2)
+    path = tmp_path / "run" / place
+    path.rename(tmp_path / "archive")
+    path.symlink_to(tmp_path / "archive")
+    read = Checkpointer(tmp_path / "run").steps
+    assert read() == [2, 1] and checkpointed_steps(tmp_path / "run") and resume(tmp_path / "run").step == 2
+    (tmp_path / "archive").rename(tmp_path / "unmounted")
+    line = f"/{place}: a link to {tmp_path}/archive, which is not there; is it mounted\\?$"
+    calls = [lambda run: Checkpointer(run).newest(Checkpointer(run).about), resume]
+    for call in calls + [checkpointed_steps] * (place in ("checkpoints", "checkpoints/2")):
+        with pytest.raises(UserError, match=line):
+            call(tmp_path / "run")
+    (tmp_path / "unmounted").rename(tmp_path / "archive")
+    assert names(tmp_path / "run") == ["1", "2"] and resume(tmp_path / "run").step == 2
+
+
+def test_an_older_checkpoint_that_is_not_mounted(tmp_path):
+    """The newest is read without it."""
+    save(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    (tmp_path / "checkpoints" / "1").symlink_to(tmp_path / "archive")
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.newest(lambda step: (step, checkpointer.about(step)))[0] == 2
+    with pytest.raises(UserError, match="checkpoints/1: a link to .*, which is not there; is it mounted\\?$"):
+        checkpointer.about(1)
 
 
 def test_writing_while_the_disk_fails(child, tmp_path):

@@ -85,6 +85,17 @@ def is_directory(path: AnyPath) -> bool:
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
+def check_link(path: AnyPath) -> None:
+    """UserError for a link to what is not there, which is not missing: an archive may not be mounted."""
+    if is_dangling(path):
+        raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there; is it mounted?")
+
+
+def is_dangling(path: AnyPath) -> bool:
+    """Whether it is a link to what is not there."""
+    return not in_bucket(path) and os.path.islink(path) and not exists(path)
+
+
 def _status(path: Path) -> os.stat_result | None:
     try:
         return os.stat(path)

@@ -23,9 +23,11 @@ from voco_jax.storage import (
     AnyPath,
     as_path,
     bucket_errors,
+    check_link,
     entries,
     exists,
     in_bucket,
+    is_dangling,
     is_directory,
     plain_path,
     remove,
@@ -79,6 +81,7 @@ class Checkpointer:
         self._failed, self._again = 0, False  # attempts since the last save that went well; whether one is due
         self._manager = None  # which only saving needs: of what it cannot read it says that it is not there
         with self._listing():
+            check_link(self.directory)
             if create and not in_bucket(run):
                 self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
             elif not create and not is_directory(self.directory):
@@ -100,11 +103,17 @@ class Checkpointer:
             raise cannot(f"{self.directory}: the checkpoints cannot be reached", error) from error
 
     def steps(self) -> list[int]:
-        """Of all whole checkpoints, the newest first; UserError or TryAgain where they cannot be looked up."""
+        """Of all whole checkpoints, the newest first; UserError or TryAgain where they cannot be looked up.
+
+        A link to what is not there counts: reading it says so, where an older step would be taken without a word.
+        """
         with self._listing():
             named = [path for path in entries(self.directory) if path.name.isdecimal()]
             # It has its name when it is whole; in a bucket, which knows no renaming, a mark
-            whole = [path for path in named if (exists(path / _MARK) if in_bucket(path) else is_directory(path))]
+            if in_bucket(self.directory):
+                whole = [path for path in named if exists(path / _MARK)]
+            else:
+                whole = [path for path in named if is_directory(path) or is_dangling(path)]
         return sorted((int(path.name) for path in whole), reverse=True)
 
     def latest_step(self) -> int | None:

@@ -7,6 +7,7 @@ import errno
 import inspect
 import logging
 import os
+from pathlib import Path
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import check_regular
 from voco_jax.outages import chain, error_number, http_code, passing, reason, status_of
 from voco_jax.parallel.distributed import may_be_of_another
-from voco_jax.storage import AnyPath, in_bucket
+from voco_jax.storage import AnyPath, check_link, in_bucket
 
 # Of what was read and is not what was written: it is not there, cannot be decoded, or has another form. All else keeps
 # a checkpoint from being read, and leaves open what is in it.
@@ -52,17 +53,19 @@ def read_errors(checkpoint: AnyPath, orbax_name: AnyPath) -> Iterator[None]:
 
 
 def check_files(checkpoint: AnyPath) -> None:
-    """UserError where something else stands for one of its files (Orbax would wait for a pipe's writer), OSError where
-    something in it cannot be looked up (Orbax takes it for missing)."""
+    """UserError where something else stands for one of its files (Orbax would wait for a pipe's writer) or a link leads
+    nowhere, OSError where something in it cannot be looked up (Orbax takes it for missing)."""
     if in_bucket(checkpoint):
         return
+    check_link(checkpoint)
 
     def refuse(error: OSError) -> NoReturn:
         raise error
 
     for directory, directories, files in os.walk(checkpoint, onerror=refuse):
         for name in files:
-            path = os.path.join(directory, name)
+            path = Path(directory, name)
+            check_link(path)
             check_regular(path, os.stat(path))
         for name in directories:
             os.stat(os.path.join(directory, name))

@@ -23,7 +23,17 @@ from voco_jax.errors import UserError, cannot
 from voco_jax.files import check_regular
 from voco_jax.outages import passing
 from voco_jax.parallel.distributed import together
-from voco_jax.storage import AnyPath, as_path, bucket_errors, entries, exists, in_bucket, is_directory, upload
+from voco_jax.storage import (
+    AnyPath,
+    as_path,
+    bucket_errors,
+    check_link,
+    entries,
+    exists,
+    in_bucket,
+    is_directory,
+    upload,
+)
 from voco_jax.train.resume import BASE, check_same_run
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
@@ -97,17 +107,21 @@ def check_workdir(workdir: AnyPath, config: ConfigDict) -> bool:
 
 
 def checkpointed_steps(workdir: AnyPath) -> list[int]:
-    """Of the run that the directory holds, if it holds one; UserError where there are other things.
+    """Of the run that the directory holds, if it holds one; UserError where there are other things, and for links
+    to what is not there.
 
     A run that was stopped before its first checkpoint has nothing to keep, and may be replaced by any. Looked up
     without Orbax, whose manager waits for the other processes. A checkpoint has its name when it is whole; in a bucket
     it may only be under way: then Orbax will say that there is none.
     """
     with bucket_errors(workdir):
+        directory = workdir / "checkpoints"
+        found = [path for path in entries(directory) if path.name.isdecimal()]
+        for path in (workdir, directory, *found):
+            check_link(path)
         if not exists(workdir):
             return []
-        directory = workdir / "checkpoints"
-        steps = [int(path.name) for path in entries(directory) if path.name.isdecimal()]
+        steps = [int(path.name) for path in found]
         if not steps:
             names = {path.name for path in entries(workdir)} if is_directory(workdir) else {workdir.name}
             ours = in_bucket(workdir) or ".lock" in names
