@@ -187,6 +187,24 @@ def test_another_tokenizer_in_a_run(made, made_converted, tmp_path, change_it, k
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_a_tokenizer_that_say_the_same(made, tmp_path):
+    """Through Git on Windows, or an editor; and what lies beside them and is read by nobody."""
+    run = shutil.copytree(made, tmp_path / "run")
+    directory = run / "tokenizer"
+    for file in directory.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(json.loads((directory / "tokenizer_config.json").read_text()))
+    )
+    for name in ("tokenizer-backup.json", "chat_template.jinja.old", "tokenizer_config (1).json", "vocab.json"):
+        (directory / name).write_text("other")
+    assert load_run(run).step == resume(run)[0].step == 2
+    change(directory / "tokenizer_config.json", clean_up_tokenization_spaces=True)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: expected the file that .* found another$"):
+        load_run(run)
+
+
 def test_fingerprints_have_the_tokenizer(made, tmp_path):
     """Of a run whose checkpoint knows its tokenizer; others keep the fingerprints that their memories have."""
     run = shutil.copytree(made, tmp_path / "other")

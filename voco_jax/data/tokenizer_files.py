@@ -31,12 +31,13 @@ _DEFAULTS = {
     "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
-# What a tokenizer is read from, as patterns of names
-FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
-          "config.json", "generation_config.json", "vocab.json", "merges.txt")  # fmt: skip
-_NAMING = ("auto_map", "name_or_path", "_name_or_path")  # keys of configs, beside those that end with _file
 _CHAT_TEMPLATE = "chat_template.jinja"
-_MOST = 2**26  # bytes of a file, 33 MB being the largest that is known (Gemma's)
+# What a run's tokenizer is read from; and any other, which transformers may read
+OF_RUNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+           _CHAT_TEMPLATE, "config.json", "generation_config.json")  # fmt: skip
+FILES = (*OF_RUNS, "vocab.json", "merges.txt")
+_NAMING = ("auto_map", "name_or_path", "_name_or_path")  # keys of configs, beside those that end with _file
+MOST = 2**26  # bytes of a file, 33 MB being the largest that is known (Gemma's)
 _MOST_PARTS = 2**21  # of a tokenizer.json: as Python's objects, 2 million take 0.5 GiB
 _MOST_HOLES = 2**16  # ids without a token
 _HIGHEST = 10**8  # id of a token
@@ -168,7 +169,7 @@ def write(directory: Path, backend, named: dict[str, str | None], origin: Origin
 def _content(file: Path) -> bytes | None:
     """None where there is no such file."""
     try:
-        content = read_bytes(file, _MOST)
+        content = read_bytes(file, MOST)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -5,7 +5,6 @@ and of itself. Whoever opens a checkpoint compares them with what is there (`che
 """
 
 from collections.abc import Callable
-import fnmatch
 import functools
 import hashlib
 import importlib.metadata
@@ -25,6 +24,7 @@ from voco_jax.config import flatten, load_config, parse_config
 from voco_jax.data import tokenizer_files
 from voco_jax.errors import UserError
 from voco_jax.files import check_regular, read_bytes
+from voco_jax.json_files import read_object
 from voco_jax.storage import AnyPath, bucket_errors, in_bucket, list_files
 from voco_jax.terminal import printable
 
@@ -67,14 +67,21 @@ def describe(
 
 
 def tokenizer_sums(run: AnyPath) -> dict[str, str]:
-    """SHA-256 by name of the files in a run's `tokenizer/` that the tokenizer is read from."""
+    """SHA-256 by name of the files in a run's `tokenizer/` that the tokenizer is read from: of what text and JSON say,
+    whose line ends Git and Windows change."""
     directory = run / "tokenizer"
     with bucket_errors(directory):
         if not directory.is_dir():
             return {}
-        names = (name for name, *_ in list_files(directory))
-        read = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in tokenizer_files.FILES)]
-        return {name: hashlib.sha256(read_bytes(directory / name)).hexdigest() for name in read}
+        read = [name for name, *_ in list_files(directory) if name in tokenizer_files.OF_RUNS]
+        return {name: hashlib.sha256(_content(directory / name)).hexdigest() for name in read}
+
+
+def _content(file: AnyPath) -> bytes:
+    if file.suffix == ".json" and file.name != "tokenizer.json":  # which may be large
+        return json.dumps(read_object(file)).encode()
+    content = read_bytes(file, tokenizer_files.MOST)
+    return content if file.suffix == ".model" else content.replace(b"\r\n", b"\n")
 
 
 def check_about(about: dict, step: int) -> None:
