@@ -21,6 +21,8 @@ from voco_jax.config import (
     llama_config,
     load_config,
     save_config,
+    source,
+    sources,
     vision_config,
     with_earlier_values,
 )
@@ -290,6 +292,36 @@ def test_a_config_of_before_a_key_was_there(tmp_path):
     assert with_earlier_values(config, config).data.transparency == "white"
     loaded.data.processor.resample = "box"
     assert first_difference(with_earlier_values(loaded, config), loaded) is None
+
+
+def test_large_configs(tmp_path):
+    """Hundreds of sources have room; what could not be read again is not written."""
+    path, config = tmp_path / "config.json", default_config()
+    for count, refused in ((1000, False), (3000, True)):
+        names = [f"{i:05} of all that there are" for i in range(count)]
+        config.data.train = sources(**{n: source("llava", file=f"/data/{n}.json", images=f"/data/{n}") for n in names})
+        if not refused:
+            save_config(config, path)
+            assert path.stat().st_size > 2**17 and load_config(path).data.train.keys() == config.data.train.keys()
+            continue
+        with pytest.raises(UserError, match="config.json: cannot be written: expected 2048 groups of keys at most"):
+            save_config(config, path)
+        assert load_config(path).data.train.keys() != config.data.train.keys()
+        path.write_text(json.dumps(config.to_dict()))
+        with pytest.raises(UserError, match="config.json: expected 2048 groups of keys at most, found 3019$"):
+            load_config(path)
+    stored = default_config().to_dict()
+    stored["model"] |= {f"k{i}": 0 for i in range(20_000)}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="config.json: expected 20000 keys at most, found 20144$"):
+        load_config(path)
+    path.write_text(json.dumps(stored | {"workdir": "x" * 2**20}))
+    with pytest.raises(UserError, match="config.json: expected 1048576 bytes at most, found "):
+        load_config(path)
+    path.write_text(json.dumps(default_config().to_dict() | {"x" * 2**19: 0}))
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert len(str(error.value)) < 1000
 
 
 def test_stored_configs_that_do_not_fit(tmp_path):

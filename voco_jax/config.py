@@ -13,7 +13,7 @@ import shlex
 
 from ml_collections import ConfigDict
 
-from voco_jax.config_keys import unknown_key
+from voco_jax.config_keys import RANGES, unknown_key
 from voco_jax.errors import UserError
 from voco_jax.json_files import read_object
 from voco_jax.models import presets
@@ -235,8 +235,13 @@ def vision_config(config: ConfigDict) -> ViTConfig:
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
-    """The file is whole, or as it was: written apart and renamed, or in one piece to a bucket."""
-    text, path = json.dumps(config.to_dict(), indent=2) + "\n", as_path(path)
+    """The file is whole, or as it was: written apart and renamed, or in one piece to a bucket. UserError for one that
+    `load_config` would not take."""
+    path = as_path(path)
+    try:
+        text = _as_json(config.to_dict())
+    except UserError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
     if in_bucket(path):
         path.write_text(text)
         return
@@ -257,7 +262,22 @@ ADDED_LATER = {
         for key, value in default_config().data[group].items()
     },
 }
-_MOST = 2**17  # bytes of a config as JSON: room for hundreds of sources, and two seconds if all are keys
+_MOST = 2**20  # bytes of a config as JSON
+_MOST_KEYS, _MOST_GROUPS = 20_000, 2048  # each source being a group of six keys; more would take seconds
+
+
+def _as_json(config: dict) -> str:
+    """UserError for one of more than there is room for."""
+    text = json.dumps(config, indent=2) + "\n"
+    found = {
+        _MOST: ("bytes", len(text)),
+        _MOST_KEYS: ("keys", text.count('": ')),
+        _MOST_GROUPS: ("groups of keys", text.count("{")),
+    }
+    for most, (unit, count) in found.items():
+        if count > most:
+            raise UserError(f"expected {most} {unit} at most, found {count}")
+    return text
 
 
 def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
@@ -285,8 +305,7 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
     """A config of what `save_config` wrote as JSON; UserError, which begins with a name, says which key is wrong."""
     config = default_config()
     try:
-        if (size := len(json.dumps(stored))) > _MOST:
-            raise UserError(f"expected {_MOST} bytes at most, found {size}")
+        _as_json(stored)
         stored = ConfigDict(stored, convert_dict=True).to_dict()  # a copy; no key has a dot
         missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()
         missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
@@ -305,68 +324,8 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
         llama_config(config), vision_config(config)
         _check(config)
     except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError, UserError) as error:
-        raise UserError(f"{name}: {one_line(error)}") from None
+        raise UserError(f"{name}: {one_line(error):.500}") from None
     return config
-
-
-# What dimensions stay below: more would only overflow, or take minutes to be found too large for any machine.
-_DIMENSIONS = {
-    2**6: "num_qformer_layers projector_layers",
-    2**12: "llama.num_hidden_layers vision.num_hidden_layers",
-    2**14: "llama.num_attention_heads llama.num_key_value_heads llama.head_dim vision.num_attention_heads "
-    "vision.image_size vision.patch_size",
-    2**20: "num_voco_tokens num_compressed_tokens llama.hidden_size llama.intermediate_size vision.hidden_size "
-    "vision.intermediate_size",
-    2**24: "llama.vocab_size llama.vocab_multiple",
-    2**31: "llama.max_position_embeddings",
-}
-
-# Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
-RANGES = {
-    **{f"model.{key}": (1, below) for below, keys in _DIMENSIONS.items() for key in keys.split()},
-    "model.llama.rope_theta": (1, None),
-    "model.lora.rank": (0, 2**20),
-    "model.lora.alpha": (1e-12, None),
-    **{f"model.{key}": (0, None) for key in ("llama.initializer_range", "vision.initializer_range")},
-    **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
-    **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "frame", "tensor")},
-    "tokenizer.vocab_size": (1, None),
-    **dict.fromkeys(("data.batch_size", "data.limits.picture_pixels", "data.limits.picture_side"), (1, None)),
-    **{f"data.{key}": (0, None) for key in ("images_per_bin", "rows_per_bin", "row_length")},
-    **{f"data.{key}": (0, None) for key in ("conversations_per_record", "video.num_frames")},
-    **{f"data.{key}": (0, None) for key in ("video.fps", "video.max_frames")},
-    "data.random_crop": (1e-3, 1.0000001),
-    "data.color_jitter": (0, 1),
-    "data.max_bad_share": (0, 1.0000001),
-    "data.num_workers": (0, None),
-    "data.num_threads": (0, None),
-    "data.prefetch": (1, None),
-    "optim.learning_rate": (1e-12, None),
-    "optim.warmup_steps": (0, None),
-    "optim.weight_decay": (0, None),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-    "optim.clip_norm": (1e-12, None),
-    "optim.decay_share": (0, 1.0000001),
-    "optim.final_scale": (0, 1.0000001),
-    "train.steps": (1, None),
-    "train.accumulate": (1, None),
-    "train.spike_factor": (0, None),
-    "train.max_skipped": (0, None),
-    "train.keep": (1, None),
-    "train.keep_every": (0, None),
-    "train.keep_best": (0, None),
-    "train.log_every": (1, None),
-    "train.checkpoint_every": (1, None),
-    "train.profile_at": (0, None),
-    "train.profile_steps": (1, None),
-    "eval.batch_size": (1, None),
-    "eval.max_new_tokens": (0, None),
-    "eval.every": (0, None),
-    "eval.num_batches": (0, None),
-    "eval.num_answers": (0, None),
-    "seed": (0, 2**31),
-}
 
 
 # What stands in tuples, by an example.

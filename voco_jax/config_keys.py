@@ -1,10 +1,69 @@
-"""The names of config keys: what each means, and which one somebody had in mind."""
+"""Config keys: what each means, which one somebody had in mind, and the ranges of numbers."""
 
 from collections.abc import Callable, Iterable
 import difflib
 import functools
 import inspect
 import re
+
+# What dimensions stay below: more would only overflow, or take minutes to be found too large for any machine.
+_DIMENSIONS = {
+    2**6: "num_qformer_layers projector_layers",
+    2**12: "llama.num_hidden_layers vision.num_hidden_layers",
+    2**14: "llama.num_attention_heads llama.num_key_value_heads llama.head_dim vision.num_attention_heads "
+    "vision.image_size vision.patch_size",
+    2**20: "num_voco_tokens num_compressed_tokens llama.hidden_size llama.intermediate_size vision.hidden_size "
+    "vision.intermediate_size",
+    2**24: "llama.vocab_size llama.vocab_multiple",
+    2**31: "llama.max_position_embeddings",
+}
+
+# Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
+RANGES = {
+    **{f"model.{key}": (1, below) for below, keys in _DIMENSIONS.items() for key in keys.split()},
+    "model.llama.rope_theta": (1, None),
+    "model.lora.rank": (0, 2**20),
+    "model.lora.alpha": (1e-12, None),
+    **{f"model.{key}": (0, None) for key in ("llama.initializer_range", "vision.initializer_range")},
+    **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
+    **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "frame", "tensor")},
+    "tokenizer.vocab_size": (1, None),
+    **dict.fromkeys(("data.batch_size", "data.limits.picture_pixels", "data.limits.picture_side"), (1, None)),
+    **{f"data.{key}": (0, None) for key in ("images_per_bin", "rows_per_bin", "row_length")},
+    **{f"data.{key}": (0, None) for key in ("conversations_per_record", "video.num_frames")},
+    **{f"data.{key}": (0, None) for key in ("video.fps", "video.max_frames")},
+    "data.random_crop": (1e-3, 1.0000001),
+    "data.color_jitter": (0, 1),
+    "data.max_bad_share": (0, 1.0000001),
+    "data.num_workers": (0, None),
+    "data.num_threads": (0, None),
+    "data.prefetch": (1, None),
+    "optim.learning_rate": (1e-12, None),
+    "optim.warmup_steps": (0, None),
+    "optim.weight_decay": (0, None),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.clip_norm": (1e-12, None),
+    "optim.decay_share": (0, 1.0000001),
+    "optim.final_scale": (0, 1.0000001),
+    "train.steps": (1, None),
+    "train.accumulate": (1, None),
+    "train.spike_factor": (0, None),
+    "train.max_skipped": (0, None),
+    "train.keep": (1, None),
+    "train.keep_every": (0, None),
+    "train.keep_best": (0, None),
+    "train.log_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "train.profile_at": (0, None),
+    "train.profile_steps": (1, None),
+    "eval.batch_size": (1, None),
+    "eval.max_new_tokens": (0, None),
+    "eval.every": (0, None),
+    "eval.num_batches": (0, None),
+    "eval.num_answers": (0, None),
+    "seed": (0, 2**31),
+}
 
 
 def meanings(source: Callable | type, name: str = "config", prefix: str = "") -> dict[str, str]:
