@@ -62,6 +62,8 @@ def test_messages_are_one_line_that_no_terminal_obeys():
     assert str(UserError(f"{name}: not found")) == expected
     assert str(BadRecord(MISSING, f"{name}: not found")) == expected
     assert str(UserError(f"{Path('grün') / '图片 👩‍🌾.png'}: not found")) == "grün/图片 👩‍🌾.png: not found"
+    marks, turns = "\u200e\u200f\u061c\u200d", "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    assert printable(marks) == marks and printable(turns) == ascii(turns)[1:-1]
     assert printable("a\tb\nc\x1b", keep="\n\t") == "a\tb\nc\\x1b"
 
 

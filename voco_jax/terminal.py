@@ -3,8 +3,8 @@
 import re
 
 # Control characters, line separators, halves of characters (names that are not UTF-8), and what turns the direction of
-# the text that follows. Joiners, which emoji and some scripts are made with, stay.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# the text that follows. Marks and joiners, which Hebrew, Arabic and emoji are written with, stay.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "") -> str:
