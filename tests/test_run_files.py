@@ -2,6 +2,7 @@
 whoever reads it."""
 
 import json
+import logging
 import os
 from pathlib import Path
 import shutil
@@ -137,7 +138,28 @@ def test_a_name_of_the_hub_is_said(made, tmp_path, offline, monkeypatch, capsys)
     shutil.copytree(made / "tokenizer", fetched)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(fetched))
     load_tokenizer("someone/tokenizer")
-    assert capsys.readouterr().err == "tokenizer someone/tokenizer: from Hugging Face's hub, revision 0123abcd\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenizer someone/tokenizer: no such directory; Hugging Face's hub is asked for it",
+        "tokenizer someone/tokenizer: from Hugging Face's hub, revision 0123abcd",
+    ]
+
+
+def test_what_is_on_this_machine_is_no_name_of_the_hub(tmp_path, offline, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("{}")
+    os.mkfifo("pipe")
+    Path("link").symlink_to("nowhere")
+    for name, found in (("file", "a file"), ("pipe", "something else")):
+        with pytest.raises(UserError, match=f"^tokenizer '{name}': expected a directory, found {found}$"):
+            load_tokenizer(name)
+    with pytest.raises(UserError, match="^link: a link to nowhere, which is not there"):
+        load_tokenizer("link")
+    with pytest.raises(UserError, match="^tokenizer 'file/tokenizer': directory not found$"):
+        load_tokenizer("file/tokenizer")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="the network was asked"):
+        load_tokenizer("someone/tokenizer")
+    assert "Hugging Face's hub is asked" in capsys.readouterr().err  # before it was
 
 
 def test_what_a_tokenizers_files_name_is_not_fetched(tmp_path, offline):
@@ -155,6 +177,19 @@ def test_what_a_tokenizers_files_name_is_not_fetched(tmp_path, offline):
     (directory / "config.json").write_text(json.dumps({"model_type": "gpt2", "_name_or_path": "someone/code"}))
     vocabulary = load_tokenizer(directory).get_vocab()
     assert "x" in vocabulary and "a" not in vocabulary
+
+
+def test_what_transformers_says_of_a_tokenizers_files(tmp_path, offline, capfd):
+    """It logs text of theirs as it is: a terminal would obey it."""
+    (tmp_path / "vocab.json").write_text(json.dumps({"x": 0, "y": 1, "</s>": 2}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "\x1b[31mEVIL"}))
+    level = logging.getLogger("transformers").level
+    load_tokenizer(tmp_path)
+    assert capfd.readouterr() == ("", "") and logging.getLogger("transformers").level == level
 
 
 def another_tokenizer(run: Path) -> str:

@@ -7,20 +7,24 @@ checkpoint was trained with. `tokenizer_config.json` gives the special tokens an
 directory is run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 import re
 import sys
 import tempfile
 from typing import Any
+import warnings
 
 from voco_jax.data.sentencepiece_models import SentencePiece
 from voco_jax.errors import UserError, cannot, first_line
 from voco_jax.files import read_bytes
 from voco_jax.json_files import read_object
+from voco_jax.storage import check_link
 from voco_jax.terminal import printable
 
 VOCO_TOKEN = "<voco>"
@@ -57,24 +61,33 @@ NO_ORIGIN = Origin()
 
 
 def find(name: str) -> Path:
-    """The directory of that name, or Hugging Face's repository: its files, from the hub or the hub's cache here, as a
-    line on standard error says."""
+    """The directory of that name, or Hugging Face's repository: its files, from the hub or the hub's cache here, as
+    lines on standard error say, before and after."""
     directory = Path(os.path.expanduser(name))
     if directory.is_dir():
         return directory
-    # A name of the hub is OWNER/NAME or NAME; where a directory OWNER is here, it is a path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and directory.parent.is_dir():
+    if os.path.lexists(directory):
+        check_link(directory)
+        found = "a file" if directory.is_file() else "something else"
+        raise UserError(f"tokenizer {name!r}: expected a directory, found {found}")
+    # A name of the hub is OWNER/NAME or NAME; where an OWNER is here, it is a path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and os.path.lexists(directory.parent):
         raise UserError(f"tokenizer {name!r}: directory not found")
     import huggingface_hub
 
+    _say(f"tokenizer {name}: no such directory; Hugging Face's hub is asked for it")
     try:
         found = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # those of the network, of the name and of access have no common type
         raise UserError(
             f"tokenizer {name!r}: no such directory, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
         ) from error
-    print(printable(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}"), file=sys.stderr, flush=True)
+    _say(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}")
     return found
+
+
+def _say(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def read(directory: Path, *, of_run: bool = False):
@@ -288,7 +301,8 @@ def _through_transformers(directory: Path, named: dict[str, str]):
                 kept = {key: fields[key] for key in fields if key not in _NAMING and not key.endswith("_file")}
                 (copy / name).write_text(json.dumps(kept))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
+            with _without_logs():
+                tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=False, local_files_only=True)
         except Exception as error:
             reason = first_line(error).replace(temporary, str(directory))
             raise UserError(f"tokenizer {str(directory)!r}: cannot be loaded: {reason}") from error
@@ -301,6 +315,21 @@ def _through_transformers(directory: Path, named: dict[str, str]):
         raise UserError(f"tokenizer {str(directory)!r}: a tokenizer with character offsets (fast) is required")
     theirs = {key: str(getattr(tokenizer, key)) for key in NAMED if getattr(tokenizer, key) is not None}
     return tokenizer.backend_tokenizer, theirs | named
+
+
+@contextlib.contextmanager
+def _without_logs() -> Iterator[None]:
+    """Transformers logs what stands in the files as it is, control characters too; what matters is an error."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _stop_ids(directory: Path) -> tuple[int, ...]:
