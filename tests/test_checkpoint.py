@@ -244,9 +244,21 @@ def test_a_workdir_that_is_replaced(tiny_run, tmp_path):
     config, tokenizer = load_config(tiny_run / "config.json"), load_tokenizer(tiny_run / "tokenizer")
     with open_workdir(tmp_path / "run", config, tokenizer) as workdir:
         workdir.check()
+        line = f"workdir {tmp_path}/run: is there no more, or is another directory"
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         shutil.copytree(tmp_path / "elsewhere", tmp_path / "run")
-        with pytest.raises(UserError, match=f"workdir {tmp_path}/run: is there no more, or is another directory"):
+        with pytest.raises(UserError, match=line):
+            workdir.check()
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "elsewhere").rename(tmp_path / "run")
+        (tmp_path / "run" / ".lock").unlink()  # by hand, which takes nothing from the run
+        workdir.check()
+        (tmp_path / "run" / "config.json").unlink()
+        with pytest.raises(UserError, match=line):
+            workdir.check()
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tiny_run, tmp_path / "run")
+        with pytest.raises(UserError, match=line):
             workdir.check()
 
 

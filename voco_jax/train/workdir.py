@@ -50,9 +50,10 @@ class Workdir:
     whose files cannot grow, a temporary one that `publish` copies there.
     """
 
-    def __init__(self, path: AnyPath, logs: Path, lock: TextIO | None = None):
-        """`lock` is the open `.lock`, of the process that holds it."""
-        self.path, self.logs, self._published, self._lock = path, logs, {}, lock
+    def __init__(self, path: AnyPath, logs: Path, descriptor: int | None = None):
+        """`descriptor` is of the open directory, in the process that holds it: while it is open, no other directory
+        gets its number."""
+        self.path, self.logs, self._published, self._descriptor = path, logs, {}, descriptor
 
     def save_config(self, config: ConfigDict) -> None:
         """What the run goes on with, once nothing more speaks against it; by the first process."""
@@ -66,11 +67,12 @@ class Workdir:
         if in_bucket(self.path):
             with bucket_errors(self.path):
                 there = jax.process_index() > 0 or exists(self.path / "config.json")
-        elif self._lock is None:
+        elif self._descriptor is None:
             return
         else:
             try:
-                there = os.path.samestat(os.stat(self.path / ".lock"), os.fstat(self._lock.fileno()))
+                there = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+                there = there and any(exists(self.path / name) for name in (".lock", "config.json"))  # not emptied
             except (FileNotFoundError, NotADirectoryError):
                 there = False
             except OSError as error:
@@ -138,14 +140,16 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
     together, and if one cannot, none does.
     """
     first = jax.process_index() == 0
-    bucket, lock = in_bucket(workdir), None
+    bucket, descriptor = in_bucket(workdir), None
     with contextlib.ExitStack() as held:
         with together(), bucket_errors(workdir):
             if first:
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not bucket:
                     _check_kinds(workdir)
-                    lock = held.enter_context(_lock(workdir))
+                    held.enter_context(_lock(workdir))
+                    descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    held.callback(os.close, descriptor)
         with together():
             if not bucket:
                 _check_shared(workdir)
@@ -160,7 +164,7 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
                         (workdir / name).unlink(missing_ok=True)
                     _save_tokenizer(tokenizer, workdir / "tokenizer")
                     save_config(config, workdir / "config.json")
-        run = Workdir(workdir, logs, lock)
+        run = Workdir(workdir, logs, descriptor)
         try:
             yield run
         finally:
