@@ -306,15 +306,16 @@ def test_resuming_another_models_config(run):
 
 
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "metrics/metrics"])
-@pytest.mark.parametrize("content", ["[]", '{"eval_loss": "x", "init_timestamp_nsecs": NaN}', "[" * 10**5])
-def test_resuming_where_orbax_cannot_begin(run, file, content):
+@pytest.mark.parametrize("content", ["[]", "\udcff", '{"eval_loss": "x", "init_timestamp_nsecs": NaN}', "[" * 10**5])
+def test_resuming_where_orbax_cannot_begin(run, file, content, caplog):
     """Its manager reads these of every step, older ones too, before anything else."""
     for step, taken in ("1", 2), ("2", 1):
         again = shutil.copytree(run, run.with_name(f"damaged {step}"))
         (again / "checkpoints" / step / "metrics").mkdir()
-        (again / "checkpoints" / step / file).write_text(content)
+        (again / "checkpoints" / step / file).write_text(content, errors="surrogateescape")
         found, (line,) = resume(again)
         assert found.step == taken and line.endswith(f"it is kept as {step}.damaged, and step {taken} taken")
+        assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 # ---- Parameters -------------------------------------------------------------------------------------------------

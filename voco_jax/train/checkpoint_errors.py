@@ -36,7 +36,7 @@ def read_errors(checkpoint: AnyPath, orbax_name: AnyPath) -> Iterator[None]:
     """A block that reads a checkpoint, which Orbax knows by another name: `Damaged` where it is not as it was written,
     UserError or TryAgain where it cannot be read."""
     try:
-        with _quiet_rest():
+        with _quiet_rest(), _without_logs():
             yield
     except UserError:
         raise
@@ -136,6 +136,21 @@ class FailedSave(logging.Filter):
             self.error = self.error or record.exc_info[1]
             return False  # instead of its stack trace there will be a line
         return True
+
+
+@contextlib.contextmanager
+def _without_logs() -> Iterator[None]:
+    """Orbax logs some of what it raises."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_ours)
 
 
 @contextlib.contextmanager
