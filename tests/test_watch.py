@@ -12,6 +12,8 @@ import pytest
 
 from tests import tiny
 from tests.test_distributed import free_port, run_two
+from voco_jax.errors import UserError
+from voco_jax.parallel.watch import watch
 
 # Process 1 dies when both are about to write
 SAVE = """
@@ -146,3 +148,10 @@ def test_one_dies_inside_of_a_save(tmp_path):
     )
     assert "Traceback" not in first.stderr
     assert (tmp_path / "checkpoints" / "1").is_dir() and not (tmp_path / "checkpoints" / "2").exists()
+
+
+@pytest.mark.parametrize("text", ["abc", "", "nan", "1e400", "3", "100", "-5"])
+def test_a_silence_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("VOCO_JAX_SILENCE", text)
+    with pytest.raises(UserError, match="^VOCO_JAX_SILENCE: expected 4 seconds or more, below 100; found "), watch():
+        raise AssertionError("it has begun")

@@ -7,6 +7,7 @@ trace of C++. Every process tells jax's coordination service now and then that i
 from collections.abc import Iterator
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,8 +18,6 @@ from voco_jax import interrupts
 from voco_jax.errors import TryAgain, UserError, exit_status, first_line
 
 _BEAT = 2.0  # seconds between two signs of life
-# Seconds without one, after which a process is given up; jax itself ends a process, with a stack trace, after 100
-_SILENCE = float(os.environ.get("VOCO_JAX_SILENCE", "30"))
 _ROOM = "voco_jax"  # of keys
 
 
@@ -29,12 +28,12 @@ def watch() -> Iterator[None]:
     An error that leaves the block, and that the others do not know yet, is told to them; they print it and exit with
     status 2. A process that dies or is stopped without a word is missed by the others after half a minute: status 75.
     """
-    client = _client()
+    silence, client = _longest_silence(), _client()
     if client is None:
         with interrupts.at_once(True, signal.SIGINT):  # until there is something to save
             yield
         return
-    watcher = _Watcher(client)
+    watcher = _Watcher(client, silence)
     watcher.start()
     threading.Thread(target=watcher.await_answers, daemon=True, name="watch of process 0").start()
     try:
@@ -52,6 +51,16 @@ def watch() -> Iterator[None]:
     watcher.stop()
 
 
+def _longest_silence() -> float:
+    """Seconds without a sign of life, after which a process is given up; jax itself ends it, with a stack trace, after
+    100."""
+    text = os.environ.get("VOCO_JAX_SILENCE", "30")
+    seconds = float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else 0.0
+    if not 2 * _BEAT <= seconds < 100:
+        raise UserError(f"VOCO_JAX_SILENCE: expected {2 * _BEAT:g} seconds or more, below 100; found {text!r:.50}")
+    return seconds
+
+
 def _client():
     from jax._src import distributed  # as Orbax does: there is no public way to its key-value store
 
@@ -60,11 +69,12 @@ def _client():
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, client):
+    def __init__(self, client, silence: float):
         super().__init__(daemon=True, name="watch")
         from jax._src import distributed
 
         state = distributed.global_state  # jax.process_index() would ask for devices, which may not be free
+        self._silence = silence
         self._client, self._own, self._count = client, state.process_id, state.num_processes
         self._failing, self._done, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._answered = time.monotonic()
@@ -73,9 +83,9 @@ class _Watcher(threading.Thread):
         """End this process where process 0, which has all keys, does not answer: a call to it waits without end."""
         while not self._done.wait(_BEAT) and not self._ending.is_set():
             silent = time.monotonic() - self._answered
-            if self._own != 0 and silent > _SILENCE:
+            if self._own != 0 and silent > self._silence:
                 self._ending.set()
-                print(f"error: {_gone(0)}", file=sys.stderr, flush=True)
+                print(f"error: {self._gone(0)}", file=sys.stderr, flush=True)
                 _end(TryAgain.status)
 
     def run(self) -> None:
@@ -84,7 +94,7 @@ class _Watcher(threading.Thread):
         for beat in range(2**62):
             if self._done.is_set():
                 return
-            if time.monotonic() - self._answered > _SILENCE / 2:  # this process was stopped for a while
+            if time.monotonic() - self._answered > self._silence / 2:  # this process was stopped for a while
                 heard = dict.fromkeys(range(self._count), time.monotonic())
             try:
                 self._put(f"alive/{self._own}", str(beat))
@@ -103,9 +113,9 @@ class _Watcher(threading.Thread):
                 if process != self._own and not self._failing.is_set():
                     status, _, line = text.partition(" ")
                     self._give_up(f"process {process}: {line}", int(status))
-            gone = [p for p in heard if alive.get(p) != "done" and now - heard[p] > _SILENCE and p != self._own]
+            gone = [p for p in heard if alive.get(p) != "done" and now - heard[p] > self._silence and p != self._own]
             if gone:
-                self._give_up(_gone(gone[0]), TryAgain.status)
+                self._give_up(self._gone(gone[0]), TryAgain.status)
             self._done.wait(_BEAT)
 
     def stop(self) -> None:
@@ -119,7 +129,7 @@ class _Watcher(threading.Thread):
         """Tell the others and end this process; or, where the error comes of another's end, wait to hear of that."""
         if not isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit):
             # A collective fails where a process has gone, and says nothing that helps. Who it was will show.
-            if self._ending.wait(_SILENCE + 3 * _BEAT):
+            if self._ending.wait(self._silence + 3 * _BEAT):
                 self.join()  # it ends this process as soon as the others know
             traceback.print_exception(error)
         self._failing.set()
@@ -160,12 +170,11 @@ class _Watcher(threading.Thread):
     def _all(self, room: str) -> dict[int, str]:
         return {int(key.rsplit("/", 1)[1]): value for key, value in self._client.key_value_dir_get(f"{_ROOM}/{room}/")}
 
-
-def _gone(process: int) -> str:
-    return (
-        f"process {process} has given no sign of life for {_SILENCE:.0f} s: it died or was stopped, or its machine; "
-        "the same command goes on from the newest checkpoint"
-    )
+    def _gone(self, process: int) -> str:
+        return (
+            f"process {process} has given no sign of life for {self._silence:.0f} s: it died or was stopped, or its "
+            "machine; the same command goes on from the newest checkpoint"
+        )
 
 
 def _end(status: int) -> None:
