@@ -350,6 +350,38 @@ def test_parts_that_are_odd(run, model, album, tmp_path, monkeypatch, capsys):
     assert status == 2 and "album.voco.parts: expected a directory, found a file" in err
 
 
+def test_files_of_others_among_the_parts_stay(run, model, album, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "album.voco"
+    parts, other = Path(f"{out}.parts"), tmp_path / "other"
+    other.mkdir()
+    for make, name in (
+        (lambda: (parts / "notes.txt").write_text("precious"), "notes.txt"),
+        (lambda: (parts / "holiday.voco").write_text("precious"), "holiday.voco"),
+        (lambda: (parts / "000000.voco").mkdir(), "000000.voco"),
+    ):
+        parts.mkdir()
+        make()
+        status, _, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+        assert status == 2 and "album.voco.parts: expected the parts of an interrupted compress and" in err
+        assert f"found {name}; move it away" in err and [path.name for path in parts.iterdir()] == [name]
+        parts.rename(tmp_path / f"kept {name}")
+    parts.symlink_to(other)
+    status, _, err = command(monkeypatch, capsys, run, "--images", album, "--out", out)
+    assert status == 2 and "album.voco.parts: expected a directory, found a link" in err and other.is_dir()
+    parts.unlink()
+
+    def meanwhile(*arguments):
+        (parts / "notes.txt").write_text("precious")
+        return see_pixels(*arguments)
+
+    see_pixels = model.see_pixels
+    monkeypatch.setattr(model, "see_pixels", meanwhile)
+    out = tmp_path / "a" / "b" / "album.voco"  # whose directory is made
+    parts = Path(f"{out}.parts")
+    assert compress_to_file(model, find_entries([str(album)]), out).new == 7
+    assert len(model.open(out)) == 7 and [path.name for path in parts.iterdir()] == ["notes.txt"]
+
+
 def test_names_that_are_not_utf_8(run, model, album, tmp_path, monkeypatch, capsys):
     """Found in a directory: compressed, told, listed and asked about."""
     names = sorted(album.iterdir())

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
+import errno
 import functools
 import glob
 import hashlib
+import os
 from pathlib import Path
-import shutil
+import re
 
 import numpy as np
 from PIL import Image
@@ -25,7 +27,7 @@ from voco_jax.data.media import is_video
 from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
 from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, cannot
 from voco_jax.files import read_text
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
@@ -102,6 +104,10 @@ def compress_to_file(
     `incomplete`: of a video that is cut off, what is there is taken.
     """
     model.require_voco()
+    try:
+        Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        raise cannot(f"{out}: cannot be written", error) from None
     with writing(out, patience=0) as real, _parts(real) as directory:
         old = MemoryFile(real) if real.exists() else None
         parts = [_part(file) for file in sorted(directory.glob("*.voco"))]
@@ -271,21 +277,43 @@ def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: b
     return tokens, dtype
 
 
+# What is made in the directory of parts, by earlier versions too
+_OF_PARTS = re.compile(r"\d{6,}\.voco|\.\d{6,}\.voco\.((\d+\.)?new|lock)|lock")
+
+
 @contextlib.contextmanager
 def _parts(real: Path) -> Iterator[Path]:
-    """The directory of a locked file's parts; it goes when all has gone well."""
+    """The directory of a locked file's parts; they go when all has gone well, and it with them where it is empty then.
+    UserError where the path is something else, or other files lie there."""
     directory = Path(f"{real}.parts")
     try:
         directory.mkdir(exist_ok=True)
     except FileExistsError:
         raise UserError(f"{directory}: expected a directory, found a file") from None
+    if directory.is_symlink():
+        raise UserError(f"{directory}: expected a directory, found a link")
+    for path in directory.iterdir():
+        if not _OF_PARTS.fullmatch(path.name) or path.is_dir():
+            found = f"found {path.name}; move it away, or choose another --out"
+            raise UserError(f"{directory}: expected the parts of an interrupted compress and nothing else, {found}")
     try:
         yield directory
     except BaseException:
         if not any(directory.glob("*.voco")):
-            shutil.rmtree(directory)
+            _remove_parts(directory)
         raise
-    shutil.rmtree(directory)
+    _remove_parts(directory)
+
+
+def _remove_parts(directory: Path) -> None:
+    for path in list(directory.iterdir()):
+        if _OF_PARTS.fullmatch(path.name):
+            path.unlink()
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # others have put something there meanwhile
+            raise
 
 
 def _is_known(file: Path) -> bool:
