@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 import time
 
-from voco_jax.errors import TryAgain, UserError, cannot
+from voco_jax.errors import TryAgain, cannot
 from voco_jax.files import check_regular
 
 
@@ -62,4 +62,7 @@ def _lock(descriptor: int, lock: Path) -> bool:
     except (BlockingIOError, FileNotFoundError):
         return False
     except OSError as error:
-        raise UserError(f"{lock}: the file system does not lock files: {error.strerror}") from None
+        refusal = cannot(f"{lock}: the file system does not lock files", error)
+        if not isinstance(refusal, TryAgain):  # else another may have it locked
+            lock.unlink(missing_ok=True)
+        raise refusal from None
