@@ -238,6 +238,7 @@ def test_what_is_no_file(tmp_path):
         (dict(items=(Item(5),)), "source: expected text, found int"),
         (dict(items=(Item("a", time=np.inf),)), "time: expected seconds, found inf"),
         (dict(items=(Item("x" * 2**20),)), "expected a name of less than"),
+        (dict(model=None), "memory: expected the fingerprint of a model, found NoneType"),
         (dict(model="x" * 2**16), "model: expected a fingerprint, found text of 65536 characters"),
         (dict(keys=np.zeros((1, 1, 1, 1, 2)), values=np.zeros((1, 1, 1, 1, 2))), r"found \[1, 1, 1, 2\] in float64"),
         (dict(keys=np.zeros((1, 0, 1, 1, 2)), values=np.zeros((1, 0, 1, 1, 2))), r"found \[0, 1, 1, 2\] in float64"),
@@ -247,6 +248,18 @@ def test_what_cannot_be_written(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         save_memory(tmp_path / "a.voco", dataclasses.replace(make_bank(shape=(1, 1, 1, 1, 2)), **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_arrays_of_other_dtypes_are_no_bank():
+    bank, small = make_bank(), make_bank().to_int8()
+    for change in (
+        lambda: dataclasses.replace(bank, values=bank.values.astype(np.float16)),
+        lambda: dataclasses.replace(bank, values=bank.values.astype(">f4")),
+        lambda: dataclasses.replace(small, values=bank.values),
+        lambda: dataclasses.replace(small, scales=small.scales.astype(np.float64)),
+    ):
+        with pytest.raises(ValueError, match=r"^(keys in .*, values in|scales .* of keys)"):
+            change()
 
 
 def test_none_at_all(tmp_path):

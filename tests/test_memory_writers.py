@@ -3,6 +3,7 @@
 `python -m tests.test_memory_writers` replaces one 2,000 times.
 """
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -190,6 +191,24 @@ def test_what_was_opened_is_what_is_read(tmp_path):
     assert same(load_memory(file), numbered(2))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_closed_file_of_the_same_pictures_with_other_memories(tmp_path, in_place):
+    file, other, bank = tmp_path / "a.voco", tmp_path / "b.voco", numbered(1)
+    save_memory(file, bank)
+    save_memory(other, MemoryBank(bank.keys + 1, bank.values, bank.items, bank.model))
+    closed = MemoryFile(file)
+    closed.close()
+    status = file.stat()
+    if in_place:
+        file.write_bytes(other.read_bytes())
+        os.utime(file, ns=(1, 1))  # a clock may be coarser than this test is quick
+    else:
+        os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+        other.replace(file)
+    with pytest.raises(TryAgain, match="a.voco: the memory file was replaced while it was read"):
+        closed.read()
+
+
 def test_a_file_that_is_written_into(tmp_path):
     """By a program that does not replace it: cut off or overwritten while it is open, one line (a mapped file would
     end the process)."""
@@ -246,15 +265,22 @@ def test_what_lies_where_a_file_is_made_is_not_written_into(tmp_path):
     (tmp_path / ".a.voco.new").symlink_to(tmp_path / "victim")
     save_memory(tmp_path / "a.voco", make_bank())
     assert (tmp_path / "victim").read_text() == "precious" and names(tmp_path) == ["a.voco", "victim"]
+    (tmp_path / ".a.voco.new").mkdir()
+    with pytest.raises(UserError, match=".a.voco.new: expected a file, found a directory"):
+        save_memory(tmp_path / "a.voco", make_bank())
 
 
-def test_where_files_cannot_be_locked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, kind, left", [("ENOSYS", UserError, []), ("ENOLCK", TryAgain, [".a.voco.lock"])])
+def test_where_files_cannot_be_locked(tmp_path, monkeypatch, number, kind, left):
+    number = getattr(errno, number)
+
     def flock(*_):
-        raise OSError(38, "Function not implemented")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="the file system does not lock files: Function not implemented"):
+    with pytest.raises(UserError, match=f"the file system does not lock files: {os.strerror(number)}") as raised:
         save_memory(tmp_path / "a.voco", make_bank())
+    assert type(raised.value) is kind and names(tmp_path) == left
 
 
 def test_more_files_than_a_process_may_have_open(tmp_path, monkeypatch, capsys):

@@ -58,8 +58,11 @@ class MemoryBank:
     def __post_init__(self):
         if len(self.keys) != len(self.items) or self.keys.shape != self.values.shape:
             raise ValueError(f"{len(self.items)} items, keys {self.keys.shape}, values {self.values.shape}")
-        scales = None if self.scales is None else self.scales.shape
-        if scales != ((2, *self.keys.shape[:4]) if self.keys.dtype == np.int8 else None):
+        if self.keys.dtype != self.values.dtype:
+            raise ValueError(f"keys in {self.keys.dtype}, values in {self.values.dtype}")
+        scales = None if self.scales is None else (self.scales.shape, self.scales.dtype)
+        expected = ((2, *self.keys.shape[:4]), np.float32) if self.keys.dtype == np.int8 else None
+        if scales != expected:
             raise ValueError(f"scales {scales} of keys {self.keys.shape} in {self.keys.dtype}")
 
     def __repr__(self) -> str:

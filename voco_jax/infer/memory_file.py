@@ -18,7 +18,7 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import open_regular
+from voco_jax.files import identity, open_regular
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
@@ -144,7 +144,7 @@ class MemoryFile:
             status = os.stat(real)
         except FileNotFoundError:
             return False
-        return (status.st_dev, status.st_ino) == self._identity
+        return identity(status) == self._identity
 
     @contextlib.contextmanager
     def _open(self) -> Iterator["_Opened"]:
@@ -152,7 +152,9 @@ class MemoryFile:
             yield self._opened
             return
         with _Opened(self.file) as opened:
-            if not opened.checked(lambda: same_head(self._contents, opened.read, opened.size)):
+            # The head too: a number of a file that is gone is given again, and clocks are coarse
+            same = opened.identity == self._identity
+            if not same or not opened.checked(lambda: same_head(self._contents, opened.read, opened.size)):
                 raise TryAgain(f"{self.file}: the memory file was replaced while it was read")
             yield opened
 
@@ -208,7 +210,7 @@ class _Opened:
             raise _unread(file, error) from None
         self._status = os.fstat(self._stream.fileno())
         self.size = self._status.st_size
-        self.identity = self._status.st_dev, self._status.st_ino
+        self.identity = identity(self._status)
 
     def __enter__(self) -> "_Opened":
         return self
@@ -223,7 +225,7 @@ class _Opened:
                 return read()
             except Damaged as error:
                 now = os.fstat(self._stream.fileno())
-                if (now.st_mtime_ns, now.st_size) == (self._status.st_mtime_ns, self._status.st_size):
+                if identity(now) == self.identity:
                     raise UserError(f"{self._file}: {error}") from None
                 raise TryAgain(f"{self._file}: another program wrote into the memory file while it was read") from None
         except OSError as error:
@@ -312,6 +314,8 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
             num += 1
     layout = Layout((num, *shape), dtype, len(text))
     temporary = real.with_name(f".{real.name}.new")
+    if temporary.is_dir():
+        raise UserError(f"{temporary}: expected a file, found a directory")
     try:
         head = header(layout, model, text)
         temporary.unlink(missing_ok=True)  # of a process that was killed
@@ -351,6 +355,8 @@ def _kind(parts: Sequence[Part]) -> tuple[str, tuple[tuple[int, ...], np.dtype]]
                 way = way if what == "dtype" and "int8" in (expected, found) else ""
                 raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}{way}")
     model, shape, dtype, name = kinds[0]
+    if not isinstance(model, str):
+        raise UserError(f"{name}: expected the fingerprint of a model, found {type(model).__name__}")
     if dtype not in OF_MEMORIES.values() or not is_shape([0, *shape]):
         known = ", ".join(dtype.name for dtype in OF_MEMORIES.values())
         raise UserError(f"{name}: expected keys of pictures [K, L, G, H] in {known}; found {list(shape)} in {dtype}")
