@@ -27,6 +27,7 @@ from voco_jax.api import Request
 from voco_jax.data.records import Clip
 from voco_jax.data.video import FrameSampling, read_frames
 from voco_jax.errors import TryAgain, UserError
+from voco_jax.infer import compress as infer_compress
 from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, writing
@@ -147,6 +148,29 @@ def test_a_video(run, model, tmp_path, monkeypatch, capsys):
     said = command(monkeypatch, capsys, run, "--images", CLIP, "--out", out, "--frames", 3)[1]
     # The frame in the middle is the middle one of five too
     assert "3 pictures" in said and "(2 new, 1 known, 4 replaced)" in said
+
+
+@pytest.mark.parametrize("moment", ["probe", "read_frames"])
+def test_a_clip_that_is_replaced_while_it_is_compressed(run, model, album, tmp_path, monkeypatch, capsys, moment):
+    """Never one clip's SHA-256 with another's frames: told and left out, or where it was named, to be tried again."""
+    clip, out = album / "clip.mp4", tmp_path / "a.voco"
+    function = getattr(infer_compress, moment)
+
+    def replaced(*arguments):
+        found = function(*arguments)
+        shutil.copy(CLIP, tmp_path / "new.mp4")
+        (tmp_path / "new.mp4").replace(clip)
+        return found
+
+    shutil.copy(CLIP, clip)
+    line = f"{clip}: the clip was replaced or written into while it was read"
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_compress, moment, replaced)
+        status, _, err = command(patch, capsys, run, "--images", clip, "--out", out, "--frames", 2)
+        assert status == 75 and err.splitlines()[-1] == f"error: {line}" and not out.exists()
+        status, said, err = command(patch, capsys, run, "--images", album, "--out", out, "--frames", 2)
+        assert status == 0 and "7 pictures" in said and f"left out: {line}" in err
+    assert "(2 new, 7 known)" in command(monkeypatch, capsys, run, "--images", album, "--out", out, "--frames", 2)[1]
 
 
 def test_asking_a_memory(run, model, album, tmp_path, monkeypatch, capsys):

@@ -41,11 +41,6 @@ def check_regular(path: str | os.PathLike, status: os.stat_result) -> None:
         raise UserError(f"{path}: expected a file, found {found}")
 
 
-def identity(status: os.stat_result) -> tuple[int, ...]:
-    """What is another when the file at a path is replaced or written into."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def read_bytes(path: str | AnyPath, most: int | None = None) -> bytes:
     """A whole file. UserError for one of more than `most` bytes, of which no more is read, and as `open_regular`."""
     with open_regular(path) as stream:

@@ -192,6 +192,22 @@ def list_files(directory: AnyPath) -> list[tuple[str, int, str]]:
     return sorted((e["name"].rpartition("/")[2], e["size"], str(e.get("generation"))) for e in found)
 
 
+def file_state(file: AnyPath) -> tuple:
+    """What is another when the file at a path is replaced or written into."""
+    if not in_bucket(file):
+        return state_of(os.stat(file))
+    import fsspec
+
+    system, path = fsspec.url_to_fs(str(file))
+    entry = system.info(path)
+    return entry["size"], str(entry.get("generation"))
+
+
+def state_of(status: os.stat_result) -> tuple[int, ...]:
+    """Of a file of this machine."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def files_below(directory: AnyPath) -> list[AnyPath]:
     """All files in a directory and in those that stand in it, by their path."""
     if not in_bucket(directory):

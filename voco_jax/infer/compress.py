@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
 from voco_jax.data.media import is_video
-from voco_jax.data.records import MISSING, BadRecord, Clip, Picture
-from voco_jax.data.sources.roots import local_path, open_file
+from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Picture
+from voco_jax.data.sources.roots import local_path, open_file, state
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
-from voco_jax.errors import UserError, cannot
+from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.files import read_text
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
@@ -202,15 +202,25 @@ class _Wanted:
 
     def _frames(self, entry: Entry) -> Iterator:
         clip, source = Clip(file=entry.path, incomplete=self._incomplete), str(entry.path)
+        opened = state(entry.path)
+
+        def check():
+            # It is opened several times, hours apart: SHA-256, times and frames have to be of one clip
+            if state(entry.path) != opened:
+                message = f"{entry.path}: the clip was replaced or written into while it was read"
+                raise TryAgain(message) if entry.named else BadRecord(UNREADABLE_VIDEO, message)
+
         times = sample_times(probe(clip), self._sampling)
         with open_file(entry.path) as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        check()
         items = [Item(source, sha256, float(time)) for time in times]
         self.keys[source] = {item.identity for item in items}
 
         def load(some):
             new = [item for item in some if item.identity not in self._have]
             frames = dict(zip(new, read_frames(clip, [item.time for item in new]), strict=True)) if new else {}
+            check()
             return [(item, frames.get(item)) for item in some]
 
         for start in range(0, len(items), self._chunk):

@@ -18,7 +18,7 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import identity, open_regular
+from voco_jax.files import open_regular
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
@@ -36,7 +36,7 @@ from voco_jax.infer.memory_format import (
     tensors_of,
 )
 from voco_jax.locks import locked
-from voco_jax.storage import as_path
+from voco_jax.storage import as_path, file_state, state_of
 
 SUFFIX = ".voco"
 PATIENCE = 10.0  # seconds that one writer waits for another
@@ -57,7 +57,7 @@ class MemoryFile:
             opened = stack.enter_context(_Opened(self.file))
             self._contents: Contents = opened.checked(lambda: read_contents(self.file, opened.read, opened.size))
             self._opened: _Opened | None = opened
-            self._identity = opened.identity
+            self._state = opened.state
             self._close = weakref.finalize(self, stack.pop_all().close)
 
     def __len__(self) -> int:
@@ -141,10 +141,9 @@ class MemoryFile:
     def is_at(self, real: Path) -> bool:
         """Whether it is the file that stands at a path, and has not been replaced there."""
         try:
-            status = os.stat(real)
+            return file_state(real) == self._state
         except FileNotFoundError:
             return False
-        return identity(status) == self._identity
 
     @contextlib.contextmanager
     def _open(self) -> Iterator["_Opened"]:
@@ -153,7 +152,7 @@ class MemoryFile:
             return
         with _Opened(self.file) as opened:
             # The head too: a number of a file that is gone is given again, and clocks are coarse
-            same = opened.identity == self._identity
+            same = opened.state == self._state
             if not same or not opened.checked(lambda: same_head(self._contents, opened.read, opened.size)):
                 raise TryAgain(f"{self.file}: the memory file was replaced while it was read")
             yield opened
@@ -208,9 +207,8 @@ class _Opened:
             self._stream = open_regular(file)
         except (OSError, ValueError) as error:  # ValueError: no path at all
             raise _unread(file, error) from None
-        self._status = os.fstat(self._stream.fileno())
-        self.size = self._status.st_size
-        self.identity = identity(self._status)
+        status = os.fstat(self._stream.fileno())
+        self.size, self.state = status.st_size, state_of(status)
 
     def __enter__(self) -> "_Opened":
         return self
@@ -225,7 +223,7 @@ class _Opened:
                 return read()
             except Damaged as error:
                 now = os.fstat(self._stream.fileno())
-                if identity(now) == self.identity:
+                if state_of(now) == self.state:
                     raise UserError(f"{self._file}: {error}") from None
                 raise TryAgain(f"{self._file}: another program wrote into the memory file while it was read") from None
         except OSError as error:

@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, shown
 from voco_jax.errors import UserError, first_line
 from voco_jax.files import check_regular, open_regular
-from voco_jax.storage import AnyPath, in_bucket
+from voco_jax.storage import AnyPath, file_state, in_bucket
 
 
 def local_only(text: str, key: str, what: str) -> None:
@@ -78,6 +78,12 @@ def open_file(file: AnyPath, *, whole: bool = False) -> BinaryIO:
             return open_regular(file)
         with open_regular(file) as stream:
             return io.BytesIO(stream.read())
+
+
+def state(file: AnyPath) -> tuple:
+    """What is another when a file is replaced or written into; BadRecord as `open_file`'s."""
+    with _reading(file):
+        return file_state(file)
 
 
 @contextlib.contextmanager
