@@ -26,7 +26,7 @@ from voco_jax.data.video import probe
 from voco_jax.errors import UserError
 from voco_jax.infer.compress import find_entries
 from voco_jax.infer.memory_file import MemoryFile
-from voco_jax.storage import as_path
+from voco_jax.storage import as_path, file_state
 
 ADDRESS = "gs://bucket/data"
 
@@ -180,3 +180,12 @@ def test_files_to_be_asked_about(server):
         ("clips/x.mp4", True), ("clips/y.ts", True), ("img/a.png", False), ("img/b.png", False),
         ("img/odd [1]/c*#%20.png", False),
     ]  # fmt: skip
+    file = as_path(f"{ADDRESS}/replaced.mp4")
+    file.write_bytes(b"one")
+    before = file_state(file)
+    assert file_state(file) == before
+    file.write_bytes(b"two")
+    assert file_state(file) != before
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        file_state(file)
