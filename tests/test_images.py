@@ -10,6 +10,7 @@ import pytest
 
 from voco_jax.config import default_config
 from voco_jax.data.images import ImageProcessor, is_picture, load_image, pad_to_square
+from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import TOO_LARGE, BadRecord, Picture
 from voco_jax.errors import UserError
@@ -275,10 +276,10 @@ def scans(count: int) -> bytes:
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
 
 
-def tiff_tile(side: int) -> bytes:
+def tiff_tile(side: int, more: tuple = ()) -> bytes:
     packed = zlib.compress(bytes(min(side, 64) ** 2))
     tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 8)]
-    tags.append((325, len(packed)))
+    tags += [(325, len(packed)), *more]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return struct.pack("<4sI", b"II*\0", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
 
@@ -302,16 +303,19 @@ def with_segments(count: int, segment: bytes) -> bytes:
 
 BOMBS = {
     "at most 536 scans of 1000000 pixels, found 610": lambda: scans(600),
-    "tiles of 268435456 bytes at most, found 20000 x 20000": lambda: tiff_tile(20000),
+    "tiles of 268435456 values at most, found 20000 x 20000": lambda: tiff_tile(20000),
+    "tiles of 268435456 values at most, found 30000 x 30000": lambda: tiff_tile(30000, ((322, 16), (323, 16))),
     "tiles, precincts and blocks, found 243000000": lambda: jpeg_2000(9000, 1),
     "tiles, precincts and blocks, found 75": lambda: jpeg_2000(9000, 9000, b"\x11\x11"),
+    "536 scans of 1000000 pixels, found 650": lambda: b"\xff\x02\xff\xda".join(scans(640).rsplit(b"\xff\xda", 640)),
+    "65536 segments behind": lambda: scans(0)[:-2] + b"\xff\xe5\0\2" * 70_000 + b"\xff\xd9",
     "65536 segments before": lambda: with_segments(70_000, b"\xff\xe5\0\2"),
     "33554432 bytes before": lambda: with_segments(600, b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)),
     "262144 chunks": lambda: encoded(Image.new("L", (4, 4)), "PNG").replace(
         b"\0\0\0\0IEND", b"\0\0\0\0IDAT\x35\xaf\x06\x1e" * 300_000 + b"\0\0\0\0IEND"
     ),
     "a header of 4096 bytes": lambda: b"P6\n#" + b"x" * 10_000 + b"\n1 1 255\n123",
-    "16777216 values": lambda: b"P3 3000 3000 255\n1 1 1",
+    "19000000 values": lambda: b"P3 3000 3000 255\n1 1 1",
 }
 
 
@@ -328,6 +332,95 @@ def test_pictures_that_ask_much_and_not_too_much():
     for data in (scans(300), tiff_tile(64), jpeg_2000(64, 32, b"\x55\x66"), with_segments(400, b"\xff\xe5\0\2")):
         load_image(data)
     assert load_image(encoded(Image.new("LA", (600, 600), (50, 0)), "PNG")).getcolors() == [(360000, (255,) * 3)]
+
+
+def noise(mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    return Image.fromarray(values).convert(mode).resize((96, 64))
+
+
+def split_chunks(png: bytes, size: int) -> bytes:
+    """A PNG with its pixels in chunks of so many bytes."""
+    at, parts, pixels = 8, [], b""
+    while at < len(png):
+        length, kind = struct.unpack_from(">I4s", png, at)
+        if kind == b"IDAT":
+            pixels += png[at + 8 : at + 8 + length]
+        else:
+            parts.append(png[at : at + 12 + length])
+        at += 12 + length
+    pieces = [b"IDAT" + pixels[i : i + size] for i in range(0, len(pixels), size)]
+    parts[-1:-1] = [struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in pieces]
+    return png[:8] + b"".join(parts)
+
+
+def other_pictures() -> bytes:
+    """Behind the end of one: 2,000 small pictures and a megabyte of anything, as in a video."""
+    return encoded(noise(), "JPEG", progressive=True) * 2000 + np.random.default_rng(1).bytes(2**20) + bytes(4 * 2**20)
+
+
+def with_metadata() -> bytes:
+    """A photo as phones write it: EXIF with its notes, extended XMP of 12 MB, a profile, bytes of 255 as filling."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x927C] = b"notes" * 10_000
+    data = encoded(noise(), "JPEG", progressive=True, exif=exif, icc_profile=bytes(2**20), comment=b"x" * 60_000)
+    extended = b"http://ns.adobe.com/xmp/extension/\0" + b"\xff\xda" * 30_000
+    segment = b"\xff\xe1" + struct.pack(">H", len(extended) + 2) + extended
+    data = data[:2] + segment * 200 + data[2:]
+    return data.replace(b"\xff\xc4", b"\xff\xff\xff\xc4").replace(b"\xff\xda\0\x0c", b"\xff\xff\xda\0\x0c")
+
+
+HONEST = {
+    "a video behind a JPEG": lambda: encoded(noise(), "JPEG", quality=95) + other_pictures(),
+    "a video behind a progressive JPEG": lambda: scans(0) + other_pictures(),
+    "JPEG with restarts": lambda: encoded(noise(), "JPEG", progressive=True, restart_marker_blocks=1),
+    "JPEGs one behind the other": lambda: encoded(noise(), "MPO", save_all=True, append_images=[noise()] * 40),
+    "JPEG with metadata": with_metadata,
+    "PNG of 20,000 chunks": lambda: split_chunks(encoded(noise().resize((200, 200)), "PNG", compress_level=0), 6),
+    "a video behind a PNG": lambda: encoded(noise(), "PNG") + bytes(8 * 2**20) + other_pictures(),
+    "TIFF of 4,000 strips": lambda: encoded(noise().resize((8, 4000)), "TIFF", strip_size=24),
+    "BigTIFF": lambda: encoded(noise(), "TIFF", big_tiff=True, compression="tiff_lzw"),
+    "TIFF in one tile": lambda: encoded(Image.new("L", (16384, 16)), "TIFF", tiffinfo={322: 16384, 323: 16}),
+    "TIFF of many pages": lambda: encoded(noise(), "TIFF", save_all=True, append_images=[noise()] * 40),
+    "WebP": lambda: encoded(noise(), "WEBP", exif=Image.Exif(), icc_profile=bytes(2**18), xmp=bytes(2**20)),
+    "AVIF": lambda: encoded(noise(), "AVIF", icc_profile=bytes(2**18), xmp=bytes(2**20)),
+    "JPEG 2000 of a GIS tool": lambda: encoded(
+        noise().resize((2048, 1024)), "JPEG2000", tile_size=(256, 256), codeblock_size=(32, 32),
+        precinct_size=(128, 128), num_resolutions=6, irreversible=True, quality_layers=[80, 40, 20],
+    ),
+    "JPEG 2000 of a camera": lambda: encoded(noise(), "JPEG2000", num_resolutions=4) + other_pictures(),
+    "pixmap in plain text": lambda: b"P3\n# of a tool\n90 60\n255\n" + b"1 22 255\n" * 5400,
+    "pixmap with bytes behind it": lambda: encoded(noise(), "PPM") + other_pictures(),
+    "GIF": lambda: encoded(noise(), "GIF", save_all=True, append_images=[noise("L")] * 40) + other_pictures(),
+    "BMP": lambda: encoded(noise(), "BMP") + other_pictures(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_honest_pictures_are_read(kind):
+    data = HONEST[kind]()
+    assert load_image(data).size == Image.open(io.BytesIO(data)).size
+
+
+def large_pictures() -> dict:
+    """By their headers alone, as decoding them takes seconds."""
+    cmyk = bytearray(encoded(noise("CMYK"), "JPEG", progressive=True))  # 18 scans
+    at = cmyk.index(b"\xff\xc2") + 5
+    cmyk[at : at + 4] = struct.pack(">HH", 8192, 8192)
+    tags = [(256, 9450), (257, 9450), (322, 9456), (323, 9456), (277, 4)]
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return {
+        "CMYK JPEG": bytes(cmyk),
+        "TIFF in one tile": struct.pack("<4sIH", b"II*\0", 8, len(tags) // 12) + tags,
+        "6 megapixels of colour in plain text": b"P3 3008 2000 255\n",
+        "16 megapixels of grey in plain text": b"P2 4096 4096 255\n",
+        "16 megapixels of black and white in plain text": b"P1 4096 4096\n",
+    }
+
+
+@pytest.mark.parametrize("kind", large_pictures())
+def test_large_honest_pictures_are_not_refused(kind):
+    assert asks_too_much(io.BytesIO(large_pictures()[kind])) == ""
 
 
 def test_headers_that_are_cut_off():

@@ -9,17 +9,19 @@ import re
 import struct
 from typing import BinaryIO
 
-# None of these has been met in a picture that somebody looks at
+# Far above what cameras, editors and GIS tools write
 MOST_SCANS = 1000  # of a JPEG
 MOST_SCANNED = 2**29  # pixels in all scans together, of more scans than encoders make by themselves (`USUAL_SCANS`)
-USUAL_SCANS = 16
-MOST_SEGMENTS = 2**16  # of a JPEG, before its pixels
+USUAL_SCANS = 18  # libjpeg's, of CMYK
+MOST_SEGMENTS = 2**16  # of a JPEG, before its pixels; and behind its first scan
 MOST_METADATA = 2**25  # bytes in these
 MOST_CHUNKS = 2**18  # of a PNG
-MOST_TILE = 2**28  # bytes of a TIFF's tile, decoded
+MOST_TILE = 2**28  # values in a TIFF's tile, where it is larger than the picture
 MOST_PARTS = 2**21  # of JPEG 2000: precincts, and blocks of code
-MOST_PLAIN = 2**24  # values of a portable pixmap in plain text
+MOST_PLAIN = 19_000_000  # values of a portable pixmap in plain text: 6 megapixels of colour, some 6 seconds
 _HEAD = 2**12  # bytes in which a pixmap has its header
+# Among pixels a byte of 255 is followed by 0 or is a restart; what is below C0 has no length, and may be passed over
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
 
 
 def asks_too_much(file: BinaryIO, whole: bool = True) -> str:
@@ -73,11 +75,28 @@ def _jpeg(file: BinaryIO, whole: bool) -> str:
     if not whole:
         return ""
     file.seek(at)
-    scans = file.read().count(b"\xff\xda")  # a byte of 255 is never alone among pixels
+    scans = _scans(file.read())
+    if scans is None:
+        return f"expected at most {MOST_SEGMENTS} segments behind the first scan, found more"
     most = min(MOST_SCANS, max(USUAL_SCANS, MOST_SCANNED // max(1, pixels)))
     if scans > most:
         return f"expected at most {most} scans of {pixels} pixels, found {scans}"
     return ""
+
+
+def _scans(data: bytes) -> int | None:
+    """Of a JPEG from its first scan on, up to the end of the picture: a video or another picture may be behind it.
+
+    None for too many segments.
+    """
+    scans, at = 0, 0
+    for _ in range(MOST_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if not found or found[1] in (b"\xd8", b"\xd9"):
+            return scans
+        scans += found[1] == b"\xda"
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2]))
+    return None
 
 
 def _png(file: BinaryIO) -> str:
@@ -86,7 +105,10 @@ def _png(file: BinaryIO) -> str:
         if at >= size:
             return ""
         file.seek(at)
-        at += 12 + int.from_bytes(file.read(4))
+        chunk = file.read(8)
+        if chunk[4:] == b"IEND":  # behind it is anything
+            return ""
+        at += 12 + int.from_bytes(chunk[:4])
     return f"expected at most {MOST_CHUNKS} chunks, found more"
 
 
@@ -103,11 +125,14 @@ def _tiff(file: BinaryIO, head: bytes) -> str:
     for at in range(0, len(entries) - step + 1, step):
         tag, kind = struct.unpack_from(order + "HH", entries, at)
         of_kind = {1: "B", 3: "H", 4: "I", 16: "Q" if large else "I"}.get(kind)
-        if tag in (277, 322, 323) and of_kind:
-            values[tag] = struct.unpack_from(order + of_kind, entries, at + (12 if large else 8))[0]
+        if tag in (256, 257, 277, 322, 323) and of_kind:
+            value = struct.unpack_from(order + of_kind, entries, at + (12 if large else 8))[0]
+            worse = min if tag in (256, 257) else max  # of a tag that is there twice
+            values[tag] = worse(values.get(tag, value), value)
     tile = values.get(322, 0) * values.get(323, 0) * max(1, values.get(277, 1))
-    if tile > MOST_TILE:
-        return f"expected tiles of {MOST_TILE} bytes at most, found {values[322]} x {values[323]} pixels"
+    larger = values.get(322, 0) >= values.get(256, 0) + 16 or values.get(323, 0) >= values.get(257, 0) + 16
+    if tile > MOST_TILE and larger:  # a side of a tile is a multiple of 16
+        return f"expected tiles of {MOST_TILE} values at most, found {values[322]} x {values[323]} pixels"
     return ""
 
 
