@@ -127,8 +127,30 @@ def test_a_row_that_no_model_reads(tmp_path):
     file.write_bytes(ROW + b"\n" + b'{"question": "' + b"x" * 5 * 2**20 + b'"}\n' + ROW + b"\n")
     rows = JsonRows(file)
     assert rows[0] == rows[2] == json.loads(ROW)
-    with pytest.raises(BadRecord, match="expected a row of 1048576 bytes at most, found 5242896"):
+    with pytest.raises(
+        BadRecord, match="expected a row of 1048576 bytes at most .config.data.limits.row_bytes., found 5242896"
+    ):
         rows[1]
+
+
+def test_the_limit_of_a_row_is_a_key(tmp_path):
+    row = {"image": "1.jpg", "video": "a.mp4", "question": "?", "answer": "this", "conversations": []}
+    (tmp_path / "set.jsonl").write_text(json.dumps(row | {"video": ""}) + "\n" + json.dumps(row | {"image": "x" * 900}))
+    config = default_config()
+    by_name = sources(
+        a=source("llava", file=str(tmp_path / "set.jsonl"), images=str(tmp_path)),
+        b=source("video_qa", file=str(tmp_path / "set.jsonl"), videos=str(tmp_path)),
+    )
+    with config.unlocked():
+        config.data.train = by_name
+    config.data.limits.row_bytes = 900
+    for rows in open_sources(config, "train")[0]:
+        with pytest.raises(BadRecord, match=r"900 bytes at most \(config.data.limits.row_bytes\), found 9"):
+            rows[1]
+    index = open_sources(config, "train")[0][0].fingerprint()
+    config.data.limits.row_bytes = 2**21
+    assert open_sources(config, "train")[0][0].fingerprint() != index
+    assert open_sources(config, "train")[0][1][1].video is not None
 
 
 def test_a_pipe_is_no_source(tmp_path):

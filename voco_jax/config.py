@@ -88,6 +88,7 @@ def default_config() -> ConfigDict:
     config.data.limits = ConfigDict()  # what is larger is not read
     config.data.limits.picture_pixels = 89_478_485  # width × height of a picture: 2^30 bytes in all that is made of it
     config.data.limits.picture_side = 16_384  # longer side of a picture, in pixels
+    config.data.limits.row_bytes = 2**20  # bytes of a row of JSON: some 250,000 tokens
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of

@@ -9,7 +9,7 @@ write them. Started again, it goes on where it stopped.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import json
 from pathlib import Path
@@ -88,8 +88,7 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             f"{run.directory}: config.data.test: expected a test set, found none; set it in the config file and give "
             "the command of the training again (a complete run takes it without training), or use --questions FILE"
         )
-    opened, _ = open_sources(ConfigDict({"data": {"test": by_name}}), "test")
-    opened = dict(zip(sorted(by_name), opened, strict=True))
+    opened = _open(run, "test", by_name)
     clips = {name: source for name, source in opened.items() if by_name[name].kind == "video_qa"}
     if baselines and not clips:
         raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
@@ -145,10 +144,12 @@ def _load(run: Run, key: str, names: list[str]) -> list[Record]:
 
 def _open_clips(run: Run, key: str) -> dict[str, VideoQuestionSource]:
     names = _names(run, key, "video_qa")
-    if not names:
-        return {}
-    found, _ = open_sources(ConfigDict({"data": {key: {name: _by_name(run, key)[name] for name in names}}}), key)
-    return dict(zip(names, found, strict=True))
+    return _open(run, key, {name: _by_name(run, key)[name] for name in names}) if names else {}
+
+
+def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Sequence]:
+    found, _ = open_sources(ConfigDict({"data": {key: by_name, "limits": run.config.data.limits}}), key)
+    return dict(zip(sorted(by_name), found, strict=True))
 
 
 @one_line_errors

@@ -25,7 +25,10 @@ SOURCES = {
 
 
 def open_sources(config: ConfigDict, key: str) -> tuple[Sequence, list[float]]:
-    """The sources of `config.data.<key>` (train or test), by name, and their weights; UserError names what is wrong."""
+    """The sources of `config.data.<key>` (train or test), by name, and their weights; UserError names what is wrong.
+
+    Of the rest of the config `data.limits` is read.
+    """
     from voco_jax.config import SOURCE_KEYS  # here: worker processes import this module, and need no flax
 
     sources, weights = [], []
@@ -39,6 +42,8 @@ def open_sources(config: ConfigDict, key: str) -> tuple[Sequence, list[float]]:
             found = ", ".join(sorted({*keys} - {"kind", "weight"}))
             raise UserError(f"config.data.{key}.{name}: a {keys.kind} has the keys {expected}; found {found}")
         arguments = {k: v for k, v in keys.items() if k not in ("kind", "weight")}
+        if keys.kind in ("llava", "video_qa"):
+            arguments["row_bytes"] = config.data.limits.row_bytes
         try:
             sources.append(SOURCES[keys.kind](**arguments))
         except UserError as error:

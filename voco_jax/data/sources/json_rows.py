@@ -21,7 +21,7 @@ from voco_jax.files import open_regular
 from voco_jax.outages import passing
 from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket
 
-MOST_ROW = 2**20  # bytes: some 250,000 tokens
+MOST_ROW = 2**20  # bytes, by default
 LEAST_ROW = 16  # bytes of a row on average: a question and its answer are more
 _MANY = 10_000  # rows, of which the average is taken
 _PIECE = 2**20  # bytes that are read at once
@@ -33,13 +33,14 @@ class JsonRows:
     """`rows[i]` is a row as Python objects; BadRecord for one that is not JSON or not UTF-8.
 
     The rows of a JSONL file are its lines but for empty ones. A JSON array has to be whole: where its syntax breaks
-    nobody can tell where the next row begins, so that is a UserError with the place.
+    nobody can tell where the next row begins, so that is a UserError with the place. A row of more than `most` bytes is
+    a BadRecord.
     """
 
-    def __init__(self, file: str | os.PathLike):
+    def __init__(self, file: str | os.PathLike, most: int = MOST_ROW):
         if not file:
             raise UserError("file: expected a .json or .jsonl file, found none")
-        self.file = as_path(file)
+        self.file, self.most = as_path(file), most
         try:
             with bucket_errors(self.file, but=FileNotFoundError):
                 self._local = _copy_of(self.file) if in_bucket(self.file) else self.file
@@ -58,8 +59,9 @@ class JsonRows:
 
     def __getitem__(self, i: int):
         start, end = self.spans[i].tolist()
-        if end - start > MOST_ROW:
-            raise BadRecord(TOO_LONG, f"expected a row of {MOST_ROW} bytes at most, found {end - start}")
+        if end - start > self.most:
+            expected = f"expected a row of {self.most} bytes at most (config.data.limits.row_bytes)"
+            raise BadRecord(TOO_LONG, f"{expected}, found {end - start}")
         try:
             content = os.pread(self._fd(), end - start, start)
         except OSError as error:  # of the disk: it is no fault of this row
@@ -87,12 +89,13 @@ class JsonRows:
         return self.__dict__ | {"_descriptor": None}
 
     def fingerprint(self) -> str:
-        """Changes when the file does."""
+        """Changes when the file does, or the longest row that is read."""
+        most = "" if self.most == MOST_ROW else f" {self.most}"
         if in_bucket(self.file):
             with open(self._local, "rb") as stream:
-                return f"{self.file} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+                return f"{self.file} {hashlib.file_digest(stream, 'sha256').hexdigest()}{most}"
         status = self.file.stat()
-        return f"{self.file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        return f"{self.file.resolve()} {status.st_size} {status.st_mtime_ns}{most}"
 
 
 def _status(descriptor: int) -> tuple[int, ...]:
@@ -148,7 +151,7 @@ def _line_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
 
     def is_blank(start: int, end: int) -> bool:
         stream.seek(start)
-        return not stream.read(min(end - start, MOST_ROW)).removeprefix(_BOM).strip()
+        return not stream.read(end - start).removeprefix(_BOM).strip()
 
     # A line that is blank is short, or looked at because it could be
     short = np.flatnonzero(spans[:, 1] - spans[:, 0] < _BLANK)

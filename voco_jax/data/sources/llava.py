@@ -17,7 +17,7 @@ from typing import Any
 
 from voco_jax.data.endings import VIDEOS, has_ending
 from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture, Record, shown
-from voco_jax.data.sources.json_rows import JsonRows
+from voco_jax.data.sources.json_rows import MOST_ROW, JsonRows
 from voco_jax.data.sources.roots import inside
 from voco_jax.errors import UserError
 from voco_jax.storage import AnyPath, absolute, as_path, bucket_errors, list_files
@@ -28,8 +28,8 @@ VIDEO = "<video>"
 class LlavaSource:
     """Rows of a LLaVA file as records; `images` and `videos` are the directories its paths start from."""
 
-    def __init__(self, file: str, images: str = "", videos: str = ""):
-        self._rows = JsonRows(file)
+    def __init__(self, file: str, images: str = "", videos: str = "", row_bytes: int = MOST_ROW):
+        self._rows = JsonRows(file, row_bytes)
         self._images, self._videos = _root(images, "images"), _root(videos, "videos")
 
     def __len__(self):
@@ -65,8 +65,8 @@ class LlavaSource:
 class VideoQuestionSource:
     """Rows of video, question and answer as records; `videos` is the directory their files are in."""
 
-    def __init__(self, file: str, videos: str):
-        self._rows = JsonRows(file)
+    def __init__(self, file: str, videos: str, row_bytes: int = MOST_ROW):
+        self._rows = JsonRows(file, row_bytes)
         root = _root(videos, "videos")
         if root is None:
             raise UserError(f"{file}: the source's key 'videos' names the directory of the videos; found none")
