@@ -98,6 +98,8 @@ def _ends_whole(name: str, whole: bytes, size: int) -> bool:
         while at < size:
             kind, at = whole[at + 4 : at + 8], at + int.from_bytes(whole[at : at + 4])
         return at == size and kind == b"mdat"
-    if name == "ts":
-        return size % 188 == 0
-    return False
+    if name == "ogv":  # between two pages, as a live recording ends
+        return whole[size : size + 4] == b"OggS"
+    if name == "gif":  # between two blocks
+        return whole[size - 1 : size] == b"\0" and whole[size : size + 1] in (b"!", b",", b";")
+    return name == "ts"  # a recording stops anywhere

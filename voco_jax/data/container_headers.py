@@ -3,6 +3,8 @@
 import io
 from typing import BinaryIO
 
+MOST_BEHIND = 1024  # bytes that are not of a container, behind its end: a line of text, say
+
 
 class Enough(Exception):
     """As many headers were read as may be."""

@@ -13,7 +13,7 @@ import struct
 from typing import BinaryIO
 import zlib
 
-from voco_jax.data.container_headers import Enough, Headers, none
+from voco_jax.data.container_headers import MOST_BEHIND, Enough, Headers, none
 from voco_jax.data.mp4_boxes import check_fragments
 
 
@@ -36,7 +36,7 @@ def what_is_missing(file: BinaryIO, container: str, most: int) -> str:
 
 # ---- Matroska, WebM ------------------------------------------------------------------------------------------------
 
-_SEGMENT, _INFO, _CLUSTER = 0x18538067, 0x1549A966, 0x1F43B675
+_FILE, _SEGMENT, _INFO, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x1F43B675
 _ANYWHERE = {0xEC, 0xBF}  # void, CRC-32
 _OF_SEGMENT = {  # seek head, info, tracks, cues, tags, chapters, attachments, signature
     _CLUSTER, _INFO, 0x114D9B74, 0x1654AE6B, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469, 0x1B538667,
@@ -48,15 +48,14 @@ def _matroska(headers: Headers) -> str:
     at = 0
     while at < headers.size:
         found, start, length = _element(headers, at)
-        if found is None:  # something behind the last segment
-            return none("an element", at) if not any(headers.read(at, 64)) else ""
+        if found not in {_FILE, _SEGMENT} | _ANYWHERE:  # something behind the last segment
+            return ""
         if length is not None and (short := headers.beyond(start + length)):
             return short
         if found == _SEGMENT:
-            end = headers.size if length is None else start + length
-            if wrong := _clusters(headers, start, end):
+            wrong, at = _clusters(headers, start, headers.size if length is None else start + length, length is None)
+            if wrong:
                 return wrong
-            at = end
         elif length is None:
             return ""
         else:
@@ -64,25 +63,30 @@ def _matroska(headers: Headers) -> str:
     return ""
 
 
-def _clusters(headers: Headers, at: int, end: int) -> str:
-    """What is wrong in a segment, whose blocks are looked at too."""
+def _clusters(headers: Headers, at: int, end: int, live: bool) -> tuple[str, int]:
+    """What is wrong in a segment, whose blocks are looked at too, and where it ends.
+
+    A `live` one has no length: it ends where another file begins, or with this one.
+    """
     inner = 0  # where the cluster ends, in which we are; 0 outside
     while at < end:
         found, start, length = _element(headers, at)
+        if live and found == _FILE:
+            return "", at
         inside = at < inner and found not in _OF_SEGMENT
         if found is None or found not in _ANYWHERE | (_OF_CLUSTER if inside else _OF_SEGMENT):
-            return none("a Matroska element", at)
+            return none("a Matroska element", at), at
         if found == _CLUSTER:
             inner, at = end if length is None else start + length, start
             if inner > end:
-                return headers.beyond(inner) or none("a whole cluster", at)
+                return headers.beyond(inner) or none("a whole cluster", at), at
             continue
         if length is None:
-            return ""
+            return "", end
         at = start + length
         if at > (inner if inside else end):
-            return headers.beyond(at) or none("a whole element", start)
-    return ""
+            return headers.beyond(at) or none("a whole element", start), at
+    return "", end
 
 
 def _element(headers: Headers, at: int) -> tuple[int | None, int, int | None]:
@@ -125,36 +129,56 @@ def matroska_duration(file: BinaryIO) -> float:
 # ---- RIFF: avi -----------------------------------------------------------------------------------------------------
 
 
+_SLACK = 256  # bytes that a RIFF part may be too long, where its index is whole
+
+
 def _avi(headers: Headers) -> str:
-    at = 0
+    at, parts = 0, []
     while at < headers.size:
         kind, size = _chunk(headers, at)
         if kind != b"RIFF" or size in (0, 2**32 - 1):  # behind the last; or never closed, as a recorder was killed
-            zeros = at and not any(headers.read(at, 64)) and headers.size - at > 2048
-            return none("another part", at) if zeros else ""
+            break
         end = at + 8 + size
-        if short := headers.beyond(end):
-            return short
-        if wrong := _avi_chunks(headers, at + 12, end):
-            return wrong
+        if end > headers.size + _SLACK:
+            return headers.beyond(end)
+        parts.append((at, end))
         at = end + end % 2
-    return ""
+    if parts and at < headers.size and _more_parts(headers) and not any(headers.read(at, 64)):
+        return none("another part", at)
+    for at, end in parts:  # first what is far from each other: the index may stand at the end of gigabytes
+        kinds = set()
+        wrong = _avi_chunks(headers, at + 12, min(end, headers.size), kinds, deep=False)
+        if wrong or b"idx1" not in kinds and (wrong := headers.beyond(end)):
+            return wrong
+    return next(filter(None, (_avi_chunks(headers, at + 12, end, set(), deep=True) for at, end in parts)), "")
 
 
-def _avi_chunks(headers: Headers, at: int, end: int) -> str:
-    """What is wrong with the chunks of a list; those of frames are looked at too."""
-    while at + 8 <= end:
+def _more_parts(headers: Headers) -> bool:
+    """Whether the header counts more frames in the file than in its first part."""
+    data = headers.read(0, 2**14)
+    first, every = data.find(b"avih"), data.find(b"dmlh")
+    if first < 0 or every < 0:
+        return False
+    return int.from_bytes(data[every + 8 : every + 12], "little") > int.from_bytes(
+        data[first + 24 : first + 28], "little"
+    )
+
+
+def _avi_chunks(headers: Headers, at: int, end: int, kinds: set[bytes], deep: bool) -> str:
+    """What is wrong with the chunks of a list, if `deep` with those of frames too. `kinds` gets those found."""
+    while at + 8 <= min(end, headers.size):
         kind, size = _chunk(headers, at)
+        kinds.add(kind)
         if not re.fullmatch(rb"[\x20-\x7e]{4}", kind):
             return none("a chunk", at)
         if at + 8 + size > end:
             return none("a whole chunk", at)
-        if (
-            kind == b"LIST"
-            and headers.read(at + 8, 4) in (b"movi", b"rec ")
-            and (wrong := _avi_chunks(headers, at + 12, at + 8 + size))
-        ):
-            return wrong
+        if kind == b"LIST" and headers.read(at + 8, 4) in (b"movi", b"rec "):
+            if size < 4:  # never closed
+                kinds.add(b"idx1")
+                return ""
+            if deep and (wrong := _avi_chunks(headers, at + 12, at + 8 + size, set(), deep)):
+                return wrong
         at += 8 + size + size % 2
     return ""
 
@@ -173,19 +197,23 @@ def _flv(headers: Headers) -> str:
     first = headers.read(at, 2**16)
     if (size := _number_in_script(first, b"filesize")) and (short := headers.beyond(int(size))):
         return short
-    duration, time = _number_in_script(first, b"duration"), 0.0
+    duration, time, gap = _number_in_script(first, b"duration"), 0.0, 1.0
     while at < headers.size:
         tag = headers.read(at, 11)
+        if tag[0] & 0x1F not in (8, 9, 18, 15):
+            if size and at >= size or any(tag) and headers.size - at < MOST_BEHIND:
+                break  # behind the end
+            return none("a tag", at)
         if len(tag) < 11:
             return headers.beyond(at + 11)
-        if tag[0] & 0x1F not in (8, 9, 18, 15):
-            return none("a tag", at)
         end = at + 11 + int.from_bytes(tag[1:4])
         if short := headers.beyond(end):
             return short
-        time = max(time, int.from_bytes(tag[7:8] + tag[4:7]) / 1000)
-        at = end + 4
-    return f"expected {duration:.2f} s, found {time:.2f}" if time + 1 < duration else ""
+        now = int.from_bytes(tag[7:8] + tag[4:7]) / 1000
+        if tag[0] & 0x1F == 9:
+            gap = max(gap, now - time)  # the last frame is shown as long as any, at most
+        time, at = max(time, now), end + 4
+    return f"expected {duration:.2f} s, found {time:.2f}" if time + gap + 0.1 < duration else ""
 
 
 def _number_in_script(script: bytes, name: bytes) -> float:
@@ -217,7 +245,7 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg(headers: Headers) -> str:
-    """Pages follow each other, with no number left out; the last one is whole, and the last of its stream."""
+    """Pages follow each other, with no number left out; the last one is whole. A live recording has no last one."""
     at, last, numbers = 0, 0, {}
     try:
         while at < headers.size:
@@ -256,7 +284,7 @@ def _last_page(page: bytes) -> str:
     without = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
     if (zlib.crc32(without, 2**32 - 1) ^ (2**32 - 1)).to_bytes(4).translate(_MIRRORED) != page[22:26]:
         return "expected a page by its checksum, found another at the end"
-    return "" if page[5] & 4 else "expected the end of a stream, found none"
+    return ""
 
 
 def _gif(headers: Headers) -> str:
@@ -266,6 +294,12 @@ def _gif(headers: Headers) -> str:
         block = headers.read(at, 10)
         if block[:1] == b";":
             return ""
+        if block[:1] == b"\0":  # more ends of blocks than there are blocks
+            zeros = headers.read(at, 2**16)
+            at += len(zeros) - len(zeros.lstrip(b"\0"))
+            if at == headers.size:
+                break
+            continue
         if block[:1] == b",":
             at += 11 + (3 * 2 ** ((block[9] & 7) + 1) if len(block) == 10 and block[9] & 0x80 else 0)
         elif block[:1] == b"!":
@@ -276,6 +310,8 @@ def _gif(headers: Headers) -> str:
             at += 1 + length[0]
             if not length[0]:
                 break
+        if length and at == headers.size:  # all is there but the last byte
+            return ""
     return none("the end of the pictures", headers.size)
 
 
@@ -295,15 +331,14 @@ def _apng(headers: Headers) -> str:
 
 
 def _mpegts(headers: Headers) -> str:
-    """Packets of one size, each with a byte by which it is known."""
+    """Packets of one size, each with a byte by which it is known. A recording stops anywhere in a packet."""
     head = headers.read(0, 5 * 204)
     for size, first in ((188, 0), (192, 4), (204, 0)):
         if all(head[i : i + 1] == b"G" for i in range(first, len(head) - size + first + 1, size)):
             whole = headers.size // size * size
-            if headers.size % size:
-                return headers.beyond(whole + size)
-            last = headers.read(whole - size + first, size)
-            return "" if last[:1] == b"G" and any(last[-64:]) else none("a packet", whole - size)
+            last = headers.read(whole - size + first, 188)
+            filled = last[1:2] + last[2:3] == b"\x1f\xff" or any(last[-64:])  # the null packet may have zeros in it
+            return "" if last[:1] == b"G" and filled else none("a packet", whole - size)
     return ""
 
 
@@ -312,7 +347,8 @@ def _mpeg(headers: Headers) -> str:
     length = min(headers.size, 2**18)
     tail, start = headers.read(headers.size - length, length), headers.size - length
     if not any(tail[-64:]):
-        return none("a packet", start + len(tail.rstrip(b"\0")))
+        last = tail.rstrip(b"\0")
+        return "" if last.endswith(b"\0\0\1\xb9") else none("a packet", start + len(last))
     at = tail.rfind(b"\0\0\1\xba")
     while 0 <= at < len(tail):
         if tail[at : at + 4] == b"\0\0\1\xba":

@@ -3,7 +3,7 @@
 import re
 import struct
 
-from voco_jax.data.container_headers import Headers, none
+from voco_jax.data.container_headers import MOST_BEHIND, Enough, Headers, none
 
 
 def check_fragments(headers: Headers) -> str:
@@ -16,6 +16,8 @@ def check_fragments(headers: Headers) -> str:
             if b"mvex" not in movie:
                 return ""
         if not re.fullmatch(rb"[\w \-.\xa9]{4}", kind) or end < start:
+            if headers.size - at < MOST_BEHIND and headers.read(at, 1) != b"\0":  # no small box begins there
+                break
             return none("a box", at)
         if short := headers.beyond(end):
             return short
@@ -131,28 +133,85 @@ def _track(movie: bytes, track: int) -> tuple[int, int]:
 # ---- What a header would have FFmpeg do ----------------------------------------------------------------------------
 
 MOST_MOVIE = 2**26  # bytes of a header that is compressed: a day's is less
-_PIECE, _OVERLAP = 2**24, 64
+# Boxes in which FFmpeg looks for boxes, ten deep at most
+_OF_BOXES = frozenset(
+    b"moov trak mdia minf stbl moof traf cmov mvex edts dinf udta ilst wave sinf schi tref ipro iprp".split()
+)
+_DEEPEST = 10
 
 
-def check_counts(headers: Headers) -> str:
+def check_counts(headers: Headers, fragments: bool = True) -> str:
     """'expected …, found …' where a header counts more frames than the file has bytes, or is compressed and too large:
-    FFmpeg takes memory for all of it. '' for files of other kinds, too."""
-    at, samples = 0, 0
-    while at < headers.size:
-        kind, _, end = _box(headers, at)
-        is_box = re.fullmatch(rb"[\x20-\x7e\xa9]{4}", kind)
-        if end < at + 8 or end > headers.size and not is_box:
-            break  # not an mp4, or no longer
-        end = min(end, headers.size)
-        for piece in range(at, end, _PIECE) if is_box and kind != b"mdat" else ():
-            data = headers.read(piece, min(_PIECE + _OVERLAP, end - piece))
-            for found in re.finditer(rb"cmvd|stsz|trun", data[:_PIECE]):
-                words = data[found.end() : found.end() + 12].ljust(12, b"\0")
-                first, second, third = struct.unpack(">3I", words)
-                if found[0] == b"cmvd" and first > MOST_MOVIE:
-                    return f"expected a header of {MOST_MOVIE} bytes at most, found {first}, compressed"
-                if found[0] == b"stsz" and second * third > headers.size:
-                    return f"expected {headers.size} bytes of frames at most, found {third} frames of {second}"
-                samples += second if found[0] == b"trun" else 0
-        at = end
-    return f"expected {headers.size} frames at most, found {samples}" if samples > headers.size else ""
+    FFmpeg takes memory for all of it. '' for files of other kinds, too, and for what is behind as many boxes as
+    `headers` may read. Without `fragments` nothing behind the movie's header is looked at.
+    """
+    counts, at = _Counts(headers), 0
+    try:
+        while at < headers.size:
+            kind, start, end = _box(headers, at)
+            if not re.fullmatch(rb"[\x20-\x7e\xa9]{4}", kind) or end < start:
+                break  # not an mp4, or no longer
+            if kind in (b"free", b"hoov") and headers.read(start + 4, 4) in (b"cmov", b"mvhd"):
+                kind = b"moov"  # FFmpeg looks at one that was not finished, if there is no other
+            if kind in _OF_BOXES and (wrong := counts.box(kind, start, min(end, headers.size), 0)):
+                return wrong
+            if kind == b"moov" and not fragments:
+                break
+            at = end
+    except Enough:
+        pass
+    return ""
+
+
+class _Counts:
+    """How many frames the boxes of a file count: what `box` and `boxes` give is wrong with them, or ''."""
+
+    def __init__(self, headers: Headers):
+        self.headers, self.in_fragments = headers, 0
+        self.handlers, self.by_sample, self.sizes = set(), False, ""  # of a track
+
+    def boxes(self, at: int, end: int, depth: int) -> str:
+        while at + 8 <= end and depth <= _DEEPEST:
+            kind, start, stop = _box(self.headers, at)
+            if stop < start:
+                break
+            stop = min(stop, end)  # of the box around it, as FFmpeg has it
+            if wrong := self.box(kind, start, stop, depth):
+                return wrong
+            at = stop
+        return ""
+
+    def box(self, kind: bytes, start: int, end: int, depth: int) -> str:
+        if kind == b"trak":
+            self.handlers, self.by_sample, self.sizes = set(), False, ""
+            wrong = self.boxes(start, end, depth + 1)
+            # Sound of old QuickTime files counts samples, of which FFmpeg makes packets as it reads them
+            packed = b"soun" in self.handlers and b"vide" not in self.handlers and not self.by_sample
+            return wrong or ("" if packed else self.sizes)
+        if kind in _OF_BOXES:
+            return self.boxes(start, end, depth + 1)
+        if kind == b"meta":
+            place = self.headers.read(start, min(end - start, 2**12)).find(b"hdlr")
+            return self.boxes(start + place - 4, end, depth + 1) if place >= 4 else ""
+        if kind == b"stsd":  # of entries, with boxes behind what a picture or a sound has
+            return next(
+                filter(None, (self.boxes(start + 8 + skip, end, depth + 1) for skip in (86, 36, 52, 72, 16))), ""
+            )
+        return self.numbers(kind, start) if kind in (b"cmvd", b"stsz", b"trun", b"stts", b"hdlr") else ""
+
+    def numbers(self, kind: bytes, start: int) -> str:
+        size, words = self.headers.size, self.headers.read(start, 16).ljust(16, b"\0")
+        first, second, third, fourth = struct.unpack(">4I", words)
+        if kind == b"cmvd" and first > MOST_MOVIE:
+            return f"expected a header of {MOST_MOVIE} bytes at most, found {first}, compressed"
+        if kind == b"hdlr":
+            self.handlers.add(words[8:12])
+        elif kind == b"stts":
+            self.by_sample |= not second == fourth == 1
+        elif kind == b"stsz" and second * third > size:
+            self.sizes = f"expected {size} bytes of frames at most, found {third} frames of {second}"
+        elif kind == b"trun":
+            self.in_fragments += second
+            if self.in_fragments > size:
+                return f"expected {size} frames at most, found {self.in_fragments}"
+        return ""

@@ -14,9 +14,14 @@ from PIL import Image
 from voco_jax.data.container_sizes import matroska_duration
 from voco_jax.data.images import load_image
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames
-from voco_jax.data.video_file import LOOK, LOOKAHEAD, THOROUGH_LOOK, VideoFile, open_video
+from voco_jax.data.video_file import LOOKAHEAD, VideoFile, open_video
 from voco_jax.data.video_frame import to_picture
-from voco_jax.storage import in_bucket
+
+# FFmpeg's names of codecs whose black frames are zeros
+UNCOMPRESSED = (
+    "rawvideo", "012v", "avrp", "avui", "ayuv", "bitpacked", "r10k", "r210", "targa_y216", "v210", "v210x", "v308",
+    "v408", "v410", "y41p", "yuv4",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +86,14 @@ def probe(clip: Clip | Frames) -> VideoInfo:
         times = _relative_times(clip)
         n = len(times)
         return VideoInfo(float(times[-1] * n / max(1, n - 1)), n)
-    with open_video(clip) as video:
+    with open_video(clip, thorough=True) as video:
         if video.indexed:  # headers tell no end: B-frames and variable rates move the last frame
             num_frames = sum(not entry.is_discard for entry in video.stream.index_entries)
             last = video.last_group()
-            if video.decoder.name != "rawvideo" and any(not any(memoryview(packet)[:64]) for packet in last):
+            if video.decoder.name not in UNCOMPRESSED and any(not any(memoryview(packet)[:64]) for packet in last):
                 video.not_whole("expected packets of frames, found zeros")  # the room of a copy that was not finished
             packets = [(p.pts, p.duration) for p in last if _shown(p)]
         else:
-            video.check_whole(LOOK if in_bucket(clip) else THOROUGH_LOOK)
             video.rewind()
             packets = []
             for packet in video.packets():

@@ -11,7 +11,7 @@ import math
 
 from PIL import Image
 
-from voco_jax.data.container_headers import Enough, Headers
+from voco_jax.data.container_headers import Headers
 from voco_jax.data.container_sizes import what_is_missing
 from voco_jax.data.images import FORMATS as PICTURE_FORMATS
 from voco_jax.data.images import MAX_SIDE, UNREADABLE
@@ -31,15 +31,19 @@ BARE = ("h264", "hevc", "vvc", "h263", "mpegvideo", "vc1")  # a codec's stream a
 # FFmpeg cannot begin in the middle of these: times are lost (mpeg), or what a frame is drawn upon
 FROM_START = (*BARE, "mpeg", "gif", "apng")
 MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory is taken for it
-# Headers of the container that are read whenever a file is opened, and where the whole file is read anyway
-LOOK, THOROUGH_LOOK = 2048, 2**20
+# Headers of the container that are looked at whenever a file is opened; those of the movie of an mp4, all of which
+# FFmpeg reads; and those when all of a file is read through anyway
+LOOK, MOVIE_LOOK, THOROUGH_LOOK = 16, 2**14, 2**20
 MAX_STREAMS = 200  # FFmpeg begins to decode each of them, to know what it is
 LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
 
 
 @contextlib.contextmanager
-def open_video(clip: Clip) -> Iterator["VideoFile"]:
-    """The clip, opened; whatever PyAV finds wrong with it while it is open is a BadRecord."""
+def open_video(clip: Clip, thorough: bool = False) -> Iterator["VideoFile"]:
+    """The clip, opened; whatever PyAV finds wrong with it while it is open is a BadRecord.
+
+    `thorough` looks at all of the container's headers, where the file is not in a bucket, instead of a few.
+    """
     try:
         import av
     except ImportError:
@@ -50,7 +54,7 @@ def open_video(clip: Clip) -> Iterator["VideoFile"]:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_file(clip.file) if clip.data is None else io.BytesIO(clip.data))
         try:
-            yield VideoFile(clip, file, stack)
+            yield VideoFile(clip, file, stack, thorough and not in_bucket(clip))
         except BadRecord:
             raise
         except Exception as error:
@@ -77,9 +81,11 @@ def _picture_format(file: io.IOBase) -> str:
 class VideoFile:
     """An opened clip and its video stream. Ticks are the stream's unit of time, and absolute, as in the file."""
 
-    def __init__(self, clip: Clip, file: io.IOBase, stack: contextlib.ExitStack):
+    def __init__(self, clip: Clip, file: io.IOBase, stack: contextlib.ExitStack, thorough: bool = False):
         self.clip, self.file, self.stack = clip, file, stack
-        self._check_counts()
+        # Of an mp4 whose header would take memory beyond measure
+        if wrong := check_counts(Headers(file, THOROUGH_LOOK if thorough else MOVIE_LOOK), fragments=thorough):
+            raise self.bad(wrong)
         self.open()
         self.tick: Fraction = self.stream.time_base
         # A plain mp4 has a table of all its frames; one in fragments does not, and counts none in its header.
@@ -93,7 +99,7 @@ class VideoFile:
                 self.not_whole(f"expected {end} bytes or more, found {self.container.size}")
                 self.indexed = False  # of what is not there too
         else:
-            self.check_whole(LOOK)
+            self._check_whole(THOROUGH_LOOK if thorough else LOOK)
         first, starts = None, []
         for packet in self.packets():
             first = packet if first is None else first
@@ -115,7 +121,7 @@ class VideoFile:
         options = {"format_whitelist": ",".join((*CONTAINERS, *BARE)), "protocol_whitelist": "none"}
         options["max_streams"] = str(MAX_STREAMS)
         self.file.seek(0)
-        # FFmpeg decodes the first frames to learn what they are: this limit holds for those decoders too
+        # Those of the decoders are theirs too who look at the first frames, to know what they are
         decoders = {"max_pixels": str(MAX_PIXELS)}
         self.container = self.stack.enter_context(
             av.open(self.file, container_options=options, options=decoders, metadata_errors="replace")
@@ -149,16 +155,6 @@ class VideoFile:
             if stream.index != self.stream.index:
                 stream.discard = av.stream.Discard.all
 
-    def _check_counts(self) -> None:
-        """BadRecord for an mp4 whose header would take memory beyond measure; before it is opened."""
-        most = LOOK if in_bucket(self.clip) else THOROUGH_LOOK
-        try:
-            found = check_counts(Headers(self.file, most))
-        except Enough:  # from a bucket it would be as much as to read the whole file
-            found = "" if in_bucket(self.clip) else f"expected {most} boxes at most, found more"
-        if found:
-            raise self.bad(found)
-
     def is_a(self, *formats: str) -> bool:
         """Whether the file is one of FFmpeg's `formats`."""
         return not set(formats).isdisjoint(self.container.format.name.split(","))
@@ -172,7 +168,7 @@ class VideoFile:
             hint = "--incomplete or config.data.video.incomplete takes what is there"
             raise self.bad(f"{message}: the file is cut off or damaged; {hint}")
 
-    def check_whole(self, most: int) -> None:
+    def _check_whole(self, most: int) -> None:
         """BadRecord for a file that has less than its container says, as far as `most` of its headers show."""
         if missing := what_is_missing(self.file, self.container.format.name, most):
             self.not_whole(missing)
