@@ -284,8 +284,8 @@ def tiff_tile(side: int, more: tuple = ()) -> bytes:
     return struct.pack("<4sI", b"II*\0", 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-def jpeg_2000(side: int, tile: int, precincts: bytes = b"") -> bytes:
-    data = bytearray(encoded(Image.new("RGB", (64, 64)), "JPEG2000", num_resolutions=2))
+def jpeg_2000(side: int, tile: int, precincts: bytes = b"", mode: str = "RGB") -> bytes:
+    data = bytearray(encoded(Image.new(mode, (64, 64)), "JPEG2000", num_resolutions=2))
     at = data.index(b"\xff\x51")
     data[at + 6 : at + 14], data[at + 22 : at + 30] = struct.pack(">II", side, side), struct.pack(">II", tile, tile)
     if precincts:
@@ -309,6 +309,8 @@ BOMBS = {
     "tiles, precincts and blocks, found 75": lambda: jpeg_2000(9000, 9000, b"\x11\x11"),
     "536 scans of 1000000 pixels, found 650": lambda: b"\xff\x02\xff\xda".join(scans(640).rsplit(b"\xff\xda", 640)),
     "65536 segments behind": lambda: scans(0)[:-2] + b"\xff\xe5\0\2" * 70_000 + b"\xff\xd9",
+    "while decoded, found 1215000000: 9000 x 9000": lambda: jpeg_2000(9000, 2**31),
+    "while decoded, found 980000000: 7000 x 7000": lambda: jpeg_2000(9000, 7000, mode="RGBA"),
     "65536 segments before": lambda: with_segments(70_000, b"\xff\xe5\0\2"),
     "33554432 bytes before": lambda: with_segments(600, b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)),
     "262144 chunks": lambda: encoded(Image.new("L", (4, 4)), "PNG").replace(

@@ -19,6 +19,7 @@ MOST_CHUNKS = 2**18  # of a PNG
 MOST_TILE = 2**28  # values in a TIFF's tile, where it is larger than the picture
 MOST_PARTS = 2**21  # of JPEG 2000: precincts, and blocks of code
 MOST_PLAIN = 19_000_000  # values of a portable pixmap in plain text: 6 megapixels of colour, some 6 seconds
+MOST_DECODED = 7 * 2**27  # bytes for a tile of JPEG 2000: OpenJPEG takes 4 for each value, and Pillow the value's own
 _HEAD = 2**12  # bytes in which a pixmap has its header
 # Among pixels a byte of 255 is followed by 0 or is a restart; what is below C0 has no length, and may be passed over
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
@@ -151,6 +152,14 @@ def _jpeg_2000(file: BinaryIO) -> str:
         )
         if parts > MOST_PARTS:
             return f"expected at most {MOST_PARTS} tiles, precincts and blocks, found {parts}"
+        across, down, entries = min(width, tile_x), min(height, tile_y), start.end() + 38
+        of_each = data[entries : entries + 3 * components]
+        decoded = sum(
+            -(-across // max(1, x)) * -(-down // max(1, y)) * (5 + (bits & 127) // 8)
+            for bits, x, y in zip(of_each[::3], of_each[1::3], of_each[2::3], strict=False)  # of a file that is cut off
+        )
+        if decoded > MOST_DECODED:
+            return f"expected tiles of {MOST_DECODED} bytes at most while decoded, found {decoded}: {across} x {down}"
     return ""
 
 
