@@ -5,6 +5,7 @@ import io
 import math
 import os
 from pathlib import Path
+import re
 import struct
 import sys
 import time
@@ -311,6 +312,8 @@ CUT_KINDS = {
     **KINDS,
     "faststart.mp4": {"container_options": {"movflags": "faststart"}},
     "dash.mp4": {"container_options": {"movflags": "dash+frag_keyframe"}},
+    "first.mp4": {"container_options": {"movflags": "frag_keyframe"}},  # with a table of the frames before fragments
+    "finished.mp4": {"container_options": {"movflags": "hybrid_fragmented"}},
     "clip.ts": {"format": "mpegts"},
     "clip.flv": {},
     "clip.mpg": {"codec": "mpeg2video", "format": "mpeg"},
@@ -318,6 +321,9 @@ CUT_KINDS = {
     "clip.ogv": {"codec": "libvpx"},
     "clip.mxf": {"codec": "mpeg2video", "b_frames": 2},
     "clip.ivf": {"codec": "libvpx-vp9", "settings": FAST_VP9},
+    "clip.swf": {"codec": "flv"},
+    "clip.rm": {"codec": "rv10"},
+    "clip.y4m": {"codec": "wrapped_avframe", "format": "yuv4mpegpipe"},
     "clip.gif": {"codec": "gif"},
 }
 
@@ -389,6 +395,88 @@ def test_fragments_that_are_not_there(tmp_path):
             assert "clip: expected 2.40 s, found 2.24: the file is cut off" in bad(clip, call=probe)
         else:
             assert probe(clip).num_frames == 56
+
+
+@pytest.mark.parametrize("name", ["late.mp4", "faststart.mp4"])
+def test_what_stands_behind_the_frames_of_an_mp4_is_not_needed(tmp_path, name):
+    content = write_clip(tmp_path / name, container_options={"movflags": name[:-4]} if name[0] == "f" else {}).file
+    for more in (
+        b"\0" * 9,
+        b"junk",
+        b"some more junk",
+        struct.pack(">I4s", 9999, b"free") + bytes(5),
+        b"\0\0\1\0wxyz.",
+    ):
+        assert probe(Clip(data=content.read_bytes() + more)) == VideoInfo(2.4, 60)
+
+
+def test_the_first_frames_of_an_mp4_in_fragments_are_not_all(tmp_path):
+    content = write_clip(tmp_path / "clip.mp4", **CUT_KINDS["first.mp4"]).file.read_bytes()
+    moofs = [found.start() - 4 for found in re.finditer(b"moof", content)]
+    assert len(moofs) > 2 and content.index(b"mdat") < moofs[0]
+    for at in (moofs[0] + 50, moofs[-1] + 5, moofs[-1] + 200):
+        assert "cut off" in bad(Clip(data=content[:at]))
+        assert "cut off" in bad(Clip(data=content[:at] + bytes(len(content) - at)))
+    assert 30 < probe(Clip(data=content[: moofs[-1] + 50], incomplete=True)).num_frames < 60
+
+
+def changed(content: bytes, *places: tuple[int, str, int]) -> bytes:
+    """With numbers at these places: place, `struct` format, number."""
+    content = bytearray(content)
+    for at, form, value in places:
+        struct.pack_into(form, content, at, value)
+    return bytes(content)
+
+
+def test_lengths_that_nobody_knew(tmp_path):
+    """Of live recordings; where they are known it is these that tell."""
+    whole = VideoInfo(2.4, 60)
+    swf = write_clip(tmp_path / "clip.swf", **CUT_KINDS["clip.swf"]).file.read_bytes()
+    for length in (0, 100 * 2**20, 2**32 - 1):
+        assert probe(Clip(data=changed(swf, (4, "<I", length)))) == whole
+    assert f"expected {len(swf)} bytes or more, found {len(swf) - 1}" in bad(Clip(data=swf[:-1]))
+    assert "expected a tag at byte" in bad(Clip(data=swf[:2000] + bytes(len(swf) - 2000)))
+    ivf = write_clip(tmp_path / "clip.ivf", **CUT_KINDS["clip.ivf"]).file.read_bytes()
+    at, frames = 32, []
+    while at < len(ivf):
+        frames.append(at)
+        at += 12 + int.from_bytes(ivf[at : at + 4], "little")
+    assert len(frames) == 60 == int.from_bytes(ivf[24:28], "little")
+    for length in (0, 0xFFFF, 2**32 - 1):
+        assert probe(Clip(data=changed(ivf[: frames[50]], (24, "<I", length)))).num_frames == 50
+    for kept in (1, 2, 30, 59):
+        assert f"expected 60 frames or units of time, found {kept} " in bad(Clip(data=ivf[: frames[kept]]))
+    times = [(frame + 4, "<Q", 40 * i) for i, frame in enumerate(frames)]
+    slow = changed(ivf, (16, "<I", 1000), (24, "<I", 2400), *times)  # ticks; other writers count frames
+    assert probe(Clip(data=slow)) == probe(Clip(data=changed(slow, (24, "<I", 60)))) == whole
+    assert "expected 2400 frames or units" in bad(Clip(data=slow[: frames[58]]))
+    held = changed(slow, (24, "<I", 3200), (frames[-1] + 4, "<Q", 2380))  # the last frame stands for longer
+    assert probe(Clip(data=held)).num_frames == 60
+    rm = write_clip(tmp_path / "clip.rm", **CUT_KINDS["clip.rm"]).file.read_bytes()
+    data = rm.index(b"DATA")
+    assert probe(Clip(data=changed(rm, (data + 10, ">I", 0)))) == whole
+    assert "expected a packet at byte" in bad(Clip(data=changed(rm, (data + 10, ">I", 61))))
+
+
+@pytest.mark.parametrize(
+    ("head", "frame", "line"),
+    [
+        (b"W5 H3 F25:1 C420jpeg", 15 + 2 * 6, b"FRAME\n"),
+        (b"W5 H3 F25:1", 15 + 2 * 6, b"FRAME Ip\n"),
+        (b"W5 H3 F25:1 C420p10 XYSCSS=420P10", 2 * (15 + 2 * 6), b"FRAME\n"),
+        (b"W5 H3 F25:1 C422", 15 + 2 * 9, b"FRAME\n"),
+        (b"W9 H3 F25:1 C411", 27 + 2 * 9, b"FRAME\n"),
+        (b"W5 H3 F25:1 C444alpha", 4 * 15, b"FRAME\n"),
+        (b"W5 H3 F25:1 Cmono", 15, b"FRAME\n"),
+        (b"W5 H3 F25:1 Cmono16", 30, b"FRAME Ip XCOMMENT\n"),
+    ],
+)
+def test_frames_of_y4m(head, frame, line):
+    content = b"YUV4MPEG2 " + head + b"\n" + 4 * (line + bytes([90]) * frame)
+    assert probe(Clip(data=content)).num_frames == 4
+    assert probe(Clip(data=content[: -frame - len(line)])).num_frames == 3  # which nothing tells
+    for size in (1, frame // 2, frame, frame + len(line) - 1):
+        assert ": the file is cut off" in bad(Clip(data=content[:-size]))
 
 
 def boxes(content: bytes, change) -> bytes:

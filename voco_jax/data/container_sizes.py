@@ -14,7 +14,8 @@ from typing import BinaryIO
 import zlib
 
 from voco_jax.data.container_headers import MOST_BEHIND, Enough, Headers, none
-from voco_jax.data.mp4_boxes import check_fragments
+from voco_jax.data.declared_lengths import ivf, real_media, swf, yuv4mpeg
+from voco_jax.data.mp4_boxes import check_boxes
 
 
 def what_is_missing(file: BinaryIO, container: str, most: int) -> str:
@@ -385,14 +386,8 @@ def _mxf(headers: Headers) -> str:
     return ""
 
 
-def _ivf(headers: Headers) -> str:
-    at = int.from_bytes(headers.read(6, 2), "little")
-    while at < headers.size:
-        at += 12 + int.from_bytes(headers.read(at, 4), "little")
-    return headers.beyond(at)
-
-
 _CHECKS: dict[str, Callable[[Headers], str]] = {
-    "mov": check_fragments, "matroska": _matroska, "avi": _avi, "flv": _flv, "live_flv": _flv, "asf": _asf, "ogg": _ogg,
-    "gif": _gif, "apng": _apng, "mpegts": _mpegts, "mpeg": _mpeg, "mxf": _mxf, "ivf": _ivf,
+    "mov": check_boxes, "matroska": _matroska, "avi": _avi, "flv": _flv, "live_flv": _flv, "asf": _asf, "ogg": _ogg,
+    "gif": _gif, "apng": _apng, "mpegts": _mpegts, "mpeg": _mpeg, "mxf": _mxf, "ivf": ivf,
+    "swf": swf, "rm": real_media, "yuv4mpegpipe": yuv4mpeg,
 }  # fmt: skip

@@ -6,15 +6,37 @@ import struct
 from voco_jax.data.container_headers import MOST_BEHIND, Enough, Headers, none
 
 
-def check_fragments(headers: Headers) -> str:
-    """Of mp4 in fragments; a plain one has a table of its frames, which FFmpeg reads (`video_file.py`)."""
+def check_boxes(headers: Headers) -> str:
+    """Of a plain mp4 the header alone: it has a table of its frames, which FFmpeg reads (`video_file.py`). Of one in
+    fragments all, also where its first frames, or all of them when it was finished, are in such a table."""
+    at = 0
+    while at < headers.size:
+        kind, start, end = _box(headers, at)
+        if end < start:  # no box
+            return ""
+        if kind == b"moov":
+            if (short := headers.beyond(end)) or not _may_have_fragments(headers, start, end):
+                return short
+            return _check_fragments(headers)
+        at = end
+    return ""
+
+
+def _may_have_fragments(headers: Headers, at: int, end: int) -> bool:
+    """Whether a `moov` says that frames may be in fragments; FFmpeg reads none where it does not."""
+    while at < end:
+        kind, start, at = _box(headers, at)
+        if kind == b"mvex" or at < start:
+            return kind == b"mvex"
+    return False
+
+
+def _check_fragments(headers: Headers) -> str:
     at, movie, moofs, last, pointed = 0, b"", [], b"", set()
     while at < headers.size:
         kind, start, end = _box(headers, at)
         if kind == b"moov":
             movie = headers.read(start, min(end - start, 2**24))
-            if b"mvex" not in movie:
-                return ""
         if not re.fullmatch(rb"[\w \-.\xa9]{4}", kind) or end < start:
             if headers.size - at < MOST_BEHIND and headers.read(at, 1) != b"\0":  # no small box begins there
                 break

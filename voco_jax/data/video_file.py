@@ -98,8 +98,7 @@ class VideoFile:
             if end > self.container.size:
                 self.not_whole(f"expected {end} bytes or more, found {self.container.size}")
                 self.indexed = False  # of what is not there too
-        else:
-            self._check_whole(THOROUGH_LOOK if thorough else LOOK)
+        self._check_whole(THOROUGH_LOOK if thorough else LOOK)
         first, starts = None, []
         for packet in self.packets():
             first = packet if first is None else first
