@@ -23,7 +23,7 @@ from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.run import load_run
 from voco_jax.train.checkpoint import Checkpointer, Damaged
-from voco_jax.train.checksums import _on_cpu, _on_device, checksums
+from voco_jax.train.checksums import PartedSum, _joined, _on_cpu, _on_device, _value, as_earlier, checksums, is_same
 from voco_jax.train.loop import train
 from voco_jax.train.run_files import VERSIONS
 from voco_jax.train.workdir import open_workdir
@@ -304,20 +304,51 @@ def test_readers_pass_over_what_is_not_whole(tmp_path, kind, capsys):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
 def test_checksums(dtype):
-    """The same on the host and on devices; any one bit and nothing but bits counts."""
-    values = np.random.default_rng(0).integers(0, 200, (4, 6))
+    """The same on the host and on devices, as a whole and in parts; any one bit and any place counts."""
+    values = np.random.default_rng(0).integers(0, 200, (4, 6, 5))
     array = jnp.asarray(values, dtype)
-    (sum_,) = checksums({"a": array}).values()
-    assert sum_ == checksums({"a": array.T})["a"]
-    np.testing.assert_array_equal(_on_device(array, True), _on_cpu(array, True))
-    np.testing.assert_array_equal(_on_device(array, False), _on_cpu(array, False))
+    sum_, shape = sum_of(array), array.shape
+    places = [(slice(0, 2), slice(0, 6)), (slice(2, 4), slice(0, 4)), (slice(2, 4), slice(4, 6))]
+    for part in (_on_cpu, _on_device):
+        parts = [part(array[place], shape, (place[0].start, place[1].start, 0)) for place in places]
+        assert _value(_joined(parts)) == sum_ == _value(part(array, shape, (0, 0, 0)))
+    for parted in ({i: array[i] for i in range(4)}, {None: array}):
+        whole = PartedSum(shape)
+        assert all(whole.add(key, np.asarray(part)) for key, part in parted.items()) and whole.value() == sum_
     words = np.asarray(array).view(np.uint8).copy()
     for byte in 0, 7, words.size - 1:
         words.reshape(-1)[byte] ^= 4
-        assert checksums({"a": jnp.asarray(words.view(array.dtype))})["a"] != sum_
+        assert sum_of(jnp.asarray(words.view(array.dtype))) != sum_
         words.reshape(-1)[byte] ^= 4
+    moved = [
+        array[::-1],
+        array[:, ::-1],
+        array[..., ::-1],
+        array.reshape(6, 4, 5).swapaxes(0, 1),
+        array[jnp.array([1, 0, 2, 3])],
+    ]
+    assert len({sum_, *map(sum_of, moved)}) == 6
+    assert {as_earlier(sum_of(x)) for x in moved} == {as_earlier(sum_)}  # what earlier versions wrote
+    assert is_same(sum_, sum_) and is_same(as_earlier(sum_), sum_) and not is_same(sum_ ^ 1 << 40, sum_)
     ones, halves = jnp.ones((4, 6), dtype), jnp.ones((4, 6), dtype).at[2:].set(0)
-    assert len({checksums({"a": a})["a"] for a in (ones, halves, jnp.zeros_like(ones), ones[:0])}) == 4
+    assert len(set(map(sum_of, (ones, halves, jnp.zeros_like(ones), ones[:0], ones[0, 0])))) == 5
+
+
+def sum_of(array) -> int:
+    return checksums({"a": array})["a"]
+
+
+def test_checksums_of_large_arrays():
+    """Of more words than have anything in common counted: equal changes in pairs."""
+    array = np.full((3, 2**19), 0.5, np.float32)
+    array[0, :70_000] = np.arange(70_000)
+    changes = [array.copy() for _ in range(4)]
+    changes[0][1, :100_000] = 0  # an even number of words
+    changes[1][:, : 2**18], changes[1][:, 2**18 :] = array[:, 2**18 :], array[:, : 2**18]
+    for i, bit in ((2, 31), (3, 30)):
+        changes[i].view(np.uint32)[2, [5, 70_001]] ^= np.uint32(1 << bit)
+    assert len({sum_of(jnp.asarray(x)) for x in (array, *changes)}) == 5
+    assert len({as_earlier(sum_of(jnp.asarray(x))) for x in (array, *changes)}) == 1
 
 
 def test_a_run_goes_on_from_the_older_one(tiny_run, tmp_path, capsys):

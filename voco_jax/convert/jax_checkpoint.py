@@ -93,7 +93,7 @@ class _ParameterHandler(type_handlers.TypeHandler):
             }
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
             layers = range(parameter.shape[0] if parameter.stacked else 1)
-            size, sum_ = parameter.nbytes // len(layers), PartedSum(math.prod(parameter.shape))
+            size, sum_ = parameter.nbytes // len(layers), PartedSum(parameter.shape)
             reads = ((size, functools.partial(parameter.read, i)) for i in layers)
             for i, values in zip(layers, read_ahead(reads), strict=True):
                 target = array[i] if parameter.stacked else array
@@ -178,7 +178,7 @@ class StoredParams:
         array = self._array(path)
         with self._read_errors():
             values = (array if layer is None else array[layer]).read().result()
-            found = self._found.setdefault(path, PartedSum(math.prod(self.shapes[path])))
+            found = self._found.setdefault(path, PartedSum(self.shapes[path]))
             if (layer is not None) == _is_stacked(path) and not found.add(layer, values):
                 raise ValueError(f"{path}: it changes while it is read")
         return values

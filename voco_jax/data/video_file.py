@@ -120,7 +120,7 @@ class VideoFile:
         options = {"format_whitelist": ",".join((*CONTAINERS, *BARE)), "protocol_whitelist": "none"}
         options["max_streams"] = str(MAX_STREAMS)
         self.file.seek(0)
-        # Those of the decoders are theirs too who look at the first frames, to know what they are
+        # FFmpeg decodes the first frames to learn what they are: this limit holds for those decoders too
         decoders = {"max_pixels": str(MAX_PIXELS)}
         self.container = self.stack.enter_context(
             av.open(self.file, container_options=options, options=decoders, metadata_errors="replace")

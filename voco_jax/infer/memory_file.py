@@ -295,7 +295,7 @@ def join_files(file: str | os.PathLike, parts: Iterable[Part]) -> None:
 
 
 def writing(file: str | os.PathLike, patience: float | None = None):
-    """A block for who writes a memory file, and reads before what is there: as `locked`."""
+    """`locked` for a memory file: a block that reads what is there and then replaces it, while no other writes it."""
     return locked(_path(file), PATIENCE if patience is None else patience)
 
 

@@ -41,7 +41,7 @@ from voco_jax.train.checkpoint_errors import (
     read_errors,
     write_error,
 )
-from voco_jax.train.checksums import checksums
+from voco_jax.train.checksums import as_earlier, checksums, is_same
 from voco_jax.train.orbax_manager import make_manager
 from voco_jax.train.progress import say
 from voco_jax.train.run_files import ABOUT
@@ -348,8 +348,10 @@ class Checkpointer:
         found = checksums(restored)
         if sums is not None:
             self.compare_sums(step, "params", sums, found)
+        else:  # of an earlier version, whose memories are known by these
+            sums = {name: as_earlier(checksum) for name, checksum in found.items()}
         params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), restored, params)
-        return Restored(step, params, None, about, found)
+        return Restored(step, params, None, about, sums)
 
     def best_step(self) -> int | None:
         """That with the lowest evaluation loss; None where no checkpoint has one."""
@@ -406,7 +408,7 @@ class Checkpointer:
     def compare_sums(self, step: int, item: str, expected: dict[str, int], found: dict[str, int]) -> None:
         """`Damaged` unless checksums of an item's arrays are those that were written."""
         for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
+            if name not in expected or name not in found or not is_same(expected[name], found[name]):
                 raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")
 
     @contextlib.contextmanager

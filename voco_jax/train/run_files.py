@@ -105,8 +105,8 @@ def _checksum(about: dict) -> int:
 def check_run(run: AnyPath, step: int, about: dict, sums: Callable[[], dict[str, str]]) -> None:
     """Compare a run's config and tokenizer with what a checkpoint of it says; `sums` gives its `tokenizer_sums`.
 
-    UserError for another model's config or another tokenizer. A line on standard error says what the model is given
-    otherwise than in training, and what has no checksum; each is said once.
+    UserError for another model's config or another tokenizer. A line on standard error says which input of the model is
+    prepared in another way than in training, and what has no checksum; each line is printed once.
     """
     checkpoint = run / "checkpoints" / str(step)
     if not about:
