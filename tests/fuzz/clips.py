@@ -18,6 +18,8 @@ KINDS = {
     "mp4": (2, "mp4", "libx264", {}),
     "early.mp4": (2, "mp4", "libx264", {"movflags": "faststart"}),
     "fragments.mp4": (3, "mp4", "libx264", {"movflags": _FRAGMENTS}),
+    "first.mp4": (1, "mp4", "libx264", {"movflags": "frag_keyframe"}),
+    "finished.mp4": (0.5, "mp4", "libx264", {"movflags": "hybrid_fragmented"}),
     "dash.mp4": (1, "mp4", "libx264", {"movflags": "dash+frag_keyframe"}),
     "mkv": (3, "matroska", "libx264", {}),
     "webm": (3, "webm", "libvpx-vp9", {}),
@@ -29,6 +31,10 @@ KINDS = {
     "ogv": (0.3, "ogg", "libvpx", {}),
     "mpg": (0.3, "mpeg", "mpeg2video", {}),
     "mxf": (0.3, "mxf", "mpeg2video", {}),
+    "swf": (0.3, "swf", "flv", {}),
+    "rm": (0.3, "rm", "rv10", {}),
+    "ivf": (0.3, "ivf", "libvpx", {}),
+    "y4m": (0.3, "yuv4mpegpipe", "wrapped_avframe", {}),
     "gif": (0.5, "", "GIF", {}),
     "png": (0.3, "", "PNG", {}),
 }
@@ -93,7 +99,7 @@ def _pixels(i: int) -> np.ndarray:
 
 def _ends_whole(name: str, whole: bytes, size: int) -> bool:
     """Whether nothing in the first `size` bytes says that there were more."""
-    if name == "fragments.mp4":  # its index stands at the end; what is cut between two boxes of data is a file
+    if name in ("fragments.mp4", "first.mp4"):  # their index is at the end: cut behind a box of data they are a file
         kind, at = b"", 0
         while at < size:
             kind, at = whole[at + 4 : at + 8], at + int.from_bytes(whole[at : at + 4])
@@ -102,4 +108,6 @@ def _ends_whole(name: str, whole: bytes, size: int) -> bool:
         return whole[size : size + 4] == b"OggS"
     if name == "gif":  # between two blocks
         return whole[size - 1 : size] == b"\0" and whole[size : size + 1] in (b"!", b",", b";")
+    if name == "y4m":
+        return whole[size : size + 6] == b"FRAME\n"
     return name == "ts"  # a recording stops anywhere
