@@ -25,6 +25,7 @@ import voco_jax
 from voco_jax import ask, chat, compress, memory
 from voco_jax.api import Request
 from voco_jax.data.records import Clip
+from voco_jax.data.sources import roots
 from voco_jax.data.video import FrameSampling, read_frames
 from voco_jax.errors import TryAgain, UserError
 from voco_jax.infer import compress as infer_compress
@@ -103,15 +104,15 @@ def test_what_can_no_longer_be_read_keeps_its_memory(run, model, album, tmp_path
     command(monkeypatch, capsys, run, "--images", album, "--out", out)
     before = out.read_bytes()
     names[0].write_bytes(names[0].read_bytes()[:40])
-    read_bytes = Path.read_bytes
+    opened = roots.open_regular
 
     def locked(path):
         if path == names[1]:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read_bytes(path)
+        return opened(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", locked)
+        patch.setattr(roots, "open_regular", locked)
         status, said, err = command(patch, capsys, run, "--images", album, "--out", out)
     assert status == 0 and "(0 new, 5 known, 2 left out)" in said and out.read_bytes() == before
     assert f"left out: {names[0]}: not a readable picture" in err and f"left out: {names[1]}: Permission denied" in err

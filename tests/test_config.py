@@ -313,7 +313,7 @@ def test_large_configs(tmp_path):
     stored = default_config().to_dict()
     stored["model"] |= {f"k{i}": 0 for i in range(20_000)}
     path.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="config.json: expected 20000 keys at most, found 20144$"):
+    with pytest.raises(UserError, match="config.json: expected 20000 keys at most, found 2[0-9]{4}$"):
         load_config(path)
     path.write_text(json.dumps(stored | {"workdir": "x" * 2**20}))
     with pytest.raises(UserError, match="config.json: expected 1048576 bytes at most, found "):

@@ -30,6 +30,7 @@ from voco_jax.eval.lmms.model import VoCoJax
 from voco_jax.evaluate import evaluate
 from voco_jax.infer.generate import Sampling
 from voco_jax.run import load_run
+from voco_jax.train import run_files
 
 ROOT = tiny.CONFIG_FILE.parents[1]
 SHORT = {"max_new_tokens": 5, "do_sample": False}
@@ -166,6 +167,10 @@ def test_fewer_tokens(tiny_run, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["model"]["num_voco_tokens"] = 3  # of one id and one row of parameters, however many there are
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    about = tmp_path / "run" / "checkpoints" / "40" / "run" / "metadata"
+    content = json.loads(about.read_text()) | {"config": config}
+    content["checksums"]["run"] = run_files._checksum(content)
+    about.write_text(json.dumps(content))
     model = Model(with_random_parameters(load_run(tmp_path / "run")))
     lm = adapter_of(model, tokens=2)
     # Text alone among them: it has no tokens of pictures to read

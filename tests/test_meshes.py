@@ -179,7 +179,7 @@ def a_checkpoint_moves_between_meshes():
         checkpointer.save(1, params, opt_state, {"next": 1})
         checkpointer._manager.wait_until_finished()
         state = abstract_state(config, BASE, optimizer, mesh_of((1, 8, 1, 1)))
-        _, found, its_opt_state, _ = checkpointer.restore(1, state.params, state.opt_state)
+        _, found, its_opt_state, *_ = checkpointer.restore(1, state.params, state.opt_state)
         for leaf, abstract in zip(jax.tree.leaves((found, its_opt_state)), jax.tree.leaves(state[1:3]), strict=True):
             assert leaf.sharding == abstract.sharding
             assert leaf.addressable_shards[0].data.shape == abstract.sharding.shard_shape(leaf.shape)

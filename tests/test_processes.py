@@ -54,7 +54,7 @@ def main(address, process, workdir, fault):
     abstract = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
     target = {"layers": {"kernel": abstract(kernel, tall)}, "scale": abstract(scale, same)}
     with contextlib.closing(Checkpointer(workdir)) as checkpointer:
-        _, back, mean, about = checkpointer.restore(4, target, {"mean": abstract(kernel, wide)})
+        _, back, mean, about, _ = checkpointer.restore(4, target, {"mean": abstract(kernel, wide)})
     whole = np.arange(192.0).reshape(4, 8, 6)
     for array in (back["layers"]["kernel"], mean["mean"]):
         assert len(array.sharding.device_set) == 4

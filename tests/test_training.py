@@ -257,15 +257,12 @@ def test_a_checkpoint_of_another_shape(tiny_run, tmp_path):
     config = load_config(run / "config.json")
     config.model.llama.intermediate_size = 48
     save_config(config, run / "config.json")
-    expected = (
-        r"checkpoints/40: llama.layers.down_proj.kernel: expected shape \(2, 48, 32\), found shape \(2, 32, 32\)$"
-    )
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match="model.llama.intermediate_size: .*checkpoints/40 was written with 32, found"):
         load_run(run)
     config.model.llama.intermediate_size = 32
     config.model.compressor = "average_pool"
     save_config(config, run / "config.json")
-    with pytest.raises(UserError, match=r"compressor.linear.bias: expected shape \(32,\), found no such parameter$"):
+    with pytest.raises(UserError, match=r"model.compressor: .*was written with 'voco', found 'average_pool'"):
         load_run(run)
 
 

@@ -20,7 +20,7 @@ _KINDS = {
 def open_regular(path: str | AnyPath) -> BinaryIO:
     """A file, opened to be read. UserError for what is none: opening a pipe would wait for its writer, and a device may
     never end. Other errors are those of the file system (OSError, FileNotFoundError among them) or of the bucket."""
-    path = as_path(path)
+    path = as_path(path) if isinstance(path, str) else path  # names that are not UTF-8 are found in directories
     if in_bucket(path):
         return path.open("rb")
     # Without waiting: a pipe opens at once, and is told by its kind. Links are followed.
