@@ -62,9 +62,11 @@ def real_media(headers: Headers) -> str:
         kind, size = chunk[:4], int.from_bytes(chunk[4:8])
         if not re.fullmatch(rb"[\x21-\x7e]{4}", kind) or size < 10:  # behind the last one
             return ""
-        if kind == b"DATA":  # whose size FFmpeg writes too large
-            packet = at + 18
-            for _ in range(int.from_bytes(chunk[10:14])):
+        if kind == b"DATA":
+            packet, count = at + 18, int.from_bytes(chunk[10:14])
+            if count and (short := headers.beyond(at + size - 18)):  # FFmpeg counts its header twice
+                return short
+            for _ in range(count):
                 data = headers.read(packet, 4)
                 length = int.from_bytes(data[2:4])
                 if data[:1] != b"\0" or length < 12:
