@@ -97,7 +97,7 @@ def test_a_permission_that_is_withdrawn(server):
     try:
         done = subprocess.run(
             [sys.executable, "-m", "voco_jax.train", *arguments],
-            capture_output=True, text=True, timeout=60, cwd=tiny.CONFIG_FILE.parents[1],
+            capture_output=True, text=True, timeout=180, cwd=tiny.CONFIG_FILE.parents[1],
         )  # fmt: skip
     finally:
         server.forbidden = False

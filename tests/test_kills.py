@@ -121,15 +121,15 @@ def test_told_to_end_before_the_first_step(tmp_path):
 
 
 def test_ctrl_c_says_what_is_saved_and_how_it_goes_on(tmp_path):
-    run = tmp_path / "run"
-    process = start(run)
+    run, long = tmp_path / "run", CHANGES | dict(train__steps=2000)  # it has not ended by itself before the signal
+    process = start(run, **long)
     while not newest(run):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     last = Path(f"{run}.log").read_text().splitlines()[-1]
-    again = shlex.join(["python", "-m", "voco_jax.train", *tiny.arguments(run, **CHANGES)])
+    again = shlex.join(["python", "-m", "voco_jax.train", *tiny.arguments(run, **long)])
     lost = "nothing is lost|1 step is lost|[0-9]+ steps are lost"
     found = re.fullmatch(f"interrupted: saved at step ([0-9]+) in {re.escape(str(run))}, ({lost}); goes on: (.*)", last)
     assert found is not None, last
