@@ -7,7 +7,6 @@ from pathlib import Path
 import shutil
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -25,6 +24,7 @@ from voco_jax.run import load_run
 from voco_jax.train.checkpoint import Checkpointer, Damaged
 from voco_jax.train.checksums import PartedSum, _joined, _on_cpu, _on_device, _value, as_earlier, checksums, is_same
 from voco_jax.train.loop import train
+from voco_jax.train.metrics import MetricsLog
 from voco_jax.train.run_files import VERSIONS
 from voco_jax.train.workdir import open_workdir
 
@@ -217,26 +217,22 @@ def test_a_clock_that_jumps(tmp_path, monkeypatch):
     assert resume(tmp_path).step == 2
 
 
-def test_a_workdir_that_goes_away(tiny_run, tmp_path):
-    """While a training runs in it: an error at the next save, and no half of a run under its name."""
+@pytest.mark.parametrize("moment", ["before the log is opened", "in the steps"])
+def test_a_workdir_that_goes_away(tiny_run, tmp_path, monkeypatch, moment):
+    """While a training runs in it: one line, and no half of a run under its name."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "40")
+    method = "__enter__" if moment == "before the log is opened" else "add"
+    as_ever = getattr(MetricsLog, method)
 
-    def take_away():
-        while (run / "metrics.jsonl").stat().st_size == size:  # of which steps 31 to 40 are about to come again
-            time.sleep(0.001)
-        run.rename(tmp_path / "elsewhere")
+    def and_moved(log, *args):
+        if run.exists():
+            run.rename(tmp_path / "elsewhere")
+        return as_ever(log, *args)
 
-    size = (run / "metrics.jsonl").stat().st_size
-    thread = threading.Thread(target=take_away)
-    thread.start()
-    try:
-        with pytest.raises(
-            UserError, match=f"workdir {run}: is there no more, or is another directory: it was deleted"
-        ):
-            train(tiny.config(run, train__tensorboard=False))
-    finally:
-        thread.join()
+    monkeypatch.setattr(MetricsLog, method, and_moved)
+    with pytest.raises(UserError, match=f"workdir {run}: is there no more, or is another directory: it was deleted"):
+        train(tiny.config(run, train__tensorboard=False))
     assert not run.exists()
 
 

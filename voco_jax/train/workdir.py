@@ -167,6 +167,9 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
         run = Workdir(workdir, logs, descriptor)
         try:
             yield run
+        except OSError:
+            run.check()  # a directory that went away is why nothing could be opened in it
+            raise
         finally:
             run.publish()
 
