@@ -22,11 +22,11 @@ from benchmarks.counted import encoder, with_compressor
 from benchmarks.llava_pair import take_over
 from voco_jax.data.conversations import Sample
 from voco_jax.infer.answerer import GREEDY, Answerer, Visual, bucket, grown
+from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.presets import LLAMA, VIT
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import Cache, Memory, VoCoConfig
-from voco_jax.run import abstract_model
 
 VOCABULARY = 32002  # the tokenizer's 32,000, <voco>, and what stands for a picture in transformers
 PICTURE_TOKEN = VOCABULARY - 1

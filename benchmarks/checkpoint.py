@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import machine, others
-from voco_jax.config import default_config, llama_config, vision_config
+from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.config import default_config
+from voco_jax.models.build import init_params, llama_config, vision_config
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.run import init_params
-from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step

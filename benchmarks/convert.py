@@ -25,8 +25,8 @@ from voco_jax.convert.tensors import Tensor
 from voco_jax.convert.to_hf import write_json, write_shards
 from voco_jax.convert.to_jax import layers_of
 from voco_jax.models import presets
+from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "convert_weights.py"

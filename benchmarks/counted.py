@@ -22,10 +22,10 @@ import numpy as np
 
 from voco_jax.data.conversations import TEMPLATES, Encoder, Sample
 from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.models.build import abstract_model
 from voco_jax.models.flops import compress_forward, head_forward, layers_forward, projector_forward, vision_forward
 from voco_jax.models.voco import Cache, Memory, VoCoConfig
 from voco_jax.parallel.mesh import AXES
-from voco_jax.run import abstract_model
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "llama_tokenizer"
 NO_CACHE, FULL, HIT, MISS = WAYS = ("no cache", "full cache", "VoCo, hit", "VoCo, miss")

@@ -31,8 +31,8 @@ from voco_jax.data.best_fit import BinShape, pack, suggest_images, usage
 from voco_jax.data.images import pad_to_square
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.records import Clip
+from voco_jax.data.training_data import open_training_data
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
-from voco_jax.train.data import open_training_data
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "tests" / "data" / "llama_tokenizer"

@@ -6,12 +6,12 @@ from flax import nnx
 import jax
 import numpy as np
 
+from voco_jax.checkpoint.run import load_run
 from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.sources import easyvqa
 from voco_jax.eval.answering import answer_all
 from voco_jax.infer.answerer import Answerer
-from voco_jax.run import load_run
 
 
 def with_random_parameters(run):

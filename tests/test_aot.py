@@ -13,9 +13,9 @@ from tests.commands import run_main
 from tests.tpu import needs_libtpu
 from voco_jax import aot
 from voco_jax.config import default_config, source, sources
+from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.parallel.chips import CHIPS
-from voco_jax.train.data import open_training_data
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
 

@@ -16,11 +16,11 @@ import pytest
 from tests.test_answering import with_random_parameters
 import voco_jax
 from voco_jax.api import Model, Request
+from voco_jax.checkpoint.run import load_run
 from voco_jax.errors import UserError
 from voco_jax.infer import answerer
 from voco_jax.infer.answerer import Answerer
 from voco_jax.infer.memory import Embeddings, MemoryBank
-from voco_jax.run import load_run
 
 PICTURES = [str(p) for p in sorted(Path(easy_vqa.__file__).parent.rglob("images/*.png"))[:4]]
 QUESTIONS = ["what shape is in the image?", "is it red?", "what color is the shape in the picture that you see?", "is"]

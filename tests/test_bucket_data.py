@@ -26,7 +26,7 @@ from voco_jax.data.video import probe
 from voco_jax.errors import UserError
 from voco_jax.infer.compress import find_entries
 from voco_jax.infer.memory_file import MemoryFile
-from voco_jax.storage import as_path, file_state
+from voco_jax.io.paths import as_path, file_state
 
 ADDRESS = "gs://bucket/data"
 

@@ -12,9 +12,9 @@ import pytest
 from tests import tiny
 from tests.bucket_server import bucket_server
 from tests.test_training import params
+from voco_jax.checkpoint.run import load_run
 from voco_jax.errors import TryAgain, UserError
-from voco_jax.run import load_run
-from voco_jax.storage import as_path
+from voco_jax.io.paths import as_path
 from voco_jax.train.loop import train
 
 

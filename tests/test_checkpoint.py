@@ -16,16 +16,25 @@ import pytest
 
 from tests import tiny
 from tests.test_training import params
+from voco_jax.checkpoint.checkpointer import Checkpointer, Damaged
+from voco_jax.checkpoint.checksums import (
+    PartedSum,
+    _joined,
+    _on_cpu,
+    _on_device,
+    _value,
+    as_earlier,
+    checksums,
+    is_same,
+)
+from voco_jax.checkpoint.run import load_run
+from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.config import default_config, load_config
 from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.run import load_run
-from voco_jax.train.checkpoint import Checkpointer, Damaged
-from voco_jax.train.checksums import PartedSum, _joined, _on_cpu, _on_device, _value, as_earlier, checksums, is_same
 from voco_jax.train.loop import train
 from voco_jax.train.metrics import MetricsLog
-from voco_jax.train.run_files import VERSIONS
 from voco_jax.train.workdir import open_workdir
 
 

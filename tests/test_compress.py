@@ -236,7 +236,7 @@ def test_over_devices_memories_are_the_same(run, album, tmp_path):
     """Two simulated devices, along data and along tensor, against one: memories, answers, conversations."""
     script = f"""
 import jax, numpy as np, voco_jax
-from voco_jax.infer.arguments import mesh_of
+from voco_jax.arguments import mesh_of
 found = []
 
 def said(model, bank):

@@ -13,10 +13,11 @@ from tests import tiny
 from tests.test_mesh_steps import ADAPTED
 from tests.test_meshes import BASE, random_batch
 from tests.test_two_streams import make
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.models import voco
-from voco_jax.run import init_params, load_run
+from voco_jax.models.build import init_params
 from voco_jax.train.freeze import freezing_of
 from voco_jax.train.loop import train
 from voco_jax.train.step import label_loss

@@ -18,17 +18,16 @@ from voco_jax.config import (
     default_config,
     first_difference,
     flatten,
-    llama_config,
     load_config,
     save_config,
     source,
     sources,
-    vision_config,
     with_earlier_values,
 )
 from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
 from voco_jax.models import presets
+from voco_jax.models.build import llama_config, vision_config
 from voco_jax.models.llama import RopeScaling
 
 FILE = f"--config={Path(__file__).parents[1] / 'configs/easyvqa.py'}"

@@ -14,11 +14,12 @@ from tests import reference
 from tests.commands import run_main
 from tests.conftest import DATA
 from tests.test_two_streams import CONFIG
+from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_command_line
 from voco_jax.convert.rules import RULES
 from voco_jax.convert.to_jax import layers_of
 from voco_jax.errors import UserError
-from voco_jax.run import abstract_model, load_run
+from voco_jax.models.build import abstract_model
 from voco_jax.train.loop import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -295,8 +296,10 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from pathlib import Path
 from voco_jax.convert.jax_checkpoint import of_newest
-from voco_jax.run import abstract_model, load_run, make_model_config
-from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.checkpoint.run import load_run
+from voco_jax.data.from_config import make_model_config
+from voco_jax.models.build import abstract_model
+from voco_jax.checkpoint.checkpointer import Checkpointer
 
 run = Path(sys.argv[1])
 _, params = abstract_model(load_run(run).model.config)

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests import reference
 from tests.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
+from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.config import default_config, load_config
 from voco_jax.convert.config_keys import CLIP_VISION, LLAMA, LLAVA, LLAVA_HF
 from voco_jax.convert.gguf_files import gguf_tokenizer, read_gguf
@@ -26,7 +27,6 @@ from voco_jax.convert.vocabulary import EMBEDDING, with_fresh_rows
 from voco_jax.errors import UserError
 from voco_jax.models.llama import RopeScaling, rope_frequencies
 from voco_jax.models.projector import Projector
-from voco_jax.run import begin_with_run
 
 FILE = Path("config.json")
 LLAVA_15 = {  # as released, of transformers 4.31

@@ -13,11 +13,11 @@ import transformers
 from tests import reference
 from tests.conftest import DATA
 from tests.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
+from voco_jax.checkpoint.run import load_run
 from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.models.voco import Read
-from voco_jax.run import load_run
 
 VOCABULARY, PATCHES, IMAGE = 431, 4, 430  # more rows than the tokenizer has tokens, and an odd number of them
 TEXT = dict(

@@ -8,10 +8,10 @@ import pytest
 import transformers
 
 from tools import convert_weights
+from voco_jax.checkpoint.run import load_run
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.models.voco import Read
-from voco_jax.run import load_run
 
 PROMPT = "The capital of France is"
 

@@ -28,8 +28,8 @@ from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.images import ImageProcessor, load_image
 from voco_jax.data.index import make_index
 from voco_jax.data.records import BadRecord, Picture, Record
+from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
-from voco_jax.train.data import open_training_data
 
 SIZE = 32  # of a picture's square
 

@@ -19,11 +19,13 @@ from tests.test_video_training import CLIPS
 from tests.test_video_training import NAMES as CLIP_NAMES
 from voco_jax import evaluate
 from voco_jax.api import Model
+from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import load_config, save_config, source, sources
 from voco_jax.data.images import load_image
 from voco_jax.data.records import Clip
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import LlavaSource
+from voco_jax.data.training_data import open_training_data
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.eval import pictures
@@ -31,10 +33,9 @@ from voco_jax.eval.conversations import LONG as LONG_ANSWERS
 from voco_jax.eval.conversations import score_conversations, scores, table
 from voco_jax.eval.scoring import Answer, token_f1
 from voco_jax.infer.answerer import Answerer
+from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.run import Run, abstract_model, load_run
-from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.loop import train
 

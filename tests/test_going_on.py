@@ -17,18 +17,21 @@ import pytest
 
 from tests import tiny
 from tests.record_lists import ListSource, plain_picture, turns
+from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.checkpoint.init_from import begin_with_run
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import load_config, save_config, source, sources
 from voco_jax.data.contents import contents_of, difference
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.index import Index
 from voco_jax.data.records import Clip, Frames, Picture, Record
 from voco_jax.data.reports import Report
 from voco_jax.data.sources.array_records import pack_record
 from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer
+from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
+from voco_jax.models.build import init_params
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.run import begin_with_run, init_params, load_run, make_model_config
-from voco_jax.train.checkpoint import Checkpointer
-from voco_jax.train.data import open_training_data
 from voco_jax.train.first_params import first_params
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer

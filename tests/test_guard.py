@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from tests import tiny
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.config import default_config
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.run import make_model_config
-from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.guard import WARM_UP, guard, was_bad
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer

@@ -13,13 +13,14 @@ from tests.test_convert import convert  # noqa: F401 (a fixture)
 from tests.test_convert_parity import make_llava
 import voco_jax
 from voco_jax.api import Request
+from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.config import default_config, find_problem, load_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import Options, set_template
 from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.from_config import template_of
 from voco_jax.data.tokenizer import load_tokenizer
-from voco_jax.run import begin_with_run, template_of
 
 PATCHES, IMAGE_ID, ROWS = 4, 32000, 32064
 # transformers' own of LLaVA-1.5, with Jinja's `generation` block left out

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests.tpu import needs_libtpu
+from voco_jax.aot import hlo
+from voco_jax.aot.hlo_cost import estimate, group_size, shorten
+from voco_jax.aot.hlo_flops import matmul_flops
 from voco_jax.errors import UserError
-from voco_jax.parallel import hlo
 from voco_jax.parallel.chips import CHIPS, parse_topology
-from voco_jax.parallel.hlo_cost import estimate, group_size, shorten
-from voco_jax.parallel.hlo_flops import matmul_flops
 
 V5E = CHIPS["v5e"]
 P = jax.sharding.PartitionSpec

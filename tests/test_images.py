@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 from voco_jax.config import default_config
+from voco_jax.data.from_config import make_processor
 from voco_jax.data.images import ImageProcessor, is_picture, load_image, pad_to_square
 from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.pipeline import stack_images
@@ -18,7 +19,6 @@ from voco_jax.infer.memory import fingerprint
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import make_processor
 
 MEAN_COLOUR = (122, 116, 104)
 

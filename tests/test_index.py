@@ -20,7 +20,7 @@ from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.data.video import FrameSampling, VideoInfo
 from voco_jax.errors import TryAgain, UserError
-from voco_jax.storage import as_path
+from voco_jax.io.paths import as_path
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 
 from tests import tiny
 from tests.test_training import params
-from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.checkpoint.checkpointer import Checkpointer
 
 KILLS = int(os.environ.get("VOCO_JAX_KILLS", "3"))
 STEPS = 60 + 12 * max(0, KILLS - 3)  # enough for all the kills: between two, training moves on by a checkpoint or some

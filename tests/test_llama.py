@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from voco_jax.models import presets
+from voco_jax.models.build import abstract_model
 from voco_jax.models.linear import LinearGeneral, dot_general
 from voco_jax.models.llama import Llama, LlamaConfig, RopeScaling, apply_rope, rope_frequencies, rope_tables
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model
 
 
 def test_rope_turns_pairs_of_half_a_head_apart():

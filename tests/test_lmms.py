@@ -20,6 +20,8 @@ from tests import tiny
 from tests.test_answering import with_random_parameters
 from tests.test_video import write_clip
 from voco_jax.api import Model, Request
+from voco_jax.checkpoint import run_files
+from voco_jax.checkpoint.run import load_run
 from voco_jax.data.images import load_image
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.video import FrameSampling
@@ -29,8 +31,6 @@ from voco_jax.eval.lmms.generation import Generation, read_generation
 from voco_jax.eval.lmms.model import VoCoJax
 from voco_jax.evaluate import evaluate
 from voco_jax.infer.generate import Sampling
-from voco_jax.run import load_run
-from voco_jax.train import run_files
 
 ROOT = tiny.CONFIG_FILE.parents[1]
 SHORT = {"max_new_tokens": 5, "do_sample": False}

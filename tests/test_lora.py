@@ -14,11 +14,12 @@ from tests.commands import run_main
 from tests.test_meshes import BASE, random_batch
 from tests.test_two_streams import make
 from tools import convert_weights
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
+from voco_jax.models.build import init_params
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.voco import Read
-from voco_jax.run import init_params, load_run
 from voco_jax.train.freeze import freezing_of
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer

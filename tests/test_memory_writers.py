@@ -22,7 +22,7 @@ from voco_jax import memory as memory_command
 from voco_jax.errors import TryAgain, UserError
 from voco_jax.infer.memory import Item, MemoryBank
 from voco_jax.infer.memory_file import MemoryFile, join_files, load_memory, save_memory, writing
-from voco_jax.locks import locked
+from voco_jax.io.locks import locked
 
 SHAPE = (2, 2, 2, 4)
 

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.mesh import AXES
 from voco_jax.parallel.sharding import dimension_key, param_shardings, param_spec
-from voco_jax.run import abstract_model
 
 LLAMA = LlamaConfig(
     vocab_size=97, hidden_size=48, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,

@@ -19,15 +19,15 @@ import pytest
 
 from tests.eight_devices import failures_of, run_checks
 from tests.test_two_streams import CONFIG, IMAGES, make, random_layout
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.config import default_config
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model, init_params
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import AXES, make_mesh
 from voco_jax.parallel.sharding import param_shardings, put_batch
-from voco_jax.run import abstract_model, init_params
-from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state, init_opt_state
 from voco_jax.train.step import label_loss, make_train_step, split_batch

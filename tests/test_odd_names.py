@@ -13,10 +13,10 @@ import pytest
 from tests import tiny
 from tests.test_checkpoint import resume, save, state
 from tests.test_training import params
-from voco_jax import storage
 from voco_jax.convert.jax_checkpoint import Parameter, of_newest, write_checkpoint
 from voco_jax.errors import UserError
-from voco_jax.storage import matching, plain_path
+from voco_jax.io import paths as storage
+from voco_jax.io.paths import matching, plain_path
 
 NAMES = [
     "plain", "[", "]", "[a]", "[!a]", "a[0-9]", "*", "**", "?", "\\", "a\\b", "{a,b}", "with space", " ", "'", '"',
@@ -49,7 +49,7 @@ def test_what_was_written_is_read_before_the_older_one_goes(tmp_path, monkeypatc
     """Under its own name Orbax would leave a checkpoint without its arrays, and say nothing."""
     run = tmp_path / "[a]"
     save(run, 1)
-    monkeypatch.setattr("voco_jax.train.checkpoint.plain_path", lambda directory: directory)
+    monkeypatch.setattr("voco_jax.checkpoint.checkpointer.plain_path", lambda directory: directory)
     with pytest.raises(UserError) as error:
         save(run, 2, keep=1)
     assert str(error.value).startswith(f"{run}/checkpoints/2: the checkpoint cannot be written: "), error.value

@@ -10,10 +10,10 @@ import pytest
 from tests.test_two_streams import CONFIG, make
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model
 from voco_jax.train.optimizer import decayed, make_optimizer, make_schedule, muon_dimension_numbers
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from tests.faults import Call, Child
 from tests.test_checkpoint import resume, save
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.errors import UserError
-from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.workdir import checkpointed_steps
 
 BEGIN = """
@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from tests import tiny
 from tests.test_checkpoint import config, resume, save, state
-from voco_jax.train import checkpoint
-from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.checkpoint import checkpointer as checkpoint
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.train.loop import train
 checkpoint._PAUSES = (0.01, 0.05, 0.2)
 def read(run):

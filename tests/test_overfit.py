@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_command_line
 from voco_jax.config import source, sources
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.eval.answering import answer_all
-from voco_jax.run import load_run
 from voco_jax.train.loop import train
 
 CONFIG_FILE = Path(__file__).parents[1] / "configs" / "easyvqa.py"

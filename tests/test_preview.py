@@ -12,10 +12,10 @@ from tests.commands import run_main
 from voco_jax.command_line import parse_command_line
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
-from voco_jax.data.preview import __main__ as preview
-from voco_jax.data.preview import sheet as preview_sheet
-from voco_jax.data.preview.text import Run, drawable, make_decoder, row_runs, wrap
-from voco_jax.train.data import open_training_data
+from voco_jax.data.training_data import open_training_data
+from voco_jax.preview import __main__ as preview
+from voco_jax.preview import sheet as preview_sheet
+from voco_jax.preview.text import Run, drawable, make_decoder, row_runs, wrap
 
 
 def letters(ids):

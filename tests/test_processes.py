@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from tests.test_distributed import free_port, run_two
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.convert.jax_checkpoint import of_newest
-from voco_jax.train.checkpoint import Checkpointer
 
 SCRIPT = """
 import sys
@@ -24,7 +24,7 @@ def main(address, process, workdir, fault):
     from tests import tiny
     from voco_jax.data.tokenizer import train_tokenizer
     from voco_jax.train import workdir as directories
-    from voco_jax.train.checkpoint import Checkpointer
+    from voco_jax.checkpoint.checkpointer import Checkpointer
     from voco_jax.data.plan import Amount
     from voco_jax.train.goodput import Goodput
     from voco_jax.train.metrics import MetricsLog

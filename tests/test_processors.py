@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 import transformers
 
+from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
 from voco_jax.config import default_config, first_difference, load_config, save_config
 from voco_jax.convert.processors import (
     processor_from_hf,
@@ -18,6 +19,7 @@ from voco_jax.convert.processors import (
 )
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import Options, run_config
+from voco_jax.data.from_config import make_processor, set_processor
 from voco_jax.data.images import ImageProcessor, pad_to_square
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
@@ -26,7 +28,6 @@ from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import begin_with_run, make_processor, other_pixels, set_processor
 
 SIZE = 28  # of the vision tower
 VISION = ViTConfig(

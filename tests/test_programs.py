@@ -10,9 +10,11 @@ from tests import tiny
 from tests.commands import run_main
 from tests.tpu import needs_libtpu
 from voco_jax import aot
+from voco_jax.aot.programs import find_tokenizer, make_program
 from voco_jax.config import default_config
 from voco_jax.data.tokenizer import train_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model
 from voco_jax.models.flops import training_flops
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
@@ -20,8 +22,6 @@ from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.chips import CHIPS
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.parallel.programs import find_tokenizer, make_program
-from voco_jax.run import abstract_model
 
 CONFIG = VoCoConfig(
     llama=LlamaConfig(

@@ -18,10 +18,10 @@ from voco_jax.convert.hf_configs import llama_from_hf, llama_to_hf
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_jax import check_source, layers_of
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig, RopeScaling, rope_tables
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import Read, VoCoConfig
-from voco_jax.run import abstract_model
 
 FILE = Path("config.json")
 SMALL = dict(

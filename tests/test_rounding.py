@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from voco_jax.aot.programs import make_program
 from voco_jax.config import default_config, load_config, save_config
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.parallel.programs import make_program
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.rounding import _bits, lost_updates, stochastic_round
 

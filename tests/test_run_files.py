@@ -19,6 +19,12 @@ from tests import tiny
 from tests.conftest import DATA
 from tests.fuzz.runs import OPT_STATE, make_run
 import voco_jax
+from voco_jax.checkpoint import run_files
+from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.checkpoint.checksums import as_earlier
+from voco_jax.checkpoint.errors import Damaged
+from voco_jax.checkpoint.init_from import begin_with_run
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import load_config, save_config
 from voco_jax.convert.inspect import describe_run
 from voco_jax.convert.merge import merge
@@ -26,14 +32,11 @@ from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_hf import to_hf
 from voco_jax.convert.to_jax import Options, to_jax
 from voco_jax.convert.verify import open_side
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.data.training_data import make_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.run import abstract_model, begin_with_run, load_run, make_model_config
-from voco_jax.train import run_files
-from voco_jax.train.checkpoint import Checkpointer
-from voco_jax.train.checkpoint_errors import Damaged
-from voco_jax.train.checksums import as_earlier
-from voco_jax.train.data import make_tokenizer
+from voco_jax.models.build import abstract_model
 
 
 @pytest.fixture(scope="module")

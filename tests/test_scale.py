@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from voco_jax.config import default_config
 from voco_jax.models import presets
+from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import make_train_step
 

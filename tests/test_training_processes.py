@@ -12,7 +12,7 @@ import numpy as np
 from tests import tiny
 from tests.test_distributed import free_port, run_two
 from tests.test_processes import errors
-from voco_jax.run import load_run
+from voco_jax.checkpoint.run import load_run
 from voco_jax.train.loop import train
 
 SCRIPT = """

@@ -13,10 +13,10 @@ from tests import oracle
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.models import voco
+from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import Read, VoCoConfig
-from voco_jax.run import abstract_model
 
 VOCAB, PATCHES, IMAGES, LENGTH = 50, 4, 4, 64
 SEQUENCE_LENGTH = 48  # 6 words, and at most 4 images of 1 + 4 + 2 + 3 tokens

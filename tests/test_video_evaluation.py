@@ -14,6 +14,7 @@ from tests.commands import run_main
 from tools.make_video_questions import make_part
 from voco_jax import evaluate
 from voco_jax.api import Model
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import source
 from voco_jax.data.reports import Report
 from voco_jax.data.sources import easyvqa
@@ -23,7 +24,6 @@ from voco_jax.eval.clips import BASELINES, ClipAnswers, read_clips, score_clips,
 from voco_jax.eval.pictures import RIGHT, WRONG
 from voco_jax.eval.scoring import Answer
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank
-from voco_jax.run import load_run
 
 FRAMES = 4
 

@@ -118,7 +118,7 @@ import numpy as np
 import voco_jax
 from voco_jax import compress
 from voco_jax.data.video import FrameSampling
-from voco_jax.infer.arguments import mesh_of
+from voco_jax.arguments import mesh_of
 from voco_jax.terminal import printable
 
 run, clip, expected, out, *questions = sys.argv[1:]

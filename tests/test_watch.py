@@ -13,20 +13,21 @@ import pytest
 from tests import tiny
 from tests.test_distributed import free_port, run_two
 from voco_jax.errors import UserError
-from voco_jax.parallel.watch import watch
+from voco_jax.parallel.watchdog import watch
 
 # Process 1 dies when both are about to write
 SAVE = """
 import os, signal, sys
 from voco_jax.errors import one_line_errors
-from voco_jax.parallel import distributed, watch
+from voco_jax.parallel import distributed
+from voco_jax.parallel import watchdog as watch
 
 @one_line_errors
 def main(address, process, run):
     distributed.start(address, 2, process, 60)
     import jax, jax.numpy as jnp
     from voco_jax.config import default_config
-    from voco_jax.train.checkpoint import Checkpointer
+    from voco_jax.checkpoint.checkpointer import Checkpointer
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     params = {"scale": jax.jit(lambda: jnp.arange(8.0), out_shardings=sharding)()}

@@ -26,7 +26,7 @@ from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.storage import absolute, as_path
+from voco_jax.io.paths import absolute, as_path
 from voco_jax.terminal import printable
 
 

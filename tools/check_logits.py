@@ -19,7 +19,7 @@ import numpy as np
 
 from voco_jax.convert.golden import check
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.files import open_regular
+from voco_jax.io.files import open_regular
 from voco_jax.terminal import printable
 
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "voco_jax.chat": "a conversation about pictures",
     "voco_jax.compress": "pictures and videos into a memory file",
     "voco_jax.memory": "list, check and merge memory files",
-    "voco_jax.data.preview": "draw a training batch",
+    "voco_jax.preview": "draw a training batch",
     "voco_jax.aot": "does a run fit a TPU slice, and how fast should it be? Asked without a TPU",
 }
 

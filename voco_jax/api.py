@@ -34,6 +34,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.data.conversations import Sample
 from voco_jax.data.images import PictureLike, is_picture
 from voco_jax.data.media import is_video
@@ -45,13 +46,12 @@ from voco_jax.errors import UserError
 from voco_jax.infer.answerer import GREEDY, Answerer, Score, bucket
 from voco_jax.infer.chat import Chat
 from voco_jax.infer.generate import Sampling
+from voco_jax.infer.live_video import Watch
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join, of_one_dtype
 from voco_jax.infer.memory_file import SUFFIX, load_memory, save_memory
-from voco_jax.infer.watch import Watch
+from voco_jax.io.paths import as_path
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
-from voco_jax.run import Run, load_run
-from voco_jax.storage import as_path
 
 Seen = MemoryBank | Embeddings
 About = Seen | PictureLike | Sequence[Seen | PictureLike]  # what a question may be about: `Model.look`

@@ -9,12 +9,7 @@ from pathlib import PurePath
 import sys
 
 from voco_jax.api import Model, Request, Seen
-from voco_jax.data.media import ANIMATION, VIDEO, kind_of
-from voco_jax.data.records import Clip
-from voco_jax.data.sources.roots import check_file, local_path
-from voco_jax.data.video import probe
-from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.arguments import (
+from voco_jax.arguments import (
     add_answer_arguments,
     add_model_arguments,
     add_seen_arguments,
@@ -22,9 +17,14 @@ from voco_jax.infer.arguments import (
     load_model,
     sampling_of,
 )
+from voco_jax.data.media import ANIMATION, VIDEO, kind_of
+from voco_jax.data.records import Clip
+from voco_jax.data.sources.roots import check_file, local_path
+from voco_jax.data.video import probe
+from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_file import MemoryFile
-from voco_jax.storage import as_path
+from voco_jax.io.paths import as_path
 from voco_jax.terminal import printable
 
 

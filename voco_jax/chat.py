@@ -11,15 +11,15 @@ import argparse
 import re
 import sys
 
-from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more, warn_of_none
-from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.arguments import (
+from voco_jax.arguments import (
     add_answer_arguments,
     add_model_arguments,
     add_seen_arguments,
     load_model,
     sampling_of,
 )
+from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more, warn_of_none
+from voco_jax.errors import UserError, one_line_errors
 from voco_jax.terminal import printable
 
 

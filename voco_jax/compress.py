@@ -9,10 +9,10 @@ import sys
 
 from tqdm import tqdm
 
+from voco_jax.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
 from voco_jax.data.processes import usable_cores
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
 from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.terminal import printable

@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 
 from voco_jax.config_keys import RANGES, unknown_key
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
+from voco_jax.io.paths import as_path, in_bucket
 from voco_jax.models import presets
+from voco_jax.models.build import llama_config, vision_config
 from voco_jax.models.linear import LoRAConfig
-from voco_jax.models.llama import LlamaConfig, RopeScaling
-from voco_jax.models.vit import ViTConfig
-from voco_jax.storage import as_path, in_bucket
+from voco_jax.models.llama import RopeScaling
 
 
 def default_config() -> ConfigDict:
@@ -216,23 +216,6 @@ def _preset(table: dict, kind: str, name: str):
     if name not in table:
         raise UserError(f"{kind} preset: expected one of {', '.join(table)}; found {name!r}")
     return table[name]
-
-
-def llama_config(config: ConfigDict) -> LlamaConfig:
-    """The dataclass of `config.model.llama`."""
-    fields = config.model.llama.to_dict()
-    scaling = fields.pop("rope_scaling")
-    return LlamaConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
-
-
-def lora_config(config: ConfigDict) -> LoRAConfig | None:
-    """The dataclass of `config.model.lora`; None where the rank is 0. ValueError for a target that is none."""
-    lora = config.model.lora
-    return LoRAConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
-
-
-def vision_config(config: ConfigDict) -> ViTConfig:
-    return ViTConfig(**config.model.vision.to_dict())
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:

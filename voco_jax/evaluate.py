@@ -18,6 +18,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from voco_jax.api import Model
+from voco_jax.arguments import add_model_arguments
+from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import sources_to_score
 from voco_jax.data.records import Record
 from voco_jax.data.sources import easyvqa, open_sources
@@ -30,10 +32,8 @@ from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
 from voco_jax.eval.conversations import score_conversations
 from voco_jax.eval.pictures import COLUMNS, ROWS, draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
-from voco_jax.infer.arguments import add_model_arguments
+from voco_jax.io.paths import files_for
 from voco_jax.models.voco import COMPRESSORS
-from voco_jax.run import Run, load_run
-from voco_jax.storage import files_for
 from voco_jax.terminal import printable
 
 

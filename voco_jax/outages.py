@@ -4,7 +4,10 @@ succeed the next time, or somebody has to mend something."""
 from collections.abc import Iterator
 import errno
 import os
+from pathlib import Path
 import re
+import sys
+import traceback
 
 # A server that is away, a connection that broke, a disk that did not answer. EIO is among them: it is what network
 # file systems give when their server is away for too long.
@@ -85,3 +88,21 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def may_be_of_another(error: BaseException) -> bool:
+    """Whether an error may come of another process's end: what jax's collectives and barriers raise then.
+
+    Whoever tells what went wrong passes such an error on as it is: the watch knows who has gone, and how to end.
+    """
+    jax = sys.modules.get("jax")  # which the processes that read data never load
+    if jax is None or jax.process_count() == 1:
+        return False
+    while error is not None:
+        # Where a collective fails as it is started, it is a ValueError of jax's with the status of C++ in front
+        raised_by = next((frame.filename for frame in reversed(traceback.extract_tb(error.__traceback__))), "")
+        status = Path(jax.__file__).parent in Path(raised_by).parents and re.match("[A-Z_]+: ", str(error))
+        if status or isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__
+    return False

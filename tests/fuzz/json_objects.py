@@ -1,4 +1,4 @@
-"""Files of one JSON object: `voco_jax/json_files.py`."""
+"""Files of one JSON object: `voco_jax/io/json_files.py`."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
-from voco_jax.json_files import MOST, read_object
+from voco_jax.io.json_files import MOST, read_object
 
 _SOUND = {"model": {"layers": 2, "names": ["a", "b"], "rate": 0.5}, "data": {"train": {"kind": "llava"}}}
 _BOMBS = {"lists": b"[],", "objects": b"{},", "numbers": b"1,", "text": b'"\xf0\x9f\x98\x80",'}

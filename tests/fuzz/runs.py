@@ -16,15 +16,17 @@ import numpy as np
 from tests import tiny
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
+from voco_jax.checkpoint import run_files
+from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import flatten, load_config, save_config
 from voco_jax.convert.inspect import describe_run
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_hf import to_hf
 from voco_jax.convert.to_jax import Options, to_jax
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer, train_tokenizer
-from voco_jax.run import abstract_model, load_run, make_model_config
-from voco_jax.train import run_files
-from voco_jax.train.checkpoint import Checkpointer
+from voco_jax.models.build import abstract_model
 
 SMALL = {
     "model__llama__hidden_size": 8, "model__llama__intermediate_size": 8, "model__llama__head_dim": 8,

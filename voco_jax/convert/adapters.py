@@ -21,7 +21,7 @@ from voco_jax.convert.safetensors_files import read_safetensors
 from voco_jax.convert.tensors import Tensor
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
 from voco_jax.models.llama import LlamaConfig
 
 ADAPTER_CONFIG = "adapter_config.json"

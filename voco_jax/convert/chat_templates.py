@@ -17,8 +17,8 @@ from voco_jax.data.conversations import EOS, Encoder, Template
 from voco_jax.data.tokenizer import VOCO_TOKEN
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError, first_line
-from voco_jax.files import read_text
-from voco_jax.json_files import read_object
+from voco_jax.io.files import read_text
+from voco_jax.io.json_files import read_object
 
 _MOST = 2**20  # bytes of a template
 WORDS = "Which is it", "A hen", "And how many", "Two hens", "Where are they"  # alternately asked and answered

@@ -8,12 +8,13 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
+from voco_jax.checkpoint.run import load_run
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import greedy
+from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read, VoCoConfig, VoCoLlama
-from voco_jax.run import abstract_model, load_run
 
 IMAGE = -200  # stands for an image in the released code's token ids
 

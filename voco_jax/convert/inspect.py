@@ -6,15 +6,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from voco_jax.config import load_config, vision_config
+from voco_jax.config import load_config
 from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import check_source
 from voco_jax.convert.vocabulary import VOCABULARY
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_run_tokenizer
+from voco_jax.models.build import abstract_model, vision_config
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model, make_model_config
 from voco_jax.terminal import printable
 
 

@@ -23,13 +23,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 import tensorstore as ts
 
+from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.checkpoint.checksums import PartedSum
+from voco_jax.checkpoint.errors import read_errors
+from voco_jax.checkpoint.run_files import ABOUT, describe, tokenizer_sums
 from voco_jax.convert.tensors import read_ahead
 from voco_jax.errors import cannot
-from voco_jax.storage import plain_path
-from voco_jax.train.checkpoint import Checkpointer
-from voco_jax.train.checkpoint_errors import read_errors
-from voco_jax.train.checksums import PartedSum
-from voco_jax.train.run_files import ABOUT, describe, tokenizer_sums
+from voco_jax.io.paths import plain_path
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from voco_jax.convert.config_keys import Keys, short
 from voco_jax.convert.findings import listing
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
 from voco_jax.models.vit import ViTConfig
 
 _ALL = {

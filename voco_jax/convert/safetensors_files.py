@@ -16,7 +16,7 @@ import numpy as np
 
 from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor, read_ahead
 from voco_jax.errors import UserError
-from voco_jax.json_files import parse, read_object
+from voco_jax.io.json_files import parse, read_object
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -27,7 +27,7 @@ from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 

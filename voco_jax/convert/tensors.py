@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from voco_jax.errors import UserError, cannot
-from voco_jax.files import open_regular
+from voco_jax.io.files import open_regular
 
 _AHEAD = 2**29  # bytes of arrays in the making
 _LARGEST = 2**40  # values of a tensor

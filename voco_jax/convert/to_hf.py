@@ -24,10 +24,11 @@ from voco_jax.convert.safetensors_files import write_safetensors
 from voco_jax.convert.tensors import DTYPES, Tensor
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
 from voco_jax.data.conversations import Encoder
+from voco_jax.data.from_config import is_llava, make_encoder, make_model_config, make_processor
 from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model, is_llava, make_encoder, make_model_config, make_processor
 
 WRITTEN = {format.name: format for format in reversed(FORMATS)}  # the first of each name
 IMAGE_TOKEN = "<image>"

@@ -20,10 +20,11 @@ from voco_jax.convert.sources import Source
 from voco_jax.convert.tensors import DTYPES
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import CUSTOM
+from voco_jax.data.from_config import make_model_config, set_processor
 from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model, init_params
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import abstract_model, init_params, make_model_config, set_processor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.config import load_config, vision_config
+from voco_jax.config import load_config
 from voco_jax.convert.adapters import is_adapter
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
@@ -19,10 +19,11 @@ from voco_jax.convert.tensors import same_bytes, worst_difference
 from voco_jax.convert.to_hf import IMAGE_TOKEN
 from voco_jax.convert.to_jax import has_voco_row, load_source_tokenizer
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, without_padding
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import VOCO_TOKEN, load_run_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
-from voco_jax.run import abstract_model, make_model_config
+from voco_jax.io.json_files import read_object
+from voco_jax.models.build import abstract_model, vision_config
 
 # Of the configurations; these do not change what a model computes, and rows, but for padding, are compared as tensors.
 _ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture
 from voco_jax.data.sources.roots import local_path, open_file
-from voco_jax.storage import as_path
+from voco_jax.io.paths import as_path
 
 # What is opened, whatever a file is called: Pillow would have Ghostscript run PostScript. JPEG is MPO too.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

@@ -27,7 +27,7 @@ from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord,
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
-from voco_jax.files import open_regular
+from voco_jax.io.files import open_regular
 from voco_jax.terminal import printable
 
 CHUNK = 256  # records that a worker process looks at in one go

@@ -10,7 +10,7 @@ from pathlib import Path
 from voco_jax.data import tokenizer_files
 from voco_jax.data.tokenizer_files import NO_ORIGIN, VOCO_TOKEN, Origin
 from voco_jax.errors import UserError
-from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket, local_copy
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors, in_bucket, local_copy
 
 # transformers is here for its tokenizers; it need not say at every start that there is no PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

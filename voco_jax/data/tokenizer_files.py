@@ -22,9 +22,9 @@ import warnings
 
 from voco_jax.data.sentencepiece_models import SentencePiece
 from voco_jax.errors import UserError, cannot, first_line
-from voco_jax.files import read_bytes
-from voco_jax.json_files import read_object
-from voco_jax.storage import check_link
+from voco_jax.io.files import read_bytes
+from voco_jax.io.json_files import read_object
+from voco_jax.io.paths import check_link
 from voco_jax.terminal import printable
 
 VOCO_TOKEN = "<voco>"

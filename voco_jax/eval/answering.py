@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
+from voco_jax.checkpoint.run import Run
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import Record
 from voco_jax.data.turns import text_of
 from voco_jax.eval.scoring import Answer, longest_answer
 from voco_jax.infer.answerer import Answerer
-from voco_jax.run import Run
 
 
 def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:

@@ -24,16 +24,16 @@ import uuid
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request
+from voco_jax.arguments import add_answer_arguments, load_model, sampling_of
 from voco_jax.data.records import BadRecord, shown
 from voco_jax.data.sources.json_rows import MOST_ROW, array_spans
 from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
 from voco_jax.eval.seen import SeenCache
-from voco_jax.files import check_regular, open_regular
 from voco_jax.infer.answerer import GREEDY
-from voco_jax.infer.arguments import add_answer_arguments, load_model, sampling_of
 from voco_jax.infer.generate import Sampling
+from voco_jax.io.files import check_regular, open_regular
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
 OPTIONS = (  # that go with --questions alone

@@ -28,10 +28,10 @@ from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Pi
 from voco_jax.data.sources.roots import local_path, open_file, state
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import read_text
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
-from voco_jax.storage import AnyPath, as_path, files_below, in_bucket, matching
+from voco_jax.io.files import read_text
+from voco_jax.io.paths import AnyPath, as_path, files_below, in_bucket, matching
 
 LISTS = (".txt", ".list")
 

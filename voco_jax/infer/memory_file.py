@@ -18,7 +18,6 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import open_regular
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
@@ -35,8 +34,9 @@ from voco_jax.infer.memory_format import (
     same_head,
     tensors_of,
 )
-from voco_jax.locks import locked
-from voco_jax.storage import as_path, file_state, state_of
+from voco_jax.io.files import open_regular
+from voco_jax.io.locks import locked
+from voco_jax.io.paths import as_path, file_state, state_of
 
 SUFFIX = ".voco"
 PATIENCE = 10.0  # seconds that one writer waits for another

@@ -10,12 +10,9 @@ from collections.abc import Iterator
 import contextlib
 import hashlib
 import os
-from pathlib import Path
-import re
 import socket
 import sys
 import threading
-import traceback
 
 from absl import flags
 import jax
@@ -107,23 +104,6 @@ def texts_of_all(text: str) -> list[str]:
         return [text]
     own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
     return [line.tobytes().rstrip(b"\0").decode(errors="replace") for line in multihost_utils.process_allgather(own)]
-
-
-def may_be_of_another(error: BaseException) -> bool:
-    """Whether an error may come of another process's end: what jax's collectives and barriers raise then.
-
-    Whoever tells what went wrong passes such an error on as it is: the watch knows who has gone, and how to end.
-    """
-    if jax.process_count() == 1:
-        return False
-    while error is not None:
-        # Where a collective fails as it is started, it is a ValueError of jax's with the status of C++ in front
-        raised_by = next((frame.filename for frame in reversed(traceback.extract_tb(error.__traceback__))), "")
-        status = Path(jax.__file__).parent in Path(raised_by).parents and re.match("[A-Z_]+: ", str(error))
-        if status or isinstance(error, jax.errors.JaxRuntimeError):
-            return True
-        error = error.__cause__
-    return False
 
 
 def check_same(values: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ from voco_jax.command_line import parse_flags
 from voco_jax.config import sources_to_score
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel import distributed
-from voco_jax.parallel.watch import watch
+from voco_jax.parallel.watchdog import watch
 from voco_jax.train.loop import train
 
 

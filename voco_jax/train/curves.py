@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.files import read_bytes
+from voco_jax.io.files import read_bytes
+from voco_jax.progress import duration, short
 from voco_jax.train.goodput import CATEGORIES, LABELS, read_seconds, share
-from voco_jax.train.progress import duration, short
 
 # Key of a line, title; where no run has any number there is no panel
 PANELS = {

@@ -20,6 +20,7 @@ from voco_jax.data.pipeline import Batches
 from voco_jax.data.plan import Placed
 from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.data.reports import Report
+from voco_jax.data.training_data import open_test_data
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
@@ -29,7 +30,6 @@ from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS as ROW_AXES
 from voco_jax.parallel.mesh import axis_size
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.data import open_test_data
 from voco_jax.train.step import label_loss
 
 SHORT = 5  # words; longer answers are shown and not judged: nobody says the same in the same words

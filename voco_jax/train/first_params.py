@@ -8,11 +8,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.config import load_config
+from voco_jax.io.paths import as_path
+from voco_jax.models.build import init_params
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
-from voco_jax.run import init_params
-from voco_jax.storage import as_path
-from voco_jax.train.checkpoint import Checkpointer
 from voco_jax.train.freeze import is_lora
 from voco_jax.train.state import AbstractState
 

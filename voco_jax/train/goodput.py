@@ -20,8 +20,8 @@ import time
 import jax
 
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
-from voco_jax.train.progress import say
+from voco_jax.io.json_files import read_object
+from voco_jax.progress import say
 
 # In the order in which they are told. 'setup' is all that belongs to no other: set-up, restoring, tidying up.
 CATEGORIES = ("steps", "setup", "compile", "data", "checkpoint", "evaluation", "profile", "lost")

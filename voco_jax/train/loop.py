@@ -16,22 +16,25 @@ import optax
 from tqdm import tqdm
 
 from voco_jax.attention import interpreted
+from voco_jax.checkpoint.checkpointer import Checkpointer, all_finite, newest_saved
+from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
+from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.config import sources_to_score
+from voco_jax.data.from_config import make_processor
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
+from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.interrupts import say_of_interrupt
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
-from voco_jax.run import begin_with_run, make_processor, other_pixels
-from voco_jax.storage import AnyPath, as_path, bucket_errors
+from voco_jax.progress import interrupted
 from voco_jax.terminal import printable
-from voco_jax.train.checkpoint import Checkpointer, all_finite, newest_saved
-from voco_jax.train.data import open_training_data
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.first_params import first_params
 from voco_jax.train.goodput import Goodput
@@ -39,10 +42,8 @@ from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
-from voco_jax.train.progress import interrupted
 from voco_jax.train.resume import BASE, base_of, continued, kept_values
 from voco_jax.train.rounding import lost_updates
-from voco_jax.train.run_files import VERSIONS
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 from voco_jax.train.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path

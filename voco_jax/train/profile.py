@@ -15,8 +15,8 @@ import threading
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax.progress import say
 from voco_jax.train.goodput import Goodput
-from voco_jax.train.progress import say
 
 
 class Profiler:

@@ -12,13 +12,13 @@ import shlex
 from ml_collections import ConfigDict
 import numpy as np
 
+from voco_jax.checkpoint.init_from import inherit
 from voco_jax.config import ADDED_LATER, first_difference, flatten, load_config, with_earlier_values
 from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.files import read_bytes
-from voco_jax.json_files import read_object
-from voco_jax.run import inherit
-from voco_jax.storage import AnyPath, as_path, bucket_errors, exists, same_place
+from voco_jax.io.files import read_bytes
+from voco_jax.io.json_files import read_object
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, same_place
 from voco_jax.train.optimizer import make_schedule
 
 BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from

@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import optax
 
+from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.sharding import param_shardings, with_shardings
-from voco_jax.run import abstract_model
 from voco_jax.train.freeze import Freezing, freezing_of
 from voco_jax.train.optimizer import check_decayed
 

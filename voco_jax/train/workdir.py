@@ -20,10 +20,8 @@ from ml_collections import ConfigDict
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
-from voco_jax.files import check_regular
-from voco_jax.outages import passing
-from voco_jax.parallel.distributed import together
-from voco_jax.storage import (
+from voco_jax.io.files import check_regular
+from voco_jax.io.paths import (
     AnyPath,
     as_path,
     bucket_errors,
@@ -34,6 +32,8 @@ from voco_jax.storage import (
     is_directory,
     upload,
 )
+from voco_jax.outages import passing
+from voco_jax.parallel.distributed import together
 from voco_jax.train.resume import BASE, check_same_run
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.

@@ -19,7 +19,7 @@ from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, begin, publish, 
 from voco_jax.data.shards.record_packer import RecordPacker
 from voco_jax.data.shards.workers import run_tasks
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # each record by itself, for any order; pictures are compressed already
 

@@ -17,7 +17,7 @@ from voco_jax.data.shards.workers import run_tasks
 from voco_jax.data.sources.array_records import unpack_record
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
 
 
 def check(directory: Path, num_workers: int, on_records: Callable[[int], Any]) -> list[str]:

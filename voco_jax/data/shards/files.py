@@ -18,7 +18,7 @@ import re
 import secrets
 
 from voco_jax.errors import UserError
-from voco_jax.json_files import read_object
+from voco_jax.io.json_files import read_object
 
 MANIFEST, REPORT = "manifest.json", "report.json"
 MOST_SHARDS = 10**6

@@ -24,7 +24,7 @@ from voco_jax.data.sources.array_records import pack_record
 from voco_jax.data.sources.roots import check_file, open_file, unread
 from voco_jax.data.turns import check_turns, spread_video
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
-from voco_jax.storage import AnyPath
+from voco_jax.io.paths import AnyPath
 
 JPEG_QUALITY = 95
 MAX_BYTES = 2**30  # of a file in a record

@@ -18,8 +18,8 @@ from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, 
 from voco_jax.data.shards.files import check_complete
 from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
-from voco_jax.files import check_regular
-from voco_jax.storage import matching
+from voco_jax.io.files import check_regular
+from voco_jax.io.paths import matching
 
 _MOST_VALUES = 2**18  # of a list: pictures, frames, turns
 _KEYS = {

@@ -12,7 +12,7 @@ import re
 
 from voco_jax.data.records import Picture, Record
 from voco_jax.errors import UserError, first_line
-from voco_jax.files import read_text
+from voco_jax.io.files import read_text
 
 SPLITS = ("train", "test")
 KINDS = ("shape", "color", "yes/no")

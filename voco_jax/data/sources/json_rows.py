@@ -17,9 +17,9 @@ import numpy as np
 
 from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, TOO_LONG, BadRecord
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import open_regular
+from voco_jax.io.files import open_regular
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors, in_bucket
 from voco_jax.outages import passing
-from voco_jax.storage import AnyPath, as_path, bucket_errors, in_bucket
 
 MOST_ROW = 2**20  # bytes, by default
 LEAST_ROW = 16  # bytes of a row on average: a question and its answer are more

@@ -20,7 +20,7 @@ from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture,
 from voco_jax.data.sources.json_rows import MOST_ROW, JsonRows
 from voco_jax.data.sources.roots import inside
 from voco_jax.errors import UserError
-from voco_jax.storage import AnyPath, absolute, as_path, bucket_errors, list_files
+from voco_jax.io.paths import AnyPath, absolute, as_path, bucket_errors, list_files
 
 VIDEO = "<video>"
 

@@ -12,8 +12,8 @@ from urllib.request import url2pathname
 
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, shown
 from voco_jax.errors import UserError, first_line
-from voco_jax.files import check_regular, open_regular
-from voco_jax.storage import AnyPath, file_state, in_bucket
+from voco_jax.io.files import check_regular, open_regular
+from voco_jax.io.paths import AnyPath, file_state, in_bucket
 
 
 def local_only(text: str, key: str, what: str) -> None:

@@ -19,6 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model, Request
+from voco_jax.arguments import change_sampling, mesh_of
+from voco_jax.checkpoint.run import load_run
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
 from voco_jax.data.media import is_video
 from voco_jax.data.records import Clip, Picture, shown
@@ -26,8 +28,6 @@ from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
 from voco_jax.eval.lmms.generation import Generation, read_generation
 from voco_jax.eval.seen import SeenCache, View
-from voco_jax.infer.arguments import change_sampling, mesh_of
-from voco_jax.run import load_run
 
 BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
 WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length

@@ -1,4 +1,4 @@
-"""A read row as text to look at: what `python -m voco_jax.data.preview` writes, before it is drawn."""
+"""A read row as text to look at: what `python -m voco_jax.preview` writes, before it is drawn."""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools

@@ -9,11 +9,26 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from voco_jax.api import Model
+from voco_jax.attention import ADAPTERS
+from voco_jax.checkpoint.run import load_run
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import Sampling
+from voco_jax.io.paths import as_path
 from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
-from voco_jax.run import add_run_arguments, load_run
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which run, which of its checkpoints, and by which kernel."""
+    parser.add_argument("--run", type=as_path, required=True, help="run directory (training's workdir), or gs://…")
+    parser.add_argument("--step", type=_step, help="checkpoint: a step, or 'best' by evaluation loss (default: newest)")
+    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
+
+
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a step or 'best', found {text!r}")
+    return text if text == "best" else int(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -38,10 +38,10 @@ from dataclasses import dataclass, replace
 import math
 import re
 
-from voco_jax.parallel import hlo
+from voco_jax.aot import hlo
+from voco_jax.aot.hlo import Computation, Frame, HLOError, Instruction, Module
+from voco_jax.aot.hlo_flops import matmul_flops
 from voco_jax.parallel.chips import Chip
-from voco_jax.parallel.hlo import Computation, Frame, HLOError, Instruction, Module
-from voco_jax.parallel.hlo_flops import matmul_flops
 
 CLASSES = ("matmul", "attention", "collectives", "the rest")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")

@@ -8,7 +8,7 @@ from pathlib import Path
 import time
 
 from voco_jax.errors import TryAgain, cannot
-from voco_jax.files import check_regular
+from voco_jax.io.files import check_regular
 
 
 @contextlib.contextmanager

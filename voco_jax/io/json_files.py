@@ -6,8 +6,8 @@ import json
 import os
 
 from voco_jax.errors import UserError, cannot
-from voco_jax.files import read_text
-from voco_jax.storage import as_path, bucket_errors
+from voco_jax.io.files import read_text
+from voco_jax.io.paths import as_path, bucket_errors
 
 MOST = 2**23  # bytes: as Python's objects, 8 MiB of the smallest values are 0.4 GiB, and seconds
 DEEPEST = 100  # objects and lists in each other: what is compared, copied or shown goes down into them

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import math
 import re
 
-from voco_jax.parallel.hlo import Computation, Instruction
+from voco_jax.aot.hlo import Computation, Instruction
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> float:

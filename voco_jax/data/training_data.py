@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from voco_jax.data.best_fit import BinShape
 from voco_jax.data.contents import contents_of
+from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, BinLoader
@@ -22,7 +23,6 @@ from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_to
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.run import make_encoder, make_model_config, make_processor, template_of
 
 MOSTLY_PADDING = 0.5  # of the read tokens used; with less, what would be better is said
 

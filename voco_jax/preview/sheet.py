@@ -1,4 +1,4 @@
-"""The sheet of `python -m voco_jax.data.preview`: a figure, a bin's place on it, and what fits."""
+"""The sheet of `python -m voco_jax.preview`: a figure, a bin's place on it, and what fits."""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from voco_jax.data.packing import PADDING_SEGMENT
-from voco_jax.data.preview.text import FONT, Run, drawable, row_runs, wrap
+from voco_jax.preview.text import FONT, Run, drawable, row_runs, wrap
 
 # In inches
 WIDTH, MAX_HEIGHT, MARGIN = 12.0, 20.0, 0.3

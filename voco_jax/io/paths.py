@@ -18,7 +18,7 @@ from urllib.request import getproxies
 from etils import epath
 
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.parallel.distributed import may_be_of_another
+from voco_jax.outages import may_be_of_another
 
 HOST = "storage.googleapis.com"
 

@@ -1,4 +1,4 @@
-"""python -m voco_jax.data.preview --config=FILE --out=preview.png [--config.KEY=VALUE …]
+"""python -m voco_jax.preview --config=FILE --out=preview.png [--config.KEY=VALUE …]
 
 Draws a training batch to look at.
 
@@ -16,14 +16,14 @@ from absl import flags
 from ml_collections import config_flags
 import numpy as np
 
+from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.command_line import config_file, parse_flags
 from voco_jax.data.packing import PADDING_SEGMENT
-from voco_jax.data.preview.sheet import bin_arrays, count_conversations, draw_batch, used_images
-from voco_jax.data.preview.text import make_decoder
 from voco_jax.data.reports import Report
+from voco_jax.data.training_data import TrainingData, open_training_data
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.run import begin_with_run
-from voco_jax.train.data import TrainingData, open_training_data
+from voco_jax.preview.sheet import bin_arrays, count_conversations, draw_batch, used_images
+from voco_jax.preview.text import make_decoder
 
 
 def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report) -> list[str]:

@@ -23,9 +23,9 @@ import orbax.checkpoint as ocp
 from voco_jax.config import flatten, load_config, parse_config
 from voco_jax.data import tokenizer_files
 from voco_jax.errors import UserError
-from voco_jax.files import check_regular, read_bytes
-from voco_jax.json_files import read_object
-from voco_jax.storage import AnyPath, bucket_errors, in_bucket, list_files
+from voco_jax.io.files import check_regular, read_bytes
+from voco_jax.io.json_files import read_object
+from voco_jax.io.paths import AnyPath, bucket_errors, in_bucket, list_files
 from voco_jax.terminal import printable
 
 ABOUT = "run"  # the item's name in a checkpoint

@@ -6,7 +6,7 @@ import stat
 from typing import BinaryIO
 
 from voco_jax.errors import UserError
-from voco_jax.storage import AnyPath, as_path, in_bucket
+from voco_jax.io.paths import AnyPath, as_path, in_bucket
 
 _KINDS = {
     stat.S_IFDIR: "a directory",

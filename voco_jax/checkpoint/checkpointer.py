@@ -15,11 +15,21 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
+from voco_jax.checkpoint import run_files
+from voco_jax.checkpoint.checksums import as_earlier, checksums, is_same
+from voco_jax.checkpoint.errors import (
+    Damaged,
+    FailedSave,
+    await_writers,
+    check_files,
+    read_errors,
+    write_error,
+)
+from voco_jax.checkpoint.orbax_manager import make_manager
+from voco_jax.checkpoint.run_files import ABOUT
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import read_text
-from voco_jax.outages import reason
-from voco_jax.parallel.distributed import texts_of_all, together
-from voco_jax.storage import (
+from voco_jax.io.files import read_text
+from voco_jax.io.paths import (
     AnyPath,
     as_path,
     bucket_errors,
@@ -32,19 +42,9 @@ from voco_jax.storage import (
     plain_path,
     remove,
 )
-from voco_jax.train import run_files
-from voco_jax.train.checkpoint_errors import (
-    Damaged,
-    FailedSave,
-    await_writers,
-    check_files,
-    read_errors,
-    write_error,
-)
-from voco_jax.train.checksums import as_earlier, checksums, is_same
-from voco_jax.train.orbax_manager import make_manager
-from voco_jax.train.progress import say
-from voco_jax.train.run_files import ABOUT
+from voco_jax.outages import reason
+from voco_jax.parallel.distributed import texts_of_all, together
+from voco_jax.progress import say
 
 _MARK = "commit_success.txt"  # of Orbax, in a bucket: its checkpoint is whole
 _PAUSES = (1, 5, 20)  # seconds before a save that an outage has ended is tried again

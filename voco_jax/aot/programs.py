@@ -12,8 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.io.paths import in_bucket
+from voco_jax.models.build import abstract_model
 from voco_jax.models.flops import (
     compress_forward,
     head_forward,
@@ -25,8 +28,6 @@ from voco_jax.models.flops import (
 from voco_jax.models.voco import Cache, Memory, Read, VoCoConfig
 from voco_jax.parallel.mesh import ROWS
 from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
-from voco_jax.run import abstract_model, make_model_config
-from voco_jax.storage import in_bucket
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state
 from voco_jax.train.step import make_train_step

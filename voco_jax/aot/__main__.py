@@ -6,7 +6,7 @@ Does this run fit that TPU slice, and how fast should it be? Asked of the TPU co
     python -m voco_jax.aot --config=… --config.data.batch_size=256 --topology=v5p:2x2x4 --step=compress --json
 
 The whole step is compiled as it would be for the real slice; nothing is run. HBM is what the compiler assigns. Times
-are estimates from its cycles; `voco_jax/parallel/hlo_cost.py` says how they come about. What does not fit ends with
+are estimates from its cycles; `voco_jax/aot/hlo_cost.py` says how they come about. What does not fit ends with
 status 1 and says by how much.
 """
 
@@ -25,16 +25,17 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax.aot.hlo import HLOError
+from voco_jax.aot.hlo_cost import estimate
+from voco_jax.aot.programs import STEPS, find_tokenizer, make_program
+from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.command_line import config_file, parse_flags
+from voco_jax.data.from_config import make_model_config
+from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.io.paths import as_path
 from voco_jax.parallel.chips import Chip, topology_devices
-from voco_jax.parallel.hlo import HLOError
-from voco_jax.parallel.hlo_cost import estimate
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.parallel.programs import STEPS, find_tokenizer, make_program
-from voco_jax.run import begin_with_run, make_model_config
-from voco_jax.storage import as_path
-from voco_jax.train.data import open_training_data
 
 GIB = 2**30
 

@@ -15,10 +15,9 @@ import traceback
 from typing import NoReturn
 
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.files import check_regular
-from voco_jax.outages import chain, error_number, http_code, passing, reason, status_of
-from voco_jax.parallel.distributed import may_be_of_another
-from voco_jax.storage import AnyPath, check_link, in_bucket
+from voco_jax.io.files import check_regular
+from voco_jax.io.paths import AnyPath, check_link, in_bucket
+from voco_jax.outages import chain, error_number, http_code, may_be_of_another, passing, reason, status_of
 
 # Of what was read and is not what was written: it is not there, cannot be decoded, or has another form. All else keeps
 # a checkpoint from being read, and leaves open what is in it.

@@ -1,0 +1,74 @@
+"""A config that goes on with the parameters of another run, `init_from`."""
+
+import shlex
+
+from ml_collections import ConfigDict
+
+from voco_jax.config import default_config, first_difference, load_config
+from voco_jax.data.from_config import is_llava, make_model_config
+from voco_jax.data.tokenizer import load_run_tokenizer
+from voco_jax.errors import UserError
+from voco_jax.io.paths import AnyPath, as_path
+
+
+def begin_with_run(config: ConfigDict) -> ConfigDict:
+    """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one. Plain
+    LLaVA that goes on as such has its prompt too, where the config names no other.
+
+    UserError for a config that asks for other dimensions than the run has, or, where the run has LoRA, other LoRA.
+    """
+    if not config.init_from:
+        return config
+    directory = as_path(config.init_from)
+    run = load_config(directory / "config.json")
+    difference = first_difference(run.model.lora, config.model.lora) if run.model.lora.rank else None
+    if difference:
+        key, there, found = difference
+        raise UserError(
+            f"config.model.lora.{key}: {config.init_from} has LoRA with {there!r}, found {found!r}; "
+            f"merge it first: python tools/convert_weights.py merge {shlex.quote(str(config.init_from))} DST"
+        )
+    # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
+    run.model.llama.vocab_size = make_model_config(run, load_run_tokenizer(directory)).llama.vocab_size
+    config = inherit(config, run, config.init_from)
+    config.tokenizer.source = str(directory / "tokenizer")
+    return config
+
+
+def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigDict:
+    """A copy with what goes with a run's parameters: their dimensions, pixels that no config has by default, and the
+    prompt of plain LLaVA. UserError, which calls the run `name`, for a config that asks for others."""
+    config, default = config.copy_and_resolve_references(), default_config()
+    with config.unlocked():
+        _take_over(config.model, run.model, default.model, ("llama", "vision", "projector_layers"), name)
+        if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
+            keys = "aspect_ratio", "transparency", "processor"
+            _take_over(config.data, run.data, default.data, keys, name, "config.data")
+    data, theirs = config.data, run.data
+    unnamed = data.template in (default.data.template, theirs.template)
+    if is_llava(config) and is_llava(run) and unnamed and data.custom_template == default.data.custom_template:
+        data.template, data.custom_template = theirs.template, theirs.custom_template
+    return config
+
+
+def other_pixels(config: ConfigDict) -> str:
+    """A line where pictures are prepared otherwise than in the run that `init_from` names; '' where they are not."""
+    if not config.init_from:
+        return ""
+    there, here = load_config(as_path(config.init_from) / "config.json").data, config.data
+    differing = [key for key in ("aspect_ratio", "transparency") if there[key] != here[key]]
+    said = [f"config.data.{key}: {config.init_from} has {there[key]!r}, this config {here[key]!r}" for key in differing]
+    return f"{'; '.join(said)}: the weights know other pictures" if said else ""
+
+
+def _take_over(config, run, default, keys, name, where: str = "config.model") -> None:
+    """Keys, and groups of keys, as the run has them; UserError where the config asks for something else."""
+    for key in keys:
+        if isinstance(default[key], ConfigDict):
+            _take_over(config[key], run[key], default[key], default[key].keys(), name, f"{where}.{key}")
+            continue
+        if config[key] not in (default[key], run[key]):
+            raise UserError(
+                f"{where}.{key}: {name} has {run[key]!r}, found {config[key]!r}; with init_from it need not be given"
+            )
+        config[key] = run[key]
