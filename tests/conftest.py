@@ -16,13 +16,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
 from voco_jax.parallel.chips import topology_devices  # noqa: E402
 from voco_jax.parallel.mesh import AXES  # noqa: E402
 from voco_jax.train.loop import train  # noqa: E402
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.test_answering import with_random_parameters
+from tests.eval.test_answering import with_random_parameters
 import voco_jax
 from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run

@@ -9,9 +9,9 @@ import sys
 from PIL import Image
 import pytest
 
-from tests import tiny
-from tests.commands import run_main
-from tests.test_video import write_clip
+from tests.data.test_video import write_clip
+from tests.helpers import tiny
+from tests.helpers.commands import run_main
 from voco_jax import ask, chat, evaluate
 from voco_jax.config import default_config, source, sources
 from voco_jax.eval.scoring import Answer, accuracy_by_kind, table

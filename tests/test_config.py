@@ -8,7 +8,7 @@ import sys
 from absl import flags
 import pytest
 
-from tests.commands import run_main
+from tests.helpers.commands import run_main
 import voco_jax
 from voco_jax import __main__ as commands
 from voco_jax.__main__ import COMMANDS

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from voco_jax import interrupts
 from voco_jax.interrupts import _module
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tpu import needs_libtpu
+from tests.helpers.tpu import needs_libtpu
 from voco_jax import platforms
 from voco_jax.platforms import GPU_FLAGS, set_defaults
 

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests import tiny
-from tests.commands import run_main
+from tests.helpers import tiny
+from tests.helpers.commands import run_main
 from voco_jax.command_line import parse_command_line
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row

@@ -12,10 +12,10 @@ import tempfile
 
 import numpy as np
 
-from tests import reference
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json, odd_value
 from tests.fuzz.weights import remove, special
+from tests.helpers import reference
 from voco_jax.convert.formats import FORMATS, key_of_name
 from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.rules import BY_OURS
@@ -145,7 +145,7 @@ class Tokenizers(Target):
     count = 1000
 
     def make(self, directory: Path) -> None:
-        from tests import tokenizer_kinds
+        from tests.helpers import tokenizer_kinds
 
         directory = Path(tempfile.mkdtemp(dir=directory))
         names = {"bos_token": "<s>", "eos_token": "</s>"}

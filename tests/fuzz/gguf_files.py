@@ -98,7 +98,7 @@ def _free(key: str, kind: int, payload: bytes) -> list[tuple[int, int]]:
 
 def sound_file() -> _File:
     """A model of two layers, in several types, with a byte-pair tokenizer."""
-    from tests.tokenizer_kinds import byte_level
+    from tests.helpers.tokenizer_kinds import byte_level
 
     rng = np.random.default_rng(0)
     state = json.loads(byte_level().to_str())["model"]

@@ -21,7 +21,7 @@ from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory
 from voco_jax.infer.memory_format import OF_MEMORIES, Layout, begun, checksums, header, line_of, tensors_of
 from voco_jax.terminal import printable
 
-VERSION_1 = Path(__file__).parents[1] / "data" / "memory_v1"
+VERSION_1 = Path(__file__).parents[1] / "fixtures" / "memory_v1"
 _MODEL = "0123456789abcdef" * 2
 _KINDS = {
     "damaged": 0.4, "odd header": 0.15, "odd items": 0.1, "odd and all recomputed": 0.13, "odd shape": 0.08,

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import tiny
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
+from tests.helpers import tiny
 from voco_jax.checkpoint import run_files
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import load_run

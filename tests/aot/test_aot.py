@@ -1,0 +1,193 @@
+"""`python -m voco_jax.aot` as a person or a program reads it, on programs small enough to compile in seconds."""
+
+from dataclasses import dataclass, replace
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.commands import run_main
+from tests.helpers.tpu import needs_libtpu
+from voco_jax import aot
+from voco_jax.config import default_config, source, sources
+from voco_jax.data.training_data import open_training_data
+from voco_jax.errors import UserError
+from voco_jax.parallel.chips import CHIPS
+
+CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8"),
+        (["--topology=v5e:8"], "topology: expected chip:shape, for example v5e:2x2,"),
+        (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
+        (["--topology=v5e:2x2", "--fast"], "fast"),
+        (["--topology=v5e:2x2", "more"], "'more' is not an option; use --config=FILE --config.KEY=VALUE, --json"),
+        (["--topology=v5e:2x2", "--xla=vmem"], "--xla: expected NAME=VALUE, found 'vmem'"),
+        pytest.param(["--topology=v6e:3x5"], "topology v6e:3x5: ", marks=needs_libtpu),
+    ],
+)
+def test_what_cannot_be_asked(monkeypatch, capsys, arguments, message):
+    status, output, error = run_main(aot, monkeypatch, capsys, f"--config={CONFIG}", *arguments)
+    assert (status, output) == (2, "")
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert any(part in error for part in message.split("|")), error
+
+
+@dataclass(frozen=True)
+class Small:
+    """A program of one matmul and an all-gather."""
+
+    function: object
+    arguments: tuple
+    model_flops: float = 2 * 4096.0 * 1024 * 1024
+    tokens: int = 4096
+    images: int = 3
+    compress_tokens: int = 30
+
+
+def small_program(mesh, rows: int) -> Small:
+    def step(x, w):
+        return jnp.tanh(x @ w)
+
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    shapes = ((rows, 1024), (1024, 1024))
+    return Small(jax.jit(step), tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spec) for shape in shapes))
+
+
+ABOUT = {"step": "train", "chips": 4, "compile_seconds": 1.0, "jax": "0", "libtpu": "0"}
+
+
+@needs_libtpu
+def test_report(tpu_mesh):
+    program = small_program(tpu_mesh, 4096)
+    compiled, seconds = aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
+    assert seconds > 0
+    report = json.loads(json.dumps(aot.make_report(program, compiled, CHIPS["v5e"], 4)))
+    assert report["program_flops"] == report["model_flops"]
+    assert report["hbm"]["arguments"] == aot.argument_bytes(program) == (4096 + 1024) * 1024 * 2 / 4
+    assert report["hbm"]["total"] == sum(report["hbm"][k] for k in ("arguments", "outputs", "temporaries", "program"))
+    (low, high), tokens, mfu = (report[key] for key in ("step_seconds", "tokens_per_second", "mfu"))
+    assert 0 < low <= high
+    assert tokens == [(4096 + 30) / high, (4096 + 30) / low]
+    assert mfu == [report["model_flops"] / (4 * 197e12 * s) for s in (high, low)] and mfu[1] < 1
+    text = aot.render(ABOUT | report, "headline")
+    assert len(text.splitlines()) <= 42 and max(map(len, text.splitlines())) <= 120
+    for part in ("arguments", "of 15.75", "4,096 to read, 30 to compress   (3 images)", "all-gather", "MFU", "matmul"):
+        assert part in text
+
+
+@needs_libtpu
+def test_what_the_compiler_lets_through_may_still_be_too_large(tpu_mesh):
+    program = small_program(tpu_mesh, 4096)
+    compiled, _ = aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
+    small = replace(CHIPS["v5e"], hbm_bytes=sum(aot.hbm_bytes(compiled).values()) - 1)
+    with pytest.raises(aot.DoesNotFit) as found:
+        aot.compile_step(program, tpu_mesh, small)
+    assert (found.value.needed, found.value.available) == (small.hbm_bytes + 1, small.hbm_bytes)
+
+
+@needs_libtpu
+def test_too_large(tpu_mesh):
+    program = small_program(tpu_mesh, 2**25)  # 16 GiB a device come in, and as much goes out
+    with pytest.raises(aot.DoesNotFit) as found:
+        aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
+    assert found.value.needed > 16 * 2**30 > found.value.available > 15 * 2**30
+    assert aot.argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
+
+
+def test_advice():
+    config = default_config()
+    with config.unlocked():
+        config.data.batch_size = 64
+        config.model.remat = "dots"
+    shape = {"data": 2, "fsdp": 4, "frame": 1, "tensor": 1}
+    weights = aot.advice(config, "train", shape, arguments=12e9, available=16e9)  # weights and optimizer fill it
+    assert weights[0].startswith("config.mesh.fsdp") and "2 times over" in weights[0]
+    activations = aot.advice(config, "train", shape, arguments=1e9, available=16e9)
+    assert activations[0] == "config.data.batch_size (now 64, 8 a device): fewer rows a device"
+    assert activations[1].startswith("config.model.remat (now 'dots')")
+    assert not any("remat" in line for line in aot.advice(config, "read", shape, arguments=1e9, available=16e9))
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: … Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+        ("the total memory required for HLO temporaries (56.00G) exceeds available HBM (15.75G).", 56),
+    ],
+)
+def test_libtpu_says_how_much(message, needed):
+    error = aot.too_large(message)
+    assert (error.needed, error.available) == (needed * 2**30, 15.75 * 2**30)
+    assert aot.too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+
+
+@needs_libtpu
+def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
+    """The 7B config with smaller numbers: both streams, splash, remat, the frozen tower, sharded over v5e:4x4."""
+    sizes = {
+        "llama.num_hidden_layers": 4, "llama.hidden_size": 512, "llama.intermediate_size": 1408,
+        "llama.num_attention_heads": 4, "llama.num_key_value_heads": 4, "llama.vocab_size": 1000,
+        "vision.image_size": 112, "vision.num_hidden_layers": 3, "vision.hidden_size": 256,
+        "vision.intermediate_size": 512, "vision.num_attention_heads": 4,
+    }  # fmt: skip
+    keys = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    keys += ["--config.data.batch_size=32", "--config.data.row_length=512", "--config.mesh.tensor=2"]
+    keys += ["--topology=v5e:4x4", "--json"]
+    status, output, error = run_main(aot, monkeypatch, capsys, f"--config={CONFIG.parent / 'voco_7b.py'}", *keys)
+    assert status == 0, error
+    report = json.loads(output)
+    assert report["mesh"] == {"data": 1, "fsdp": 8, "frame": 1, "tensor": 2}
+    assert (report["tokens"], report["images"], report["compress_tokens"]) == (32 * 512, 32, 32 * (64 + 4))
+    # A sixteenth of weights and two moments in float32, of the frozen tower's weights, and of the batch.
+    layer = 4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512
+    llama = 4 * layer + 2 * 1024 * 512 + 512  # the vocabulary is padded to 1,024
+    projector = 256 * 512 + 512 + 512 * 512 + 512
+    batch = 32 * (6 * 512 + 112 * 112 * 3) * 4
+    tower = 3 * (4 * 256**2 + 2 * 256 * 512) + 3 * 14**2 * 256 + 65 * 256
+    expected = (llama + projector) * 3 * 4 + tower * 4 + 2 * batch  # rows are not spread over tensor
+    assert expected < report["hbm"]["arguments"] * 16 < 1.1 * expected  # norms and biases are on every device
+    # Layers are computed again in the backward pass, all but the down projection.
+    assert 1.15 < report["program_flops"] / report["model_flops"] < 1.5
+    assert report["classes"]["attention"][0] > 0 and 0.02 < report["attention_share"][0] < 0.5
+    # A layer's kernels are gathered twice, in bfloat16; head, embeddings and tower come on top.
+    sent = {collective["kind"]: collective["bytes"] for collective in report["collectives"]}
+    gathered = 2 * 4 * (4 * 512 * 512 + 3 * 512 * 1408) / 2 * 2 * 7 / 8
+    assert gathered < sent["all-gather"] < 1.25 * gathered
+
+
+def test_a_shape_that_the_data_choose(tmp_path, capsys):
+    """As training has it; without the data the keys are named."""
+    config = tiny.config(tmp_path / "run", data__rows_per_bin=0)
+    shape = open_training_data(config, say=lambda line: None).batches.loader.plan.shape
+    found = aot.with_shape(config).data
+    assert (found.row_length, found.rows_per_bin) == (shape.row_length, shape.rows) and config.data.row_length == 0
+    assert capsys.readouterr().err == f"from the data: row_length {shape.row_length}, rows_per_bin {shape.rows}\n"
+    config.data.train = sources(mine=source("llava", file=str(tmp_path / "gone.json")))
+    with pytest.raises(
+        UserError, match=r"gone.json: No such file .*give --config.data.row_length=… --config.data.rows_"
+    ):
+        aot.with_shape(config)
+
+
+def test_the_time_that_has_gone_by(monkeypatch, capsys):
+    class Event:
+        told = 0
+
+        def wait(self, seconds):
+            self.told += 1
+            return self.told > 2
+
+        def set(self):
+            pass
+
+    monkeypatch.setattr(aot, "Event", Event)
+    with aot.telling_time("compiling …"):
+        pass
+    assert capsys.readouterr().err == "compiling …\n" + "compiling … 0 s\n" * 2

@@ -1,0 +1,35 @@
+"""A run small enough to train inside a test: `configs/easyvqa.py` with every dimension cut down."""
+
+from pathlib import Path
+
+from voco_jax.command_line import parse_command_line
+
+CONFIG_FILE = Path(__file__).parents[2] / "configs" / "easyvqa.py"
+OVERRIDES = {
+    "model.llama.hidden_size": 32,
+    "model.llama.intermediate_size": 32,
+    "model.llama.head_dim": 16,
+    "model.llama.num_hidden_layers": 2,
+    "model.vision.hidden_size": 16,
+    "model.vision.intermediate_size": 16,
+    "model.vision.num_hidden_layers": 1,
+    "model.unroll_layers": False,
+    "data.batch_size": 4,
+    "data.conversations_per_record": 2,
+    "data.rows_per_bin": 2,
+    "optim.warmup_steps": 2,
+    "optim.learning_rate": 0.01,
+    "train.steps": 40,
+    "train.log_every": 4,
+    "train.checkpoint_every": 10,
+}
+
+
+def arguments(workdir: Path, **changes) -> list[str]:
+    """Arguments of `python -m voco_jax.train`; changes are written with __ for the dot."""
+    keys = OVERRIDES | {"workdir": workdir} | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--config={CONFIG_FILE}", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+def config(workdir: Path, **changes):
+    return parse_command_line(["train", *arguments(workdir, **changes)])

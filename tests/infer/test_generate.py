@@ -1,0 +1,150 @@
+"""Greedy decoding with a cache is full recomputation, for every kind of visual tokens; and what `Answerer` adds."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.test_two_streams import CONFIG, IMAGES, PATCHES, make
+from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.infer.answerer import GREEDY, Answerer
+from voco_jax.infer.generate import greedy
+from voco_jax.models.stack import part_layers
+from voco_jax.models.voco import Memory, Read
+
+NEW = 6
+EOS = 3
+
+
+def prompts(rng, lengths, num_visual):
+    """Random prompts of some lengths, padded; all but the last begin with the visual tokens of images 1 and 0."""
+    size = max(lengths)
+    read = Read(*np.zeros((4, len(lengths), size), np.int32))
+    read.visual[:] = -1
+    for row, n in enumerate(lengths):
+        read.tokens[row, :n] = rng.integers(4, 49, n)
+        read.segment_ids[row, :n] = 1
+        read.positions[row] = np.arange(size)
+        if row < len(lengths) - 1:
+            both = np.arange(2 * num_visual)
+            read.visual[row, 1 : 1 + len(both)] = (both + num_visual) % len(both)
+    return read
+
+
+@pytest.mark.parametrize("compressor", ["voco", "none", "average_pool", "qformer"])
+def test_a_cache_changes_nothing(compressor):
+    config = dataclasses.replace(CONFIG, compressor=compressor, num_voco_tokens=2)
+    graphdef, params = make(config)
+    model = nnx.merge(graphdef, params)
+    rng = np.random.default_rng(0)
+    lengths = np.array([14, 11, 3])
+    read = prompts(rng, lengths, config.num_visual_tokens)
+    tokens_of_an_image = config.num_compressed_tokens if compressor in ("average_pool", "qformer") else PATCHES
+    features = jnp.array(rng.normal(size=(3, IMAGES, tokens_of_an_image, 32)), jnp.float32)
+    visual = model.compress(features) if compressor == "voco" else features
+    cached = np.asarray(jax.jit(lambda *a: greedy(model, *a, NEW, -1))(read, lengths, visual))
+
+    @jax.jit
+    def recompute(tokens, segment_ids, visual):
+        places = jnp.arange(tokens.shape[1])[None] * jnp.ones_like(tokens)
+        return model.forward(Read(tokens, places, segment_ids, visual), features)
+
+    full = Read(*(np.pad(x, [(0, 0), (0, NEW)]) for x in read))
+    full.visual[:, -NEW:] = -1
+    for step in range(NEW):
+        logits = np.asarray(recompute(full.tokens, full.segment_ids, full.visual))
+        for row, n in enumerate(lengths + step):
+            full.tokens[row, n] = logits[row, n - 1].argmax()
+            full.segment_ids[row, n] = 1
+    recomputed = np.stack([full.tokens[row, n : n + NEW] for row, n in enumerate(lengths)])
+    np.testing.assert_array_equal(cached, recomputed)
+    assert len(np.unique(cached)) > 3  # or the comparison would say little
+
+
+def test_a_row_that_has_ended_stays_ended():
+    graphdef, params = make(CONFIG)
+    model = nnx.merge(graphdef, params)
+    read = prompts(np.random.default_rng(0), [8, 8], 1)
+    visual = model.compress(jnp.zeros((2, IMAGES, PATCHES, 32)))
+    free = np.asarray(greedy(model, read, jnp.array([8, 8]), visual, NEW, -1))
+    eos = int(free[0, 2])
+    stopped = np.asarray(greedy(model, read, jnp.array([8, 8]), visual, NEW, eos))
+    for before, after in zip(free, stopped, strict=True):
+        end = np.flatnonzero(before == eos)
+        n = end[0] if len(end) else NEW
+        np.testing.assert_array_equal(after[:n], before[:n])
+        assert (after[n:] == eos).all()
+    assert (stopped[0] == eos).sum() >= NEW - 2
+
+
+@pytest.fixture(scope="module")
+def answerer(small_tokenizer):
+    llama = dataclasses.replace(CONFIG.llama, vocab_size=len(small_tokenizer))
+    encoder = Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
+    config = dataclasses.replace(CONFIG, llama=llama, voco_token_id=encoder.ids.voco_token_id)
+    return Answerer(nnx.merge(*make(config)), encoder)
+
+
+def test_each_question_is_answered_about_its_own_pictures(answerer):
+    """Together in one batch or alone, in any order: the same answers; another picture: another answer."""
+    pixels = np.random.default_rng(0).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
+    seen = answerer.see(pixels)
+    assert isinstance(seen, Memory)
+    questions = ["what is it?", "is it a red cat?", "what?", "what is it?"]
+    together = answerer.answer(questions, seen, [0, 0, 1, 1], 8)
+    assert together[0] != together[3]
+    for question, row, answer in zip(questions, [0, 0, 1, 1], together, strict=True):
+        assert answerer.answer([question], answerer.see(pixels[row : row + 1]), [0], 8) == [answer]
+
+
+def test_layers_parted_are_views_and_compute_the_same(answerer):
+    """On one CPU the answerer reads each layer where it lies in the stack."""
+    stacked = answerer.params["llama"]["layers"]
+    parted = part_layers(stacked)
+    kernel, layers = stacked["gate_proj"]["kernel"], parted["gate_proj"]["kernel"]
+    assert len(layers) == len(kernel) == 3
+    np.testing.assert_array_equal(np.stack(layers), kernel)
+    if kernel.nbytes // 3 % 64 == 0:  # where XLA's alignment allows
+        addresses = [layer.unsafe_buffer_pointer() - kernel.unsafe_buffer_pointer() for layer in layers]
+        assert addresses == [0, kernel.nbytes // 3, 2 * kernel.nbytes // 3]
+    graphdef, _ = nnx.split(nnx.merge(*make(answerer.config)))
+    inputs = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
+
+    @jax.jit
+    def hidden(params):
+        model = nnx.merge(graphdef, params)
+        return model.extend(*inputs, model.empty_cache(1, 4))[0]
+
+    both = [hidden(answerer.params | {"llama": answerer.params["llama"] | {"layers": x}}) for x in (stacked, parted)]
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-6)
+
+
+def test_text_alone(answerer):
+    assert len(answerer.answer(["what is it?"], None, [0], 4)) == 1
+
+
+def test_any_of_several_tokens_ends_an_answer(answerer):
+    """In the place of each stands the padding, the tokenizer's own end; rows beside it go on."""
+    prompts = [answerer.encoder.encode_question(question, 0) for question in ("what is it?", "red?")]
+
+    def ids(*stop_ids):
+        encoder = dataclasses.replace(answerer.encoder)
+        object.__setattr__(
+            encoder, "ids", dataclasses.replace(encoder.ids, stop_ids=(encoder.ids.eos_token_id, *stop_ids))
+        )
+        answerer.encoder, before = encoder, answerer.encoder
+        state, stop, drawing = answerer.start(prompts, None, [[], []], 8, GREEDY, [0, 1])
+        output = np.asarray(answerer.advance(state, 8, stop, drawing).output)[:2]
+        answerer.encoder = before
+        return output
+
+    free, eos = ids(), answerer.encoder.ids.eos_token_id
+    for row, column in ((0, 3), (1, 0)):
+        stop = free[row, column]
+        for before, after in zip(free, ids(stop), strict=True):
+            end = np.flatnonzero(before == stop)
+            n = end[0] if len(end) else 8
+            np.testing.assert_array_equal(after, np.where(np.arange(8) < n, before, eos))
