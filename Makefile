@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 # Of what the oldest versions that setup.py admits might do otherwise
-OLDEST_TESTS ?= tests/test_setup.py tests/fixtures/test_tokenizer.py tests/fixtures/test_tokenizer_files.py tests/infer/test_text_stream.py \
-  tests/fixtures/test_conversations.py tests/test_config.py tests/fixtures/test_images.py tests/models/test_llama.py tests/models/test_vit.py \
-  tests/convert/test_convert.py tests/checkpoint/test_checkpoint.py tests/fixtures/test_pipeline.py tests/fixtures/test_video.py
+OLDEST_TESTS ?= tests/test_setup.py tests/data/test_tokenizer.py tests/data/test_tokenizer_files.py tests/infer/test_text_stream.py \
+  tests/data/test_conversations.py tests/test_config.py tests/data/test_images.py tests/models/test_llama.py tests/models/test_vit.py \
+  tests/convert/test_convert.py tests/checkpoint/test_checkpoint.py tests/data/test_pipeline.py tests/data/test_video.py
 
 .PHONY: help demo video-demo test test-oldest fuzz lint table1 aot clean
 
@@ -21,7 +21,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
 	@echo "make fuzz        damaged and hostile input, some 20,000 cases"
-	@echo "make lint        ruff and shellcheck"
+	@echo "make lint        ruff, import-linter and shellcheck"
 	@echo "make table1      the paper's Table 1 on easy-VQA"
 	@echo "make aot         which run fits which TPU slice"
 	@echo "make clean       delete $(VENV) and what was built"
@@ -59,6 +59,7 @@ fuzz: $(VENV)/.test $(VENV)/.smollm2
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck launch/*.sh
 
 # The paper's Table 1 on easy-VQA: seven trainings, 50 minutes on 2 cores.

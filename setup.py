@@ -52,6 +52,9 @@ setup(
             "easy-vqa==1.0",
             "gcsfs>=2025.3",
             "gguf>=0.17",
+            "build>=1.2",  # the wheel, which a test installs
+            "import-linter>=2.5",  # which way imports point
+            "mypy>=1.15",
             # libtpu, which compiles for TPUs and needs none
             'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',
             "pytest>=8",

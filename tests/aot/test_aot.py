@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from tests.helpers.tpu import needs_libtpu
-from voco_jax import aot
+from voco_jax.aot import __main__ as aot
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from tests.helpers.tpu import needs_libtpu
-from voco_jax import aot
+from voco_jax.aot import __main__ as aot
 from voco_jax.aot.programs import find_tokenizer, make_program
 from voco_jax.config import default_config
 from voco_jax.data.tokenizer import train_tokenizer
