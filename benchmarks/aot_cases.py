@@ -55,7 +55,7 @@ FITS = (
 
 def text(name: str, topology: str, chips: int, rows: int) -> Case:
     """`rows` sequences of 2,048 tokens a chip."""
-    keys = {"data.images_per_bin": 0, "data.batch_size": rows * chips}
+    keys = {"data.images_per_pack": 0, "data.batch_size": rows * chips}
     return Case(f"text, {name}, {rows} a chip", IMAGE_STAGE, topology, "train", keys)
 
 
@@ -83,7 +83,7 @@ PICTURE_SPEED = tuple(
 
 
 def clip(frames: int, devices: int) -> Case:
-    keys = {"data.images_per_bin": frames, "data.batch_size": 8 // devices, "data.row_length": 4096}
+    keys = {"data.images_per_pack": frames, "data.batch_size": 8 // devices, "data.row_length": 4096}
     return Case(f"{frames} frames over {devices}", VIDEO, "v5p:2x2x2", "train", keys | {"mesh.frame": devices})
 
 

@@ -1,6 +1,6 @@
 """Bytes and FLOPs of asking about a picture, counted by XLA from shapes alone: the paper's efficiency table.
 
-The functions counted are those that `infer/answerer.py` compiles, with their layers in straight-line code (XLA counts
+The functions counted are those that `infer/engine.py` compiles, with their layers in straight-line code (XLA counts
 a loop's body once), lowered for one GPU, on which all of attention is plain matrix products; nothing is allocated, and
 no GPU is needed. Every count stands beside the formula of `models/flops.py`. Four ways to the first token:
 

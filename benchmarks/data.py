@@ -123,7 +123,7 @@ def open_pipeline(scratch: Path, file: Path, workers: int) -> Batches:
     with config.unlocked():
         config.data.train = sources(pictures=source("llava", file=str(file), images=str(scratch / "images")))
         config.data.update(
-            batch_size=2, rows_per_bin=2, row_length=2048, images_per_bin=BATCH // 2, conversations_per_record=0,
+            batch_size=2, rows_per_pack=2, row_length=2048, images_per_pack=BATCH // 2, conversations_per_record=0,
             num_workers=workers, num_threads=1, prefetch=4,
         )  # fmt: skip
         config.model.vision.image_size = SIZE
@@ -257,8 +257,8 @@ def time_packing() -> list[dict]:
             figures.append(
                 {
                     "records_of_a_picture": name,
-                    "rows_per_bin": rows,
-                    "images_per_bin": shape.images,
+                    "rows_per_pack": rows,
+                    "images_per_pack": shape.images,
                     "bins": len(bins.offsets) - 1,
                     "tokens_used": round(use.tokens, 4),
                     "image_slots_used": round(use.images, 4),

@@ -4,7 +4,7 @@
     python -m benchmarks.efficiency --time 7b --out …                   # times too of 7B in bfloat16, where a GPU is
 
 Bytes and FLOPs are XLA's count of the real 7B shape (`counted.py`). Times are of a model that a CPU holds, in float32,
-through `Answerer`, beside `LlavaForConditionalGeneration.generate` with the same weights, prompts and threads
+through `Engine`, beside `LlavaForConditionalGeneration.generate` with the same weights, prompts and threads
 (`asked_pair.py`); before anything is timed the greedy tokens of both must be the same. Ways are taken in turns, in an
 order that moves on every round; figures are medians of all rounds, ratios those of one round.
 """
@@ -110,7 +110,7 @@ class Bench:
         self.batch, self._peer = None, peer
         size = config.vision.image_size
         self.pixels = pixels = np.random.default_rng(0).standard_normal((1, size, size, 3)).astype(np.float32)
-        self.plain, self.voco = (ours.answerers[c].encoder.encode_question(QUESTION) for c in ("none", "voco"))
+        self.plain, self.voco = (ours.engines[c].encoder.encode_question(QUESTION) for c in ("none", "voco"))
         plain, voco = [self.plain], [self.voco]
         self._plain_many, voco_many = many_questions(ours)
         self._memory, features = ours.see("voco", pixels), ours.see("none", pixels)
@@ -169,7 +169,7 @@ class Bench:
 
 def many_questions(ours: Ours) -> tuple[list[Sample], list[Sample]]:
     """QUESTIONS prompts of one length, uncompressed and with VoCo tokens: the peer's kept cache allows no padding."""
-    encoders = [ours.answerers[compressor].encoder for compressor in ("none", "voco")]
+    encoders = [ours.engines[compressor].encoder for compressor in ("none", "voco")]
     texts = [f"What color is the {noun}?" for noun in NOUNS]
     lengths = [len(encoders[0].encode_question(text)) for text in texts]
     usual = statistics.mode(lengths)

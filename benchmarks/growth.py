@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth --out docs/growth          # writes docs/growth.png and docs/growth.json; minutes
 
-A small model with Llama's context of 4,096 places and 576 tokens a picture, random weights, through `Answerer`; a
+A small model with Llama's context of 4,096 places and 576 tokens a picture, random weights, through `Engine`; a
 question about all pictures at once. Memories are kept with one token a picture. Uncompressed, either the pictures'
 embeddings are kept and read with each question, or all their keys and values are; both stop where the context is full.
 Some pictures are compressed, and repeated for more: neither times nor bytes depend on which they are.
@@ -24,7 +24,7 @@ from benchmarks import charts
 from benchmarks.asked_pair import after_picture, memory_bytes, part
 from benchmarks.counted import QUESTION, encoder, kept_bytes, with_compressor
 from benchmarks.machine import machine, others
-from voco_jax.infer.answerer import GREEDY, Answerer, bucket, grown
+from voco_jax.infer.engine import GREEDY, Engine, bucket, grown
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.presets import LLAMA, VIT
 from voco_jax.models.vit import ViTConfig
@@ -96,7 +96,7 @@ class Growth:
 
     def __init__(self, config: VoCoConfig):
         self._limit = config.llama.max_position_embeddings
-        self._answerers = {}
+        self._engines = {}
         params = None
         for compressor in ("voco", "none"):
             c = with_compressor(config, compressor)
@@ -109,19 +109,19 @@ class Growth:
             if params is not None:  # the same parameters
                 nnx.update(model, params)
             params = nnx.state(model)
-            self._answerers[compressor] = Answerer(model, prompts)
+            self._engines[compressor] = Engine(model, prompts)
         size = config.vision.image_size
         pixels = np.random.default_rng(0).standard_normal((MADE, 1, size, size, 3)).astype(np.float32)
-        see = self._answerers["voco"].see
+        see = self._engines["voco"].see
         jax.block_until_ready(see(pixels))
         start = time.perf_counter()
         self._made = jax.block_until_ready(see(pixels))
         self.seconds_a_picture = (time.perf_counter() - start) / MADE
-        self._features = self._answerers["none"].see(pixels)
+        self._features = self._engines["none"].see(pixels)
 
     def _prompt(self, compressor: str, count: int):
         """None where it does not fit."""
-        prompt = self._answerers[compressor].encoder.encode_question(QUESTION, count)
+        prompt = self._engines[compressor].encoder.encode_question(QUESTION, count)
         return prompt if len(prompt) + 1 <= self._limit else None
 
     def most_uncompressed(self) -> int:
@@ -150,8 +150,8 @@ class Growth:
         if prompt is None:
             return None
         kept = int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1
-        head, answerer = part(prompt, slice(kept)), self._answerers["none"]
-        state, _, _ = answerer.start([head], self._repeated(count), [range(count)], 1, GREEDY, [0])
+        head, engine = part(prompt, slice(kept)), self._engines["none"]
+        state, _, _ = engine.start([head], self._repeated(count), [range(count)], 1, GREEDY, [0])
         cache = Cache(*(x[:, :, :kept] for x in state.cache))
         nbytes = memory_bytes(cache)
         cache = grown(cache, min(bucket(len(prompt) + 1, 32), self._limit))
@@ -161,10 +161,10 @@ class Growth:
         return jnp.asarray(self._features)[np.arange(count) % MADE, 0][None]
 
     def _question(self, compressor: str, prompt, visual, count: int, begun=None):
-        answerer = self._answerers[compressor]
+        engine = self._engines[compressor]
 
         def ask():
-            state, _, _ = answerer.start([prompt], visual, [range(count)], 1, GREEDY, [0], begun)
+            state, _, _ = engine.start([prompt], visual, [range(count)], 1, GREEDY, [0], begun)
             np.asarray(state.output)
 
         return ask

@@ -18,7 +18,7 @@ import voco_jax
 from voco_jax.api import Request
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import one_line_errors
-from voco_jax.infer.answerer import GREEDY
+from voco_jax.infer.engine import GREEDY
 
 QUESTION = "what shape is in the image?"
 
@@ -42,11 +42,11 @@ def measure(run: str, clip: Path, frames: int, rounds: int) -> dict:
     start = time.perf_counter()
     bank = model.compress_video(clip, sampling=sampling)
     compress_s = time.perf_counter() - start
-    answerer = model.answerer(bank.num_tokens)
+    engine = model.engine(bank.num_tokens)
 
     def ask():
         prompt = model.prompt(Request(QUESTION, bank))
-        state, _, _ = answerer.start([prompt], *model.visual([bank]), 1, GREEDY, [0])
+        state, _, _ = engine.start([prompt], *model.visual([bank]), 1, GREEDY, [0])
         np.asarray(state.output)
         return len(prompt), sum(x.nbytes for x in state.cache)
 

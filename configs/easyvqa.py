@@ -17,7 +17,7 @@ def get_config():
     config.data.template = "bare"  # a system prompt that never changes has nothing to say here
     config.data.batch_size = 32
     config.data.conversations_per_record = 4  # questions that share one compression of their picture
-    config.data.rows_per_bin = 4  # each in a row of its own: they are all about equally long
+    config.data.rows_per_pack = 4  # each in a row of its own: they are all about equally long
 
     config.optim.name = "muon"
     config.optim.learning_rate = 6e-4

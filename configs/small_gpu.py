@@ -23,9 +23,9 @@ def get_config():
     )
     config.data.test = sources()
     config.data.batch_size = 4  # bins
-    config.data.rows_per_bin = 4
+    config.data.rows_per_pack = 4
     config.data.row_length = 2048
-    config.data.images_per_bin = 20
+    config.data.images_per_pack = 20
     config.data.conversations_per_record = 0
     config.data.num_workers = 8
 

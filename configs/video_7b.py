@@ -28,7 +28,7 @@ def get_config():
     config.data.video.num_frames = 64
     # config.data.video.timestamps = True  # "00:07.2" before each frame: some 9 tokens a frame, for a longer row_length
     config.data.batch_size = 16  # clips, each with one conversation
-    config.data.images_per_bin = 64
+    config.data.images_per_pack = 64
     config.data.row_length = 1024  # 512 of them are slots
 
     # config.train.compress_gradients = False  # memories as constants: the language model learns to read them alone

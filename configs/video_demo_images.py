@@ -27,7 +27,7 @@ def get_config():
         config.data.train.places = source(
             "llava", file="data/shape_clips/pictures.json", images="data/shape_clips/pictures"
         )
-    config.data.rows_per_bin = 2
+    config.data.rows_per_pack = 2
 
     config.optim.learning_rate = 1e-3
 

@@ -29,7 +29,7 @@ def get_config():
     config.data.layout = "group"  # the released recipe: batches of one modality and of like length
     config.data.batch_size = 128  # conversations, each in a row of its own
     config.data.conversations_per_record = 0
-    config.data.rows_per_bin = 1
+    config.data.rows_per_pack = 1
     config.data.row_length = 2048
     config.data.num_workers = 8
 

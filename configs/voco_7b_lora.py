@@ -18,5 +18,5 @@ def get_config():
     config.model.lora.alpha = 256.0
 
     config.optim.learning_rate = 2e-4
-    config.optim.rate_scale.projector = 0.1  # 2e-5
+    config.optim.lr_multiplier.projector = 0.1  # 2e-5
     return config

@@ -14,8 +14,8 @@ def get_config():
 
     config.data.layout = "pack"
     config.data.batch_size = 8  # bins, one a chip of a v5p-16
-    config.data.rows_per_bin = 4
-    config.data.images_per_bin = 20  # what mix665k's mean lengths ask for (docs/data.md)
+    config.data.rows_per_pack = 4
+    config.data.images_per_pack = 20  # what mix665k's mean lengths ask for (docs/data.md)
     config.data.share_images = False  # conversations about one picture come at different times, as in the recipe
 
     config.optim.warmup_steps = 240  # 3 %

@@ -14,7 +14,7 @@ def get_config():
 
     config.data.batch_size = 32
     config.data.conversations_per_record = 4  # 128 conversations a step
-    config.data.rows_per_bin = 4
+    config.data.rows_per_pack = 4
 
     config.optim.learning_rate = 2e-5
     config.optim.b2 = 0.999

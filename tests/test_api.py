@@ -18,8 +18,8 @@ import voco_jax
 from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.errors import UserError
-from voco_jax.infer import answerer
-from voco_jax.infer.answerer import Answerer
+from voco_jax.infer import engine
+from voco_jax.infer.engine import Engine
 from voco_jax.infer.memory import Embeddings, MemoryBank
 
 PICTURES = [str(p) for p in sorted(Path(easy_vqa.__file__).parent.rglob("images/*.png"))[:4]]
@@ -58,7 +58,7 @@ def test_threads_share_a_model(model, monkeypatch):
     """Each has its answers, and no program is compiled or started while another is."""
     seen = model.see(PICTURES)
     alone = [model.ask(q, seen, max_new_tokens=4) for q in QUESTIONS]
-    inside, most, lock = [], [], answerer._DEVICE
+    inside, most, lock = [], [], engine._DEVICE
 
     class Watched:
         def __enter__(self):
@@ -70,7 +70,7 @@ def test_threads_share_a_model(model, monkeypatch):
             inside.pop()
             lock.release()
 
-    monkeypatch.setattr(answerer, "_DEVICE", Watched())
+    monkeypatch.setattr(engine, "_DEVICE", Watched())
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda q: model.ask(q, seen, max_new_tokens=4), QUESTIONS)) == alone
     assert len(most) >= 2 * len(QUESTIONS) and max(most) == 1
@@ -226,7 +226,7 @@ def test_a_stream_that_is_left_leaves_the_conversation_whole(model):
     said = next(stream)
     stream.close()
     assert [turn["from"] for turn in chat.turns] == ["human", "gpt"] and chat.turns[1]["value"] == said
-    last = model.answerer().text(chat._pending)  # of what has not been read into the cache
+    last = model.engine().text(chat._pending)  # of what has not been read into the cache
     assert last and said.endswith(last)
     assert isinstance(chat.ask("what shape?"), str)
 
@@ -237,7 +237,7 @@ def test_an_interruption_leaves_the_conversation_whole(model, monkeypatch, momen
     seen = model.see(PICTURES[:1])
     chat, other = (model.chat(seen, max_new_tokens=9) for _ in range(2))
     assert chat.ask("is it red?") == other.ask("is it red?")
-    advance = Answerer.advance
+    advance = Engine.advance
 
     def interrupted(self, *arguments):
         if moment == "after":
@@ -245,7 +245,7 @@ def test_an_interruption_leaves_the_conversation_whole(model, monkeypatch, momen
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Answerer, "advance", interrupted)
+        patch.setattr(Engine, "advance", interrupted)
         chat.ask("what shape?")
     assert chat.turns == other.turns
     assert chat.ask("what color?") == other.ask("what color?")

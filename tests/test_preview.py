@@ -176,7 +176,7 @@ def test_bins_of_their_own(tmp_path, drawn):
 
 def test_the_demo(tmp_path, monkeypatch, capsys, drawn):
     out = tmp_path / "preview.png"
-    changes = ["--config.data.batch_size=6", "--config.data.images_per_bin=2"]
+    changes = ["--config.data.batch_size=6", "--config.data.images_per_pack=2"]
     arguments = [f"--config={tiny.CONFIG_FILE}", "--out", out, "--batch=7", "--bins=2", *changes]
     status, said, err = run_main(preview, monkeypatch, capsys, *arguments)
     assert (status, err) == (0, "") and said.splitlines()[-1] == f"written: {out} (2 of 6 bins of batch 7)"
@@ -224,7 +224,7 @@ def test_colors_of_a_row():
         (["--out=nowhere/preview.png"], "--out: expected a file in a directory that is there"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
         (["--config.data.batch_siz=1"], "batch_siz"),
-        (["--config.data.images_per_bin=0"], "data: 38575 of the first 38575 records cannot be used"),
+        (["--config.data.images_per_pack=0"], "data: 38575 of the first 38575 records cannot be used"),
     ],
 )
 def test_what_cannot_be_shown(tmp_path, monkeypatch, capsys, arguments, message):

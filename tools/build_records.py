@@ -44,7 +44,10 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     frames.add_argument("--fps", type=rate, metavar="F", help="frames a second instead")
     parser.add_argument("--max-frames", type=whole, metavar="N", help="with --fps: at most")
     parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
-    parser.add_argument("--max-bad-share", type=share, default=0.01, metavar="SHARE", help="of rows (default 0.01)")
+    parser.add_argument(
+        "--max-skipped-fraction", "--max-bad-share", type=share, default=0.01, metavar="SHARE",
+        help="most rows that may be skipped (default 0.01)",
+    )  # fmt: skip
     add_workers(parser)
 
 
@@ -134,7 +137,7 @@ def run_build(args) -> None:
         "frames": sampling and vars(sampling),
     } | ({"incomplete": True} if args.incomplete else {})  # builds begun before there was this go on
     with tqdm(total=len(source), unit=" records", desc=args.out.name, delay=0.5, file=sys.stderr) as bar:
-        report = build(packer, args.out, arguments, rows, args.workers, args.max_bad_share, bar.update)
+        report = build(packer, args.out, arguments, rows, args.workers, args.max_skipped_fraction, bar.update)
     print("\n".join(report.lines()))
     print(f"written: {args.out} ({len(rows)} shards)")
 

@@ -43,8 +43,8 @@ from voco_jax.data.sources.roots import local_path
 from voco_jax.data.turns import VIDEO, spread_video
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
-from voco_jax.infer.answerer import GREEDY, Answerer, Score, bucket
 from voco_jax.infer.chat import Chat
+from voco_jax.infer.engine import GREEDY, Engine, Score, bucket
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.live_video import Watch
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join, of_one_dtype
@@ -90,7 +90,7 @@ class Model:
         self.run = run
         self.config = run.model.config
         with self.on_mesh():
-            self._answerers = {run.encoder.num_visual_tokens: Answerer(run.model, run.encoder, run.mesh)}
+            self._engines = {run.encoder.num_visual_tokens: Engine(run.model, run.encoder, run.mesh)}
         self._normalize = jax.jit(run.processor.normalize)
 
     def __repr__(self) -> str:
@@ -224,7 +224,7 @@ class Model:
             pixels[: len(squares)] = squares
             frames = axis_size("frame")  # images of a row are spread over it
             pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
-            visual = self.answerer().see(self._normalize(pixels))
+            visual = self.engine().see(self._normalize(pixels))
             if not isinstance(visual, Memory):
                 return visual.reshape(-1, *visual.shape[2:])[: len(squares)]
             unnamed = [Item("")] * len(squares)
@@ -312,9 +312,9 @@ class Model:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             visual, pictures = self.visual([requests[i].seen for i in batch])
-            answerer = self.answerer(_tokens(*(requests[i].seen for i in batch)))
+            engine = self.engine(_tokens(*(requests[i].seen for i in batch)))
             with self.on_mesh():
-                texts = answerer.complete(
+                texts = engine.complete(
                     [prompts[i] for i in batch], visual, pictures, max_new_tokens, sampling, until,
                     [streams[i] for i in batch],
                 )  # fmt: skip
@@ -330,9 +330,9 @@ class Model:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             visual, pictures = self.visual([requests[i].seen for i in batch])
-            answerer = self.answerer(_tokens(*(requests[i].seen for i in batch)))
+            engine = self.engine(_tokens(*(requests[i].seen for i in batch)))
             with self.on_mesh():
-                found |= zip(batch, answerer.score([samples[i] for i in batch], visual, pictures), strict=True)
+                found |= zip(batch, engine.score([samples[i] for i in batch], visual, pictures), strict=True)
         return [found[i] for i in range(len(requests))]
 
     def _looked(self, requests: Sequence[Request]) -> list[Request]:
@@ -351,7 +351,7 @@ class Model:
         seen, question = request.seen, request.question
         if not question.strip():
             raise UserError("question: expected text, found none")
-        encoder = self.answerer(_tokens(seen)).encoder
+        encoder = self.engine(_tokens(seen)).encoder
         count = 0 if seen is None else len(seen)
         if request.interleaved:
             turns = [{"from": "human", "value": question}]
@@ -369,16 +369,16 @@ class Model:
         texts = [f"{format_time(item.time)} " if stamped else "" for item in seen.items]
         return spread_video([{"from": "human", "value": (VIDEO, f"\n{question}")}], texts)
 
-    def answerer(self, tokens: int | None = None) -> Answerer:
+    def engine(self, tokens: int | None = None) -> Engine:
         """For memories of so many tokens a picture (default: the model's)."""
         tokens = self.run.encoder.num_visual_tokens if tokens is None else tokens
-        if tokens not in self._answerers:  # another prompt; the compiled programs are the same
-            answerer = copy.copy(self._answerers[self.run.encoder.num_visual_tokens])
-            answerer.encoder = dataclasses.replace(
+        if tokens not in self._engines:  # another prompt; the compiled programs are the same
+            engine = copy.copy(self._engines[self.run.encoder.num_visual_tokens])
+            engine.encoder = dataclasses.replace(
                 self.run.encoder, num_voco_tokens=tokens, num_visual_tokens=tokens
             )  # fmt: skip
-            self._answerers[tokens] = answerer
-        return self._answerers[tokens]
+            self._engines[tokens] = engine
+        return self._engines[tokens]
 
     def visual(self, seen: Sequence[Seen | None]):
         """What the model reads of several requests' pictures, each held once, and which of them each is about."""

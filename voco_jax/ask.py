@@ -110,7 +110,7 @@ def look(model: Model, args: argparse.Namespace) -> Seen | None:
 
 def warn_of_more(model: Model, count: int) -> None:
     """On standard error, where a model is asked about more pictures together than it has seen."""
-    trained = model.run.config.data.images_per_bin
+    trained = model.run.config.data.images_per_pack
     if count > trained:
         note = f"note: {model.run.directory} was trained with at most {trained} pictures at a time, found {count}"
         print(note, file=sys.stderr)

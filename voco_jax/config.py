@@ -92,8 +92,8 @@ def default_config() -> ConfigDict:
 
     config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
     config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
-    config.data.images_per_bin = 1  # places for pictures, or frames of a clip; a record with more is left out
-    config.data.rows_per_bin = 0  # read rows of a bin; 0: chosen from the data, for the fewest tokens an epoch
+    config.data.images_per_pack = 1  # places for pictures, or frames of a clip; a record with more is left out
+    config.data.rows_per_pack = 0  # read rows of a bin; 0: chosen from the data, for the fewest tokens an epoch
     config.data.row_length = 0  # tokens of a read row; 0: the length of the longest conversation
     config.data.conversations_per_record = 8  # conversations taken from a record, drawn anew each time; 0: all
     config.data.share_images = True  # records about one picture go into one bin, which compresses it once
@@ -110,7 +110,7 @@ def default_config() -> ConfigDict:
     config.data.random_crop = 1.0  # augmentation: the least share of a picture's sides that is kept; 1: no cropping
     config.data.color_jitter = 0.0  # brightness, contrast and saturation change by at most this share
 
-    config.data.max_bad_share = 0.01  # largest share of records that cannot be used; with more the run stops
+    config.data.max_skipped_fraction = 0.01  # largest share of records that cannot be used; with more the run stops
     config.data.cache_dir = "~/.cache/voco_jax"  # where indices of large sources are kept
     config.data.num_workers = 0  # processes that load batches, and that make the index
     config.data.num_threads = 0  # threads that load batches, in each of these processes; 0: from the machine's cores
@@ -122,13 +122,13 @@ def default_config() -> ConfigDict:
     config.optim.learning_rate = 1e-3  # highest learning rate, reached after the warm-up
     config.optim.schedule = "cosine"  # 'cosine', 'linear', 'wsd' (constant, then down) or 'constant'
     config.optim.warmup_steps = 100  # steps in which the learning rate rises from 0
-    config.optim.decay_share = 0.2  # share of the steps, at their end, in which 'wsd' goes down
-    config.optim.final_scale = 0.0  # learning rate of the last step, as a share of learning_rate
-    config.optim.rate_scale = ConfigDict()  # factors on the learning rate, by part of the model
-    config.optim.rate_scale.vision_tower = 1.0  # of the vision tower
-    config.optim.rate_scale.projector = 1.0  # of the projector
-    config.optim.rate_scale.compressor = 1.0  # of a compressor with weights of its own (qformer)
-    config.optim.rate_scale.llama = 1.0  # of the language model
+    config.optim.decay_fraction = 0.2  # share of the steps, at their end, in which 'wsd' goes down
+    config.optim.min_lr_ratio = 0.0  # learning rate of the last step, as a share of learning_rate
+    config.optim.lr_multiplier = ConfigDict()  # factors on the learning rate, by part of the model
+    config.optim.lr_multiplier.vision_tower = 1.0  # of the vision tower
+    config.optim.lr_multiplier.projector = 1.0  # of the projector
+    config.optim.lr_multiplier.compressor = 1.0  # of a compressor with weights of its own (qformer)
+    config.optim.lr_multiplier.llama = 1.0  # of the language model
     config.optim.weight_decay = 0.0  # decoupled weight decay, times the learning rate
     config.optim.decayed = ("kernel", "embedding")  # the parameters that decay, by the last part of their path
     config.optim.b1 = 0.9  # decay of Adam's first moment
@@ -246,6 +246,15 @@ ADDED_LATER = {
         for key, value in default_config().data[group].items()
     },
 }
+# Keys, and groups of keys, by the names that earlier runs have them under.
+RENAMED = {
+    "data.images_per_bin": "data.images_per_pack",
+    "data.rows_per_bin": "data.rows_per_pack",
+    "data.max_bad_share": "data.max_skipped_fraction",
+    "optim.rate_scale": "optim.lr_multiplier",
+    "optim.final_scale": "optim.min_lr_ratio",
+    "optim.decay_share": "optim.decay_fraction",
+}
 _MOST = 2**20  # bytes of a config as JSON
 _MOST_KEYS, _MOST_GROUPS = 20_000, 2048  # each source being a group of six keys; more would take seconds
 
@@ -291,6 +300,10 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
     try:
         _as_json(stored)
         stored = ConfigDict(stored, convert_dict=True).to_dict()  # a copy; no key has a dot
+        for old, new in RENAMED.items():
+            group, _, key = old.rpartition(".")
+            if key in stored.get(group, {}):
+                stored[group][new.rpartition(".")[2]] = stored[group].pop(key)
         missing = flatten(config).keys() - flatten(ConfigDict(stored, convert_dict=True)).keys()
         missing -= {"model.llama.rope_scaling"}  # None, or keys of its own below this one
         missing = {key for key in missing if not key.startswith(("data.train.", "data.test."))}  # any sources

@@ -167,8 +167,8 @@ def test_a_shape_that_the_data_choose(tmp_path, capsys):
     config = tiny.config(tmp_path / "run", data__rows_per_bin=0)
     shape = open_training_data(config, say=lambda line: None).batches.loader.plan.shape
     found = aot.with_shape(config).data
-    assert (found.row_length, found.rows_per_bin) == (shape.row_length, shape.rows) and config.data.row_length == 0
-    assert capsys.readouterr().err == f"from the data: row_length {shape.row_length}, rows_per_bin {shape.rows}\n"
+    assert (found.row_length, found.rows_per_pack) == (shape.row_length, shape.rows) and config.data.row_length == 0
+    assert capsys.readouterr().err == f"from the data: row_length {shape.row_length}, rows_per_pack {shape.rows}\n"
     config.data.train = sources(mine=source("llava", file=str(tmp_path / "gone.json")))
     with pytest.raises(
         UserError, match=r"gone.json: No such file .*give --config.data.row_length=… --config.data.rows_"

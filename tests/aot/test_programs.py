@@ -152,7 +152,7 @@ def test_programs_hold_the_flops_of_the_formula(step, changes):
     config.update_from_flattened_dict(changes)
     config.model.llama.update(dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=8192))
     config.model.update(dict(dtype="float32", unroll_layers=True))
-    config.data.update(dict(batch_size=2, images_per_bin=2, rows_per_bin=1, row_length=64))
+    config.data.update(dict(batch_size=2, images_per_pack=2, rows_per_pack=1, row_length=64))
     mesh = make_mesh(config.mesh)
     program = make_program(config, step, mesh)
     with jax.set_mesh(mesh):
@@ -164,21 +164,21 @@ def test_programs_hold_the_flops_of_the_formula(step, changes):
     ("step", "changes", "message"),
     [
         ("train", {"data.row_length": 0}, "config.data.row_length: expected the tokens of a row, found 0"),
-        ("train", {"data.rows_per_bin": 0}, "config.data.rows_per_bin: expected the rows of a bin, found 0"),
+        ("train", {"data.rows_per_pack": 0}, "config.data.rows_per_pack: expected the rows of a bin, found 0"),
         (
             "train",
             {"model.llama.num_attention_heads": 3},
             r"config.model: num_attention_heads \(3\) must be",
         ),
-        ("compress", {"data.images_per_bin": 0}, "config.data.images_per_bin: expected at least 1 .*, found 0"),
+        ("compress", {"data.images_per_pack": 0}, "config.data.images_per_pack: expected at least 1 .*, found 0"),
         ("compress", {"model.compressor": "none"}, "config.model: compress: a model with compressor 'none' has no"),
         ("train", {"model.attention": "cudnn"}, "config.model: attention 'cudnn' needs an NVIDIA GPU, found"),
-        ("read", {"data.images_per_bin": 64}, "config.data.row_length: expected room for text beside 64 slots"),
+        ("read", {"data.images_per_pack": 64}, "config.data.row_length: expected room for text beside 64 slots"),
     ],
 )
 def test_what_cannot_be_compiled_is_one_line(step, changes, message):
     config = default_config()
-    config.data.row_length, config.data.rows_per_bin = 64, 8
+    config.data.row_length, config.data.rows_per_pack = 64, 8
     config.update_from_flattened_dict(changes)
     mesh = make_mesh(config.mesh)
     with pytest.raises(UserError, match=message) as error:
@@ -190,7 +190,7 @@ def test_the_prompt_is_the_tokenizers(tmp_path):
     """A byte-level tokenizer has a token less between image and VoCo tokens than Llama's, which are assumed without."""
     train_tokenizer(["a text"], 300).save_pretrained(tmp_path / "tokenizer")
     config = default_config()
-    config.data.row_length, config.data.rows_per_bin = 64, 1
+    config.data.row_length, config.data.rows_per_pack = 64, 1
     mesh = make_mesh(config.mesh)
     assumed = make_program(config, "compress", mesh)
     assert find_tokenizer(config) is None

@@ -32,7 +32,7 @@ from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.models.build import init_params
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.train.first_params import first_params
+from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.resume import continued, kept_values
@@ -191,10 +191,10 @@ def test_a_tokenizer_is_compared_by_what_it_is(world, small_tokenizer, tmp_path)
         (4, {}, {"train.steps": 5}, ""),
         (6, {}, {"train.steps": 5}, r"config.train.steps: .* has done 6 steps already; found 5$"),
         (6, {}, {"optim.schedule": "wsd", "train.steps": 10}, ""),  # a constant rate that cools down in the end
-        (6, {}, {"optim.final_scale": 0.1}, ""),  # which a constant rate never reads
+        (6, {}, {"optim.min_lr_ratio": 0.1}, ""),  # which a constant rate never reads
         (4, {"optim.schedule": "wsd"}, {"train.steps": 60}, ""),
         (
-            6, {"optim.schedule": "wsd", "optim.decay_share": 0.5}, {"train.steps": 60},
+            6, {"optim.schedule": "wsd", "optim.decay_fraction": 0.5}, {"train.steps": 60},
             "config.train.steps: .* has 6, this config 60; step 5, which is done, had .* of 0.006667, not 0.01 "
             ".*'wsd'.*: keep 6, begin another run with --config.init_from=.*, or remove the checkpoints after that of "
             "step 4$",
@@ -227,7 +227,7 @@ def test_a_float16_base_is_begun_with_exactly(world, tmp_path):
         model_config = make_model_config(config, load_tokenizer(base / "tokenizer"))
         mesh = make_mesh(config.mesh)
         state = abstract_state(config, model_config, make_optimizer(config), mesh)
-        params, step = first_params(config, model_config, state, lambda line: None)
+        params, step = load_initial_params(config, model_config, state, lambda line: None)
         assert step == 2
         for key, leaf in flatten_dict(params).items():
             np.testing.assert_array_equal(leaf, half[key].astype(dtype))

@@ -330,7 +330,7 @@ def test_training_goes_on_from_a_converted_checkpoint(golden_run, tmp_path):
     arguments = [
         f"--config={CONFIGS / 'voco_finetune.py'}", f"--config.init_from={golden_run}",
         f"--config.workdir={tmp_path / 'run'}", "--config.train.steps=2", "--config.train.log_every=1",
-        "--config.data.batch_size=2", "--config.data.conversations_per_record=1", "--config.data.rows_per_bin=1",
+        "--config.data.batch_size=2", "--config.data.conversations_per_record=1", "--config.data.rows_per_pack=1",
         "--config.optim.warmup_steps=1",
     ]  # fmt: skip
     config = parse_command_line(["train", *arguments])

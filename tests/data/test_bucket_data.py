@@ -66,7 +66,7 @@ def open_both(root):
 def test_the_same_batches_as_from_a_disk(server, files, small_tokenizer, tmp_path, workers):
     """Pictures and videos, loaded by threads and by worker processes."""
     encoder = Encoder(small_tokenizer, TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
-    data = data_config(batch_size=1, images_per_bin=8, rows_per_bin=2, row_length=256, conversations_per_record=0)
+    data = data_config(batch_size=1, images_per_pack=8, rows_per_pack=2, row_length=256, conversations_per_record=0)
     here = make_batches(open_both(files), encoder, data, tmp_path, size=16)
     data.num_workers = workers
     there = make_batches(open_both(ADDRESS), encoder, data, tmp_path, size=16)

@@ -124,7 +124,7 @@ def test_pictures_and_what_is_left_out(run, images, tmp_path):
     broken = [b'{"image": "rocket.jpg", "conv', b'{"conversations": "\xff"}', b"[1, 2]"]
     rows = [*GOOD, *broken, *(r for r, _ in BAD)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    arguments = ("llava", file, "--images", images, "--records-per-shard", 5, "--max-bad-share", 1)
+    arguments = ("llava", file, "--images", images, "--records-per-shard", 5, "--max-skipped-fraction", 1)
     status, out, err = run(*arguments, tmp_path / "out")
     assert status == 0, err
     expected = Counter(kind for _, kind in BAD) + Counter(["broken JSON", "not UTF-8", "not a conversation"])
@@ -183,7 +183,7 @@ VIDEO_BAD = {"unreadable video": 2, "missing file": 1, "no answer": 1}
 
 def test_clips(run, videos, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", VIDEO_ROWS)
-    status, _, err = run("video", file, "--videos", videos, "--max-bad-share", 1, tmp_path / "out")
+    status, _, err = run("video", file, "--videos", videos, "--max-skipped-fraction", 1, tmp_path / "out")
     assert status == 0, err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["bad"] == VIDEO_BAD
     first, second = ArrayRecordSource(str(tmp_path / "out"))
@@ -199,7 +199,7 @@ def test_frames(run, videos, tmp_path, options):
     turns = row(None, "<video>\nWhat is it?", video="bikes.mp4")
     bad = [row(None, "What is it?", video="bikes.mp4"), row(None, "<video>", video="cut.mp4")]
     file = write_rows(tmp_path / "rows.json", [turns, *bad])
-    arguments = ("--videos", videos, "--video", "frames", *options, "--max-side", 320, "--max-bad-share", 1)
+    arguments = ("--videos", videos, "--video", "frames", *options, "--max-side", 320, "--max-skipped-fraction", 1)
     status, _, err = run("llava", file, *arguments, tmp_path / "out")
     assert status == 0, err
     bad = json.loads((tmp_path / "out" / "report.json").read_text())["bad"]
@@ -380,12 +380,13 @@ def test_too_many_bad_records(images, tmp_path, run):
     rows = write_rows(tmp_path / "rows.json", [row("rocket.jpg")] * 8 + [row("no.jpg")] * 2 + [row("rocket.jpg")] * 10)
     arguments = ("llava", rows, "--images", images, "--records-per-shard", 5, tmp_path / "out")
     status, _, err = run(*arguments)
-    message = "2 of the first 10 records cannot be used, more than --max-bad-share = 0.01 allows; 2× missing file: rows"
+    lost = "2 of the first 10 records cannot be used"
+    message = f"{lost}, more than --max-skipped-fraction = 0.01 allows; 2× missing file: rows"
     assert_one_line(status, err, message)
     finished = contents(tmp_path / "out")
     assert "data-00001-of-00004.array_record" in finished and "report.json" not in finished
     assert_one_line(*run(*arguments)[::2], message)
-    assert run(*arguments, "--max-bad-share", 0.1)[0] == 0
+    assert run(*arguments, "--max-skipped-fraction", 0.1)[0] == 0
     del finished["manifest.json"]
     assert finished.items() <= contents(tmp_path / "out").items()
     assert run("check", tmp_path / "out")[0] == 0
@@ -410,11 +411,20 @@ def test_bad_arguments(images, tmp_path, run):
         ("--shards: expected at most 1", "llava", rows, "--images", images, "--shards", 2, out),
         ("manifest.json: not found", "check", images),
         ("rows.json: has pictures", "llava", rows, tmp_path / "text"),
-        ("no record that can be used", "llava", hopeless, "--images", images, "--max-bad-share", 1, tmp_path / "none"),
+        (
+            "no record that can be used",
+            "llava",
+            hopeless,
+            "--images",
+            images,
+            "--max-skipped-fraction",
+            1,
+            tmp_path / "none",
+        ),
     ):
         assert_one_line(*run(*command)[::2], message)
     assert not out.exists()
-    for option, value in ("--max-bad-share", "nan"), ("--max-side", 0), ("--shards", "x"), ("--fps", "inf"):
+    for option, value in ("--max-skipped-fraction", "nan"), ("--max-side", 0), ("--shards", "x"), ("--fps", "inf"):
         status, _, err = run("llava", rows, out, option, value)
         assert status == 2 and f"argument {option}: expected " in err
 

@@ -105,8 +105,8 @@ def dirty_config(directory: Path, tokenizer_dir: Path, **changes):
         config.data.train = sources(
             dirty=source("llava", file=f"{directory}/set.jsonl", images=f"{directory}/pictures")
         )
-        config.data.update(template="bare", batch_size=1, rows_per_bin=1, row_length=150, images_per_bin=4)
-        config.data.update(conversations_per_record=0, max_bad_share=1.0, cache_dir=str(directory / "cache"))
+        config.data.update(template="bare", batch_size=1, rows_per_pack=1, row_length=150, images_per_pack=4)
+        config.data.update(conversations_per_record=0, max_skipped_fraction=1.0, cache_dir=str(directory / "cache"))
         config.data.video.update(num_frames=3, random_offset=False)
         config.data.update(changes)
     return config
@@ -428,12 +428,12 @@ def test_too_many_bad_rows(tmp_path, tokenizer_dir):
     bad = {7: b"{", 50: about("../x.png"), 99: b"}"}
     write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", bad))
     with pytest.raises(UserError) as error:
-        open_training_data(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.029), say=lambda line: None)
+        open_training_data(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.029), say=lambda line: None)
     assert str(error.value) == (
-        "data: 3 of the first 100 records cannot be used, more than config.data.max_bad_share = 0.029 allows; "
+        "data: 3 of the first 100 records cannot be used, more than config.data.max_skipped_fraction = 0.029 allows; "
         "2× broken JSON: set.jsonl[7]: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
     )
-    epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.03))
+    epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.03))
     assert len(epoch.arrived) == 97 and epoch.indexed.num_bad == 3
 
 
@@ -442,12 +442,14 @@ def test_too_many_bad_pictures(tmp_path, tokenizer_dir):
     (tmp_path / "pictures").mkdir()
     write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", {i: about(f"none{i}.png") for i in (7, 50, 99)}))
     with pytest.raises(UserError) as error:
-        Epoch(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.02))
-    message = r"data: 3 of the first \d+ records cannot be used, more than config.data.max_bad_share = 0.02 allows; "
+        Epoch(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.02))
+    message = (
+        r"data: 3 of the first \d+ records cannot be used, more than config.data.max_skipped_fraction = 0.02 allows; "
+    )
     assert re.fullmatch(
         message + r"3× missing file: set.jsonl\[\d+\]: .*/pictures/none\d+.png: not found", str(error.value)
     )
-    epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_bad_share=0.03))
+    epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.03))
     assert len(epoch.arrived) == 97 and epoch.trained.bad == {"missing file": 3}
 
 
@@ -487,7 +489,7 @@ def test_a_video_that_grows(tmp_path, tokenizer_dir):
     for name in "ab":
         (tmp_path / "pictures" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=1))
     write_rows(tmp_path, [about(video="a.mp4"), about(video="b.mp4")])
-    config = dirty_config(tmp_path, tokenizer_dir, images_per_bin=3)
+    config = dirty_config(tmp_path, tokenizer_dir, images_per_pack=3)
     batches = open_training_data(config, say=lambda line: None).batches
     assert len(batches.loader.plan.bins(0)) == 1
     for name in "ab":
@@ -521,7 +523,7 @@ def test_pictures_without_a_name(small_tokenizer, tmp_path):
     """Told apart by their bytes; conversations about the same ones share them."""
     pictures = [dataclasses.replace(plain_picture(grey), name="") for grey in (10, 20, 10)]
     records = [Record([p], conversations=[turns("<image>\nwhat?", "a cat")]) for p in pictures]
-    data = data_config(batch_size=1, rows_per_bin=1, row_length=100, images_per_bin=4)
+    data = data_config(batch_size=1, rows_per_pack=1, row_length=100, images_per_pack=4)
     encoder = Encoder(small_tokenizer, TEMPLATES["bare"], 1, 1, True)
     batch = next(make_batches([ListSource(records)], encoder, data, tmp_path))
     assert sorted(greys(batch)[0]) == [0, 0, 10, 20] and batch["segment_ids"].max() == 3
@@ -543,7 +545,7 @@ def test_a_damaged_avif():
 def test_a_picture_and_a_video_of_one_name(tmp_path, tokenizer_dir):
     write_rows(tmp_path, [about("a.mp4"), about(video="a.mp4")])
     (tmp_path / "pictures" / "a.mp4").write_bytes(tiny_clip())
-    config = dirty_config(tmp_path, tokenizer_dir, images_per_bin=8)
+    config = dirty_config(tmp_path, tokenizer_dir, images_per_pack=8)
     epoch = Epoch(config)
     assert epoch.trained.bad == {"unreadable picture": 1} and len(epoch.arrived) == 1
     assert len(epoch.plan.bins(0)) == 1 and len({p.item for p in epoch.plan[0]}) == 2
@@ -563,7 +565,7 @@ def test_deep_values_in_turns(tmp_path, tokenizer_dir):
 def test_threads_at_an_epochs_border(small_tokenizer, tmp_path, monkeypatch):
     """Threads that ask for bins of epochs not planned yet plan each of them once."""
     records = [Record(conversations=[turns(f"what is {i}?", "a cat")]) for i in range(4)]
-    data = data_config(batch_size=1, rows_per_bin=1, row_length=30, images_per_bin=0)
+    data = data_config(batch_size=1, rows_per_pack=1, row_length=30, images_per_pack=0)
     encoder = Encoder(small_tokenizer, TEMPLATES["bare"], 1, 1, True)
     plan = make_batches([ListSource(records)], encoder, data, tmp_path).loader.plan
     expected = [plan.locate(i) for i in range(12)]

@@ -257,7 +257,7 @@ def test_unreadable_pictures(tmp_path, picture):
 def test_places_without_a_picture_are_zero(picture):
     pixels = stack_images([load_image(picture)], 3, ImageProcessor(16))
     assert pixels.shape == (3, 16, 16, 3) and (pixels[1:] == 0).all() and (pixels[0] != 0).any()
-    with pytest.raises(UserError, match=r"images_per_bin: expected at least 2, found 1"):
+    with pytest.raises(UserError, match=r"images_per_pack: expected at least 2, found 1"):
         stack_images([load_image(picture)] * 2, 1, ImageProcessor(16))
 
 

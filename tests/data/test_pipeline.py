@@ -42,7 +42,7 @@ def source():
 
 def packed(**changes):
     """Bins of two rows of 80 tokens (some four conversations each) and five images."""
-    keys = dict(batch_size=4, rows_per_bin=2, row_length=80, images_per_bin=5, conversations_per_record=0)
+    keys = dict(batch_size=4, rows_per_pack=2, row_length=80, images_per_pack=5, conversations_per_record=0)
     return data_config(**keys | changes)
 
 
@@ -105,7 +105,7 @@ def test_every_conversation_of_an_epoch_arrives_once(source, encoder, small_toke
 
 @pytest.mark.parametrize("layout", ["pack", "group"])
 def test_resumes_after_any_batch(source, encoder, layout, tmp_path):
-    data = packed(layout=layout, rows_per_bin=3)
+    data = packed(layout=layout, rows_per_pack=3)
     batches = make_batches([source], encoder, data, tmp_path)
     states, given = [], []
     for _ in range(12):  # into the second epoch
@@ -256,7 +256,7 @@ def test_weight_by_conversation(source, encoder, tmp_path):
 
 
 def test_rows_are_as_long_as_the_longest_conversation(source, encoder, tmp_path):
-    data = data_config(batch_size=2, images_per_bin=1, rows_per_bin=2, row_length=0, conversations_per_record=2)
+    data = data_config(batch_size=2, images_per_pack=1, rows_per_pack=2, row_length=0, conversations_per_record=2)
     batches = make_batches([source], encoder, data, tmp_path)
     batch = next(batches)
     longest = max(len(encoder.encode(r.conversations[0], len(r.images))) for r in source.records)
@@ -267,14 +267,14 @@ def test_what_cannot_be_loaded_leaves_its_place_empty(source, encoder, small_tok
     """A picture that is gone takes its conversations with it, and nothing else: the others are as they were."""
     gone = [Record([Picture(tmp_path / "gone.png")], conversations=source.records[4].conversations)]
     broken = ListSource([*source.records[:4], *gone, *source.records[5:]])
-    data = packed(batch_size=1, max_bad_share=0.05)
+    data = packed(batch_size=1, max_skipped_fraction=0.05)
     batches = make_batches([broken], encoder, data, tmp_path)
     found = Counter(q for _ in batches.loader.plan.bins(0) for q in questions(next(batches), small_tokenizer))
     assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40) if i != 4})
     assert batches.report.bad == {"missing file": 2} and batches.report.seen == sum(found.values()) + 2
     assert batches.report.examples["missing file"] == [f"list[4]: {tmp_path / 'gone.png'}: not found"]
 
-    strict = make_batches([broken], encoder, packed(batch_size=1, max_bad_share=0.01), tmp_path)
+    strict = make_batches([broken], encoder, packed(batch_size=1, max_skipped_fraction=0.01), tmp_path)
     with pytest.raises(UserError, match=r"data: 2 of the first \d+ records cannot be used.*missing file: list\[4\]"):
         for _ in strict.loader.plan.bins(0):
             next(strict)

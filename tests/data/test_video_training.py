@@ -33,7 +33,7 @@ def source(tmp_path):
 
 
 def config(**video):
-    data = data_config(batch_size=1, images_per_bin=8, rows_per_bin=2, row_length=512, conversations_per_record=0)
+    data = data_config(batch_size=1, images_per_pack=8, rows_per_pack=2, row_length=512, conversations_per_record=0)
     data.video.update(dict(num_frames=4, random_offset=False) | video)
     return data
 

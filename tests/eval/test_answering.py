@@ -11,7 +11,7 @@ from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
 from voco_jax.data.sources import easyvqa
 from voco_jax.eval.answering import answer_all
-from voco_jax.infer.answerer import Answerer
+from voco_jax.infer.engine import Engine
 
 
 def with_random_parameters(run):
@@ -27,13 +27,13 @@ def test_batches_change_nothing(tiny_run):
     run.config.eval.batch_size, run.config.eval.max_new_tokens = 2, 6
     records = easyvqa.load("test")[:3]  # one and a half batches
     answers = answer_all(run, records)
-    answerer = Answerer(run.model, run.encoder)
+    engine = Engine(run.model, run.encoder)
 
     def ask(picture, record):
-        visual = answerer.see(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
+        visual = engine.see(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
         for turns in record.conversations:
             question = turns[0]["value"].removeprefix("<image>\n")
-            (text,) = answerer.answer([question], visual, [0], 6)
+            (text,) = engine.answer([question], visual, [0], 6)
             yield str(picture.images[0]), question, turns[1]["value"], text
 
     expected = [answer for record in records for answer in ask(record, record)]

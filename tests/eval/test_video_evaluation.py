@@ -304,12 +304,15 @@ def test_a_broken_clip(tiny_run, shape_clips, tmp_path, monkeypatch, capsys):
     status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 2)
     error = err.strip().splitlines()[-1]
     assert status == 2 and "|" not in out
-    assert error.startswith(f"error: config.data.test.clips: {lost} of the first ") and "max_bad_share = 0.01" in error
+    assert (
+        error.startswith(f"error: config.data.test.clips: {lost} of the first ")
+        and "max_skipped_fraction = 0.01" in error
+    )
     assert f"{lost}× unreadable video: {file}: expected a video, found: " in error
     assert not [*run.glob("results*")]
 
     config = json.loads((run / "config.json").read_text())
-    config["data"]["max_bad_share"] = 0.5
+    config["data"]["max_skipped_fraction"] = 0.5
     (run / "config.json").write_text(json.dumps(config))
     status, out, _ = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 2)
     assert status == 0

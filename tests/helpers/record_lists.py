@@ -59,13 +59,13 @@ def make_batches(
 ) -> Batches:
     """What `open_training_data` makes of sources, without a config's model."""
     sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
-    maker = SampleMaker(encoder, data.row_length, data.images_per_bin, sampling, data.video.timestamps)
+    maker = SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, data.video.timestamps)
     indices = [make_index(source, maker, cache_dir, 0, "test") for source in sources]
     longest = max(int(index.lengths.max()) for index in indices)
     plan = Plan(
         indices,
         weights or [1.0] * len(indices),
-        BinShape(data.rows_per_bin, data.row_length or longest, data.images_per_bin),
+        BinShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack),
         seed=seed,
         layout=data.layout,
         batch_size=data.batch_size,

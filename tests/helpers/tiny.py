@@ -16,7 +16,7 @@ OVERRIDES = {
     "model.unroll_layers": False,
     "data.batch_size": 4,
     "data.conversations_per_record": 2,
-    "data.rows_per_bin": 2,
+    "data.rows_per_pack": 2,
     "optim.warmup_steps": 2,
     "optim.learning_rate": 0.01,
     "train.steps": 40,

@@ -273,7 +273,7 @@ def test_a_conversation_is_the_one_that_is_read_at_once(model):
     assert ["".join(said) for said in pieces] == [turn["value"] for turn in talk.turns[1::2]]
     assert pieces[0] and "".join(pieces[0]) == model.ask("what shape is in the image?", bank, max_new_tokens=6)
     # Read as training would read it, if it is said in the tokens that the answers' texts have
-    encoder = model.answerer().encoder
+    encoder = model.engine().encoder
     sample = encoder.encode(talk.turns, 1)
     pixels = model._normalize(model.square(str(PICTURES[0]))[None, None])
     n = len(sample)

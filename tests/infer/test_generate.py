@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache is full recomputation, for every kind of visual tokens; and what `Answerer` adds."""
+"""Greedy decoding with a cache is full recomputation, for every kind of visual tokens; and what `Engine` adds."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.models.test_two_streams import CONFIG, IMAGES, PATCHES, make
 from voco_jax.data.conversations import TEMPLATES, Encoder
-from voco_jax.infer.answerer import GREEDY, Answerer
+from voco_jax.infer.engine import GREEDY, Engine
 from voco_jax.infer.generate import greedy
 from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Memory, Read
@@ -81,28 +81,28 @@ def test_a_row_that_has_ended_stays_ended():
 
 
 @pytest.fixture(scope="module")
-def answerer(small_tokenizer):
+def engine(small_tokenizer):
     llama = dataclasses.replace(CONFIG.llama, vocab_size=len(small_tokenizer))
     encoder = Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
     config = dataclasses.replace(CONFIG, llama=llama, voco_token_id=encoder.ids.voco_token_id)
-    return Answerer(nnx.merge(*make(config)), encoder)
+    return Engine(nnx.merge(*make(config)), encoder)
 
 
-def test_each_question_is_answered_about_its_own_pictures(answerer):
+def test_each_question_is_answered_about_its_own_pictures(engine):
     """Together in one batch or alone, in any order: the same answers; another picture: another answer."""
     pixels = np.random.default_rng(0).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
-    seen = answerer.see(pixels)
+    seen = engine.see(pixels)
     assert isinstance(seen, Memory)
     questions = ["what is it?", "is it a red cat?", "what?", "what is it?"]
-    together = answerer.answer(questions, seen, [0, 0, 1, 1], 8)
+    together = engine.answer(questions, seen, [0, 0, 1, 1], 8)
     assert together[0] != together[3]
     for question, row, answer in zip(questions, [0, 0, 1, 1], together, strict=True):
-        assert answerer.answer([question], answerer.see(pixels[row : row + 1]), [0], 8) == [answer]
+        assert engine.answer([question], engine.see(pixels[row : row + 1]), [0], 8) == [answer]
 
 
-def test_layers_parted_are_views_and_compute_the_same(answerer):
-    """On one CPU the answerer reads each layer where it lies in the stack."""
-    stacked = answerer.params["llama"]["layers"]
+def test_layers_parted_are_views_and_compute_the_same(engine):
+    """On one CPU the engine reads each layer where it lies in the stack."""
+    stacked = engine.params["llama"]["layers"]
     parted = part_layers(stacked)
     kernel, layers = stacked["gate_proj"]["kernel"], parted["gate_proj"]["kernel"]
     assert len(layers) == len(kernel) == 3
@@ -110,7 +110,7 @@ def test_layers_parted_are_views_and_compute_the_same(answerer):
     if kernel.nbytes // 3 % 64 == 0:  # where XLA's alignment allows
         addresses = [layer.unsafe_buffer_pointer() - kernel.unsafe_buffer_pointer() for layer in layers]
         assert addresses == [0, kernel.nbytes // 3, 2 * kernel.nbytes // 3]
-    graphdef, _ = nnx.split(nnx.merge(*make(answerer.config)))
+    graphdef, _ = nnx.split(nnx.merge(*make(engine.config)))
     inputs = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
 
     @jax.jit
@@ -118,30 +118,30 @@ def test_layers_parted_are_views_and_compute_the_same(answerer):
         model = nnx.merge(graphdef, params)
         return model.extend(*inputs, model.empty_cache(1, 4))[0]
 
-    both = [hidden(answerer.params | {"llama": answerer.params["llama"] | {"layers": x}}) for x in (stacked, parted)]
+    both = [hidden(engine.params | {"llama": engine.params["llama"] | {"layers": x}}) for x in (stacked, parted)]
     np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-6)
 
 
-def test_text_alone(answerer):
-    assert len(answerer.answer(["what is it?"], None, [0], 4)) == 1
+def test_text_alone(engine):
+    assert len(engine.answer(["what is it?"], None, [0], 4)) == 1
 
 
-def test_any_of_several_tokens_ends_an_answer(answerer):
+def test_any_of_several_tokens_ends_an_answer(engine):
     """In the place of each stands the padding, the tokenizer's own end; rows beside it go on."""
-    prompts = [answerer.encoder.encode_question(question, 0) for question in ("what is it?", "red?")]
+    prompts = [engine.encoder.encode_question(question, 0) for question in ("what is it?", "red?")]
 
     def ids(*stop_ids):
-        encoder = dataclasses.replace(answerer.encoder)
+        encoder = dataclasses.replace(engine.encoder)
         object.__setattr__(
             encoder, "ids", dataclasses.replace(encoder.ids, stop_ids=(encoder.ids.eos_token_id, *stop_ids))
         )
-        answerer.encoder, before = encoder, answerer.encoder
-        state, stop, drawing = answerer.start(prompts, None, [[], []], 8, GREEDY, [0, 1])
-        output = np.asarray(answerer.advance(state, 8, stop, drawing).output)[:2]
-        answerer.encoder = before
+        engine.encoder, before = encoder, engine.encoder
+        state, stop, drawing = engine.start(prompts, None, [[], []], 8, GREEDY, [0, 1])
+        output = np.asarray(engine.advance(state, 8, stop, drawing).output)[:2]
+        engine.encoder = before
         return output
 
-    free, eos = ids(), answerer.encoder.ids.eos_token_id
+    free, eos = ids(), engine.encoder.ids.eos_token_id
     for row, column in ((0, 3), (1, 0)):
         stop = free[row, column]
         for before, after in zip(free, ids(stop), strict=True):

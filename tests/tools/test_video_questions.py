@@ -129,7 +129,7 @@ def test_answers_are_of_what_is_shown(clips):
             assert (info.duration, info.num_frames) == (made.SECONDS, made.SECONDS * made.RATE)
             frames = read_frames(clip, sample_times(info, FrameSampling(made.SECONDS)))
             seen = Seen(frames)
-            assert split == "test" or len(of_clip) == video_demo.get_config().data.rows_per_bin
+            assert split == "test" or len(of_clip) == video_demo.get_config().data.rows_per_pack
             for question, answer in of_clip:
                 [(pattern, match)] = [(p, m) for p in ANSWERS if (m := re.fullmatch(p, question))]
                 assert ANSWERS[pattern](seen, answer, *match.groups()), (name, question, answer)

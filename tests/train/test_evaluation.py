@@ -32,7 +32,7 @@ from voco_jax.eval import pictures
 from voco_jax.eval.conversations import LONG as LONG_ANSWERS
 from voco_jax.eval.conversations import score_conversations, scores, table
 from voco_jax.eval.scoring import Answer, token_f1
-from voco_jax.infer.answerer import Answerer
+from voco_jax.infer.engine import Engine
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
@@ -120,12 +120,12 @@ def test_the_loss_is_that_of_each_conversation_alone(test_set, evaluated):
 
 def test_the_answers_are_those_of_one_question_at_a_time(test_set, evaluated):
     evaluation, model, data, evaluator, said, params = evaluated
-    answerer = Answerer(model, data.batches.loader.maker.encoder)
+    engine = Engine(model, data.batches.loader.maker.encoder)
     expected = {}
     for _, pixels, turns in conversations(test_set, data):
-        visual = None if pixels is None else answerer.see(pixels)
-        prompt = answerer.encoder.encode(turns[:1], 0 if pixels is None else 1)
-        (given,) = answerer.complete([prompt], visual, [[0]], 4)
+        visual = None if pixels is None else engine.see(pixels)
+        prompt = engine.encoder.encode(turns[:1], 0 if pixels is None else 1)
+        (given,) = engine.complete([prompt], visual, [[0]], 4)
         expected.setdefault((turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"]), []).append(given)
     questions = evaluator._questions
     assert len(questions) == 9 and len({q.text for q in questions}) > 3
@@ -150,11 +150,11 @@ def test_scores_of_own_data(test_set, evaluated, tmp_path):
     results, answers, report = score_conversations(Model(run), LlavaSource(**test_set[0]), name="all")
     length = max(len(maker.encoder.tokenizer(a.truth, add_special_tokens=False).input_ids) for a in answers)
     assert results["max_new_tokens"] == length + 1 > 8 and not report.bad  # room for the longest, and its end
-    answerer = Answerer(model, maker.encoder)
+    engine = Engine(model, maker.encoder)
     for answer, (_, pixels, turns) in zip(answers, conversations(test_set, data), strict=True):
-        visual = None if pixels is None else answerer.see(pixels)
+        visual = None if pixels is None else engine.see(pixels)
         prompt = maker.encoder.encode(turns[:1], 0 if pixels is None else 1)
-        assert answerer.complete([prompt], visual, [[0]], length + 1) == [answer.given]
+        assert engine.complete([prompt], visual, [[0]], length + 1) == [answer.given]
         assert (answer.question, answer.truth) == (turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"])
     assert results["loss"] == pytest.approx(evaluation.values["eval_loss"], rel=1e-5)
     # The scores are those of the answers, whatever these are
@@ -178,7 +178,7 @@ def test_evaluate_on_own_data(tiny_run, test_set, tmp_path, monkeypatch, capsys)
     (tmp_path / "mine.json").write_text(json.dumps(rows))
     with config.unlocked():
         config.data.test = sources(mine=source("llava", file=str(tmp_path / "mine.json"), images=test_set[0]["images"]))
-    config.data.max_bad_share = 0.5
+    config.data.max_skipped_fraction = 0.5
     save_config(config, run / "config.json")
     status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run)
     assert status == 0, err
@@ -188,7 +188,7 @@ def test_evaluate_on_own_data(tiny_run, test_set, tmp_path, monkeypatch, capsys)
     assert results["answers"] == 3 and 0 < results["loss"] < 10 and results["step"] == 40
     with Image.open(run / "answers.mine.png") as sheet:
         assert sheet.width > 1000
-    config.data.max_bad_share = 0.01
+    config.data.max_skipped_fraction = 0.01
     save_config(config, run / "config.json")
     status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run)
     assert status == 2 and err.splitlines()[-1].startswith("error: config.data.test.mine: 1 of the first 4 records")

@@ -42,19 +42,19 @@ def optimizer_of(steps=100, **changes):
 )
 def test_schedules(name, points):
     schedule = make_schedule(
-        optim(learning_rate=0.2, schedule=name, warmup_steps=10, decay_share=0.2, final_scale=0.1), steps=110
+        optim(learning_rate=0.2, schedule=name, warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.1), steps=110
     )
     points = {0: 0.0, 5: 0.1, 10: 0.2} | points
     np.testing.assert_allclose([schedule(step) for step in points], list(points.values()), atol=1e-7)
-    to_zero = make_schedule(optim(learning_rate=0.2, schedule=name, warmup_steps=0, final_scale=0.0), steps=50)
+    to_zero = make_schedule(optim(learning_rate=0.2, schedule=name, warmup_steps=0, min_lr_ratio=0.0), steps=50)
     np.testing.assert_allclose(to_zero(50), 0.2 if name == "constant" else 0.0, atol=1e-7)
     np.testing.assert_allclose(to_zero(0), 0.2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.95, 95), (0.0, 0)])
 def test_a_decay_that_has_no_room(share, found):
-    with pytest.raises(UserError, match=rf"optim.decay_share: expected 1 to 90 steps of decay .*; found {found}$"):
-        make_schedule(optim(schedule="wsd", warmup_steps=10, decay_share=share), steps=100)
+    with pytest.raises(UserError, match=rf"optim.decay_fraction: expected 1 to 90 steps of decay .*; found {found}$"):
+        make_schedule(optim(schedule="wsd", warmup_steps=10, decay_fraction=share), steps=100)
 
 
 def test_the_schedule_is_that_of_the_updates():
@@ -114,8 +114,8 @@ def test_parts_have_learning_rates_of_their_own(name):
         rng = np.random.default_rng(0)
         gradients = jax.tree.map(lambda p: jnp.array(rng.normal(size=p.shape), p.dtype), params)
         config = optim(name=name, weight_decay=0.1).copy_and_resolve_references()
-        config.rate_scale.update(scales)
-        optimizer = optimizer_of(name=name, weight_decay=0.1, rate_scale=config.rate_scale)
+        config.lr_multiplier.update(scales)
+        optimizer = optimizer_of(name=name, weight_decay=0.1, lr_multiplier=config.lr_multiplier)
         update, _ = optimizer.update(gradients, optimizer.init(params), params, value=1.0)
         return jax.tree.map(lambda p, u: np.asarray(u), params, update)
 
@@ -129,8 +129,10 @@ def test_parts_have_learning_rates_of_their_own(name):
 @pytest.mark.parametrize(("scale", "hint"), [(0.0, "train.freeze keeps a part as it is"), (-1.0, "it scales")])
 def test_rates_that_cannot_be(scale, hint):
     config = default_config()
-    config.optim.rate_scale.projector = scale
-    with pytest.raises(UserError, match=f"config.optim.rate_scale.projector: expected above 0, found {scale}; {hint}"):
+    config.optim.lr_multiplier.projector = scale
+    with pytest.raises(
+        UserError, match=f"config.optim.lr_multiplier.projector: expected above 0, found {scale}; {hint}"
+    ):
         make_optimizer(config)
 
 

@@ -28,7 +28,7 @@ COMMON = {
     "model.vision.patch_size": 16,
     "model.vision.initializer_range": 0.125,
     "model.num_voco_tokens": 4,
-    "data.rows_per_bin": 1,
+    "data.rows_per_pack": 1,
     "data.conversations_per_record": 1,
     "data.batch_size": 32,
     "optim.warmup_steps": 10,
@@ -36,7 +36,7 @@ COMMON = {
 # Changes of `COMMON`; a learning rate of Muon's is that of matrices, whose updates are Adam's size.
 BASE = {
     "optim.learning_rate": 3e-3, "train.steps": 400,
-    "data.batch_size": 12, "data.conversations_per_record": 4, "data.rows_per_bin": 4,
+    "data.batch_size": 12, "data.conversations_per_record": 4, "data.rows_per_pack": 4,
 }  # fmt: skip
 FULL = {"optim.learning_rate": 2e-3, "train.steps": 130}
 LORA = {
@@ -44,7 +44,7 @@ LORA = {
     "model.lora.rank": 8, "model.lora.alpha": 16.0,
 }  # fmt: skip
 FROZEN = {
-    "optim.learning_rate": 2e-2, "optim.schedule": "wsd", "optim.decay_share": 0.3, "train.steps": 400,
+    "optim.learning_rate": 2e-2, "optim.schedule": "wsd", "optim.decay_fraction": 0.3, "train.steps": 400,
     "train.freeze": "('vision_tower', 'llama')",
 }  # fmt: skip
 

@@ -136,7 +136,7 @@ def test_what_is_lost_is_told(changes, dtype, told):
 def test_float16_is_refused_in_training(key):
     config = config_of()
     config.model[key] = "float16"
-    config.data.row_length, config.data.rows_per_bin = 64, 1
+    config.data.row_length, config.data.rows_per_pack = 64, 1
     mesh = make_mesh(config.mesh)
     message = (
         f"config.model.{key}: expected bfloat16 or float32 to train, found float16 .*; bfloat16 has as many bytes$"

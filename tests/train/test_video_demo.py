@@ -31,8 +31,8 @@ DIMENSIONS = {
 }
 CHANGES = {
     "data.batch_size": 4,
-    "data.images_per_bin": 4,
-    "data.rows_per_bin": 10,
+    "data.images_per_pack": 4,
+    "data.rows_per_pack": 10,
     "optim.warmup_steps": 10,
 }
 IMAGES = {"optim.learning_rate": 3e-3, "train.steps": 20}

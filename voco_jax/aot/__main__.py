@@ -207,7 +207,7 @@ def advice(config: ConfigDict, step: str, mesh_shape: dict[str, int], arguments:
         activations.append(f"config.data.batch_size (now {batch}, {batch / num_rows:g} a device): fewer rows a device")
     if step == "train" and config.model.remat != "full":
         activations.append(f"config.model.remat (now '{config.model.remat}'): 'full' keeps least")
-    if step in ("train", "compress") and config.data.images_per_bin > 1:
+    if step in ("train", "compress") and config.data.images_per_pack > 1:
         activations.append(f"config.mesh.frame (now {mesh_shape['frame']}): images spread over more devices")
     return weights + activations if arguments > available / 2 else activations + weights
 
@@ -281,7 +281,7 @@ def with_shape(config: ConfigDict) -> ConfigDict:
 
     UserError where the data are not on this machine.
     """
-    missing = [key for key in ("row_length", "rows_per_bin") if not config.data[key]]
+    missing = [key for key in ("row_length", "rows_per_pack") if not config.data[key]]
     if not missing:
         return config
     try:
@@ -290,7 +290,7 @@ def with_shape(config: ConfigDict) -> ConfigDict:
         given = " ".join(f"--config.data.{key}=…" for key in missing)
         raise UserError(f"{error} (where the data are not: give {given})") from None
     config = config.copy_and_resolve_references()
-    config.data.update(row_length=plan.shape.row_length, rows_per_bin=plan.shape.rows)
+    config.data.update(row_length=plan.shape.row_length, rows_per_pack=plan.shape.rows)
     chosen = ", ".join(f"{key} {config.data[key]}" for key in missing)
     print(f"from the data: {chosen}", file=sys.stderr, flush=True)
     return config

@@ -54,13 +54,13 @@ class Program:
 def make_program(config: ConfigDict, step: str, mesh: Mesh, tokenizer=None) -> Program:
     """One of `STEPS` for a config over a mesh; UserError for shapes that the mesh does not divide.
 
-    A batch is `data.batch_size` bins of `images_per_bin` images and `rows_per_bin` rows of `row_length`
+    A batch is `data.batch_size` bins of `images_per_pack` images and `rows_per_pack` rows of `row_length`
     tokens. 'compress' takes the images, 'read' puts their slots into a cache of `row_length` places and reads the text
     of the rest, 'decode' is one more token a row. `tokenizer`: as for `model_of`.
     """
     if step not in STEPS:
         raise UserError(f"step: expected one of {', '.join(STEPS)}; found {step!r}")
-    for key, what in (("row_length", "tokens of a row"), ("rows_per_bin", "rows of a bin")):
+    for key, what in (("row_length", "tokens of a row"), ("rows_per_pack", "rows of a bin")):
         if not config.data[key]:
             raise UserError(f"config.data.{key}: expected the {what}, found 0 (no data is read here)")
     with jax.set_mesh(mesh):
@@ -97,7 +97,7 @@ def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
     function = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate)
     batch = abstract_batch(config)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
-    rows, images, train = config.data.batch_size * config.data.rows_per_bin, _num_images(config), config.train
+    rows, images, train = config.data.batch_size * config.data.rows_per_pack, _num_images(config), config.train
     length = config.data.row_length
     return Program(
         function,
@@ -112,11 +112,11 @@ def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
 def abstract_batch(config: ConfigDict) -> dict:
     """A batch of `data/pipeline.py`, as the training step takes it, by shapes."""
     data, size = config.data, config.model.vision.image_size
-    rows = (data.batch_size * data.rows_per_bin, data.row_length)
+    rows = (data.batch_size * data.rows_per_pack, data.row_length)
     integers = jax.ShapeDtypeStruct(rows, jnp.int32)
     return dict.fromkeys((*Read._fields, "targets"), integers) | {
         "weights": jax.ShapeDtypeStruct(rows, jnp.float32),
-        "pixel_values": jax.ShapeDtypeStruct((data.batch_size, data.images_per_bin, size, size, 3), jnp.float32),
+        "pixel_values": jax.ShapeDtypeStruct((data.batch_size, data.images_per_pack, size, size, 3), jnp.float32),
     }
 
 
@@ -142,12 +142,12 @@ def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
 
     if step == "compress":
         if not num_images:
-            raise UserError("config.data.images_per_bin: expected at least 1 for step compress, found 0")
+            raise UserError("config.data.images_per_pack: expected at least 1 for step compress, found 0")
         function = jitted(lambda model, pixels: model.compress(model.encode_images(pixels)))
         flops = vision_forward(c.vision, num_images) + projector_forward(c, num_images)
         flops += compress_forward(c, num_images)
         return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
-    slots = data.images_per_bin * c.num_visual_tokens
+    slots = data.images_per_pack * c.num_visual_tokens
     has_memory = bool(slots) and c.compressor == "voco"
     cache = Cache(*keys_and_values(rows, length))
     if step == "decode":
@@ -163,7 +163,7 @@ def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
     memory = Memory(*keys_and_values(data.batch_size, slots)) if has_memory else None
     features = None
     if slots and not has_memory:
-        shape = (data.batch_size, data.images_per_bin, c.num_visual_tokens, c.llama.hidden_size)
+        shape = (data.batch_size, data.images_per_pack, c.num_visual_tokens, c.llama.hidden_size)
         features = array(shape, dtype, ROWS)
 
     def read(model, tokens, positions, slots, visual, memory, features):
@@ -182,4 +182,4 @@ def _next_logits(model, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, Cac
 
 
 def _num_images(config: ConfigDict) -> int:
-    return config.data.batch_size * config.data.images_per_bin
+    return config.data.batch_size * config.data.images_per_pack

@@ -238,7 +238,7 @@ class Batches(Iterator):
         batch = {name: np.array(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
         for said in batch.pop("report"):
             self.report.merge(Report.from_dict(json.loads(said)))
-        self.report.check(self.loader.data.max_bad_share, self._total)
+        self.report.check(self.loader.data.max_skipped_fraction, self._total)
         return batch
 
     def get_state(self) -> dict:
@@ -299,7 +299,7 @@ def _join(bins: Sequence[dict]) -> dict[str, np.ndarray]:
 def stack_images(images: Sequence[Image.Image], count: int, processor: ImageProcessor) -> np.ndarray:
     """`pixel_values` [count, size, size, 3], float32; places without a picture are zero, and never read."""
     if len(images) > count:
-        raise UserError(f"config.data.images_per_bin: expected at least {len(images)}, found {count}")
+        raise UserError(f"config.data.images_per_pack: expected at least {len(images)}, found {count}")
     pixels = np.zeros((count, processor.size, processor.size, 3), np.float32)
     for i, image in enumerate(images):
         pixels[i] = processor(image)

@@ -86,17 +86,21 @@ class Report:
         return lines
 
     def check(
-        self, max_bad_share: float, total: int, least: int = 1000, option: str = "config.data.max_bad_share"
+        self,
+        max_skipped_fraction: float,
+        total: int,
+        least: int = 1000,
+        option: str = "config.data.max_skipped_fraction",
     ) -> None:
-        """UserError when more than `max_bad_share` of the records are bad; `option` is what the user calls that.
+        """UserError when more than `max_skipped_fraction` of the records are bad; `option` is what the user calls that.
 
         Before `least` records (or `total`, all that there are) have been seen, so many are assumed: the first bad
         record of a run must not end it.
         """
-        allowed = max_bad_share * max(self.seen, min(total, least))
+        allowed = max_skipped_fraction * max(self.seen, min(total, least))
         if self.num_bad > allowed:
             worst, n = self.bad.most_common(1)[0]
             raise UserError(
                 f"data: {self.num_bad} of the first {self.seen} records cannot be used, more than {option} = "
-                f"{max_bad_share:g} allows; {n}× {worst}: {self.examples[worst][0]}"
+                f"{max_skipped_fraction:g} allows; {n}× {worst}: {self.examples[worst][0]}"
             )

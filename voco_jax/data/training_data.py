@@ -60,33 +60,33 @@ def open_training_data(
     sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
     encoder = make_encoder(config, tokenizer, model_config)
     maker = SampleMaker(
-        encoder, data.row_length, data.images_per_bin, sampling, data.video.timestamps, data.video.incomplete
+        encoder, data.row_length, data.images_per_pack, sampling, data.video.timestamps, data.video.incomplete
     )
     indices = _look_at(config, "train", sources, maker, say)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
-    shape = BinShape(data.rows_per_bin, data.row_length or longest, data.images_per_bin)
+    shape = BinShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack)
     options = dict(
         seed=config.seed, layout=data.layout, batch_size=data.batch_size,
         conversations_per_record=data.conversations_per_record, share_images=data.share_images,
     )  # fmt: skip
-    if not data.rows_per_bin:
+    if not data.rows_per_pack:
         rows, _ = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
         shape = dataclasses.replace(shape, rows=rows)
-        say(f"data: {rows} read row{'s' * (rows > 1)} a bin, which costs least (config.data.rows_per_bin)")
+        say(f"data: {rows} read row{'s' * (rows > 1)} a bin, which costs least (config.data.rows_per_pack)")
     plan = Plan(indices, weights, shape, **options)
     use = plan.use()
     say(
         f"data: {use.bins} bins, {math.ceil(use.bins / data.batch_size)} batches an epoch; "
         f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
     )
-    if data.rows_per_bin and use.tokens < MOSTLY_PADDING:
+    if data.rows_per_pack and use.tokens < MOSTLY_PADDING:
         rows, times = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
         if times > 1:
             say(
-                f"data: most of that is padding; config.data.rows_per_bin={rows} would need {times:.1f} times fewer "
-                f"tokens an epoch than {data.rows_per_bin}"
+                f"data: most of that is padding; config.data.rows_per_pack={rows} would need {times:.1f} times fewer "
+                f"tokens an epoch than {data.rows_per_pack}"
             )
     loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
     contents = {
@@ -135,7 +135,7 @@ def _look_at(config: ConfigDict, key: str, sources: Sequence, maker: SampleMaker
         for name, source in zip(names, sources, strict=True)
     ]
     report = _report(indices, names if key == "train" else [f"{key}: {name}" for name in names], say)
-    report.check(data.max_bad_share, report.seen)
+    report.check(data.max_skipped_fraction, report.seen)
     return indices
 
 

@@ -82,14 +82,14 @@ def score_clips(
 ) -> tuple[dict, ClipAnswers, Report]:  # fmt: skip
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
-    UserError where more than the config's `max_bad_share` of the questions cannot be used, or none can.
+    UserError where more than the config's `max_skipped_fraction` of the questions cannot be used, or none can.
     """
     run, report = model.run, Report()
     key = f"config.data.test.{name}"
 
     def check(report: Report) -> None:
         try:
-            report.check(run.config.data.max_bad_share, len(source), len(source))
+            report.check(run.config.data.max_skipped_fraction, len(source), len(source))
         except UserError as error:
             raise UserError(f"{key}: {str(error).removeprefix('data: ')}") from None
 
@@ -229,7 +229,7 @@ def _can_be_asked(model: Model, question: ClipQuestion, seen: Seen, max_new_toke
     try:
         prompt = model.prompt(Request(question.text, seen))
         try:
-            model.answerer().check_length(len(prompt), max_new_tokens)
+            model.engine().check_length(len(prompt), max_new_tokens)
         except UserError as error:
             raise BadRecord(TOO_LONG, str(error)) from None
     except BadRecord as error:

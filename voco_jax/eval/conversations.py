@@ -59,7 +59,7 @@ def score_conversations(
 ) -> tuple[dict, list[ScoredAnswer], Report]:
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
-    UserError where more than the config's `max_bad_share` of the records cannot be used, or none can.
+    UserError where more than the config's `max_skipped_fraction` of the records cannot be used, or none can.
     """
     run, report = model.run, Report()
     config, key = run.config, f"config.data.test.{name}"
@@ -74,7 +74,7 @@ def score_conversations(
             shown = len(answers) + len(waiting) < COLUMNS * ROWS
             waiting += _read(model, maker, source, i, limit, report, shown)
             try:
-                report.check(config.data.max_bad_share, count)
+                report.check(config.data.max_skipped_fraction, count)
             except UserError as error:
                 raise UserError(f"{key}: {str(error).removeprefix('data: ')}") from None
             while len(waiting) >= config.eval.batch_size or (waiting and i == count - 1):
@@ -150,8 +150,8 @@ def _read(model: Model, maker: SampleMaker, source, i: int, limit: int, report: 
         try:
             (whole, _), prompt = maker.sample(record, c, times), maker.prompt(record, c, times)
             try:
-                model.answerer().check_length(len(prompt), limit)
-                model.answerer().check_length(len(whole), 0)
+                model.engine().check_length(len(prompt), limit)
+                model.engine().check_length(len(whole), 0)
             except UserError as error:
                 raise BadRecord(TOO_LONG, str(error)) from None
             usable.append((prompt, whole, *(_first(turns) or ("", ""))))
@@ -178,10 +178,10 @@ def _ask(model: Model, batch: Sequence[_Asked], limit: int) -> list[ScoredAnswer
             squares += asked.squares
     visual, _ = model.visual([model.see_pixels(squares, [Item("")] * len(squares)) if squares else None])
     pictures = [places[asked.record] for asked in batch]
-    answerer = model.answerer()
+    engine = model.engine()
     with model.on_mesh():
-        texts = answerer.complete([asked.prompt for asked in batch], visual, pictures, limit)
-        found = answerer.score([asked.whole for asked in batch], visual, pictures)
+        texts = engine.complete([asked.prompt for asked in batch], visual, pictures, limit)
+        found = engine.score([asked.whole for asked in batch], visual, pictures)
     return [
         ScoredAnswer(a.name, a.text, a.truth, text, -score.log_probability, score.num_tokens, a.picture)
         for a, text, score in zip(batch, texts, found, strict=True)

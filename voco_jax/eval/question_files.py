@@ -31,7 +31,7 @@ from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
 from voco_jax.eval.seen import SeenCache
-from voco_jax.infer.answerer import GREEDY
+from voco_jax.infer.engine import GREEDY
 from voco_jax.infer.generate import Sampling
 from voco_jax.io.files import check_regular, open_regular
 
@@ -200,11 +200,11 @@ def _first_turn(row: dict) -> tuple[str, object]:
 
 def _check_lengths(model: Model, questions: Sequence[Question], tokens: int | None, max_new_tokens: int) -> None:
     """UserError for a question that the model cannot be asked, before any is."""
-    answerer = model.answerer(tokens)
+    engine = model.engine(tokens)
     for question in questions:
         try:
-            prompt = answerer.encoder.encode_question(question.asked, 0 if question.picture is None else 1)
-            answerer.check_length(len(prompt), max_new_tokens)
+            prompt = engine.encoder.encode_question(question.asked, 0 if question.picture is None else 1)
+            engine.check_length(len(prompt), max_new_tokens)
         except UserError as error:
             raise UserError(f"{question.where}: {error}") from None
 

@@ -82,7 +82,7 @@ def by_kind(counts: Iterable[str]) -> list[str]:
 
 
 def table(columns: dict[str, dict[str, tuple[int, int]]]) -> str:
-    """A Markdown table: a row for each kind of question ('overall' last), a column in per cent for each answerer."""
+    """A Markdown table: a row for each kind of question ('overall' last), a column in per cent for each engine."""
     kinds = by_kind(next(iter(columns.values())))
     lines = ["| questions | number | " + " | ".join(columns) + " |", "|---|---:|" + "---:|" * len(columns)]
     for kind in kinds:

@@ -8,7 +8,7 @@ import numpy as np
 from voco_jax.data.conversations import Sample
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
-from voco_jax.infer.answerer import bucket, grown
+from voco_jax.infer.engine import bucket, grown
 from voco_jax.infer.generate import Decoding, Sampling
 from voco_jax.infer.memory import Embeddings, MemoryBank
 from voco_jax.models.voco import Cache
@@ -37,10 +37,10 @@ class Chat:
         """
         if not question.strip():
             raise UserError("question: expected text, found none")
-        answerer = self._model.answerer(getattr(self._seen, "num_tokens", None))
-        prompt, visual, pictures = self._prompt(question, answerer.encoder)
+        engine = self._model.engine(getattr(self._seen, "num_tokens", None))
+        prompt, visual, pictures = self._prompt(question, engine.encoder)
         needed = self._filled + len(prompt) + self._max_new_tokens
-        answerer.check_length(self._filled + len(prompt), self._max_new_tokens)
+        engine.check_length(self._filled + len(prompt), self._max_new_tokens)
         with self._model.on_mesh():
             begun = None
             if self._cache is not None:
@@ -48,7 +48,7 @@ class Chat:
                 self._cache = grown(self._cache, min(bucket(needed, 32), positions))
                 begun = self._cache, self._filled
             sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + len(self.turns)) % 2**32)
-            state, stop, drawing = answerer.start(
+            state, stop, drawing = engine.start(
                 [prompt], visual, [pictures], self._max_new_tokens, sampling, [0], begun
             )
         said = []
@@ -58,7 +58,7 @@ class Chat:
             self._keep(state, count)
             self.turns += [turn, {"from": "gpt", "value": "".join(said)}]
 
-        pieces = answerer.pieces(state, stop, drawing, keep)
+        pieces = engine.pieces(state, stop, drawing, keep)
         try:
             while True:
                 with self._model.on_mesh():

@@ -111,7 +111,7 @@ def batch_shardings(mesh: Mesh, batch: dict):
 
     def sharding(name, array):
         spec = batch_spec(name)
-        for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_bin"), strict=False):
+        for size, axes, key in zip(array.shape, spec, ("data.batch_size", "data.images_per_pack"), strict=False):
             if size % (count := _count(mesh, axes)):
                 expected = f"expected a multiple of {count}, the devices along {axis_keys(axes)}"
                 raise UserError(f"config.{key}: {name} {list(array.shape)}: {expected}; found {size}")

@@ -35,7 +35,7 @@ def next_commands(run: str, config: ConfigDict) -> list[str]:
     """What can be done with a run that is complete."""
     run = shlex.quote(run)
     video = {keys.kind for keys in config.data.train.values()} == {"video_qa"}
-    about = "--video FILE" if video else "--image FILE" if config.data.images_per_bin else ""
+    about = "--video FILE" if video else "--image FILE" if config.data.images_per_pack else ""
     lines = [f"ask it: python -m voco_jax.ask --run {run} {about}".rstrip() + ' "QUESTION"']
     if sources_to_score(config.data):
         lines.insert(0, f"score it on its test set: python -m voco_jax.evaluate --run {run}")

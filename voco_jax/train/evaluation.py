@@ -25,7 +25,7 @@ from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
 from voco_jax.eval.scoring import LONGEST_LIMIT, Answer, longest_answer
-from voco_jax.infer.answerer import Answerer
+from voco_jax.infer.engine import Engine
 from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS as ROW_AXES
 from voco_jax.parallel.mesh import axis_size
@@ -86,7 +86,7 @@ class Evaluator:
         self._questions: list[Question] = []
         if config.eval.num_answers:
             encoder = self._batches.loader.maker.encoder
-            self._answerer = Answerer(nnx.merge(graphdef, params), encoder, mesh)
+            self._engine = Engine(nnx.merge(graphdef, params), encoder, mesh)
             self._questions = self._choose_questions()
             truths = {question.truth for question in self._questions}
             self._max_new_tokens = longest_answer(config.eval.max_new_tokens, truths, encoder.tokenizer)
@@ -158,7 +158,7 @@ class Evaluator:
 
     def _ask(self, params) -> list[str]:
         """An answer to each question: `eval.batch_size` at once, or as many more as the mesh needs to share them."""
-        self._answerer.params = params
+        self._engine.params = params
         limits = self._config.eval
         rows_together, frames_together = axis_size(*ROW_AXES), axis_size("frame")
         most = max(len(question.pixels) for question in self._questions)
@@ -173,10 +173,10 @@ class Evaluator:
                 pixels = np.zeros((size, num_images, *self._questions[0].pixels.shape[1:]), np.uint8)
                 for row, question in enumerate(asked):
                     pixels[row, : len(question.pixels)] = question.pixels
-                visual = self._answerer.see(self._put({"pixel_values": pixels})["pixel_values"])
+                visual = self._engine.see(self._put({"pixel_values": pixels})["pixel_values"])
             prompts = [question.prompt for question in asked]
             pictures = [range(i * num_images, i * num_images + len(q.pixels)) for i, q in enumerate(asked)]
-            given += self._answerer.complete(prompts, visual, pictures, self._max_new_tokens)
+            given += self._engine.complete(prompts, visual, pictures, self._max_new_tokens)
         return given
 
     def _choose_questions(self) -> list[Question]:

@@ -15,7 +15,7 @@ VOCO_ROW = ("llama", "embed_tokens", "voco_row")  # in the trained tree alone: o
 
 
 @dataclasses.dataclass(frozen=True)
-class Freezing:
+class TrainableFilter:
     """What stays as it is: the parts at dotted `paths`, and with `base` the language model but for LoRA's matrices.
 
     Neither touches LoRA's matrices. Where the embedding [V, D] is frozen, its row `voco_token_id` trains all the same
@@ -63,7 +63,7 @@ class Freezing:
         return self.base and keys[0] == "llama" or any(_is_in(path, keys) for path in self.paths)
 
 
-def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> Freezing:
+def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> TrainableFilter:
     """What `train.freeze`, `train.compress_gradients` and LoRA freeze; the VoCo token's row trains in models whose text
     has VoCo tokens. UserError where there is no compress stream to have gradients or not."""
     paths, has_voco = tuple(config.train.freeze), model_config.compressor in ("voco", "none")
@@ -75,7 +75,7 @@ def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> Freezing:
         # The read stream takes a slot's keys and values from the memory, so the VoCo token's embedding is none of its
         paths, has_voco = (*paths, *(part for part in VISION if part not in paths)), False
     voco_token_id = model_config.voco_token_id if has_voco else None
-    return Freezing(paths, voco_token_id, base=model_config.lora is not None, compress_gradients=gradients)
+    return TrainableFilter(paths, voco_token_id, base=model_config.lora is not None, compress_gradients=gradients)
 
 
 def is_lora(keys: tuple[str, ...]) -> bool:

@@ -36,8 +36,8 @@ from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, w
 from voco_jax.progress import interrupted
 from voco_jax.terminal import printable
 from voco_jax.train.evaluation import Evaluator
-from voco_jax.train.first_params import first_params
 from voco_jax.train.goodput import Goodput
+from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
@@ -105,7 +105,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     tokenizer, model_config, batches, longest = open_training_data(
         config, run=workdir if resuming else None, shard=shard, say=_say
     )
-    config.data.rows_per_bin = batches.loader.plan.shape.rows
+    config.data.rows_per_pack = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
     _check_positions(longest, model_config)
@@ -215,7 +215,7 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     config, state = run.config, run.state
     restored = checkpointer.resume(state.params, state.opt_state, _say)
     if restored is None:
-        params, step = first_params(config, run.model_config, state, _say)
+        params, step = load_initial_params(config, run.model_config, state, _say)
         if config.init_from and jax.process_index() == 0:
             with bucket_errors(run.workdir):
                 (run.workdir / BASE).write_text(json.dumps(base_of(as_path(config.init_from), step)) + "\n")

@@ -16,8 +16,8 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from zero, then the schedule of that name.
 
-    'cosine' and 'linear' go down from there on, 'wsd' (warm-up, stable, decay) in a line over the last `decay_share`
-    of all steps; at `steps` all have arrived at `final_scale` times the learning rate. 'constant' stays.
+    'cosine' and 'linear' go down from there on, 'wsd' (warm-up, stable, decay) in a line over the last `decay_fraction`
+    of all steps; at `steps` all have arrived at `min_lr_ratio` times the learning rate. 'constant' stays.
     """
     rate, warmup = optim.learning_rate, optim.warmup_steps
     if not 0 <= warmup < steps:
@@ -29,17 +29,17 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     pieces = [(0, optax.linear_schedule(0.0, rate, warmup))]  # (first step, schedule from there on)
     rest = steps - warmup
     if optim.schedule == "cosine":
-        pieces.append((warmup, optax.cosine_decay_schedule(rate, rest, alpha=optim.final_scale)))
+        pieces.append((warmup, optax.cosine_decay_schedule(rate, rest, alpha=optim.min_lr_ratio)))
     elif optim.schedule == "linear":
-        pieces.append((warmup, optax.linear_schedule(rate, rate * optim.final_scale, rest)))
+        pieces.append((warmup, optax.linear_schedule(rate, rate * optim.min_lr_ratio, rest)))
     else:
         pieces.append((warmup, optax.constant_schedule(rate)))
     if optim.schedule == "wsd":
-        decay = round(optim.decay_share * steps)
+        decay = round(optim.decay_fraction * steps)
         if not 1 <= decay <= rest:
             expected = f"expected 1 to {rest} steps of decay (train.steps is {steps}, optim.warmup_steps {warmup})"
-            raise UserError(f"config.optim.decay_share: {expected}; found {decay}")
-        pieces.append((steps - decay, optax.linear_schedule(rate, rate * optim.final_scale, decay)))
+            raise UserError(f"config.optim.decay_fraction: {expected}; found {decay}")
+        pieces.append((steps - decay, optax.linear_schedule(rate, rate * optim.min_lr_ratio, decay)))
     starts, schedules = zip(*pieces, strict=True)
     return optax.join_schedules(schedules, starts[1:])
 
@@ -57,7 +57,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         # Here, for all alike: optax's muon decays norms and biases too
         optax.add_decayed_weights(-optim.weight_decay, lambda params: decayed(params, optim.decayed)),
         optax.scale_by_schedule(make_schedule(optim, train.steps)),
-        _scale_parts(optim.rate_scale.to_dict()),
+        _scale_parts(optim.lr_multiplier.to_dict()),
     )
     if optim.rounding == "stochastic":
         chain = rounded(chain, config.seed)
@@ -90,7 +90,7 @@ def _scale_parts(scales: dict[str, float]) -> optax.GradientTransformation:
     for part, scale in scales.items():
         if not scale > 0:
             hint = "train.freeze keeps a part as it is" if scale == 0 else "it scales a learning rate"
-            raise UserError(f"config.optim.rate_scale.{part}: expected above 0, found {scale}; {hint}")
+            raise UserError(f"config.optim.lr_multiplier.{part}: expected above 0, found {scale}; {hint}")
     scales = {part: scale for part, scale in scales.items() if scale != 1}
 
     def scaled(updates, params=None):

@@ -27,12 +27,12 @@ BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters
 _FREE = (
     "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.profile_at", "train.profile_steps",
     "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best",
-    "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_bad_share",
+    "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_skipped_fraction",
     "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
     "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it
 )  # fmt: skip
 # And these, if what is compared in their place is the same: records, and the learning rates of the steps done.
-_SCHEDULE = ("optim.schedule", "train.steps", "optim.decay_share", "optim.final_scale")
+_SCHEDULE = ("optim.schedule", "train.steps", "optim.decay_fraction", "optim.min_lr_ratio")
 
 
 def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
@@ -43,7 +43,7 @@ def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
     """
     stored = load_config(workdir / "config.json")
     config = with_earlier_values(config, stored)
-    config.data.rows_per_bin = config.data.rows_per_bin or stored.data.rows_per_bin  # 0: as the data chose them then
+    config.data.rows_per_pack = config.data.rows_per_pack or stored.data.rows_per_pack  # 0: as the data chose them then
     if stored.init_from:
         _check_base(config.init_from, stored.init_from, workdir)
         config = inherit(config, stored, workdir)

@@ -10,7 +10,7 @@ import optax
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.sharding import param_shardings, with_shardings
-from voco_jax.train.freeze import Freezing, freezing_of
+from voco_jax.train.freeze import TrainableFilter, freezing_of
 from voco_jax.train.optimizer import check_decayed
 
 
@@ -24,7 +24,7 @@ class AbstractState(NamedTuple):
     params: dict
     opt_state: Any
     shardings: tuple[Any, Any]
-    freezing: Freezing
+    freezing: TrainableFilter
 
 
 def abstract_state(

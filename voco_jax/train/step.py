@@ -13,7 +13,7 @@ from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import ROWS, axis_keys, axis_size, constrain
 from voco_jax.parallel.sharding import batch_spec
 from voco_jax.train.cross_entropy import label_cross_entropy
-from voco_jax.train.freeze import Freezing
+from voco_jax.train.freeze import TrainableFilter
 from voco_jax.train.guard import global_norm, was_bad
 
 
@@ -92,7 +92,7 @@ def loss_and_gradients(loss_of, trained: dict, batch: dict, pieces: int = 1):
 def make_train_step(
     graphdef,
     optimizer: optax.GradientTransformationExtraArgs,
-    freezing: Freezing = Freezing(),  # noqa: B008 (it is frozen)
+    freezing: TrainableFilter = TrainableFilter(),  # noqa: B008 (it is frozen)
     shardings=None,
     accumulate: int = 1,
 ):

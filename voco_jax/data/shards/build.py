@@ -109,20 +109,20 @@ def build(
     arguments: dict,
     rows: Sequence[range],
     num_workers: int,
-    max_bad_share: float,
+    max_skipped_fraction: float,
     on_records: Callable[[int], Any],
 ) -> Report:
     """Write all shards that are not there yet. `arguments` is all that their bytes depend on, for the manifest.
 
-    `on_records` hears of every so many records. UserError when more than `max_bad_share` are bad; the shards that are
-    whole then stay for another attempt.
+    `on_records` is called with the number of records done. UserError if more than `max_skipped_fraction` of the records
+    are skipped; the shards that are whole then stay for another attempt.
     """
     fingerprint = packer.source.fingerprint()
     names, total, reports = shard_names(len(rows)), sum(map(len, rows)), Report()
 
     def add(shard: int) -> None:
         reports.merge(Report.from_dict(_read_result(directory, names[shard])["report"]))
-        reports.check(max_bad_share, total, option="--max-bad-share")
+        reports.check(max_skipped_fraction, total, option="--max-skipped-fraction")
 
     with begin(directory, arguments, len(rows)) as manifest:
         done = [shard for shard, name in enumerate(names) if (directory / f"{name}{SHARD}").exists()]

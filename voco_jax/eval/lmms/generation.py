@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import dataclasses
 
 from voco_jax.errors import UserError
-from voco_jax.infer.answerer import GREEDY
+from voco_jax.infer.engine import GREEDY
 from voco_jax.infer.generate import Sampling
 
 # Values that change nothing here; any other is refused

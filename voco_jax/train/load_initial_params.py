@@ -17,7 +17,7 @@ from voco_jax.train.freeze import is_lora
 from voco_jax.train.state import AbstractState
 
 
-def first_params(
+def load_initial_params(
     config: ConfigDict, model_config: VoCoConfig, state: AbstractState, say: Callable[[str], None] = print
 ) -> tuple[dict, int | None]:
     """(parameters, step): those of the run to begin with, in this run's dtype and shards, and of which of its steps;

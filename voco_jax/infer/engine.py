@@ -47,7 +47,7 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
-class Answerer:
+class Engine:
     """A model with its tokenizer and prompt rules: pictures in, memories; questions in, answers.
 
     Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a mesh (which is
