@@ -44,10 +44,11 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     frames.add_argument("--fps", type=rate, metavar="F", help="frames a second instead")
     parser.add_argument("--max-frames", type=whole, metavar="N", help="with --fps: at most")
     parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
+    skipped = dict(dest="max_skipped_fraction", type=share, metavar="SHARE")
     parser.add_argument(
-        "--max-skipped-fraction", "--max-bad-share", type=share, default=0.01, metavar="SHARE",
-        help="most rows that may be skipped (default 0.01)",
-    )  # fmt: skip
+        "--max-skipped-fraction", default=0.01, help="most rows that may be skipped (default 0.01)", **skipped
+    )
+    parser.add_argument("--max-bad-share", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **skipped)  # its old name
     add_workers(parser)
 
 
