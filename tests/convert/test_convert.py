@@ -23,7 +23,8 @@ from voco_jax.models.build import abstract_model
 from voco_jax.train.loop import train
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tools import check_logits, convert_weights  # noqa: E402
+from tools import convert_weights  # noqa: E402
+from voco_jax.convert import check_logits  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENIZER = ["--tokenizer", DATA / "llama_tokenizer"]

@@ -11,13 +11,14 @@ from tests.data.test_video import write_clip
 from tests.helpers.bucket_server import bucket_server
 from tests.helpers.commands import run_main
 from tests.helpers.record_lists import data_config, make_batches
-from tools import build_records, convert_weights
+from tools import convert_weights
 from voco_jax import compress, evaluate, memory
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.conversations import TEMPLATES, Encoder
 from voco_jax.data.images import load_image
 from voco_jax.data.media import NEITHER, PICTURE, VIDEO, kind_of
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, Clip
+from voco_jax.data.shards import __main__ as build_records
 from voco_jax.data.sources import open_sources
 from voco_jax.data.sources.array_records import ArrayRecordSource
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource, question_turns

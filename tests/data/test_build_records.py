@@ -17,15 +17,15 @@ from PIL import Image
 import pytest
 
 from tests.helpers.commands import run_main
-from tools import build_records
 from voco_jax.data.records import BadRecord, Clip, Frames, Picture, Record
+from voco_jax.data.shards import __main__ as build_records
 from voco_jax.data.shards import build as building
 from voco_jax.data.shards.check import check_record
 from voco_jax.data.sources.array_records import ArrayRecordSource
 from voco_jax.data.video import read_frames
 from voco_jax.errors import UserError
 
-TOOL = Path(build_records.__file__)
+TOOL = Path(__file__).parents[2] / "tools" / "build_records.py"
 
 
 def package_files(package: str, directory: str) -> Path:

@@ -11,11 +11,11 @@ from PIL import Image
 import pytest
 
 from tests.helpers.commands import run_main
-from tools.make_video_questions import make_part
 from voco_jax import evaluate
 from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
 from voco_jax.config import source
+from voco_jax.data.make_video_questions import make_part
 from voco_jax.data.reports import Report
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import VideoQuestionSource

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import make_video_questions as made
 import voco_jax
 from voco_jax.api import Request
 from voco_jax.command_line import parse_command_line
 from voco_jax.config import source
+from voco_jax.data import make_video_questions as made
 from voco_jax.data.sources import easyvqa
 from voco_jax.train.loop import train
 

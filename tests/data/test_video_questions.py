@@ -13,13 +13,13 @@ from PIL import Image
 import pytest
 
 from configs import video_demo
-from tools import make_video_questions as made
+from voco_jax.data import make_video_questions as made
 from voco_jax.data.records import Clip
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 
-TOOL = Path(made.__file__)
+TOOL = Path(__file__).parents[2] / "tools" / "make_video_questions.py"
 AMOUNT = ("--train", "12", "--test", "8", "--pictures", "30")
 
 

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Does a converted checkpoint compute what the released code computes? Compare with recorded values.
+
+    python tools/check_logits.py --checkpoint RUN --golden golden.npz [--tolerance 1e-4]
+
+The golden file holds, for rows i = 0, 1, …: `rows{i}`, token ids in the released layout (-200 for the image); `images`
+[rows, 3, size, size], pixel values; `logits{i}`, the logits from the first token after the image on; and `gen`
+[rows, n], greedy tokens. `features` [rows, patches, width], if there, are the projected image features.
+Exit status 1 beyond the tolerance or where greedy tokens differ.
+"""
+
+import argparse
+from pathlib import Path
+import sys
+import zipfile
+import zlib
+
+import numpy as np
+
+from voco_jax.convert.golden import check
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.io.files import open_regular
+from voco_jax.terminal import printable
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, as to-jax writes")
+    parser.add_argument("--golden", type=Path, required=True, metavar="FILE.npz")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default 1e-4)")
+    args = parser.parse_args()
+    try:
+        with open_regular(args.golden) as stream, np.load(stream, allow_pickle=False) as file:
+            golden = dict(file)
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{args.golden}: not a readable npz file: {error}") from None
+    worst, greedy = 0.0, []
+    for line in check(args.checkpoint, golden, str(args.golden)):
+        worst_of = "" if line.worst is None else f": worst difference {line.worst:.3g}"
+        print(f"{printable(line.what)}{worst_of}")
+        if line.worst is not None:
+            worst = max(worst, line.worst) if line.worst == line.worst else float("nan")
+        greedy.append(line.agrees)
+    passed = worst <= args.tolerance and all(greedy)
+    print(f"worst difference {worst:.3g}, tolerance {args.tolerance:g}: {'passed' if passed else 'FAILED'}")
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()
