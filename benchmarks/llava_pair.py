@@ -22,9 +22,10 @@ from voco_jax.data.packing import pack_row
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
+from voco_jax.optim import make_schedule
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.optimizer import make_optimizer, make_schedule
+from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
 

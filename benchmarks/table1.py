@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from voco_jax.command_line import parse_command_line
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.train.optimizer import make_schedule
+from voco_jax.optim import make_schedule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
 

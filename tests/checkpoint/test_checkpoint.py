@@ -29,13 +29,13 @@ from voco_jax.checkpoint.checksums import (
 )
 from voco_jax.checkpoint.run import load_run
 from voco_jax.checkpoint.run_files import VERSIONS
+from voco_jax.checkpoint.workdir import open_workdir
 from voco_jax.config import default_config, load_config
 from voco_jax.convert.jax_checkpoint import of_newest
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.train.loop import train
 from voco_jax.train.metrics import MetricsLog
-from voco_jax.train.workdir import open_workdir
 
 
 def config(**keep):

@@ -19,7 +19,9 @@ from tests.helpers import tiny
 from tests.helpers.record_lists import ListSource, plain_picture, turns
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.init_from import begin_with_run
+from voco_jax.checkpoint.resume import continued, kept_values
 from voco_jax.checkpoint.run import load_run
+from voco_jax.checkpoint.workdir import check_workdir
 from voco_jax.config import load_config, save_config, source, sources
 from voco_jax.data.contents import contents_of, difference
 from voco_jax.data.from_config import make_model_config
@@ -35,9 +37,7 @@ from voco_jax.parallel.mesh import make_mesh
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.resume import continued, kept_values
 from voco_jax.train.state import abstract_state
-from voco_jax.train.workdir import check_workdir
 
 STEPS = 6
 LOW = dict(model__param_dtype="bfloat16", model__lora__rank=2, train__freeze="('vision_tower',)")

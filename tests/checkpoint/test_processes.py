@@ -23,7 +23,7 @@ def main(address, process, workdir, fault):
     from jax.sharding import NamedSharding, PartitionSpec as P
     from tests.helpers import tiny
     from voco_jax.data.tokenizer import train_tokenizer
-    from voco_jax.train import workdir as directories
+    from voco_jax.checkpoint import workdir as directories
     from voco_jax.checkpoint.checkpointer import Checkpointer
     from voco_jax.data.plan import Amount
     from voco_jax.train.goodput import Goodput

@@ -14,8 +14,8 @@ import pytest
 from tests.checkpoint.test_checkpoint import resume, save
 from tests.helpers.faults import Call, Child
 from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.checkpoint.workdir import checkpointed_steps
 from voco_jax.errors import UserError
-from voco_jax.train.workdir import checkpointed_steps
 
 BEGIN = """
 import contextlib

@@ -14,6 +14,7 @@ from tests.models.test_two_streams import make
 from tests.parallel.test_mesh_steps import ADAPTED
 from tests.parallel.test_meshes import BASE, random_batch
 from voco_jax.checkpoint.run import load_run
+from voco_jax.checkpoint.workdir import check_workdir
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.models import voco
@@ -21,7 +22,6 @@ from voco_jax.models.build import init_params
 from voco_jax.train.freeze import freezing_of
 from voco_jax.train.loop import train
 from voco_jax.train.step import label_loss
-from voco_jax.train.workdir import check_workdir
 
 
 def config_of(*freeze: str):

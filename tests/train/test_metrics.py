@@ -18,9 +18,9 @@ from tests.helpers import tiny
 from tests.train.test_goodput import Clock, wait_for_step
 from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
+from voco_jax.optim import make_schedule
 from voco_jax.train.goodput import CATEGORIES, Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
-from voco_jax.train.optimizer import make_schedule
 
 AMOUNT = Amount(conversations=12, tokens=700, images=3)
 SPEED = Speed(flops=6e12, peak=4e12, compress_length=100)  # a step takes 1.5 s at least

@@ -14,7 +14,8 @@ from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.train.optimizer import decayed, make_optimizer, make_schedule, muon_dimension_numbers
+from voco_jax.optim import make_schedule
+from voco_jax.train.optimizer import decayed, make_optimizer, muon_dimension_numbers
 
 
 def optim(**changes):

@@ -18,10 +18,10 @@ from tests.helpers import tiny
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.checkpoint.run import load_run
+from voco_jax.checkpoint.workdir import check_workdir
 from voco_jax.config import default_config, load_config, save_config, source, sources, sources_to_score
 from voco_jax.errors import UserError
 from voco_jax.train.loop import _set_up, train
-from voco_jax.train.workdir import check_workdir
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from voco_jax.attention import interpreted
 from voco_jax.checkpoint.checkpointer import Checkpointer, all_finite, newest_saved
 from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
+from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
+from voco_jax.checkpoint.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path
 from voco_jax.config import sources_to_score
 from voco_jax.data.from_config import make_processor
 from voco_jax.data.pipeline import Batches
@@ -42,11 +44,9 @@ from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
-from voco_jax.train.resume import BASE, base_of, continued, kept_values
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
-from voco_jax.train.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path
 
 
 class _Setup(NamedTuple):

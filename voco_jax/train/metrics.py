@@ -15,9 +15,9 @@ from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.paths import exists
+from voco_jax.optim import make_schedule
 from voco_jax.progress import Progress, describe, say
 from voco_jax.train.goodput import Goodput
-from voco_jax.train.optimizer import make_schedule
 from voco_jax.train.tensorboard import EventFile, write_all
 
 _HINT = "a lower optim.learning_rate may help"

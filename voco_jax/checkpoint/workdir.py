@@ -17,6 +17,7 @@ from typing import TextIO
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax.checkpoint.resume import BASE, check_same_run
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
@@ -34,7 +35,6 @@ from voco_jax.io.paths import (
 )
 from voco_jax.outages import passing
 from voco_jax.parallel.distributed import together
-from voco_jax.train.resume import BASE, check_same_run
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
 _LOGS = ("metrics.jsonl", "metrics.jsonl.new", "goodput.json", "goodput.json.new", "tensorboard", "answers", "profile")

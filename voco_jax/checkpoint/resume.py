@@ -19,7 +19,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, same_place
-from voco_jax.train.optimizer import make_schedule
+from voco_jax.optim import make_schedule
 
 BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
 
