@@ -119,7 +119,7 @@ class Trainer:
         jax.set_mesh(mesh)
         optimizer = make_optimizer(config)
         state = abstract_state(config, model_config, optimizer, mesh)
-        self._step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings)
+        self._step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings)
         self.params = init_params(model_config, config.seed, shardings=state.shardings[0])
         self.opt_state = init_opt_state(optimizer, self.params, state)
         self._batch = put_batch(mesh, random_batch(rows, 64, config))

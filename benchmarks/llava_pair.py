@@ -200,7 +200,7 @@ class Ours:
         optimizer = make_optimizer(config)
         with jax.set_mesh(self.mesh):
             state = abstract_state(config, model_config, optimizer, self.mesh)
-            self._step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings)
+            self._step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings)
             self.params = take_over(make_llava(shape), state.params)
             self.opt_state = init_opt_state(optimizer, self.params, state)
         self.batch = our_batch(shape, model_config, self.mesh, *conversations(shape))

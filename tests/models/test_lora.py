@@ -20,10 +20,10 @@ from voco_jax.errors import UserError
 from voco_jax.models.build import init_params
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.voco import Read
-from voco_jax.train.freeze import freezing_of
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import make_train_step
+from voco_jax.train.trainable import trainable_filter
 
 LORA = LoRAConfig(4, 12.0, LoRAConfig.TARGETS)
 ADAPTED = dataclasses.replace(BASE, lora=LORA)
@@ -88,9 +88,9 @@ def test_what_trains():
     config.train.freeze, config.optim.warmup_steps = ("vision_tower",), 0
     graphdef, params = make(ADAPTED)
     before, params = jax.tree.map(np.array, params), jax.tree.map(lambda x: x.copy(), params)  # steps take them over
-    optimizer, freezing = make_optimizer(config), freezing_of(config, ADAPTED)
-    step = make_train_step(graphdef, optimizer, freezing)
-    opt_state = optimizer.init(freezing.split(params)[0])
+    optimizer, trainable = make_optimizer(config), trainable_filter(config, ADAPTED)
+    step = make_train_step(graphdef, optimizer, trainable)
+    opt_state = optimizer.init(trainable.split(params)[0])
     trains = [leaf for keys, leaf in flatten_dict(params).items() if keys[0] == "projector" or "lora" in keys]
     assert sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == 2 * (sum(x.size for x in trains) + 32)
     for _ in range(2):
@@ -109,9 +109,9 @@ def test_parts_that_cannot_be_frozen():
     _, params = make(ADAPTED)
     config.train.freeze = ("llama.layers.q_proj.lora",)
     with pytest.raises(UserError, match="train.freeze: LoRA's matrices always train; found 'llama.layers.q_proj.lora'"):
-        freezing_of(config, ADAPTED).split(params)
+        trainable_filter(config, ADAPTED).split(params)
     config.train.freeze = ("llama",)  # is LoRA's own business, and no mistake
-    trained, _ = freezing_of(config, ADAPTED).split(params)
+    trained, _ = trainable_filter(config, ADAPTED).split(params)
     assert {keys[-1] for keys in flatten_dict(trained["llama"])} == {"lora_a", "lora_b", "voco_row"}
 
 

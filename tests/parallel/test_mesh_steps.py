@@ -16,10 +16,10 @@ from tests.parallel.test_meshes import BASE, assert_close, loss_and_gradients, m
 from voco_jax.config import default_config
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.freeze import freezing_of
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.state import abstract_state, init_opt_state
 from voco_jax.train.step import make_train_step
+from voco_jax.train.trainable import trainable_filter
 
 SCANNED = dataclasses.replace(BASE, unroll_layers=False, remat="full")
 ADAPTED = dataclasses.replace(SCANNED, lora=LoRAConfig(3, 6.0, LoRAConfig.TARGETS))
@@ -52,14 +52,14 @@ def a_step_is_that_of_one_device(case):
         optimizer = make_optimizer(config)
     graphdef, params = make(model)
     before, batch = jax.tree.map(np.array, params), random_batch(model)
-    freezing = freezing_of(config, model)
+    trainable = trainable_filter(config, model)
     copied = jax.tree.map(lambda x: x.copy(), params)
-    step = make_train_step(graphdef, optimizer, freezing)
-    alone, _, expected = step(copied, optimizer.init(freezing.split(copied)[0]), batch)
+    step = make_train_step(graphdef, optimizer, trainable)
+    alone, _, expected = step(copied, optimizer.init(trainable.split(copied)[0]), batch)
 
     with jax.set_mesh(mesh):
         state = abstract_state(config, model, optimizer, mesh)
-        step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate)
+        step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings, config.train.accumulate)
         params = jax.device_put(jax.tree.map(lambda x: x.copy(), params), state.shardings[0])
         opt_state = init_opt_state(optimizer, params, state)
         params, opt_state, metrics = step(params, opt_state, put_batch(mesh, batch))
@@ -67,7 +67,7 @@ def a_step_is_that_of_one_device(case):
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
     for leaf, abstract in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(state[1:3]), strict=True):
         assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim)
-    trained = flatten_dict(jax.eval_shape(lambda params: state.freezing.split(params)[0], params))
+    trained = flatten_dict(jax.eval_shape(lambda params: state.trainable.split(params)[0], params))
     for keys, leaf in flatten_dict(jax.device_get(params)).items():
         was, other = flatten_dict(before)[keys], flatten_dict(jax.device_get(alone))[keys]
         changed = leaf != was

@@ -198,7 +198,7 @@ def a_training_step_keeps_what_is_frozen_and_where_things_are():
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh):
         state = abstract_state(config, BASE, optimizer, mesh)
-        step = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings)
+        step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings)
         params = jax.device_put(make(BASE)[1], state.shardings[0])
         before = jax.device_get(params)
         opt_state = init_opt_state(optimizer, params, state)

@@ -11,8 +11,8 @@ from tests.models.test_two_streams import make
 from tests.parallel.test_meshes import BASE, assert_close, random_batch
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
-from voco_jax.train.guard import global_norm
 from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.skip_bad_updates import global_norm
 from voco_jax.train.step import label_loss, loss_and_gradients, make_train_step, split_batch
 
 SCANNED = dataclasses.replace(BASE, unroll_layers=False)

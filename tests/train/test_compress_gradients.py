@@ -19,9 +19,9 @@ from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.models import voco
 from voco_jax.models.build import init_params
-from voco_jax.train.freeze import freezing_of
 from voco_jax.train.loop import train
 from voco_jax.train.step import label_loss
+from voco_jax.train.trainable import trainable_filter
 
 
 def config_of(*freeze: str):
@@ -60,12 +60,12 @@ def test_the_gradient_is_the_read_streams(model, monkeypatch):
 
 def test_what_acts_through_memories_alone_is_frozen():
     _, params = make(BASE)
-    trained, frozen = freezing_of(config_of(), BASE).split(params)
+    trained, frozen = trainable_filter(config_of(), BASE).split(params)
     assert set(trained) == {"llama"} and set(frozen) == {"vision_tower", "projector"}
     # Not even the VoCo token's row of a frozen embedding, which would decay
-    trained, _ = freezing_of(config_of("vision_tower", "llama.embed_tokens"), BASE).split(params)
+    trained, _ = trainable_filter(config_of("vision_tower", "llama.embed_tokens"), BASE).split(params)
     assert set(trained) == {"llama"} and "embed_tokens" not in trained["llama"]
-    trained, _ = freezing_of(config_of(), ADAPTED).split(make(ADAPTED)[1])
+    trained, _ = trainable_filter(config_of(), ADAPTED).split(make(ADAPTED)[1])
     assert all("lora" in keys for keys in flatten_dict(trained))
 
 
@@ -73,9 +73,9 @@ def test_what_cannot_be():
     with pytest.raises(
         UserError, match="expected something to train, found llama, vision_tower, projector .some of it "
     ):
-        freezing_of(config_of("llama"), BASE).split(make(BASE)[1])
+        trainable_filter(config_of("llama"), BASE).split(make(BASE)[1])
     with pytest.raises(UserError, match="compress_gradients: expected True with compressor 'none', which has no comp"):
-        freezing_of(config_of(), dataclasses.replace(BASE, compressor="none"))
+        trainable_filter(config_of(), dataclasses.replace(BASE, compressor="none"))
 
 
 def test_a_run_trains_and_goes_on(tmp_path, capsys):

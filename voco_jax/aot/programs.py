@@ -94,7 +94,7 @@ def model_of(config: ConfigDict, tokenizer=None) -> VoCoConfig:
 def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config)
     state = abstract_state(config, model_config, optimizer, mesh)
-    function = make_train_step(state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate)
+    function = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings, config.train.accumulate)
     batch = abstract_batch(config)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
     rows, images, train = config.data.batch_size * config.data.rows_per_pack, _num_images(config), config.train

@@ -67,7 +67,7 @@ def projector_forward(c: VoCoConfig, images: int) -> float:
 def training_flops(
     c: VoCoConfig, rows: int, length: int, images: int, freeze: Sequence[str] = (), compress_gradients: bool = True
 ) -> float:
-    """A training step over read rows [rows, length] and images, `freeze` as in `train/freeze.py`.
+    """A training step over read rows [rows, length] and images, `freeze` as in `train/trainable.py`.
 
     A frozen part has no gradient of its own parameters; one that nothing before it trains has no backward pass. The
     VoCo token's row always trains, where there is one. Without `compress_gradients` images go forward alone.

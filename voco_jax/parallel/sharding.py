@@ -22,7 +22,7 @@ RULES = (
     (r"down_proj\.lora\.lora_a", (("tensor", *PARAMS), None), "intermediate_size rank"),
     (r"(o|down)_proj\.lora\.lora_b", (None, PARAMS), "rank hidden_size"),
     (r"embed_tokens\.embedding", ("tensor", PARAMS), "vocab_multiple hidden_size"),
-    (r"embed_tokens\.voco_row", (PARAMS,), "hidden_size"),  # see train/freeze.py
+    (r"embed_tokens\.voco_row", (PARAMS,), "hidden_size"),  # see train/trainable.py
     (r"lm_head\.kernel", (PARAMS, "tensor"), "hidden_size vocab_multiple"),
     (
         r"\b(q|k|v)_proj\.kernel|attention\.(query|key|value)\.kernel",

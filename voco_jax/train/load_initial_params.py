@@ -13,8 +13,8 @@ from voco_jax.config import load_config
 from voco_jax.io.paths import as_path
 from voco_jax.models.build import init_params
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
-from voco_jax.train.freeze import is_lora
 from voco_jax.train.state import AbstractState
+from voco_jax.train.trainable import is_lora
 
 
 def load_initial_params(

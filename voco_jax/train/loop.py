@@ -118,14 +118,14 @@ def _set_up(config: ConfigDict) -> _Setup:
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
         train_step = make_train_step(
-            state.graphdef, optimizer, state.freezing, state.shardings, config.train.accumulate
+            state.graphdef, optimizer, state.trainable, state.shardings, config.train.accumulate
         )
-        total, trained = _count(state.params), _count(state.freezing.trained(state.params))
+        total, trained = _count(state.params), _count(state.trainable.trained(state.params))
         some = f", {trained:,} of them trained" if trained != total else ""
         _say(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
         if note := interpreted(model_config.attention):
             _say(f"model: {note}")
-        if lost := lost_updates(config, state.freezing.trained(state.params)):
+        if lost := lost_updates(config, state.trainable.trained(state.params)):
             _say(lost)
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:

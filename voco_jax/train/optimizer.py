@@ -6,8 +6,8 @@ import optax
 
 from voco_jax.errors import UserError
 from voco_jax.optim import make_schedule
-from voco_jax.train.guard import guard
 from voco_jax.train.rounding import check_dtypes, rounded
+from voco_jax.train.skip_bad_updates import skip_bad_updates
 
 NAMES = ("adamw", "muon", "adafactor")
 FACTORED_FROM = 64  # both sides of a matrix, for Adafactor: a head is a side, the number of layers none
@@ -16,7 +16,7 @@ FACTORED_FROM = 64  # both sides of a matrix, for Adafactor: a head is a side, t
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, the optimizer of that name, decoupled weight decay, learning rate, that of each part.
 
-    All of it under a guard against bad steps (`train/guard.py`): `update` takes the loss as `value=`.
+    A bad step is skipped or reported (`train/skip_bad_updates.py`): `update` takes the loss as `value=`.
     """
     check_dtypes(config)
     optim, train = config.optim, config.train
@@ -30,7 +30,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     )
     if optim.rounding == "stochastic":
         chain = rounded(chain, config.seed)
-    return guard(chain, train.on_bad_step, train.spike_factor)
+    return skip_bad_updates(chain, train.on_bad_step, train.spike_factor)
 
 
 def _descend(optim: ConfigDict) -> optax.GradientTransformation:

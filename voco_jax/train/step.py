@@ -13,8 +13,8 @@ from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import ROWS, axis_keys, axis_size, constrain
 from voco_jax.parallel.sharding import batch_spec
 from voco_jax.train.cross_entropy import label_cross_entropy
-from voco_jax.train.freeze import TrainableFilter
-from voco_jax.train.guard import global_norm, was_bad
+from voco_jax.train.skip_bad_updates import global_norm, was_bad
+from voco_jax.train.trainable import TrainableFilter
 
 
 def label_loss(
@@ -92,7 +92,7 @@ def loss_and_gradients(loss_of, trained: dict, batch: dict, pieces: int = 1):
 def make_train_step(
     graphdef,
     optimizer: optax.GradientTransformationExtraArgs,
-    freezing: TrainableFilter = TrainableFilter(),  # noqa: B008 (it is frozen)
+    trainable: TrainableFilter = TrainableFilter(),  # noqa: B008 (it is frozen)
     shardings=None,
     accumulate: int = 1,
 ):
@@ -100,21 +100,22 @@ def make_train_step(
 
     What is frozen has no gradient; `opt_state` is of the rest, and `optimizer` one that `make_optimizer` made.
     `shardings` (of params, of opt_state) are those in which they come and leave, over the ambient mesh; `metrics` are
-    float32 scalars on every device: `loss`, `grad_norm` (before clipping) and `bad` (1.0: see `train/guard.py`).
+    float32 scalars on every device: `loss`, `grad_norm` (before clipping) and `bad` (1.0: see
+    `train/skip_bad_updates.py`).
     The batch is computed in `accumulate` pieces, one after the other.
     """
 
     def step(params, opt_state, batch):
-        trained, frozen = freezing.split(params)
+        trained, frozen = trainable.split(params)
 
         def loss_of(trained, batch, total=None):
-            params = freezing.merge(trained, frozen)
-            return label_loss(graphdef, params, batch, total, compress_gradients=freezing.compress_gradients)
+            params = trainable.merge(trained, frozen)
+            return label_loss(graphdef, params, batch, total, compress_gradients=trainable.compress_gradients)
 
         loss, gradients = loss_and_gradients(loss_of, trained, batch, accumulate)
         updates, new_state = optimizer.update(gradients, opt_state, trained, value=loss)
         metrics = {"loss": loss, "grad_norm": global_norm(gradients), "bad": was_bad(opt_state, new_state)}
-        return freezing.merge(optax.apply_updates(trained, updates), frozen), new_state, metrics
+        return trainable.merge(optax.apply_updates(trained, updates), frozen), new_state, metrics
 
     out_shardings = None if shardings is None else (*shardings, NamedSharding(jax.tree.leaves(shardings)[0].mesh, P()))
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)

@@ -63,7 +63,7 @@ class TrainableFilter:
         return self.base and keys[0] == "llama" or any(_is_in(path, keys) for path in self.paths)
 
 
-def freezing_of(config: ConfigDict, model_config: VoCoConfig) -> TrainableFilter:
+def trainable_filter(config: ConfigDict, model_config: VoCoConfig) -> TrainableFilter:
     """What `train.freeze`, `train.compress_gradients` and LoRA freeze; the VoCo token's row trains in models whose text
     has VoCo tokens. UserError where there is no compress stream to have gradients or not."""
     paths, has_voco = tuple(config.train.freeze), model_config.compressor in ("voco", "none")

@@ -11,9 +11,9 @@ from tests.models.test_two_streams import make
 from tests.parallel.test_meshes import BASE, random_batch
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
-from voco_jax.train.freeze import VOCO_ROW, freezing_of
 from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import label_loss, make_train_step
+from voco_jax.train.trainable import VOCO_ROW, trainable_filter
 
 TIED = dataclasses.replace(BASE, llama=dataclasses.replace(BASE.llama, tie_word_embeddings=True))
 EMBEDDING = ("llama", "embed_tokens", "embedding")
@@ -39,9 +39,9 @@ def test_steps_change_what_trains_and_nothing_else(model, freeze):
     config = config_of(*freeze)
     graphdef, params = make(model)
     before, params = jax.tree.map(np.array, params), jax.tree.map(lambda x: x.copy(), params)
-    freezing, optimizer = freezing_of(config, model), make_optimizer(config)
-    trained = flatten_dict(freezing.split(params)[0])
-    opt_state = optimizer.init(freezing.split(params)[0])
+    trainable, optimizer = trainable_filter(config, model), make_optimizer(config)
+    trained = flatten_dict(trainable.split(params)[0])
+    opt_state = optimizer.init(trainable.split(params)[0])
     assert sum(x.size for x in jax.tree.leaves(opt_state) if x.ndim) == 2 * sum(x.size for x in trained.values())
     has_row = model.compressor != "average_pool" and any(path.startswith("llama") for path in freeze)
     assert (VOCO_ROW in trained) == has_row
@@ -49,7 +49,7 @@ def test_steps_change_what_trains_and_nothing_else(model, freeze):
     batch["tokens"][:, 5] = model.voco_token_id  # uncompressed, they are in the text
     if model.compressor == "average_pool":
         batch["visual"] = np.where(batch["visual"] >= 0, batch["visual"] // BASE.num_voco_tokens, -1)
-    step = make_train_step(graphdef, optimizer, freezing)
+    step = make_train_step(graphdef, optimizer, trainable)
     for _ in range(2):
         params, opt_state, metrics = step(params, opt_state, batch)
     assert np.isfinite(float(metrics["loss"]))
@@ -67,9 +67,9 @@ def test_the_rows_gradient_is_the_embeddings():
     """Tied, so that it is a row of the head too."""
     graphdef, params = make(TIED)
     batch = random_batch(TIED)
-    freezing = freezing_of(config_of("llama"), TIED)
-    trained, frozen = freezing.split(params)
-    found = jax.jit(jax.grad(lambda t: label_loss(graphdef, freezing.merge(t, frozen), batch)))(trained)
+    trainable = trainable_filter(config_of("llama"), TIED)
+    trained, frozen = trainable.split(params)
+    found = jax.jit(jax.grad(lambda t: label_loss(graphdef, trainable.merge(t, frozen), batch)))(trained)
     expected = jax.jit(jax.grad(lambda p: label_loss(graphdef, p, batch)))(params)
     row = flatten_dict(expected)[EMBEDDING][TIED.voco_token_id]
     assert np.abs(row).max() > 0
@@ -79,8 +79,8 @@ def test_the_rows_gradient_is_the_embeddings():
 def test_split_and_merge_are_inverses():
     _, params = make(BASE)
     for freeze in ((), ("llama",), ("vision_tower", "llama.layers", "llama.embed_tokens.embedding")):
-        freezing = freezing_of(config_of(*freeze), BASE)
-        jax.tree.map(np.testing.assert_array_equal, freezing.merge(*freezing.split(params)), params)
+        trainable = trainable_filter(config_of(*freeze), BASE)
+        jax.tree.map(np.testing.assert_array_equal, trainable.merge(*trainable.split(params)), params)
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ def test_parts_that_cannot_be_frozen(freeze, message):
     model = dataclasses.replace(BASE, compressor="qformer")  # which has no VoCo token to train
     _, params = make(model)
     with pytest.raises(UserError, match=f"config.train.freeze: {message}"):
-        freezing_of(config_of(*freeze), model).split(params)
+        trainable_filter(config_of(*freeze), model).split(params)

@@ -16,9 +16,9 @@ from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.train.guard import WARM_UP, guard, was_bad
 from voco_jax.train.loop import train
 from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.skip_bad_updates import WARM_UP, skip_bad_updates, was_bad
 from voco_jax.train.state import abstract_state
 
 PARAMS = {"fc": {"kernel": jnp.array([[1.5, -0.0], [0.0, 3.0]]), "bias": jnp.ones(2)}}
@@ -86,7 +86,7 @@ def test_a_spike_is_a_multiple_of_the_mean_of_good_losses():
 
 
 def test_the_mean_forgets():
-    _, state, _ = steps(guard(optax.sgd(0.1)), [8.0] * 100 + [1.0] * 300)
+    _, state, _ = steps(skip_bad_updates(optax.sgd(0.1)), [8.0] * 100 + [1.0] * 300)
     assert 1.0 < float(state.mean_loss) < 1.02
 
 
@@ -113,9 +113,9 @@ def test_a_run_that_goes_on_remembers_what_was_normal(tmp_path):
     train(tiny.config(again, **changes))
     expected, found = stored(run, config, 40), stored(again, config, 40)
     assert bits(found) == bits(expected)
-    guarded = expected[1]
-    assert WARM_UP <= int(guarded.good_steps) < 40 and float(guarded.mean_loss) > 0
-    assert int(guarded.good_steps) == counts(guarded.inner)
+    skipping = expected[1]
+    assert WARM_UP <= int(skipping.good_steps) < 40 and float(skipping.mean_loss) > 0
+    assert int(skipping.good_steps) == counts(skipping.inner)
 
 
 def counts(inner) -> int:

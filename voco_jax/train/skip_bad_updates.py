@@ -13,18 +13,18 @@ WARM_UP = 20  # good steps, before which no loss is a spike
 MEMORY = 50  # steps that the running mean looks back over, about
 
 
-class GuardState(NamedTuple):
-    """Scalars of the guard beside the guarded optimizer's state."""
+class SkipState(NamedTuple):
+    """Scalars beside the wrapped optimizer's state."""
 
     mean_loss: jax.Array  # running mean of good losses, float32
     good_steps: jax.Array  # int32
     inner: Any
 
 
-def guard(
+def skip_bad_updates(
     inner: optax.GradientTransformation, action: str = "stop", spike_factor: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, told the loss (`value=`), with a `GuardState` that counts good steps; `inner` is told them (`step=`).
+    """`inner`, told the loss (`value=`), with a `SkipState` that counts good steps; `inner` is told them (`step=`).
 
     Bad is a loss or gradient norm that is not finite, and with a `spike_factor` above 0 a loss of more than so many
     times the running mean. With action 'skip' a bad step changes nothing: its updates are zeros, and the inner state
@@ -35,7 +35,7 @@ def guard(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        return GuardState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), inner.init(params))
+        return SkipState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(gradients, state, params=None, *, value, **extra):
         loss = jnp.asarray(value, jnp.float32)
@@ -51,12 +51,12 @@ def guard(
         weight = jnp.maximum(1 / (state.good_steps + 1), 1 / MEMORY)  # the plain mean, to begin with
         mean = jnp.where(bad, state.mean_loss, state.mean_loss + weight * (loss - state.mean_loss))
         count = state.good_steps + jnp.where(bad, 0, 1)
-        return updates, GuardState(mean, count, new_inner)
+        return updates, SkipState(mean, count, new_inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def was_bad(before: GuardState, after: GuardState) -> jax.Array:
+def was_bad(before: SkipState, after: SkipState) -> jax.Array:
     """1.0 (float32) if the step between the two states was bad."""
     return (after.good_steps == before.good_steps).astype(jnp.float32)
 
