@@ -37,16 +37,16 @@ class Progress:
             self._shown = self._clock()
             print(f"step {step}/{self._steps}  {text}", file=sys.stderr, flush=True)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line of its own."""
         if self._show:
-            say(line)
+            log(line)
 
     def close(self) -> None:
         self._bar.close()
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line on stderr, above the bar if there is one."""
     tqdm.write(printable(line), file=sys.stderr)
     sys.stderr.flush()

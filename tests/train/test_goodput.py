@@ -107,7 +107,7 @@ def test_what_jax_compiles_is_compilation():
 
 def run(file, clock, start, stop, *, checkpoint_every, seconds=2.0, said=None):
     """Steps of so many seconds each, each `note`d; ends as a killed process does: nothing is tidied up."""
-    goodput = Goodput(file, start, clock=clock, say=(said if said is not None else []).append)
+    goodput = Goodput(file, start, clock=clock, log=(said if said is not None else []).append)
     block = goodput.during("steps")
     block.__enter__()
     for step in range(start + 1, stop + 1):

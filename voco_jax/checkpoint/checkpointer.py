@@ -44,7 +44,7 @@ from voco_jax.io.paths import (
 )
 from voco_jax.outages import reason
 from voco_jax.parallel.distributed import texts_of_all, together
-from voco_jax.progress import say
+from voco_jax.progress import log
 
 _MARK = "commit_success.txt"  # of Orbax, in a bucket: its checkpoint is whole
 _PAUSES = (1, 5, 20)  # seconds before a save that an outage has ended is tried again
@@ -200,14 +200,14 @@ class Checkpointer:
         if alone:
             await_writers()  # or what they fail of would be taken for the next attempt's failure
         if alone and self._writing != "" and self._is_there(self._writing):
-            say(f"{self.directory}: an older checkpoint cannot be deleted: {reason(error)}")
+            log(f"{self.directory}: an older checkpoint cannot be deleted: {reason(error)}")
             self._manager, self._failure.error, self._again = None, None, False
             return False
         if not alone or not isinstance(line, TryAgain) or self._failed == len(_PAUSES):
             self._failure.error = self._failure.error or error
             raise line from error
         pause = _PAUSES[self._failed]
-        say(f"{line}; the one before is kept, and the next attempt made in {pause} s")
+        log(f"{line}; the one before is kept, and the next attempt made in {pause} s")
         self._failed += 1
         self._manager, self._failure.error, self._again = None, None, True
         time.sleep(pause)
@@ -241,10 +241,10 @@ class Checkpointer:
 
     # ---- Restoring ---------------------------------------------------------------------------------------------
 
-    def resume(self, params, opt_state, say: Callable[[str], None]) -> Restored | None:
+    def resume(self, params, opt_state, log: Callable[[str], None]) -> Restored | None:
         """The newest checkpoint that is as it was written; None where there is none at all.
 
-        What is newer and damaged is told by `say`, and put aside as `<step>.damaged`. UserError where all are damaged,
+        What is newer and damaged is told by `log`, and put aside as `<step>.damaged`. UserError where all are damaged,
         or it is another model's. Arrays come as the abstract values given say: shape, dtype, sharding.
         """
         found, damaged = self._newest(lambda step: self.restore(step, params, opt_state))
@@ -256,7 +256,7 @@ class Checkpointer:
                     damaged.append((step, error))
         self._put_aside([step for step, _ in damaged])
         for step, error in damaged:
-            say(f"{error}; it is kept as {step}.damaged, and step {found.step} taken")
+            log(f"{error}; it is kept as {step}.damaged, and step {found.step} taken")
         try:
             self._manager = self._manager or self._make_manager()
         except Exception as error:  # TensorStore, Orbax and the file system have kinds of their own

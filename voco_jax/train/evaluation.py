@@ -74,13 +74,13 @@ class Evaluator:
         params,
         mesh: Mesh,
         workdir: Path,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         """`training` are the batches trained on: tokenizer, shapes and the bins of this process are theirs. `params`
         may be shapes and dtypes. UserError for a test set that cannot be used; waits for no other process."""
         self._config, self._mesh, self._graphdef = config, mesh, graphdef
         self.sheets = workdir / "answers"
-        self._batches = open_test_data(config, training, say)
+        self._batches = open_test_data(config, training, log)
         self._normalize = jax.jit(training.loader.processor.normalize)
         self._loss = jax.jit(self._summed_loss, out_shardings=NamedSharding(mesh, P()))
         self._questions: list[Question] = []
@@ -91,7 +91,7 @@ class Evaluator:
             truths = {question.truth for question in self._questions}
             self._max_new_tokens = longest_answer(config.eval.max_new_tokens, truths, encoder.tokenizer)
             judged = sum(question.judged for question in self._questions)
-            say(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
+            log(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
 
     def fingerprint(self) -> str:
         """Of all that is looked at: it has to be the same in all processes (`check_same`)."""

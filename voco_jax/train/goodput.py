@@ -21,7 +21,7 @@ import jax
 
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
-from voco_jax.progress import say
+from voco_jax.progress import log
 
 # In the order in which they are told. 'setup' is all that belongs to no other: set-up, restoring, tidying up.
 CATEGORIES = ("steps", "setup", "compile", "data", "checkpoint", "evaluation", "profile", "lost")
@@ -55,14 +55,14 @@ class Goodput:
         *,
         since: float | None = None,
         clock: Callable[[], float] = time.monotonic,
-        say: Callable[[str], None] = say,
+        log: Callable[[str], None] = log,
     ):
         """Go on with the account in `path` where the run goes on after step `start`; after 0 it is a new one.
 
         With no `path` (other processes than the first) nothing is read or written. The account begins at `since`, by
-        the clock (seconds; None: now). `say` is told of a file that cannot be used: it never ends a run.
+        the clock (seconds; None: now). `log` is told of a file that cannot be used: it never ends a run.
         """
-        self._path, self.clock, self._say = path, clock, say
+        self._path, self.clock, self._log = path, clock, log
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._marks = {start: 0.0}  # seconds in steps that were kept, up to and with a step
         self._step = start
@@ -147,18 +147,18 @@ class Goodput:
             temporary.write_text(json.dumps(content) + "\n")
             os.replace(temporary, self._path)
         except OSError as error:
-            self._say(f"goodput: not written: {error}")
+            self._log(f"goodput: not written: {error}")
 
     # ---- The file that was there -------------------------------------------------------------------------------
 
     def _go_on(self, start: int) -> None:
         if not self._path.exists():
-            self._say(f"goodput: {self._path}: not found; counted from step {start} on")
+            self._log(f"goodput: {self._path}: not found; counted from step {start} on")
             return
         try:
             seconds, last, marks = _read(self._path)
         except UserError as error:
-            self._say(f"goodput: {error}; counted from step {start} on")
+            self._log(f"goodput: {error}; counted from step {start} on")
             return
         self._seconds |= seconds
         kept = _interpolated({last: seconds["steps"]} | marks, start)

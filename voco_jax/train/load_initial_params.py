@@ -18,7 +18,7 @@ from voco_jax.train.trainable import is_lora
 
 
 def load_initial_params(
-    config: ConfigDict, model_config: VoCoConfig, state: AbstractState, say: Callable[[str], None] = print
+    config: ConfigDict, model_config: VoCoConfig, state: AbstractState, log: Callable[[str], None] = print
 ) -> tuple[dict, int | None]:
     """(parameters, step): those of the run to begin with, in this run's dtype and shards, and of which of its steps;
     or random ones, and None.
@@ -32,7 +32,7 @@ def load_initial_params(
     fresh = model_config.lora is not None and not load_config(directory / "config.json").model.lora.rank
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
         step, params = checkpointer.restore_params(_part(state.params, lora=False) if fresh else state.params)
-    say(f"parameters: {config.init_from}, step {step}" + (", and LoRA's" if fresh else ""))
+    log(f"parameters: {config.init_from}, step {step}" + (", and LoRA's" if fresh else ""))
     if not fresh:
         return params, step
 

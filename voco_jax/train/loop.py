@@ -95,7 +95,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     config.data.test = sources_to_score(config.data)
     resuming = check_workdir(workdir, config)
     if note := kept_values(asked, config, workdir) if resuming else other_pixels(config):
-        _say(note)
+        log(note)
     mesh = make_mesh(config.mesh)
 
     optimizer = make_optimizer(config)  # first, for what can be wrong with it is known at once
@@ -103,7 +103,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Data
     shard = local_rows(mesh, config.data.batch_size)  # every process loads the rows of its own devices
     tokenizer, model_config, batches, longest = open_training_data(
-        config, run=workdir if resuming else None, shard=shard, say=_say
+        config, run=workdir if resuming else None, shard=shard, say=log
     )
     config.data.rows_per_pack = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
@@ -122,11 +122,11 @@ def _set_up(config: ConfigDict) -> _Setup:
         )
         total, trained = _count(state.params), _count(state.trainable.trained(state.params))
         some = f", {trained:,} of them trained" if trained != total else ""
-        _say(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
+        log(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
         if note := interpreted(model_config.attention):
-            _say(f"model: {note}")
+            log(f"model: {note}")
         if lost := lost_updates(config, state.trainable.trained(state.params)):
-            _say(lost)
+            log(lost)
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:
             _try_first_batch(config, batches, train_step, state)
@@ -137,7 +137,7 @@ def _set_up(config: ConfigDict) -> _Setup:
         found = f"found config.eval.every {config.eval.every}, num_batches {config.eval.num_batches}"
         raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
     if config.eval.every:
-        evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, _say)
+        evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, log)
     return _Setup(
         config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
     )
@@ -164,7 +164,7 @@ def _train(run: _Setup, begun: float) -> None:
             evaluator.sheets = workdir.logs / "answers"
         with (
             Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
-            MetricsLog(workdir.logs, start, config, goodput, _speed(run), batches.describe) as log,
+            MetricsLog(workdir.logs, start, config, goodput, _speed(run), batches.describe) as metrics_log,
             Profiler(workdir.logs, config.train, start, goodput) as profiler,
             goodput.during("steps"),
         ):
@@ -178,17 +178,17 @@ def _train(run: _Setup, begun: float) -> None:
                     if step == steps.start:
                         preemption.begin()  # not before: compiling may take minutes
                     done = step
-                    log.add(step, metrics, batches.amount(step - 1))
+                    metrics_log.add(step, metrics, batches.amount(step - 1))
                     profiler.after_step(step, metrics)
                 preempted, values = preemption.reached(step), None
                 if evaluator is not None and evaluator.due(step) and not preempted:  # which may take too long
-                    log.settle()
+                    metrics_log.settle()
                     with goodput.during("evaluation"):
                         values, *_ = evaluation = evaluator(step, params)
-                        log.evaluated(step, *evaluation)
+                        metrics_log.evaluated(step, *evaluation)
                 last = preempted or step == steps[-1]
                 if last or step % config.train.checkpoint_every == 0 or checkpointer.has_failed():
-                    log.settle()
+                    metrics_log.settle()
                     with goodput.during("checkpoint"):
                         _check_finite(params, step)
                         whole = False
@@ -201,31 +201,31 @@ def _train(run: _Setup, begun: float) -> None:
                     goodput.mark(step)
                 if last:
                     break
-            _say(goodput.summary())
+            log(goodput.summary())
         if step != steps[-1]:
-            _say(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")
+            log(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")
             raise Preempted
     if batches.report.bad or batches.report.odd:
         for line in batches.report.lines("conversations"):
-            _say(f"data, this process's since step {start}: {line}")
+            log(f"data, this process's since step {start}: {line}")
 
 
 def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     """(step, parameters, optimizer state) to go on from: the newest checkpoint's, or those of a new run at step 0."""
     config, state = run.config, run.state
-    restored = checkpointer.resume(state.params, state.opt_state, _say)
+    restored = checkpointer.resume(state.params, state.opt_state, log)
     if restored is None:
-        params, step = load_initial_params(config, run.model_config, state, _say)
+        params, step = load_initial_params(config, run.model_config, state, log)
         if config.init_from and jax.process_index() == 0:
             with bucket_errors(run.workdir):
                 (run.workdir / BASE).write_text(json.dumps(base_of(as_path(config.init_from), step)) + "\n")
         return 0, params, init_opt_state(run.optimizer, params, state)
     run.batches.set_state(restored.about["data"])
     progress = "complete" if restored.step == config.train.steps else "resuming"
-    _say(f"{run.workdir}: {progress}, at step {restored.step} of {config.train.steps}")
+    log(f"{run.workdir}: {progress}, at step {restored.step} of {config.train.steps}")
     for name, version in restored.about["versions"].items():
         if version != (now := VERSIONS[name]):
-            _say(f"{name} {now}: the checkpoint was made by {version}; from here on numbers may differ in rounding")
+            log(f"{name} {now}: the checkpoint was made by {version}; from here on numbers may differ in rounding")
     return restored.step, restored.params, restored.opt_state
 
 
@@ -270,7 +270,7 @@ def _check_positions(conversation: int, model_config) -> None:
             )
 
 
-def _say(line: str) -> None:
+def log(line: str) -> None:
     if jax.process_index() == 0:
         print(printable(line), flush=True)
 

@@ -16,7 +16,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.paths import exists
 from voco_jax.optim import make_schedule
-from voco_jax.progress import Progress, describe, say
+from voco_jax.progress import Progress, describe, log
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.tensorboard import EventFile, write_all
 
@@ -135,7 +135,7 @@ class MetricsLog:
             if sheet is not None:
                 self._events.picture(step, "eval/answers", sheet)
         parts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items() if value is not None]
-        self._progress.say("  ".join([f"step {step}/{self._train.steps}  evaluation", *parts]))
+        self._progress.log("  ".join([f"step {step}/{self._train.steps}  evaluation", *parts]))
 
     # ---- A line ------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class MetricsLog:
         self._skipped_in_a_row += 1
         if self._first:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "bad")
-            say(f"training: step {step} skipped: {numbers} ({self._describe(step - 1)})")
+            log(f"training: step {step} skipped: {numbers} ({self._describe(step - 1)})")
         if self._skipped_in_a_row > self._train.max_skipped:
             raise UserError(
                 f"training: {self._skipped_in_a_row} steps in a row were bad, up to step {step} "
@@ -247,7 +247,7 @@ def _drop_after(path: Path, step: int) -> None:
     *lines, unfinished = read_bytes(path).decode(errors="replace").split("\n")
     steps = [_step_of(line) for line in lines]
     if None in steps:
-        say(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
+        log(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
     kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
     if unfinished or len(kept) < len(lines):
         temporary = path.with_name(f"{path.name}.new")

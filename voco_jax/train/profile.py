@@ -15,7 +15,7 @@ import threading
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.progress import say
+from voco_jax.progress import log
 from voco_jax.train.goodput import Goodput
 
 
@@ -27,11 +27,11 @@ class Profiler:
     """
 
     def __init__(
-        self, workdir: Path, train: ConfigDict, start: int, goodput: Goodput, say: Callable[[str], None] = say
+        self, workdir: Path, train: ConfigDict, start: int, goodput: Goodput, log: Callable[[str], None] = log
     ):
-        """`start` is the step that the run goes on after. `say` is told what is traced and where it stands."""
+        """`start` is the step that the run goes on after. `log` is told what is traced and where it stands."""
         self._directory, self._at, self._steps = workdir / "profile", train.profile_at, train.profile_steps
-        self._start, self._end, self._goodput, self._say = start, train.steps, goodput, say
+        self._start, self._end, self._goodput, self._log = start, train.steps, goodput, log
         self._asked = False  # by a signal
         self._until, self._trace = 0, None  # the last step of the trace under way, and its directory
         self._step = contextlib.ExitStack()
@@ -41,7 +41,7 @@ class Profiler:
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGUSR1, self._on_signal) or signal.SIG_DFL
         if self._at and not self._start < self._at <= self._end and jax.process_index() == 0:
-            self._say(
+            self._log(
                 f"profile: no trace: steps {self._start + 1} to {self._end} are to come, train.profile_at = {self._at}"
             )
         return self
@@ -52,7 +52,7 @@ class Profiler:
         if self._trace is not None:
             self._stop()
         if self._asked:
-            self._say("profile: no trace: asked for after the last step")
+            self._log("profile: no trace: asked for after the last step")
         if self._previous is not None:
             signal.signal(signal.SIGUSR1, self._previous)
 
@@ -84,10 +84,10 @@ class Profiler:
                 trace.mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(str(trace))
         except Exception as error:  # of the file system, jax's, the profiler's own
-            self._say(f"profile: no trace: {_reason(error)}")
+            self._log(f"profile: no trace: {_reason(error)}")
             return
         self._trace = trace
-        self._say(f"profile: tracing steps {step} to {self._until}")
+        self._log(f"profile: tracing steps {step} to {self._until}")
 
     def _stop(self) -> None:
         trace, self._trace = self._trace, None
@@ -98,9 +98,9 @@ class Profiler:
                 raise FileNotFoundError(f"{trace}: nothing was written")
         except Exception as error:
             _forget_trace()
-            self._say(f"profile: no trace: {_reason(error)}")
+            self._log(f"profile: no trace: {_reason(error)}")
             return
-        self._say(
+        self._log(
             f"profile: written: {trace} (xprof --logdir={trace} shows it, https://ui.perfetto.dev the *.trace.json.gz "
             "in it)"
         )
