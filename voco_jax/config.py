@@ -140,6 +140,7 @@ def default_config() -> ConfigDict:
     # Whether gradients go through the compress stream. False: images' memories are constants, which the language model
     # learns to read; vision tower and projector, which act through them alone, are frozen as if `freeze` named them.
     config.train.compress_gradients = True
+    config.train.loss = "cross_entropy"  # what is minimised, by name (train/losses.py): 'cross_entropy' of the answers
     config.train.steps = 1000  # updates, each of a batch
     config.train.accumulate = 1  # pieces that a batch is computed in, one after the other, before an update
     config.train.on_bad_step = "stop"  # where the loss is not finite, or a spike: 'stop', or 'skip' the update
@@ -147,6 +148,7 @@ def default_config() -> ConfigDict:
     config.train.max_skipped = 10  # most steps in a row without an update; with more the run stops
     config.train.log_every = 20  # steps between lines of metrics.jsonl
     config.train.tensorboard = True  # write TensorBoard's files too
+    config.train.wandb = ""  # project of Weights & Biases to which metrics are logged too; "": none
     config.train.profile_at = 0  # step at which a profiler trace begins; 0: only on SIGUSR1
     config.train.profile_steps = 5  # steps of a trace
     config.train.checkpoint_every = 500  # steps between checkpoints; the last step has one always
@@ -240,6 +242,8 @@ ADDED_LATER = {
     "data.video.incomplete": True,
     "model.projector_layers": 2,
     "optim.rounding": "nearest",
+    "train.loss": "cross_entropy",
+    "train.wandb": "",
     **{
         f"data.{group}.{key}": value
         for group in ("processor", "custom_template", "limits")

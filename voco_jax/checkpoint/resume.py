@@ -25,7 +25,8 @@ BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters
 
 # What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
 _FREE = (
-    "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.profile_at", "train.profile_steps",
+    "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.wandb",
+    "train.profile_at", "train.profile_steps",
     "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best",
     "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_skipped_fraction",
     "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
