@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.machine import machine
 from tests.helpers.mix665k import mix665k, shared, unshared
 from voco_jax.config import default_config, source, sources
-from voco_jax.data.best_fit import BinShape, pack, suggest_images, usage
+from voco_jax.data.best_fit import PackShape, pack_items, suggest_images, usage
 from voco_jax.data.images import pad_to_square
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.records import Clip
@@ -80,10 +80,10 @@ def time_pictures(scratch: Path, count: int, rounds: int) -> dict:
         with contextlib.closing(open_pipeline(scratch, file, WORKERS)) as batches:
             speeds["voco_jax"].append(rate(counted(batches)))
     alone = open_pipeline(scratch, file, 0)
-    bins = alone.dataset()
+    packs = alone.dataset()
     alone.loader.map(alone.loader.plan[0])  # what happens once
     start = time.process_time()
-    held = sum(int((bins[i]["pixel_values"].max(axis=(2, 3, 4)) > 0).sum()) for i in range(4))
+    held = sum(int((packs[i]["pixel_values"].max(axis=(2, 3, 4)) > 0).sum()) for i in range(4))
     seconds = time.process_time() - start
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
@@ -249,17 +249,17 @@ def time_packing() -> list[dict]:
     figures = []
     for name, items in (("apart", unshared(mix)), ("together", shared(mix))):
         for rows in (1, 2, 4):
-            shape = BinShape(rows, 2048, suggest_images(*items, rows=rows, row_length=2048))
+            shape = PackShape(rows, 2048, suggest_images(*items, rows=rows, row_length=2048))
             start = time.perf_counter()
-            bins = pack(*items, shape)
+            packs = pack_items(*items, shape)
             spent = time.perf_counter() - start
-            use = usage(bins, items[0], items[2], shape)
+            use = usage(packs, items[0], items[2], shape)
             figures.append(
                 {
                     "records_of_a_picture": name,
                     "rows_per_pack": rows,
                     "images_per_pack": shape.images,
-                    "bins": len(bins.offsets) - 1,
+                    "packs": len(packs.offsets) - 1,
                     "tokens_used": round(use.tokens, 4),
                     "image_slots_used": round(use.images, 4),
                     "seconds": round(spent, 1),

@@ -22,7 +22,7 @@ def get_config():
         mix665k=source("llava", file="data/llava_v1_5_mix665k.json", images="data/images"),
     )
     config.data.test = sources()
-    config.data.batch_size = 4  # bins
+    config.data.batch_size = 4  # packs
     config.data.rows_per_pack = 4
     config.data.row_length = 2048
     config.data.images_per_pack = 20

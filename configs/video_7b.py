@@ -20,7 +20,7 @@ def get_config():
 
     config.data.train = sources(
         video_chatgpt=source("video_qa", file="data/VideoInstruct100K.json", videos="data/activitynet"),
-        # Pictures beside the clips keep what the image run can do. With layout "pack" bins without a clip are filled:
+        # Pictures beside the clips keep what the image run can do. With layout "pack" packs without a clip are filled:
         # mix665k=source("llava", file="data/llava_v1_5_mix665k.json", images="data/images", weight=0.1),
     )
     # config.data.layout = "pack"

@@ -17,7 +17,7 @@ def get_config():
         config.data.train.clips = source("video_qa", file="data/shape_clips/train.json", **clips)
         config.data.test.clips = source("video_qa", file="data/shape_clips/test.json", **clips)
     config.data.video.num_frames = 8
-    config.data.batch_size = 6  # bins, each of a clip with its questions, or of 8 pictures with theirs
+    config.data.batch_size = 6  # packs, each of a clip with its questions, or of 8 pictures with theirs
     config.data.images_per_pack = 8
     config.data.rows_per_pack = 9
 

@@ -13,11 +13,11 @@ def get_config():
     config.workdir = "runs/voco_7b_packed"
 
     config.data.layout = "pack"
-    config.data.batch_size = 8  # bins, one a chip of a v5p-16
+    config.data.batch_size = 8  # packs, one a chip of a v5p-16
     config.data.rows_per_pack = 4
     config.data.images_per_pack = 20  # what mix665k's mean lengths ask for (docs/data.md)
     config.data.share_images = False  # conversations about one picture come at different times, as in the recipe
 
     config.optim.warmup_steps = 240  # 3 %
-    config.train.steps = 8020  # two epochs of some 32,000 bins
+    config.train.steps = 8020  # two epochs of some 32,000 packs
     return config

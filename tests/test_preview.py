@@ -107,11 +107,11 @@ def test_text_as_it_can_be_drawn(llama_tokenizer, small_tokenizer):
     assert drawable("e\u0301 \U0001f600 \u0645 \u0007\t\ufe0f") == "é □ □ □→□"
 
 
-def batch_of(rows: int, bins: int, conversation: Sample, each: int, images: int = 12) -> dict[str, np.ndarray]:
+def batch_of(rows: int, packs: int, conversation: Sample, each: int, images: int = 12) -> dict[str, np.ndarray]:
     length = max(1, each * len(conversation))
     arrays = row(*[conversation] * each, length=length, first_visual=[i % max(1, images) for i in range(each)])
-    batch = {name: np.stack([x] * rows * bins) for name, x in arrays.items()}
-    return batch | {"pixel_values": np.full((bins, images, 8, 8, 3), 200, np.uint8)}
+    batch = {name: np.stack([x] * rows * packs) for name, x in arrays.items()}
+    return batch | {"pixel_values": np.full((packs, images, 8, 8, 3), 200, np.uint8)}
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_the_legend_of_several_tokens_a_picture(tmp_path, drawn):
     assert "▣1×2" in drawn and " the 2 tokens of picture 1   " in drawn
 
 
-def test_bins_of_their_own(tmp_path, drawn):
-    """Two bins of two rows; the second's are of other text, other images, and with more padding."""
+def test_packs_of_their_own(tmp_path, drawn):
+    """Two packs of two rows; the second's are of other text, other images, and with more padding."""
     rows = [row(sample("*aB", [0]), sample("cD"), length=10), row(length=10)]
     rows += [row(sample("***eF", [2, 3, 4]), length=10), row(sample("gHi"), length=10)]
     batch = {name: np.stack([x[name] for x in rows]) for name in rows[0]}
@@ -164,10 +164,10 @@ def test_bins_of_their_own(tmp_path, drawn):
     legend = drawn.index("trained on") + 2
     assert drawn[legend - 4 : legend - 2] == ["▣1", " picture 1   "]
     assert drawn[:2] == ["one", "two"] and drawn[legend:] == [
-        "bin 1", "conversations: 2   tokens: 5 of 20 (25.0%)   image slots: 1 of 5 (20.0%)", "▣1",
+        "pack 1", "conversations: 2   tokens: 5 of 20 (25.0%)   image slots: 1 of 5 (20.0%)", "▣1",
         "row 1", "padding: 5 of 10 (50.0%)", "1", "▣1", "a", "B", "2", "c", "D",
         "row 2", "padding: 10 of 10 (100.0%)",
-        "bin 2", "conversations: 2   tokens: 8 of 20 (40.0%)   image slots: 3 of 5 (60.0%)",
+        "pack 2", "conversations: 2   tokens: 8 of 20 (40.0%)   image slots: 3 of 5 (60.0%)",
         "▣3", "▣4", "▣5", "2 empty",
         "row 1", "padding: 5 of 10 (50.0%)", "1", "▣3", "▣4", "▣5", "e", "F",
         "row 2", "padding: 7 of 10 (70.0%)", "1", "g", "H", "i",
@@ -177,17 +177,17 @@ def test_bins_of_their_own(tmp_path, drawn):
 def test_the_demo(tmp_path, monkeypatch, capsys, drawn):
     out = tmp_path / "preview.png"
     changes = ["--config.data.batch_size=6", "--config.data.images_per_pack=2"]
-    arguments = [f"--config={tiny.CONFIG_FILE}", "--out", out, "--batch=7", "--bins=2", *changes]
+    arguments = [f"--config={tiny.CONFIG_FILE}", "--out", out, "--batch=7", "--packs=2", *changes]
     status, said, err = run_main(preview, monkeypatch, capsys, *arguments)
-    assert (status, err) == (0, "") and said.splitlines()[-1] == f"written: {out} (2 of 6 bins of batch 7)"
+    assert (status, err) == (0, "") and said.splitlines()[-1] == f"written: {out} (2 of 6 packs of batch 7)"
     assert drawn[:2] == [f"{tiny.CONFIG_FILE}, batch 7: step 8 of 850", " ".join(changes)]
-    assert drawn[2] == "6 bins × 4 rows × 18 tokens; 24 conversations; longest in the data: 18 tokens"
+    assert drawn[2] == "6 packs × 4 rows × 18 tokens; 24 conversations; longest in the data: 18 tokens"
     assert re.fullmatch(
         r"used: 8\d\.\d% of 432 tokens and 6 of 12 image slots; "
         r"in a whole epoch 85\.4% of the tokens and 50\.0% of the slots",
         drawn[3],
     )
-    assert drawn.count("bin 1") == drawn.count("bin 2") == 1 and "bin 3" not in drawn
+    assert drawn.count("pack 1") == drawn.count("pack 2") == 1 and "pack 3" not in drawn
     assert sum(s.startswith("padding: ") for s in drawn) == 8 and sum(s.endswith("</s>") for s in drawn) == 8
     data = open_training_data(parse_command_line(["", f"--config={tiny.CONFIG_FILE}", *changes]), say=lambda line: None)
     batch = next(itertools.islice(data.batches, 7, None))
@@ -196,7 +196,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys, drawn):
         for tokens, used in zip(batch["tokens"], batch["segment_ids"], strict=True)
     ]
     assert "▣1" in drawn and " picture 1   " in drawn  # of one token
-    runs = "".join(s for s in drawn[drawn.index("bin 1") :] if "USER" in s or s.endswith("</s>"))
+    runs = "".join(s for s in drawn[drawn.index("pack 1") :] if "USER" in s or s.endswith("</s>"))
     assert runs.replace("↵", "<voco>\n") == "".join(seen[: 2 * 4])
     with Image.open(out) as sheet:
         colors = {color: n for n, color in sheet.convert("RGB").getcolors(1 << 20)}
@@ -219,7 +219,7 @@ def test_colors_of_a_row():
     [
         (["--batch=-1"], "--batch: expected 0 to 849 (config.train.steps), found -1"),
         (["--batch=850"], "--batch: expected 0 to 849 (config.train.steps), found 850"),
-        (["--bins=0"], "--bins: expected at least 1, found 0"),
+        (["--packs=0"], "--packs: expected at least 1, found 0"),
         (["--out=preview.pdf"], "--out: expected a file ending in .png, found preview.pdf"),
         (["--out=nowhere/preview.png"], "--out: expected a file in a directory that is there"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
@@ -238,6 +238,6 @@ def test_what_cannot_be_shown(tmp_path, monkeypatch, capsys, arguments, message)
 
 def test_a_file_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "preview.png").symlink_to("/dev/full")
-    arguments = [f"--config={tiny.CONFIG_FILE}", "--bins=1", f"--out={tmp_path / 'preview.png'}"]
+    arguments = [f"--config={tiny.CONFIG_FILE}", "--packs=1", f"--out={tmp_path / 'preview.png'}"]
     status, _, err = run_main(preview, monkeypatch, capsys, *arguments)
     assert status == 2 and err.startswith("error: ") and "No space left" in err and err.count("\n") == 1

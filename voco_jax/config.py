@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict()  # devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave
     config.mesh.data = 1  # groups of devices with a copy of the weights each
     config.mesh.fsdp = -1  # devices over which the batch, the weights and the optimizer state are split
-    config.mesh.frame = 1  # devices over which the images of a bin are split
+    config.mesh.frame = 1  # devices over which the images of a pack are split
     config.mesh.tensor = 1  # devices over which heads and MLP width are split
 
     config.tokenizer = ConfigDict()  # with init_from that of the run
@@ -90,13 +90,13 @@ def default_config() -> ConfigDict:
     config.data.limits.picture_side = 16_384  # longer side of a picture, in pixels
     config.data.limits.row_bytes = 2**20  # bytes of a row of JSON: some 250,000 tokens
 
-    config.data.layout = "pack"  # conversations to bins by best fit, or 'group': one a bin, by modality and length
-    config.data.batch_size = 16  # bins a step: a bin is some read rows and the images that their text speaks of
+    config.data.layout = "pack"  # conversations to packs by best fit, or 'group': one a pack, by modality and length
+    config.data.batch_size = 16  # packs a step: a pack is some read rows and the images that their text speaks of
     config.data.images_per_pack = 1  # places for pictures, or frames of a clip; a record with more is left out
-    config.data.rows_per_pack = 0  # read rows of a bin; 0: chosen from the data, for the fewest tokens an epoch
+    config.data.rows_per_pack = 0  # read rows of a pack; 0: chosen from the data, for the fewest tokens an epoch
     config.data.row_length = 0  # tokens of a read row; 0: the length of the longest conversation
     config.data.conversations_per_record = 8  # conversations taken from a record, drawn anew each time; 0: all
-    config.data.share_images = True  # records about one picture go into one bin, which compresses it once
+    config.data.share_images = True  # records about one picture go into one pack, which compresses it once
     config.data.loss_weighting = "token"  # 'token': all labels count alike; 'conversation': all conversations do
 
     config.data.video = ConfigDict()  # which frames of a clip are looked at

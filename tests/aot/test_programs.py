@@ -164,7 +164,7 @@ def test_programs_hold_the_flops_of_the_formula(step, changes):
     ("step", "changes", "message"),
     [
         ("train", {"data.row_length": 0}, "config.data.row_length: expected the tokens of a row, found 0"),
-        ("train", {"data.rows_per_pack": 0}, "config.data.rows_per_pack: expected the rows of a bin, found 0"),
+        ("train", {"data.rows_per_pack": 0}, "config.data.rows_per_pack: expected the rows of a pack, found 0"),
         (
             "train",
             {"model.llama.num_attention_heads": 3},

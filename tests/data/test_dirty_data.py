@@ -97,7 +97,7 @@ def tokenizer_dir(small_tokenizer, tmp_path_factory) -> Path:
 
 
 def dirty_config(directory: Path, tokenizer_dir: Path, **changes):
-    """One source, `set.jsonl`; bins of one row and up to four pictures, a bin a batch."""
+    """One source, `set.jsonl`; packs of one row and up to four pictures, a pack a batch."""
     config = default_config()
     with config.unlocked():
         config.tokenizer.source = str(tokenizer_dir)
@@ -127,7 +127,7 @@ class Epoch:
         data = open_training_data(config, say=self.said.append)
         batches, self.arrived = data.batches, []
         loader = batches.loader
-        for _ in loader.plan.bins(0):
+        for _ in loader.plan.packs(0):
             batch = next(batches)
             tokens, segments, visual = (batch[name][0] for name in ("tokens", "segment_ids", "visual"))
             for segment in range(1, segments.max() + 1):
@@ -491,7 +491,7 @@ def test_a_video_that_grows(tmp_path, tokenizer_dir):
     write_rows(tmp_path, [about(video="a.mp4"), about(video="b.mp4")])
     config = dirty_config(tmp_path, tokenizer_dir, images_per_pack=3)
     batches = open_training_data(config, say=lambda line: None).batches
-    assert len(batches.loader.plan.bins(0)) == 1
+    assert len(batches.loader.plan.packs(0)) == 1
     for name in "ab":
         (tmp_path / "pictures" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=5))
     batch = next(batches)
@@ -548,7 +548,7 @@ def test_a_picture_and_a_video_of_one_name(tmp_path, tokenizer_dir):
     config = dirty_config(tmp_path, tokenizer_dir, images_per_pack=8)
     epoch = Epoch(config)
     assert epoch.trained.bad == {"unreadable picture": 1} and len(epoch.arrived) == 1
-    assert len(epoch.plan.bins(0)) == 1 and len({p.item for p in epoch.plan[0]}) == 2
+    assert len(epoch.plan.packs(0)) == 1 and len({p.item for p in epoch.plan[0]}) == 2
 
 
 def test_deep_values_in_turns(tmp_path, tokenizer_dir):
@@ -563,7 +563,7 @@ def test_deep_values_in_turns(tmp_path, tokenizer_dir):
 
 
 def test_threads_at_an_epochs_border(small_tokenizer, tmp_path, monkeypatch):
-    """Threads that ask for bins of epochs not planned yet plan each of them once."""
+    """Threads that ask for packs of epochs not planned yet plan each of them once."""
     records = [Record(conversations=[turns(f"what is {i}?", "a cat")]) for i in range(4)]
     data = data_config(batch_size=1, rows_per_pack=1, row_length=30, images_per_pack=0)
     encoder = Encoder(small_tokenizer, TEMPLATES["bare"], 1, 1, True)

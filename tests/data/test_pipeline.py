@@ -41,7 +41,7 @@ def source():
 
 
 def packed(**changes):
-    """Bins of two rows of 80 tokens (some four conversations each) and five images."""
+    """Packs of two rows of 80 tokens (some four conversations each) and five images."""
     keys = dict(batch_size=4, rows_per_pack=2, row_length=80, images_per_pack=5, conversations_per_record=0)
     return data_config(**keys | changes)
 
@@ -90,14 +90,14 @@ def test_a_batch(source, encoder, small_tokenizer, tmp_path):
 
 def test_one_compression_serves_all_conversations_about_a_picture(source, encoder, tmp_path):
     for batch in [next(make_batches([source], encoder, packed(), tmp_path))]:
-        for bin_ in greys(batch):
-            shown = [grey for grey in bin_ if grey]
+        for pack_ in greys(batch):
+            shown = [grey for grey in pack_ if grey]
             assert len(set(shown)) == len(shown)
 
 
 def test_every_conversation_of_an_epoch_arrives_once(source, encoder, small_tokenizer, tmp_path):
     batches = make_batches([source], encoder, packed(batch_size=1), tmp_path)
-    epoch = batches.loader.plan.bins(0)
+    epoch = batches.loader.plan.packs(0)
     found = Counter(q for _ in epoch for q in questions(next(batches), small_tokenizer))
     assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40)})
     assert batches.report.seen == sum(found.values()) and not batches.report.bad
@@ -218,7 +218,7 @@ def test_hosts_come_and_go(source, encoder, small_tokenizer, tmp_path):
     data = packed()
     whole = make_batches([source], encoder, data, tmp_path)
     found, state = Counter(), whole.get_state()
-    bins = len(whole.loader.plan.bins(0))
+    packs = len(whole.loader.plan.packs(0))
     for hosts in (1, 2, 4, 4):
         shares = [range(h * 4 // hosts, (h + 1) * 4 // hosts) for h in range(hosts)]
         parts = [make_batches([source], encoder, data, tmp_path, shard=share) for share in shares]
@@ -231,10 +231,10 @@ def test_hosts_come_and_go(source, encoder, small_tokenizer, tmp_path):
         assert all(s == states[0] for s in states)
         state = states[0]
         found.update(questions(expected, small_tokenizer))
-    assert bins <= 16
+    assert packs <= 16
     first_epoch = Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40)})
     assert not first_epoch - found  # and what is more belongs to the next epoch
-    later = sum(whole.loader.plan.amount(range(i, i + 1)).conversations for i in range(bins, 16))
+    later = sum(whole.loader.plan.amount(range(i, i + 1)).conversations for i in range(packs, 16))
     assert sum(found.values()) == sum(first_epoch.values()) + later
 
 
@@ -269,14 +269,14 @@ def test_what_cannot_be_loaded_leaves_its_place_empty(source, encoder, small_tok
     broken = ListSource([*source.records[:4], *gone, *source.records[5:]])
     data = packed(batch_size=1, max_skipped_fraction=0.05)
     batches = make_batches([broken], encoder, data, tmp_path)
-    found = Counter(q for _ in batches.loader.plan.bins(0) for q in questions(next(batches), small_tokenizer))
+    found = Counter(q for _ in batches.loader.plan.packs(0) for q in questions(next(batches), small_tokenizer))
     assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40) if i != 4})
     assert batches.report.bad == {"missing file": 2} and batches.report.seen == sum(found.values()) + 2
     assert batches.report.examples["missing file"] == [f"list[4]: {tmp_path / 'gone.png'}: not found"]
 
     strict = make_batches([broken], encoder, packed(batch_size=1, max_skipped_fraction=0.01), tmp_path)
     with pytest.raises(UserError, match=r"data: 2 of the first \d+ records cannot be used.*missing file: list\[4\]"):
-        for _ in strict.loader.plan.bins(0):
+        for _ in strict.loader.plan.packs(0):
             next(strict)
 
 

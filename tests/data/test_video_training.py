@@ -39,7 +39,7 @@ def config(**video):
 
 
 def frames_of(batch) -> list[np.ndarray]:
-    return [pixels for bin_ in batch["pixel_values"] for pixels in bin_ if pixels.any()]
+    return [pixels for pack_ in batch["pixel_values"] for pixels in pack_ if pixels.any()]
 
 
 def expected_frames(name: str, times) -> list[np.ndarray]:
@@ -49,7 +49,7 @@ def expected_frames(name: str, times) -> list[np.ndarray]:
 def test_frames_stand_in_the_slots_in_order(source, encoder, small_tokenizer, tmp_path):
     batches = make_batches([source], encoder, config(), tmp_path, size=16)
     batch = next(batches)
-    assert len(batches.loader.plan.bins(0)) == 1 and not batches.report.bad
+    assert len(batches.loader.plan.packs(0)) == 1 and not batches.report.bad
     found = frames_of(batch)
     assert len(found) == 8
     for row in range(2):
@@ -104,12 +104,12 @@ def test_frames_by_rate(source, encoder, tmp_path):
     batches = make_batches([source], encoder, data, tmp_path, size=16)
     lengths = {name: probe(Clip(CLIPS / f"{name}.mp4")).duration for name in NAMES}
     expected = sum(min(5, round(duration)) for duration in lengths.values())
-    assert sum(len(frames_of(next(batches))) for _ in batches.loader.plan.bins(0)) == expected
+    assert sum(len(frames_of(next(batches))) for _ in batches.loader.plan.packs(0)) == expected
 
 
 def test_more_frames_than_a_bin_has_places(source, encoder, tmp_path):
     batches = make_batches([source, source], encoder, config(num_frames=8), tmp_path, size=16)
-    assert len(batches.loader.plan.bins(0)) == 4
+    assert len(batches.loader.plan.packs(0)) == 4
     with pytest.raises(ValueError, match="zero-size|empty"):  # nothing is left: the index holds no record
         make_batches([source], encoder, config(num_frames=9), tmp_path, size=16)
 

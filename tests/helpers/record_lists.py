@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.config import default_config
-from voco_jax.data.best_fit import BinShape
+from voco_jax.data.best_fit import PackShape
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.index import make_index
-from voco_jax.data.pipeline import Batches, BinLoader
+from voco_jax.data.pipeline import Batches, PackLoader
 from voco_jax.data.plan import Plan
 from voco_jax.data.records import Picture, Record
 from voco_jax.data.samples import SampleMaker
@@ -65,14 +65,14 @@ def make_batches(
     plan = Plan(
         indices,
         weights or [1.0] * len(indices),
-        BinShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack),
+        PackShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack),
         seed=seed,
         layout=data.layout,
         batch_size=data.batch_size,
         conversations_per_record=data.conversations_per_record,
         share_images=data.share_images,
     )
-    loader = BinLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, data)
+    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, data)
     return Batches(loader, data.batch_size, shard, num_batches)
 
 

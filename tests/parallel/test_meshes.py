@@ -114,7 +114,7 @@ def loss_and_gradients_are_those_of_one_device(case):
 
 
 def a_batch_in_pieces_is_the_batch():
-    """Four of them, each device's own bins cut up; and they stay where they are."""
+    """Four of them, each device's own packs cut up; and they stay where they are."""
     config, mesh = dataclasses.replace(BASE, unroll_layers=False), mesh_of((1, 2, 2, 2))
     graphdef, params = make(config)
     loss_of = functools.partial(label_loss, graphdef)

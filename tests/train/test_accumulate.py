@@ -19,7 +19,7 @@ SCANNED = dataclasses.replace(BASE, unroll_layers=False)
 
 
 def test_pieces_keep_rows_with_their_images():
-    """Rows of a bin (here two) and its pictures are in one piece, in their order."""
+    """Rows of a pack (here two) and its pictures are in one piece, in their order."""
     batch = random_batch(BASE)
     pieces = split_batch(batch, 4)
     assert pieces["tokens"].shape == (4, 4, 128) and pieces["pixel_values"].shape[:2] == (4, 2)
@@ -52,7 +52,7 @@ def test_a_training_step_in_pieces():
     assert found[0]["grad_norm"] > 0 and found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_bins_that_do_not_divide():
+def test_packs_that_do_not_divide():
     message = "config.data.batch_size: expected a multiple of 3, train.accumulate; found 8"
     with pytest.raises(UserError, match=message):
         split_batch(random_batch(BASE), 3)

@@ -63,7 +63,7 @@ def test_set(tmp_path_factory) -> dict:
 def config_of(workdir, test_set, kind="llava", keys=None, **changes):
     """The test set is what is trained on too: its words are the tokenizer's. Two batches hold it all."""
     changes = dict(
-        data__batch_size=4, data__images_per_bin=2, data__rows_per_bin=1, data__row_length=90, eval__every=5,
+        data__batch_size=4, data__images_per_pack=2, data__rows_per_pack=1, data__row_length=90, eval__every=5,
         eval__max_new_tokens=4, eval__batch_size=4, data__cache_dir=workdir, model__llama__vocab_multiple=2,
     ) | changes  # fmt: skip
     config = tiny.config(workdir, **changes)
@@ -266,7 +266,7 @@ def test_questions_about_clips(tmp_path):
     rows = [{"video": f"{name}.mp4", "question": f"what is {name}?", "answer": "a cat"} for name in CLIP_NAMES]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     clips = dict(file=str(tmp_path / "rows.json"), videos=str(CLIPS))
-    changes = dict(data__images_per_bin=3, data__row_length=120, data__video__num_frames=3, data__template="bare")
+    changes = dict(data__images_per_pack=3, data__row_length=120, data__video__num_frames=3, data__template="bare")
     config = config_of(tmp_path, None, kind="video_qa", keys=clips, data__video__timestamps=True, **changes)
     evaluator, _, _, data, _ = make(config, tmp_path)
     assert len(evaluator._questions) == len(CLIP_NAMES)

@@ -277,7 +277,7 @@ def main() -> None:
 
 
 def with_shape(config: ConfigDict) -> ConfigDict:
-    """The config with rows of a bin and their length, where these are 0, as the training set has them.
+    """The config with rows of a pack and their length, where these are 0, as the training set has them.
 
     UserError where the data are not on this machine.
     """

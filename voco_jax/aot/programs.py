@@ -54,13 +54,13 @@ class Program:
 def make_program(config: ConfigDict, step: str, mesh: Mesh, tokenizer=None) -> Program:
     """One of `STEPS` for a config over a mesh; UserError for shapes that the mesh does not divide.
 
-    A batch is `data.batch_size` bins of `images_per_pack` images and `rows_per_pack` rows of `row_length`
+    A batch is `data.batch_size` packs of `images_per_pack` images and `rows_per_pack` rows of `row_length`
     tokens. 'compress' takes the images, 'read' puts their slots into a cache of `row_length` places and reads the text
     of the rest, 'decode' is one more token a row. `tokenizer`: as for `model_of`.
     """
     if step not in STEPS:
         raise UserError(f"step: expected one of {', '.join(STEPS)}; found {step!r}")
-    for key, what in (("row_length", "tokens of a row"), ("rows_per_pack", "rows of a bin")):
+    for key, what in (("row_length", "tokens of a row"), ("rows_per_pack", "rows of a pack")):
         if not config.data[key]:
             raise UserError(f"config.data.{key}: expected the {what}, found 0 (no data is read here)")
     with jax.set_mesh(mesh):

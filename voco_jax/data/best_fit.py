@@ -1,12 +1,12 @@
-"""Which items go together in a bin: a plan that fills read rows and image slots at once.
+"""Which items go together in a pack: a plan that fills read rows and image slots at once.
 
-An item is n images (0, 1, or many for a video) and the conversations about them. It goes whole into one bin, each of
-its conversations whole into one of the bin's rows. A bin has two budgets, tokens (in rows) and image slots. Filling
-it by tokens alone fails: bins of long items waste slots and bins of short ones waste tokens. Here every bin is to look
-like the items still waiting, in tokens for each image, until few items are missing; these are found by best fit.
+An item is n images (0, 1, or many for a video) and the conversations about them. It goes whole into one pack, each of
+its conversations whole into one of the pack's rows. A pack has two budgets, tokens (in rows) and image slots. Filling
+it by tokens alone fails: packs of long items waste slots and packs of short ones waste tokens. Here every pack is to
+look like the items still waiting, in tokens for each image, until few items are missing; these are found by best fit.
 
-Bins are filled one after the other from a pool of the next few thousand items, so an item stays near its place in the
-shuffled order. The oldest item in the pool opens each bin: none waits long, and long items are spread over the bins.
+Packs are filled one after the other from a pool of the next few thousand items, so an item stays near its place in the
+shuffled order. The oldest item in the pool opens each pack: none waits long, and long items are spread over the packs.
 Only integers are compared, and nothing is drawn at random: the plan is the same on every machine.
 """
 
@@ -23,56 +23,56 @@ SAMPLE = 20_000  # items from which a shape is judged
 
 
 @dataclasses.dataclass(frozen=True)
-class BinShape:
-    """What a bin holds: `rows` read rows of `row_length` tokens, and `images` image slots."""
+class PackShape:
+    """What a pack holds: `rows` read rows of `row_length` tokens, and `images` image slots."""
 
     rows: int
     row_length: int
     images: int
 
 
-class Bins(NamedTuple):
-    """Bin b holds `items[offsets[b]:offsets[b + 1]]`. All int64."""
+class Packs(NamedTuple):
+    """Pack b holds `items[offsets[b]:offsets[b + 1]]`. All int64."""
 
-    offsets: np.ndarray  # [bins + 1]
-    items: np.ndarray  # [n], each item once, in the order of the bins
-    rows: np.ndarray  # [m], the row of every conversation within its bin, in the order of `pack`'s `lengths`
+    offsets: np.ndarray  # [packs + 1]
+    items: np.ndarray  # [n], each item once, in the order of the packs
+    rows: np.ndarray  # [m], the row of every conversation within its pack, in the order of `pack_items`'s `lengths`
 
 
 class Usage(NamedTuple):
-    """Parts of all bins' budgets that hold something, from 0 to 1."""
+    """Parts of all packs' budgets that hold something, from 0 to 1."""
 
     tokens: float
     images: float
 
 
-def pack(
-    num_images: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, shape: BinShape, pool_size: int = POOL_SIZE
-) -> Bins:
-    """Items in shuffled order to bins: every item once, no budget exceeded.
+def pack_items(
+    num_images: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, shape: PackShape, pool_size: int = POOL_SIZE
+) -> Packs:
+    """Items in shuffled order to packs: every item once, no budget exceeded.
 
     `num_images` [n] counts each item's images; item i's conversations have `lengths[offsets[i]:offsets[i + 1]]` tokens
     (`offsets` [n + 1], `lengths` [m]; integers). Raises ValueError where an item has no conversation, or does not fit
-    into an empty bin: too many images, or first-fit decreasing finds no row for one of its conversations.
+    into an empty pack: too many images, or first-fit decreasing finds no row for one of its conversations.
 
-    >>> bins = pack([1, 1, 0, 1], [0, 1, 2, 3, 4], [6, 7, 4, 3], BinShape(rows=1, row_length=10, images=2))
-    >>> [bins.items[start:end].tolist() for start, end in zip(bins.offsets, bins.offsets[1:])]
+    >>> packs = pack_items([1, 1, 0, 1], [0, 1, 2, 3, 4], [6, 7, 4, 3], PackShape(rows=1, row_length=10, images=2))
+    >>> [packs.items[start:end].tolist() for start, end in zip(packs.offsets, packs.offsets[1:])]
     [[0, 2], [1, 3]]
     """
     items = _Items(num_images, offsets, lengths, shape)
     pool = _Pool(items, max(pool_size, 1))
-    bin_offsets, order, rows = [0], [], [0] * len(items.lengths)
+    pack_offsets, order, rows = [0], [], [0] * len(items.lengths)
     while pool.waiting:
-        for item, item_rows in _Bin(items, pool, shape).fill():
+        for item, item_rows in _Pack(items, pool, shape).fill():
             order.append(item)
             rows[items.offsets[item] : items.offsets[item + 1]] = item_rows
-        bin_offsets.append(len(order))
-    return Bins(*(np.array(values, np.int64) for values in (bin_offsets, order, rows)))
+        pack_offsets.append(len(order))
+    return Packs(*(np.array(values, np.int64) for values in (pack_offsets, order, rows)))
 
 
-def usage(bins: Bins, num_images: np.ndarray, lengths: np.ndarray, shape: BinShape) -> Usage:
-    """How much of the budgets of all bins, the last included, is used; a budget of nothing counts as used."""
-    count = len(bins.offsets) - 1
+def usage(packs: Packs, num_images: np.ndarray, lengths: np.ndarray, shape: PackShape) -> Usage:
+    """How much of the budgets of all packs, the last included, is used; a budget of nothing counts as used."""
+    count = len(packs.offsets) - 1
     tokens, images = count * shape.rows * shape.row_length, count * shape.images
     return Usage(int(np.sum(lengths)) / tokens if tokens else 1.0, int(np.sum(num_images)) / images if images else 1.0)
 
@@ -80,11 +80,11 @@ def usage(bins: Bins, num_images: np.ndarray, lengths: np.ndarray, shape: BinSha
 def suggest_images(
     num_images: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, rows: int, row_length: int, slot_cost: int = 600
 ) -> int:
-    """The number of image slots a bin with which packing these items costs least; 0 where they have no images.
+    """The number of image slots a pack with which packing these items costs least; 0 where they have no images.
 
-    Arguments as `pack`'s. More slots than the items' mix needs stand empty; with fewer, tokens do. What is better
+    Arguments as `pack_items`'s. More slots than the items' mix needs stand empty; with fewer, tokens do. What is better
     depends on `slot_cost`, the work of a slot in read tokens (to compress 576 patches is to read as many). Numbers of
-    slots near the mix's are tried on the first items. ValueError as `pack`, where one of those does not fit.
+    slots near the mix's are tried on the first items. ValueError as `pack_items`, where one of those does not fit.
 
     >>> suggest_images([1, 1, 0, 1], [0, 1, 2, 3, 4], [6, 7, 4, 3], rows=1, row_length=10)
     2
@@ -99,8 +99,8 @@ def suggest_images(
     tried = {max(least, rows * row_length * images * part // (100 * tokens) + 1) for part in range(75, 126, 5)}
 
     def cost(images: int) -> int:
-        bins = len(pack(*sample, BinShape(rows, row_length, images)).offsets) - 1
-        return bins * (rows * row_length + images * slot_cost)
+        packs = len(pack_items(*sample, PackShape(rows, row_length, images)).offsets) - 1
+        return packs * (rows * row_length + images * slot_cost)
 
     return min(sorted(tried), key=cost)
 
@@ -122,9 +122,9 @@ def first_fit(lengths: Sequence[int], left: Sequence[int]) -> list[int] | None:
 
 
 class _Items:
-    """The arguments of `pack` as lists, checked; and how an item's conversations go into rows."""
+    """The arguments of `pack_items` as lists, checked; and how an item's conversations go into rows."""
 
-    def __init__(self, num_images, offsets, lengths, shape: BinShape):
+    def __init__(self, num_images, offsets, lengths, shape: PackShape):
         num_images, offsets, lengths = (np.asarray(x, np.int64) for x in (num_images, offsets, lengths))
         if len(offsets) != len(num_images) + 1 or offsets[0] != 0 or offsets[-1] != len(lengths):
             raise ValueError(f"offsets: expected {len(num_images) + 1} from 0 to {len(lengths)}")
@@ -207,19 +207,19 @@ class _Pool:
                 yield same[i] % self._count
 
 
-class _Bin:
-    """A bin being filled, row after row: items that keep to the pool's mix, then those that fit best."""
+class _Pack:
+    """A pack being filled, row after row: items that keep to the pool's mix, then those that fit best."""
 
-    def __init__(self, items: _Items, pool: _Pool, shape: BinShape):
+    def __init__(self, items: _Items, pool: _Pool, shape: PackShape):
         self._items, self._pool = items, pool
         self._left = [shape.row_length] * shape.rows  # tokens, of every row
         self._slots = shape.images
         self._row = 0  # now being filled
-        self._tokens = self._images = 0  # in the bin
+        self._tokens = self._images = 0  # in the pack
         self._pool_tokens, self._pool_images = pool.tokens, max(pool.images, 1)
         waiting = len(pool.waiting)
         self._mean_tokens = pool.tokens // waiting
-        # the budget that runs out first, were all bins like the pool, is the one not to waste
+        # the budget that runs out first, were all packs like the pool, is the one not to waste
         self._slots_bind = pool.images * shape.rows * shape.row_length > pool.tokens * shape.images
         self._last_tokens = 5 * pool.tokens // (2 * waiting)  # room for about two items: time for the best fit
 
@@ -247,7 +247,7 @@ class _Bin:
         return rows
 
     def _choose(self) -> list[int]:
-        """Up to two items that fit; none: the bin is full."""
+        """Up to two items that fit; none: the pack is full."""
         while self._pool.waiting:
             if self._left[self._row] <= self._last_tokens:
                 chosen = self._best_fit() or self._typical()
@@ -261,11 +261,11 @@ class _Bin:
         return []
 
     def _off(self, tokens: int, images: int) -> int:
-        """How far the bin would be off the pool's mix with so much more in it, in tokens times the pool's images."""
+        """How far the pack would be off the pool's mix with so much more in it, in tokens times the pool's images."""
         return abs((self._tokens + tokens) * self._pool_images - (self._images + images) * self._pool_tokens)
 
     def _typical(self) -> list[int]:
-        """Of a few items, the one with which the bin is nearest to the pool's mix."""
+        """Of a few items, the one with which the pack is nearest to the pool's mix."""
         items, room = self._items, self._left[self._row]
         best, best_off = [], None
         for item in self._pool.draw():

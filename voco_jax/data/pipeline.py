@@ -1,4 +1,4 @@
-"""The Grain pipeline: the plan's bins to batches of fixed shape, loaded by threads and worker processes.
+"""The Grain pipeline: the plan's packs to batches of fixed shape, loaded by threads and worker processes.
 
 A batch is a function of its number alone, whatever the number of hosts, workers and threads; so where a training
 stands is that number, and it goes on anywhere.
@@ -25,7 +25,7 @@ from voco_jax.data.augment import augment, augments
 from voco_jax.data.contents import difference
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
-from voco_jax.data.plan import Amount, Placed, Plan
+from voco_jax.data.plan import Amount, PackedExample, Plan
 from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted, usable_cores
 from voco_jax.data.records import TOO_LONG, BadRecord, Record
 from voco_jax.data.reports import Report
@@ -34,8 +34,8 @@ from voco_jax.errors import UserError
 
 
 @dataclasses.dataclass
-class BinLoader(grain.transforms.Map):
-    """A bin's `Placed` conversations to its arrays: read rows [rows, T] as in `packing.Row`, and pictures.
+class PackLoader(grain.transforms.Map):
+    """A pack's `PackedExample` conversations to its arrays: read rows [rows, T] as in `packing.Row`, and pictures.
 
     `pixel_values` [images, size, size, 3] are uint8, to be normalised where they are used; places without a picture
     are zero, and never read. A record that cannot be loaded leaves its places empty, and `report` says so.
@@ -48,14 +48,14 @@ class BinLoader(grain.transforms.Map):
     weighting: str
     data: ConfigDict
 
-    def map(self, placed: list[Placed]) -> dict:
+    def map(self, examples: list[PackedExample]) -> dict:
         shape, report = self.plan.shape, Report()
         rows: list[list] = [[] for _ in range(shape.rows)]
         firsts: list[list[int]] = [[] for _ in range(shape.rows)]
         pixels = np.zeros((shape.images, self.processor.size, self.processor.size, 3), np.uint8)
         num_images = 0
-        for item in sorted({p.item for p in placed}):
-            conversations = [p for p in placed if p.item == item]
+        for item in sorted({p.item for p in examples}):
+            conversations = [p for p in examples if p.item == item]
             loaded = self._load_item(conversations, rows, shape.images - num_images, report)
             if loaded is None:
                 continue
@@ -73,7 +73,7 @@ class BinLoader(grain.transforms.Map):
         arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
         return arrays | {"pixel_values": pixels, "report": json.dumps(report.to_dict())}
 
-    def _load_item(self, conversations: list[Placed], rows, room: int, report: Report):
+    def _load_item(self, conversations: list[PackedExample], rows, room: int, report: Report):
         """(images, [(place, sample)]) of conversations that share their images, of which there is room for `room`;
         None where nothing of it is usable."""
         samples, images, images_of = [], None, None
@@ -108,16 +108,16 @@ class BinLoader(grain.transforms.Map):
             samples.append((p, sample))
         return (images, samples) if samples else None
 
-    def _rng(self, p: Placed) -> np.random.Generator:
+    def _rng(self, p: PackedExample) -> np.random.Generator:
         return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))
 
-    def _times(self, p: Placed, record: Record) -> np.ndarray | None:
+    def _times(self, p: PackedExample, record: Record) -> np.ndarray | None:
         moved = record.video is not None and self.data.video.random_offset
         return self.maker.frame_times(record, self._rng(p) if moved else None)
 
 
-class _Bins:
-    """This host's bins in the order of its batches, from batch `first` on: what Grain reads from."""
+class _Packs:
+    """This host's packs in the order of its batches, from batch `first` on: what Grain reads from."""
 
     def __init__(self, plan: Plan, batch_size: int, shard: Sequence[int], first: int, num_batches: int):
         self._plan, self._batch_size, self._shard, self._first = plan, batch_size, list(shard), first
@@ -126,7 +126,7 @@ class _Bins:
     def __len__(self):
         return (self._num_batches - self._first) * len(self._shard)
 
-    def __getitem__(self, i: int) -> list[Placed]:
+    def __getitem__(self, i: int) -> list[PackedExample]:
         batch, row = divmod(i, len(self._shard))
         return self._plan[(self._first + batch) * self._batch_size + self._shard[row]]
 
@@ -139,13 +139,13 @@ class Batches(Iterator):
 
     def __init__(
         self,
-        loader: BinLoader,
+        loader: PackLoader,
         batch_size: int,
         shard: Sequence[int] | None = None,
         num_batches: int = 2**40,
         contents: dict[str, dict] | None = None,
     ):
-        """`shard` are the bins of each global batch that are loaded here (None: all). `contents` are those of each
+        """`shard` are the packs of each global batch that are loaded here (None: all). `contents` are those of each
         source by its name (`contents.py`): what the state of other data is told by, beside the plan."""
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
@@ -156,8 +156,8 @@ class Batches(Iterator):
 
     def dataset(self) -> grain.MapDataset:
         """Batches from the next one on, by number."""
-        bins = _Bins(self.loader.plan, self.batch_size, self.shard, self._next, self.num_batches)
-        return grain.MapDataset.source(bins).map(self.loader).batch(len(self.shard), batch_fn=_join)
+        packs = _Packs(self.loader.plan, self.batch_size, self.shard, self._next, self.num_batches)
+        return grain.MapDataset.source(packs).map(self.loader).batch(len(self.shard), batch_fn=_join)
 
     def __next__(self) -> dict[str, np.ndarray]:
         begins = self._iterator is None
@@ -215,13 +215,13 @@ class Batches(Iterator):
         return len(self.shard) * self.loader.plan.shape.images * self.loader.processor.size**2 * 3
 
     def amount(self, batch: int) -> Amount:
-        """What stands in a batch by its number, in the bins of all hosts."""
+        """What stands in a batch by its number, in the packs of all hosts."""
         return self.loader.plan.amount(range(batch * self.batch_size, (batch + 1) * self.batch_size))
 
     def describe(self, batch: int) -> str:
         """Which records stand in a batch by its number: the first three, and how many more."""
-        bins = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-        records = list(dict.fromkeys((p.source, p.record) for i in bins for p in self.loader.plan[i]))
+        packs = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+        records = list(dict.fromkeys((p.source, p.record) for i in packs for p in self.loader.plan[i]))
         told = ", ".join(self.loader.sources[source].where(record) for source, record in records[:3])
         more = f" and {len(records) - 3} more" if len(records) > 3 else ""
         return f"batch {batch}: {told}{more}"
@@ -289,11 +289,11 @@ def default_threads(num_workers: int, batch_bytes: int) -> int:
     return max(1, min(16, others // max(1, num_workers), 2 * 2**30 // max(1, batch_bytes)))
 
 
-def _join(bins: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Arrays of bins to those of a batch: rows [bins·rows, T], pictures [bins, images, …], one report a bin."""
-    batch = {name: np.stack([arrays[name] for arrays in bins]) for name in bins[0] if name != "report"}
+def _join(packs: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Arrays of packs to those of a batch: rows [packs·rows, T], pictures [packs, images, …], one report a pack."""
+    batch = {name: np.stack([arrays[name] for arrays in packs]) for name in packs[0] if name != "report"}
     rows = {name: x if name == "pixel_values" else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-    return rows | {"report": [arrays["report"] for arrays in bins]}
+    return rows | {"report": [arrays["report"] for arrays in packs]}
 
 
 def stack_images(images: Sequence[Image.Image], count: int, processor: ImageProcessor) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Which conversations stand in which batch: a pure function of the seed, the epoch and the lengths in the index.
 
-An epoch takes every record of every source `weight` times, in random order, and lays its conversations out over bins.
-A bin is what one element of a batch holds: read rows of a fixed number of tokens and a fixed number of images. The
-epochs' bins follow one another, so a bin has a number; `batch_size` bins are a batch, and where a training stands is
-one number too. Every host and every worker makes the same plan, and takes its own bins from it.
+An epoch takes every record of every source `weight` times, in random order, and lays its conversations out over packs.
+A pack is what one element of a batch holds: read rows of a fixed number of tokens and a fixed number of images. The
+epochs' packs follow one another, so a pack has a number; `batch_size` packs are a batch, and where a training stands is
+one number too. Every host and every worker makes the same plan, and takes its own packs from it.
 
-Two layouts: 'pack' fills bins by best fit (`best_fit.py`); 'group' is the released code's recipe, a conversation a bin,
-each batch of one modality and sorted by length.
+Two layouts: 'pack' fills packs by best fit (`best_fit.py`); 'group' is the released code's recipe, one conversation in
+each pack, each batch of one modality and sorted by length.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from voco_jax.data.best_fit import Bins, BinShape, first_fit, pack
+from voco_jax.data.best_fit import Packs, PackShape, first_fit, pack_items
 from voco_jax.data.index import Index, same_pictures
 from voco_jax.errors import UserError
 
 LAYOUTS = ("pack", "group")
-ROWS = (*range(1, 9), 10, 12, 16)  # of a bin, to choose from
+ROWS = (*range(1, 9), 10, 12, 16)  # of a pack, to choose from
 ROWS_JUDGED_BY = 1000  # records, about
 
 
-class Placed(NamedTuple):
-    """A conversation's place in a bin: what it is (source, record, conversation of the record) and its row.
+class PackedExample(NamedTuple):
+    """A conversation's place in a pack: what it is (source, record, conversation of the record) and its row.
 
-    Those of one `item` of the bin share their images.
+    Those of one `item` of the pack share their images.
     """
 
     item: int
@@ -41,15 +41,15 @@ class Placed(NamedTuple):
 
 
 class Use(NamedTuple):
-    """How much of an epoch's bins is filled: shares of the read rows' tokens and of the image slots."""
+    """How much of an epoch's packs is filled: shares of the read rows' tokens and of the image slots."""
 
     tokens: float
     images: float
-    bins: int
+    packs: int
 
 
 class Amount(NamedTuple):
-    """What stands in some bins: conversations, tokens of the read rows (no padding), images."""
+    """What stands in some packs: conversations, tokens of the read rows (no padding), images."""
 
     conversations: int
     tokens: int
@@ -57,14 +57,14 @@ class Amount(NamedTuple):
 
 
 class Plan:
-    """`plan[i]` is the i-th bin, a list of `Placed`; there is no last one, but after `epochs` (0: never) bins are
-    empty. Small enough to be sent to workers."""
+    """`plan[i]` is the i-th pack, a list of `PackedExample`. There is no last pack; after
+    `epochs` epochs (0: never) packs are empty. A plan is small enough to be sent to workers."""
 
     def __init__(
         self,
         indices: Sequence[Index],
         weights: Sequence[float],
-        shape: BinShape,
+        shape: PackShape,
         *,
         seed: int,
         layout: str = "pack",
@@ -77,7 +77,7 @@ class Plan:
             raise UserError(f"config.data.layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
         sizes = [len(index) for index in indices]
         self.shape, self.seed, self._layout, self._batch_size = shape, seed, layout, batch_size
-        self._empty = [shape.row_length] * shape.rows  # tokens left in the rows of a bin
+        self._empty = [shape.row_length] * shape.rows  # tokens left in the rows of a pack
         self._weights, self._sizes, self._first = list(weights), sizes, np.cumsum([0, *sizes])
         self._per_record, self._share, self._num_epochs = conversations_per_record, share_images, epochs
         # All sources' arrays as one; records are numbered through
@@ -92,8 +92,8 @@ class Plan:
         self._conversations = np.concatenate([index.conversations for index in indices])
         self._lengths = np.concatenate([index.lengths for index in indices])
         self._digests = np.concatenate([index.digests for index in indices])
-        self._lock = threading.RLock()  # threads that load bins ask for them at once
-        self._ends: list[int] = []  # bins up to and with each epoch
+        self._lock = threading.RLock()  # threads that load packs ask for them at once
+        self._ends: list[int] = []  # packs up to and with each epoch
         self._epochs: dict[int, _Epoch] = {}
         if max(weight * size for weight, size in zip(self._weights, sizes, strict=True)) < 1:
             raise UserError("config.data.train: expected at least one record an epoch; see the sources' weights")
@@ -104,21 +104,21 @@ class Plan:
     def __setstate__(self, state: dict):
         self.__dict__ = state | {"_lock": threading.RLock()}
 
-    def __getitem__(self, i: int) -> list[Placed]:
-        if self._num_epochs and i >= self.bins(self._num_epochs - 1).stop:
+    def __getitem__(self, i: int) -> list[PackedExample]:
+        if self._num_epochs and i >= self.packs(self._num_epochs - 1).stop:
             return []
-        epoch, bin_ = self.locate(i)
+        epoch, pack_ = self.locate(i)
         plan = self._epoch(epoch)
-        placed = []
-        for n, item in enumerate(plan.items[plan.offsets[bin_] : plan.offsets[bin_ + 1]].tolist()):
+        packed = []
+        for n, item in enumerate(plan.items[plan.offsets[pack_] : plan.offsets[pack_ + 1]].tolist()):
             for c in range(plan.item_offsets[item], plan.item_offsets[item + 1]):
                 record, conversation = int(plan.records[c]), int(self._conversations[plan.conversations[c]])
                 where = int(self._source[record]), int(self._records[record])
-                placed.append(Placed(n, *where, conversation, int(plan.rows[c]), epoch))
-        return placed
+                packed.append(PackedExample(n, *where, conversation, int(plan.rows[c]), epoch))
+        return packed
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(epoch, bin of the epoch) of the i-th bin."""
+        """(epoch, pack of the epoch) of the i-th pack."""
         with self._lock:
             while not self._ends or i >= self._ends[-1]:
                 epoch = len(self._ends)
@@ -126,8 +126,8 @@ class Plan:
         epoch = int(np.searchsorted(self._ends, i, side="right"))
         return epoch, i - (self._ends[epoch - 1] if epoch else 0)
 
-    def bins(self, epoch: int) -> range:
-        """The numbers of an epoch's bins."""
+    def packs(self, epoch: int) -> range:
+        """The numbers of an epoch's packs."""
         while len(self._ends) <= epoch:
             self.locate(self._ends[-1] if self._ends else 0)
         return range(self._ends[epoch - 1] if epoch else 0, self._ends[epoch])
@@ -137,13 +137,13 @@ class Plan:
         """Of all records together."""
         return len(self._lengths)
 
-    def amount(self, bins: range) -> Amount:
-        """What stands in bins that follow one another. As planned: a record that later cannot be loaded counts too."""
-        total, i = np.zeros(3, np.int64), bins.start
-        while i < bins.stop:
+    def amount(self, packs: range) -> Amount:
+        """What stands in packs that follow one another. As planned: a record that later cannot be loaded counts too."""
+        total, i = np.zeros(3, np.int64), packs.start
+        while i < packs.stop:
             epoch, first = self.locate(i)
             plan = self._epoch(epoch)
-            last = min(first + bins.stop - i, len(plan.offsets) - 1)
+            last = min(first + packs.stop - i, len(plan.offsets) - 1)
             items = plan.items[plan.offsets[first] : plan.offsets[last]]
             conversations = plan.item_offsets[items + 1] - plan.item_offsets[items]
             total += conversations.sum(), plan.tokens[items].sum(), plan.num_images[items].sum()
@@ -151,18 +151,23 @@ class Plan:
         return Amount(*total.tolist())
 
     def use(self, epoch: int = 0) -> Use:
-        """How full the bins of an epoch are."""
+        """How full the packs of an epoch are."""
         plan, shape = self._epoch(epoch), self.shape
-        bins = len(plan.offsets) - 1
+        packs = len(plan.offsets) - 1
         tokens = int(self._lengths[plan.conversations].sum())
         images = int(plan.num_images.sum())
-        return Use(tokens / (bins * shape.rows * shape.row_length), images / max(1, bins * shape.images), bins)
+        return Use(tokens / (packs * shape.rows * shape.row_length), images / max(1, packs * shape.images), packs)
 
     def fingerprint(self) -> str:
         """Of all that the plan follows from."""
         digest = hashlib.sha256()
-        numbers = self.seed, self._weights, self._sizes, self.shape, self._layout, self._batch_size
-        digest.update(repr((*numbers, self._per_record, self._share)).encode())
+        rows, row_length, images = dataclasses.astuple(self.shape)
+        # Every word of this text is part of the checkpoints' fingerprints: "BinShape" is what a PackShape once was
+        digest.update(
+            f"({self.seed!r}, {self._weights!r}, {self._sizes!r}, "
+            f"BinShape(rows={rows!r}, row_length={row_length!r}, images={images!r}), "
+            f"{self._layout!r}, {self._batch_size!r}, {self._per_record!r}, {self._share!r})".encode()
+        )
         plan = self._epoch(0)  # what packing and numpy make of all this, in the versions at hand
         for array in (
             self._records, self._num_images, same_pictures(self._pictures), self._counts, self._conversations,
@@ -189,19 +194,21 @@ class Plan:
         num_images = self._num_images[records[item_offsets[:-1]]]
         lengths = self._lengths[conversations]
         if self._layout == "pack":
-            bins = pack(num_images, item_offsets, lengths, self.shape)
-            order = rng.permutation(len(bins.offsets) - 1)
+            packs = pack_items(num_images, item_offsets, lengths, self.shape)
+            order = rng.permutation(len(packs.offsets) - 1)
         else:
-            bins = _one_each(item_offsets, lengths, self.shape)
+            packs = _one_each(item_offsets, lengths, self.shape)
             totals = np.add.reduceat(lengths, item_offsets[:-1])
             order = group_by_length(totals, num_images > 0, self._batch_size, rng)
-        sizes = np.diff(bins.offsets)[order]
-        items = np.concatenate([bins.items[bins.offsets[b] : bins.offsets[b + 1]] for b in order.tolist()])
+        sizes = np.diff(packs.offsets)[order]
+        items = np.concatenate([packs.items[packs.offsets[b] : packs.offsets[b + 1]] for b in order.tolist()])
         offsets = np.concatenate([[0], np.cumsum(sizes)])
-        if self._layout == "group":  # empty bins fill the last batch, so that the next epoch's groups are whole batches
+        if (
+            self._layout == "group"
+        ):  # empty packs fill the last batch, so that the next epoch's groups are whole batches
             offsets = np.append(offsets, np.full(-len(sizes) % self._batch_size, offsets[-1]))
         tokens = np.add.reduceat(lengths, item_offsets[:-1], dtype=np.int64)
-        return _Epoch(offsets, items, item_offsets, records, conversations, bins.rows, num_images, tokens)
+        return _Epoch(offsets, items, item_offsets, records, conversations, packs.rows, num_images, tokens)
 
     def _draw(self, source: int, epoch: int) -> np.ndarray:
         """A source's records of an epoch: `weight` times all of them.
@@ -233,7 +240,7 @@ class Plan:
     def _form_items(self, order: np.ndarray, places: np.ndarray, conversations: np.ndarray):
         """(records [c], conversations [c], where items begin [items + 1]): an item shares its images.
 
-        Conversations about the same images stand side by side, where the first of them stood, as far as a bin has
+        Conversations about the same images stand side by side, where the first of them stood, as far as a pack has
         room for all; a record that comes up a second time in an epoch (its weight is above 1) shares with none.
         """
         keys = -1 - places
@@ -256,9 +263,9 @@ class Plan:
 
 
 def cheapest_rows(
-    indices: Sequence[Index], weights: Sequence[float], shape: BinShape, compress_length: int, **options
+    indices: Sequence[Index], weights: Sequence[float], shape: PackShape, compress_length: int, **options
 ) -> tuple[int, float]:
-    """How many read rows of `shape.row_length` a bin should have, and how many times the tokens of that
+    """How many read rows of `shape.row_length` a pack should have, and how many times the tokens of that
     `shape.rows` would need (1 where those are 0, or not more).
 
     The fewest whose epoch needs no more tokens than others, but for 2 %: read rows with their padding, and
@@ -270,24 +277,24 @@ def cheapest_rows(
         some = indices
 
     def tokens(rows: int) -> int:
-        bins = Plan(some, weights, dataclasses.replace(shape, rows=rows), **options).use().bins
-        return bins * (rows * shape.row_length + shape.images * compress_length)
+        packs = Plan(some, weights, dataclasses.replace(shape, rows=rows), **options).use().packs
+        return packs * (rows * shape.row_length + shape.images * compress_length)
 
     needed = {rows: tokens(rows) for rows in ROWS}
     chosen = next(rows for rows in ROWS if needed[rows] <= 1.02 * min(needed.values()))
     return chosen, max(1.0, tokens(shape.rows) / needed[chosen]) if shape.rows else 1.0
 
 
-def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: BinShape) -> Bins:
-    """Every item in a bin of its own."""
+def _one_each(item_offsets: np.ndarray, lengths: np.ndarray, shape: PackShape) -> Packs:
+    """Every item in a pack of its own."""
     items = np.arange(len(item_offsets) - 1)
     empty = [shape.row_length] * shape.rows
     rows = [first_fit(lengths[a:b].tolist(), empty) for a, b in zip(item_offsets, item_offsets[1:], strict=False)]
-    return Bins(np.arange(len(items) + 1), items, np.concatenate([np.array(r, np.int64) for r in rows]))
+    return Packs(np.arange(len(items) + 1), items, np.concatenate([np.array(r, np.int64) for r in rows]))
 
 
 class _Epoch(NamedTuple):
-    """offsets [bins + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]. Of each item
+    """offsets [packs + 1] into items; item_offsets [items + 1] into records, conversations and rows [c]. Of each item
     its images and its tokens [items]."""
 
     offsets: np.ndarray

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from voco_jax.data.best_fit import BinShape
+from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
 from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
-from voco_jax.data.pipeline import Batches, BinLoader
+from voco_jax.data.pipeline import Batches, PackLoader
 from voco_jax.data.plan import Plan, cheapest_rows
 from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
@@ -45,7 +45,7 @@ def open_training_data(
 ) -> TrainingData:
     """Look at the training set of a config, and make the plan of its first epoch.
 
-    `run` is a directory whose tokenizer is taken, `shard` the bins of every batch that this process loads. `say` is
+    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `say` is
     told what was found. Raises UserError for what cannot be trained on.
     """
     data = config.data
@@ -66,7 +66,7 @@ def open_training_data(
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
-    shape = BinShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack)
+    shape = PackShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack)
     options = dict(
         seed=config.seed, layout=data.layout, batch_size=data.batch_size,
         conversations_per_record=data.conversations_per_record, share_images=data.share_images,
@@ -74,11 +74,11 @@ def open_training_data(
     if not data.rows_per_pack:
         rows, _ = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
         shape = dataclasses.replace(shape, rows=rows)
-        say(f"data: {rows} read row{'s' * (rows > 1)} a bin, which costs least (config.data.rows_per_pack)")
+        say(f"data: {rows} read row{'s' * (rows > 1)} a pack, which costs least (config.data.rows_per_pack)")
     plan = Plan(indices, weights, shape, **options)
     use = plan.use()
     say(
-        f"data: {use.bins} bins, {math.ceil(use.bins / data.batch_size)} batches an epoch; "
+        f"data: {use.packs} packs, {math.ceil(use.packs / data.batch_size)} batches an epoch; "
         f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
     )
     if data.rows_per_pack and use.tokens < MOSTLY_PADDING:
@@ -88,7 +88,7 @@ def open_training_data(
                 f"data: most of that is padding; config.data.rows_per_pack={rows} would need {times:.1f} times fewer "
                 f"tokens an epoch than {data.rows_per_pack}"
             )
-    loader = BinLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
+    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
     contents = {
         name: contents_of(source, index)
         for name, source, index in zip(sorted(data.train), sources, indices, strict=True)
@@ -122,8 +122,8 @@ def open_test_data(config: ConfigDict, training: Batches, say: Callable[[str], N
         indices, weights, shape, seed=0, layout=data.layout, batch_size=data.batch_size,
         share_images=data.share_images, epochs=1,
     )  # fmt: skip
-    num_batches = min(config.eval.num_batches, math.ceil(plan.use().bins / data.batch_size))
-    loader = BinLoader(sources, maker, plan, loader.processor, data.loss_weighting, data)
+    num_batches = min(config.eval.num_batches, math.ceil(plan.use().packs / data.batch_size))
+    loader = PackLoader(sources, maker, plan, loader.processor, data.loss_weighting, data)
     return Batches(loader, data.batch_size, training.shard, num_batches)
 
 

@@ -25,7 +25,7 @@ from voco_jax.infer.memory import Item
 
 SHORT, LONG = "short answers (up to 5 words)", "longer answers"
 SHORT_WORDS = 5  # nobody says more than that in the same words
-_MOST_IMAGES = 2**31  # of a record: here it need not fit a bin
+_MOST_IMAGES = 2**31  # of a record: here it need not fit a pack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ RULES = (
     (r"norm|bias|class_embedding|position_embedding|queries|scale|ns_coeffs", (), ""),
 )  # fmt: skip
 
-BATCH = {"pixel_values": (ROWS, "frame")}  # [bins, I, size, size, 3]; everything else is [rows, T]
+BATCH = {"pixel_values": (ROWS, "frame")}  # [packs, I, size, size, 3]; everything else is [rows, T]
 
 
 def param_spec(path: str) -> P:
@@ -121,7 +121,7 @@ def batch_shardings(mesh: Mesh, batch: dict):
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Which of a batch's elements (bins) this process's devices hold; UserError where they do not divide."""
+    """Which of a batch's elements (packs) this process's devices hold; UserError where they do not divide."""
     batch_shardings(mesh, {"pixel_values": jax.ShapeDtypeStruct((batch_size,), jnp.uint8)})
     indices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((batch_size,))
     slices = [index[0] for index in indices.values()]

@@ -2,7 +2,7 @@
 
 Draws a training batch to look at.
 
-Before a pod spends hours on it: the pictures of a bin under their numbers, the text of its read rows, which tokens are
+Before a pod spends hours on it: the pictures of a pack under their numbers, the text of its read rows, which tokens are
 trained on, where one packed conversation ends and the next begins, and how much of it all is padding. What is drawn
 comes from the batch's arrays alone, as the model gets them. No model is made.
 """
@@ -22,24 +22,24 @@ from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.reports import Report
 from voco_jax.data.training_data import TrainingData, open_training_data
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.preview.sheet import bin_arrays, count_conversations, draw_batch, used_images
+from voco_jax.preview.sheet import count_conversations, draw_batch, pack_arrays, used_images
 from voco_jax.preview.text import make_decoder
 
 
 def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report) -> list[str]:
     """What is in a batch, and how much of its budgets is used; lines."""
     tokens, used = batch["tokens"], batch["segment_ids"] != PADDING_SEGMENT
-    bins, slots = batch["pixel_values"].shape[:2]
-    visual = [bin_arrays(batch, i)["visual"] for i in range(bins)]
-    images = sum(len(used_images(of_bin, data.model_config.num_visual_tokens)) for of_bin in visual)
+    packs, slots = batch["pixel_values"].shape[:2]
+    visual = [pack_arrays(batch, i)["visual"] for i in range(packs)]
+    images = sum(len(used_images(of_pack, data.model_config.num_visual_tokens)) for of_pack in visual)
     trained_on = (batch["weights"] > 0).sum() / max(1, used.sum())
     here, epoch = f"{used.mean():.1%} of {tokens.size:,} tokens", data.batches.loader.plan.use()
     there = f"{epoch.tokens:.1%} of the tokens"
     if slots:
-        here += f" and {images:,} of {bins * slots:,} image slots"
+        here += f" and {images:,} of {packs * slots:,} image slots"
         there += f" and {epoch.images:.1%} of the slots"
     lines = [
-        f"{bins} bins × {len(tokens) // bins} rows × {tokens.shape[1]:,} tokens; "
+        f"{packs} packs × {len(tokens) // packs} rows × {tokens.shape[1]:,} tokens; "
         f"{count_conversations(batch['segment_ids'])} conversations; longest in the data: {data.longest:,} tokens",
         f"used: {here}; in a whole epoch {there}",
         f"trained on: {trained_on:.1%} of the used tokens, weighted by {data.batches.loader.weighting}",
@@ -50,7 +50,8 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
 def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "preview.png", "the picture to write", flag_values=values)
     flags.DEFINE_integer("batch", 0, "which batch; 0 is that of the first step", flag_values=values)
-    flags.DEFINE_integer("bins", 4, "how many of its bins at most", flag_values=values)
+    flags.DEFINE_integer("packs", 4, "how many of its packs at most", flag_values=values)
+    flags.DEFINE_alias("bins", "packs", flag_values=values)  # as it was once called
 
 
 @one_line_errors
@@ -59,8 +60,8 @@ def main() -> None:
     out, number = Path(values.out), values.batch
     if not 0 <= number < config.train.steps:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
-    if values.bins < 1:
-        raise UserError(f"--bins: expected at least 1, found {values.bins}")
+    if values.packs < 1:
+        raise UserError(f"--packs: expected at least 1, found {values.packs}")
     if out.suffix != ".png":
         raise UserError(f"--out: expected a file ending in .png, found {values.out}")
     if not out.parent.is_dir() or out.is_dir():  # now, not when the data have been read
@@ -74,8 +75,8 @@ def main() -> None:
     header += [" ".join(f"--config.{key}={value}" for key, value in changes.items())] if changes else []
     header += describe(batch, data, report)
     decode = make_decoder(data.tokenizer)
-    shown = draw_batch(batch, data.model_config.num_visual_tokens, decode, header, values.bins, out)
-    print(f"written: {out} ({shown} of {len(batch['pixel_values'])} bins of batch {number})")
+    shown = draw_batch(batch, data.model_config.num_visual_tokens, decode, header, values.packs, out)
+    print(f"written: {out} ({shown} of {len(batch['pixel_values'])} packs of batch {number})")
 
 
 if __name__ == "__main__":

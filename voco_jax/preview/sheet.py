@@ -1,4 +1,4 @@
-"""The sheet of `python -m voco_jax.preview`: a figure, a bin's place on it, and what fits."""
+"""The sheet of `python -m voco_jax.preview`: a figure, a pack's place on it, and what fits."""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
@@ -32,7 +32,7 @@ STYLES = {  # letters, ground
 CONVERSATIONS = ["#b58a2d", "#7a5aa6", "#2f8f8f", "#b5563f", "#6b7280"]  # taken in turn
 
 # (tokens shown of a conversation, conversations of a row): one after the other, until the sheet is low enough. Rather
-# than look at stubs of everything, leave out a bin; only the last one is cut further, by TIGHTER.
+# than look at stubs of everything, leave out a pack; only the last one is cut further, by TIGHTER.
 LIMITS = [(None, None), *((n, None) for n in (1024, 512, 384, 256, 192, 128)), (128, 8), (128, 6), (128, 4)]
 TIGHTER = [(128, 2), (64, 2), (32, 2)]
 
@@ -73,8 +73,8 @@ class Sheet:
         plt.close(self.figure)
 
 
-class BinBlock:
-    """A bin's part of the sheet: its pictures beside its rows where they are one or two, else in lines above them."""
+class PackBlock:
+    """A pack's part of the sheet: its pictures beside its rows where they are one or two, else in lines above them."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class BinBlock:
         decode: Callable[[Sequence[int]], str],
         limits: tuple[int | None, int | None],
     ):
-        """`arrays` are `bin_arrays`; `limits` are the last two arguments of `row_runs`."""
+        """`arrays` are `pack_arrays`; `limits` are the last two arguments of `row_runs`."""
         self.number, self.arrays = number, arrays
         self.images = used_images(arrays["visual"], visual_tokens)
         self.num_empty = len(arrays["pixel_values"]) - len(self.images)
@@ -119,7 +119,7 @@ class BinBlock:
     def draw(self, sheet: Sheet, y: float) -> None:
         segments = self.arrays["segment_ids"]
         sheet.box(MARGIN, y, WIDTH - 2 * MARGIN, 1.15 * LINE, "#f0f2f4")
-        sheet.text(MARGIN + 0.05, y + 0.01, f"bin {self.number + 1}", weight="bold")
+        sheet.text(MARGIN + 0.05, y + 0.01, f"pack {self.number + 1}", weight="bold")
         used, slots = int((segments != PADDING_SEGMENT).sum()), len(self.images) + self.num_empty
         facts = f"conversations: {count_conversations(segments)}   tokens: {used:,} of {segments.size:,}"
         facts += f" ({used / segments.size:.1%})   image slots: "
@@ -194,10 +194,12 @@ def _rgb(color: str) -> np.ndarray:
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], np.uint8)
 
 
-def bin_arrays(batch: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
-    """Of the batch's bin i: its rows' arrays [R, T], and pixel_values [I, S, S, 3]."""
-    bins = len(batch["pixel_values"])
-    return {name: x.reshape(bins, -1, *x.shape[1:])[i] if name != "pixel_values" else x[i] for name, x in batch.items()}
+def pack_arrays(batch: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    """Of the batch's pack i: its rows' arrays [R, T], and pixel_values [I, S, S, 3]."""
+    packs = len(batch["pixel_values"])
+    return {
+        name: x.reshape(packs, -1, *x.shape[1:])[i] if name != "pixel_values" else x[i] for name, x in batch.items()
+    }
 
 
 def draw_batch(
@@ -205,10 +207,10 @@ def draw_batch(
     visual_tokens: int,
     decode: Callable[[Sequence[int]], str],
     header: Sequence[str],
-    bins: int,
+    packs: int,
     path: Path,
 ) -> int:
-    """A sheet of a batch's first `bins` bins, fewer where more would not fit; returns how many."""
+    """A sheet of a batch's first `packs` packs, fewer where more would not fit; returns how many."""
     step = LINE * 1.15
     columns = int((WIDTH - 2 * MARGIN) / COLUMN)
     first, *rest = (textwrap.wrap(drawable(line), columns) for line in header)
@@ -216,31 +218,31 @@ def draw_batch(
     top = MARGIN + (len(lines) + 1) * step
 
     @functools.cache
-    def block(i: int, limits: tuple) -> BinBlock:
-        return BinBlock(i, bin_arrays(batch, i), visual_tokens, decode, limits)
+    def block(i: int, limits: tuple) -> PackBlock:
+        return PackBlock(i, pack_arrays(batch, i), visual_tokens, decode, limits)
 
     total = len(batch["pixel_values"])
-    blocks = _fit(block, min(bins, total), MAX_HEIGHT - top - MARGIN)
+    blocks = _fit(block, min(packs, total), MAX_HEIGHT - top - MARGIN)
     sheet = Sheet(top + sum(block.height for block in blocks) + MARGIN)
     for i, (line, weight) in enumerate(lines):
         sheet.text(MARGIN, MARGIN / 2 + i * step, line, weight=weight)
     of_picture = (f"▣1×{visual_tokens}", f" the {visual_tokens} tokens of") if visual_tokens > 1 else ("▣1", "")
     legend = [(of_picture[0], "image"), (f"{of_picture[1]} picture 1   ", "text"), ("trained on", "label")]
     legend += [("   read only   ↵ new line   □ not in this font", "text")]
-    legend += [(f"   the first {len(blocks)} of {total} bins", "text")] if len(blocks) < total else []
+    legend += [(f"   the first {len(blocks)} of {total} packs", "text")] if len(blocks) < total else []
     runs = [Run(text, kind, PADDING_SEGMENT, 0) for text, kind in legend]
     sheet.runs(MARGIN, MARGIN / 2 + len(lines) * step, wrap(runs, columns)[0])
     y = top
-    for bin_block in blocks:
-        bin_block.draw(sheet, y)
-        y += bin_block.height
+    for pack_block in blocks:
+        pack_block.draw(sheet, y)
+        y += pack_block.height
     sheet.save(path)
     return len(blocks)
 
 
-def _fit(block: Callable[[int, tuple], BinBlock], bins: int, room: float) -> list[BinBlock]:
-    """As many bins, up to `bins`, as there is room for, with as much of their text; one in any case."""
-    for n in range(bins, 0, -1):
+def _fit(block: Callable[[int, tuple], PackBlock], packs: int, room: float) -> list[PackBlock]:
+    """As many packs, up to `packs`, as there is room for, with as much of their text; one in any case."""
+    for n in range(packs, 0, -1):
         for limits in LIMITS if n > 1 else LIMITS + TIGHTER:
             blocks, height = [], 0.0
             while len(blocks) < n and height <= room:

@@ -32,7 +32,7 @@ def row_runs(
 ) -> list[Run]:
     """A read row, arrays [T] as in `packing.Row`, as runs; padding has none.
 
-    `visual_tokens` is M, those of an image: together they are one run, `▣3×8` for the 8 of the bin's third. Of a
+    `visual_tokens` is M, those of an image: together they are one run, `▣3×8` for the 8 of the pack's third. Of a
     conversation only the first and last tokens are shown, `max_tokens` in all (an image counts as one), and likewise
     of a row's conversations.
     """

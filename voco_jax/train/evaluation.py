@@ -17,7 +17,7 @@ from PIL import Image
 
 from voco_jax.data.conversations import Sample
 from voco_jax.data.pipeline import Batches
-from voco_jax.data.plan import Placed
+from voco_jax.data.plan import PackedExample
 from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.training_data import open_test_data
@@ -76,7 +76,7 @@ class Evaluator:
         workdir: Path,
         log: Callable[[str], None] = print,
     ):
-        """`training` are the batches trained on: tokenizer, shapes and the bins of this process are theirs. `params`
+        """`training` are the batches trained on: tokenizer, shapes and the packs of this process are theirs. `params`
         may be shapes and dtypes. UserError for a test set that cannot be used; waits for no other process."""
         self._config, self._mesh, self._graphdef = config, mesh, graphdef
         self.sheets = workdir / "answers"
@@ -183,34 +183,34 @@ class Evaluator:
         """In the order of the plan one about each item's pictures, drawn once for all; then another of each, until all
         are there."""
         plan, wanted, rng = self._batches.loader.plan, self._config.eval.num_answers, np.random.default_rng(0)
-        items: dict[tuple[int, int], list[Placed]] = {}
-        for i in plan.bins(0):
-            for placed in plan[i]:
-                items.setdefault((i, placed.item), []).append(placed)
+        items: dict[tuple[int, int], list[PackedExample]] = {}
+        for i in plan.packs(0):
+            for example in plan[i]:
+                items.setdefault((i, example.item), []).append(example)
             if len(items) > 2 * wanted:  # some may turn out not to be readable
                 break
         drawn = [[item[i] for i in rng.permutation(len(item))] for item in items.values()]
         questions, reason = [], "there is none"
-        for placed in itertools.chain.from_iterable(itertools.zip_longest(*drawn)):
+        for example in itertools.chain.from_iterable(itertools.zip_longest(*drawn)):
             if len(questions) == wanted:
                 break
-            if placed is None:  # an item with fewer
+            if example is None:  # an item with fewer
                 continue
             try:
-                questions.append(self._load_question(placed))
+                questions.append(self._load_question(example))
             except BadRecord as error:
                 reason = str(error)
         if not questions:
             raise UserError(f"config.eval.num_answers: no question of config.data.test can be asked: {reason}")
         return questions
 
-    def _load_question(self, placed: Placed) -> Question:
+    def _load_question(self, example: PackedExample) -> Question:
         """BadRecord for one that cannot be asked."""
         loader = self._batches.loader
-        record = loader.sources[placed.source][placed.record]
+        record = loader.sources[example.source][example.record]
         times = loader.maker.frame_times(record)
-        prompt = loader.maker.prompt(record, placed.conversation, times)
-        turns = record.conversations[placed.conversation]
+        prompt = loader.maker.prompt(record, example.conversation, times)
+        turns = record.conversations[example.conversation]
         human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
         truth = turns[human + 1]["value"]
         tokenizer, limit = loader.maker.encoder.tokenizer, self._config.eval.max_new_tokens

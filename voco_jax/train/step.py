@@ -50,18 +50,18 @@ def total_weight(batch: dict) -> jax.Array:
 def split_batch(batch: dict, pieces: int) -> dict:
     """A batch in so many pieces: arrays [rows, ...] become [pieces, rows/pieces, ...].
 
-    Every device cuts its own bins up, so nothing moves between devices, and rows stay with their bin's images.
-    UserError for a number of bins that is no multiple.
+    Every device cuts its own packs up, so nothing moves between devices, and rows stay with their pack's images.
+    UserError for a number of packs that is no multiple.
     """
     devices = axis_size(*ROWS)
-    bins = len(batch["pixel_values"])
-    if bins % (devices * pieces):
+    packs = len(batch["pixel_values"])
+    if packs % (devices * pieces):
         over = (
             f"the {devices} devices along {axis_keys(ROWS)} times train.accumulate"
             if devices > 1
             else "train.accumulate"
         )
-        raise UserError(f"config.data.batch_size: expected a multiple of {devices * pieces}, {over}; found {bins}")
+        raise UserError(f"config.data.batch_size: expected a multiple of {devices * pieces}, {over}; found {packs}")
 
     def split(name, array):
         cut = einops.rearrange(array, "(d a b) ... -> a (d b) ...", d=devices, a=pieces)
