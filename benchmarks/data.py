@@ -129,7 +129,7 @@ def open_pipeline(scratch: Path, file: Path, workers: int) -> Batches:
         config.model.vision.image_size = SIZE
         config.model.vision.patch_size = 14
         config.tokenizer.source = str(TOKENIZER)
-    return open_training_data(config, say=lambda line: None).batches
+    return open_training_data(config, log=lambda line: None).batches
 
 
 def counted(batches: Batches) -> Iterator[int]:

@@ -189,7 +189,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys, drawn):
     )
     assert drawn.count("pack 1") == drawn.count("pack 2") == 1 and "pack 3" not in drawn
     assert sum(s.startswith("padding: ") for s in drawn) == 8 and sum(s.endswith("</s>") for s in drawn) == 8
-    data = open_training_data(parse_command_line(["", f"--config={tiny.CONFIG_FILE}", *changes]), say=lambda line: None)
+    data = open_training_data(parse_command_line(["", f"--config={tiny.CONFIG_FILE}", *changes]), log=lambda line: None)
     batch = next(itertools.islice(data.batches, 7, None))
     seen = [
         data.tokenizer.decode(tokens[used > 0])

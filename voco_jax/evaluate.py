@@ -103,14 +103,14 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             continue
         if name not in clips:
             results, answers, report = score_conversations(model, opened[name], name=name, max_records=max_records)
-            notes = [line.strip() for line in report.lines("conversations")] if report.bad else []
+            notes = [line.strip() for line in report.lines("conversations")] if report.skipped else []
             draw = functools.partial(draw_conversations, answers)
             yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
             continue
         results, found, report = score_clips(
             model, clips[name], name=name, max_clips=max_records, baselines=baselines, guesser=guesser
         )
-        notes = [line.strip() for line in report.lines("questions")] if report.bad else []
+        notes = [line.strip() for line in report.lines("questions")] if report.skipped else []
         if baselines and guesser is None:
             notes.append(f"{GUESS}: config.data.train has no video_qa source to guess from")
         right, total = results["counts"][THIS_RUN][OVERALL]

@@ -67,7 +67,7 @@ def config_of(workdir: Path, data: Path, **changes):
 def save_base(directory: Path, data: Path, dtype: str = "float32") -> tuple[Path, dict]:
     """(run, parameters) of a run of 2 steps, which nobody has trained."""
     config = config_of(directory, data, seed=3, model__param_dtype=dtype)
-    found = open_training_data(config, say=lambda line: None)
+    found = open_training_data(config, log=lambda line: None)
     params = init_params(found.model_config, config.seed)
     with contextlib.closing(Checkpointer(directory, create=True)) as checkpointer:
         checkpointer.save(2, params, {"count": jnp.zeros(())}, {})
@@ -278,7 +278,7 @@ def lose_pictures(data: Path):
 )
 def test_other_data_are_refused(world, tmp_path, change, message):
     data = shutil.copytree(world["data"], tmp_path / "data")
-    open_ = lambda: open_training_data(config_of(tmp_path, data), run=world["run"], say=lambda line: None).batches  # noqa: E731
+    open_ = lambda: open_training_data(config_of(tmp_path, data), run=world["run"], log=lambda line: None).batches  # noqa: E731
     state = json.loads(json.dumps(open_().get_state()))
     change(data)
     batches = open_()
@@ -302,7 +302,7 @@ def test_shards_move_too(world, tmp_path):
         config = config_of(tmp_path / "run", world["data"])
         with config.unlocked():
             config.data.train = sources(mix=source("array_record", files=str(directory)))
-        batches.append(open_training_data(config, run=world["run"], say=lambda line: None).batches)
+        batches.append(open_training_data(config, run=world["run"], log=lambda line: None).batches)
     first = batches[0].get_state()
     assert len(first["contents"]["mix"]["visual"]) == 12
     batches[1].set_state(first | {"batches": 1})

@@ -129,11 +129,11 @@ def test_pictures_and_what_is_left_out(run, images, tmp_path):
     assert status == 0, err
     expected = Counter(kind for _, kind in BAD) + Counter(["broken JSON", "not UTF-8", "not a conversation"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["bad"] == expected and report["seen"] == len(rows)
-    assert report["odd"] == {"EXIF rotation": 1, "CMYK picture": 1}
+    assert report["skipped"] == expected and report["seen"] == len(rows)
+    assert report["warned"] == {"EXIF rotation": 1, "CMYK picture": 1}
     assert report["examples"]["CMYK picture"] == ["rows.jsonl[7]: cmyk.jpg"]
-    assert f"{len(rows)} records: {len(GOOD)} good, {len(rows) - len(GOOD)} left out" in out
-    assert "left out: <image> count; rows.jsonl[" in out and "1 read all the same: CMYK picture" in out
+    assert f"{len(rows)} records: {len(GOOD)} good, {len(rows) - len(GOOD)} skipped" in out
+    assert "skipped: <image> count; rows.jsonl[" in out and "1 read with a warning: CMYK picture" in out
 
     source = ArrayRecordSource(str(tmp_path / "out"))
     assert len(source) == len(GOOD)
@@ -185,7 +185,7 @@ def test_clips(run, videos, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", VIDEO_ROWS)
     status, _, err = run("video", file, "--videos", videos, "--max-skipped-fraction", 1, tmp_path / "out")
     assert status == 0, err
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["bad"] == VIDEO_BAD
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["skipped"] == VIDEO_BAD
     first, second = ArrayRecordSource(str(tmp_path / "out"))
     content = (videos / "bikes.mp4").read_bytes()
     assert first.video == Clip(data=content, name="bikes.mp4") and second.video == Clip(data=content, name="loud.MP4")
@@ -202,7 +202,7 @@ def test_frames(run, videos, tmp_path, options):
     arguments = ("--videos", videos, "--video", "frames", *options, "--max-side", 320, "--max-skipped-fraction", 1)
     status, _, err = run("llava", file, *arguments, tmp_path / "out")
     assert status == 0, err
-    bad = json.loads((tmp_path / "out" / "report.json").read_text())["bad"]
+    bad = json.loads((tmp_path / "out" / "report.json").read_text())["skipped"]
     assert bad == {"<image> count": 1, "unreadable video": 1}
     (record,) = ArrayRecordSource(str(tmp_path / "out"))
     assert isinstance(record.video, Frames) and str(record.video) == "bikes.mp4"

@@ -124,7 +124,7 @@ class Epoch:
 
     def __init__(self, config):
         self.said = []
-        data = open_training_data(config, say=self.said.append)
+        data = open_training_data(config, log=self.said.append)
         batches, self.arrived = data.batches, []
         loader = batches.loader
         for _ in loader.plan.packs(0):
@@ -139,8 +139,8 @@ class Epoch:
         self.indexed = make_index(loader.sources[0], loader.maker, config.data.cache_dir, 0, "again").report
 
     @property
-    def bad(self) -> Counter:
-        return self.indexed.bad + self.trained.bad
+    def skipped(self) -> Counter:
+        return self.indexed.skipped + self.trained.skipped
 
 
 # ---- Every kind of dirt beside good rows -----------------------------------------------------------------------
@@ -286,13 +286,13 @@ def epoch(tmp_path_factory, tokenizer_dir) -> Epoch:
 
 
 def test_every_kind_is_counted(epoch):
-    assert epoch.indexed.bad == {
+    assert epoch.indexed.skipped == {
         "broken JSON": 8, "not UTF-8": 5, "not a conversation": 23, "no answer": 4, "<image> count": 8,
         "path outside the root": 15, "does not fit": 2, "missing file": 2,
         "unreadable video": 5,
     }  # fmt: skip
-    assert epoch.trained.bad == {"missing file": 9, "unreadable picture": 9, "picture too large": 5}
-    assert epoch.bad == {kind: len(rows) for kind, rows in BAD_ROWS.items()}
+    assert epoch.trained.skipped == {"missing file": 9, "unreadable picture": 9, "picture too large": 5}
+    assert epoch.skipped == {kind: len(rows) for kind, rows in BAD_ROWS.items()}
     assert epoch.indexed.seen == 20 + 95 and epoch.trained.seen == 20 + 23
 
 
@@ -316,7 +316,7 @@ def test_good_ones_arrive_once(epoch):
     assert pictures == {"a clip": 3, "both": 2, "who": 0}
     (lot,) = (text for text, _ in epoch.arrived if "who says a lot?" in text)
     assert lot.endswith("word word") and (epoch.indexed.cut, epoch.indexed.tokens_cut) == (1, 99872)
-    assert not epoch.trained.odd  # a bad picture is not counted a second time, as an odd one
+    assert not epoch.trained.warned  # a bad picture is not counted a second time, as an odd one
 
 
 def test_examples_name_the_rows(epoch):
@@ -327,8 +327,8 @@ def test_examples_name_the_rows(epoch):
             assert re.match(r"set\.jsonl\[\d+\]: .", text) and len(text) <= 500 and text.isprintable(), text
             assert "/pictures/" in text or not re.search("picture|video|missing", kind), text
     (line,) = (line for line in epoch.said if "no answer" in line)
-    assert line.startswith("  4 left out: no answer; set.jsonl[") and line.count(" | set.jsonl[") == 2
-    head = "data: dirty: 115 conversations: 43 good (1 cut by 99872 tokens), 72 left out, 43 records"
+    assert line.startswith("  4 skipped: no answer; set.jsonl[") and line.count(" | set.jsonl[") == 2
+    head = "data: dirty: 115 conversations: 43 good (1 cut by 99872 tokens), 72 skipped, 43 records"
     assert epoch.said[0] == head
 
 
@@ -397,15 +397,15 @@ def test_odd_pictures(tmp_path, tokenizer_dir):
     for name, (content, _, _) in pictures.items():
         (tmp_path / "pictures" / name).write_bytes(content)
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
-    assert not epoch.bad and len(epoch.arrived) == len(pictures)
+    assert not epoch.skipped and len(epoch.arrived) == len(pictures)
     for text, (found,) in epoch.arrived:
         name = re.search(r"what is (.*)\?", text)[1]
         expected = ImageProcessor(SIZE).square(pictures[name][1]).astype(int)
         difference = np.abs(found - expected).mean()
         lossy = name.endswith(".jpg") or name == "photo.png"
         assert difference < (4 if lossy else 1e-6), (name, difference)
-    assert epoch.trained.odd == sum((Counter(kinds) for _, _, kinds in pictures.values()), Counter())
-    assert epoch.trained.odd == {
+    assert epoch.trained.warned == sum((Counter(kinds) for _, _, kinds in pictures.values()), Counter())
+    assert epoch.trained.warned == {
         "EXIF rotation": 9, "damaged EXIF": 1, "16-bit picture": 2, "animated picture": 3, "P picture": 2,
         "CMYK picture": 2,
     }  # fmt: skip
@@ -428,13 +428,13 @@ def test_too_many_bad_rows(tmp_path, tokenizer_dir):
     bad = {7: b"{", 50: about("../x.png"), 99: b"}"}
     write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", bad))
     with pytest.raises(UserError) as error:
-        open_training_data(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.029), say=lambda line: None)
+        open_training_data(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.029), log=lambda line: None)
     assert str(error.value) == (
         "data: 3 of the first 100 records cannot be used, more than config.data.max_skipped_fraction = 0.029 allows; "
         "2× broken JSON: set.jsonl[7]: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
     )
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.03))
-    assert len(epoch.arrived) == 97 and epoch.indexed.num_bad == 3
+    assert len(epoch.arrived) == 97 and epoch.indexed.num_skipped == 3
 
 
 def test_too_many_bad_pictures(tmp_path, tokenizer_dir):
@@ -450,13 +450,13 @@ def test_too_many_bad_pictures(tmp_path, tokenizer_dir):
         message + r"3× missing file: set.jsonl\[\d+\]: .*/pictures/none\d+.png: not found", str(error.value)
     )
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.03))
-    assert len(epoch.arrived) == 97 and epoch.trained.bad == {"missing file": 3}
+    assert len(epoch.arrived) == 97 and epoch.trained.skipped == {"missing file": 3}
 
 
 def test_nothing_good(tmp_path, tokenizer_dir):
     write_rows(tmp_path, [b"{", about("../x.png")])
     with pytest.raises(UserError, match="config.data.train: no usable conversation"):
-        open_training_data(dirty_config(tmp_path, tokenizer_dir), say=lambda line: None)
+        open_training_data(dirty_config(tmp_path, tokenizer_dir), log=lambda line: None)
 
 
 def test_a_tokenizer_of_dirty_data(tmp_path):
@@ -475,11 +475,11 @@ def test_a_picture_that_goes_away(tmp_path, tokenizer_dir):
     """Also the second time around: what was good in one epoch may be missing in the next."""
     (tmp_path / "pictures").mkdir()
     write_rows(tmp_path, rows_with_bad_ones(tmp_path / "pictures", {}))
-    batches = open_training_data(dirty_config(tmp_path, tokenizer_dir), say=lambda line: None).batches
-    assert next(batches)["segment_ids"].max() > 1 and not batches.report.num_bad
+    batches = open_training_data(dirty_config(tmp_path, tokenizer_dir), log=lambda line: None).batches
+    assert next(batches)["segment_ids"].max() > 1 and not batches.report.num_skipped
     batches.close()
     (tmp_path / "pictures" / "good.png").unlink()
-    assert next(batches)["segment_ids"].max() == 0 and batches.report.bad["missing file"] > 1
+    assert next(batches)["segment_ids"].max() == 0 and batches.report.skipped["missing file"] > 1
     batches.close()
 
 
@@ -490,12 +490,12 @@ def test_a_video_that_grows(tmp_path, tokenizer_dir):
         (tmp_path / "pictures" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=1))
     write_rows(tmp_path, [about(video="a.mp4"), about(video="b.mp4")])
     config = dirty_config(tmp_path, tokenizer_dir, images_per_pack=3)
-    batches = open_training_data(config, say=lambda line: None).batches
+    batches = open_training_data(config, log=lambda line: None).batches
     assert len(batches.loader.plan.packs(0)) == 1
     for name in "ab":
         (tmp_path / "pictures" / f"{name}.mp4").write_bytes(tiny_clip(num_frames=5))
     batch = next(batches)
-    assert batch["segment_ids"].max() == 1 and batches.report.bad == {"does not fit": 1}
+    assert batch["segment_ids"].max() == 1 and batches.report.skipped == {"does not fit": 1}
     batches.close()
 
 
@@ -505,7 +505,7 @@ def test_a_video_of_long_rows(tmp_path, tokenizer_dir, monkeypatch):
     (tmp_path / "pictures" / "a.mp4").write_bytes(tiny_clip())
     write_rows(tmp_path, [about(video="a.mp4"), about()])
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
-    assert epoch.indexed.bad == {"unreadable video": 1}
+    assert epoch.indexed.skipped == {"unreadable video": 1}
     assert epoch.indexed.examples["unreadable video"][0].endswith("expected sides of 47 pixels at most, found 48 x 32")
 
 
@@ -547,7 +547,7 @@ def test_a_picture_and_a_video_of_one_name(tmp_path, tokenizer_dir):
     (tmp_path / "pictures" / "a.mp4").write_bytes(tiny_clip())
     config = dirty_config(tmp_path, tokenizer_dir, images_per_pack=8)
     epoch = Epoch(config)
-    assert epoch.trained.bad == {"unreadable picture": 1} and len(epoch.arrived) == 1
+    assert epoch.trained.skipped == {"unreadable picture": 1} and len(epoch.arrived) == 1
     assert len(epoch.plan.packs(0)) == 1 and len({p.item for p in epoch.plan[0]}) == 2
 
 
@@ -559,7 +559,7 @@ def test_deep_values_in_turns(tmp_path, tokenizer_dir):
     ]
     write_rows(tmp_path, [*lines, about(None)])
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
-    assert set(epoch.bad) == {"not a conversation", "broken JSON"} and sum(epoch.bad.values()) == 200
+    assert set(epoch.skipped) == {"not a conversation", "broken JSON"} and sum(epoch.skipped.values()) == 200
 
 
 def test_threads_at_an_epochs_border(small_tokenizer, tmp_path, monkeypatch):
@@ -674,11 +674,11 @@ def test_a_thousand_mutations(tmp_path, tokenizer_dir):
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         epoch = Epoch(dirty_config(tmp_path, tokenizer_dir))
     assert epoch.indexed.seen == rows
-    assert epoch.indexed.seen - epoch.indexed.num_bad == epoch.plan.num_conversations == epoch.trained.seen
-    assert len(epoch.arrived) + epoch.trained.num_bad == epoch.trained.seen
-    assert len(epoch.arrived) + sum(epoch.bad.values()) == rows
+    assert epoch.indexed.seen - epoch.indexed.num_skipped == epoch.plan.num_conversations == epoch.trained.seen
+    assert len(epoch.arrived) + epoch.trained.num_skipped == epoch.trained.seen
+    assert len(epoch.arrived) + sum(epoch.skipped.values()) == rows
     numbers = Counter(re.findall(r"unharmed (\d+) of all", " ".join(text for text, _ in epoch.arrived)))
     assert numbers == {str(i): 1 for i in whole} and len(whole) == 250
-    assert len(epoch.bad) >= 9 and 250 < sum(epoch.bad.values()) < 750
+    assert len(epoch.skipped) >= 9 and 250 < sum(epoch.skipped.values()) < 750
     again = Epoch(dirty_config(tmp_path, tokenizer_dir))
-    assert again.bad == epoch.bad and again.trained.odd == epoch.trained.odd
+    assert again.skipped == epoch.skipped and again.trained.warned == epoch.trained.warned

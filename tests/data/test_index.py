@@ -52,11 +52,11 @@ def test_literally(encoder, tmp_path):
     assert index.lengths.tolist() == [expected[0], 40, *expected[1:]]
     lost = len(encoder.encode(records[0].conversations[2], 1)) - 40
     assert index.report.lines("conversations") == [
-        f"7 conversations: 4 good (1 cut by {lost} tokens), 3 left out",
-        "  2 left out: does not fit; list[1]: expected at most config.data.images_per_pack = 2 images, found 3 | "
+        f"7 conversations: 4 good (1 cut by {lost} tokens), 3 skipped",
+        "  2 skipped: does not fit; list[1]: expected at most config.data.images_per_pack = 2 images, found 3 | "
         f"list[2]: conversation of {len(encoder.encode(records[2].conversations[0], 1))} tokens: an image or every "
         "answer beyond config.data.row_length = 40 tokens",
-        "  1 left out: no answer; list[0]: turn 1 (gpt): expected text, found none",
+        "  1 skipped: no answer; list[0]: turn 1 (gpt): expected text, found none",
     ]
 
 
@@ -94,7 +94,7 @@ def test_processes_find_the_same(rows, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "WORTH_WORKERS", 0)
     source = LlavaSource(str(rows))
     alone = make_index(source, maker(encoder), tmp_path / "a", 0, "test")
-    assert (len(alone), alone.report.bad) == (594, {"broken JSON": 6})
+    assert (len(alone), alone.report.skipped) == (594, {"broken JSON": 6})
     same(make_index(source, maker(encoder), tmp_path / "b", 2, "test"), alone)
 
 
@@ -186,7 +186,7 @@ def test_a_clip_that_is_cut_off_is_taken_where_that_is_wanted(encoder, tmp_path)
 
 
 def test_a_source_that_was_not_read_is_looked_at_anew(rows, encoder, tmp_path, monkeypatch):
-    """A shard's reader tells a disk's error as it tells damage: no record is left out for good."""
+    """A shard's reader tells a disk's error as it tells damage: no record is skipped for good."""
     monkeypatch.setattr(index_module, "KEPT_FROM", 0.0)
 
     class Failing(LlavaSource):

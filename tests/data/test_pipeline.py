@@ -100,7 +100,7 @@ def test_every_conversation_of_an_epoch_arrives_once(source, encoder, small_toke
     epoch = batches.loader.plan.packs(0)
     found = Counter(q for _ in epoch for q in questions(next(batches), small_tokenizer))
     assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40)})
-    assert batches.report.seen == sum(found.values()) and not batches.report.bad
+    assert batches.report.seen == sum(found.values()) and not batches.report.skipped
 
 
 @pytest.mark.parametrize("layout", ["pack", "group"])
@@ -271,7 +271,7 @@ def test_what_cannot_be_loaded_leaves_its_place_empty(source, encoder, small_tok
     batches = make_batches([broken], encoder, data, tmp_path)
     found = Counter(q for _ in batches.loader.plan.packs(0) for q in questions(next(batches), small_tokenizer))
     assert found == Counter({str(i): 1 + i % 3 if i < 35 else 1 for i in range(40) if i != 4})
-    assert batches.report.bad == {"missing file": 2} and batches.report.seen == sum(found.values()) + 2
+    assert batches.report.skipped == {"missing file": 2} and batches.report.seen == sum(found.values()) + 2
     assert batches.report.examples["missing file"] == [f"list[4]: {tmp_path / 'gone.png'}: not found"]
 
     strict = make_batches([broken], encoder, packed(batch_size=1, max_skipped_fraction=0.01), tmp_path)

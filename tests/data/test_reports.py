@@ -10,7 +10,7 @@ from voco_jax.errors import UserError
 def report(seen: int, bad: int) -> Report:
     report = Report(seen=seen)
     for i in range(bad):
-        report.add_bad(BadRecord(MISSING, f"{i}.jpg: not found"), f"row {i}")
+        report.add_skipped(BadRecord(MISSING, f"{i}.jpg: not found"), f"row {i}")
     return report
 
 
@@ -33,14 +33,25 @@ def test_too_many(seen, bad, total, stops):
         report(seen, bad).check(0.01, total)
 
 
+def test_a_report_that_an_earlier_version_stored():
+    """Caches of indices and shards' reports have other words for the same."""
+    of_then = {"seen": 3, "bad": {"no answer": 1}, "odd": {"CMYK picture": 2}, "cut": 0, "tokens_cut": 0}
+    stored = of_then | {"examples": {"no answer": ["row 0: turn 1"], "CMYK picture": ["row 1"]}}
+    assert Report.from_dict(stored).lines() == [
+        "3 records: 2 good, 1 skipped",
+        "  1 skipped: no answer; row 0: turn 1",
+        "  2 read with a warning: CMYK picture; row 1",
+    ]
+
+
 def test_merged_and_stored():
     first, second = report(10, 2), report(7, 5)
-    second.add_bad(BadRecord(NO_ANSWER, "turn 1"), "row 9")
-    second.add_odd("CMYK picture", "row 3")
+    second.add_skipped(BadRecord(NO_ANSWER, "turn 1"), "row 9")
+    second.add_warned("CMYK picture", "row 3")
     first.merge(Report.from_dict(second.to_dict()))
     assert first.lines() == [
-        "17 records: 9 good, 8 left out",
-        "  7 left out: missing file; row 0: 0.jpg: not found | row 1: 1.jpg: not found | row 2: 2.jpg: not found",
-        "  1 left out: no answer; row 9: turn 1",
-        "  1 read all the same: CMYK picture; row 3",
+        "17 records: 9 good, 8 skipped",
+        "  7 skipped: missing file; row 0: 0.jpg: not found | row 1: 1.jpg: not found | row 2: 2.jpg: not found",
+        "  1 skipped: no answer; row 9: turn 1",
+        "  1 read with a warning: CMYK picture; row 3",
     ]

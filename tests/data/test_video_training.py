@@ -49,7 +49,7 @@ def expected_frames(name: str, times) -> list[np.ndarray]:
 def test_frames_stand_in_the_slots_in_order(source, encoder, small_tokenizer, tmp_path):
     batches = make_batches([source], encoder, config(), tmp_path, size=16)
     batch = next(batches)
-    assert len(batches.loader.plan.packs(0)) == 1 and not batches.report.bad
+    assert len(batches.loader.plan.packs(0)) == 1 and not batches.report.skipped
     found = frames_of(batch)
     assert len(found) == 8
     for row in range(2):

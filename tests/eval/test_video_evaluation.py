@@ -107,7 +107,7 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, monkeypa
     model.run.config.eval.batch_size = 10
     results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=4, baselines=True)
     rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00003.mp4"]
-    assert 20 < len(rows) < 30 and sizes == [10] * 12 and report.seen == len(rows) and not report.bad
+    assert 20 < len(rows) < 30 and sizes == [10] * 12 and report.seen == len(rows) and not report.skipped
     said = {column: [answer.given for answer in answers] for column, answers in found.answers.items()}
     expected = {column: [] for column in ("this run", "frames shuffled", "one frame", "question only")}
     for number, name in enumerate(f"test_0000{clip}.mp4" for clip in range(4)):
@@ -218,7 +218,7 @@ def test_rows_that_cannot_be_asked(shape_clips, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     report = Report()
     clips = read_clips(VideoQuestionSource(str(tmp_path / "rows.json"), str(shape_clips / "clips")), report)
-    assert sum(len(clip.questions) for clip in clips) == len(rows) - 5 and report.num_bad == 5
+    assert sum(len(clip.questions) for clip in clips) == len(rows) - 5 and report.num_skipped == 5
     said = "\n".join(report.lines())
     for words in (
         "rows.json[0]: kind: expected text, found 3", "rows.json[1]: kind: expected a name other than 'overall'",
@@ -317,9 +317,7 @@ def test_a_broken_clip(tiny_run, shape_clips, tmp_path, monkeypatch, capsys):
     status, out, _ = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 2)
     assert status == 0
     left = sum(row["video"] == "test_00000.mp4" for row in rows_of(broken))
-    assert (
-        f"\n{left + lost} questions: {left} good, {lost} left out\n{lost} left out: unreadable video; {file}: " in out
-    )
+    assert f"\n{left + lost} questions: {left} good, {lost} skipped\n{lost} skipped: unreadable video; {file}: " in out
     results = json.loads((run / "results.clips.first2.json").read_text())
     assert results["left_out"] == {"unreadable video": lost} and results["clips"] == 1
     assert results["counts"]["this run"]["overall"][1] == left

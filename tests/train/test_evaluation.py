@@ -75,7 +75,7 @@ def config_of(workdir, test_set, kind="llava", keys=None, **changes):
 
 def make(config, workdir, mesh=None, **kwargs):
     """(evaluator, parameters that say something else about every picture, graphdef, training data)."""
-    data = open_training_data(config, say=lambda line: None, **kwargs)
+    data = open_training_data(config, log=lambda line: None, **kwargs)
     graphdef, abstract = abstract_model(data.model_config)
     rng = np.random.default_rng(5)
     params = jax.tree.map(lambda p: (0.3 * rng.normal(size=p.shape)).astype(p.dtype), abstract)
@@ -149,7 +149,7 @@ def test_scores_of_own_data(test_set, evaluated, tmp_path):
     run = Run(tmp_path / "run", config, model, maker.encoder, loader.processor, 5, {"all": 1})
     results, answers, report = score_conversations(Model(run), LlavaSource(**test_set[0]), name="all")
     length = max(len(maker.encoder.tokenizer(a.truth, add_special_tokens=False).input_ids) for a in answers)
-    assert results["max_new_tokens"] == length + 1 > 8 and not report.bad  # room for the longest, and its end
+    assert results["max_new_tokens"] == length + 1 > 8 and not report.skipped  # room for the longest, and its end
     engine = Engine(model, maker.encoder)
     for answer, (_, pixels, turns) in zip(answers, conversations(test_set, data), strict=True):
         visual = None if pixels is None else engine.see(pixels)
@@ -184,7 +184,7 @@ def test_evaluate_on_own_data(tiny_run, test_set, tmp_path, monkeypatch, capsys)
     assert status == 0, err
     results = json.loads((run / "results.mine.json").read_text())
     assert out.startswith("| answers | number | exact match | token F1 | loss |\n") and "\n| overall | 3 | " in out
-    assert "1 left out: missing file; mine.json[3]: " in out and results["left_out"] == {"missing file": 1}
+    assert "1 skipped: missing file; mine.json[3]: " in out and results["left_out"] == {"missing file": 1}
     assert results["answers"] == 3 and 0 < results["loss"] < 10 and results["step"] == 40
     with Image.open(run / "answers.mine.png") as sheet:
         assert sheet.width > 1000

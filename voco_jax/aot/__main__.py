@@ -285,7 +285,7 @@ def with_shape(config: ConfigDict) -> ConfigDict:
     if not missing:
         return config
     try:
-        plan = open_training_data(begin_with_run(config), say=lambda line: None).batches.loader.plan
+        plan = open_training_data(begin_with_run(config), log=lambda line: None).batches.loader.plan
     except UserError as error:
         given = " ".join(f"--config.data.{key}=…" for key in missing)
         raise UserError(f"{error} (where the data are not: give {given})") from None

@@ -103,9 +103,9 @@ class ImageProcessor:
         """Grey levels around a padded picture."""
         return self.pad_color or tuple(int(value * 255) for value in self.mean)
 
-    def load(self, picture: PictureLike, on_odd: Callable[[str], None] | None = None) -> Image.Image:
+    def load(self, picture: PictureLike, on_warning: Callable[[str], None] | None = None) -> Image.Image:
         """`load_image`, with transparency as this processor wants it."""
-        return load_image(picture, on_odd, self.transparency, self.max_pixels, self.max_side)
+        return load_image(picture, on_warning, self.transparency, self.max_pixels, self.max_side)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """`pixel_values` [size, size, 3], float32, of an RGB picture."""
@@ -205,7 +205,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 def load_image(
     picture: PictureLike,
-    on_odd: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
     transparency: str = "white",
     max_pixels: int = MAX_PIXELS,
     max_side: int = MAX_SIDE,
@@ -217,15 +217,15 @@ def load_image(
     picture the first frame is taken, of a PIL image the one that it stands at. Of 16 bits the upper 8 are. Colour
     profiles are not applied, as in the released code. The other arguments: see `ImageProcessor`.
 
-    BadRecord names a picture that is missing, broken, a decompression bomb or not a picture. `on_odd` hears of one that
-    is read and yet not what one expects.
+    BadRecord names a picture that is missing, broken, a decompression bomb or not a picture. `on_warning` is called
+    with a word for what is unusual about one that can be read.
     """
-    say = on_odd or (lambda kind: None)
+    warn = on_warning or (lambda kind: None)
     if hasattr(picture, "__array__"):
         picture = _from_array(picture)
     if isinstance(picture, Image.Image):
         with _naming("picture"):
-            return _as_seen(picture, "picture", say, transparency, max_pixels, max_side)
+            return _as_seen(picture, "picture", warn, transparency, max_pixels, max_side)
     picture = _encoded(picture)
     file = open_file(picture.file, whole=True) if picture.data is None else io.BytesIO(picture.data)
     if found := asks_too_much(file):
@@ -233,7 +233,7 @@ def load_image(
     if max_pixels > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice that by itself
         Image.MAX_IMAGE_PIXELS = max_pixels
     with _naming(picture), Image.open(file, formats=FORMATS) as image:
-        return _as_seen(image, picture, say, transparency, max_pixels, max_side)
+        return _as_seen(image, picture, warn, transparency, max_pixels, max_side)
 
 
 def is_picture(value) -> bool:
@@ -319,23 +319,23 @@ def _check_size(image: Image.Image, name: Picture | str, max_pixels: int, max_si
 def _as_seen(
     image: Image.Image,
     name: Picture | str,
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
     transparency: str,
     max_pixels: int,
     max_side: int,
 ) -> Image.Image:
     _check_size(image, name, max_pixels, max_side)
     if getattr(image, "is_animated", False):
-        say("animated picture")
+        warn("animated picture")
     if image.mode in ("CMYK", "P"):
-        say(f"{image.mode} picture")
-    image = _upright(image, say)
+        warn(f"{image.mode} picture")
+    image = _upright(image, warn)
     _check_size(image, name, max_pixels, max_side)  # again: an icon's header is not that of the picture in it
     if image.mode.startswith("I"):
-        say("16-bit picture")
+        warn("16-bit picture")
         image = _from_deep_grey(image)
     elif image.mode == "F":
-        say("float picture")
+        warn("float picture")
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 255):  # also for NaN
             raise ValueError(f"expected values of 0 … 255, found {values.min():g} … {values.max():g}")
@@ -374,7 +374,7 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.stack([grey, np.where(levels == clear, 0, 255).astype(np.uint8)], axis=-1))
 
 
-def _upright(image: Image.Image, say: Callable[[str], None]) -> Image.Image:
+def _upright(image: Image.Image, warn: Callable[[str], None]) -> Image.Image:
     """The picture turned as its EXIF says. EXIF that is damaged says nothing: the picture itself is whole."""
     turned = image.format == "TIFF"  # Pillow does that itself, when it loads one
     if not turned:
@@ -382,9 +382,9 @@ def _upright(image: Image.Image, say: Callable[[str], None]) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except UNREADABLE:
-        say("damaged EXIF")
+        warn("damaged EXIF")
         return image
     if orientation not in _TURNS:
         return image
-    say("EXIF rotation")
+    warn("EXIF rotation")
     return image if turned else image.transpose(_TURNS[orientation])

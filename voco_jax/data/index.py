@@ -106,7 +106,7 @@ def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_wor
             bar.update(len(chunk))
     index = _join(parts)
     # Files that may come, or were not read for an error of the disk: shards say no more than that it failed
-    passing = {MISSING, UNREADABLE_VIDEO, DAMAGED} & index.report.bad.keys()
+    passing = {MISSING, UNREADABLE_VIDEO, DAMAGED} & index.report.skipped.keys()
     if time.monotonic() - start > KEPT_FROM and not passing:
         _save(index, file)
     return index
@@ -168,7 +168,7 @@ def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: s
         try:
             sample, cut = maker.sample(record, i, times)
         except BadRecord as error:
-            report.add_bad(error, where)
+            report.add_skipped(error, where)
             continue
         lengths[i] = len(sample), zlib.crc32(sample.tokens.tobytes())
         report.cut += cut > 0
@@ -229,7 +229,7 @@ def _save(index: Index, file: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        _say_once(
+        _log_once(
             f"data: {file.parent}: indices cannot be kept there: {error.strerror or error} (config.data.cache_dir)"
         )
 
@@ -242,7 +242,7 @@ _DAMAGE = (
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _log_once(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 

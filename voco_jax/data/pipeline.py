@@ -92,18 +92,18 @@ class PackLoader(grain.transforms.Map):
                 if sample.num_images > room:
                     raise BadRecord(TOO_LONG, "conversation: has more images than when the index was made")
                 if images is None:  # all of an item have the same; the first that can be read gives them
-                    odd: list[str] = []
-                    load = functools.partial(self.processor.load, on_odd=odd.append)
+                    warned: list[str] = []
+                    load = functools.partial(self.processor.load, on_warning=warned.append)
                     images = self.maker.load_images(record, times, load)
-                    for kind in odd:
-                        report.add_odd(kind, source.where(p.record))
+                    for kind in warned:
+                        report.add_warned(kind, source.where(p.record))
                     if augments(self.data):
                         images = [augment(image, self.data, self._rng(p)) for image in images]  # all frames alike
                     images_of = sample.num_images
                 if sample.num_images != images_of:
                     raise BadRecord(TOO_LONG, "conversation: has other images than when the index was made")
             except BadRecord as error:
-                report.add_bad(error, source.where(p.record))
+                report.add_skipped(error, source.where(p.record))
                 continue
             samples.append((p, sample))
         return (images, samples) if samples else None

@@ -8,7 +8,7 @@ import reprlib
 from voco_jax.errors import UserError
 from voco_jax.terminal import printable
 
-# Every kind of record that is left out, and of one that is read though it is odd, as reports name them.
+# Why a record is skipped, as reports name it
 BROKEN_JSON = "broken JSON"
 NOT_UTF8 = "not UTF-8"
 WRONG_FORM = "not a conversation"

@@ -1,4 +1,4 @@
-"""What became of the records: how many were seen, which were left out or odd, by kind, with the first of each."""
+"""What became of the records: how many were seen, and by kind how many were skipped or read with a warning."""
 
 from collections import Counter
 import dataclasses
@@ -8,6 +8,7 @@ from voco_jax.errors import UserError
 from voco_jax.terminal import printable
 
 EXAMPLES = 3  # that are named of each kind
+_STORED_AS = {"bad": "skipped", "odd": "warned"}  # keys of reports that earlier versions stored
 
 
 def one_line(text: str, most: int = 500) -> str:
@@ -22,28 +23,28 @@ def one_line(text: str, most: int = 500) -> str:
 
 @dataclasses.dataclass
 class Report:
-    """Counts by kind. `bad` are left out; `odd` are read, but are not what one would expect (a CMYK picture, …).
+    """Counts by kind. `skipped` records are not used; `warned` ones are, and yet are unusual (a CMYK picture, …).
 
     `cut` counts conversations that lost text to the row's length, `tokens_cut` how much.
     """
 
     seen: int = 0
-    bad: Counter = dataclasses.field(default_factory=Counter)
-    odd: Counter = dataclasses.field(default_factory=Counter)
+    skipped: Counter = dataclasses.field(default_factory=Counter)
+    warned: Counter = dataclasses.field(default_factory=Counter)
     cut: int = 0
     tokens_cut: int = 0
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
-    def num_bad(self) -> int:
-        return sum(self.bad.values())
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
 
-    def add_bad(self, error: BadRecord, where: str = "") -> None:
-        self.bad[error.kind] += 1
+    def add_skipped(self, error: BadRecord, where: str = "") -> None:
+        self.skipped[error.kind] += 1
         self._example(error.kind, f"{where}: {error.message}" if where else error.message)
 
-    def add_odd(self, kind: str, where: str) -> None:
-        self.odd[kind] += 1
+    def add_warned(self, kind: str, where: str) -> None:
+        self.warned[kind] += 1
         self._example(kind, where)
 
     def _example(self, kind: str, text: str) -> None:
@@ -55,8 +56,8 @@ class Report:
     def merge(self, other: "Report") -> "Report":
         """Add another's counts to these; returns self."""
         self.seen += other.seen
-        self.bad.update(other.bad)
-        self.odd.update(other.odd)
+        self.skipped.update(other.skipped)
+        self.warned.update(other.warned)
         self.cut += other.cut
         self.tokens_cut += other.tokens_cut
         for kind, examples in other.examples.items():
@@ -66,21 +67,23 @@ class Report:
 
     def to_dict(self) -> dict:
         """For JSON."""
-        return {**dataclasses.asdict(self), "bad": dict(self.bad), "odd": dict(self.odd)}
+        return {**dataclasses.asdict(self), "skipped": dict(self.skipped), "warned": dict(self.warned)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Report":
-        return cls(**values | {"bad": Counter(values["bad"]), "odd": Counter(values["odd"])})
+        """The inverse of `to_dict`, also for reports stored by earlier versions."""
+        values = {_STORED_AS.get(key, key): value for key, value in values.items()}
+        return cls(**values | {key: Counter(values[key]) for key in ("skipped", "warned")})
 
     def lines(self, unit: str = "records") -> list[str]:
-        """`665298 records: 665290 good, 8 left out` and a line for each kind with its first examples."""
-        head = f"{self.seen} {unit}: {self.seen - self.num_bad} good"
+        """`665298 records: 665290 good, 8 skipped` and a line for each kind with its first examples."""
+        head = f"{self.seen} {unit}: {self.seen - self.num_skipped} good"
         if self.cut:
             head += f" ({self.cut} cut by {self.tokens_cut} tokens)"
-        if self.bad:
-            head += f", {self.num_bad} left out"
+        if self.skipped:
+            head += f", {self.num_skipped} skipped"
         lines = [head]
-        for counts, what in (self.bad, "left out"), (self.odd, "read all the same"):
+        for counts, what in (self.skipped, "skipped"), (self.warned, "read with a warning"):
             for kind, n in counts.most_common():
                 lines.append(f"  {n} {what}: {kind}; {' | '.join(self.examples[kind])}")
         return lines
@@ -92,15 +95,15 @@ class Report:
         least: int = 1000,
         option: str = "config.data.max_skipped_fraction",
     ) -> None:
-        """UserError when more than `max_skipped_fraction` of the records are bad; `option` is what the user calls that.
+        """UserError when more than `max_skipped_fraction` of the records are skipped; the user calls it `option`.
 
-        Before `least` records (or `total`, all that there are) have been seen, so many are assumed: the first bad
-        record of a run must not end it.
+        The fraction is of at least `least` records (or of `total`, all that there are): the first skipped record of a
+        run must not end it.
         """
         allowed = max_skipped_fraction * max(self.seen, min(total, least))
-        if self.num_bad > allowed:
-            worst, n = self.bad.most_common(1)[0]
+        if self.num_skipped > allowed:
+            worst, n = self.skipped.most_common(1)[0]
             raise UserError(
-                f"data: {self.num_bad} of the first {self.seen} records cannot be used, more than {option} = "
+                f"data: {self.num_skipped} of the first {self.seen} records cannot be used, more than {option} = "
                 f"{max_skipped_fraction:g} allows; {n}× {worst}: {self.examples[worst][0]}"
             )

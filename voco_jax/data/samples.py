@@ -46,7 +46,7 @@ class SampleMaker:
             return record, self.frame_times(record)
         except BadRecord as error:
             report.seen += 1
-            report.add_bad(error, source.where(i))
+            report.add_skipped(error, source.where(i))
             return None
 
     def frame_times(self, record: Record, rng: np.random.Generator | None = None) -> np.ndarray | None:

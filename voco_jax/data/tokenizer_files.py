@@ -75,18 +75,18 @@ def find(name: str) -> Path:
         raise UserError(f"tokenizer {name!r}: directory not found")
     import huggingface_hub
 
-    _say(f"tokenizer {name}: no such directory; Hugging Face's hub is asked for it")
+    _log(f"tokenizer {name}: no such directory; Hugging Face's hub is asked for it")
     try:
         found = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # those of the network, of the name and of access have no common type
         raise UserError(
             f"tokenizer {name!r}: no such directory, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
         ) from error
-    _say(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}")
+    _log(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}")
     return found
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 

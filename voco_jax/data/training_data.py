@@ -41,11 +41,11 @@ def open_training_data(
     *,
     run: Path | None = None,
     shard: Sequence[int] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> TrainingData:
     """Look at the training set of a config, and make the plan of its first epoch.
 
-    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `say` is
+    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `log` is
     told what was found. Raises UserError for what cannot be trained on.
     """
     data = config.data
@@ -62,7 +62,7 @@ def open_training_data(
     maker = SampleMaker(
         encoder, data.row_length, data.images_per_pack, sampling, data.video.timestamps, data.video.incomplete
     )
-    indices = _look_at(config, "train", sources, maker, say)
+    indices = _look_at(config, "train", sources, maker, log)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
@@ -74,17 +74,17 @@ def open_training_data(
     if not data.rows_per_pack:
         rows, _ = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
         shape = dataclasses.replace(shape, rows=rows)
-        say(f"data: {rows} read row{'s' * (rows > 1)} a pack, which costs least (config.data.rows_per_pack)")
+        log(f"data: {rows} read row{'s' * (rows > 1)} a pack, which costs least (config.data.rows_per_pack)")
     plan = Plan(indices, weights, shape, **options)
     use = plan.use()
-    say(
+    log(
         f"data: {use.packs} packs, {math.ceil(use.packs / data.batch_size)} batches an epoch; "
         f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
     )
     if data.rows_per_pack and use.tokens < MOSTLY_PADDING:
         rows, times = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
         if times > 1:
-            say(
+            log(
                 f"data: most of that is padding; config.data.rows_per_pack={rows} would need {times:.1f} times fewer "
                 f"tokens an epoch than {data.rows_per_pack}"
             )
@@ -97,19 +97,19 @@ def open_training_data(
     return TrainingData(tokenizer, model_config, batches, longest)
 
 
-def open_test_data(config: ConfigDict, training: Batches, say: Callable[[str], None] = print) -> Batches:
+def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], None] = print) -> Batches:
     """The test set of a config as batches of the shape of training's, to be looked at while it trains.
 
     Every conversation once, as the weights say, then nothing, in an order that follows from the data alone; frames
     and pictures as they are, loaded by threads of this process. Conversations are cut to training's rows, which
-    `say` is told. UserError: no test data, or none that can be used.
+    `log` is told. UserError: no test data, or none that can be used.
     """
     if not config.data.test:
         raise UserError("config.eval.every: expected sources in config.data.test to evaluate with, found none")
     sources, weights = open_sources(config, "test")
     loader, shape = training.loader, training.loader.plan.shape
     maker = dataclasses.replace(loader.maker, row_length=shape.row_length)
-    indices = _look_at(config, "test", sources, maker, say)
+    indices = _look_at(config, "test", sources, maker, log)
     if max(weight * len(index) for weight, index in zip(weights, indices, strict=True)) < 1:
         raise UserError("config.data.test: no usable conversation")
     data = config.data.copy_and_resolve_references()
@@ -127,25 +127,25 @@ def open_test_data(config: ConfigDict, training: Batches, say: Callable[[str], N
     return Batches(loader, data.batch_size, training.shard, num_batches)
 
 
-def _look_at(config: ConfigDict, key: str, sources: Sequence, maker: SampleMaker, say) -> list[Index]:
+def _look_at(config: ConfigDict, key: str, sources: Sequence, maker: SampleMaker, log) -> list[Index]:
     """Indices of the sources of `config.data.<key>`; UserError where too many records are bad."""
     data, names = config.data, sorted(config.data[key])
     indices = [
         make_index(source, maker, data.cache_dir, data.num_workers, name)
         for name, source in zip(names, sources, strict=True)
     ]
-    report = _report(indices, names if key == "train" else [f"{key}: {name}" for name in names], say)
+    report = _report(indices, names if key == "train" else [f"{key}: {name}" for name in names], log)
     report.check(data.max_skipped_fraction, report.seen)
     return indices
 
 
-def _report(indices: Sequence[Index], names: Sequence[str], say: Callable[[str], None]) -> Report:
+def _report(indices: Sequence[Index], names: Sequence[str], log: Callable[[str], None]) -> Report:
     whole = Report()
     for index, name in zip(indices, names, strict=True):
         head, *kinds = index.report.lines("conversations")
-        say(f"data: {name}: {head}, {len(index)} records")
+        log(f"data: {name}: {head}, {len(index)} records")
         for line in kinds:
-            say(line)
+            log(line)
         whole.merge(index.report)
     return whole
 

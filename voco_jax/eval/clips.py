@@ -113,7 +113,7 @@ def score_clips(
         "clips": len(frames),
         "frames_per_clip": [min(frames), max(frames)],
         "tokens_per_frame": run.encoder.num_visual_tokens,
-        "left_out": dict(report.bad),
+        "left_out": dict(report.skipped),
     }
     return results, found, report
 
@@ -140,7 +140,7 @@ def read_clips(source: VideoQuestionSource, report: Report, max_clips: int | Non
             file, question = _read(source, i)
         except BadRecord as error:
             report.seen += 1
-            report.add_bad(error, source.where(i))
+            report.add_skipped(error, source.where(i))
             continue
         if file not in clips and len(clips) == max_clips:
             continue
@@ -185,15 +185,15 @@ def answer_clips(
     total = sum(len(clip.questions) for clip in clips)
     with tqdm(total=total, unit="question", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
         for clip in clips:
-            bad_before = report.num_bad
+            skipped_before = report.num_skipped
             seen = _look(model, clip, report)
             if seen is not None:
                 shown = {column: view(seen, clip.number) for column, view in views.items()}
                 usable = [q for q in clip.questions if _can_be_asked(model, q, seen, max_new_tokens, report)]
                 waiting += [(clip, question, shown) for question in usable]
                 found.times[str(clip.file)] = [item.time for item in seen.items]
-            if report.num_bad > bad_before:
-                bar.update(report.num_bad - bad_before)
+            if report.num_skipped > skipped_before:
+                bar.update(report.num_skipped - skipped_before)
                 check(report)
             while len(waiting) >= limits.batch_size:
                 ask()
@@ -221,7 +221,7 @@ def _look(model: Model, clip: AskedClip, report: Report) -> Seen | None:
         return model.see_video(clip.file, incomplete=model.run.config.data.video.incomplete)
     except BadRecord as error:
         for _ in clip.questions:
-            report.add_bad(error)
+            report.add_skipped(error)
         return None
 
 
@@ -233,6 +233,6 @@ def _can_be_asked(model: Model, question: ClipQuestion, seen: Seen, max_new_toke
         except UserError as error:
             raise BadRecord(TOO_LONG, str(error)) from None
     except BadRecord as error:
-        report.add_bad(error, question.where)
+        report.add_skipped(error, question.where)
         return False
     return True

@@ -90,7 +90,7 @@ def score_conversations(
         **scores(answers)[OVERALL],
         "scores": scores(answers),
         "max_new_tokens": limit,
-        "left_out": dict(report.bad),
+        "left_out": dict(report.skipped),
     }
     return results, answers, report
 
@@ -156,14 +156,14 @@ def _read(model: Model, maker: SampleMaker, source, i: int, limit: int, report: 
                 raise BadRecord(TOO_LONG, str(error)) from None
             usable.append((prompt, whole, *(_first(turns) or ("", ""))))
         except BadRecord as error:
-            report.add_bad(error, source.where(i))
+            report.add_skipped(error, source.where(i))
     if not usable:
         return []
     try:
         images = maker.load_images(record, times, model.run.processor.load)
     except BadRecord as error:
         for _ in usable:
-            report.add_bad(error, source.where(i))
+            report.add_skipped(error, source.where(i))
         return []
     squares, name = [model.square(image) for image in images], source.where(i)
     picture = images[len(images) // 2] if images and shown else None

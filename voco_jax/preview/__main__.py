@@ -44,7 +44,7 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
         f"used: {here}; in a whole epoch {there}",
         f"trained on: {trained_on:.1%} of the used tokens, weighted by {data.batches.loader.weighting}",
     ]
-    return lines + ([line.strip() for line in report.lines("conversations")] if report.bad or report.odd else [])
+    return lines + ([line.strip() for line in report.lines("conversations")] if report.skipped or report.warned else [])
 
 
 def _define_flags(values: flags.FlagValues) -> None:

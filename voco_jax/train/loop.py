@@ -103,7 +103,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Data
     shard = local_rows(mesh, config.data.batch_size)  # every process loads the rows of its own devices
     tokenizer, model_config, batches, longest = open_training_data(
-        config, run=workdir if resuming else None, shard=shard, say=log
+        config, run=workdir if resuming else None, shard=shard, log=log
     )
     config.data.rows_per_pack = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
@@ -205,7 +205,7 @@ def _train(run: _Setup, begun: float) -> None:
         if step != steps[-1]:
             log(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")
             raise Preempted
-    if batches.report.bad or batches.report.odd:
+    if batches.report.skipped or batches.report.warned:
         for line in batches.report.lines("conversations"):
             log(f"data, this process's since step {start}: {line}")
 

@@ -33,7 +33,7 @@ class ShardWriter:
     packer: RecordPacker
 
     def __call__(self, task: int, tick: Callable[[], Any]) -> int:
-        warnings.filterwarnings("ignore", module="PIL")  # large pictures, odd EXIF: the report has what matters
+        warnings.filterwarnings("ignore", module="PIL")  # large pictures, damaged EXIF: the report has what matters
         name = shard_names(len(self.rows))[task]
         file = self.directory / f"{name}{SHARD}"
         temporary = temporary_name(file)
@@ -51,16 +51,16 @@ class ShardWriter:
         with _open_writer(temporary) as write:
             for i in rows:
                 report.seen += 1
-                odd: list[tuple[str, str]] = []
+                warned: list[tuple[str, str]] = []
                 try:
-                    content = self.packer(i, lambda *found, odd=odd: odd.append(found))
+                    content = self.packer(i, lambda *found, warned=warned: warned.append(found))
                 except BadRecord as error:
-                    report.add_bad(error, self.packer.source.where(i))
+                    report.add_skipped(error, self.packer.source.where(i))
                 else:
                     write(content)
                     records += 1
-                    for kind, picture in odd:
-                        report.add_odd(kind, f"{self.packer.source.where(i)}: {picture}")
+                    for kind, picture in warned:
+                        report.add_warned(kind, f"{self.packer.source.where(i)}: {picture}")
                 tick()
         return {"records": records, **file_digest(temporary), "report": report.to_dict()}
 

@@ -46,11 +46,11 @@ class RecordPacker:
     sampling: FrameSampling | None = None
     incomplete: bool = False
 
-    def __call__(self, i: int, on_odd: Callable[[str, str], Any]) -> bytes:
-        """The i-th record; BadRecord. `on_odd` hears kind and name of pictures that are read though they are odd."""
+    def __call__(self, i: int, on_warning: Callable[[str, str], Any]) -> bytes:
+        """The i-th record; BadRecord. `on_warning` is called with kind and name of unusual pictures."""
         record = self.source[i]
         check_conversations(record)
-        images = [self._picture(picture.file, on_odd) for picture in record.images]
+        images = [self._picture(picture.file, on_warning) for picture in record.images]
         video = None if record.video is None else self._video(record.video.file)
         try:
             return pack_record(Record(images, video, record.conversations, self.source.where(i)))
@@ -59,10 +59,10 @@ class RecordPacker:
         except (ValueError, TypeError, OverflowError) as error:
             raise BadRecord(WRONG_FORM, f"cannot be kept: {error}") from None
 
-    def _picture(self, file: Path, on_odd) -> Picture:
+    def _picture(self, file: Path, on_warning) -> Picture:
         data = read_file(file, TOO_LARGE)
         name = _name(file, self.image_root)
-        image = load_image(Picture(data=data, name=str(file)), lambda kind: on_odd(kind, name))
+        image = load_image(Picture(data=data, name=str(file)), lambda kind: on_warning(kind, name))
         if self.max_side and max(image.size) > self.max_side:
             data = self._encode(image, name)
         return Picture(data=data, name=name)
