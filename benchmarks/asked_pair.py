@@ -21,7 +21,7 @@ import transformers
 from benchmarks.counted import encoder, with_compressor
 from benchmarks.llava_pair import take_over
 from voco_jax.data.conversations import Sample
-from voco_jax.infer.engine import GREEDY, Engine, Visual, bucket, grown
+from voco_jax.infer.engine import GREEDY, Engine, Visual, bucket, grow_cache
 from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.presets import LLAMA, VIT
@@ -98,26 +98,26 @@ class Ours:
             )
             self.engines[compressor] = Engine(nnx.merge(abstract_model(c)[0], params), prompts)
 
-    def see(self, compressor: str, pixels: np.ndarray) -> Visual:
+    def encode_images(self, compressor: str, pixels: np.ndarray) -> Visual:
         """What is kept of pictures [I, height, width, 3]."""
-        return jax.block_until_ready(self.engines[compressor].see(pixels[None]))
+        return jax.block_until_ready(self.engines[compressor].encode_images(pixels[None]))
 
     def ask(
         self, compressor: str, prompts: Sequence[Sample], new_tokens: int, *, pixels: np.ndarray | None = None,
-        visual: Visual = None, begun: tuple[Cache, int] | None = None,
+        visual: Visual = None, past: tuple[Cache, int] | None = None,
     ) -> Answers:  # fmt: skip
-        """About a picture that is seen now (`pixels`), or was before (`visual`), or is in the cache (`begun`)."""
+        """About a picture that is seen now (`pixels`), or was before (`visual`), or is in the cache (`past`)."""
         engine, clock = self.engines[compressor], Clock()
         if pixels is not None:
-            visual = engine.see(pixels[None])
+            visual = engine.encode_images(pixels[None])
         pictures = [range(0 if visual is None else 1)] * len(prompts)
-        state, stop, drawing = engine.start(
-            prompts, visual, pictures, new_tokens, GREEDY, range(len(prompts)), begun
+        state = engine.prefill(
+            prompts, visual, pictures, new_tokens, GREEDY, range(len(prompts)), past
         )  # fmt: skip
         np.asarray(state.output)
         first = clock()
         if new_tokens > 1:
-            state = engine.advance(state, new_tokens, stop, drawing)
+            state = engine.decode(state, new_tokens)
         tokens = np.asarray(state.output)[: len(prompts)]
         last = clock()
         if int(state.count) != new_tokens:
@@ -128,8 +128,8 @@ class Ours:
         """Uncompressed, the cache after all up to a picture's last token, for `rows` questions with `room` for each."""
         kept = int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1
         head = part(prompt, slice(kept))
-        state, _, _ = self.engines["none"].start([head], visual, [range(1)], 1, GREEDY, [0])
-        cache = grown(Cache(*(x[:, :, :kept] for x in state.cache)), bucket(kept + room, 32))
+        state = self.engines["none"].prefill([head], visual, [range(1)], 1, GREEDY, [0])
+        cache = grow_cache(Cache(*(x[:, :, :kept] for x in state.cache)), bucket(kept + room, 32))
         return Cache(*(jnp.repeat(x, rows, axis=1) for x in cache)), kept
 
 

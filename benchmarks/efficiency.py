@@ -113,7 +113,7 @@ class Bench:
         self.plain, self.voco = (ours.engines[c].encoder.encode_question(QUESTION) for c in ("none", "voco"))
         plain, voco = [self.plain], [self.voco]
         self._plain_many, voco_many = many_questions(ours)
-        self._memory, features = ours.see("voco", pixels), ours.see("none", pixels)
+        self._memory, features = ours.encode_images("voco", pixels), ours.encode_images("none", pixels)
         room = len(self.plain) + NEW_TOKENS
         self._cache, caches = (ours.read_picture(self.plain, features, rows, room) for rows in (1, ROWS))
         text = after_picture(self.plain)

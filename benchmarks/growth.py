@@ -24,7 +24,7 @@ from benchmarks import charts
 from benchmarks.asked_pair import after_picture, memory_bytes, part
 from benchmarks.counted import QUESTION, encoder, kept_bytes, with_compressor
 from benchmarks.machine import machine, others
-from voco_jax.infer.engine import GREEDY, Engine, bucket, grown
+from voco_jax.infer.engine import GREEDY, Engine, bucket, grow_cache
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.presets import LLAMA, VIT
 from voco_jax.models.vit import ViTConfig
@@ -112,12 +112,12 @@ class Growth:
             self._engines[compressor] = Engine(model, prompts)
         size = config.vision.image_size
         pixels = np.random.default_rng(0).standard_normal((MADE, 1, size, size, 3)).astype(np.float32)
-        see = self._engines["voco"].see
-        jax.block_until_ready(see(pixels))
+        encode = self._engines["voco"].encode_images
+        jax.block_until_ready(encode(pixels))
         start = time.perf_counter()
-        self._made = jax.block_until_ready(see(pixels))
+        self._made = jax.block_until_ready(encode(pixels))
         self.seconds_a_picture = (time.perf_counter() - start) / MADE
-        self._features = self._engines["none"].see(pixels)
+        self._features = self._engines["none"].encode_images(pixels)
 
     def _prompt(self, compressor: str, count: int):
         """None where it does not fit."""
@@ -151,20 +151,20 @@ class Growth:
             return None
         kept = int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1
         head, engine = part(prompt, slice(kept)), self._engines["none"]
-        state, _, _ = engine.start([head], self._repeated(count), [range(count)], 1, GREEDY, [0])
+        state = engine.prefill([head], self._repeated(count), [range(count)], 1, GREEDY, [0])
         cache = Cache(*(x[:, :, :kept] for x in state.cache))
         nbytes = memory_bytes(cache)
-        cache = grown(cache, min(bucket(len(prompt) + 1, 32), self._limit))
+        cache = grow_cache(cache, min(bucket(len(prompt) + 1, 32), self._limit))
         return len(prompt), nbytes, self._question("none", after_picture(prompt), None, 0, (cache, kept))
 
     def _repeated(self, count: int) -> jax.Array:
         return jnp.asarray(self._features)[np.arange(count) % MADE, 0][None]
 
-    def _question(self, compressor: str, prompt, visual, count: int, begun=None):
+    def _question(self, compressor: str, prompt, visual, count: int, past=None):
         engine = self._engines[compressor]
 
         def ask():
-            state, _, _ = engine.start([prompt], visual, [range(count)], 1, GREEDY, [0], begun)
+            state = engine.prefill([prompt], visual, [range(count)], 1, GREEDY, [0], past)
             np.asarray(state.output)
 
         return ask

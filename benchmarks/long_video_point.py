@@ -46,7 +46,7 @@ def measure(run: str, clip: Path, frames: int, rounds: int) -> dict:
 
     def ask():
         prompt = model.prompt(Request(QUESTION, bank))
-        state, _, _ = engine.start([prompt], *model.visual([bank]), 1, GREEDY, [0])
+        state = engine.prefill([prompt], *model.visual([bank]), 1, GREEDY, [0])
         np.asarray(state.output)
         return len(prompt), sum(x.nbytes for x in state.cache)
 

@@ -224,7 +224,7 @@ class Model:
             pixels[: len(squares)] = squares
             frames = axis_size("frame")  # images of a row are spread over it
             pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
-            visual = self.engine().see(self._normalize(pixels))
+            visual = self.engine().encode_images(self._normalize(pixels))
             if not isinstance(visual, Memory):
                 return visual.reshape(-1, *visual.shape[2:])[: len(squares)]
             unnamed = [Item("")] * len(squares)
@@ -314,7 +314,7 @@ class Model:
             visual, pictures = self.visual([requests[i].seen for i in batch])
             engine = self.engine(_tokens(*(requests[i].seen for i in batch)))
             with self.on_mesh():
-                texts = engine.complete(
+                texts = engine.generate(
                     [prompts[i] for i in batch], visual, pictures, max_new_tokens, sampling, until,
                     [streams[i] for i in batch],
                 )  # fmt: skip

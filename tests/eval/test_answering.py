@@ -30,7 +30,7 @@ def test_batches_change_nothing(tiny_run):
     engine = Engine(run.model, run.encoder)
 
     def ask(picture, record):
-        visual = engine.see(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
+        visual = engine.encode_images(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
         for turns in record.conversations:
             question = turns[0]["value"].removeprefix("<image>\n")
             (text,) = engine.answer([question], visual, [0], 6)

@@ -91,13 +91,13 @@ def engine(small_tokenizer):
 def test_each_question_is_answered_about_its_own_pictures(engine):
     """Together in one batch or alone, in any order: the same answers; another picture: another answer."""
     pixels = np.random.default_rng(0).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
-    seen = engine.see(pixels)
+    seen = engine.encode_images(pixels)
     assert isinstance(seen, Memory)
     questions = ["what is it?", "is it a red cat?", "what?", "what is it?"]
     together = engine.answer(questions, seen, [0, 0, 1, 1], 8)
     assert together[0] != together[3]
     for question, row, answer in zip(questions, [0, 0, 1, 1], together, strict=True):
-        assert engine.answer([question], engine.see(pixels[row : row + 1]), [0], 8) == [answer]
+        assert engine.answer([question], engine.encode_images(pixels[row : row + 1]), [0], 8) == [answer]
 
 
 def test_layers_parted_are_views_and_compute_the_same(engine):
@@ -136,8 +136,8 @@ def test_any_of_several_tokens_ends_an_answer(engine):
             encoder, "ids", dataclasses.replace(encoder.ids, stop_ids=(encoder.ids.eos_token_id, *stop_ids))
         )
         engine.encoder, before = encoder, engine.encoder
-        state, stop, drawing = engine.start(prompts, None, [[], []], 8, GREEDY, [0, 1])
-        output = np.asarray(engine.advance(state, 8, stop, drawing).output)[:2]
+        state = engine.prefill(prompts, None, [[], []], 8, GREEDY, [0, 1])
+        output = np.asarray(engine.decode(state, 8).output)[:2]
         engine.encoder = before
         return output
 

@@ -8,7 +8,7 @@ from tokenizers import decoders
 
 from tests.helpers.tokenizer_kinds import byte_level, directory, sentencepiece_model
 from voco_jax.data.tokenizer import load_tokenizer, make_tokenizer
-from voco_jax.infer.text_stream import Decoder
+from voco_jax.infer.text_stream import Detokenizer
 
 TEXTS = ["yes 😀😀 no", " do n't . 'x' ! ", "e\u0301 und ß", "👍🏽👨‍👩‍👧 a", "你好\ufffd", "a\n\n  b ", "\xa0x\u2003"]
 
@@ -63,7 +63,7 @@ def answers(tokenizer):
 
 
 def test_what_is_sure_begins_the_whole(tokenizer):
-    decoder = Decoder(tokenizer)
+    decoder = Detokenizer(tokenizer)
     for ids in answers(tokenizer):
         sure = [decoder.sure(ids[:n]) for n in range(len(ids) + 1)]
         for n, text in enumerate(sure):  # of each answer that goes on from there, and of one that ends
@@ -73,14 +73,14 @@ def test_what_is_sure_begins_the_whole(tokenizer):
 
 
 def test_a_whole_is_the_tokenizers(tokenizer):
-    decoder = Decoder(tokenizer)
+    decoder = Detokenizer(tokenizer)
     for ids in answers(tokenizer):
         assert decoder.text(ids) == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_piece_comes_as_early_as_it_is_sure(tmp_path):
     for tokenizer in (sentencepiece(tmp_path), with_decoder(decoders.ByteLevel())):
-        decoder = Decoder(tokenizer)
+        decoder = Detokenizer(tokenizer)
         ids = tokenizer("a red bus", add_special_tokens=False).input_ids
         assert [decoder.sure(ids[:n]) for n in range(len(ids) + 1)] == [
             decoder.text(ids[:n]) for n in range(len(ids) + 1)

@@ -10,11 +10,11 @@ import pytest
 
 from tests.helpers import oracle
 from tests.models.test_two_streams import CONFIG, PATCHES, VOCAB, make
-from voco_jax.infer.generate import Drawing, Sampling, Stop, advance, begin, choose
+from voco_jax.infer.generate import Sampling, SamplingState, StopIds, choose, decode, prefill
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 
 IMAGES, NEW, LATER, PLACES = 3, 64, 8, 128
-STOP = Stop(jnp.array([-1]), jnp.int32(0))  # an id that never comes: all rows go on
+STOP = StopIds(jnp.array([-1]), jnp.int32(0))  # an id that never comes: all rows go on
 # What each row of the batch says: texts of so many random words, and images by number
 ROWS = [
     [("image", 1), ("text", 9)],
@@ -101,10 +101,10 @@ def test_tokens_and_logits_over_two_turns(case):
         model = nnx.merge(graphdef, params)
         if compressed:
             cache = model.fill(memory, slots, cache)
-        state, first = begin(
+        state, first = prefill(
             model, tokens, positions, cache, NEW, STOP, None, visual, None if compressed else features[None]
         )
-        return advance(model, state, jnp.int32(NEW), STOP), first
+        return decode(model, state, jnp.int32(NEW)), first
 
     @jax.jit
     def one_more(params, token, position, cache):
@@ -178,13 +178,13 @@ def test_padding_batch_mates_and_room_change_nothing():
 
     def answer(rows, width, places, sampling):
         tokens, positions, visual, slots = batch([said[i] for i in rows], width)
-        drawing = None
+        sampling = None
         if sampling:
-            drawing = Drawing(*map(np.float32, (1.0, 0, 1.0)), np.uint32(7), np.array(rows, np.uint32))
-        state, _ = begin(
-            model, tokens, positions, model.fill(memory, slots[:, :places]), 6, STOP, drawing, visual, None
+            sampling = SamplingState(*map(np.float32, (1.0, 0, 1.0)), np.uint32(7), np.array(rows, np.uint32))
+        state, _ = prefill(
+            model, tokens, positions, model.fill(memory, slots[:, :places]), 6, STOP, sampling, visual, None
         )
-        return np.asarray(advance(model, state, jnp.int32(6), STOP, drawing).output)
+        return np.asarray(decode(model, state, jnp.int32(6)).output)
 
     for sampling in (False, True):
         together = answer([0, 1, 2, 3], 24, 64, sampling)
@@ -228,8 +228,10 @@ def test_sampling_draws_from_what_it_should():
     def shares(**kwargs):
         s = Sampling(**{"temperature": 1.0} | kwargs)
         rows = 20_000
-        drawing = Drawing(*map(np.float32, (s.temperature, s.top_k, s.top_p)), np.uint32(s.seed), np.arange(rows))
-        drawn = choose(jnp.broadcast_to(logits, (rows, 5)), drawing, jnp.int32(3))
+        sampling = SamplingState(
+            *map(np.float32, (s.temperature, s.top_k, s.top_p)), np.uint32(s.seed), np.arange(rows)
+        )
+        drawn = choose(jnp.broadcast_to(logits, (rows, 5)), sampling, jnp.int32(3))
         return np.bincount(drawn, minlength=5) / rows
 
     np.testing.assert_allclose(shares(), [0.05, 0.4, 0.3, 0.2, 0.05], atol=0.015)

@@ -123,9 +123,9 @@ def test_the_answers_are_those_of_one_question_at_a_time(test_set, evaluated):
     engine = Engine(model, data.batches.loader.maker.encoder)
     expected = {}
     for _, pixels, turns in conversations(test_set, data):
-        visual = None if pixels is None else engine.see(pixels)
+        visual = None if pixels is None else engine.encode_images(pixels)
         prompt = engine.encoder.encode(turns[:1], 0 if pixels is None else 1)
-        (given,) = engine.complete([prompt], visual, [[0]], 4)
+        (given,) = engine.generate([prompt], visual, [[0]], 4)
         expected.setdefault((turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"]), []).append(given)
     questions = evaluator._questions
     assert len(questions) == 9 and len({q.text for q in questions}) > 3
@@ -152,9 +152,9 @@ def test_scores_of_own_data(test_set, evaluated, tmp_path):
     assert results["max_new_tokens"] == length + 1 > 8 and not report.skipped  # room for the longest, and its end
     engine = Engine(model, maker.encoder)
     for answer, (_, pixels, turns) in zip(answers, conversations(test_set, data), strict=True):
-        visual = None if pixels is None else engine.see(pixels)
+        visual = None if pixels is None else engine.encode_images(pixels)
         prompt = maker.encoder.encode(turns[:1], 0 if pixels is None else 1)
-        assert engine.complete([prompt], visual, [[0]], length + 1) == [answer.given]
+        assert engine.generate([prompt], visual, [[0]], length + 1) == [answer.given]
         assert (answer.question, answer.truth) == (turns[0]["value"].replace("<image>", "").strip(), turns[1]["value"])
     assert results["loss"] == pytest.approx(evaluation.values["eval_loss"], rel=1e-5)
     # The scores are those of the answers, whatever these are

@@ -32,10 +32,10 @@ def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
             pixels += [np.zeros_like(pixels[0])] * (batch_size - len(batch))  # one shape, one compilation
             asked = [(row, turns) for row, record in enumerate(batch) for turns in record.conversations]
             prompts = [encode_first_question(run.encoder, turns, len(batch[row].images)) for row, turns in asked]
-            visual = engine.see(np.stack(pixels))
+            visual = engine.encode_images(np.stack(pixels))
             first = run.config.data.images_per_pack  # of the next record
             pictures = [range(row * first, row * first + len(batch[row].images)) for row, _ in asked]
-            given = engine.complete(prompts, visual, pictures, max_new_tokens)
+            given = engine.generate(prompts, visual, pictures, max_new_tokens)
             for (row, turns), text in zip(asked, given, strict=True):
                 answers.append(Answer(str(batch[row].images[0]), question_of(turns), turns[1]["value"], text))
             bar.update(len(asked))

@@ -180,7 +180,7 @@ def _ask(model: Model, batch: Sequence[_Asked], limit: int) -> list[ScoredAnswer
     pictures = [places[asked.record] for asked in batch]
     engine = model.engine()
     with model.on_mesh():
-        texts = engine.complete([asked.prompt for asked in batch], visual, pictures, limit)
+        texts = engine.generate([asked.prompt for asked in batch], visual, pictures, limit)
         found = engine.score([asked.whole for asked in batch], visual, pictures)
     return [
         ScoredAnswer(a.name, a.text, a.truth, text, -score.log_probability, score.num_tokens, a.picture)

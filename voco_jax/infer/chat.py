@@ -8,8 +8,8 @@ import numpy as np
 from voco_jax.data.conversations import Sample
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
-from voco_jax.infer.engine import bucket, grown
-from voco_jax.infer.generate import Decoding, Sampling
+from voco_jax.infer.engine import bucket, grow_cache
+from voco_jax.infer.generate import DecodeState, Sampling
 from voco_jax.infer.memory import Embeddings, MemoryBank
 from voco_jax.models.voco import Cache
 
@@ -42,23 +42,21 @@ class Chat:
         needed = self._filled + len(prompt) + self._max_new_tokens
         engine.check_length(self._filled + len(prompt), self._max_new_tokens)
         with self._model.on_mesh():
-            begun = None
+            past = None
             if self._cache is not None:
                 positions = self._model.config.llama.max_position_embeddings
-                self._cache = grown(self._cache, min(bucket(needed, 32), positions))
-                begun = self._cache, self._filled
+                self._cache = grow_cache(self._cache, min(bucket(needed, 32), positions))
+                past = self._cache, self._filled
             sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + len(self.turns)) % 2**32)
-            state, stop, drawing = engine.start(
-                [prompt], visual, [pictures], self._max_new_tokens, sampling, [0], begun
-            )
+            state = engine.prefill([prompt], visual, [pictures], self._max_new_tokens, sampling, [0], past)
         said = []
         turn = {"from": "human", "value": prompt_text(question, self._seen if not self.turns else None)}
 
-        def keep(state: Decoding, count: int) -> None:
+        def keep(state: DecodeState, count: int) -> None:
             self._keep(state, count)
             self.turns += [turn, {"from": "gpt", "value": "".join(said)}]
 
-        pieces = engine.pieces(state, stop, drawing, keep)
+        pieces = engine.stream(state, keep)
         try:
             while True:
                 with self._model.on_mesh():
@@ -70,7 +68,7 @@ class Chat:
         finally:
             pieces.close()
 
-    def _keep(self, state: Decoding, count: int) -> None:
+    def _keep(self, state: DecodeState, count: int) -> None:
         encoder = self._model.run.encoder
         ids = np.asarray(state.output)[0, :count].tolist()
         # Places of tokens that nobody has read are written anew

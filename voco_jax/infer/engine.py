@@ -14,8 +14,8 @@ import numpy as np
 
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.errors import UserError
-from voco_jax.infer.generate import Decoding, Drawing, Sampling, Stop, advance, begin, trim
-from voco_jax.infer.text_stream import Decoder
+from voco_jax.infer.generate import DecodeState, Sampling, SamplingState, StopIds, decode, prefill, trim
+from voco_jax.infer.text_stream import Detokenizer
 from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 from voco_jax.parallel.mesh import ROWS, axis_size
@@ -61,9 +61,9 @@ class Engine:
         graphdef, state = nnx.split(model)
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
         self.params = nnx.to_pure_dict(state)
-        self._see = _one_at_a_time(jax.jit(functools.partial(_see, graphdef)))
-        self._begin = _one_at_a_time(jax.jit(functools.partial(_begin, graphdef), static_argnums=(0, 1)))
-        self._advance = _one_at_a_time(jax.jit(functools.partial(_advance, graphdef), donate_argnums=1))
+        self._encode_images = _one_at_a_time(jax.jit(functools.partial(_encode_images, graphdef)))
+        self._prefill = _one_at_a_time(jax.jit(functools.partial(_prefill, graphdef), static_argnums=(0, 1)))
+        self._decode = _one_at_a_time(jax.jit(functools.partial(_decode, graphdef), donate_argnums=1))
         self._score = _one_at_a_time(jax.jit(functools.partial(_score, graphdef), static_argnums=0))
         self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
 
@@ -79,34 +79,34 @@ class Engine:
             llama = params["llama"]
             self._parted = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
 
-    def see(self, pixel_values: np.ndarray | jax.Array) -> Visual:
+    def encode_images(self, pixel_values: np.ndarray | jax.Array) -> Visual:
         """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
 
         Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
         """
-        return self._see(self._parted, pixel_values)
+        return self._encode_images(self._parted, pixel_values)
 
     def answer(self, questions: Sequence[str], visual: Visual, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Answer `questions[i]` about the pictures of row `rows[i]` of what `see` returned."""
+        """Answer `questions[i]` about the pictures of row `rows[i]` of what `encode_images` returned."""
         count = 0 if visual is None else self._images_of_a_row(visual)
         prompts = [self.encoder.encode_question(question, count) for question in questions]
-        return self.complete(prompts, visual, [range(row * count, (row + 1) * count) for row in rows], max_new_tokens)
+        return self.generate(prompts, visual, [range(row * count, (row + 1) * count) for row in rows], max_new_tokens)
 
-    def complete(
+    def generate(
         self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
         sampling: Sampling = GREEDY, until: Sequence[str] = (), streams: Sequence[int] | None = None,
     ) -> list[str]:  # fmt: skip
-        """Answers to encoded prompts; what follows one of the texts `until` is left out, and so is that.
+        """Answers to encoded prompts. An answer ends before the first of the texts `until` that occurs in it.
 
-        `pictures[i]` are those that prompt i speaks of, in its order, by their places among all B·I of what `see` has
-        returned. `streams` number the prompts' random numbers (default: 0, 1, …). UserError for more tokens than the
-        model has positions.
+        `pictures[i]` are the images of prompt i, in its order, as indices into all B·I that `encode_images` returned.
+        `streams[i]` numbers the random stream of prompt i (default: 0, 1, …). UserError for more tokens than the model
+        has positions.
         """
         streams = range(len(prompts)) if streams is None else streams
-        state, stop, drawing = self.start(prompts, visual, pictures, max_new_tokens, sampling, streams)
+        state = self.prefill(prompts, visual, pictures, max_new_tokens, sampling, streams)
         limit = min(PIECE, max_new_tokens) if until else max_new_tokens
         while True:
-            state = self.advance(state, limit, stop, drawing)
+            state = self.decode(state, limit)
             answers = np.asarray(self._whole(state.output))[: len(prompts), :limit]
             ended = np.asarray(self._whole(state.ended))[: len(prompts)]
             if limit == max_new_tokens or all(
@@ -117,7 +117,7 @@ class Engine:
             limit = min(limit + PIECE, max_new_tokens)
 
     def score(self, samples: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]]) -> list[Score]:
-        """Of encoded conversations, how likely their labels (the answers) are; other arguments as `complete`'s."""
+        """Of encoded conversations, how likely their labels (the answers) are; other arguments as `generate`'s."""
         self.check_length(max(map(len, samples)), 0)
         batch = self._batch_size(len(samples))
         order = [*range(len(samples)), *[0] * (batch - len(samples))]
@@ -139,16 +139,16 @@ class Engine:
 
     # ---- What a conversation of several turns is made of -------------------------------------------------------
 
-    def start(
+    def prefill(
         self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
-        sampling: Sampling, streams: Sequence[int], begun: tuple[Cache, int] | None = None,
-    ) -> tuple[Decoding, Stop, Drawing | None]:  # fmt: skip
-        """The first token of every answer; arguments as `complete`'s. `begun`: a cache of one row with room for all
+        sampling: Sampling, streams: Sequence[int], past: tuple[Cache, int] | None = None,
+    ) -> DecodeState:  # fmt: skip
+        """The first token of every answer; arguments as `generate`'s. `past`: a cache of one row with room for all
         that comes, and how many places of it are filled."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-        self.check_length(max(map(len, prompts)) + (begun[1] if begun else 0), max_new_tokens)
-        cache, filled = begun or (None, 0)
+        self.check_length(max(map(len, prompts)) + (past[1] if past else 0), max_new_tokens)
+        cache, filled = past or (None, 0)
         # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
         count = 0 if visual is None else self._images_of_a_row(visual)
         apart = count > 0 and _rows_of(visual) == len(prompts) and cache is None
@@ -161,24 +161,20 @@ class Engine:
             [np.asarray(pictures[i], np.int32) % count if apart else np.asarray(pictures[i], np.int32) for i in order],
             max_new_tokens, filled, isinstance(visual, Memory), None if cache is None else cache.keys.shape[2],
         )  # fmt: skip
-        stop = Stop(np.array(self.encoder.stop_ids, np.int32), np.int32(self.encoder.ids.eos_token_id))
-        drawing = None
+        stop = StopIds(np.array(self.encoder.stop_ids, np.int32), np.int32(self.encoder.ids.eos_token_id))
+        drawn = None
         if sampling.temperature:
             numbers = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
-            drawing = Drawing(*numbers, np.uint32(sampling.seed), np.array([streams[i] for i in order], np.uint32))
+            drawn = SamplingState(*numbers, np.uint32(sampling.seed), np.array([streams[i] for i in order], np.uint32))
         if not apart:
             visual = _in_one_row(visual)
-        return (
-            self._begin(max_new_tokens, visual is None, self._parted, visual, laid_out, stop, drawing, cache),
-            stop,
-            drawing,
-        )
+        return self._prefill(max_new_tokens, visual is None, self._parted, visual, laid_out, stop, drawn, cache)
 
-    def advance(self, state: Decoding, limit: int, stop: Stop, drawing: Drawing | None) -> Decoding:
-        """Answers of `start` gone on to `limit` tokens, or to their ends; the state given is used up."""
-        return self._advance(self._parted, state, np.int32(limit), stop, drawing)
+    def decode(self, state: DecodeState, limit: int) -> DecodeState:
+        """Append tokens until the answers have `limit` tokens each, or all have ended. The state given is used up."""
+        return self._decode(self._parted, state, np.int32(limit))
 
-    def pieces(self, state: Decoding, stop: Stop, drawing: Drawing | None, keep) -> Iterator[str]:
+    def stream(self, state: DecodeState, keep: Callable[[DecodeState, int], None]) -> Iterator[str]:
         """The text of one answer, as it comes: each piece as soon as no later token can change it. Together they are
         the text of the whole answer.
 
@@ -186,12 +182,13 @@ class Engine:
         have been read: the state is one ahead.
         """
         length, said, read = state.output.shape[1], "", 0
+        stop_ids = np.asarray(state.stop.ids)
         try:
             for count in range(1, length + 1):
                 if count < length:
-                    state = self.advance(state, count + 1, stop, drawing)
+                    state = self.decode(state, count + 1)
                 ids = np.asarray(state.output)[0, :count]
-                ended, read = bool(np.isin(ids, stop.ids).any()), count
+                ended, read = bool(np.isin(ids, stop_ids).any()), count
                 text = self.text(ids) if ended or count == length else self.sure_text(ids)
                 if len(text) > len(said):
                     yield text[len(said) :]
@@ -199,22 +196,22 @@ class Engine:
                 if ended:
                     break
         finally:
-            if read and not state.output.is_deleted():  # it is where an interruption comes while it is advanced
+            if read and not state.output.is_deleted():  # it is where an interruption comes while it is decoded
                 keep(state, read)
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, of its tokens up to the end-of-sequence token."""
-        return self._decoder.text(self._said(ids))
+        return self._detokenizer.text(self._until_end(ids))
 
     def sure_text(self, ids: Sequence[int]) -> str:
         """What an answer that begins with these tokens begins with, whatever comes next."""
-        return self._decoder.sure(self._said(ids))
+        return self._detokenizer.sure(self._until_end(ids))
 
     @functools.cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self.encoder.tokenizer)
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.encoder.tokenizer)
 
-    def _said(self, ids: Sequence[int]) -> list[int]:
+    def _until_end(self, ids: Sequence[int]) -> list[int]:
         return trim(ids, [self.encoder.ids.eos_token_id])  # which stands in the place of any stop token
 
     def check_length(self, tokens: int, max_new_tokens: int) -> None:
@@ -278,7 +275,7 @@ def _one_at_a_time(program: Callable) -> Callable:
     return call
 
 
-def grown(cache: Cache, places: int) -> Cache:
+def grow_cache(cache: Cache, places: int) -> Cache:
     """The cache with room for so many places."""
     room = places - cache.keys.shape[2]
     return (
@@ -294,21 +291,21 @@ def bucket(n: int, smallest: int) -> int:
     return -(-n // step) * step
 
 
-def _see(graphdef, params, pixel_values):
+def _encode_images(graphdef, params, pixel_values):
     model = nnx.merge(graphdef, params)
     features = model.encode_images(pixel_values)
     return model.compress(features) if model.config.compressor == "voco" else features
 
 
-def _begin(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prompts, stop, drawing, cache):
+def _prefill(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prompts, stop, sampling, cache):
     model = nnx.merge(graphdef, params)
     if isinstance(visual, Memory):
         cache, features = model.fill(visual, prompts.slots, cache), None
     else:
         cache, features = model.empty_cache(*prompts.slots.shape) if cache is None else cache, visual
     tokens_visual = None if text_alone else prompts.visual
-    state, _ = begin(
-        model, prompts.tokens, prompts.positions, cache, max_new_tokens, stop, drawing, tokens_visual, features
+    state, _ = prefill(
+        model, prompts.tokens, prompts.positions, cache, max_new_tokens, stop, sampling, tokens_visual, features
     )
     return state
 
@@ -331,8 +328,8 @@ def _score(graphdef, text_alone, params, visual, prompts: Prompts, before, label
     return jnp.where(is_label, chosen, 0).sum(axis=1), (is_likeliest | ~is_label).all(axis=1)
 
 
-def _advance(graphdef, params, state, limit, stop, drawing):
-    return advance(nnx.merge(graphdef, params), state, limit, stop, drawing)
+def _decode(graphdef, params, state, limit):
+    return decode(nnx.merge(graphdef, params), state, limit)
 
 
 def _rows_of(visual: Memory | jax.Array) -> int:

@@ -40,8 +40,8 @@ class Sampling:
                 raise UserError(f"{name}: expected {expected}, found {getattr(self, name)}")
 
 
-class Drawing(NamedTuple):
-    """A `Sampling` on the devices; `streams` [R] number the rows' random numbers."""
+class SamplingState(NamedTuple):
+    """A `Sampling` as arrays. `streams` [R]: each row draws from the random stream of this number."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -50,75 +50,78 @@ class Drawing(NamedTuple):
     streams: jax.Array
 
 
-class Decoding(NamedTuple):
-    """Answers in the making. `output` [R, N] has `count` tokens a row, of which the last is not in the cache yet: it
-    comes to `positions` [R]. From its stop token on, a row that has `ended` is filled with the padding of `Stop`."""
+class StopIds(NamedTuple):
+    """Token `ids` [S], each of which ends an answer. `padding` replaces it and fills the rest of the row."""
+
+    ids: jax.Array
+    padding: jax.Array
+
+
+class DecodeState(NamedTuple):
+    """R answers that are being decoded: all that `decode` needs.
+
+    `output` [R, N] holds `count` tokens a row. The last of them is not in the cache yet; its position is `positions`
+    [R]. A row that has `ended` is filled with `stop.padding` from its stop token on. `sampling` None: greedy.
+    """
 
     cache: Cache
     output: jax.Array
     count: jax.Array
     positions: jax.Array
     ended: jax.Array
+    stop: StopIds
+    sampling: SamplingState | None
 
 
-class Stop(NamedTuple):
-    """`ids` [S], each of which ends an answer, and the one of them that stands in its place and fills up the rest."""
-
-    ids: jax.Array
-    padding: jax.Array
-
-
-def choose(logits: jax.Array, drawing: Drawing | None, count: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, sampling: SamplingState | None, count: jax.Array) -> jax.Array:
     """Token ids [R] of logits [R, V]: the likeliest, or drawn. `count` tells a row's tokens apart."""
-    if drawing is None:
+    if sampling is None:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / drawing.temperature
+    logits = logits / sampling.temperature
     likeliest = -jnp.sort(-logits)
-    k = jnp.where(drawing.top_k > 0, drawing.top_k, logits.shape[-1])
+    k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
     among_k = jnp.arange(logits.shape[-1]) < k
     probabilities = jax.nn.softmax(jnp.where(among_k, likeliest, -jnp.inf))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the tokens that are likelier
-    kept = among_k & (before < drawing.top_p)
+    kept = among_k & (before < sampling.top_p)
     kept = kept.at[:, 0].set(True)
     least = jnp.where(kept, likeliest, jnp.inf).min(axis=-1, keepdims=True)
 
     def draw(logits, stream):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(drawing.seed), stream), count)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), stream), count)
         return jax.random.categorical(key, logits)
 
-    return jax.vmap(draw)(jnp.where(logits >= least, logits, -jnp.inf), drawing.streams).astype(jnp.int32)
+    return jax.vmap(draw)(jnp.where(logits >= least, logits, -jnp.inf), sampling.streams).astype(jnp.int32)
 
 
-def begin(
+def prefill(
     model: VoCoLlama,
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
     max_new_tokens: int,
-    stop: Stop,
-    drawing: Drawing | None = None,
+    stop: StopIds,
+    sampling: SamplingState | None = None,
     visual: jax.Array | None = None,
     features: jax.Array | None = None,
-) -> tuple[Decoding, jax.Array]:
-    """Prompts join the cache, and their answers begin; arguments as `VoCoLlama.extend`'s.
+) -> tuple[DecodeState, jax.Array]:
+    """Write the prompts into the cache and choose the first token of each answer; arguments as `VoCoLlama.extend`'s.
 
-    Returns the answers' first tokens as `Decoding`, and the logits [R, V] that they were chosen by. The cache needs
-    room for max_new_tokens - 1 places after each prompt.
+    Returns the state to `decode`, and the logits [R, V] that the first tokens were chosen from. The cache needs room
+    for max_new_tokens - 1 places after each prompt.
     """
     hidden, cache = model.extend(tokens, positions, cache, visual, features)
     last = positions.argmax(axis=1)
     logits = model.llama.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
-    first = choose(logits, drawing, jnp.int32(0))
+    first = choose(logits, sampling, jnp.int32(0))
     ended = (first[:, None] == stop.ids).any(axis=1)
     first = jnp.where(ended, stop.padding, first)
     output = jnp.full((len(tokens), max_new_tokens), stop.padding, jnp.int32).at[:, 0].set(first)
-    return Decoding(cache, output, jnp.int32(1), positions.max(axis=1) + 1, ended), logits
+    return DecodeState(cache, output, jnp.int32(1), positions.max(axis=1) + 1, ended, stop, sampling), logits
 
 
-def advance(
-    model: VoCoLlama, state: Decoding, limit: jax.Array, stop: Stop, drawing: Drawing | None = None
-) -> Decoding:
-    """Go on until the answers have `limit` tokens, or have all ended."""
+def decode(model: VoCoLlama, state: DecodeState, limit: jax.Array) -> DecodeState:
+    """Append tokens until the answers have `limit` tokens each, or all have ended."""
     graphdef, params = nnx.split(model)
 
     def unfinished(state):
@@ -128,10 +131,10 @@ def advance(
         model = nnx.merge(graphdef, params)
         token = jnp.take(state.output, state.count - 1, axis=1)
         hidden, cache = model.extend(token[:, None], state.positions[:, None], state.cache)
-        chosen = choose(model.llama.logits(hidden)[:, 0], drawing, state.count)
-        ended = state.ended | (chosen[:, None] == stop.ids).any(axis=1)
-        output = state.output.at[:, state.count].set(jnp.where(ended, stop.padding, chosen))
-        return Decoding(cache, output, state.count + 1, state.positions + 1, ended)
+        chosen = choose(model.llama.logits(hidden)[:, 0], state.sampling, state.count)
+        ended = state.ended | (chosen[:, None] == state.stop.ids).any(axis=1)
+        output = state.output.at[:, state.count].set(jnp.where(ended, state.stop.padding, chosen))
+        return DecodeState(cache, output, state.count + 1, state.positions + 1, ended, state.stop, state.sampling)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -155,9 +158,9 @@ def greedy(
     else:
         cache = model.empty_cache(len(lengths), len(places) + max_new_tokens)
         positions, features = jnp.where(is_prompt, places, -1), visual
-    stop = Stop(jnp.array([eos_token_id], jnp.int32), jnp.int32(eos_token_id))
-    state, _ = begin(model, read.tokens, positions, cache, max_new_tokens, stop, None, read.visual, features)
-    return advance(model, state, jnp.int32(max_new_tokens), stop).output
+    stop = StopIds(jnp.array([eos_token_id], jnp.int32), jnp.int32(eos_token_id))
+    state, _ = prefill(model, read.tokens, positions, cache, max_new_tokens, stop, None, read.visual, features)
+    return decode(model, state, jnp.int32(max_new_tokens)).output
 
 
 def trim(ids: Sequence[int], stop: Sequence[int]) -> list[int]:

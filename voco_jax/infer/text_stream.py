@@ -11,7 +11,7 @@ _BY_TOKEN = ("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip
 _ON_ALL_TEXT = ("Fuse", "Strip")
 
 
-class Decoder:
+class Detokenizer:
     """Token ids to the text of an answer, without special tokens and without spaces around it."""
 
     def __init__(self, tokenizer):

@@ -173,10 +173,10 @@ class Evaluator:
                 pixels = np.zeros((size, num_images, *self._questions[0].pixels.shape[1:]), np.uint8)
                 for row, question in enumerate(asked):
                     pixels[row, : len(question.pixels)] = question.pixels
-                visual = self._engine.see(self._put({"pixel_values": pixels})["pixel_values"])
+                visual = self._engine.encode_images(self._put({"pixel_values": pixels})["pixel_values"])
             prompts = [question.prompt for question in asked]
             pictures = [range(i * num_images, i * num_images + len(q.pixels)) for i, q in enumerate(asked)]
-            given += self._engine.complete(prompts, visual, pictures, self._max_new_tokens)
+            given += self._engine.generate(prompts, visual, pictures, self._max_new_tokens)
         return given
 
     def _choose_questions(self) -> list[Question]:
