@@ -44,7 +44,7 @@ def either(request, model, uncompressed):
 
 def test_different_prompts_and_numbers_of_pictures(either):
     """In one batch, in several, or alone: the same answers."""
-    model, seen = either, either.see(PICTURES)
+    model, seen = either, either.encode_images(PICTURES)
     abouts = [seen[0], None, seen[[2, 1, 3]], seen[1:3], seen[3], seen]
     requests = [Request(q, about) for q in QUESTIONS for about in abouts]
     together = model.answers(requests, max_new_tokens=4)
@@ -56,7 +56,7 @@ def test_different_prompts_and_numbers_of_pictures(either):
 
 def test_threads_share_a_model(model, monkeypatch):
     """Each has its answers, and no program is compiled or started while another is."""
-    seen = model.see(PICTURES)
+    seen = model.encode_images(PICTURES)
     alone = [model.ask(q, seen, max_new_tokens=4) for q in QUESTIONS]
     inside, most, lock = [], [], engine._DEVICE
 
@@ -77,7 +77,7 @@ def test_threads_share_a_model(model, monkeypatch):
 
 
 def test_drawn_answers_do_not_depend_on_the_batch(model):
-    seen = model.see(PICTURES)
+    seen = model.encode_images(PICTURES)
     requests = [Request(q, seen[i]) for q in QUESTIONS for i in range(4)]
     sampling = voco_jax.Sampling(temperature=3.0, top_p=0.95, seed=5)
     drawn = model.answers(requests, max_new_tokens=6, sampling=sampling)
@@ -91,7 +91,7 @@ def test_drawn_answers_do_not_depend_on_the_batch(model):
 
 def test_texts_that_end_an_answer(model):
     """What follows is left out, wherever it comes; other answers of the batch go on."""
-    seen = model.see(PICTURES)
+    seen = model.encode_images(PICTURES)
     requests = [Request(q, seen[i]) for q in QUESTIONS[:2] for i in range(4)]
     sampling = voco_jax.Sampling(temperature=5.0, seed=1)
     whole = model.answers(requests, max_new_tokens=40, sampling=sampling)
@@ -104,7 +104,7 @@ def test_pictures_of_all_kinds_are_one(either):
     picture = PICTURES[0]
     image = Image.open(picture)
     kinds = [picture, Path(picture), image, np.asarray(image.convert("RGB"))]
-    seen = either.see(kinds)
+    seen = either.encode_images(kinds)
     arrays = seen.features if isinstance(seen, Embeddings) else seen.keys
     for other in arrays[1:]:
         np.testing.assert_allclose(other, arrays[0], atol=1e-5)
@@ -116,18 +116,18 @@ def test_a_question_about_a_picture_itself(either, tmp_path, monkeypatch):
     def arrays(seen):
         return np.asarray(seen.features if isinstance(seen, Embeddings) else seen.keys)
 
-    seen = either.see(PICTURES[:2])
+    seen = either.encode_images(PICTURES[:2])
     shutil.copy(PICTURES[0], tmp_path / "of a.png")
     monkeypatch.chdir(tmp_path)
     image = Image.open(PICTURES[0])
     kinds = [PICTURES[0], "of a.png", (tmp_path / "of a.png").as_uri(), Path("of a.png"), image, np.asarray(image)]
     for kind in *kinds, Path("of a.png").read_bytes(), io.BytesIO(Path("of a.png").read_bytes()):
         for about in kind, [kind]:
-            np.testing.assert_allclose(arrays(either.look(about)), arrays(seen[0]), atol=1e-5)
+            np.testing.assert_allclose(arrays(either.encode(about)), arrays(seen[0]), atol=1e-5)
     two = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in PICTURES[:2]])
     for several in PICTURES[:2], (image, PICTURES[1]), two, [seen[0], PICTURES[1]], [seen[0], seen[1]]:
-        np.testing.assert_allclose(arrays(either.look(several)), arrays(seen), atol=1e-5)
-    assert either.look(seen) is seen and either.look(None) is None
+        np.testing.assert_allclose(arrays(either.encode(several)), arrays(seen), atol=1e-5)
+    assert either.encode(seen) is seen and either.encode(None) is None
 
     few, question = dict(max_new_tokens=6), QUESTIONS[0]
     expected = either.answers([Request(question, one) for one in (seen, seen[0], seen[1])], **few)
@@ -141,10 +141,10 @@ def test_a_question_about_a_picture_itself(either, tmp_path, monkeypatch):
 
 
 def test_a_question_about_a_memory_file_or_a_video(model, tmp_path):
-    seen = model.see(PICTURES[:2])
+    seen = model.encode_images(PICTURES[:2])
     model.save(seen, tmp_path / "album.voco")
-    np.testing.assert_array_equal(model.look(tmp_path / "album.voco").keys, seen.keys)
-    assert len(model.look([tmp_path / "album.voco", PICTURES[0]])) == 3
+    np.testing.assert_array_equal(model.encode(tmp_path / "album.voco").keys, seen.keys)
+    assert len(model.encode([tmp_path / "album.voco", PICTURES[0]])) == 3
     with pytest.raises(UserError, match="clip.mp4: not found"):
         model.ask(QUESTIONS[0], str(tmp_path / "clip.mp4"))
 
@@ -167,7 +167,7 @@ def test_what_no_question_can_be_about(model, about, message):
 
 
 def test_what_is_printed_is_short(either, tiny_run):
-    seen = either.see(PICTURES)
+    seen = either.encode_images(PICTURES)
     assert repr(seen).startswith(f"{type(seen).__name__}(4 pictures: {PICTURES[0]}, ") and "…" in repr(seen)
     assert repr(seen[0]).startswith(f"{type(seen).__name__}(1 picture: {PICTURES[0]}, ")
     assert repr(either).startswith(f"Model('{tiny_run}', step 40, compressor '{either.config.compressor}', ")
@@ -186,14 +186,14 @@ def test_public_names():
 
 
 def test_a_stream_is_the_answer(either):
-    seen = either.see(PICTURES[:1])
+    seen = either.encode_images(PICTURES[:1])
     chat = either.chat(seen, max_new_tokens=8)
     assert "".join(chat.stream(QUESTIONS[0])) == either.ask(QUESTIONS[0], seen, max_new_tokens=8)
 
 
 def test_a_stream_of_any_bytes_is_the_answer(model):
     """Drawn at random: halves of letters, special tokens and spaces among them, and cut anywhere."""
-    seen, found = model.see(PICTURES[:1]), ""
+    seen, found = model.encode_images(PICTURES[:1]), ""
     for seed in range(12):
         sampling = voco_jax.Sampling(temperature=9.0, seed=seed)
         chat = model.chat(seen, max_new_tokens=40, sampling=sampling)
@@ -206,7 +206,7 @@ def test_a_stream_of_any_bytes_is_the_answer(model):
 
 
 def test_a_conversation_goes_on_after_what_could_not_be_asked(model):
-    chat = model.chat(model.see(PICTURES[:1]), max_new_tokens=4)
+    chat = model.chat(model.encode_images(PICTURES[:1]), max_new_tokens=4)
     first = chat.ask("is it red?")
     for question, message in (
         (" ", "expected text"),
@@ -215,13 +215,13 @@ def test_a_conversation_goes_on_after_what_could_not_be_asked(model):
         with pytest.raises(UserError, match=message):
             chat.ask(question)
     assert len(chat.turns) == 2
-    again = model.chat(model.see(PICTURES[:1]), max_new_tokens=4)
+    again = model.chat(model.encode_images(PICTURES[:1]), max_new_tokens=4)
     assert again.ask("is it red?") == first
     assert chat.ask("what shape?") == again.ask("what shape?")
 
 
 def test_a_stream_that_is_left_leaves_the_conversation_whole(model):
-    chat = model.chat(model.see(PICTURES[:1]), max_new_tokens=40, sampling=voco_jax.Sampling(temperature=5.0))
+    chat = model.chat(model.encode_images(PICTURES[:1]), max_new_tokens=40, sampling=voco_jax.Sampling(temperature=5.0))
     stream = chat.stream("is it red?")
     said = next(stream)
     stream.close()
@@ -234,7 +234,7 @@ def test_a_stream_that_is_left_leaves_the_conversation_whole(model):
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interruption_leaves_the_conversation_whole(model, monkeypatch, moment):
     """Ctrl-C while the first token after a piece is computed, its state being used up: it is Ctrl-C that comes out."""
-    seen = model.see(PICTURES[:1])
+    seen = model.encode_images(PICTURES[:1])
     chat, other = (model.chat(seen, max_new_tokens=9) for _ in range(2))
     assert chat.ask("is it red?") == other.ask("is it red?")
     advance = Engine.advance
@@ -286,8 +286,8 @@ def test_a_picture_in_any_form_is_one_memory(model):
 )
 def test_what_is_no_picture(model, picture, message):
     with pytest.raises(UserError, match=message):
-        model.see(picture)
+        model.encode_images(picture)
     with pytest.raises(UserError, match="max_new_tokens: expected at least 1, found 0"):
         model.ask("what?", max_new_tokens=0)
     with pytest.raises(UserError, match="pictures: expected at least one"):
-        model.see([])
+        model.encode_images([])

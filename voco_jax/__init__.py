@@ -19,7 +19,7 @@ _PUBLIC = {
     "Model": "voco_jax.api",
     "Request": "voco_jax.api",
     "Chat": "voco_jax.infer.chat",
-    "Watch": "voco_jax.infer.live_video",
+    "LiveVideo": "voco_jax.infer.live_video",
     "Sampling": "voco_jax.infer.generate",
     "FrameSampling": "voco_jax.data.video",
     "MemoryBank": "voco_jax.infer.memory",

@@ -46,28 +46,30 @@ from voco_jax.errors import UserError
 from voco_jax.infer.chat import Chat
 from voco_jax.infer.engine import GREEDY, Engine, Score, bucket
 from voco_jax.infer.generate import Sampling
-from voco_jax.infer.live_video import Watch
+from voco_jax.infer.live_video import LiveVideo
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank, fingerprint, from_memory, join, of_one_dtype
 from voco_jax.infer.memory_file import SUFFIX, load_memory, save_memory
 from voco_jax.io.paths import as_path
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 
-Seen = MemoryBank | Embeddings
-About = Seen | PictureLike | Sequence[Seen | PictureLike]  # what a question may be about: `Model.look`
+EncodedImages = MemoryBank | Embeddings
+ImageInput = (
+    EncodedImages | PictureLike | Sequence[EncodedImages | PictureLike]
+)  # what a question may be about: `Model.encode`
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A question, and what it is about: pictures in their order, or a video's frames; None for text alone.
 
-    `seen` is what `Model.compress` or `see` gave; or pictures themselves, one or several, as `compress` takes them:
-    they are then compressed for each call. Pictures stand before the question, and all of its text is text. With
+    `images` is what `Model.compress` or `encode_images` returned, or images themselves (one or several, as `compress`
+    takes them), which are then encoded for each call. Pictures stand before the question, and all of its text is text. With
     `interleaved` they stand at the question's `<image>` markers, one a picture.
     """
 
     question: str
-    seen: About | None = None
+    images: ImageInput | None = None
     interleaved: bool = False
 
 
@@ -117,7 +119,7 @@ class Model:
         `tokens` keeps the first so many of the model's K. BadRecord (a UserError) names a picture that cannot be read.
         """
         self.require_voco()
-        return self.see(pictures, batch_size=batch_size).first_tokens(tokens)
+        return self.encode_images(pictures, batch_size=batch_size).first_tokens(tokens)
 
     def compress_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, tokens: int | None = None,
@@ -128,53 +130,52 @@ class Model:
         BadRecord for a file that is cut off, unless `incomplete`: then of what is there.
         """
         self.require_voco()
-        seen = self.see_video(video, sampling=sampling, batch_size=batch_size, incomplete=incomplete)
-        return seen.first_tokens(tokens)
+        images = self.encode_video(video, sampling=sampling, batch_size=batch_size, incomplete=incomplete)
+        return images.first_tokens(tokens)
 
-    def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> Watch:
+    def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> LiveVideo:
         """A video whose frames come one by one, to be asked about at any time."""
-        return Watch(self, source, tokens, batch_size)
+        return LiveVideo(self, source, tokens, batch_size)
 
-    def see(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> Seen:
+    def encode_images(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> EncodedImages:
         """As `compress`, for a model of any kind: without VoCo compression embeddings, good for asking alone."""
         pictures = [pictures] if is_picture(pictures) else list(pictures)
         pictures = [local_path(p) if isinstance(p, str) else p for p in pictures]
         items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in pictures]
-        return self.see_pixels((self.square(p) for p in pictures), items, batch_size)
+        return self.encode_pixels((self.square(p) for p in pictures), items, batch_size)
 
-    def look(self, about: About | None) -> Seen | None:
-        """What a question is about, as it is read: what `see` and `compress` gave is taken as it is, several joined;
-        pictures are looked at, and so are a video's frames; a path ending in .voco is a memory file's. None for text
-        alone. UserError where there is no picture, and for memories of another model."""
-        seen = self._look(about)
-        if seen is not None and not len(seen):
+    def encode(self, about: ImageInput | None) -> EncodedImages | None:
+        """Encode what a question is about: encoded images are returned as they are (several are joined), images and the
+        frames of a video are encoded, a path ending in .voco is a memory file to read. None for text alone. UserError where there is no picture, and for memories of another model."""
+        images = self._encode(about)
+        if images is not None and not len(images):
             raise UserError("pictures: expected at least one to ask about, found none")
-        if seen is not None:
-            self.check_seen(seen)
-        return seen
+        if images is not None:
+            self.check_encoded(images)
+        return images
 
-    def _look(self, about: About | None) -> Seen | None:
+    def _encode(self, about: ImageInput | None) -> EncodedImages | None:
         if about is None or isinstance(about, MemoryBank | Embeddings):
             return about
         if _names_several(about):
             path = local_path(os.fspath(about))
-            return self.open(path) if path.endswith(SUFFIX) else self.see_video(path)
-        if isinstance(about, list | tuple) and any(isinstance(x, Seen) or _names_several(x) for x in about):
-            parts = [self._look(one) for one in about]
+            return self.open(path) if path.endswith(SUFFIX) else self.encode_video(path)
+        if isinstance(about, list | tuple) and any(isinstance(x, EncodedImages) or _names_several(x) for x in about):
+            parts = [self._encode(one) for one in about]
             for part in parts:
-                self.check_seen(part)
+                self.check_encoded(part)
             if isinstance(parts[0], MemoryBank):
                 return join(of_one_dtype(parts))
             items = tuple(item for part in parts for item in part.items)
             return Embeddings(jax.numpy.concatenate([part.features for part in parts]), items)
         if not is_picture(about) and not isinstance(about, Iterable):
             raise UserError(f"pictures: expected one or several, found {type(about).__name__}")
-        return self.see(about)
+        return self.encode_images(about)
 
-    def see_video(
+    def encode_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,
         incomplete: bool = False,
-    ) -> Seen:  # fmt: skip
+    ) -> EncodedImages:  # fmt: skip
         """As `compress_video`, for a model of any kind."""
         clip = Clip(file=as_path(local_path(os.fspath(video))), incomplete=incomplete)
         times = sample_times(probe(clip), sampling or self.frame_sampling())
@@ -184,26 +185,28 @@ class Model:
             for start in range(0, len(times), batch_size)
             for frame in read_frames(clip, times[start : start + batch_size])
         )
-        return self.see_pixels((self.run.processor.square(frame) for frame in frames), items, batch_size)
+        return self.encode_pixels((self.run.processor.square(frame) for frame in frames), items, batch_size)
 
-    def see_pixels(self, squares: Iterable[np.ndarray], items: Sequence[Item], batch_size: int = 32) -> Seen:
+    def encode_pixels(
+        self, squares: Iterable[np.ndarray], items: Sequence[Item], batch_size: int = 32
+    ) -> EncodedImages:
         """Of pictures as `square` gives them, [size, size, 3] uint8, as many as items."""
-        seen, batch = [], []
+        images, batch = [], []
         for square in squares:
             batch.append(square)
             if len(batch) == batch_size:
-                seen.append(self._see_batch(batch, batch_size))
+                images.append(self._encode_batch(batch, batch_size))
                 batch = []
         if batch:
-            seen.append(self._see_batch(batch, min(batch_size, bucket(len(batch), 1))))
-        if not seen:
+            images.append(self._encode_batch(batch, min(batch_size, bucket(len(batch), 1))))
+        if not images:
             raise UserError("pictures: expected at least one, found none")
         if self.config.compressor != "voco":
-            return Embeddings(jax.numpy.concatenate(seen)[: len(items)], tuple(items))
-        starts = np.cumsum([0, *(len(bank) for bank in seen)])
+            return Embeddings(jax.numpy.concatenate(images)[: len(items)], tuple(items))
+        starts = np.cumsum([0, *(len(bank) for bank in images)])
         named = [
             dataclasses.replace(bank, items=tuple(items[start : start + len(bank)]))
-            for bank, start in zip(seen, starts, strict=False)
+            for bank, start in zip(images, starts, strict=False)
         ]
         return join(named)
 
@@ -216,7 +219,7 @@ class Model:
         video = self.run.config.data.video
         return FrameSampling(video.num_frames, video.fps, video.max_frames)
 
-    def _see_batch(self, squares: list[np.ndarray], size: int):
+    def _encode_batch(self, squares: list[np.ndarray], size: int):
         with self.on_mesh():
             together = axis_size(*IMAGES)
             size = -(-max(size, len(squares)) // together) * together
@@ -247,10 +250,10 @@ class Model:
     def open(self, file: str | os.PathLike, *, tokens: int | None = None) -> MemoryBank:
         """Read a memory file; UserError for one that is damaged, or of another model."""
         bank = load_memory(file, self.fingerprint, tokens)
-        self.check_seen(bank)
+        self.check_encoded(bank)
         return bank
 
-    def check_seen(self, bank: Seen) -> None:
+    def check_encoded(self, bank: EncodedImages) -> None:
         """UserError unless it is what this model sees; of memories, which come from files, unless it made them."""
         kind = MemoryBank if self.config.compressor == "voco" else Embeddings
         if not isinstance(bank, kind):
@@ -272,27 +275,27 @@ class Model:
     # ---- Asking ------------------------------------------------------------------------------------------------
 
     def ask(
-        self, question: str | Sequence[str], seen: About | None = None, *, max_new_tokens: int = 64,
+        self, question: str | Sequence[str], images: ImageInput | None = None, *, max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
     ):  # fmt: skip
-        """The answer to a question about all pictures of `seen` together; of several questions, a list of answers.
+        """The answer to a question about all pictures of `images` together; of several questions, a list of answers.
 
-        `seen`: see `Request`.
+        `images`: see `Request`.
         """
         questions = [question] if isinstance(question, str) else list(question)
         given = self.answers(
-            [Request(q, seen) for q in questions], max_new_tokens=max_new_tokens, sampling=sampling
+            [Request(q, images) for q in questions], max_new_tokens=max_new_tokens, sampling=sampling
         )  # fmt: skip
         return given[0] if isinstance(question, str) else given
 
     def ask_each(
-        self, question: str, seen: About, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
+        self, question: str, images: ImageInput, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
     ) -> list[str]:
         """The answers to one question, asked about each picture by itself."""
-        seen = self.look(seen)
-        if seen is None:
+        images = self.encode(images)
+        if images is None:
             raise UserError("pictures: expected at least one to ask about, found none")
-        requests = [Request(question, seen[i]) for i in range(len(seen))]
+        requests = [Request(question, images[i]) for i in range(len(images))]
         return self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def answers(
@@ -305,14 +308,14 @@ class Model:
         random numbers (default: 0, 1, …).
         """
         streams = range(len(requests)) if streams is None else streams
-        requests = self._looked(requests)
+        requests = self._with_encoded(requests)
         prompts = [self.prompt(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
         given: dict[int, str] = {}
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            visual, pictures = self.visual([requests[i].seen for i in batch])
-            engine = self.engine(_tokens(*(requests[i].seen for i in batch)))
+            visual, pictures = self.visual([requests[i].images for i in batch])
+            engine = self.engine(_tokens(*(requests[i].images for i in batch)))
             with self.on_mesh():
                 texts = engine.generate(
                     [prompts[i] for i in batch], visual, pictures, max_new_tokens, sampling, until,
@@ -323,50 +326,50 @@ class Model:
 
     def scores(self, requests: Sequence[Request], answers: Sequence[str], *, batch_size: int = 64) -> list[Score]:
         """How likely the model would give `answers[i]` to request i, in their order."""
-        requests = self._looked(requests)
+        requests = self._with_encoded(requests)
         samples = [self.prompt(request, answer) for request, answer in zip(requests, answers, strict=True)]
         order = sorted(range(len(requests)), key=lambda i: len(samples[i]))
         found: dict[int, Score] = {}
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            visual, pictures = self.visual([requests[i].seen for i in batch])
-            engine = self.engine(_tokens(*(requests[i].seen for i in batch)))
+            visual, pictures = self.visual([requests[i].images for i in batch])
+            engine = self.engine(_tokens(*(requests[i].images for i in batch)))
             with self.on_mesh():
                 found |= zip(batch, engine.score([samples[i] for i in batch], visual, pictures), strict=True)
         return [found[i] for i in range(len(requests))]
 
-    def _looked(self, requests: Sequence[Request]) -> list[Request]:
+    def _with_encoded(self, requests: Sequence[Request]) -> list[Request]:
         """With what the model keeps of their pictures; what several share is looked at once."""
-        looked = {id(request.seen): request.seen for request in requests}
-        looked = {key: self.look(about) for key, about in looked.items()}
-        return [dataclasses.replace(request, seen=looked[id(request.seen)]) for request in requests]
+        looked = {id(request.images): request.images for request in requests}
+        looked = {key: self.encode(about) for key, about in looked.items()}
+        return [dataclasses.replace(request, images=looked[id(request.images)]) for request in requests]
 
-    def chat(self, seen: About | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
+    def chat(self, images: ImageInput | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
         """A conversation of several turns about pictures; what has been read stays in the cache."""
-        return Chat(self, self.look(seen), max_new_tokens, sampling)
+        return Chat(self, self.encode(images), max_new_tokens, sampling)
 
     def prompt(self, request: Request, answer: str | None = None) -> Sample:
         """A request's tokens, as training lays them out: pictures before the question, frames with their times where
         the run was trained so; with an answer, whose tokens are then the labels."""
-        seen, question = request.seen, request.question
+        images, question = request.images, request.question
         if not question.strip():
             raise UserError("question: expected text, found none")
-        encoder = self.engine(_tokens(seen)).encoder
-        count = 0 if seen is None else len(seen)
+        encoder = self.engine(_tokens(images)).encoder
+        count = 0 if images is None else len(images)
         if request.interleaved:
             turns = [{"from": "human", "value": question}]
-        elif seen is not None and seen.is_video:
-            turns = self.turns(question, seen)
+        elif images is not None and images.is_video:
+            turns = self.turns(question, images)
         else:
             turns = [{"from": "human", "value": encoder.question(question, count)}]
         if answer is not None:
             turns.append({"from": "gpt", "value": (answer,)})
         return encoder.encode(turns, count)
 
-    def turns(self, question: str, seen: Seen) -> list[dict]:
+    def turns(self, question: str, images: EncodedImages) -> list[dict]:
         """A first turn about a video's frames."""
         stamped = self.run.config.data.video.timestamps
-        texts = [f"{format_time(item.time)} " if stamped else "" for item in seen.items]
+        texts = [f"{format_time(item.time)} " if stamped else "" for item in images.items]
         return spread_video([{"from": "human", "value": (VIDEO, f"\n{question}")}], texts)
 
     def engine(self, tokens: int | None = None) -> Engine:
@@ -380,16 +383,16 @@ class Model:
             self._engines[tokens] = engine
         return self._engines[tokens]
 
-    def visual(self, seen: Sequence[Seen | None]):
+    def visual(self, images: Sequence[EncodedImages | None]):
         """What the model reads of several requests' pictures, each held once, and which of them each is about."""
-        held: dict[int, tuple[int, Seen]] = {}
+        held: dict[int, tuple[int, EncodedImages]] = {}
         count = 0
-        for one in seen:
+        for one in images:
             if one is not None and id(one) not in held:
                 held[id(one)] = count, one
                 count += len(one)
         pictures = [
-            range(0) if one is None else range(held[id(one)][0], held[id(one)][0] + len(one)) for one in seen
+            range(0) if one is None else range(held[id(one)][0], held[id(one)][0] + len(one)) for one in images
         ]  # fmt: skip
         if not count:
             return None, pictures
@@ -399,7 +402,7 @@ class Model:
                 features = jax.numpy.concatenate([bank.features for bank in banks])
                 return jax.numpy.pad(features, [(0, places - count), (0, 0), (0, 0)])[None], pictures
             for bank in banks:
-                self.check_seen(bank)
+                self.check_encoded(bank)
             return join(of_one_dtype(banks)).memory(places), pictures
 
 
@@ -411,6 +414,6 @@ def _names_several(about) -> bool:
     return path.endswith(SUFFIX) or is_video(as_path(path))
 
 
-def _tokens(*seen: Seen | None) -> int | None:
+def _tokens(*images: EncodedImages | None) -> int | None:
     """Of the first that is a memory."""
-    return next((one.num_tokens for one in seen if isinstance(one, MemoryBank)), None)
+    return next((one.num_tokens for one in images if isinstance(one, MemoryBank)), None)

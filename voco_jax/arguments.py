@@ -88,7 +88,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         raise UserError(f"--{name.replace('_', '-')}:{rest}") from None
 
 
-def add_seen_arguments(parser: argparse.ArgumentParser) -> None:
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """`--image`, `--video`, `--memory`, `--tokens`, and those of `add_frame_arguments`."""
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
     parser.add_argument("--video", metavar="FILE", help="video file")

@@ -8,11 +8,11 @@ import argparse
 from pathlib import PurePath
 import sys
 
-from voco_jax.api import Model, Request, Seen
+from voco_jax.api import EncodedImages, Model, Request
 from voco_jax.arguments import (
     add_answer_arguments,
+    add_image_arguments,
     add_model_arguments,
-    add_seen_arguments,
     frame_sampling,
     load_model,
     sampling_of,
@@ -34,7 +34,7 @@ def main() -> None:
         prog="python -m voco_jax.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
-    add_seen_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--picture", action="append", default=[], metavar="NAME",
         help="of a memory file: only images whose path ends with NAME; repeat for several",
@@ -48,29 +48,29 @@ def main() -> None:
     if any(not question.strip() for question in args.question):
         raise UserError("question: expected text, found none")
     sampling = sampling_of(args)
-    check_seen(args)
+    check_image_arguments(args)
     if args.picture and not args.memory:
         raise UserError("--picture: expected a --memory that holds it")
     model = load_model(args)
-    seen = look(model, args)
-    each = args.each or (args.memory is not None and not args.together and seen is not None and not seen.is_video)
-    if each and seen is None:
+    images = encode_arguments(model, args)
+    each = args.each or (args.memory is not None and not args.together and images is not None and not images.is_video)
+    if each and images is None:
         raise UserError("--each: expected pictures, found none")
-    warn_of_none(model, seen)
-    if not each and seen is not None:
-        warn_of_more(model, len(seen))
+    warn_of_none(model, images)
+    if not each and images is not None:
+        warn_of_more(model, len(images))
     for question in args.question:
-        requests = [Request(question, seen[i]) for i in range(len(seen))] if each else [Request(question, seen)]
+        requests = [Request(question, images[i]) for i in range(len(images))] if each else [Request(question, images)]
         answers = model.answers(requests, max_new_tokens=args.max_new_tokens, sampling=sampling)
         print(printable(question, keep="\n\t"))
         for request, answer in zip(requests, answers, strict=True):
             answer = printable(answer, keep="\n\t")
-            print(f"  {printable(describe(request.seen))}: {answer}" if each else f"  {answer}")
+            print(f"  {printable(describe(request.images))}: {answer}" if each else f"  {answer}")
 
 
-def check_seen(args: argparse.Namespace) -> None:
-    """UserError where what `add_seen_arguments` name is not there, before a model is loaded for it. `file://` addresses
-    become paths."""
+def check_image_arguments(args: argparse.Namespace) -> None:
+    """UserError where a file that the arguments name is missing, before a model is loaded. `file://` addresses become
+    paths."""
     given = [name for name in ("image", "video", "memory") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]}, --{given[1]}: expected one of them, found both")
@@ -92,8 +92,8 @@ def check_seen(args: argparse.Namespace) -> None:
         MemoryFile(args.memory)
 
 
-def look(model: Model, args: argparse.Namespace) -> Seen | None:
-    """What `add_seen_arguments` name; None for text alone."""
+def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | None:
+    """What `add_image_arguments` name; None for text alone."""
     if not (args.image or args.video or args.memory):
         return None
     if args.tokens is not None and model.config.compressor != "voco":
@@ -102,10 +102,10 @@ def look(model: Model, args: argparse.Namespace) -> Seen | None:
         file = MemoryFile(args.memory)
         return file.read(_chosen(file, getattr(args, "picture", None)), args.tokens, model.fingerprint)
     if args.video:
-        seen = model.see_video(args.video, sampling=frame_sampling(args, model), incomplete=args.incomplete)
+        images = model.encode_video(args.video, sampling=frame_sampling(args, model), incomplete=args.incomplete)
     else:
-        seen = model.see(args.image)
-    return seen.first_tokens(args.tokens) if isinstance(seen, MemoryBank) else seen
+        images = model.encode_images(args.image)
+    return images.first_tokens(args.tokens) if isinstance(images, MemoryBank) else images
 
 
 def warn_of_more(model: Model, count: int) -> None:
@@ -116,9 +116,9 @@ def warn_of_more(model: Model, count: int) -> None:
         print(note, file=sys.stderr)
 
 
-def warn_of_none(model: Model, seen: Seen | None) -> None:
+def warn_of_none(model: Model, images: EncodedImages | None) -> None:
     """On standard error, where a model is asked without a picture that has never seen a text alone."""
-    if seen is None and saw_single_questions(model):
+    if images is None and saw_single_questions(model):
         print(f"note: no picture is given, and {model.run.directory} was trained on pictures only", file=sys.stderr)
 
 
@@ -131,9 +131,9 @@ def saw_single_questions(model: Model) -> bool:
     return trained_here and kinds <= {"easyvqa", "video_qa", "tfds"}
 
 
-def describe(seen: Seen) -> str:
+def describe(images: EncodedImages) -> str:
     """A picture's path, or a frame's with its time."""
-    item = seen.items[0]
+    item = images.items[0]
     return f"{item.source} at {item.time:.1f} s" if item.is_frame else item.source
 
 

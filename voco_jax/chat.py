@@ -13,12 +13,12 @@ import sys
 
 from voco_jax.arguments import (
     add_answer_arguments,
+    add_image_arguments,
     add_model_arguments,
-    add_seen_arguments,
     load_model,
     sampling_of,
 )
-from voco_jax.ask import check_seen, look, saw_single_questions, warn_of_more, warn_of_none
+from voco_jax.ask import check_image_arguments, encode_arguments, saw_single_questions, warn_of_more, warn_of_none
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.terminal import printable
 
@@ -29,17 +29,17 @@ def main() -> None:
         prog="python -m voco_jax.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
-    add_seen_arguments(parser)
+    add_image_arguments(parser)
     add_answer_arguments(parser, max_new_tokens=256)
     args = parser.parse_args()
     sampling = sampling_of(args)
-    check_seen(args)
+    check_image_arguments(args)
     model = load_model(args)
-    seen = look(model, args)
-    if seen is not None:
-        warn_of_more(model, len(seen))
-    warn_of_none(model, seen)
-    chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    images = encode_arguments(model, args)
+    if images is not None:
+        warn_of_more(model, len(images))
+    warn_of_none(model, images)
+    chat = model.chat(images, max_new_tokens=args.max_new_tokens, sampling=sampling)
     asking = sys.stdin.isatty()
     if asking:
         print("/help lists what is not a question")
@@ -56,7 +56,7 @@ def main() -> None:
             print(__doc__.partition("\n\n")[2].rstrip())
             continue
         if question == "/clear":
-            chat = model.chat(seen, max_new_tokens=args.max_new_tokens, sampling=sampling)
+            chat = model.chat(images, max_new_tokens=args.max_new_tokens, sampling=sampling)
             continue
         if re.fullmatch("/[a-z]+", question):  # meant for another program; a question about it has more words
             print(f"error: {printable(question)}: expected /clear, /help or /quit", file=sys.stderr)

@@ -30,7 +30,7 @@ from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
 from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
 from voco_jax.eval.conversations import score_conversations
-from voco_jax.eval.pictures import COLUMNS, ROWS, draw_answers, draw_sheet
+from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.io.paths import files_for
 from voco_jax.models.voco import COMPRESSORS
@@ -124,7 +124,7 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
 
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:
     """The first ones, those with longer answers grey: these are hardly ever given word by word."""
-    shown, overall = answers[: COLUMNS * ROWS], conversations.scores(answers)[OVERALL]
+    shown, overall = answers[: SHEET_COLUMNS * SHEET_ROWS], conversations.scores(answers)[OVERALL]
     title = f"{len(answers):,} answers: exact match {overall['exact_match']:.1%}, token F1 {overall['token_f1']:.1%}"
     judged = [answer.kind == conversations.SHORT for answer in shown]
     draw_sheet(shown, [answer.picture for answer in shown], path, title, judged=judged)

@@ -193,7 +193,7 @@ def test_greedy_tokens(model, checkpoint, photo, tmp_path, convert):  # noqa: F8
         tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
         return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    seen = ours.see(photo)
+    seen = ours.encode_images(photo)
     first, second = "What is this?\nAnswer with a word.", "Is it red?"
     answers = [theirs(f"USER: <image>\n{first} ASSISTANT:"), theirs(f"USER: <image>\n{second} ASSISTANT:")]
     assert ours.ask([first, second], seen, max_new_tokens=6) == [text.strip() for text in answers]

@@ -96,7 +96,7 @@ def requests(lm: VoCoJax, task: str, asked: list[tuple], kwargs=SHORT, kind="gen
 
 
 def directly(model: Model, asked: list[tuple]) -> list[str]:
-    return [model.ask(text, None if not seen else model.see(seen), max_new_tokens=5) for text, seen in asked]
+    return [model.ask(text, None if not seen else model.encode_images(seen), max_new_tokens=5) for text, seen in asked]
 
 
 QUESTIONS = ["what shape is in the image?", "is there a circle?", "what color is the shape?"]
@@ -141,7 +141,7 @@ def test_pictures_stand_at_their_markers(adapter, model):
     ]
     lm = adapter()
     given = lm.generate_until(requests(lm, "interleaved", asked))
-    (at_markers,) = model.answers([Request(asked[0][0], model.see(pair), interleaved=True)], max_new_tokens=5)
+    (at_markers,) = model.answers([Request(asked[0][0], model.encode_images(pair), interleaved=True)], max_new_tokens=5)
     assert given == [at_markers, *directly(model, [("what is it?", pair[:1]), asked[2]])]
     with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 pictures"):
         given = lm.generate_until(requests(lm, "odd", [("what is <image> it?", pair)]))
@@ -154,7 +154,7 @@ def test_videos(adapter, model, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", frames=20)
     lm = adapter(frames=3)
     asked = [("what happens?", [str(clip.file)]), ("and then?", {"type": "video", "url": str(clip.file)})]
-    seen = model.see_video(clip.file, sampling=FrameSampling(num_frames=3))
+    seen = model.encode_video(clip.file, sampling=FrameSampling(num_frames=3))
     assert lm.generate_until(requests(lm, "clips", asked)) == model.ask(
         [text for text, _ in asked], seen, max_new_tokens=5
     )
@@ -191,7 +191,7 @@ def test_without_compression(tiny_run, tmp_path):
     assert lm._seen.compressed == 4
     scored = lm.loglikelihood(requests(lm, "none", ASKED, "red", "loglikelihood"))
     for (text, seen), given in zip(ASKED, scored, strict=True):
-        (score,) = model.scores([Request(text, model.see(seen))], ["red"])
+        (score,) = model.scores([Request(text, model.encode_images(seen))], ["red"])
         assert given.text[0] == pytest.approx(-score.log_probability / score.num_tokens, abs=1e-4)
 
 
@@ -217,7 +217,7 @@ def test_memories_on_disk_serve_the_next_process(adapter, model, tmp_path):
 
 
 def test_what_is_kept_has_a_limit(adapter, model):
-    one = model.see(PICTURES[0]).nbytes / 2**30
+    one = model.encode_images(PICTURES[0]).nbytes / 2**30
     lm = adapter(host_gib=1.5 * one)
     expected = directly(model, ASKED)
     for task in ("first", "second"):
@@ -250,7 +250,7 @@ def test_likelihoods_are_mean_losses(adapter, model):
             for request in requests(lm, f"choices{i}", asked, delimiter + answer, "loglikelihood")
         ]
         given = [result.text for result in lm.loglikelihood(made)]
-        seen = model.see(PICTURES[0])
+        seen = model.encode_images(PICTURES[0])
         for (loss, is_greedy), (answer, text) in zip(given, [(a, t) for a in answers for t in QUESTIONS], strict=True):
             (score,) = model.scores([Request(text, seen)], [answer])
             assert loss == pytest.approx(-score.log_probability / score.num_tokens, abs=1e-4)
@@ -285,7 +285,7 @@ def test_rounds(adapter, model):
 
 def test_generation_of_each_request(adapter, model):
     lm = adapter(seed=5)
-    seen = model.see(PICTURES[0])
+    seen = model.encode_images(PICTURES[0])
     text = model.ask("what?", seen, max_new_tokens=12)
     end = text[len(text) // 2 :][:3]
     drawn = {"max_new_tokens": 12, "temperature": 1.0, "do_sample": True, "top_p": 0.9}

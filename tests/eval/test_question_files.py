@@ -80,7 +80,7 @@ def test_answers_are_the_models_in_the_questions_order(model, album, uninterrupt
     assert all(list(a) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"] for a in answers)
     assert len({a["answer_id"] for a in answers}) == len(answers) == 30
     for q, a in zip(questions, answers, strict=True):
-        seen = model.see(album / "images" / q["image"]) if "image" in q else None
+        seen = model.encode_images(album / "images" / q["image"]) if "image" in q else None
         assert a["text"] == model.ask(q["text"].removeprefix("<image>\n"), seen, max_new_tokens=6)
 
 
@@ -114,13 +114,13 @@ def test_a_json_array(model, album, tmp_path):
 
 
 def test_each_picture_is_compressed_once(model, album, uninterrupted, tmp_path, monkeypatch):
-    counts, see = [], Model.see_pixels
+    counts, see = [], Model.encode_pixels
 
     def counted(self, squares, items, batch_size=32):
         counts.append(len(items))
         return see(self, squares, items, batch_size)
 
-    monkeypatch.setattr(Model, "see_pixels", counted)
+    monkeypatch.setattr(Model, "encode_pixels", counted)
     assert append(model, album, tmp_path / "a.jsonl") == 0
     assert sum(counts) == 7
     assert (tmp_path / "a.jsonl").read_bytes() == uninterrupted

@@ -101,7 +101,7 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, monkeypa
     def answers(requests, *, max_new_tokens, batch_size):
         assert max_new_tokens == 4 and batch_size == 10
         sizes.append(len(requests))
-        return [fingerprint(request.question, request.seen) for request in requests]
+        return [fingerprint(request.question, request.images) for request in requests]
 
     monkeypatch.setattr(model, "answers", answers)
     model.run.config.eval.batch_size = 10
@@ -111,7 +111,7 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, monkeypa
     said = {column: [answer.given for answer in answers] for column, answers in found.answers.items()}
     expected = {column: [] for column in ("this run", "frames shuffled", "one frame", "question only")}
     for number, name in enumerate(f"test_0000{clip}.mp4" for clip in range(4)):
-        seen = model.see_video(shape_clips / "clips" / name)
+        seen = model.encode_video(shape_clips / "clips" / name)
         assert [item.time for item in seen.items] == [1.0, 3.0, 5.0, 7.0]
         for question in (row["question"] for row in rows if row["video"] == name):
             expected["this run"].append(fingerprint(question, seen))
@@ -163,11 +163,11 @@ def test_counts_by_kind_and_guesses(model, shape_clips, monkeypatch):
     rows = rows_of(shape_clips)
     truths = {(row["video"], row["question"]): row["answer"] for row in rows}
 
-    whole = {fingerprint("", model.see_video(file)) for file in (shape_clips / "clips").glob("test_*.mp4")}
+    whole = {fingerprint("", model.encode_video(file)) for file in (shape_clips / "clips").glob("test_*.mp4")}
 
     def answers(requests, **_):
         return [
-            truths[Path(r.seen.items[0].source).name, r.question] if fingerprint("", r.seen) in whole else "Yes."
+            truths[Path(r.images.items[0].source).name, r.question] if fingerprint("", r.images) in whole else "Yes."
             for r in requests
         ]
 

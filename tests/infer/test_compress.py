@@ -397,10 +397,10 @@ def test_files_of_others_among_the_parts_stay(run, model, album, tmp_path, monke
 
     def meanwhile(*arguments):
         (parts / "notes.txt").write_text("precious")
-        return see_pixels(*arguments)
+        return encode_pixels(*arguments)
 
-    see_pixels = model.see_pixels
-    monkeypatch.setattr(model, "see_pixels", meanwhile)
+    encode_pixels = model.encode_pixels
+    monkeypatch.setattr(model, "encode_pixels", meanwhile)
     out = tmp_path / "a" / "b" / "album.voco"  # whose directory is made
     parts = Path(f"{out}.parts")
     assert compress_to_file(model, find_entries([str(album)]), out).new == 7
@@ -437,11 +437,11 @@ def test_nobody_writes_what_is_being_compressed(run, model, album, tmp_path, mon
         with pytest.raises(TryAgain, match="a.voco: another process is writing it"):
             model.save(bank, target)
         tried.append(len(items))
-        return see_pixels(pictures, items, batch_size)
+        return encode_pixels(pictures, items, batch_size)
 
-    bank, see_pixels = model.compress(str(PICTURES[0])), model.see_pixels
+    bank, encode_pixels = model.compress(str(PICTURES[0])), model.encode_pixels
     monkeypatch.setattr("voco_jax.infer.memory_file.PATIENCE", 0.0)
-    monkeypatch.setattr(model, "see_pixels", meanwhile)
+    monkeypatch.setattr(model, "encode_pixels", meanwhile)
     compress_to_file(model, find_entries([str(album)]), out)
     assert tried == [7] and out.is_symlink() and len(model.open(target)) == 7
     assert [path.name for path in target.parent.iterdir()] == ["a.voco"]

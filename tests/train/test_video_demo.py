@@ -99,7 +99,7 @@ def test_order_is_learnt(run, clips):
     """The frames in any order answer half of it at most; in theirs, all."""
     model = voco_jax.load(run)
     rows = json.loads((clips / "clips.json").read_text())
-    seen = {order: model.see_video(clips / f"{order}.mp4") for order in ORDERS}
+    seen = {order: model.encode_video(clips / f"{order}.mp4") for order in ORDERS}
     assert all(len(one) == 4 and one.num_tokens == 2 for one in seen.values())
     requests = [Request(row["question"], seen[Path(row["video"]).stem]) for row in rows]
     assert model.answers(requests, max_new_tokens=8) == [row["answer"] for row in rows]

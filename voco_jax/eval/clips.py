@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.api import Model, Request, Seen
+from voco_jax.api import EncodedImages, Model, Request
 from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.sources.easyvqa import Guesser
@@ -55,21 +55,21 @@ class ClipAnswers(NamedTuple):
 # ---- What the model is shown -----------------------------------------------------------------------------------
 
 
-def shuffled(seen: Seen, number: int) -> Seen:
+def shuffled(images: EncodedImages, number: int) -> EncodedImages:
     """A clip's pictures in another order, under the ascending times of the right one. What order follows from the
     clip's `number`; a single picture has no other."""
-    rng, right = np.random.default_rng([0, number]), np.arange(len(seen))
+    rng, right = np.random.default_rng([0, number]), np.arange(len(images))
     order = right
-    while len(seen) > 1 and (order == right).all():
-        order = rng.permutation(len(seen))
-    return dataclasses.replace(seen[order], items=seen.items)
+    while len(images) > 1 and (order == right).all():
+        order = rng.permutation(len(images))
+    return dataclasses.replace(images[order], items=images.items)
 
 
 THIS_RUN, GUESS = "this run", "guess from the question"
-BASELINES: dict[str, Callable[[Seen, int], Seen | None]] = {
+BASELINES: dict[str, Callable[[EncodedImages, int], EncodedImages | None]] = {
     "frames shuffled": shuffled,
-    "one frame": lambda seen, number: seen[len(seen) // 2],
-    "question only": lambda seen, number: None,
+    "one frame": lambda images, number: images[len(images) // 2],
+    "question only": lambda images, number: None,
 }
 
 
@@ -163,9 +163,9 @@ def answer_clips(
     limits = model.run.config.eval
     truths = {question.truth for clip in clips for question in clip.questions}
     max_new_tokens = longest_answer(limits.max_new_tokens, truths, model.run.encoder.tokenizer)
-    views = {THIS_RUN: lambda seen, number: seen} | {baseline: BASELINES[baseline] for baseline in baselines}
+    views = {THIS_RUN: lambda images, number: images} | {baseline: BASELINES[baseline] for baseline in baselines}
     found = ClipAnswers({column: [] for column in views}, [], {})
-    waiting: list[tuple[AskedClip, ClipQuestion, dict[str, Seen | None]]] = []
+    waiting: list[tuple[AskedClip, ClipQuestion, dict[str, EncodedImages | None]]] = []
     asked = []
 
     def ask() -> None:
@@ -186,12 +186,12 @@ def answer_clips(
     with tqdm(total=total, unit="question", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
         for clip in clips:
             skipped_before = report.num_skipped
-            seen = _look(model, clip, report)
-            if seen is not None:
-                shown = {column: view(seen, clip.number) for column, view in views.items()}
-                usable = [q for q in clip.questions if _can_be_asked(model, q, seen, max_new_tokens, report)]
+            images = _look(model, clip, report)
+            if images is not None:
+                shown = {column: view(images, clip.number) for column, view in views.items()}
+                usable = [q for q in clip.questions if _can_be_asked(model, q, images, max_new_tokens, report)]
                 waiting += [(clip, question, shown) for question in usable]
-                found.times[str(clip.file)] = [item.time for item in seen.items]
+                found.times[str(clip.file)] = [item.time for item in images.items]
             if report.num_skipped > skipped_before:
                 bar.update(report.num_skipped - skipped_before)
                 check(report)
@@ -215,19 +215,21 @@ def _read(source: VideoQuestionSource, i: int) -> tuple[Path, ClipQuestion]:
     return record.video.file, ClipQuestion(question, answer, kind, source.where(i))
 
 
-def _look(model: Model, clip: AskedClip, report: Report) -> Seen | None:
+def _look(model: Model, clip: AskedClip, report: Report) -> EncodedImages | None:
     """None for a broken clip, which counts once for each of its questions."""
     try:
-        return model.see_video(clip.file, incomplete=model.run.config.data.video.incomplete)
+        return model.encode_video(clip.file, incomplete=model.run.config.data.video.incomplete)
     except BadRecord as error:
         for _ in clip.questions:
             report.add_skipped(error)
         return None
 
 
-def _can_be_asked(model: Model, question: ClipQuestion, seen: Seen, max_new_tokens: int, report: Report) -> bool:
+def _can_be_asked(
+    model: Model, question: ClipQuestion, images: EncodedImages, max_new_tokens: int, report: Report
+) -> bool:
     try:
-        prompt = model.prompt(Request(question.text, seen))
+        prompt = model.prompt(Request(question.text, images))
         try:
             model.engine().check_length(len(prompt), max_new_tokens)
         except UserError as error:

@@ -19,7 +19,7 @@ from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
-from voco_jax.eval.pictures import COLUMNS, ROWS
+from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS
 from voco_jax.eval.scoring import OVERALL, Answer, longest_answer, token_f1
 from voco_jax.infer.memory import Item
 
@@ -71,7 +71,7 @@ def score_conversations(
     waiting: list[_Asked] = []
     with tqdm(total=count, unit="record", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
         for i in range(count):
-            shown = len(answers) + len(waiting) < COLUMNS * ROWS
+            shown = len(answers) + len(waiting) < SHEET_COLUMNS * SHEET_ROWS
             waiting += _read(model, maker, source, i, limit, report, shown)
             try:
                 report.check(config.data.max_skipped_fraction, count)
@@ -176,7 +176,7 @@ def _ask(model: Model, batch: Sequence[_Asked], limit: int) -> list[ScoredAnswer
         if asked.record not in places:
             places[asked.record] = range(len(squares), len(squares) + len(asked.squares))
             squares += asked.squares
-    visual, _ = model.visual([model.see_pixels(squares, [Item("")] * len(squares)) if squares else None])
+    visual, _ = model.visual([model.encode_pixels(squares, [Item("")] * len(squares)) if squares else None])
     pictures = [places[asked.record] for asked in batch]
     engine = model.engine()
     with model.on_mesh():

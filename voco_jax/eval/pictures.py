@@ -14,7 +14,7 @@ import numpy as np
 from voco_jax.data.images import load_image
 from voco_jax.eval.scoring import Answer
 
-COLUMNS, ROWS = 4, 3
+SHEET_COLUMNS, SHEET_ROWS = 4, 3
 RIGHT, WRONG, UNJUDGED = "#1a7f37", "#cf222e", "#57606a"
 WIDTH = 40  # letters of a line of text
 _CELL, _SIDE, _LINE, _TITLE, _GAP = 3.1, 2.2, 0.18, 0.42, 0.22  # inches: of a column, a picture, a line, …
@@ -24,12 +24,12 @@ def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> Non
     """Rows of randomly chosen answers, right ones green and wrong ones red; the last row is of mistakes, if any."""
     rng = np.random.default_rng(seed)
     mistakes = [i for i, answer in enumerate(answers) if not answer.correct]
-    shown_mistakes = rng.permutation(mistakes)[:COLUMNS].astype(int)
+    shown_mistakes = rng.permutation(mistakes)[:SHEET_COLUMNS].astype(int)
     others = np.setdiff1d(np.arange(len(answers)), shown_mistakes)
-    chosen = [*rng.permutation(others)[: COLUMNS * ROWS - len(shown_mistakes)], *shown_mistakes]
+    chosen = [*rng.permutation(others)[: SHEET_COLUMNS * SHEET_ROWS - len(shown_mistakes)], *shown_mistakes]
     shown = [answers[i] for i in chosen]
     title = f"{len(answers) - len(mistakes):,} of {len(answers):,} answers right"
-    draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title, rows=ROWS)
+    draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title, rows=SHEET_ROWS)
 
 
 def draw_sheet(
@@ -45,19 +45,24 @@ def draw_sheet(
 
     Those that are not `judged` are grey, neither right nor wrong. `rows` are those of the sheet, 0: as many as needed.
     """
-    rows = rows or -(-len(answers) // COLUMNS)
+    rows = rows or -(-len(answers) // SHEET_COLUMNS)
     texts = [(_wrapped(answer.question, 3), _below(answer)) for answer in answers]
-    by_row = [texts[r * COLUMNS : (r + 1) * COLUMNS] for r in range(rows)]
+    by_row = [texts[r * SHEET_COLUMNS : (r + 1) * SHEET_COLUMNS] for r in range(rows)]
     # Lines above and below the pictures of a row: each has the room that its texts need
     lines = [[max((text[i].count("\n") + 1 for text in row), default=1) for i in (0, 1)] for row in by_row]
     height = _TITLE + sum((above + below) * _LINE + _SIDE + _GAP for above, below in lines)
-    figure = plt.figure(figsize=(_CELL * COLUMNS, height))
+    figure = plt.figure(figsize=(_CELL * SHEET_COLUMNS, height))
     top = _TITLE
     for r, (above, below) in enumerate(lines):
         top += above * _LINE
-        for column, i in enumerate(range(r * COLUMNS, min((r + 1) * COLUMNS, len(answers)))):
+        for column, i in enumerate(range(r * SHEET_COLUMNS, min((r + 1) * SHEET_COLUMNS, len(answers)))):
             left = (column + 0.5) * _CELL - _SIDE / 2
-            place = left / (_CELL * COLUMNS), 1 - (top + _SIDE) / height, _SIDE / (_CELL * COLUMNS), _SIDE / height
+            place = (
+                left / (_CELL * SHEET_COLUMNS),
+                1 - (top + _SIDE) / height,
+                _SIDE / (_CELL * SHEET_COLUMNS),
+                _SIDE / height,
+            )
             axis = figure.add_axes(place)
             axis.axis("off")
             colour = UNJUDGED if judged is not None and not judged[i] else RIGHT if answers[i].correct else WRONG
@@ -65,7 +70,7 @@ def draw_sheet(
                 axis.imshow(pictures[i], interpolation="nearest")
             for text, y, align, ink in (texts[i][0], 1.02, "bottom", "black"), (texts[i][1], -0.02, "top", colour):
                 figure.text(
-                    (column + 0.5) / COLUMNS, 1 - (top + (1 - y) * _SIDE) / height, text, ha="center", va=align,
+                    (column + 0.5) / SHEET_COLUMNS, 1 - (top + (1 - y) * _SIDE) / height, text, ha="center", va=align,
                     fontsize=10, color=ink, parse_math=False, linespacing=1.2,
                 )  # fmt: skip
         top += _SIDE + below * _LINE + _GAP

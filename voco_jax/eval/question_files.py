@@ -30,7 +30,7 @@ from voco_jax.data.sources.json_rows import MOST_ROW, array_spans
 from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
-from voco_jax.eval.seen import SeenCache
+from voco_jax.eval.image_cache import ImageCache
 from voco_jax.infer.engine import GREEDY
 from voco_jax.infer.generate import Sampling
 from voco_jax.io.files import check_regular, open_regular
@@ -98,7 +98,7 @@ def answer_questions(
     UserError for a file that has other answers than these: to other questions, of another model, or otherwise chosen;
     it is then as it was.
     """
-    cache = SeenCache(model, tokens=tokens)
+    cache = ImageCache(model, tokens=tokens)
     _check_lengths(model, questions, tokens, max_new_tokens)
     settings = {
         "model": model.fingerprint, "step": model.run.step, "tokens": tokens or model.run.encoder.num_visual_tokens,
@@ -119,8 +119,8 @@ def answer_questions(
             for start in range(done - done % batch_size, len(questions), batch_size):
                 batch = questions[start : start + batch_size]
                 views = [[] if question.picture is None else [question.picture] for question in batch]
-                seen = cache.see(views, lambda i, batch=batch: batch[i].where)
-                requests = [Request(q.asked, one) for q, one in zip(batch, seen, strict=True)]
+                images = cache.encode(views, lambda i, batch=batch: batch[i].where)
+                requests = [Request(q.asked, one) for q, one in zip(batch, images, strict=True)]
                 texts = model.answers(
                     requests, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size,
                     streams=range(start, start + len(batch)),

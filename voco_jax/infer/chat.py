@@ -17,8 +17,8 @@ from voco_jax.models.voco import Cache
 class Chat:
     """A conversation about pictures, made by `Model.chat`. `turns` is what was said, in LLaVA's form."""
 
-    def __init__(self, model, seen: MemoryBank | Embeddings | None, max_new_tokens: int, sampling: Sampling):
-        self._model, self._seen = model, seen
+    def __init__(self, model, images: MemoryBank | Embeddings | None, max_new_tokens: int, sampling: Sampling):
+        self._model, self._images = model, images
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._cache: Cache | None = None
         self._filled = 0  # places of the cache
@@ -37,7 +37,7 @@ class Chat:
         """
         if not question.strip():
             raise UserError("question: expected text, found none")
-        engine = self._model.engine(getattr(self._seen, "num_tokens", None))
+        engine = self._model.engine(getattr(self._images, "num_tokens", None))
         prompt, visual, pictures = self._prompt(question, engine.encoder)
         needed = self._filled + len(prompt) + self._max_new_tokens
         engine.check_length(self._filled + len(prompt), self._max_new_tokens)
@@ -50,7 +50,7 @@ class Chat:
             sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + len(self.turns)) % 2**32)
             state = engine.prefill([prompt], visual, [pictures], self._max_new_tokens, sampling, [0], past)
         said = []
-        turn = {"from": "human", "value": prompt_text(question, self._seen if not self.turns else None)}
+        turn = {"from": "human", "value": prompt_text(question, self._images if not self.turns else None)}
 
         def keep(state: DecodeState, count: int) -> None:
             self._keep(state, count)
@@ -80,15 +80,15 @@ class Chat:
     def _prompt(self, question: str, encoder):
         """The next turn's tokens, and the pictures that it brings."""
         if not self.turns:
-            if self._seen is not None and self._seen.is_video:
-                turns, count = self._model.turns(question, self._seen), len(self._seen)
+            if self._images is not None and self._images.is_video:
+                turns, count = self._model.turns(question, self._images), len(self._images)
                 sample = encoder.encode(turns, count)
             else:
-                sample = encoder.encode_question(question, 0 if self._seen is None else len(self._seen))
-            visual, (pictures,) = self._model.visual([self._seen])
+                sample = encoder.encode_question(question, 0 if self._images is None else len(self._images))
+            visual, (pictures,) = self._model.visual([self._images])
             return sample, visual, pictures
         # What stands after the last answer; the answers' own words do not matter for it
-        count = 0 if self._seen is None else len(self._seen)
+        count = 0 if self._images is None else len(self._images)
         first = {"from": "human", "value": encoder.question("x", count)}
         turns = [first, {"from": "gpt", "value": ("x",)}, {"from": "human", "value": (question,)}]
         sample = encoder.encode(turns, count)
@@ -97,5 +97,5 @@ class Chat:
         return Sample(tokens, np.zeros(len(tokens), bool), np.full(len(tokens), -1, np.int32), 0), None, range(0)
 
 
-def prompt_text(question: str, seen) -> str:
-    return question if seen is None else IMAGE.value * len(seen) + "\n" + question
+def prompt_text(question: str, images) -> str:
+    return question if images is None else IMAGE.value * len(images) + "\n" + question

@@ -120,7 +120,7 @@ def compress_to_file(
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
             for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, say):
-                bank = model.see_pixels(squares, items, batch_size).first_tokens(tokens)
+                bank = model.encode_pixels(squares, items, batch_size).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
                 parts.append(_part(file))

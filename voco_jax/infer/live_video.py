@@ -6,7 +6,7 @@ from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item, MemoryBank, join
 
 
-class Watch:
+class LiveVideo:
     """A video that has not ended, made by `Model.watch`. What it keeps of a frame is its memory, and no pixels."""
 
     def __init__(self, model, source: str, tokens: int | None, batch_size: int):
@@ -47,5 +47,5 @@ class Watch:
             return
         squares, times = zip(*self._waiting, strict=True)
         items = [Item(self._source, time=time) for time in times]
-        self._banks.append(self._model.see_pixels(squares, items, self._batch_size).first_tokens(self._tokens))
+        self._banks.append(self._model.encode_pixels(squares, items, self._batch_size).first_tokens(self._tokens))
         self._waiting = []

@@ -23,7 +23,7 @@ from voco_jax.data.reports import Report
 from voco_jax.data.training_data import open_test_data
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
-from voco_jax.eval.pictures import COLUMNS, ROWS, draw_sheet
+from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_sheet
 from voco_jax.eval.scoring import LONGEST_LIMIT, Answer, longest_answer
 from voco_jax.infer.engine import Engine
 from voco_jax.parallel.distributed import together
@@ -231,7 +231,7 @@ class Evaluator:
 
     def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:
         """The first answers, the same questions every time: sheets can be compared."""
-        shown = COLUMNS * ROWS
+        shown = SHEET_COLUMNS * SHEET_ROWS
         title = f"step {step:,}"
         if right:
             title += f": {sum(right):,} of {len(right):,} short answers right"

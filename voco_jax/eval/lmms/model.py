@@ -1,7 +1,7 @@
 """The adapter: lmms-eval's requests to `voco_jax.api`, in windows of a few batches, in the order of the documents.
 
-Documents about one picture mostly follow each other, and pictures are kept by their content (`seen.py`), so that each
-is compressed once however many questions and tasks ask about it.
+Images are cached by their content (`image_cache.py`): each is encoded once, however many questions and tasks ask about
+it. Documents about one image mostly follow each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ from voco_jax.data.media import is_video
 from voco_jax.data.records import Clip, Picture, shown
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
+from voco_jax.eval.image_cache import ImageCache, View
 from voco_jax.eval.lmms.generation import Generation, read_generation
-from voco_jax.eval.seen import SeenCache, View
 
 BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
 WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length
@@ -70,7 +70,7 @@ class VoCoJax(lmms):
         mesh = mesh_of(None if mesh is None else str(mesh).strip("\"'"))
         self._model = Model(load_run(str(run), step=step, attention=attention, mesh=mesh))
         sampling = change_sampling(self._model.frame_sampling(), frames, fps, max_frames, prefix="")
-        self._seen = SeenCache(
+        self._cache = ImageCache(
             self._model, tokens=tokens, sampling=sampling, host_bytes=int(host_gib * 2**30),
             directory=cache,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class VoCoJax(lmms):
 
     def clean(self) -> None:
         """lmms-eval's word that all requests have been answered."""
-        self._seen.close()
+        self._cache.close()
         super().clean()
 
     # ---- Windows -----------------------------------------------------------------------------------------------
@@ -170,14 +170,14 @@ class VoCoJax(lmms):
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             views = [_views(asked[i].visuals(), asked[i].where, self._incomplete) for i in chosen]
-            seen = self._seen.see(views, lambda k, chosen=chosen: asked[chosen[k]].where)
-            use(chosen, [self._request(asked[i], one) for i, one in zip(chosen, seen, strict=True)])
+            images = self._cache.encode(views, lambda k, chosen=chosen: asked[chosen[k]].where)
+            use(chosen, [self._request(asked[i], one) for i, one in zip(chosen, images, strict=True)])
             bar.update(len(chosen))
 
-    def _request(self, asked: _Asked, seen) -> Request:
+    def _request(self, asked: _Asked, images) -> Request:
         """The question with its pictures at their markers, or before it where the markers are not theirs. Without
         pictures `<image>` is text."""
-        context, count = asked.context, 0 if seen is None else len(seen)
+        context, count = asked.context, 0 if images is None else len(images)
         markers = context.count(IMAGE.value)
         interleaved = 0 < markers == count
         if markers and count and not interleaved:
@@ -187,7 +187,7 @@ class VoCoJax(lmms):
                 stacklevel=2,
             )
             context = context.replace(IMAGE.value, "")
-        request = Request(context, seen, interleaved)
+        request = Request(context, images, interleaved)
         try:
             self._model.prompt(request)
         except UserError as error:

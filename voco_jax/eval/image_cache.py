@@ -17,7 +17,7 @@ import warnings
 
 import numpy as np
 
-from voco_jax.api import Model, PictureLike, Seen
+from voco_jax.api import EncodedImages, Model, PictureLike
 from voco_jax.data.records import BadRecord, Clip
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
@@ -39,7 +39,7 @@ class _Found:
     items: list[Item]
 
 
-class SeenCache:
+class ImageCache:
     """Memories (or embeddings, without VoCo compression) of pictures by their content; `directory` is for memories.
 
     `tokens` of each are read, of the K that are kept. `compressed` counts pictures that the model has been given.
@@ -61,19 +61,19 @@ class SeenCache:
         self.model, self.compressed = model, 0
         self._tokens, self._sampling = tokens, sampling or model.frame_sampling()
         self._host_bytes, self._batch_size = host_bytes, batch_size
-        self._kept: OrderedDict[str, Seen] = OrderedDict()  # one picture each, the oldest first
+        self._kept: OrderedDict[str, EncodedImages] = OrderedDict()  # one picture each, the oldest first
         self._kept_bytes = 0
         self._files: dict[tuple, _Found] = {}  # by path, size and time of change
         self._directory = None if directory is None else _Directory(Path(directory), model.fingerprint)
 
-    def see(self, views: Sequence[Sequence[View]], where: Callable[[int], str]) -> list[Seen | None]:
+    def encode(self, views: Sequence[Sequence[View]], where: Callable[[int], str]) -> list[EncodedImages | None]:
         """What is kept of each question's pictures and videos, in their order; None for a question without any.
 
         Questions about the same have the same object. BadRecord for what cannot be read begins with `where(i)`.
         """
-        at_hand: dict[str, Seen] = {}  # of these questions: the limit does not touch them
+        at_hand: dict[str, EncodedImages] = {}  # of these questions: the limit does not touch them
         found = self._look(views, where, at_hand)
-        together: dict[tuple, Seen] = {}
+        together: dict[tuple, EncodedImages] = {}
         given = []
         for of_question in views:
             keys = [key for view in of_question for key in found[_identity(view)].keys]
@@ -90,7 +90,7 @@ class SeenCache:
 
     # ---- Looking -----------------------------------------------------------------------------------------------
 
-    def _look(self, views, where, at_hand: dict[str, Seen]) -> dict[tuple, _Found]:
+    def _look(self, views, where, at_hand: dict[str, EncodedImages]) -> dict[tuple, _Found]:
         """What each view is; its pictures are at hand then. Threads decode while nothing computes."""
         first = {}  # the question that each view comes first with
         for i, of_question in enumerate(views):
@@ -153,7 +153,7 @@ class SeenCache:
     def _has(self, key: str) -> bool:
         return key in self._kept or (self._directory is not None and key in self._directory)
 
-    def _fetch(self, key: str, at_hand: dict[str, Seen]) -> bool:
+    def _fetch(self, key: str, at_hand: dict[str, EncodedImages]) -> bool:
         """Whether a picture has been seen before; it is at hand then."""
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -165,29 +165,29 @@ class SeenCache:
         self._keep(key, bank, at_hand)
         return True
 
-    def _compress(self, new: dict[str, np.ndarray], at_hand: dict[str, Seen], count: int) -> None:
+    def _compress(self, new: dict[str, np.ndarray], at_hand: dict[str, EncodedImages], count: int) -> None:
         """The first so many of the new ones, which are then no longer new."""
         if not count:
             return
         keys = list(new)[:count]
-        seen = self.model.see_pixels([new.pop(key) for key in keys], [Item(key) for key in keys], self._batch_size)
-        if isinstance(seen, Embeddings):  # on the devices there is room for those alone that are asked about
-            seen = dataclasses.replace(seen, features=np.asarray(seen.features))
+        images = self.model.encode_pixels([new.pop(key) for key in keys], [Item(key) for key in keys], self._batch_size)
+        if isinstance(images, Embeddings):  # on the devices there is room for those alone that are asked about
+            images = dataclasses.replace(images, features=np.asarray(images.features))
         self.compressed += len(keys)
         for i, key in enumerate(keys):
-            one = _copied(seen[i])
+            one = _copied(images[i])
             self._keep(key, one, at_hand)
             if self._directory is not None:
                 self._directory.add(key, one)
 
-    def _keep(self, key: str, one: Seen, at_hand: dict[str, Seen]) -> None:
+    def _keep(self, key: str, one: EncodedImages, at_hand: dict[str, EncodedImages]) -> None:
         at_hand[key] = self._kept[key] = one
         self._kept_bytes += _nbytes(one)
         while self._kept_bytes > self._host_bytes:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= _nbytes(oldest)
 
-    def _joined(self, parts: list[Seen], items: tuple[Item, ...]) -> Seen:
+    def _joined(self, parts: list[EncodedImages], items: tuple[Item, ...]) -> EncodedImages:
         if isinstance(parts[0], Embeddings):
             return Embeddings(np.concatenate([part.features for part in parts]), items)
         return dataclasses.replace(join(of_one_dtype(parts)), items=items).first_tokens(self._tokens)
@@ -259,12 +259,12 @@ def _stamp(file: str | os.PathLike) -> tuple | None:
     return os.path.abspath(file), status.st_size, status.st_mtime_ns
 
 
-def _copied(one: Seen) -> Seen:
+def _copied(one: EncodedImages) -> EncodedImages:
     """One picture without the batch that it was part of."""
     if isinstance(one, Embeddings):
         return dataclasses.replace(one, features=one.features.copy())
     return dataclasses.replace(one, keys=one.keys.copy(), values=one.values.copy())
 
 
-def _nbytes(one: Seen) -> int:
+def _nbytes(one: EncodedImages) -> int:
     return one.features.nbytes if isinstance(one, Embeddings) else one.nbytes
