@@ -64,8 +64,8 @@ class Request:
     """A question, and what it is about: pictures in their order, or a video's frames; None for text alone.
 
     `images` is what `Model.compress` or `encode_images` returned, or images themselves (one or several, as `compress`
-    takes them), which are then encoded for each call. Pictures stand before the question, and all of its text is text. With
-    `interleaved` they stand at the question's `<image>` markers, one a picture.
+    takes them), which are then encoded for each call. Pictures stand before the question, and all of its text is text.
+    With `interleaved` they stand at the question's `<image>` markers, one a picture.
     """
 
     question: str
@@ -145,8 +145,12 @@ class Model:
         return self.encode_pixels((self.square(p) for p in pictures), items, batch_size)
 
     def encode(self, about: ImageInput | None) -> EncodedImages | None:
-        """Encode what a question is about: encoded images are returned as they are (several are joined), images and the
-        frames of a video are encoded, a path ending in .voco is a memory file to read. None for text alone. UserError where there is no picture, and for memories of another model."""
+        """Encode what a question is about; None for text alone.
+
+        Encoded images are returned as they are (several are joined), images and the frames of a video are encoded, a
+        path ending in .voco is a memory file to read. UserError if there is no picture, and for memories of another
+        model.
+        """
         images = self._encode(about)
         if images is not None and not len(images):
             raise UserError("pictures: expected at least one to ask about, found none")

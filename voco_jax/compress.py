@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError(f"--tokens: expected 1 … {model.config.num_voco_tokens}, found {args.tokens}")
     outcome = compress_to_file(
         model, entries, args.out, tokens=args.tokens, int8=args.int8, sampling=frame_sampling(args, model),
-        batch_size=args.batch_size, threads=args.threads, say=lambda line: tqdm.write(line, file=sys.stderr),
+        batch_size=args.batch_size, threads=args.threads, log=lambda line: tqdm.write(line, file=sys.stderr),
         incomplete=args.incomplete,
     )  # fmt: skip
     file = MemoryFile(args.out)

@@ -92,7 +92,7 @@ def compress_to_file(
     sampling: FrameSampling | None = None,
     batch_size: int = 32,
     threads: int = 4,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     incomplete: bool = False,
 ) -> Outcome:
     """Compress what `out` does not hold yet, by an `api.Model`, and write it.
@@ -119,7 +119,7 @@ def compress_to_file(
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
-            for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, say):
+            for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, log):
                 bank = model.encode_pixels(squares, items, batch_size).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
@@ -228,7 +228,7 @@ class _Wanted:
             yield entry, len(some), lambda some=some: load(some)
 
 
-def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, say):
+def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, log):
     """(items, squares) of so many new pictures at a time, loaded ahead by threads, in the jobs' order."""
     items, squares = [], []
     with ThreadPoolExecutor(threads) as pool:
@@ -254,7 +254,7 @@ def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, 
                         raise
                     outcome.bad += count
                     bar.update(count)
-                    say(f"left out: {error}")
+                    log(f"left out: {error}")
                     continue
                 for item, square in loaded:
                     if square is None:
