@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks.machine import machine, others
 from voco_jax.checkpoint.checkpointer import Checkpointer
-from voco_jax.config import default_config
-from voco_jax.models.build import init_params, llama_config, vision_config
+from voco_jax.config import default_config, typed
+from voco_jax.models.build import init_params
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import put_batch
@@ -114,7 +114,8 @@ class Trainer:
             vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers, head_dim=64,
             num_attention_heads=12, num_key_value_heads=12,
         )  # fmt: skip
-        model_config = VoCoConfig(llama_config(config), vision_config(config), voco_token_id=7999, suffix_ids=(5, 6))
+        model = typed(config).model
+        model_config = VoCoConfig(model.llama, model.vision, voco_token_id=7999, suffix_ids=(5, 6))
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         jax.set_mesh(mesh)
         optimizer = make_optimizer(config)

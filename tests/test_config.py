@@ -12,9 +12,9 @@ from tests.helpers.commands import run_main
 import voco_jax
 from voco_jax import __main__ as commands
 from voco_jax.__main__ import COMMANDS
-from voco_jax.command_line import key_meanings, parse_command_line, parse_flags
+from voco_jax.command_line import parse_command_line, parse_flags
 from voco_jax.config import (
-    SOURCE_KEYS,
+    GROUPS_AND_KEYS,
     default_config,
     first_difference,
     flatten,
@@ -22,12 +22,13 @@ from voco_jax.config import (
     save_config,
     source,
     sources,
+    typed,
     with_earlier_values,
 )
+from voco_jax.config_keys import SOURCE_KEYS
 from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
 from voco_jax.models import presets
-from voco_jax.models.build import llama_config, vision_config
 from voco_jax.models.llama import RopeScaling
 
 FILE = f"--config={Path(__file__).parents[1] / 'configs/easyvqa.py'}"
@@ -40,7 +41,7 @@ def parse(*arguments):
 def test_the_command_line_sets_keys():
     config = parse(FILE, "--config.optim.learning_rate=0.5", "--config.model.llama.hidden_size=64")
     assert config.optim.learning_rate == 0.5
-    assert llama_config(config).hidden_size == 64
+    assert typed(config).model.llama.hidden_size == 64
     assert config.model.num_voco_tokens == 1
 
 
@@ -211,7 +212,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(capsys):
         parse_flags(["train", "--config=nothing.py", "-h"], lambda values: None, "python -m voco_jax.train\n\nTrains.")
     text = capsys.readouterr().out
     assert not end.value.code and text.startswith("python -m voco_jax.train\n\nTrains.\n\nOptions:")
-    meant = key_meanings()
+    meant = {name: key.rules.explanation for name, key in GROUPS_AND_KEYS.items()}
     keys = {key for key in flatten(default_config()) if not key.startswith("data.train.")}
     assert {"optim.learning_rate", "model.llama.hidden_size", "model.vision.patch_size"} < keys
     for key in keys | {"data.train", "data.test"}:
@@ -265,7 +266,7 @@ def test_rope_scaling_survives_a_file(tmp_path):
     with config.unlocked():
         config.model.llama = llama_preset("llama-3.1-8b")
     save_config(config, tmp_path / "config.json")
-    assert llama_config(load_config(tmp_path / "config.json")) == presets.LLAMA["llama-3.1-8b"]
+    assert typed(load_config(tmp_path / "config.json")).model.llama == presets.LLAMA["llama-3.1-8b"]
     assert presets.LLAMA["llama-3.1-8b"].rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     stored = config.to_dict()  # as it was when there was one type
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
@@ -340,7 +341,7 @@ def test_stored_configs_that_do_not_fit(tmp_path):
         load_config(path)
     save_config(default_config(), path)
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 0, "speed": 1'))
-    with pytest.raises(UserError, match=r"config.json: .*Did you mean \"seed\" instead of \"speed\""):
+    with pytest.raises(UserError, match=r"config.json: config.speed: no such key; did you mean config.seed\?"):
         load_config(path)
 
 
@@ -367,7 +368,7 @@ def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
     files = list((Path(__file__).parents[1] / "configs").glob("*.py"))
     configs = [parse(f"--config={file}") for file in files]
     for config in configs:
-        llama_config(config), vision_config(config)
+        typed(config)
     assert len({config.workdir for config in (*configs, default_config())}) == len(files) + 1
 
 

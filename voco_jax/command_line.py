@@ -4,7 +4,7 @@ What is wrong in the file is said with the file and its line, what is wrong on t
 """
 
 import ast
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import importlib.machinery
 import importlib.util
@@ -21,12 +21,11 @@ from absl import flags
 import ml_collections
 from ml_collections import ConfigDict, config_flags
 
-from voco_jax.config import SOURCE_KEYS, default_config, find_problem, flatten, in_one_line, one_line, type_in_words
-from voco_jax.config_keys import meanings, unknown_key
+from voco_jax.config import GROUPS_AND_KEYS, KEYS, SOURCES, default_config, find_problem, flatten, one_line, unknown_key
+from voco_jax.config_keys import SOURCE_KEYS
 from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
-from voco_jax.models.llama import LlamaConfig
-from voco_jax.models.vit import ViTConfig
+from voco_jax.keys import Key, in_one_line, type_in_words
 
 _CONFIG, _KEY = "--config", "--config."
 _HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
@@ -131,11 +130,10 @@ def _check_keys(arguments: Sequence[str], config: ConfigDict) -> None:
 def _flag_error(error: Exception, arguments: Sequence[str], config: ConfigDict) -> str:
     """What absl says of a value, in our words where it is a key's."""
     match = re.match(r"flag --config\.([\w.]+)=", str(error))
-    if not match or isinstance(value := flatten(config).get(match[1]), ConfigDict | None):
+    if not match or (key := match[1]) not in KEYS:
         return one_line(error)
-    key = match[1]
     given = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith(f"config.{key}=")]
-    return f"{_KEY}{key}: expected {type_in_words(value)}, found {given[-1]!r}" if given else one_line(error)
+    return f"{_KEY}{key}: expected {type_in_words(KEYS[key].type)}, found {given[-1]!r}" if given else one_line(error)
 
 
 # ---- The config file -------------------------------------------------------------------------------------------
@@ -216,8 +214,8 @@ def _key_error(error: Exception, frames: list) -> str | None:
     if name not in group:
         return f"config.{key}: {unknown_key(key, flatten(root))}"
     if isinstance(error, TypeError) and "value" in frame.f_locals:
-        is_sources = key in ("data.train", "data.test")
-        expected = "sources(NAME=source(…))" if is_sources else type_in_words(group[name])
+        expected_type = GROUPS_AND_KEYS[key].type if key in GROUPS_AND_KEYS else type(group[name])  # of a source
+        expected = "sources(NAME=source(…))" if key in SOURCES else type_in_words(expected_type)
         return f"config.{key}: expected {expected}, found {in_one_line(frame.f_locals['value'])}"
     return None
 
@@ -271,15 +269,6 @@ def _line(source: Path, parts: list[str]) -> int:
 # ---- Help ------------------------------------------------------------------------------------------------------
 
 
-def key_meanings() -> dict[str, str]:
-    """Dotted key → what it means, for every key and every group of keys of `default_config`."""
-    return {
-        **meanings(default_config),
-        **meanings(LlamaConfig, "", "model.llama."),
-        **meanings(ViTConfig, "", "model.vision."),
-    }
-
-
 def help_text(about: str, values: flags.FlagValues) -> str:
     """Usage, what the command does, its own flags, and all config keys with their defaults, in their groups."""
     width = max(72, min(120, shutil.get_terminal_size((110, 24)).columns))
@@ -295,7 +284,7 @@ def help_text(about: str, values: flags.FlagValues) -> str:
         own.append((f"--{name}" + ("" if flag.boolean else "=…"), f"{flag.help.splitlines()[0].rstrip(';')}{default}"))
     lines += _columns(own, width)
     lines += ["", "Config keys with their defaults:"]
-    lines += _group(default_config(), "", key_meanings(), width)
+    lines += _group("", width)
     lines += [
         "",
         "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
@@ -305,24 +294,24 @@ def help_text(about: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _group(config: ConfigDict, prefix: str, meant: Mapping[str, str], width: int) -> list[str]:
+def _group(prefix: str, width: int) -> list[str]:
     """Lines of a group: its keys, then the groups in it."""
-    keys, groups, order = [], [], [*meant]
-    for name, value in sorted(config.items(), key=lambda item: order.index(prefix + item[0])):
-        key = prefix + name
-        if isinstance(value, ConfigDict) and key not in ("data.train", "data.test"):
-            heading = f"config.{key}" + (f": {meant[key]}" if meant.get(key) else "")
-            groups += ["", *textwrap.wrap(heading, width), *_group(value, f"{key}.", meant, width)]
-        else:
-            keys.append((f"--config.{key}={_shown(value)}", meant.get(key, "")))
+    keys, groups = [], []
+    for name, key in GROUPS_AND_KEYS.items():
+        if name.startswith(prefix) and "." not in name.removeprefix(prefix):
+            if name in KEYS:
+                keys.append((f"--config.{name}={_shown(key)}", key.rules.explanation))
+            else:
+                heading = f"config.{name}: {key.rules.explanation}"
+                groups += ["", *textwrap.wrap(heading, width), *_group(f"{name}.", width)]
     return _columns(keys, width) + groups
 
 
-def _shown(value) -> str:
-    if isinstance(value, ConfigDict):
-        named = (f"{name}=source({keys.kind!r})" for name, keys in value.items())
+def _shown(key: Key) -> str:
+    if key.name in SOURCES:
+        named = (f"{name}=source({keys['kind']!r})" for name, keys in key.default.items())
         return f"sources({', '.join(named)})"
-    return repr(value)
+    return repr(key.default)
 
 
 def _columns(rows: Sequence[tuple[str, str]], width: int, left: int = 44) -> list[str]:

@@ -1,131 +1,300 @@
-"""Config keys: what each means, which one somebody had in mind, and the ranges of numbers."""
+"""The config keys: all of them, each with its type, default, range and meaning. `--help` prints this list.
 
-from collections.abc import Callable, Iterable
-import difflib
-import functools
-import inspect
-import re
+`keys.py` says what `low`, `high`, `below`, `on_resume`, `on_load`, `earlier` and `was` mean. A group's rules hold for
+the keys in it that have none of their own. The keys of `model.llama`, `model.vision` and `model.lora` are the fields of
+the models' own dataclasses.
+"""
 
-# What dimensions stay below: more would only overflow, or take minutes to be found too large for any machine.
-_DIMENSIONS = {
-    2**6: "num_qformer_layers projector_layers",
-    2**12: "llama.num_hidden_layers vision.num_hidden_layers",
-    2**14: "llama.num_attention_heads llama.num_key_value_heads llama.head_dim vision.num_attention_heads "
-    "vision.image_size vision.patch_size",
-    2**20: "num_voco_tokens num_compressed_tokens llama.hidden_size llama.intermediate_size vision.hidden_size "
-    "vision.intermediate_size",
-    2**24: "llama.vocab_size llama.vocab_multiple",
-    2**31: "llama.max_position_embeddings",
-}
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
 
-# Smallest value of each number, and None or what it must stay below. A learning rate of 0 would train nothing.
-RANGES = {
-    **{f"model.{key}": (1, below) for below, keys in _DIMENSIONS.items() for key in keys.split()},
-    "model.llama.rope_theta": (1, None),
-    "model.lora.rank": (0, 2**20),
-    "model.lora.alpha": (1e-12, None),
-    **{f"model.{key}": (0, None) for key in ("llama.initializer_range", "vision.initializer_range")},
-    **{f"model.{key}": (0, None) for key in ("llama.rms_norm_eps", "vision.layer_norm_eps")},
-    **{f"mesh.{axis}": (-1, None) for axis in ("data", "fsdp", "frame", "tensor")},
-    "tokenizer.vocab_size": (1, None),
-    **{f"data.limits.{key}": (1, None) for key in ("picture_pixels", "picture_side", "row_bytes")},
-    "data.batch_size": (1, None),
-    **{f"data.{key}": (0, None) for key in ("images_per_pack", "rows_per_pack", "row_length")},
-    **{f"data.{key}": (0, None) for key in ("conversations_per_record", "video.num_frames")},
-    **{f"data.{key}": (0, None) for key in ("video.fps", "video.max_frames")},
-    "data.random_crop": (1e-3, 1.0000001),
-    "data.color_jitter": (0, 1),
-    "data.max_skipped_fraction": (0, 1.0000001),
-    "data.num_workers": (0, None),
-    "data.num_threads": (0, None),
-    "data.prefetch": (1, None),
-    "optim.learning_rate": (1e-12, None),
-    "optim.warmup_steps": (0, None),
-    "optim.weight_decay": (0, None),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-    "optim.clip_norm": (1e-12, None),
-    "optim.decay_fraction": (0, 1.0000001),
-    "optim.min_lr_ratio": (0, 1.0000001),
-    "train.steps": (1, None),
-    "train.accumulate": (1, None),
-    "train.spike_factor": (0, None),
-    "train.max_skipped": (0, None),
-    "train.keep": (1, None),
-    "train.keep_every": (0, None),
-    "train.keep_best": (0, None),
-    "train.log_every": (1, None),
-    "train.checkpoint_every": (1, None),
-    "train.profile_at": (0, None),
-    "train.profile_steps": (1, None),
-    "eval.batch_size": (1, None),
-    "eval.max_new_tokens": (0, None),
-    "eval.every": (0, None),
-    "eval.num_batches": (0, None),
-    "eval.num_answers": (0, None),
-    "seed": (0, 2**31),
-}
+from voco_jax.keys import DEFAULT, key
+from voco_jax.models import presets
+from voco_jax.models.linear import LoRAConfig
+from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.vit import ViTConfig
+
+# The keys of each kind of source with their defaults. All have `weight`: how often an epoch takes each record.
+SOURCE_KEYS = {
+    "easyvqa": {"split": "train"},
+    "llava": {"file": "", "images": "", "videos": ""},  # JSON or JSONL; the directories its paths start from
+    "video_qa": {"file": "", "videos": ""},  # JSON or JSONL of video, question, answer
+    "array_record": {"files": ""},  # a directory or a pattern; written by voco_jax/data/shards
+    "tfds": {
+        "name": "", "split": "train", "data_dir": "",
+        "image": "image", "question": "question", "answer": "answer", "prompt": "",  # features; or one fixed question
+    },
+}  # fmt: skip
 
 
-def meanings(source: Callable | type, name: str = "config", prefix: str = "") -> dict[str, str]:
-    """Dotted key (behind `prefix`) → the comment beside its first assignment, or that in the lines above it.
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """`config.model`, as it is written; `data/from_config.py` makes the model's own `VoCoConfig` of it."""
 
-    `source` is a function with lines `config.key = value  # meaning`, or a dataclass with lines
-    `key: type = value  # meaning` (then `name` is empty).
-
-    >>> def f():
-    ...     config.seed = 0  # of all
-    ...     # Beside pictures,
-    ...     # too
-    ...     config.optim.text = "a # b"
-    >>> meanings(f)
-    {'seed': 'of all', 'optim.text': 'Beside pictures, too'}
-    """
-    found: dict[str, str] = {}
-    above: list[str] = []
-    assigned = re.compile(rf"\s+{name}\.([\w.]+) = " if name else r"    (\w+): [^=]+ = ")
-    for line in inspect.getsource(source).splitlines():
-        code, comment = _split(line)
-        if (match := assigned.match(code)) and prefix + match[1] not in found:
-            found[prefix + match[1]] = comment or " ".join(above)
-        above = [*above, comment] if not code.strip() and comment else []
-    return found
-
-
-def _split(line: str) -> tuple[str, str]:
-    """Code and comment of a line; a # in a text is not a comment's."""
-    match = re.match(r"""((?:[^#'"]|'[^']*'|"[^"]*")*)(?:#\s*(.*))?$""", line)
-    return (match[1], (match[2] or "").strip()) if match else (line, "")
-
-
-def unknown_key(key: str, known: Iterable[str], prefix: str = "config.") -> str:
-    """What to say of a key (dotted) that is none: the nearest of those that there are, or that it is a group.
-
-    >>> unknown_key("optim.lr", ["optim.learning_rate", "optim.name"])
-    'no such key; did you mean config.optim.learning_rate?'
-    """
-    known = sorted(known)
-    match = re.match(r"(data\.(train|test))\.[^.]+", key)
-    if match and not any(other.startswith(f"{match[0]}.") for other in known):
-        return f"no such source; a config file adds one: {prefix}{match[1]} = sources(NAME=source(KIND, …))"
-    if any(other.startswith(f"{key}.") for other in known):
-        return f"is a group of keys, for example {prefix}{next(k for k in known if k.startswith(f'{key}.'))}"
-    groups = {other[: dot.start()] for other in known for dot in re.finditer(r"\.", other)}
-    nearest = max([*known, *sorted(groups)], key=functools.partial(_nearness, key), default="")
-    if _nearness(key, nearest) < 0.7:
-        return "no such key; --help lists all"
-    return f"no such key; did you mean {prefix}{nearest}?"
+    llama: LlamaConfig = key(presets.LLAMA["demo"], "language model; presets: voco_jax/models/presets.py")
+    vision: ViTConfig = key(presets.VIT["demo"], "vision tower; presets: voco_jax/models/presets.py")
+    compressor: str = key("voco", "'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'")
+    num_voco_tokens: int = key(
+        1, "VoCo tokens per image (K); with 'none' they are plain text, and 0 is plain LLaVA", low=0, below=2**20
+    )
+    num_compressed_tokens: int = key(1, "tokens per image with average_pool and qformer", low=1, below=2**20)
+    num_qformer_layers: int = key(2, "layers of the Q-Former, with qformer", low=1, below=2**6)
+    projector_layers: int = key(
+        2, "linear layers with GELU between (2: LLaVA-1.5's mlp2x_gelu; 1: the first LLaVA's)",
+        low=1, below=2**6, earlier=2,
+    )  # fmt: skip
+    param_dtype: str = key("float32", "dtype in which parameters are stored and updated; or 'bfloat16'", on_load="free")
+    dtype: str = key(
+        "auto", "dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU", on_load="free"
+    )
+    attention: str = key(
+        "xla", "attention kernel: 'xla' (any platform), 'splash' (TPU) or 'cudnn' (NVIDIA GPU)",
+        on_resume="free", on_load="free",
+    )  # fmt: skip
+    remat: str = key(
+        "none", "what the backward pass computes again to save memory: 'none' to 'full' (models/stack.py)",
+        on_resume="free", on_load="free",
+    )  # fmt: skip
+    unroll_layers: bool = key(
+        False, "no loop over layers: faster for few and small ones", on_resume="free", on_load="free"
+    )
+    lora: LoRAConfig = key(LoRAConfig(), "low-rank updates of the language model's kernels, which stay frozen")
 
 
-def _nearness(key: str, other: str) -> float:
-    """Of two dotted keys: how alike their last parts are ('lr' stands for 'learning_rate'), and less their groups."""
-    (*groups, last), (*other_groups, other_last) = key.lower().split("."), other.split(".")
-    words = other_last.split("_")
-    alike = difflib.SequenceMatcher(None, last, other_last).ratio()
-    if len(words) > 1 and last in ("".join(word[0] for word in words), "".join(words)):
-        alike = 0.9
-    elif key.replace(".", "_") == other.replace(".", "_") or key.replace(".", "_") == other.replace(".", "_"):
-        alike = 1.0
-    elif last in words or other_last in last.split("_"):
-        alike = max(alike, 0.75)
-    return alike + 0.2 * difflib.SequenceMatcher(None, ".".join(groups), ".".join(other_groups)).ratio()
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = key(1, "groups of devices, each with a copy of the weights", low=-1)
+    fsdp: int = key(-1, "devices over which the batch, the weights and the optimizer state are split", low=-1)
+    frame: int = key(1, "devices over which the images of a pack are split", low=-1)
+    tensor: int = key(1, "devices over which heads and MLP width are split", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    source: str = key("train", "a directory or a hub name; 'train' trains a small one on the data")
+    vocab_size: int = key(512, "largest vocabulary, with source 'train'", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateConfig:
+    system: str = key("", "before the first turn")
+    user: str = key("USER: ", "before a question")
+    assistant: str = key(" ASSISTANT:", "after a question")
+    answer: str = key(" ", "before an answer")
+    end: str = key("{eos}", "after an answer")
+    image: str = key("<image>", "an image before a question, and what follows each")
+    after_images: str = key("\n", "after all images before a question")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorConfig:
+    resize_to: tuple[int, ...] = key((), "before the crop: (shorter side,) or (height, width); (): image_size")
+    do_resize: bool = key(True, "False: the middle is cut out of the picture at its own size")
+    resample: str = key("bicubic", "Pillow's name of the filter")
+    rescale_factor: float = key(1 / 255, "grey levels 0 … 255 are multiplied by it")
+    image_mean: tuple[float, ...] = key(
+        (0.48145466, 0.4578275, 0.40821073), "of rescaled red, green, blue; default: CLIP's"
+    )
+    image_std: tuple[float, ...] = key(
+        (0.26862954, 0.26130258, 0.27577711), "standard deviations of red, green, blue; default: CLIP's"
+    )
+    pad_color: tuple[int, ...] = key((), "(red, green, blue), 0 … 255, around a padded picture; (): the mean colour")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    picture_pixels: int = key(
+        89_478_485, "width × height of a picture; it takes 2^30 bytes in all while it is read", low=1
+    )
+    picture_side: int = key(16_384, "longer side of a picture, in pixels", low=1)
+    row_bytes: int = key(2**20, "bytes of a record in JSON: some 250,000 tokens", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoConfig:
+    num_frames: int = key(8, "frames taken from a clip, spread evenly; 0: by fps", low=0)
+    fps: float = key(0.0, "frames a second of a clip, where num_frames is 0", low=0)
+    max_frames: int = key(0, "most frames of a clip, by fps; 0: no limit", low=0)
+    random_offset: bool = key(True, "in training, frames are drawn at random within the even spacing")
+    timestamps: bool = key(False, "each frame's time stands in the text before it")
+    incomplete: bool = key(False, "of a file that is cut off, take the part that is there", earlier=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`config.data`: what is trained on, and how it becomes batches."""
+
+    train: Mapping[str, Any] = key(
+        {"easyvqa": {"kind": "easyvqa", "weight": 1.0, **SOURCE_KEYS["easyvqa"]}},
+        "sources by name; kinds and their keys: docs/data.md", on_resume="content",
+    )  # fmt: skip
+    test: Mapping[str, Any] = key(
+        {}, "sources by name; empty: none, or easy-VQA's own where it alone is trained on", on_resume="free"
+    )
+    template: str = key(
+        "voco_v1", "text around questions and answers, by name (data/conversations.py), or 'custom'", on_load="told"
+    )
+    custom_template: TemplateConfig = key(
+        TemplateConfig(),
+        "exact text, spaces too; '{eos}' is the end-of-sequence token",
+        on_load="told",
+        earlier=DEFAULT,
+    )
+    aspect_ratio: str = key(
+        "pad", "to a square with the mean colour; or 'crop' its middle, or 'stretch' it", on_load="told"
+    )
+    transparency: str = key(
+        "white", "transparent parts become white; or 'drop': show their stored colours (LLaVA)",
+        on_load="told", earlier="drop",
+    )  # fmt: skip
+    processor: ProcessorConfig = key(
+        ProcessorConfig(),
+        "the rest of what makes pixel values: voco_jax/data/images.py",
+        on_load="told",
+        earlier=DEFAULT,
+    )
+    limits: LimitsConfig = key(LimitsConfig(), "what is larger is not read", earlier=DEFAULT)
+
+    layout: str = key("pack", "conversations to packs by best fit, or 'group': one a pack, by modality and length")
+    batch_size: int = key(16, "packs a step: a pack is some rows of tokens and the images in their text", low=1)
+    images_per_pack: int = key(
+        1, "places for pictures, or frames of a clip; a record with more is left out", low=0, was="data.images_per_bin"
+    )
+    rows_per_pack: int = key(
+        0, "rows of a pack; 0: chosen from the data, for the fewest tokens an epoch", low=0, was="data.rows_per_bin"
+    )
+    row_length: int = key(0, "tokens of a row; 0: the length of the longest conversation", low=0)
+    conversations_per_record: int = key(8, "conversations taken from a record, drawn anew each time; 0: all", low=0)
+    share_images: bool = key(True, "records about one picture go into one pack, which compresses it once")
+    loss_weighting: str = key("token", "'token': all labels count alike; 'conversation': all conversations do")
+    video: VideoConfig = key(VideoConfig(), "which frames of a clip are looked at", on_load="told")
+
+    random_crop: float = key(
+        1.0, "augmentation: the least share of a picture's sides that is kept; 1: no cropping", low=1e-3, high=1
+    )
+    color_jitter: float = key(0.0, "brightness, contrast and saturation change by at most this share", low=0, below=1)
+
+    max_skipped_fraction: float = key(
+        0.01, "largest share of records that cannot be used; with more the run stops",
+        low=0, high=1, on_resume="free", was="data.max_bad_share",
+    )  # fmt: skip
+    cache_dir: str = key("~/.cache/voco_jax", "where indices of large sources are kept", on_resume="free")
+    num_workers: int = key(0, "processes that load batches, and that make the index", low=0, on_resume="free")
+    num_threads: int = key(
+        0, "threads that load batches, in each of these processes; 0: from the machine's cores", low=0, on_resume="free"
+    )
+    prefetch: int = key(2, "batches made ahead, by each worker; at least one per thread", low=1, on_resume="free")
+
+
+@dataclasses.dataclass(frozen=True)
+class LRMultiplierConfig:
+    vision_tower: float = key(1.0, "of the vision tower")
+    projector: float = key(1.0, "of the projector")
+    compressor: float = key(1.0, "of a compressor with weights of its own (qformer)")
+    llama: float = key(1.0, "of the language model")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """`config.optim`: the optimizer and its learning rate."""
+
+    name: str = key("adamw", "or 'muon' (matrices; AdamW for the rest), 'adafactor' (least memory)")
+    rounding: str = key(
+        "stochastic", "of bfloat16 parameters and moments; 'nearest' loses small updates", earlier="nearest"
+    )
+    learning_rate: float = key(1e-3, "highest learning rate, reached after the warm-up", low=1e-12)
+    schedule: str = key("cosine", "'cosine', 'linear', 'wsd' (constant, then down) or 'constant'", on_resume="schedule")
+    warmup_steps: int = key(100, "steps in which the learning rate rises from 0", low=0)
+    decay_fraction: float = key(
+        0.2, "share of the steps, at their end, in which 'wsd' goes down",
+        low=0, high=1, on_resume="schedule", was="optim.decay_share",
+    )  # fmt: skip
+    min_lr_ratio: float = key(
+        0.0, "learning rate of the last step, as a share of learning_rate",
+        low=0, high=1, on_resume="schedule", was="optim.final_scale",
+    )  # fmt: skip
+    lr_multiplier: LRMultiplierConfig = key(
+        LRMultiplierConfig(), "factors on the learning rate, by part of the model", was="optim.rate_scale"
+    )
+    weight_decay: float = key(0.0, "decoupled weight decay, times the learning rate", low=0)
+    decayed: tuple[str, ...] = key(("kernel", "embedding"), "the parameters that decay, by the last part of their path")
+    b1: float = key(0.9, "decay of Adam's first moment", low=0, below=1)
+    b2: float = key(0.99, "decay of Adam's second moment", low=0, below=1)
+    clip_norm: float = key(1.0, "gradients with a larger norm are scaled down to it", low=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`config.train`: the training loop, its log and its checkpoints."""
+
+    freeze: tuple[str, ...] = key((), "parts that stay as they are, for example ('vision_tower',) or ('llama.layers',)")
+    compress_gradients: bool = key(
+        True,
+        "Whether gradients go through the compress stream. False: images' memories are constants, which the language "
+        "model learns to read; vision tower and projector, which act through them alone, are frozen as if `freeze` "
+        "named them.",
+    )
+    loss: str = key(
+        "cross_entropy", "what is minimised, by name (train/losses.py): 'cross_entropy' of the answers' tokens",
+        earlier="cross_entropy",
+    )  # fmt: skip
+    steps: int = key(1000, "updates, each of a batch", low=1, on_resume="schedule")
+    accumulate: int = key(
+        1, "pieces that a batch is computed in, one after the other, before an update", low=1, on_resume="free"
+    )
+    # A run that stopped at a step may skip it when it goes on
+    on_bad_step: str = key(
+        "stop", "where the loss is not finite, or a spike: 'stop', or 'skip' the update", on_resume="free"
+    )
+    spike_factor: float = key(
+        0.0, "a loss this many times the running mean is a spike; 0: no check", low=0, on_resume="free"
+    )
+    max_skipped: int = key(
+        10, "most steps in a row without an update; with more the run stops", low=0, on_resume="free"
+    )
+    log_every: int = key(20, "steps between lines of metrics.jsonl", low=1, on_resume="free")
+    tensorboard: bool = key(True, "write TensorBoard's files too", on_resume="free")
+    wandb: str = key(
+        "", "project of Weights & Biases to which metrics are logged too; '': none", on_resume="free", earlier=""
+    )
+    profile_at: int = key(0, "step at which a profiler trace begins; 0: only on SIGUSR1", low=0, on_resume="free")
+    profile_steps: int = key(5, "steps of a trace", low=1, on_resume="free")
+    checkpoint_every: int = key(500, "steps between checkpoints; the last step always has one", low=1, on_resume="free")
+    keep: int = key(2, "number of the newest checkpoints that are kept", low=1, on_resume="free")
+    keep_every: int = key(0, "keep the checkpoints of every so many steps too; 0: none", low=0, on_resume="free")
+    keep_best: int = key(0, "keep so many checkpoints of the lowest evaluation loss too", low=0, on_resume="free")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`config.eval`: looks at the test set, while training and by `python -m voco_jax.evaluate`."""
+
+    batch_size: int = key(64, "records, or questions, at once", low=1)
+    max_new_tokens: int = key(0, "longest answer, in tokens; 0: room for the test set's longest, from 8 to 256", low=0)
+    every: int = key(0, "steps between looks at the test set while training; 0: never", low=0)
+    num_batches: int = key(8, "batches of the test set for the loss while training", low=0)
+    num_answers: int = key(64, "questions of the test set that are answered while training", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All keys. A user's `ConfigDict` has the same (`default_config`); `typed` makes this of it."""
+
+    workdir: str = key(
+        "runs/default", "checkpoints, this config, the tokenizer and the metrics go here", on_resume="free"
+    )
+    seed: int = key(0, "random seed: first weights, order of the data, augmentation", low=0, below=2**31)
+    init_from: str = key("", "a run whose weights, dimensions and tokenizer this one begins with")
+    model: ModelConfig = key(
+        ModelConfig(), "what is trained; with init_from the dimensions are those of that run", on_load="refused"
+    )
+    mesh: MeshConfig = key(
+        MeshConfig(), "devices along each axis (voco_jax/parallel/mesh.py); -1: as many as the others leave",
+        on_resume="free",
+    )  # fmt: skip
+    tokenizer: TokenizerConfig = key(TokenizerConfig(), "with init_from that of the run")
+    data: DataConfig = key(DataConfig(), "docs/data.md")
+    optim: OptimConfig = key(OptimConfig(), "docs/optimizer.md")
+    train: TrainConfig = key(TrainConfig(), "docs/training.md")
+    eval: EvalConfig = key(EvalConfig(), "docs/evaluation.md", on_resume="free")

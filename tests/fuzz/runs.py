@@ -16,10 +16,9 @@ import numpy as np
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
 from tests.helpers import tiny
-from voco_jax.checkpoint import run_files
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import load_run
-from voco_jax.config import flatten, load_config, save_config
+from voco_jax.config import KEYS, flatten, load_config, save_config
 from voco_jax.convert.inspect import describe_run
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_hf import to_hf
@@ -180,8 +179,7 @@ class Runs(Target):
         config, tokenizer, _ = self._sound[kind]
         now = flatten(load_config(run / "config.json"))
         for key in sorted(config.keys() | now.keys()):
-            groups = *run_files.OF_THE_MODEL, *run_files.OF_ITS_INPUT
-            counts = run_files.is_of(key, groups) and not run_files.is_of(key, run_files.FREE)
+            counts = key in KEYS and KEYS[key].rules.on_load != "free"
             if counts and now.get(key) != config.get(key) and key not in said:
                 return f"{key} changed: {said}"
         if _tokenizer(run) != tokenizer:

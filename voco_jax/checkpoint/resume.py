@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from voco_jax.checkpoint.init_from import inherit
-from voco_jax.config import ADDED_LATER, first_difference, flatten, load_config, with_earlier_values
+from voco_jax.config import ADDED_LATER, KEYS, first_difference, flatten, load_config, value_of, with_earlier_values
 from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
@@ -23,17 +23,7 @@ from voco_jax.optim import make_schedule
 
 BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
 
-# What may change when a run goes on: the numbers that it computes do not depend on these, but for rounding.
-_FREE = (
-    "workdir", "eval", "data.test", "train.log_every", "train.tensorboard", "train.wandb",
-    "train.profile_at", "train.profile_steps",
-    "train.checkpoint_every", "train.keep", "train.keep_every", "train.keep_best",
-    "data.num_workers", "data.num_threads", "data.prefetch", "data.cache_dir", "data.max_skipped_fraction",
-    "mesh", "model.attention", "model.remat", "model.unroll_layers", "train.accumulate",
-    "train.on_bad_step", "train.spike_factor", "train.max_skipped",  # a run that stopped at a step may skip it
-)  # fmt: skip
-# And these, if what is compared in their place is the same: records, and the learning rates of the steps done.
-_SCHEDULE = ("optim.schedule", "train.steps", "optim.decay_fraction", "optim.min_lr_ratio")
+_SCHEDULE = [name for name, key in KEYS.items() if key.rules.on_resume == "schedule"]
 
 
 def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
@@ -65,7 +55,9 @@ def kept_values(asked: ConfigDict, config: ConfigDict, workdir: AnyPath) -> str:
 def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
     """UserError where the run in `workdir`, with checkpoints of `steps`, is not what this config would make."""
     stored = load_config(workdir / "config.json")
-    difference = first_difference(stored, config, ignore=(*_FREE, "data.train", *_SCHEDULE))
+    difference = first_difference(
+        stored, config, ignore=[name for name, key in KEYS.items() if key.rules.on_resume != "refused"]
+    )
     weights = [{name: source.weight for name, source in c.data.train.items()} for c in (stored, config)]
     if weights[0] != weights[1]:
         difference = difference or ("data.train with the weights", *weights)
@@ -80,7 +72,7 @@ def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -
 
 def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
     """UserError unless every step done had the learning rate that the config gives it."""
-    keys = {key: (_at(stored, key), _at(config, key)) for key in _SCHEDULE}
+    keys = {key: (value_of(stored, key), value_of(config, key)) for key in _SCHEDULE}
     changed = next((key for key, (was, wanted) in keys.items() if was != wanted), None)
     if changed is None:
         return
@@ -100,12 +92,6 @@ def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, st
         f"a learning rate of {rates} (schedule {config.optim.schedule!r}): keep {was!r}, begin another run with "
         f"--config.init_from={shlex.quote(str(workdir))}{hint}"
     )
-
-
-def _at(config: ConfigDict, key: str):
-    for name in key.split("."):
-        config = config[name]
-    return config
 
 
 # ---- The run that it began with ---------------------------------------------------------------------------------

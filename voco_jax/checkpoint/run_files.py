@@ -20,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
-from voco_jax.config import flatten, load_config, parse_config
+from voco_jax.config import KEYS, load_config, parse_config, stored_form, value_of
 from voco_jax.data import tokenizer_files
 from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular, read_bytes
@@ -31,17 +31,6 @@ from voco_jax.terminal import printable
 ABOUT = "run"  # the item's name in a checkpoint
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
-
-# Keys whose values, with the parameters, are the model: a run that has others than its checkpoint is not that run.
-OF_THE_MODEL = ("model",)
-FREE = (
-    "model.attention", "model.remat", "model.unroll_layers", "model.dtype", "model.param_dtype",
-    "model.llama.max_position_embeddings", "model.llama.initializer_range", "model.vision.initializer_range",
-)  # fmt: skip
-# And what the model is given: a user may want others, and is told
-OF_ITS_INPUT = (
-    "data.template", "data.custom_template", "data.aspect_ratio", "data.transparency", "data.processor", "data.video",
-)  # fmt: skip
 
 _MOST_FILES = 200_000  # of all checkpoints of a run
 _MOST_JSON = 2**24  # bytes of a file that Orbax reads as JSON
@@ -57,7 +46,7 @@ def describe(
         "step": step,
         "data": data,
         "metrics": metrics,
-        "config": config.to_dict() if config is not None else None,
+        "config": stored_form(config) if config is not None else None,
         "tokenizer": tokenizer,
         "versions": VERSIONS,
         "checksums": dict(sums),
@@ -121,19 +110,14 @@ def check_run(run: AnyPath, step: int, about: dict, sums: Callable[[], dict[str,
 
 
 def _check_config(file: AnyPath, written: dict, checkpoint: AnyPath) -> None:
-    here, there = flatten(load_config(file)), flatten(parse_config(written, checkpoint))
-    for key in sorted(here.keys() | there.keys()):
-        if here.get(key) == there.get(key) or is_of(key, FREE):
+    here, there = load_config(file), parse_config(written, checkpoint)
+    for key in KEYS.values():
+        found, expected = value_of(here, key.name), value_of(there, key.name)
+        if found == expected or key.rules.on_load == "free":
             continue
-        found, expected = here.get(key), there.get(key)
-        if is_of(key, OF_THE_MODEL):
-            raise UserError(f"{file}: {key}: {checkpoint} was written with {expected!r}, found {found!r}")
-        if is_of(key, OF_ITS_INPUT):
-            _say_once(f"{file}: {key}: {checkpoint} was written with {expected!r}, {found!r} is taken")
-
-
-def is_of(key: str, groups: tuple[str, ...]) -> bool:
-    return any(key == group or key.startswith(f"{group}.") for group in groups)
+        if key.rules.on_load == "refused":
+            raise UserError(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, found {found!r}")
+        _say_once(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, {found!r} is taken")
 
 
 def _check_tokenizer(directory: AnyPath, expected: dict[str, str], found: dict[str, str], checkpoint: AnyPath) -> None:

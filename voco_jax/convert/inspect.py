@@ -13,7 +13,7 @@ from voco_jax.convert.to_jax import check_source
 from voco_jax.convert.vocabulary import VOCABULARY
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_run_tokenizer
-from voco_jax.models.build import abstract_model, vision_config
+from voco_jax.models.build import abstract_model
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.terminal import printable
@@ -61,7 +61,7 @@ def _describe_run(run: Path, config: ConfigDict, stored: StoredParams) -> str:
     size = sum(math.prod(shape) * stored.dtype(path).itemsize for path, shape in stored.shapes.items())
     lines = [f"format: voco_jax run, step {stored.step}", f"tokenizer: {run / 'tokenizer'}", "", "configuration"]
     lines += [f"  compressor = {config.model.compressor!r}", f"  num_voco_tokens = {config.model.num_voco_tokens}"]
-    lines += _configuration("llama", llama) + _configuration("vision", vision_config(config))
+    lines += _configuration("llama", llama) + _configuration("vision", model_config.vision)
     count = f"{parameters - padding:,} parameters" + (f" and {padding:,} of padding" if padding else "")
     lines += ["", f"{len(stored.shapes)} arrays, {count}, {size / 1e9:.2f} GB", ""]
     lines += _columns([[p, stored.dtype(p).name, str(list(s))] for p, s in stored.shapes.items()])

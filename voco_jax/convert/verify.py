@@ -23,7 +23,7 @@ from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import VOCO_TOKEN, load_run_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
-from voco_jax.models.build import abstract_model, vision_config
+from voco_jax.models.build import abstract_model
 
 # Of the configurations; these do not change what a model computes, and rows, but for padding, are compared as tensors.
 _ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add
@@ -103,7 +103,7 @@ def _side_of_run(path: Path, config: ConfigDict, stored: StoredParams) -> Side:
         theirs = BY_OURS[key[0]].transform.to_theirs(stored.read(*key))
         return without_padding(key[0], theirs, vocab_size)
 
-    configs = _flat(llama=model_config.llama, vision=vision_config(config))
+    configs = _flat(llama=model_config.llama, vision=model_config.vision)
     return Side(path, configs, shapes, read, _tokens(tokenizer))
 
 

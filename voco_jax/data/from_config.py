@@ -4,11 +4,12 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from voco_jax.config import typed
 from voco_jax.data.conversations import Encoder, Template, get_template
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
-from voco_jax.models.build import llama_config, lora_config, resolve_dtype, vision_config
+from voco_jax.models.build import resolve_dtype
 from voco_jax.models.voco import VoCoConfig
 
 
@@ -16,9 +17,9 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
     """The model that a config and a tokenizer describe; UserError names a value that cannot be.
 
     Without a tokenizer (None), for estimates: the vocabulary is the config's, around an image stand Llama's tokens."""
-    m = config.model
     try:
-        llama = llama_config(config)
+        m = typed(config).model
+        llama = m.llama
         prompt: dict = {"voco_token_id": llama.vocab_size - 1}
         if tokenizer is not None:
             # A tokenizer trained with the model sets its vocabulary; a pretrained one may need rows for added tokens.
@@ -28,7 +29,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             prompt = {name: getattr(ids, name) for name in ("voco_token_id", "prefix_ids", "suffix_ids")}
         return VoCoConfig(
             llama=llama,
-            vision=vision_config(config),
+            vision=m.vision,
             compressor=m.compressor,
             num_voco_tokens=m.num_voco_tokens,
             **prompt,
@@ -40,7 +41,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
             attention=m.attention,
             remat=m.remat,
             unroll_layers=m.unroll_layers,
-            lora=lora_config(config),
+            lora=m.lora if m.lora.rank else None,
         )
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None

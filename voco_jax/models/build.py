@@ -1,33 +1,12 @@
-"""The model that a config describes, as dataclasses, as shapes and with random parameters."""
+"""The model that a config describes, as shapes and with random parameters."""
 
 from collections.abc import Collection
 
 from flax import nnx
 import jax
-from ml_collections import ConfigDict
 
 from voco_jax.errors import UserError
-from voco_jax.models.linear import LoRAConfig
-from voco_jax.models.llama import LlamaConfig, RopeScaling
-from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
-
-
-def llama_config(config: ConfigDict) -> LlamaConfig:
-    """The dataclass of `config.model.llama`."""
-    fields = config.model.llama.to_dict()
-    scaling = fields.pop("rope_scaling")
-    return LlamaConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
-
-
-def vision_config(config: ConfigDict) -> ViTConfig:
-    return ViTConfig(**config.model.vision.to_dict())
-
-
-def lora_config(config: ConfigDict) -> LoRAConfig | None:
-    """The dataclass of `config.model.lora`; None where the rank is 0. ValueError for a target that is none."""
-    lora = config.model.lora
-    return LoRAConfig(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 
 def resolve_dtype(name: str, key: str = "dtype") -> str:

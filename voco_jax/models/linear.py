@@ -8,6 +8,8 @@ from flax import nnx
 import jax
 from jax import lax
 
+from voco_jax.keys import key
+
 
 def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers, **kwargs) -> jax.Array:
     """`lax.dot_general` of tokens [..., inputs] with a kernel [inputs, outputs]; either may be several axes.
@@ -42,11 +44,11 @@ def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers, **kwargs) -> 
 class LoRAConfig:
     """Low-rank updates of a decoder layer's kernels, W + alpha / rank · A B (Hu et al., arXiv:2106.09685)."""
 
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
     TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    rank: int = key(0, "rank of the updates; 0: no LoRA", low=0, below=2**20)
+    alpha: float = key(16.0, "updates are scaled by alpha / rank", low=1e-12)
+    targets: tuple[str, ...] = key(TARGETS, "kernels of a layer that have updates")
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))

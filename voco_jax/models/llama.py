@@ -17,6 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from voco_jax.keys import key
 from voco_jax.models.linear import Linear, LoRAConfig, LoRALinear
 from voco_jax.models.stack import stack_layers
 from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
@@ -58,20 +59,24 @@ class RopeScaling:
 class LlamaConfig:
     """Field names are those of Hugging Face's `LlamaConfig`, but for `vocab_multiple`: how we store a vocabulary."""
 
-    vocab_size: int = 32000  # tokens that the model knows; at least as many as the tokenizer has
-    hidden_size: int = 4096  # width of the residual stream (D)
-    intermediate_size: int = 11008  # width of the MLP (F)
-    num_hidden_layers: int = 32  # decoder layers
-    num_attention_heads: int = 32  # query heads (N)
-    num_key_value_heads: int = 32  # key and value heads (G), which query heads share
-    head_dim: int | None = None  # size of a head (H); None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 4096  # longest sequence, in tokens
-    rms_norm_eps: float = 1e-5  # added to the mean square in norms
-    rope_theta: float = 10000.0  # base of the rotary positions
-    rope_scaling: RopeScaling | None = None  # of the rotary positions, for longer sequences; None: none
-    tie_word_embeddings: bool = False  # the head is the embedding
-    initializer_range: float = 0.02  # standard deviation of random first weights
-    vocab_multiple: int = 1  # rows of embedding and head are padded to a multiple of it, so that they shard
+    vocab_size: int = key(
+        32000, "tokens that the model knows; at least as many as the tokenizer has", low=1, below=2**24
+    )
+    hidden_size: int = key(4096, "width of the residual stream (D)", low=1, below=2**20)
+    intermediate_size: int = key(11008, "width of the MLP (F)", low=1, below=2**20)
+    num_hidden_layers: int = key(32, "decoder layers", low=1, below=2**12)
+    num_attention_heads: int = key(32, "query heads (N)", low=1, below=2**14)
+    num_key_value_heads: int = key(32, "key and value heads (G), which query heads share", low=1, below=2**14)
+    head_dim: int | None = key(None, "size of a head (H); None: hidden_size / num_attention_heads", low=1, below=2**14)
+    max_position_embeddings: int = key(4096, "longest sequence, in tokens", low=1, below=2**31, on_load="free")
+    rms_norm_eps: float = key(1e-5, "added to the mean square in norms", low=0)
+    rope_theta: float = key(10000.0, "base of the rotary positions", low=1)
+    rope_scaling: RopeScaling | None = key(None, "of the rotary positions, for longer sequences; None: none")
+    tie_word_embeddings: bool = key(False, "the head is the embedding")
+    initializer_range: float = key(0.02, "standard deviation of random first weights", low=0, on_load="free")
+    vocab_multiple: int = key(
+        1, "rows of embedding and head are padded to a multiple of it, so that they shard", low=1, below=2**24
+    )
 
     def __post_init__(self):
         if self.head_dim is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.attention import xla
+from voco_jax.keys import key
 from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import scan_layers, stack_layers
 from voco_jax.parallel.mesh import IMAGES, constrain
@@ -22,17 +23,19 @@ class ViTConfig:
     -2 (LLaVA) the one before. `select_feature` is 'patch' (class token dropped) or 'cls_patch'.
     """
 
-    image_size: int = 336  # pixels of a square picture's side
-    patch_size: int = 14  # pixels of a patch's side
-    hidden_size: int = 1024  # width of the residual stream
-    intermediate_size: int = 4096  # width of the MLP
-    num_hidden_layers: int = 24  # layers
-    num_attention_heads: int = 16  # heads
-    layer_norm_eps: float = 1e-5  # added to the variance in norms
-    initializer_range: float = 0.02  # standard deviation of random first weights
-    position_init: str = "normal"  # what position embeddings begin as: CLIP's noise, or 'sincos' (`sincos_positions`)
-    select_layer: int = -2  # hidden states that are features: -1 the last layer's, -2 those before it (LLaVA)
-    select_feature: str = "patch"  # 'patch', or 'cls_patch' with the class token
+    image_size: int = key(336, "pixels of a square picture's side", low=1, below=2**14)
+    patch_size: int = key(14, "pixels of a patch's side", low=1, below=2**14)
+    hidden_size: int = key(1024, "width of the residual stream", low=1, below=2**20)
+    intermediate_size: int = key(4096, "width of the MLP", low=1, below=2**20)
+    num_hidden_layers: int = key(24, "layers", low=1, below=2**12)
+    num_attention_heads: int = key(16, "heads", low=1, below=2**14)
+    layer_norm_eps: float = key(1e-5, "added to the variance in norms", low=0)
+    initializer_range: float = key(0.02, "standard deviation of random first weights", low=0, on_load="free")
+    position_init: str = key(
+        "normal", "what position embeddings begin as: CLIP's noise, or 'sincos' (`sincos_positions`)"
+    )
+    select_layer: int = key(-2, "hidden states that are features: -1 the last layer's, -2 those before it (LLaVA)")
+    select_feature: str = key("patch", "'patch', or 'cls_patch' with the class token")
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
