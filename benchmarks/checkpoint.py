@@ -29,9 +29,8 @@ from voco_jax.models.build import init_params
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.state import abstract_state, init_opt_state
-from voco_jax.train.step import make_train_step
+from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
+from voco_jax.train.state import init_opt_state
 
 PLAIN_STEPS = 4  # of a round, with no save about
 
@@ -120,7 +119,7 @@ class Trainer:
         jax.set_mesh(mesh)
         optimizer = make_optimizer(config)
         state = abstract_state(config, model_config, optimizer, mesh)
-        self._step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings)
+        self._step = train_step_of(config, state, optimizer)
         self.params = init_params(model_config, config.seed, shardings=state.shardings[0])
         self.opt_state = init_opt_state(optimizer, self.params, state)
         self._batch = put_batch(mesh, random_batch(rows, 64, config))

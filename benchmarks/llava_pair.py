@@ -22,12 +22,11 @@ from voco_jax.data.packing import pack_row
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.optim import make_schedule
+from voco_jax.optim import OptimConfig, make_schedule
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.state import abstract_state, init_opt_state
-from voco_jax.train.step import make_train_step
+from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
+from voco_jax.train.state import init_opt_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Peer:
             groups, lr=optim.learning_rate, betas=(optim.b1, optim.b2), eps=1e-8, **{variant: True}
         )
         self._clip_norm = optim.clip_norm
-        self._rates = make_schedule(optim, optimizer_config().train.steps)
+        self._rates = make_schedule(OptimConfig.of(optim), optimizer_config().train.steps)
         self._forward = torch.compile(self.model) if compiled else self.model
         self._count = 0
 
@@ -200,7 +199,7 @@ class Ours:
         optimizer = make_optimizer(config)
         with jax.set_mesh(self.mesh):
             state = abstract_state(config, model_config, optimizer, self.mesh)
-            self._step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings)
+            self._step = train_step_of(config, state, optimizer)
             self.params = take_over(make_llava(shape), state.params)
             self.opt_state = init_opt_state(optimizer, self.params, state)
         self.batch = our_batch(shape, model_config, self.mesh, *conversations(shape))

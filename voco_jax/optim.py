@@ -1,4 +1,6 @@
-"""The learning rate by step: the optimizer follows it, and a run that goes on must have had the same."""
+"""Settings of the optimizer, and the learning rate by step that follows from them."""
+
+import dataclasses
 
 from ml_collections import ConfigDict
 import optax
@@ -8,7 +10,30 @@ from voco_jax.errors import UserError
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
-def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """`config.optim`; what each key means stands there."""
+
+    name: str
+    rounding: str
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    min_lr_ratio: float
+    lr_multiplier: dict[str, float]
+    weight_decay: float
+    decayed: tuple[str, ...]
+    b1: float
+    b2: float
+    clip_norm: float
+
+    @classmethod
+    def of(cls, optim: ConfigDict) -> "OptimConfig":
+        return cls(**optim.to_dict())
+
+
+def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from zero, then the schedule of that name.
 
     'cosine' and 'linear' go down from there on, 'wsd' (warm-up, stable, decay) in a line over the last `decay_fraction`

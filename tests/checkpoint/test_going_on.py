@@ -34,10 +34,9 @@ from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.models.build import init_params
 from voco_jax.parallel.mesh import make_mesh
+from voco_jax.train.from_config import abstract_state, make_optimizer
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.loop import train
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.state import abstract_state
 
 STEPS = 6
 LOW = dict(model__param_dtype="bfloat16", model__lora__rank=2, train__freeze="('vision_tower',)")

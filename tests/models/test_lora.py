@@ -20,10 +20,9 @@ from voco_jax.errors import UserError
 from voco_jax.models.build import init_params
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.voco import Read
+from voco_jax.train.from_config import loss_of, make_optimizer, trainable_filter
 from voco_jax.train.loop import train
-from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.step import make_train_step
-from voco_jax.train.trainable import trainable_filter
 
 LORA = LoRAConfig(4, 12.0, LoRAConfig.TARGETS)
 ADAPTED = dataclasses.replace(BASE, lora=LORA)
@@ -89,7 +88,7 @@ def test_what_trains():
     graphdef, params = make(ADAPTED)
     before, params = jax.tree.map(np.array, params), jax.tree.map(lambda x: x.copy(), params)  # steps take them over
     optimizer, trainable = make_optimizer(config), trainable_filter(config, ADAPTED)
-    step = make_train_step(graphdef, optimizer, trainable)
+    step = make_train_step(graphdef, loss_of(config), optimizer, trainable)
     opt_state = optimizer.init(trainable.split(params)[0])
     trains = [leaf for keys, leaf in flatten_dict(params).items() if keys[0] == "projector" or "lora" in keys]
     assert sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == 2 * (sum(x.size for x in trains) + 32)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import reference
+from tests.helpers.losses import label_loss
 from voco_jax.data.conversations import TEMPLATES, Encoder, Sample
 from voco_jax.data.images import ImageProcessor, load_image
 from voco_jax.data.packing import pack_row
 from voco_jax.infer.generate import greedy
 from voco_jax.models.voco import Read
-from voco_jax.train.step import label_loss
 
 TOLERANCE = 1e-4
 

@@ -9,7 +9,7 @@ from voco_jax.config import default_config
 from voco_jax.models import presets
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.from_config import loss_of, make_optimizer
 from voco_jax.train.step import make_train_step
 
 
@@ -23,7 +23,7 @@ def lowered_step(num_layers: int) -> str:
     batch = {name: integers for name in ("tokens", "positions", "segment_ids", "visual", "targets")}
     batch["weights"] = jax.ShapeDtypeStruct((1, 2048), jnp.float32)
     batch["pixel_values"] = jax.ShapeDtypeStruct((1, 2, 336, 336, 3), jnp.float32)
-    step = make_train_step(graphdef, optimizer)
+    step = make_train_step(graphdef, loss_of(default_config()), optimizer)
     return step.lower(params, jax.eval_shape(optimizer.init, params), batch).as_text()
 
 

@@ -16,10 +16,9 @@ from tests.parallel.test_meshes import BASE, assert_close, loss_and_gradients, m
 from voco_jax.config import default_config
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.state import abstract_state, init_opt_state
+from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of, trainable_filter
+from voco_jax.train.state import init_opt_state
 from voco_jax.train.step import make_train_step
-from voco_jax.train.trainable import trainable_filter
 
 SCANNED = dataclasses.replace(BASE, unroll_layers=False, remat="full")
 ADAPTED = dataclasses.replace(SCANNED, lora=LoRAConfig(3, 6.0, LoRAConfig.TARGETS))
@@ -54,12 +53,12 @@ def a_step_is_that_of_one_device(case):
     before, batch = jax.tree.map(np.array, params), random_batch(model)
     trainable = trainable_filter(config, model)
     copied = jax.tree.map(lambda x: x.copy(), params)
-    step = make_train_step(graphdef, optimizer, trainable)
+    step = make_train_step(graphdef, loss_of(config), optimizer, trainable)
     alone, _, expected = step(copied, optimizer.init(trainable.split(copied)[0]), batch)
 
     with jax.set_mesh(mesh):
         state = abstract_state(config, model, optimizer, mesh)
-        step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings, config.train.accumulate)
+        step = train_step_of(config, state, optimizer)
         params = jax.device_put(jax.tree.map(lambda x: x.copy(), params), state.shardings[0])
         opt_state = init_opt_state(optimizer, params, state)
         params, opt_state, metrics = step(params, opt_state, put_batch(mesh, batch))

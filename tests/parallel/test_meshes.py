@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from tests.helpers.eight_devices import failures_of, run_checks
+from tests.helpers.losses import cross_entropy, label_loss
 from tests.models.test_two_streams import CONFIG, IMAGES, make, random_layout
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.config import default_config
@@ -28,10 +29,10 @@ from voco_jax.models.build import abstract_model, init_params
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import AXES, make_mesh
 from voco_jax.parallel.sharding import param_shardings, put_batch
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.state import abstract_state, init_opt_state
-from voco_jax.train.step import label_loss, make_train_step, split_batch
+from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
+from voco_jax.train.state import init_opt_state
 from voco_jax.train.step import loss_and_gradients as loss_and_gradients_of
+from voco_jax.train.step import split_batch
 
 RECORDS, ROWS, LENGTH = 8, 16, 128  # two read rows share a record's images
 BASE = dataclasses.replace(
@@ -117,11 +118,14 @@ def a_batch_in_pieces_is_the_batch():
     """Four of them, each device's own packs cut up; and they stay where they are."""
     config, mesh = dataclasses.replace(BASE, unroll_layers=False), mesh_of((1, 2, 2, 2))
     graphdef, params = make(config)
-    loss_of = functools.partial(label_loss, graphdef)
+    loss_of = functools.partial(cross_entropy, graphdef)
     params = jax.device_put(params, param_shardings(mesh, params))
     with jax.set_mesh(mesh):
         batch = put_batch(mesh, random_batch(config))
-        found = jax.jit(lambda params, batch: loss_and_gradients_of(loss_of, params, batch, 4))(params, batch)
+        output, gradients = jax.jit(lambda params, batch: loss_and_gradients_of(loss_of, params, batch, 4))(
+            params, batch
+        )
+        found = output.means()["loss"], gradients
         text = jax.jit(lambda batch: split_batch(batch, 4)).lower(batch).compile().as_text()
         with pytest.raises(UserError, match=r"data.batch_size: expected a multiple of 16, the 2 devices along .*; fou"):
             split_batch(batch, 8)
@@ -198,7 +202,7 @@ def a_training_step_keeps_what_is_frozen_and_where_things_are():
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh):
         state = abstract_state(config, BASE, optimizer, mesh)
-        step = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings)
+        step = train_step_of(config, state, optimizer)
         params = jax.device_put(make(BASE)[1], state.shardings[0])
         before = jax.device_get(params)
         opt_state = init_opt_state(optimizer, params, state)

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.losses import CROSS_ENTROPY, cross_entropy
 from tests.models.test_two_streams import make
 from tests.parallel.test_meshes import BASE, assert_close, random_batch
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
-from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.from_config import make_optimizer
 from voco_jax.train.skip_bad_updates import global_norm
-from voco_jax.train.step import label_loss, loss_and_gradients, make_train_step, split_batch
+from voco_jax.train.step import loss_and_gradients, make_train_step, split_batch
 
 SCANNED = dataclasses.replace(BASE, unroll_layers=False)
 
@@ -32,9 +33,10 @@ def test_loss_and_gradients_are_the_whole_batchs():
     labels = batch["weights"].reshape(4, -1).sum(1)
     assert len(set(labels)) == 4  # a mean of means would be another
     graphdef, params = make(SCANNED)
-    loss_of = functools.partial(label_loss, graphdef)
+    loss_of = functools.partial(cross_entropy, graphdef)
     whole, pieces = (jax.jit(lambda p, b, n=n: loss_and_gradients(loss_of, p, b, n))(params, batch) for n in (1, 4))
-    np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(pieces[0].sum, whole[0].sum, rtol=1e-6)
+    assert pieces[0].weight == whole[0].weight == labels.sum()
     difference = jax.tree.map(lambda a, b: a - b, pieces[1], whole[1])
     assert global_norm(difference) <= 1e-6 * global_norm(whole[1])
     assert_close(jax.device_get(pieces[1]), jax.device_get(whole[1]), 3e-6)
@@ -45,7 +47,7 @@ def test_a_training_step_in_pieces():
     optimizer = make_optimizer(default_config())
     found = []
     for pieces in 1, 4:
-        step = make_train_step(graphdef, optimizer, accumulate=pieces)
+        step = make_train_step(graphdef, CROSS_ENTROPY, optimizer, accumulate=pieces)
         copy = jax.tree.map(lambda x: x.copy(), params)
         metrics = step(copy, optimizer.init(params), random_batch(SCANNED))[2]
         found.append({name: float(value) for name, value in metrics.items()})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
+from tests.helpers.losses import label_loss
 from tests.models.test_two_streams import make
 from tests.parallel.test_mesh_steps import ADAPTED
 from tests.parallel.test_meshes import BASE, random_batch
@@ -19,9 +20,8 @@ from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.models import voco
 from voco_jax.models.build import init_params
+from voco_jax.train.from_config import trainable_filter
 from voco_jax.train.loop import train
-from voco_jax.train.step import label_loss
-from voco_jax.train.trainable import trainable_filter
 
 
 def config_of(*freeze: str):

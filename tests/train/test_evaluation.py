@@ -16,6 +16,7 @@ from tests.data.test_video_training import CLIPS
 from tests.data.test_video_training import NAMES as CLIP_NAMES
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
+from tests.helpers.losses import CROSS_ENTROPY
 from tests.parallel.test_distributed import free_port, run_two
 from voco_jax import evaluate
 from voco_jax.api import Model
@@ -25,7 +26,7 @@ from voco_jax.data.images import load_image
 from voco_jax.data.records import Clip
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import LlavaSource
-from voco_jax.data.training_data import open_training_data
+from voco_jax.data.training_data import open_test_data, open_training_data
 from voco_jax.data.video import FrameSampling, format_time, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.eval import pictures
@@ -36,7 +37,7 @@ from voco_jax.infer.engine import Engine
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.train.evaluation import Evaluator
+from voco_jax.train.evaluation import EvalConfig, Evaluator
 from voco_jax.train.loop import train
 
 LONG = "a picture of one thing and no other, as far as can be seen"
@@ -82,7 +83,10 @@ def make(config, workdir, mesh=None, **kwargs):
     mesh = mesh or make_mesh(config.mesh, jax.devices()[:1])
     workdir.mkdir(exist_ok=True)
     said = []
-    return Evaluator(config, data.batches, graphdef, abstract, mesh, workdir, said.append), params, graphdef, data, said
+    test = open_test_data(config, data.batches, said.append)
+    settings, sheets = EvalConfig(**config.eval.to_dict()), workdir / "answers"
+    evaluator = Evaluator(settings, test, graphdef, abstract, CROSS_ENTROPY, mesh, sheets, said.append)
+    return evaluator, params, graphdef, data, said
 
 
 @pytest.fixture(scope="module")

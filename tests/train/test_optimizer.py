@@ -14,8 +14,9 @@ from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.optim import make_schedule
-from voco_jax.train.optimizer import decayed, make_optimizer, muon_dimension_numbers
+from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.train.from_config import make_optimizer
+from voco_jax.train.optimizer import decayed, muon_dimension_numbers
 
 
 def optim(**changes):
@@ -43,11 +44,14 @@ def optimizer_of(steps=100, **changes):
 )
 def test_schedules(name, points):
     schedule = make_schedule(
-        optim(learning_rate=0.2, schedule=name, warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.1), steps=110
+        OptimConfig.of(optim(learning_rate=0.2, schedule=name, warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.1)),
+        steps=110,
     )
     points = {0: 0.0, 5: 0.1, 10: 0.2} | points
     np.testing.assert_allclose([schedule(step) for step in points], list(points.values()), atol=1e-7)
-    to_zero = make_schedule(optim(learning_rate=0.2, schedule=name, warmup_steps=0, min_lr_ratio=0.0), steps=50)
+    to_zero = make_schedule(
+        OptimConfig.of(optim(learning_rate=0.2, schedule=name, warmup_steps=0, min_lr_ratio=0.0)), steps=50
+    )
     np.testing.assert_allclose(to_zero(50), 0.2 if name == "constant" else 0.0, atol=1e-7)
     np.testing.assert_allclose(to_zero(0), 0.2, rtol=1e-6)
 
@@ -55,7 +59,7 @@ def test_schedules(name, points):
 @pytest.mark.parametrize(("share", "found"), [(0.95, 95), (0.0, 0)])
 def test_a_decay_that_has_no_room(share, found):
     with pytest.raises(UserError, match=rf"optim.decay_fraction: expected 1 to 90 steps of decay .*; found {found}$"):
-        make_schedule(optim(schedule="wsd", warmup_steps=10, decay_fraction=share), steps=100)
+        make_schedule(OptimConfig.of(optim(schedule="wsd", warmup_steps=10, decay_fraction=share)), steps=100)
 
 
 def test_the_schedule_is_that_of_the_updates():

@@ -12,7 +12,7 @@ from voco_jax.aot.programs import make_program
 from voco_jax.config import default_config, load_config, save_config
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.train.optimizer import make_optimizer
+from voco_jax.train.from_config import make_optimizer
 from voco_jax.train.rounding import _bits, lost_updates, stochastic_round
 
 STEPS = 20
@@ -129,7 +129,8 @@ def test_moments_are_stored_as_before():
 )
 def test_what_is_lost_is_told(changes, dtype, told):
     params = {"kernel": jnp.ones(4, dtype), "scale": jnp.ones(4)}
-    assert re.search(told, lost_updates(config_of(**changes), params))
+    optim = config_of(**changes).optim
+    assert re.search(told, lost_updates(optim.rounding, optim.learning_rate, params))
 
 
 @pytest.mark.parametrize("key", ["dtype", "param_dtype"])

@@ -16,10 +16,9 @@ from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import make_mesh
+from voco_jax.train.from_config import abstract_state, make_optimizer
 from voco_jax.train.loop import train
-from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.skip_bad_updates import WARM_UP, skip_bad_updates, was_bad
-from voco_jax.train.state import abstract_state
 
 PARAMS = {"fc": {"kernel": jnp.array([[1.5, -0.0], [0.0, 3.0]]), "bias": jnp.ones(2)}}
 GRADIENTS = jax.tree.map(lambda p: jnp.full_like(p, 0.1), PARAMS)

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.losses import label_loss
 from tests.models.test_two_streams import make
 from tests.parallel.test_meshes import BASE, random_batch
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.step import label_loss, make_train_step
-from voco_jax.train.trainable import VOCO_ROW, trainable_filter
+from voco_jax.train.from_config import loss_of, make_optimizer, trainable_filter
+from voco_jax.train.step import make_train_step
+from voco_jax.train.trainable import VOCO_ROW
 
 TIED = dataclasses.replace(BASE, llama=dataclasses.replace(BASE.llama, tie_word_embeddings=True))
 EMBEDDING = ("llama", "embed_tokens", "embedding")
@@ -49,7 +50,7 @@ def test_steps_change_what_trains_and_nothing_else(model, freeze):
     batch["tokens"][:, 5] = model.voco_token_id  # uncompressed, they are in the text
     if model.compressor == "average_pool":
         batch["visual"] = np.where(batch["visual"] >= 0, batch["visual"] // BASE.num_voco_tokens, -1)
-    step = make_train_step(graphdef, optimizer, trainable)
+    step = make_train_step(graphdef, loss_of(config), optimizer, trainable)
     for _ in range(2):
         params, opt_state, metrics = step(params, opt_state, batch)
     assert np.isfinite(float(metrics["loss"]))

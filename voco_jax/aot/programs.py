@@ -28,9 +28,7 @@ from voco_jax.models.flops import (
 from voco_jax.models.voco import Cache, Memory, Read, VoCoConfig
 from voco_jax.parallel.mesh import ROWS
 from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
-from voco_jax.train.optimizer import make_optimizer
-from voco_jax.train.state import abstract_state
-from voco_jax.train.step import make_train_step
+from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
 
 STEPS = ("train", "compress", "read", "decode")
 
@@ -94,7 +92,7 @@ def model_of(config: ConfigDict, tokenizer=None) -> VoCoConfig:
 def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config)
     state = abstract_state(config, model_config, optimizer, mesh)
-    function = make_train_step(state.graphdef, optimizer, state.trainable, state.shardings, config.train.accumulate)
+    function = train_step_of(config, state, optimizer)
     batch = abstract_batch(config)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
     rows, images, train = config.data.batch_size * config.data.rows_per_pack, _num_images(config), config.train

@@ -1,17 +1,17 @@
 """Looking at the test set while training: the loss, and answers to questions, with a sheet of them for people."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import hashlib
 import itertools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
@@ -20,7 +20,6 @@ from voco_jax.data.pipeline import Batches
 from voco_jax.data.plan import PackedExample
 from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.data.reports import Report
-from voco_jax.data.training_data import open_test_data
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_sheet
@@ -30,10 +29,21 @@ from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS as ROW_AXES
 from voco_jax.parallel.mesh import axis_size
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.step import label_loss
+from voco_jax.train.losses import Batch, Loss, LossOutput
 
 SHORT = 5  # words; longer answers are shown and not judged: nobody says the same in the same words
 _SHOWN_SIDE = 336  # pixels of a picture on the sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`config.eval`; what each key means stands there."""
+
+    batch_size: int
+    max_new_tokens: int
+    every: int
+    num_batches: int
+    num_answers: int
 
 
 class Evaluation(NamedTuple):
@@ -68,28 +78,35 @@ class Evaluator:
 
     def __init__(
         self,
-        config: ConfigDict,
-        training: Batches,
-        graphdef,
-        params,
+        config: EvalConfig,
+        batches: Batches,
+        graphdef: nnx.GraphDef,
+        params: dict,
+        loss: Loss,
         mesh: Mesh,
-        workdir: Path,
+        sheets: Path,
         log: Callable[[str], None] = print,
     ):
-        """`training` are the batches trained on: tokenizer, shapes and the packs of this process are theirs. `params`
-        may be shapes and dtypes. UserError for a test set that cannot be used; waits for no other process."""
-        self._config, self._mesh, self._graphdef = config, mesh, graphdef
-        self.sheets = workdir / "answers"
-        self._batches = open_test_data(config, training, log)
-        self._normalize = jax.jit(training.loader.processor.normalize)
-        self._loss = jax.jit(self._summed_loss, out_shardings=NamedSharding(mesh, P()))
+        """`batches` are the test set's (`open_test_data`), `sheets` a directory. `params` may be shapes and dtypes.
+
+        UserError for a test set that cannot be used; waits for no other process.
+        """
+        self._config, self._mesh, self.sheets, self._batches = config, mesh, sheets, batches
+        self._normalize = jax.jit(batches.loader.processor.normalize)
+
+        def loss_of(params: dict, batch: Batch) -> LossOutput:
+            return loss(nnx.merge(graphdef, params), batch)
+
+        self._loss = jax.jit(loss_of, out_shardings=NamedSharding(mesh, P()))
         self._questions: list[Question] = []
-        if config.eval.num_answers:
+        if config.num_answers:
             encoder = self._batches.loader.maker.encoder
-            self._engine = Engine(nnx.merge(graphdef, params), encoder, mesh)
+            model = nnx.merge(graphdef, params)
+            self._engine = Engine(model, encoder, mesh)
+            self._max_positions = model.config.llama.max_position_embeddings
             self._questions = self._choose_questions()
             truths = {question.truth for question in self._questions}
-            self._max_new_tokens = longest_answer(config.eval.max_new_tokens, truths, encoder.tokenizer)
+            self._max_new_tokens = longest_answer(config.max_new_tokens, truths, encoder.tokenizer)
             judged = sum(question.judged for question in self._questions)
             log(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
 
@@ -102,16 +119,13 @@ class Evaluator:
                 digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
-    def due(self, step: int) -> bool:
-        """Whether it is time: every `eval.every` steps, and at the end."""
-        return step % self._config.eval.every == 0 or step == self._config.train.steps
-
     def __call__(self, step: int, params) -> Evaluation:
         """Evaluate the parameters after a step (a nested dict, sharded as in training)."""
-        values, sheet = {}, None
+        values: dict[str, float | None] = {}
+        sheet = None
         with jax.set_mesh(self._mesh):
-            if self._config.eval.num_batches:
-                values["eval_loss"] = self._mean_loss(params)
+            if self._config.num_batches:
+                values |= {f"eval_{name}": value for name, value in self._mean_loss(params).items()}
             if self._questions:
                 given = self._ask(params)
                 answers = [Answer("", q.text, q.truth, text) for q, text in zip(self._questions, given, strict=True)]
@@ -125,17 +139,14 @@ class Evaluator:
 
     # ---- The loss ----------------------------------------------------------------------------------------------
 
-    def _mean_loss(self, params) -> float:
-        """Over all labels of all batches alike, whatever the number in each."""
-        loss = labels = 0.0
+    def _mean_loss(self, params: dict) -> dict[str, float]:
+        """The loss and its metrics over all batches, whatever the weight of each."""
+        total: dict[str, np.ndarray] = {}
         for batch in self._load():
-            of_batch = self._loss(params, batch)
-            loss, labels = loss + float(of_batch[0]), labels + float(of_batch[1])
-        return loss / labels if labels else float("nan")
-
-    def _summed_loss(self, params, batch) -> tuple[jax.Array, jax.Array]:
-        weight = batch["weights"].sum()
-        return label_loss(self._graphdef, params, batch) * jnp.maximum(weight, 1), weight
+            output = jax.device_get(self._loss(params, batch))
+            for name, pair in ({"loss": (output.sum, output.weight)} | output.metrics).items():
+                total[name] = total.get(name, np.zeros(2)) + pair
+        return {name: float(value / weight) if weight else math.nan for name, (value, weight) in total.items()}
 
     def _load(self) -> Iterator[dict]:
         """The batches, on the devices."""
@@ -159,7 +170,7 @@ class Evaluator:
     def _ask(self, params) -> list[str]:
         """An answer to each question: `eval.batch_size` at once, or as many more as the mesh needs to share them."""
         self._engine.params = params
-        limits = self._config.eval
+        limits = self._config
         rows_together, frames_together = axis_size(*ROW_AXES), axis_size("frame")
         most = max(len(question.pixels) for question in self._questions)
         num_images = -(-most // frames_together) * frames_together
@@ -182,7 +193,7 @@ class Evaluator:
     def _choose_questions(self) -> list[Question]:
         """In the order of the plan one about each item's pictures, drawn once for all; then another of each, until all
         are there."""
-        plan, wanted, rng = self._batches.loader.plan, self._config.eval.num_answers, np.random.default_rng(0)
+        plan, wanted, rng = self._batches.loader.plan, self._config.num_answers, np.random.default_rng(0)
         items: dict[tuple[int, int], list[PackedExample]] = {}
         for i in plan.packs(0):
             for example in plan[i]:
@@ -213,9 +224,9 @@ class Evaluator:
         turns = record.conversations[example.conversation]
         human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
         truth = turns[human + 1]["value"]
-        tokenizer, limit = loader.maker.encoder.tokenizer, self._config.eval.max_new_tokens
+        tokenizer, limit = loader.maker.encoder.tokenizer, self._config.max_new_tokens
         room = limit or LONGEST_LIMIT  # the longest answer is not known yet
-        if len(prompt) + room > self._config.model.llama.max_position_embeddings:
+        if len(prompt) + room > self._max_positions:
             raise BadRecord(TOO_LONG, f"a question of {len(prompt)} tokens and {room} for the answer")
         tokens = tokenizer(truth, add_special_tokens=False).input_ids
         images = loader.maker.load_images(record, times, loader.processor.load)

@@ -25,7 +25,7 @@ from voco_jax.config import sources_to_score
 from voco_jax.data.from_config import make_processor
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
-from voco_jax.data.training_data import open_training_data
+from voco_jax.data.training_data import open_test_data, open_training_data
 from voco_jax.errors import UserError
 from voco_jax.interrupts import say_of_interrupt
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
@@ -37,16 +37,15 @@ from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.progress import interrupted
 from voco_jax.terminal import printable
-from voco_jax.train.evaluation import Evaluator
+from voco_jax.train.evaluation import EvalConfig, Evaluator
+from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.metrics import MetricsLog, Speed
-from voco_jax.train.optimizer import make_optimizer
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
-from voco_jax.train.state import AbstractState, abstract_state, init_opt_state
-from voco_jax.train.step import make_train_step
+from voco_jax.train.state import AbstractState, init_opt_state
 
 
 class _Setup(NamedTuple):
@@ -117,15 +116,15 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Model and optimizer, their places on the mesh
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
-        train_step = make_train_step(
-            state.graphdef, optimizer, state.trainable, state.shardings, config.train.accumulate
-        )
+        train_step = train_step_of(config, state, optimizer)
         total, trained = _count(state.params), _count(state.trainable.trained(state.params))
         some = f", {trained:,} of them trained" if trained != total else ""
         log(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
         if note := interpreted(model_config.attention):
             log(f"model: {note}")
-        if lost := lost_updates(config, state.trainable.trained(state.params)):
+        if lost := lost_updates(
+            config.optim.rounding, config.optim.learning_rate, state.trainable.trained(state.params)
+        ):
             log(lost)
         # The directory comes into being only later, when what can be wrong with the input has shown itself
         if not resuming:
@@ -137,7 +136,9 @@ def _set_up(config: ConfigDict) -> _Setup:
         found = f"found config.eval.every {config.eval.every}, num_batches {config.eval.num_batches}"
         raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
     if config.eval.every:
-        evaluator = Evaluator(config, batches, state.graphdef, state.params, mesh, workdir, log)
+        test, sheets = open_test_data(config, batches, log), workdir / "answers"
+        settings = EvalConfig(**config.eval.to_dict())
+        evaluator = Evaluator(settings, test, state.graphdef, state.params, loss_of(config), mesh, sheets, log)
     return _Setup(
         config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
     )
@@ -181,7 +182,9 @@ def _train(run: _Setup, begun: float) -> None:
                     metrics_log.add(step, metrics, batches.amount(step - 1))
                     profiler.after_step(step, metrics)
                 preempted, values = preemption.reached(step), None
-                if evaluator is not None and evaluator.due(step) and not preempted:  # which may take too long
+                if (
+                    evaluator is not None and _due(step, config.eval.every, config.train.steps) and not preempted
+                ):  # which may take too long
                     metrics_log.settle()
                     with goodput.during("evaluation"):
                         values, *_ = evaluation = evaluator(step, params)
@@ -268,6 +271,10 @@ def _check_positions(conversation: int, model_config) -> None:
             raise UserError(
                 f"config.model.llama.max_position_embeddings: a {what} has {found} tokens, found room for {limit}"
             )
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
 
 
 def log(line: str) -> None:

@@ -1,39 +1,35 @@
 """The optimizer from its config: AdamW, Muon for the matrices with AdamW for the rest, or Adafactor."""
 
 import jax
-from ml_collections import ConfigDict
 import optax
 
 from voco_jax.errors import UserError
-from voco_jax.optim import make_schedule
-from voco_jax.train.rounding import check_dtypes, rounded
-from voco_jax.train.skip_bad_updates import skip_bad_updates
+from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.train.rounding import ROUNDINGS, rounded
 
 NAMES = ("adamw", "muon", "adafactor")
 FACTORED_FROM = 64  # both sides of a matrix, for Adafactor: a head is a side, the number of layers none
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+def build_optimizer(optim: OptimConfig, steps: int, seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, the optimizer of that name, decoupled weight decay, learning rate, that of each part.
 
-    A bad step is skipped or reported (`train/skip_bad_updates.py`): `update` takes the loss as `value=`.
+    `seed` is that of stochastic rounding. UserError for settings that cannot be.
     """
-    check_dtypes(config)
-    optim, train = config.optim, config.train
+    if optim.rounding not in ROUNDINGS:
+        raise UserError(f"config.optim.rounding: expected {' or '.join(ROUNDINGS)}; found {optim.rounding!r}")
     chain = optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
         _descend(optim),
         # Here, for all alike: optax's muon decays norms and biases too
         optax.add_decayed_weights(-optim.weight_decay, lambda params: decayed(params, optim.decayed)),
-        optax.scale_by_schedule(make_schedule(optim, train.steps)),
-        _scale_parts(optim.lr_multiplier.to_dict()),
+        optax.scale_by_schedule(make_schedule(optim, steps)),
+        _scale_parts(optim.lr_multiplier),
     )
-    if optim.rounding == "stochastic":
-        chain = rounded(chain, config.seed)
-    return skip_bad_updates(chain, train.on_bad_step, train.spike_factor)
+    return rounded(chain, seed) if optim.rounding == "stochastic" else optax.with_extra_args_support(chain)
 
 
-def _descend(optim: ConfigDict) -> optax.GradientTransformation:
+def _descend(optim: OptimConfig) -> optax.GradientTransformation:
     """From gradients to steps downwards, at learning rate 1."""
     if optim.name == "adamw":
         return optax.adam(1.0, b1=optim.b1, b2=optim.b2)

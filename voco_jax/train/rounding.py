@@ -11,10 +11,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import optax
-
-from voco_jax.errors import UserError
 
 ROUNDINGS = ("stochastic", "nearest")
 _STAYS = 2**9  # elements this many times as large as an update are at least half a gap away from the next number
@@ -84,26 +81,12 @@ def _widened(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
-def lost_updates(config: ConfigDict, trained) -> str:
-    """What a user should know who rounds bfloat16 parameters to the nearest; '' where little is lost."""
-    optim = config.optim
-    stays = _STAYS * optim.learning_rate
-    if optim.rounding != "nearest" or stays >= 1 or all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(trained)):
+def lost_updates(rounding: str, learning_rate: float, trained) -> str:
+    """A warning for bfloat16 parameters that are rounded to the nearest; '' where little is lost."""
+    stays = _STAYS * learning_rate
+    if rounding != "nearest" or stays >= 1 or all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(trained)):
         return ""  # a norm's weights begin as 1, and little is larger
     return (
         f"warning: rounded to the nearest, bfloat16 parameters above {stays:.2g} do not move at optim.learning_rate = "
-        f"{optim.learning_rate:g}, and others too little; a run with optim.rounding = 'stochastic' loses nothing"
+        f"{learning_rate:g}, and others too little; a run with optim.rounding = 'stochastic' loses nothing"
     )
-
-
-def check_dtypes(config: ConfigDict) -> None:
-    """UserError for what cannot be trained in."""
-    if config.optim.rounding not in ROUNDINGS:
-        expected = " or ".join(ROUNDINGS)
-        raise UserError(f"config.optim.rounding: expected {expected}; found {config.optim.rounding!r}")
-    for key in ("dtype", "param_dtype"):
-        if config.model[key] == "float16":
-            raise UserError(
-                f"config.model.{key}: expected bfloat16 or float32 to train, found float16 (gradients vanish in it); "
-                "bfloat16 has as many bytes"
-            )

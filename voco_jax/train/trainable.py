@@ -1,10 +1,10 @@
 """Which parameters train: the tree in two, so that what is frozen has neither gradients nor optimizer state."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
-from ml_collections import ConfigDict
 
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
@@ -27,6 +27,25 @@ class TrainableFilter:
     voco_token_id: int | None = None
     base: bool = False
     compress_gradients: bool = True
+
+    @classmethod
+    def of_model(
+        cls, config: VoCoConfig, freeze: Sequence[str] = (), compress_gradients: bool = True
+    ) -> "TrainableFilter":
+        """What `train.freeze`, `train.compress_gradients` and LoRA leave to train.
+
+        The VoCo token's row trains in models whose text has VoCo tokens. UserError where there is no compress stream
+        to have gradients or not.
+        """
+        paths, has_voco = tuple(freeze), config.compressor in ("voco", "none")
+        if not compress_gradients:
+            if config.compressor != "voco":
+                expected = f"expected True with compressor {config.compressor!r}, which has no compress stream"
+                raise UserError(f"config.train.compress_gradients: {expected}; found False")
+            # The read stream takes a slot's keys and values from the memory: the VoCo token's embedding is not in it
+            paths, has_voco = (*paths, *(part for part in VISION if part not in paths)), False
+        voco_token_id = config.voco_token_id if has_voco else None
+        return cls(paths, voco_token_id, base=config.lora is not None, compress_gradients=compress_gradients)
 
     def split(self, params: dict) -> tuple[dict, dict]:
         """(trained, frozen) of a nested dict of arrays. UserError for a path that is none, or if nothing is left."""
@@ -61,21 +80,6 @@ class TrainableFilter:
         if is_lora(keys):
             return False
         return self.base and keys[0] == "llama" or any(_is_in(path, keys) for path in self.paths)
-
-
-def trainable_filter(config: ConfigDict, model_config: VoCoConfig) -> TrainableFilter:
-    """What `train.freeze`, `train.compress_gradients` and LoRA freeze; the VoCo token's row trains in models whose text
-    has VoCo tokens. UserError where there is no compress stream to have gradients or not."""
-    paths, has_voco = tuple(config.train.freeze), model_config.compressor in ("voco", "none")
-    gradients = bool(config.train.compress_gradients)
-    if not gradients:
-        if model_config.compressor != "voco":
-            expected = f"expected True with compressor {model_config.compressor!r}, which has no compress stream"
-            raise UserError(f"config.train.compress_gradients: {expected}; found False")
-        # The read stream takes a slot's keys and values from the memory, so the VoCo token's embedding is none of its
-        paths, has_voco = (*paths, *(part for part in VISION if part not in paths)), False
-    voco_token_id = model_config.voco_token_id if has_voco else None
-    return TrainableFilter(paths, voco_token_id, base=model_config.lora is not None, compress_gradients=gradients)
 
 
 def is_lora(keys: tuple[str, ...]) -> bool:
