@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from voco_jax.config import default_config
+from voco_jax.config import default_config, typed
 from voco_jax.convert.formats import FORMATS, recognise
 from voco_jax.convert.to_jax import layers_of
 from voco_jax.data.conversations import Sample
@@ -22,7 +22,7 @@ from voco_jax.data.packing import pack_row
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 from voco_jax.parallel.mesh import make_mesh
 from voco_jax.parallel.sharding import put_batch
 from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
@@ -141,7 +141,7 @@ class Peer:
             groups, lr=optim.learning_rate, betas=(optim.b1, optim.b2), eps=1e-8, **{variant: True}
         )
         self._clip_norm = optim.clip_norm
-        self._rates = make_schedule(OptimConfig.of(optim), optimizer_config().train.steps)
+        self._rates = make_schedule(typed(optimizer_config()).optim, optimizer_config().train.steps)
         self._forward = torch.compile(self.model) if compiled else self.model
         self._count = 0
 

@@ -24,8 +24,9 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from voco_jax.command_line import parse_command_line
+from voco_jax.config import typed
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
 
@@ -132,9 +133,7 @@ def main() -> None:
         raise UserError(f"--jobs: expected 1 to {len(all_cpus)}, found {jobs}")
     common = {"train.steps": args.steps, "seed": args.seed}
     config = parse_command_line(["", f"--config={CONFIG}", *(f"--config.{key}={v}" for key, v in common.items())])
-    make_schedule(
-        OptimConfig.of(config.optim), args.steps
-    )  # steps that cannot be show themselves here, not in seven logs
+    make_schedule(typed(config).optim, args.steps)  # steps that cannot be show themselves here, not in seven logs
     args.out.mkdir(parents=True, exist_ok=True)
 
     shares = queue.SimpleQueue()

@@ -1,36 +1,11 @@
-"""Settings of the optimizer, and the learning rate by step that follows from them."""
+"""The learning rate by step: the optimizer follows it, and a run that goes on must have had the same."""
 
-import dataclasses
-
-from ml_collections import ConfigDict
 import optax
 
+from voco_jax.config_keys import OptimConfig
 from voco_jax.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """`config.optim`; what each key means stands there."""
-
-    name: str
-    rounding: str
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    decay_fraction: float
-    min_lr_ratio: float
-    lr_multiplier: dict[str, float]
-    weight_decay: float
-    decayed: tuple[str, ...]
-    b1: float
-    b2: float
-    clip_norm: float
-
-    @classmethod
-    def of(cls, optim: ConfigDict) -> "OptimConfig":
-        return cls(**optim.to_dict())
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:

@@ -21,7 +21,7 @@ from tests.parallel.test_distributed import free_port, run_two
 from voco_jax import evaluate
 from voco_jax.api import Model
 from voco_jax.checkpoint.run import Run, load_run
-from voco_jax.config import load_config, save_config, source, sources
+from voco_jax.config import load_config, save_config, source, sources, typed
 from voco_jax.data.images import load_image
 from voco_jax.data.records import Clip
 from voco_jax.data.sources import easyvqa
@@ -37,7 +37,7 @@ from voco_jax.infer.engine import Engine
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
-from voco_jax.train.evaluation import EvalConfig, Evaluator
+from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.loop import train
 
 LONG = "a picture of one thing and no other, as far as can be seen"
@@ -84,7 +84,7 @@ def make(config, workdir, mesh=None, **kwargs):
     workdir.mkdir(exist_ok=True)
     said = []
     test = open_test_data(config, data.batches, said.append)
-    settings, sheets = EvalConfig(**config.eval.to_dict()), workdir / "answers"
+    settings, sheets = typed(config).eval, workdir / "answers"
     evaluator = Evaluator(settings, test, graphdef, abstract, CROSS_ENTROPY, mesh, sheets, said.append)
     return evaluator, params, graphdef, data, said
 

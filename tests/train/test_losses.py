@@ -1,4 +1,4 @@
-"""A loss of one's own, through the config alone: it trains, accumulates and is evaluated, and its metrics are logged."""
+"""A loss of one's own, through the config alone: it trains, accumulates, is evaluated and logged."""
 
 import json
 import re

@@ -16,9 +16,10 @@ from tensorboardX.record_writer import masked_crc32c
 
 from tests.helpers import tiny
 from tests.train.test_goodput import Clock, wait_for_step
+from voco_jax.config import typed
 from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 from voco_jax.train.goodput import CATEGORIES, Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
 
@@ -75,7 +76,7 @@ def test_the_numbers_of_a_line(tmp_path):
     assert third["loss"] == pytest.approx((8 / 6 + 8 / 7 + 1) / 3)
     config = tiny.config(tmp_path, train__steps=12)
     for line in (first, second, third, fourth):  # of the update that the step makes
-        schedule = make_schedule(OptimConfig.of(config.optim), 12)
+        schedule = make_schedule(typed(config).optim, 12)
         assert line["learning_rate"] == pytest.approx(float(schedule(line["step"] - 1)), rel=1e-6)
     # 4: steps 2 to 4 and the wait for the fifth's data; 5: the step alone; 8: three, without the checkpoint's 20 s
     for line, steps, seconds in ((first, 3, 8.0), (second, 1, 2.0), (third, 3, 7.5), (fourth, 2, 5.0)):

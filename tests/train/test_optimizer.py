@@ -9,12 +9,13 @@ import pytest
 
 from tests.models.test_two_streams import CONFIG, make
 from voco_jax.config import default_config
+from voco_jax.config_keys import OptimConfig
 from voco_jax.errors import UserError
 from voco_jax.models.build import abstract_model
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 from voco_jax.train.from_config import make_optimizer
 from voco_jax.train.optimizer import decayed, muon_dimension_numbers
 
@@ -24,6 +25,10 @@ def optim(**changes):
     with config.unlocked():
         config.update(changes)
     return config
+
+
+def typed_optim(**changes) -> OptimConfig:
+    return dataclasses.replace(OptimConfig(), **changes)
 
 
 def optimizer_of(steps=100, **changes):
@@ -44,14 +49,12 @@ def optimizer_of(steps=100, **changes):
 )
 def test_schedules(name, points):
     schedule = make_schedule(
-        OptimConfig.of(optim(learning_rate=0.2, schedule=name, warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.1)),
+        typed_optim(learning_rate=0.2, schedule=name, warmup_steps=10, decay_fraction=0.2, min_lr_ratio=0.1),
         steps=110,
     )
     points = {0: 0.0, 5: 0.1, 10: 0.2} | points
     np.testing.assert_allclose([schedule(step) for step in points], list(points.values()), atol=1e-7)
-    to_zero = make_schedule(
-        OptimConfig.of(optim(learning_rate=0.2, schedule=name, warmup_steps=0, min_lr_ratio=0.0)), steps=50
-    )
+    to_zero = make_schedule(typed_optim(learning_rate=0.2, schedule=name, warmup_steps=0, min_lr_ratio=0.0), steps=50)
     np.testing.assert_allclose(to_zero(50), 0.2 if name == "constant" else 0.0, atol=1e-7)
     np.testing.assert_allclose(to_zero(0), 0.2, rtol=1e-6)
 
@@ -59,7 +62,7 @@ def test_schedules(name, points):
 @pytest.mark.parametrize(("share", "found"), [(0.95, 95), (0.0, 0)])
 def test_a_decay_that_has_no_room(share, found):
     with pytest.raises(UserError, match=rf"optim.decay_fraction: expected 1 to 90 steps of decay .*; found {found}$"):
-        make_schedule(OptimConfig.of(optim(schedule="wsd", warmup_steps=10, decay_fraction=share)), steps=100)
+        make_schedule(typed_optim(schedule="wsd", warmup_steps=10, decay_fraction=share), steps=100)
 
 
 def test_the_schedule_is_that_of_the_updates():

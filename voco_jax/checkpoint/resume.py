@@ -13,13 +13,22 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from voco_jax.checkpoint.init_from import inherit
-from voco_jax.config import ADDED_LATER, KEYS, first_difference, flatten, load_config, value_of, with_earlier_values
+from voco_jax.config import (
+    ADDED_LATER,
+    KEYS,
+    first_difference,
+    flatten,
+    load_config,
+    typed,
+    value_of,
+    with_earlier_values,
+)  # fmt: skip
 from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, same_place
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 
 BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
 
@@ -79,7 +88,7 @@ def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, st
     done, (was, wanted) = max(steps), keys[changed]
     if config.train.steps < done:
         raise UserError(f"config.train.steps: {workdir} has done {done} steps already; found {config.train.steps}")
-    schedules = [make_schedule(OptimConfig.of(c.optim), c.train.steps) for c in (stored, config)]
+    schedules = [make_schedule(typed(c).optim, c.train.steps) for c in (stored, config)]
     before, now = (np.asarray(schedule(np.arange(done))) for schedule in schedules)
     differ = np.flatnonzero(before != now)
     if not len(differ):

@@ -1,7 +1,6 @@
 """Looking at the test set while training: the loss, and answers to questions, with a sheet of them for people."""
 
 from collections.abc import Callable, Iterator
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 from PIL import Image
 
+from voco_jax.config_keys import EvalConfig
 from voco_jax.data.conversations import Sample
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.plan import PackedExample
@@ -33,17 +33,6 @@ from voco_jax.train.losses import Batch, Loss, LossOutput
 
 SHORT = 5  # words; longer answers are shown and not judged: nobody says the same in the same words
 _SHOWN_SIDE = 336  # pixels of a picture on the sheet
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """`config.eval`; what each key means stands there."""
-
-    batch_size: int
-    max_new_tokens: int
-    every: int
-    num_batches: int
-    num_answers: int
 
 
 class Evaluation(NamedTuple):

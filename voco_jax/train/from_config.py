@@ -5,10 +5,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import optax
 
+from voco_jax.config import typed
 from voco_jax.errors import UserError
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.optim import OptimConfig
 from voco_jax.parallel.sharding import param_shardings, with_shardings
 from voco_jax.train.losses import Loss, LossConfig, make_loss
 from voco_jax.train.optimizer import build_optimizer, check_decayed
@@ -34,7 +34,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
                 "bfloat16 has as many bytes"
             )
     train = config.train
-    optimizer = build_optimizer(OptimConfig.of(config.optim), train.steps, config.seed)
+    optimizer = build_optimizer(typed(config).optim, train.steps, config.seed)
     return skip_bad_updates(optimizer, train.on_bad_step, train.spike_factor)
 
 

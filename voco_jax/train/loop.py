@@ -21,7 +21,7 @@ from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
 from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.checkpoint.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path
-from voco_jax.config import sources_to_score
+from voco_jax.config import sources_to_score, typed
 from voco_jax.data.from_config import make_processor
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
@@ -37,7 +37,7 @@ from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.progress import interrupted
 from voco_jax.terminal import printable
-from voco_jax.train.evaluation import EvalConfig, Evaluator
+from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.load_initial_params import load_initial_params
@@ -137,8 +137,9 @@ def _set_up(config: ConfigDict) -> _Setup:
         raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
     if config.eval.every:
         test, sheets = open_test_data(config, batches, log), workdir / "answers"
-        settings = EvalConfig(**config.eval.to_dict())
-        evaluator = Evaluator(settings, test, state.graphdef, state.params, loss_of(config), mesh, sheets, log)
+        evaluator = Evaluator(
+            typed(config).eval, test, state.graphdef, state.params, loss_of(config), mesh, sheets, log
+        )
     return _Setup(
         config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
     )

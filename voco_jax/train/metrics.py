@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from voco_jax.config import typed
 from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.paths import exists
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 from voco_jax.progress import Progress, describe, log
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.tensorboard import EventFile, write_all
@@ -66,7 +67,7 @@ class MetricsLog:
         self._first = jax.process_index() == 0
         # All at once and here: computed later, it would wait in the devices' queue for the step under way
         self._rates = np.asarray(
-            jax.vmap(make_schedule(OptimConfig.of(config.optim), config.train.steps))(jnp.arange(self._train.steps))
+            jax.vmap(make_schedule(typed(config).optim, config.train.steps))(jnp.arange(self._train.steps))
         )
         self._pending: tuple[int, dict[str, jax.Array], Amount] | None = None
         self._values: list[dict[str, float]] = []  # of steps since the last line

@@ -1,10 +1,13 @@
 """The optimizer from its config: AdamW, Muon for the matrices with AdamW for the rest, or Adafactor."""
 
+import dataclasses
+
 import jax
 import optax
 
+from voco_jax.config_keys import OptimConfig
 from voco_jax.errors import UserError
-from voco_jax.optim import OptimConfig, make_schedule
+from voco_jax.optim import make_schedule
 from voco_jax.train.rounding import ROUNDINGS, rounded
 
 NAMES = ("adamw", "muon", "adafactor")
@@ -24,7 +27,7 @@ def build_optimizer(optim: OptimConfig, steps: int, seed: int = 0) -> optax.Grad
         # Here, for all alike: optax's muon decays norms and biases too
         optax.add_decayed_weights(-optim.weight_decay, lambda params: decayed(params, optim.decayed)),
         optax.scale_by_schedule(make_schedule(optim, steps)),
-        _scale_parts(optim.lr_multiplier),
+        _scale_parts(dataclasses.asdict(optim.lr_multiplier)),
     )
     return rounded(chain, seed) if optim.rounding == "stochastic" else optax.with_extra_args_support(chain)
 
