@@ -14,6 +14,7 @@ from voco_jax.models import presets
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
+from voco_jax.parallel.compilation_cache import DIRECTORY
 
 # The keys of each kind of source with their defaults. All have `weight`: how often an epoch takes each record.
 SOURCE_KEYS = {
@@ -286,6 +287,10 @@ class Config:
     )
     seed: int = key(0, "random seed: first weights, order of the data, augmentation", low=0, below=2**31)
     init_from: str = key("", "a run whose weights, dimensions and tokenizer this one begins with")
+    compilation_cache: str = key(
+        DIRECTORY, "compiled programs are kept here for the next start; '': they are not kept",
+        on_resume="free", on_load="free", earlier=DEFAULT,
+    )  # fmt: skip
     model: ModelConfig = key(
         ModelConfig(), "what is trained; with init_from the dimensions are those of that run", on_load="refused"
     )

@@ -20,6 +20,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.paths import AnyPath, as_path
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import LONG_PROMPT, VoCoLlama
+from voco_jax.parallel.compilation_cache import use_compilation_cache
 from voco_jax.parallel.mesh import find_devices
 from voco_jax.parallel.sharding import param_shardings, with_shardings
 
@@ -59,6 +60,7 @@ def load_run(
     paper's lower bound. `attention` is another kernel than it was trained with, which may be for other devices.
     """
     find_devices()
+    use_compilation_cache()
     directory = as_path(directory)
     config = load_config(directory / "config.json")
     if compressor is not None:

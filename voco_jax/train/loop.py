@@ -31,6 +31,7 @@ from voco_jax.interrupts import say_of_interrupt
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
+from voco_jax.parallel.compilation_cache import use_compilation_cache
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
@@ -71,6 +72,7 @@ def train(config: ConfigDict) -> AnyPath:
     """
     begun = time.monotonic()
     find_devices()
+    use_compilation_cache(config.compilation_cache)
     with together():  # so nothing in it waits for other processes
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())

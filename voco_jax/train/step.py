@@ -91,11 +91,7 @@ def split_batch(batch: Batch, pieces: int) -> Batch:
     """A batch in so many pieces: arrays [rows, ...] become [pieces, rows/pieces, ...].
 
     Every device cuts its own packs up, so nothing moves between devices, and rows stay with their pack's images.
-<<<<<<< HEAD
-    UserError for a number of packs that is no multiple.
-=======
     UserError where `pieces` does not divide the packs of a device.
->>>>>>> f4c8205 (A loss is a function of model and batch, named in the config; step, accumulation, evaluation and estimates share it)
     """
     devices = axis_size(*ROWS)
     packs = len(batch["pixel_values"])
