@@ -126,7 +126,7 @@ class Ours:
 
     def read_picture(self, prompt: Sample, visual: jax.Array, rows: int, room: int) -> tuple[Cache, int]:
         """Uncompressed, the cache after all up to a picture's last token, for `rows` questions with `room` for each."""
-        kept = int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1
+        kept = int(np.flatnonzero(prompt.slot_index >= 0)[-1]) + 1
         head = part(prompt, slice(kept))
         state = self.engines["none"].prefill([head], visual, [range(1)], 1, GREEDY, [0])
         cache = grow_cache(Cache(*(x[:, :, :kept] for x in state.cache)), bucket(kept + room, 32))
@@ -134,12 +134,12 @@ class Ours:
 
 
 def part(prompt: Sample, where: slice) -> Sample:
-    visual = prompt.visual[where]
-    return Sample(prompt.tokens[where], prompt.labels[where], visual, int((visual >= 0).any()))
+    slot_index = prompt.slot_index[where]
+    return Sample(prompt.tokens[where], prompt.labels[where], slot_index, int((slot_index >= 0).any()))
 
 
 def after_picture(prompt: Sample) -> Sample:
-    return part(prompt, slice(int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1, None))
+    return part(prompt, slice(int(np.flatnonzero(prompt.slot_index >= 0)[-1]) + 1, None))
 
 
 def memory_bytes(kept: Memory | Cache, places: int | None = None) -> int:
@@ -211,7 +211,7 @@ class Peer:
         length = max(map(len, prompts))
         ids, mask = np.zeros((2, rows, length), np.int64)
         for row, prompt in enumerate(prompts):  # padding stands on the left, as its guide on batches has it
-            ids[row, length - len(prompt) :] = np.where(prompt.visual >= 0, PICTURE_TOKEN, prompt.tokens)
+            ids[row, length - len(prompt) :] = np.where(prompt.slot_index >= 0, PICTURE_TOKEN, prompt.tokens)
             mask[row, length - len(prompt) :] = 1
         inputs = {"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)}
         if kept is not None:
@@ -234,8 +234,8 @@ class Peer:
 
     def read_picture(self, prompt: Sample, pixels: np.ndarray):
         """The cache after all up to a picture's last token."""
-        kept = int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1
-        ids = np.where(prompt.visual >= 0, PICTURE_TOKEN, prompt.tokens)[None, :kept].astype(np.int64)
+        kept = int(np.flatnonzero(prompt.slot_index >= 0)[-1]) + 1
+        ids = np.where(prompt.slot_index >= 0, PICTURE_TOKEN, prompt.tokens)[None, :kept].astype(np.int64)
         pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             out = self.model(input_ids=self._tensor(ids), pixel_values=pixels, use_cache=True, logits_to_keep=1)

@@ -145,7 +145,7 @@ def random_batch(rows: int, length: int, config) -> dict:
         "tokens": tokens,
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
         "segment_ids": np.ones_like(tokens),
-        "visual": np.where(np.arange(length) == 0, 0, -1).astype(np.int32) * np.ones_like(tokens),
+        "slot_index": np.where(np.arange(length) == 0, 0, -1).astype(np.int32) * np.ones_like(tokens),
         "targets": np.roll(tokens, -1, axis=1),
         "weights": np.ones(tokens.shape, np.float32),
         "pixel_values": rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32),

@@ -74,7 +74,7 @@ class Prompt:
 
 
 def prompt_of(sample: Sample) -> Prompt:
-    places = np.flatnonzero(sample.visual >= 0)
+    places = np.flatnonzero(sample.slot_index >= 0)
     return Prompt(int(places[0]), len(places), len(sample) - int(places[-1]) - 1)
 
 
@@ -142,10 +142,10 @@ def _read_flops(config: VoCoConfig, tokens: int, places: int, visual_tokens: int
     def read(params, ids, positions, slots, kept, embeddings):
         model = nnx.merge(graphdef, params)
         if is_voco:
-            cache, visual, features = model.fill(Memory(*kept), slots), None, None
+            cache, slot_index, features = model.fill(Memory(*kept), slots), None, None
         else:
-            cache, visual, features = Cache(*kept), ids, embeddings
-        hidden, cache = model.extend(ids, positions, cache, visual, features)
+            cache, slot_index, features = Cache(*kept), ids, embeddings
+        hidden, cache = model.extend(ids, positions, cache, slot_index, features)
         return model.llama.logits(hidden[:, -1:]), cache
 
     row, slots = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (tokens, places))

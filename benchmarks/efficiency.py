@@ -159,12 +159,12 @@ class Bench:
 
     def kept_bytes(self) -> dict[str, int]:
         return {
-            FULL: memory_bytes(self._cache[0], int((self.plain.visual >= 0).sum())),
+            FULL: memory_bytes(self._cache[0], int((self.plain.slot_index >= 0).sum())),
             HIT: memory_bytes(self._memory),
         }
 
     def text_tokens(self) -> dict[str, int]:
-        return {name: int((p.visual < 0).sum()) for name, p in (("uncompressed", self.plain), ("VoCo", self.voco))}
+        return {name: int((p.slot_index < 0).sum()) for name, p in (("uncompressed", self.plain), ("VoCo", self.voco))}
 
 
 def many_questions(ours: Ours) -> tuple[list[Sample], list[Sample]]:

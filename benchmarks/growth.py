@@ -149,7 +149,7 @@ class Growth:
         prompt = self._prompt("none", count)
         if prompt is None:
             return None
-        kept = int(np.flatnonzero(prompt.visual >= 0)[-1]) + 1
+        kept = int(np.flatnonzero(prompt.slot_index >= 0)[-1]) + 1
         head, engine = part(prompt, slice(kept)), self._engines["none"]
         state = engine.prefill([head], self._repeated(count), [range(count)], 1, GREEDY, [0])
         cache = Cache(*(x[:, :, :kept] for x in state.cache))

@@ -259,9 +259,9 @@ def expand(conversation: Conversation, places: int, token: int) -> Sample:
     def filled(array, value):
         return np.concatenate([array[:at], np.full(places, value, array.dtype), array[at + 1 :]])
 
-    visual = np.full(len(conversation.tokens) - 1 + places, -1, np.int32)
-    visual[at : at + places] = np.arange(places)
-    return Sample(filled(conversation.tokens, token), filled(conversation.labels, False), visual, num_images=1)
+    slot_index = np.full(len(conversation.tokens) - 1 + places, -1, np.int32)
+    slot_index[at : at + places] = np.arange(places)
+    return Sample(filled(conversation.tokens, token), filled(conversation.labels, False), slot_index, num_images=1)
 
 
 def row_length(shape: Shape, made: list[Conversation]) -> int:

@@ -22,14 +22,14 @@ def letters(ids):
     return "".join(map(chr, ids))
 
 
-def sample(text: str, visual=()) -> Sample:
-    """A conversation of a token a letter: capitals are labels, `*` the visual tokens of numbers `visual`."""
-    numbers = iter(visual)
+def sample(text: str, slot_index=()) -> Sample:
+    """A conversation of a token a letter: capitals are labels, `*` the visual tokens of numbers `slot_index`."""
+    numbers = iter(slot_index)
     return Sample(
         tokens=np.array([ord(letter) for letter in text], np.int32),
         labels=np.array([letter.isupper() for letter in text]),
-        visual=np.array([next(numbers) if letter == "*" else -1 for letter in text], np.int32),
-        num_images=len(visual),
+        slot_index=np.array([next(numbers) if letter == "*" else -1 for letter in text], np.int32),
+        num_images=len(slot_index),
     )
 
 
@@ -41,7 +41,7 @@ def row(*samples: Sample, length: int, **kwargs) -> dict[str, np.ndarray]:
 def test_a_row(weighting):
     arrays = row(
         sample("**abCD**efG", [0, 1, 2, 3]), sample("xY"), sample("z**W", [0, 1]),
-        length=20, first_visual=[0, 0, 4], weighting=weighting,
+        length=20, first_slot=[0, 0, 4], weighting=weighting,
     )  # fmt: skip
     assert row_runs(arrays, 2, letters) == [
         Run("▣1×2", "image", 1, 2),
@@ -59,7 +59,7 @@ def test_a_row(weighting):
 
 
 def test_images_side_by_side_and_of_one_token():
-    arrays = row(sample("***A", [0, 1, 2]), length=6, first_visual=[9])
+    arrays = row(sample("***A", [0, 1, 2]), length=6, first_slot=[9])
     assert [run.text for run in row_runs(arrays, 1, letters)] == ["▣10", "▣11", "▣12", "A"]
     assert [run.text for run in row_runs(arrays, 3, letters)] == ["▣4×3", "A"]
 
@@ -109,7 +109,7 @@ def test_text_as_it_can_be_drawn(llama_tokenizer, small_tokenizer):
 
 def batch_of(rows: int, packs: int, conversation: Sample, each: int, images: int = 12) -> dict[str, np.ndarray]:
     length = max(1, each * len(conversation))
-    arrays = row(*[conversation] * each, length=length, first_visual=[i % max(1, images) for i in range(each)])
+    arrays = row(*[conversation] * each, length=length, first_slot=[i % max(1, images) for i in range(each)])
     batch = {name: np.stack([x] * rows * packs) for name, x in arrays.items()}
     return batch | {"pixel_values": np.full((packs, images, 8, 8, 3), 200, np.uint8)}
 
@@ -208,7 +208,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys, drawn):
 
 def test_colors_of_a_row():
     arrays = row(sample("*aB", [0]), sample("cD"), length=7)
-    colors = preview_sheet.row_colors(arrays["segment_ids"], arrays["weights"], arrays["visual"])
+    colors = preview_sheet.row_colors(arrays["segment_ids"], arrays["weights"], arrays["slot_index"])
     image, label, padding = "3d5a99", "6fcf85", "e4e7ea"
     expected = [image, "b58a2d", label, "7a5aa6", label, padding, padding]
     assert ["".join(f"{v:02x}" for v in color) for color in colors] == expected

@@ -83,8 +83,8 @@ def their_logits(model, ids, pixels=None) -> np.ndarray:
 
 
 def our_logits(run, ids, pixels=None) -> np.ndarray:
-    visual = np.where(ids == IMAGE, np.cumsum(ids == IMAGE) - 1, -1).astype(np.int32)
-    sample = Sample(ids, np.ones(len(ids), bool), visual, num_images=0 if pixels is None else 1)
+    slot_index = np.where(ids == IMAGE, np.cumsum(ids == IMAGE) - 1, -1).astype(np.int32)
+    sample = Sample(ids, np.ones(len(ids), bool), slot_index, num_images=0 if pixels is None else 1)
     row = pack_row([sample], len(ids))
     read = Read(*(getattr(row, name)[None] for name in Read._fields))
     model = load_run(run).model

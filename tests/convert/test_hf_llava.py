@@ -117,7 +117,7 @@ def encoder_of(directory) -> tuple[Encoder, list[str]]:
 
 
 def ids_of(sample) -> list[int]:
-    return np.where(sample.visual >= 0, IMAGE_ID, sample.tokens).tolist()
+    return np.where(sample.slot_index >= 0, IMAGE_ID, sample.tokens).tolist()
 
 
 def turns(*values) -> list[dict]:
@@ -235,7 +235,7 @@ def test_labels_are_the_answers_and_their_ends(tokenizer_dir):
     ):
         encoder, _ = encoder_of(tokenizer_dir("4.36", template))
         sample = encoder.encode(turns(*said), 1)
-        tokens = [t for t, v in zip(ids_of(sample), sample.visual % PATCHES, strict=True) if v in (0, PATCHES - 1)]
+        tokens = [t for t, v in zip(ids_of(sample), sample.slot_index % PATCHES, strict=True) if v in (0, PATCHES - 1)]
         expected = encoder.tokenizer(text, add_special_tokens=not text.startswith("<s>")).input_ids
         assert [t for t in ids_of(sample) if t != IMAGE_ID] == [t for t in expected if t != IMAGE_ID], tokens
         assert encoder.tokenizer.decode(sample.tokens[sample.labels]) == "A bus.</s> No.</s>"

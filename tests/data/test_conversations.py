@@ -36,7 +36,7 @@ def test_reading_starts_at_the_slots(small_tokenizer):
     sample = encoder(small_tokenizer).encode(turns("<image>\nwhat is it?", "a red cat"), 1)
     expected = f"{VOCO}{VOCO}\n{SYSTEM} USER: what is it? ASSISTANT: a red cat</s>"
     assert text(small_tokenizer, sample) == expected
-    assert sample.visual.tolist() == [0, 1] + [-1] * (len(sample) - 2)
+    assert sample.slot_index.tolist() == [0, 1] + [-1] * (len(sample) - 2)
     assert text(small_tokenizer, sample, sample.labels) == " a red cat</s>"
 
 
@@ -58,8 +58,8 @@ def test_images_stay_where_they_stand(small_tokenizer):
     v = VOCO * 2 + "\n"
     expected = f"<s>USER: is {v} red? ASSISTANT: a cat</s>USER: and {v}{v}? ASSISTANT: it is</s>"
     assert text(small_tokenizer, sample) == expected
-    assert sample.visual[sample.visual >= 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert (sample.tokens[sample.visual >= 0] == prompt_ids(small_tokenizer).voco_token_id).all()
+    assert sample.slot_index[sample.slot_index >= 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert (sample.tokens[sample.slot_index >= 0] == prompt_ids(small_tokenizer).voco_token_id).all()
     assert text(small_tokenizer, sample, sample.labels) == " a cat</s> it is</s>"
 
 
@@ -72,26 +72,27 @@ def test_an_image_in_the_middle_of_the_first_turn_moves_to_the_front(small_token
 
 def test_uncompressed_images_stand_in_the_text(small_tokenizer):
     sample = encoder(small_tokenizer, "bare", compressed=False).encode(turns("<image>\nwhat is it?", "a cat"), 1)
-    assert sample.visual.tolist()[:5] == [-1, 0, 1, 2, -1]  # BOS, three patches
+    assert sample.slot_index.tolist()[:5] == [-1, 0, 1, 2, -1]  # BOS, three patches
     assert (
-        text(small_tokenizer, sample, sample.visual < 0) == f"<s>\n{VOCO}{VOCO}\nUSER: what is it? ASSISTANT: a cat</s>"
+        text(small_tokenizer, sample, sample.slot_index < 0)
+        == f"<s>\n{VOCO}{VOCO}\nUSER: what is it? ASSISTANT: a cat</s>"
     )
     without_voco = encoder(small_tokenizer, "llava_v1", voco=0, compressed=False)
     sample = without_voco.encode(turns("<image>\nwhat is it?", "a cat"), 1)
-    assert text(small_tokenizer, sample, sample.visual < 0).startswith("<s>\nA chat between a curious user and an")
+    assert text(small_tokenizer, sample, sample.slot_index < 0).startswith("<s>\nA chat between a curious user and an")
 
 
 def test_text_alone_keeps_its_newlines(small_tokenizer):
     sample = encoder(small_tokenizer, "bare").encode(turns("what\nis it?", "a\ncat"), 0)
     assert text(small_tokenizer, sample) == "<s>USER: what\nis it? ASSISTANT: a\ncat</s>"
-    assert (sample.visual == -1).all() and sample.num_images == 0
+    assert (sample.slot_index == -1).all() and sample.num_images == 0
 
 
 @pytest.mark.parametrize(("voco", "expected"), [(0, "<s>a red cat\n"), (2, f"<s>\n{VOCO}{VOCO}a red cat")])
 def test_plain_is_captions_alone(small_tokenizer, voco, expected):
     """For projector training: no roles, the caption and its newline are labels."""
     sample = encoder(small_tokenizer, "plain", voco=voco, compressed=False).encode(turns("<image>", "a red cat"), 1)
-    assert text(small_tokenizer, sample, sample.visual < 0).replace(f"{VOCO}\n", VOCO) == expected
+    assert text(small_tokenizer, sample, sample.slot_index < 0).replace(f"{VOCO}\n", VOCO) == expected
     assert text(small_tokenizer, sample, sample.labels).strip("\n") == "a red cat"
 
 
@@ -194,13 +195,13 @@ def test_a_text_row_may_speak_of_markers(small_tokenizer):
 def test_verbatim_is_where_it_stands(small_tokenizer):
     e = Encoder(small_tokenizer, TEMPLATES["bare"], 0, 3, compressed=False, verbatim=True)
     sample = e.encode(turns("is\n<image> red?", "a\ncat", "and <image>?", "it is"), 2)
-    assert text(small_tokenizer, sample, sample.visual < 0) == (
+    assert text(small_tokenizer, sample, sample.slot_index < 0) == (
         "USER: is\n red? ASSISTANT: a\ncat</s>USER: and ? ASSISTANT: it is</s>"
     )
-    assert np.flatnonzero(np.diff(sample.visual) > 0).tolist() and sample.visual.max() == 5
+    assert np.flatnonzero(np.diff(sample.slot_index) > 0).tolist() and sample.slot_index.max() == 5
     assert text(small_tokenizer, sample, sample.labels) == " a\ncat</s> it is</s>"
     before = small_tokenizer("USER: is\n", add_special_tokens=False).input_ids
-    assert sample.visual[len(before) : len(before) + 4].tolist() == [0, 1, 2, -1]
+    assert sample.slot_index[len(before) : len(before) + 4].tolist() == [0, 1, 2, -1]
 
 
 def test_empty_question(small_tokenizer):

@@ -129,10 +129,10 @@ class Epoch:
         loader = batches.loader
         for _ in loader.plan.packs(0):
             batch = next(batches)
-            tokens, segments, visual = (batch[name][0] for name in ("tokens", "segment_ids", "visual"))
+            tokens, segments, slot_index = (batch[name][0] for name in ("tokens", "segment_ids", "slot_index"))
             for segment in range(1, segments.max() + 1):
                 here = segments == segment
-                pictures = [batch["pixel_values"][0, i] for i in visual[here] if i >= 0]
+                pictures = [batch["pixel_values"][0, i] for i in slot_index[here] if i >= 0]
                 self.arrived.append((data.tokenizer.decode(tokens[here]), pictures))
         self.trained = batches.report
         self.plan = loader.plan

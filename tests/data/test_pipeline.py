@@ -65,7 +65,7 @@ def questions(batch, tokenizer) -> list[str]:
 def test_a_batch(source, encoder, small_tokenizer, tmp_path):
     batch = next(make_batches([source], encoder, packed(), tmp_path))
     shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
-    rows = dict.fromkeys(("tokens", "positions", "segment_ids", "visual", "targets"), ((8, 80), "int32"))
+    rows = dict.fromkeys(("tokens", "positions", "segment_ids", "slot_index", "targets"), ((8, 80), "int32"))
     pixels = ((4, 5, 8, 8, 3), "uint8")
     assert shapes == rows | {"weights": ((8, 80), "float32"), "pixel_values": pixels}
     said = small_tokenizer.decode(batch["targets"][batch["weights"] > 0]).split("</s>")
@@ -77,7 +77,7 @@ def test_a_batch(source, encoder, small_tokenizer, tmp_path):
         for row in (2 * b, 2 * b + 1):
             for segment in range(1, batch["segment_ids"][row].max() + 1):
                 here = batch["segment_ids"][row] == segment
-                slots = batch["visual"][row][here]
+                slots = batch["slot_index"][row][here]
                 asked = small_tokenizer.decode(batch["tokens"][row][here]).split(" is ")[1].split("?")[0]
                 if int(asked) < 35:
                     first, second = slots[slots >= 0]

@@ -57,7 +57,7 @@ def test_frames_stand_in_the_slots_in_order(source, encoder, small_tokenizer, tm
             here = batch["segment_ids"][row] == segment
             text = small_tokenizer.decode(batch["tokens"][row][here])
             name = NAMES[int(text.split("what is ")[1][0])]
-            slots = batch["visual"][row][here]
+            slots = batch["slot_index"][row][here]
             slots = slots[slots >= 0]
             assert (np.diff(slots) == 1).all() and len(slots) == 8
             sampling = sample_times(probe(Clip(CLIPS / f"{name}.mp4")), FrameSampling(4))

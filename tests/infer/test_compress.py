@@ -277,7 +277,7 @@ def test_a_conversation_is_the_one_that_is_read_at_once(model):
     sample = encoder.encode(talk.turns, 1)
     pixels = model._normalize(model.square(str(PICTURES[0]))[None, None])
     n = len(sample)
-    read = Read(sample.tokens[None], np.arange(n)[None], np.ones((1, n), np.int32), sample.visual[None])
+    read = Read(sample.tokens[None], np.arange(n)[None], np.ones((1, n), np.int32), sample.slot_index[None])
     logits = np.asarray(jax.jit(lambda p: model.run.model(read, p))(pixels))[0]
     labels = np.flatnonzero(sample.labels)
     assert len(labels) > 4

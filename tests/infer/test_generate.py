@@ -23,14 +23,14 @@ def prompts(rng, lengths, num_visual):
     """Random prompts of some lengths, padded; all but the last begin with the visual tokens of images 1 and 0."""
     size = max(lengths)
     read = Read(*np.zeros((4, len(lengths), size), np.int32))
-    read.visual[:] = -1
+    read.slot_index[:] = -1
     for row, n in enumerate(lengths):
         read.tokens[row, :n] = rng.integers(4, 49, n)
         read.segment_ids[row, :n] = 1
         read.positions[row] = np.arange(size)
         if row < len(lengths) - 1:
             both = np.arange(2 * num_visual)
-            read.visual[row, 1 : 1 + len(both)] = (both + num_visual) % len(both)
+            read.slot_index[row, 1 : 1 + len(both)] = (both + num_visual) % len(both)
     return read
 
 
@@ -48,14 +48,14 @@ def test_a_cache_changes_nothing(compressor):
     cached = np.asarray(jax.jit(lambda *a: greedy(model, *a, NEW, -1))(read, lengths, visual))
 
     @jax.jit
-    def recompute(tokens, segment_ids, visual):
+    def recompute(tokens, segment_ids, slot_index):
         places = jnp.arange(tokens.shape[1])[None] * jnp.ones_like(tokens)
-        return model.forward(Read(tokens, places, segment_ids, visual), features)
+        return model.forward(Read(tokens, places, segment_ids, slot_index), features)
 
     full = Read(*(np.pad(x, [(0, 0), (0, NEW)]) for x in read))
-    full.visual[:, -NEW:] = -1
+    full.slot_index[:, -NEW:] = -1
     for step in range(NEW):
-        logits = np.asarray(recompute(full.tokens, full.segment_ids, full.visual))
+        logits = np.asarray(recompute(full.tokens, full.segment_ids, full.slot_index))
         for row, n in enumerate(lengths + step):
             full.tokens[row, n] = logits[row, n - 1].argmax()
             full.segment_ids[row, n] = 1

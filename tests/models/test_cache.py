@@ -40,12 +40,12 @@ class Conversation:
         self.segments = 0
 
     def say(self, parts, rng):
-        """(tokens, positions, visual) of text, and (places, slots) of images, as `extend` and `fill` take them."""
+        """(tokens, positions, slot_index) of text, and (places, slots) of images, as `extend` and `fill` take them."""
         c, K = self.config, self.config.num_voco_tokens
-        tokens, positions, visual, places, slots = [], [], [], [], []
+        tokens, positions, slot_index, places, slots = [], [], [], [], []
 
         def put(token, index=-1):
-            tokens.append(token), positions.append(self.length), visual.append(index)
+            tokens.append(token), positions.append(self.length), slot_index.append(index)
             self.length += 1
 
         for kind, what in parts:
@@ -67,7 +67,7 @@ class Conversation:
                 self.parts += [(-1, (what, p), -1, False, 0) for p in range(PATCHES)]
                 for p in range(PATCHES):
                     put(0, what * PATCHES + p)
-        return tokens, positions, visual, places, slots
+        return tokens, positions, slot_index, places, slots
 
     def sequence(self):
         token, patch, segment, is_voco, place = (np.array(column) for column in zip(*self.parts, strict=True))
@@ -76,7 +76,7 @@ class Conversation:
 
 
 def batch(said, width):
-    """Of all rows, padded: (tokens, positions, visual) [R, width] and slots [R, PLACES]."""
+    """Of all rows, padded: (tokens, positions, slot_index) [R, width] and slots [R, PLACES]."""
     arrays = [np.full((len(said), width), fill, np.int32) for fill in (0, -1, -1)]
     slots = np.full((len(said), PLACES), -1, np.int32)
     for row, (*columns, places, which) in enumerate(said):
@@ -97,12 +97,12 @@ def test_tokens_and_logits_over_two_turns(case):
     conversations = [Conversation(config) for _ in ROWS]
 
     @jax.jit
-    def turn(params, tokens, positions, visual, slots, cache):
+    def turn(params, tokens, positions, slot_index, slots, cache):
         model = nnx.merge(graphdef, params)
         if compressed:
             cache = model.fill(memory, slots, cache)
         state, first = prefill(
-            model, tokens, positions, cache, NEW, STOP, None, visual, None if compressed else features[None]
+            model, tokens, positions, cache, NEW, STOP, None, slot_index, None if compressed else features[None]
         )
         return decode(model, state, jnp.int32(NEW)), first
 
@@ -156,11 +156,11 @@ def test_long_prompts_of_fused_kernels_are_read_as_whole_rows(monkeypatch):
     caches = [None, None]
     for rows in (ROWS, [parts if isinstance(parts, list) else [parts] for parts in TURNS]):
         said = [c.say(parts, rng) for c, parts in zip(conversations, rows, strict=True)]
-        tokens, positions, visual, slots = batch(said, 24)
+        tokens, positions, slot_index, slots = batch(said, 24)
         found = []
         for i, of in enumerate((model, plain)):
             caches[i] = of.fill(memory, slots, caches[i])
-            hidden, caches[i] = of.extend(tokens, positions, caches[i], visual)
+            hidden, caches[i] = of.extend(tokens, positions, caches[i], slot_index)
             found.append(np.where(positions[..., None] >= 0, hidden, 0))
         np.testing.assert_allclose(*found, atol=2e-5)
         filled = np.arange(PLACES) < np.array([c.length for c in conversations])[:, None]
@@ -177,12 +177,12 @@ def test_padding_batch_mates_and_room_change_nothing():
     said = [Conversation(config).say(parts, rng) for parts in ROWS]
 
     def answer(rows, width, places, sampling):
-        tokens, positions, visual, slots = batch([said[i] for i in rows], width)
+        tokens, positions, slot_index, slots = batch([said[i] for i in rows], width)
         sampling = None
         if sampling:
             sampling = SamplingState(*map(np.float32, (1.0, 0, 1.0)), np.uint32(7), np.array(rows, np.uint32))
         state, _ = prefill(
-            model, tokens, positions, model.fill(memory, slots[:, :places]), 6, STOP, sampling, visual, None
+            model, tokens, positions, model.fill(memory, slots[:, :places]), 6, STOP, sampling, slot_index, None
         )
         return np.asarray(decode(model, state, jnp.int32(6)).output)
 

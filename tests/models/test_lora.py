@@ -132,7 +132,7 @@ def run_logits(run):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.llama.vocab_size, (2, 24)).astype(np.int32)
     read = Read(tokens, *(np.broadcast_to(x, tokens.shape) for x in (np.arange(24), 1, -1)))
-    read = read._replace(visual=np.where(np.arange(24) == 3, 0, -1) + 0 * tokens)
+    read = read._replace(slot_index=np.where(np.arange(24) == 3, 0, -1) + 0 * tokens)
     pixels = rng.normal(size=(2, 1, 64, 64, 3)).astype(np.float32)
     return np.asarray(jax.jit(lambda m, r, p: m(r, p))(model, read, pixels))
 

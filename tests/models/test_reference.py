@@ -37,10 +37,10 @@ def features(model):
 def read_stream(row: np.ndarray, label_from: int | None = None) -> Sample:
     """A golden row (BOS, image, newline, VoCo ×2, newline, text) from its first VoCo token on."""
     tokens = row[3:].astype(np.int32)
-    visual = np.full(len(tokens), -1, np.int32)
-    visual[:2] = 0, 1
+    slot_index = np.full(len(tokens), -1, np.int32)
+    slot_index[:2] = 0, 1
     labels = np.arange(3, len(row)) >= (label_from if label_from is not None else len(row))
-    return Sample(tokens, labels, visual, num_images=1)
+    return Sample(tokens, labels, slot_index, num_images=1)
 
 
 def as_read(rows) -> Read:
@@ -70,7 +70,7 @@ def test_logits_in_a_padded_batch(model, golden, features):
 
 def test_logits_packed_in_one_row(model, golden, features):
     samples = [read_stream(golden[f"rows{i}"]) for i in range(2)]
-    row = pack_row(samples, 30, first_visual=[0, 2])
+    row = pack_row(samples, 30, first_slot=[0, 2])
     logits = model.forward(as_read([row]), features.reshape(1, 2, *features.shape[2:]))
     for i in range(2):
         ours = logits[0][row.segment_ids == i + 1][2:]
@@ -90,7 +90,7 @@ def test_loss(model, golden, packed):
     label_from, pixel_values = int(golden["label_from"]), reference.pixel_values()
     samples = [read_stream(golden[f"rows{i}"], label_from) for i in range(2)]
     if packed:
-        rows = [pack_row(samples, 30, first_visual=[0, 2])]
+        rows = [pack_row(samples, 30, first_slot=[0, 2])]
         pixel_values = pixel_values.reshape(1, 2, *pixel_values.shape[2:])
     else:
         rows = [pack_row([sample], 20) for sample in samples]

@@ -20,7 +20,7 @@ def lowered_step(num_layers: int) -> str:
     graphdef, params = abstract_model(config)
     optimizer = make_optimizer(default_config())
     integers = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-    batch = {name: integers for name in ("tokens", "positions", "segment_ids", "visual", "targets")}
+    batch = {name: integers for name in ("tokens", "positions", "segment_ids", "slot_index", "targets")}
     batch["weights"] = jax.ShapeDtypeStruct((1, 2048), jnp.float32)
     batch["pixel_values"] = jax.ShapeDtypeStruct((1, 2, 336, 336, 3), jnp.float32)
     step = make_train_step(graphdef, loss_of(default_config()), optimizer)

@@ -54,11 +54,11 @@ def random_layout(rng: np.random.Generator, config: VoCoConfig, numbering: str) 
         images = rng.choice(IMAGES, size=rng.integers(0, IMAGES + 1), replace=False)
         cuts = np.sort(rng.integers(0, 6, size=len(images)))
         text = rng.integers(4, VOCAB - 1, size=6)
-        tokens, visual, parts = [], [], []  # parts: (token, patch, segment, is_voco, compress position)
+        tokens, slot_index, parts = [], [], []  # parts: (token, patch, segment, is_voco, compress position)
         done = 0
         for segment, (image, cut) in enumerate(zip(images, cuts, strict=True)):
             for token in text[done:cut]:
-                tokens.append(token), visual.append(-1), parts.append((token, (0, 0), -1, False, 0))
+                tokens.append(token), slot_index.append(-1), parts.append((token, (0, 0), -1, False, 0))
             done = cut
             if config.compressor == "voco":
                 slots = [(config.voco_token_id, (0, 0), segment, True) for _ in range(K)]
@@ -70,9 +70,9 @@ def random_layout(rng: np.random.Generator, config: VoCoConfig, numbering: str) 
             else:  # in the open: patches are tokens of the read stream like any other
                 parts += [(-1, (image, p), -1, False, 0) for p in range(PATCHES)]
                 tokens += [0] * M
-            visual += range(image * M, (image + 1) * M)
+            slot_index += range(image * M, (image + 1) * M)
         for token in text[done:]:
-            tokens.append(token), visual.append(-1), parts.append((token, (0, 0), -1, False, 0))
+            tokens.append(token), slot_index.append(-1), parts.append((token, (0, 0), -1, False, 0))
         if sum(map(len, samples)) + len(tokens) > LENGTH:
             break
         token, patch, segment, is_voco, place = (np.array(column) for column in zip(*parts, strict=True))
@@ -81,14 +81,14 @@ def random_layout(rng: np.random.Generator, config: VoCoConfig, numbering: str) 
         sequences.append(oracle.Sequence(token, patch, segment, is_voco, place, read_position))
         positions.append(read_position[read_place])
         samples.append(
-            Sample(np.array(tokens, np.int32), np.ones(len(tokens), bool), np.array(visual, np.int32), len(images))
+            Sample(np.array(tokens, np.int32), np.ones(len(tokens), bool), np.array(slot_index, np.int32), len(images))
         )
     row = pack_row(samples, LENGTH)
     for i, position in enumerate(positions):
         row.positions[row.segment_ids == i + 1] = position
     places = [np.flatnonzero(row.segment_ids == i + 1) for i in range(len(samples))]
     if config.compressor == "voco":  # a slot has no output of its own
-        places = [place[row.visual[place] < 0] for place in places]
+        places = [place[row.slot_index[place] < 0] for place in places]
     return Layout(Read(*(jnp.array(getattr(row, name))[None] for name in Read._fields)), sequences, places)
 
 
@@ -179,7 +179,7 @@ def two_samples() -> Read:
         labels = np.ones(len(tokens), bool)
         return Sample(np.array(tokens, np.int32), labels, np.array([0] + [-1] * (len(tokens) - 1), np.int32), 1)
 
-    row = pack_row([sample([49, 5, 6, 7]), sample([49, 8, 9])], 10, first_visual=[0, 1])
+    row = pack_row([sample([49, 5, 6, 7]), sample([49, 8, 9])], 10, first_slot=[0, 1])
     return Read(*(jnp.array(getattr(row, name))[None] for name in Read._fields))
 
 
@@ -195,8 +195,8 @@ def feature_gradient(read: Read, places: slice) -> np.ndarray:
 def test_text_depends_on_the_image_through_the_slots_alone(monkeypatch):
     read = two_samples()
     assert (feature_gradient(read, slice(1, 4)) > 0).tolist() == [True, False, False, False]
-    fill = voco.fill_visual
-    monkeypatch.setattr(voco, "fill_visual", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
+    fill = voco.fill_slots
+    monkeypatch.setattr(voco, "fill_slots", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
     assert (feature_gradient(read, slice(None)) == 0).all()
 
 
@@ -239,7 +239,7 @@ def test_a_row_without_images_is_plain_text():
     graphdef, params = make(CONFIG)
     model = nnx.merge(graphdef, params)
     read = two_samples()
-    read = read._replace(visual=jnp.full_like(read.visual, -1))
+    read = read._replace(slot_index=jnp.full_like(read.slot_index, -1))
     no_pixels = model(read, np.zeros((1, 0, 8, 8, 3), np.float32))
     np.testing.assert_array_equal(no_pixels, model(read, None))
     np.testing.assert_allclose(no_pixels, model(read, np.ones((1, 1, 8, 8, 3), np.float32)), atol=1e-5)

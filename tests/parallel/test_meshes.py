@@ -66,7 +66,7 @@ def random_batch(config) -> dict:
     reads = [random_layout(rng, config, "compact").read for _ in range(ROWS)]
     batch = {name: np.concatenate([getattr(read, name) for read in reads]) for name in Read._fields}
     batch = {name: np.pad(x, [(0, 0), (0, LENGTH - x.shape[1])]) for name, x in batch.items()}
-    batch["visual"][:, reads[0].tokens.shape[1] :] = -1
+    batch["slot_index"][:, reads[0].tokens.shape[1] :] = -1
     text = Sample(rng.integers(4, 49, 9).astype(np.int32), np.ones(9, bool), np.full(9, -1, np.int32), 0)
     for i, samples in (2, [text]), (5, []):
         row = pack_row(samples, LENGTH)

@@ -34,7 +34,7 @@ def loss_and_gradient(model, **options):
     graphdef, params = make(model)
     found = jax.jit(jax.value_and_grad(lambda p, batch: label_loss(graphdef, p, batch, **options)))
     batch = random_batch(model)
-    batch["weights"][batch["visual"] >= 0] = 0  # what follows a slot is never a label (data/conversations.py)
+    batch["weights"][batch["slot_index"] >= 0] = 0  # what follows a slot is never a label (data/conversations.py)
     loss, gradient = jax.device_get(found(params, batch))
     return loss, flatten_dict(gradient)
 
@@ -44,8 +44,8 @@ def test_the_gradient_is_the_read_streams(model, monkeypatch):
     """That of both streams side by side with the slots' keys and values stopped on their way from one to the other."""
     loss, found = loss_and_gradient(model, compress_gradients=False)
     whole_loss, whole = loss_and_gradient(model)
-    fill = voco.fill_visual
-    monkeypatch.setattr(voco, "fill_visual", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
+    fill = voco.fill_slots
+    monkeypatch.setattr(voco, "fill_slots", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
     stopped_loss, stopped = loss_and_gradient(model)
     np.testing.assert_allclose([loss, stopped_loss], whole_loss, rtol=1e-6)
     for keys, gradient in found.items():

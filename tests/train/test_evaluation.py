@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_each_conversation_alone(test_set, evaluated):
     for sample, pixels, _ in conversations(test_set, data):
         n, places = len(sample), np.arange(90)
         padded = lambda x, value, n=n: np.pad(x, (0, 90 - n), constant_values=value)[None]  # noqa: E731
-        read = Read(padded(sample.tokens, 0), places[None], 0 + (places < n)[None], padded(sample.visual, -1))
+        read = Read(padded(sample.tokens, 0), places[None], 0 + (places < n)[None], padded(sample.slot_index, -1))
         log_probabilities = log_softmax(read, pixels)
         for i in np.flatnonzero(sample.labels):
             total -= float(log_probabilities[i - 1, sample.tokens[i]])

@@ -49,7 +49,7 @@ def test_steps_change_what_trains_and_nothing_else(model, freeze):
     batch = random_batch(BASE)
     batch["tokens"][:, 5] = model.voco_token_id  # uncompressed, they are in the text
     if model.compressor == "average_pool":
-        batch["visual"] = np.where(batch["visual"] >= 0, batch["visual"] // BASE.num_voco_tokens, -1)
+        batch["slot_index"] = np.where(batch["slot_index"] >= 0, batch["slot_index"] // BASE.num_voco_tokens, -1)
     step = make_train_step(graphdef, loss_of(config), optimizer, trainable)
     for _ in range(2):
         params, opt_state, metrics = step(params, opt_state, batch)

@@ -164,9 +164,9 @@ def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
         shape = (data.batch_size, data.images_per_pack, c.num_visual_tokens, c.llama.hidden_size)
         features = array(shape, dtype, ROWS)
 
-    def read(model, tokens, positions, slots, visual, memory, features):
+    def read(model, tokens, positions, slots, slot_index, memory, features):
         cache = model.empty_cache(*slots.shape) if memory is None else model.fill(memory, slots)
-        return _next_logits(model, *model.extend(tokens, positions, cache, visual, features))
+        return _next_logits(model, *model.extend(tokens, positions, cache, slot_index, features))
 
     flops = layers_forward(c.llama, rows * tokens, 2 * length, c.lora)  # all places are scored, seen or not
     flops += head_forward(c.llama, rows)  # of each last token alone

@@ -133,9 +133,9 @@ def _model(model: VoCoLlama, prefix_ids: tuple, suffix_ids: tuple, num_voco_toke
 
 
 def _sample(tokens: np.ndarray, num_voco_tokens: int) -> Sample:
-    visual = np.full(len(tokens), -1, np.int32)
-    visual[:num_voco_tokens] = np.arange(num_voco_tokens)
-    return Sample(tokens, np.zeros(len(tokens), bool), visual, num_images=1)
+    slot_index = np.full(len(tokens), -1, np.int32)
+    slot_index[:num_voco_tokens] = np.arange(num_voco_tokens)
+    return Sample(tokens, np.zeros(len(tokens), bool), slot_index, num_images=1)
 
 
 def _read(samples: list[Sample], length: int) -> Read:

@@ -89,7 +89,7 @@ class Sample:
 
     tokens: np.ndarray
     labels: np.ndarray
-    visual: np.ndarray
+    slot_index: np.ndarray
     num_images: int
 
     def __len__(self):
@@ -145,7 +145,7 @@ class Encoder:
         return tuple(dict.fromkeys([*self.ids.stop_ids, *([] if self.stop_id is None else [self.stop_id])]))
 
     def encode(self, turns: Sequence[dict], num_images: int) -> Sample:
-        """Ids, labels and visual indices of a conversation; a turn's 'value' is a row's text, or parts (`turns.py`).
+        """Ids, labels and slot indices of a conversation; a turn's 'value' is a row's text, or parts (`turns.py`).
 
         A last human turn without answer makes a prompt, which ends in `ASSISTANT:`. Every answer of another ends in the
         token that ends it, a label too. Raises ConversationError.
@@ -213,7 +213,7 @@ class Encoder:
             else:
                 chunks[-1].append(piece)
 
-        tokens, labels, visual = [], [], []
+        tokens, labels, slot_index = [], [], []
         for i, chunk in enumerate(chunks):
             if i == 0:
                 # Compressed, an image at the very front has its own BOS in the compress stream: text sees no other.
@@ -221,21 +221,21 @@ class Encoder:
                     ids, is_label = self._control_tokens.encode(chunk)
                     tokens += [*self.ids.prefix_ids, *ids]
                     labels += [False] * len(self.ids.prefix_ids) + is_label
-                    visual += [-1] * (len(tokens) - len(visual))
+                    slot_index += [-1] * (len(tokens) - len(slot_index))
                 continue
             ids, is_label = self._control_tokens.encode(chunk)
             indices = range((i - 1) * self.num_visual_tokens, i * self.num_visual_tokens)
             if self.compressed:
                 first = ids.index(self.ids.voco_token_id)
                 ids, is_label = ids[first:], is_label[first:]
-                visual += [*indices] + [-1] * (len(ids) - self.num_visual_tokens)
+                slot_index += [*indices] + [-1] * (len(ids) - self.num_visual_tokens)
             else:
                 ids = [self.ids.pad_token_id] * self.num_visual_tokens + ids
                 is_label = [False] * self.num_visual_tokens + is_label
-                visual += [*indices] + [-1] * (len(ids) - self.num_visual_tokens)
+                slot_index += [*indices] + [-1] * (len(ids) - self.num_visual_tokens)
             tokens += ids
             labels += is_label
-        return Sample(np.array(tokens, np.int32), np.array(labels, bool), np.array(visual, np.int32), num_images)
+        return Sample(np.array(tokens, np.int32), np.array(labels, bool), np.array(slot_index, np.int32), num_images)
 
     def _tokenize_verbatim(self, pieces: list[Piece | Marker], num_images: int) -> Sample:
         """Ids as transformers' LLaVA makes them where the tokenizer has a token for an image: of all text at once. Else
@@ -258,10 +258,10 @@ class Encoder:
             labels += [*[False] * len(between), *is_label]
         is_image = np.array(tokens) == image
         counts = np.where(is_image, self.num_visual_tokens, 1)
-        visual = np.full(counts.sum(), -1, np.int32)
-        visual[np.repeat(is_image, counts)] = np.arange(num_images * self.num_visual_tokens)
+        slot_index = np.full(counts.sum(), -1, np.int32)
+        slot_index[np.repeat(is_image, counts)] = np.arange(num_images * self.num_visual_tokens)
         tokens = np.where(is_image, self.ids.pad_token_id, tokens).astype(np.int32)
-        return Sample(np.repeat(tokens, counts), np.repeat(np.array(labels, bool), counts), visual, num_images)
+        return Sample(np.repeat(tokens, counts), np.repeat(np.array(labels, bool), counts), slot_index, num_images)
 
     def _prefix_of_text(self, first: Piece | Marker) -> tuple[int, ...]:
         """BOS where the tokenizer puts it before a text; not a second one where the text begins with it."""

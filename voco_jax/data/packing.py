@@ -18,7 +18,7 @@ class Row:
     tokens: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
-    visual: np.ndarray
+    slot_index: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
 
@@ -30,25 +30,25 @@ def truncate(sample: Sample, length: int) -> Sample | None:
     """The sample cut to `length` tokens; None where an image would be cut or no label would be left."""
     if len(sample) <= length:
         return sample
-    if (sample.visual[length:] >= 0).any() or not sample.labels[:length].any():
+    if (sample.slot_index[length:] >= 0).any() or not sample.labels[:length].any():
         return None
-    return Sample(sample.tokens[:length], sample.labels[:length], sample.visual[:length], sample.num_images)
+    return Sample(sample.tokens[:length], sample.labels[:length], sample.slot_index[:length], sample.num_images)
 
 
 WEIGHTINGS = ("token", "conversation")
 
 
 def pack_row(
-    samples: Sequence[Sample], length: int, first_visual: Sequence[int] | None = None, weighting: str = "token"
+    samples: Sequence[Sample], length: int, first_slot: Sequence[int] | None = None, weighting: str = "token"
 ) -> Row:
     """Lay whole samples one after the other, each a segment (1, 2, …) with positions from 0; 0 is padding.
 
-    `first_visual[i]` is where sample i's first visual token stands among the row's (default 0: all samples speak of
+    `first_slot[i]` is where sample i's first visual token stands among the row's (default 0: all samples speak of
     the same images). With `weighting` 'conversation' a sample's weights sum to 1, however many labels it has. Raises
     UserError where they do not fit.
 
     >>> sample = Sample(tokens=np.array([9, 5, 6, 7]), labels=np.array([0, 0, 1, 1], bool),
-    ...                 visual=np.array([0, -1, -1, -1]), num_images=1)
+    ...                 slot_index=np.array([0, -1, -1, -1]), num_images=1)
     >>> row = pack_row([sample, sample], length=9)
     >>> row.segment_ids.tolist(), row.positions.tolist()
     ([1, 1, 1, 1, 2, 2, 2, 2, 0], [0, 1, 2, 3, 0, 1, 2, 3, 0])
@@ -59,15 +59,15 @@ def pack_row(
     if total > length:
         raise UserError(f"row: {len(samples)} samples of {total} tokens do not fit into {length}")
     row = Row(*(np.zeros(length, np.int32) for _ in range(5)), np.zeros(length, np.float32))
-    row.visual[:] = -1
+    row.slot_index[:] = -1
     start = 0
     for i, sample in enumerate(samples):
         end = start + len(sample)
         row.tokens[start:end] = sample.tokens
         row.positions[start:end] = np.arange(len(sample))
         row.segment_ids[start:end] = i + 1
-        offset = first_visual[i] if first_visual is not None else 0
-        row.visual[start:end] = np.where(sample.visual >= 0, sample.visual + offset, -1)
+        offset = first_slot[i] if first_slot is not None else 0
+        row.slot_index[start:end] = np.where(sample.slot_index >= 0, sample.slot_index + offset, -1)
         row.targets[start : end - 1] = sample.tokens[1:]
         labels = sample.labels[1:]
         row.weights[start : end - 1] = labels / max(1, labels.sum()) if weighting == "conversation" else labels

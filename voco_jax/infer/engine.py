@@ -27,14 +27,14 @@ PIECE = 16  # tokens after which a batch looks for the texts that end an answer
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts, int32. tokens, positions, visual [R, T] and slots [R, C] as in `VoCoLlama.extend` and `fill`.
+    """A batch of prompts, int32: tokens, positions, slot_index [R, T] and slots [R, C], as in `extend` and `fill`.
 
     With a memory, slots stand in `slots` and only text in `tokens`; embeddings stand among the tokens.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    visual: np.ndarray
+    slot_index: np.ndarray
     slots: np.ndarray
 
 
@@ -128,7 +128,7 @@ class Engine:
         length = bucket(max(int(sample.labels.sum()) for sample in samples), 8)
         before, labels = np.zeros((batch, length), np.int32), np.full((batch, length), -1, np.int32)
         for row, i in enumerate(order):
-            in_text = samples[i].visual < 0 if has_memory else slice(None)
+            in_text = samples[i].slot_index < 0 if has_memory else slice(None)
             places = np.flatnonzero(samples[i].labels[in_text])
             before[row, : len(places)] = places - 1  # where a label is predicted
             labels[row, : len(places)] = samples[i].tokens[in_text][places]
@@ -238,7 +238,7 @@ class Engine:
     ) -> Prompts:  # fmt: skip
         """Arrays of prompts that begin at place `filled` of a cache, about pictures by their numbers."""
         limit, per_image = self.config.llama.max_position_embeddings, self.encoder.num_visual_tokens
-        in_text = [(p.visual < 0) if has_memory else np.ones(len(p), bool) for p in prompts]
+        in_text = [(p.slot_index < 0) if has_memory else np.ones(len(p), bool) for p in prompts]
         length = bucket(max(int(keep.sum()) for keep in in_text), 16)
         if capacity is None:
             capacity = min(bucket(filled + max(map(len, prompts)) + max_new_tokens, 32), limit)
@@ -250,14 +250,14 @@ class Engine:
         )
         for row, (prompt, keep, which) in enumerate(zip(prompts, in_text, pictures, strict=True)):
             n, places = int(keep.sum()), filled + np.arange(len(prompt))
-            visual, is_visual = prompt.visual.copy(), prompt.visual >= 0
-            image, token = divmod(visual[is_visual], per_image)
-            visual[is_visual] = which[image] * per_image + token
+            slot_index, is_slot = prompt.slot_index.copy(), prompt.slot_index >= 0
+            image, token = divmod(slot_index[is_slot], per_image)
+            slot_index[is_slot] = which[image] * per_image + token
             arrays.tokens[row, :n], arrays.positions[row, :n] = prompt.tokens[keep], places[keep]
             if has_memory:
-                arrays.slots[row, places] = visual
+                arrays.slots[row, places] = slot_index
             else:
-                arrays.visual[row, :n] = visual
+                arrays.slot_index[row, :n] = slot_index
         return arrays
 
 
@@ -303,7 +303,7 @@ def _prefill(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prom
         cache, features = model.fill(visual, prompts.slots, cache), None
     else:
         cache, features = model.empty_cache(*prompts.slots.shape) if cache is None else cache, visual
-    tokens_visual = None if text_alone else prompts.visual
+    tokens_visual = None if text_alone else prompts.slot_index
     state, _ = prefill(
         model, prompts.tokens, prompts.positions, cache, max_new_tokens, stop, sampling, tokens_visual, features
     )
@@ -319,7 +319,7 @@ def _score(graphdef, text_alone, params, visual, prompts: Prompts, before, label
     else:
         cache, features = model.empty_cache(*prompts.slots.shape), visual
     hidden, _ = model.extend(
-        prompts.tokens, prompts.positions, cache, None if text_alone else prompts.visual, features
+        prompts.tokens, prompts.positions, cache, None if text_alone else prompts.slot_index, features
     )  # fmt: skip
     logits = model.llama.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
     is_label = labels >= 0

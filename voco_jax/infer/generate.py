@@ -102,7 +102,7 @@ def prefill(
     max_new_tokens: int,
     stop: StopIds,
     sampling: SamplingState | None = None,
-    visual: jax.Array | None = None,
+    slot_index: jax.Array | None = None,
     features: jax.Array | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Write the prompts into the cache and choose the first token of each answer; arguments as `VoCoLlama.extend`'s.
@@ -110,7 +110,7 @@ def prefill(
     Returns the state to `decode`, and the logits [R, V] that the first tokens were chosen from. The cache needs room
     for max_new_tokens - 1 places after each prompt.
     """
-    hidden, cache = model.extend(tokens, positions, cache, visual, features)
+    hidden, cache = model.extend(tokens, positions, cache, slot_index, features)
     last = positions.argmax(axis=1)
     logits = model.llama.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
     first = choose(logits, sampling, jnp.int32(0))
@@ -152,14 +152,14 @@ def greedy(
     is_prompt = places < lengths[:, None]
     capacity = [(0, 0), (0, max_new_tokens)]
     if isinstance(visual, Memory):
-        slots = jnp.where(is_prompt, read.visual, -1)
+        slots = jnp.where(is_prompt, read.slot_index, -1)
         cache = model.fill(visual, jnp.pad(slots, capacity, constant_values=-1))
         positions, features = jnp.where(is_prompt & (slots < 0), places, -1), None
     else:
         cache = model.empty_cache(len(lengths), len(places) + max_new_tokens)
         positions, features = jnp.where(is_prompt, places, -1), visual
     stop = StopIds(jnp.array([eos_token_id], jnp.int32), jnp.int32(eos_token_id))
-    state, _ = prefill(model, read.tokens, positions, cache, max_new_tokens, stop, None, read.visual, features)
+    state, _ = prefill(model, read.tokens, positions, cache, max_new_tokens, stop, None, read.slot_index, features)
     return decode(model, state, jnp.int32(max_new_tokens)).output
 
 

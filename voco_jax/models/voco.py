@@ -125,14 +125,14 @@ class Cache(NamedTuple):
 class Read(NamedTuple):
     """A batch of read rows, all integers [R, T]; R/B consecutive rows share the images of one of B rows (often R = B).
 
-    Token ids, positions, and segments (tokens see only their own segment). `visual` is -1 for text; for a visual
+    Token ids, positions, and segments (tokens see only their own segment). `slot_index` is -1 for text; for a visual
     token its index among its row's I·M visual tokens, image by image (M: `VoCoConfig.num_visual_tokens`).
     """
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
-    visual: jax.Array
+    slot_index: jax.Array
 
 
 class VoCoLlama(nnx.Module):
@@ -214,7 +214,7 @@ class VoCoLlama(nnx.Module):
         is_slot = (slots >= 0)[..., None, None]
 
         def filled(old, visual, rotate):
-            taken = fill_visual(jnp.zeros_like(old), visual.astype(old.dtype), slots)
+            taken = fill_slots(jnp.zeros_like(old), visual.astype(old.dtype), slots)
             return jnp.where(is_slot, rotate(taken), old)
 
         keys = jax.vmap(functools.partial(filled, rotate=lambda k: apply_rope(k, at_places)))(cache.keys, memory.keys)
@@ -230,12 +230,12 @@ class VoCoLlama(nnx.Module):
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, cache: Cache,
-        visual: jax.Array | None = None, features: jax.Array | None = None,
+        slot_index: jax.Array | None = None, features: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """Text joins the cache: tokens [R, T] at `positions` (ascending; -1: padding), each seeing all up to its own.
 
         A prompt, a later turn or a single token to be continued; the slots are there already (`fill`) and cost
-        nothing here. Without VoCo compression images are tokens too: `visual` [R, T] as `Read.visual`, of `features`
+        nothing here. Without VoCo compression images are tokens too: `slot_index` [R, T] as in `Read`, of `features`
         [B, I, P, D]. Every place up to a token's position must have been filled. Returns hidden states [R, T, D], as
         `hidden` does, and the cache.
         """
@@ -247,7 +247,7 @@ class VoCoLlama(nnx.Module):
         if whole:
             empty = jnp.full((len(tokens), capacity), -1)
             tokens, is_text = write(jnp.zeros_like(empty), tokens, places), write(empty, positions, places) >= 0
-            visual = None if visual is None else write(empty, visual, places)
+            slot_index = None if slot_index is None else write(empty, slot_index, places)
             positions = jnp.broadcast_to(jnp.arange(capacity), empty.shape)
             segment_ids = (positions <= given.max(axis=1, keepdims=True)).astype(jnp.int32)
         rope = rope_tables(self.config.llama, positions)
@@ -266,7 +266,7 @@ class VoCoLlama(nnx.Module):
             x = constrain(layer.finish(x, attended), ROWS)
             return (x, *(c.at[index].set(here) for c, here in zip(cached, (k, v), strict=True))), None
 
-        read = Read(tokens, positions, None, visual)
+        read = Read(tokens, positions, None, slot_index)
         (x, *cached), _ = scan_layers(
             body, (self._read_inputs(read, features), *cache), self.llama.layers,
             jnp.arange(self.config.llama.num_hidden_layers),
@@ -311,7 +311,7 @@ class VoCoLlama(nnx.Module):
         embedded = self.llama.embed(read.tokens)
         if self.config.compressor == "voco" or features is None:
             return embedded
-        return fill_visual(embedded, features.reshape(len(features), -1, features.shape[-1]), read.visual)
+        return fill_slots(embedded, features.reshape(len(features), -1, features.shape[-1]), read.slot_index)
 
     def _require_voco(self, what: str):
         if self.config.compressor != "voco":
@@ -353,7 +353,7 @@ class VoCoLlama(nnx.Module):
             q = checkpoint_name(apply_rope(layer.project_q(x), read_rope), "query")
             k, v = layer.project_kv(x)
             if kept is not None:
-                k, v = (fill_visual(text, visual, read.visual) for text, visual in zip((k, v), kept, strict=True))
+                k, v = (fill_slots(text, visual, read.slot_index) for text, visual in zip((k, v), kept, strict=True))
             k, v = checkpoint_name(apply_rope(k, read_rope), "key"), checkpoint_name(v, "value")
             x = constrain(layer.finish(x, adapter.causal(q, k, v, read.segment_ids)), ROWS)
             return (compress, x), made
@@ -399,14 +399,14 @@ def by_row(x: jax.Array, num_rows: int, num_images: int) -> jax.Array:
     return einops.rearrange(x, "(r f b i) ... -> (r b) (f i) ...", r=r, f=f, b=num_rows // r, i=num_images // f)
 
 
-def fill_visual(text: jax.Array, visual: jax.Array, index: jax.Array) -> jax.Array:
-    """`text` [R, T, ...] with row `index` [R, T] of `visual` [B, M, ...] wherever that is not negative.
+def fill_slots(text: jax.Array, visual: jax.Array, slot_index: jax.Array) -> jax.Array:
+    """`text` [R, T, ...] with row `slot_index` [R, T] of `visual` [B, M, ...] wherever that is not negative.
 
     R is a multiple of B: R/B consecutive read rows share one row of images.
     """
     R, T, *rest = text.shape
     if R % len(visual):
         raise ValueError(f"{R} read rows cannot share the images of {len(visual)} rows")
-    places = jnp.maximum(index, 0).reshape(len(visual), -1)
+    places = jnp.maximum(slot_index, 0).reshape(len(visual), -1)
     taken = jax.vmap(lambda rows, i: rows[i])(visual, places).reshape(R, T, *rest)
-    return jnp.where(index.reshape(R, T, *(1,) * len(rest)) >= 0, taken, text)
+    return jnp.where(slot_index.reshape(R, T, *(1,) * len(rest)) >= 0, taken, text)

@@ -30,8 +30,8 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
     """What is in a batch, and how much of its budgets is used; lines."""
     tokens, used = batch["tokens"], batch["segment_ids"] != PADDING_SEGMENT
     packs, slots = batch["pixel_values"].shape[:2]
-    visual = [pack_arrays(batch, i)["visual"] for i in range(packs)]
-    images = sum(len(used_images(of_pack, data.model_config.num_visual_tokens)) for of_pack in visual)
+    slot_index = [pack_arrays(batch, i)["slot_index"] for i in range(packs)]
+    images = sum(len(used_images(of_pack, data.model_config.num_visual_tokens)) for of_pack in slot_index)
     trained_on = (batch["weights"] > 0).sum() / max(1, used.sum())
     here, epoch = f"{used.mean():.1%} of {tokens.size:,} tokens", data.batches.loader.plan.use()
     there = f"{epoch.tokens:.1%} of the tokens"

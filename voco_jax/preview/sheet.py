@@ -86,7 +86,7 @@ class PackBlock:
     ):
         """`arrays` are `pack_arrays`; `limits` are the last two arguments of `row_runs`."""
         self.number, self.arrays = number, arrays
-        self.images = used_images(arrays["visual"], visual_tokens)
+        self.images = used_images(arrays["slot_index"], visual_tokens)
         self.num_empty = len(arrays["pixel_values"]) - len(self.images)
 
         self.beside = len(self.images) <= 2
@@ -145,13 +145,13 @@ class PackBlock:
             sheet.text(x + 0.3 * COLUMN, y, badge, STYLES["image"][0])
 
     def _draw_row(self, sheet: Sheet, y: float, r: int, blocks: list) -> float:
-        segments, weights, visual = (self.arrays[name][r] for name in ("segment_ids", "weights", "visual"))
+        segments, weights, slot_index = (self.arrays[name][r] for name in ("segment_ids", "weights", "slot_index"))
         length, padding = len(segments), int((segments == PADDING_SEGMENT).sum())
         note = f"padding: {padding:,} of {length:,} ({padding / length:.1%})"
         if self.num_rows > 1:
             sheet.text(self.left - GUTTER, y, f"row {r + 1}", FAINT)
         width = (self.columns - 33) * COLUMN
-        sheet.image(self.left, y + 0.3 * LINE, width, 0.5 * LINE, row_colors(segments, weights, visual)[None])
+        sheet.image(self.left, y + 0.3 * LINE, width, 0.5 * LINE, row_colors(segments, weights, slot_index)[None])
         sheet.text(self.left + width + COLUMN, y, note, FAINT)
         y += LINE
         for number, lines in blocks:
@@ -165,9 +165,9 @@ class PackBlock:
         return y + GAP
 
 
-def used_images(visual: np.ndarray, visual_tokens: int) -> list[int]:
+def used_images(slot_index: np.ndarray, visual_tokens: int) -> list[int]:
     """Numbers of the images that the text of some rows [R, T] speaks of."""
-    return np.unique(visual[visual >= 0] // visual_tokens).tolist()
+    return np.unique(slot_index[slot_index >= 0] // visual_tokens).tolist()
 
 
 def count_conversations(segments: np.ndarray) -> int:
@@ -180,13 +180,13 @@ def conversation_number(runs: Sequence[Run]) -> int | None:
     return None if all(run.kind == "elided" for run in runs) else runs[0].segment
 
 
-def row_colors(segments: np.ndarray, weights: np.ndarray, visual: np.ndarray) -> np.ndarray:
+def row_colors(segments: np.ndarray, weights: np.ndarray, slot_index: np.ndarray) -> np.ndarray:
     """Colours [T, 3] of a row's tokens, uint8: images and labels as in the text, the rest as its conversation."""
     colors = np.tile(_rgb(PADDING), (len(segments), 1))
     for i, color in enumerate(CONVERSATIONS):
         colors[(segments != PADDING_SEGMENT) & ((segments - 1) % len(CONVERSATIONS) == i)] = _rgb(color)
     colors[1:][weights[:-1] > 0] = _rgb("#6fcf85")
-    colors[visual >= 0] = _rgb(STYLES["image"][1])
+    colors[slot_index >= 0] = _rgb(STYLES["image"][1])
     return colors
 
 

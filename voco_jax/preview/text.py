@@ -36,8 +36,8 @@ def row_runs(
     conversation only the first and last tokens are shown, `max_tokens` in all (an image counts as one), and likewise
     of a row's conversations.
     """
-    segments, visual = row["segment_ids"], row["visual"]
-    images = np.where(visual >= 0, visual // visual_tokens, -1)
+    segments, slot_index = row["segment_ids"], row["slot_index"]
+    images = np.where(slot_index >= 0, slot_index // visual_tokens, -1)
     is_label = np.concatenate([[False], row["weights"][:-1] > 0])  # a weight stands at the token before the label
     begins_unit = (images < 0) | np.concatenate([[True], images[1:] != images[:-1]])
     runs = []
