@@ -21,9 +21,9 @@ import numpy as np
 
 from voco_jax.convert import hf_configs
 from voco_jax.convert.formats import FORMATS
-from voco_jax.convert.tensors import Tensor
 from voco_jax.convert.to_hf import write_json, write_shards
 from voco_jax.convert.to_jax import layers_of
+from voco_jax.io.tensors import Tensor
 from voco_jax.models import presets
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig

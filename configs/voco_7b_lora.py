@@ -4,7 +4,7 @@ Weights of the language model stay as they are (but for the VoCo token's row), s
 
 python -m voco_jax.aot --config=configs/voco_7b_lora.py --topology=v5e:4x4
 python -m voco_jax.train --config=configs/voco_7b_lora.py --config.init_from=runs/llava
-python tools/convert_weights.py merge runs/voco_7b_lora runs/voco_7b_merged
+voco convert merge runs/voco_7b_lora runs/voco_7b_merged
 """
 
 from configs import voco_7b

@@ -1,7 +1,7 @@
 """VoCo on Llama 3.1 8B: grouped heads, 128,257 tokens; the image stage of configs/voco_7b.py for the rest.
 
 python -m voco_jax.aot --config=configs/voco_llama31_8b.py --topology=v5e:8x8
-python tools/convert_weights.py to-jax --llm DIR --vision-tower DIR runs/llama31 --init-missing
+voco convert to-jax --llm DIR --vision-tower DIR runs/llama31 --init-missing
 python -m voco_jax.train --config=configs/voco_llama31_8b.py --config.init_from=runs/llama31
 """
 

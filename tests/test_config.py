@@ -360,7 +360,7 @@ def test_a_config_from_before_a_key_was_there(tmp_path):
 
 def test_a_checkpoint_of_another_project_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": {}}')
-    with pytest.raises(UserError, match=f"make one of it: python tools/convert_weights.py to-jax {tmp_path} RUN"):
+    with pytest.raises(UserError, match=f"make one of it: voco convert to-jax {tmp_path} RUN"):
         load_config(tmp_path / "config.json")
 
 

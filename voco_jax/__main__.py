@@ -19,7 +19,7 @@ def main() -> None:
     print("Commands, each with --help:\n")
     for name, what in COMMANDS.items():
         print(f"  python -m {name:<24}{what}")
-    print("\nIn Python: voco_jax.load(RUN). Weights of other projects: python tools/convert_weights.py --help")
+    print("\nIn Python: voco_jax.load(RUN). Weights of other projects: voco convert --help")
     if unknown := sys.argv[1:]:
         sys.exit(0 if unknown[0] in ("-h", "--help") else 2)
 

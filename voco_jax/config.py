@@ -138,7 +138,7 @@ def load_config(path: str | os.PathLike) -> ConfigDict:
     if "model_type" in stored:
         raise UserError(
             f"{path}: a checkpoint in Hugging Face's form, not a run; make one of it: "
-            f"python tools/convert_weights.py to-jax {shlex.quote(str(as_path(path).parent))} RUN"
+            f"voco convert to-jax {shlex.quote(str(as_path(path).parent))} RUN"
         )
     return parse_config(stored, path)
 

@@ -8,7 +8,7 @@ import time
 
 from tqdm import tqdm
 
-from voco_jax.terminal import printable
+from voco_jax.terminal import log
 
 LINE_EVERY = 10.0  # seconds at least between two lines where there is no terminal
 
@@ -44,12 +44,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def log(line: str) -> None:
-    """A line on stderr, above the bar if there is one."""
-    tqdm.write(printable(line), file=sys.stderr)
-    sys.stderr.flush()
 
 
 def fitting(text: str, room: int) -> str:

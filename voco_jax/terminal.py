@@ -1,6 +1,11 @@
-"""Text from files on its way to a terminal or a log: it is shown, and never obeyed."""
+"""Text on its way to a terminal or a log: what comes out of files is shown, and never obeyed."""
 
+import functools
 import re
+import reprlib
+import sys
+
+from tqdm import tqdm
 
 # Control characters, line separators, halves of characters (names that are not UTF-8), and what turns the direction of
 # the text that follows. Marks and joiners, which Hebrew, Arabic and emoji are written with, stay.
@@ -10,9 +15,34 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 def printable(text: str, keep: str = "") -> str:
     """The text in one line, in which nothing sets colours, titles or the cursor.
 
-    Control characters but those to `keep` are escaped as Python does.
+    Control characters except those in `keep` are escaped as Python does.
 
     >>> printable("a\\x1b[2Jb\\nc")
     'a\\\\x1b[2Jb\\\\nc'
     """
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def shortened(value: object, most: int = 100) -> str:
+    """A value out of a file as Python shows it, for a message: one line of at most `most` characters, however long or
+    deeply nested the value is.
+
+    >>> shortened([[[[[[[[]]]]]]]]), shortened("a" * 999, 20)
+    ('[[[[[[...]]]]]]', "'aaaaaa...aaaaaaaa'")
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = most
+    text = " ".join(short.repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def log(line: str) -> None:
+    """A line on standard error, above the progress bar if there is one."""
+    tqdm.write(printable(line), file=sys.stderr)
+    sys.stderr.flush()
+
+
+@functools.cache
+def log_once(line: str) -> None:
+    """`log`, once for each line."""
+    log(line)

@@ -17,8 +17,8 @@ import numpy as np
 
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
-from voco_jax.convert.safetensors_files import read_safetensors
 from voco_jax.convert.torch_files import read_torch
+from voco_jax.io.safetensors import read_safetensors
 
 _SPECIAL = ("pipe", "device", "directory", "link to itself", "nothing")
 

@@ -8,13 +8,12 @@ import socket
 import numpy as np
 import pytest
 
-from voco_jax.convert.tensors import SourceFile
 from voco_jax.data.records import MISSING, BadRecord
 from voco_jax.data.sources.json_rows import JsonRows
 from voco_jax.errors import TryAgain, UserError
 from voco_jax.infer.memory import Item, MemoryBank
 from voco_jax.infer.memory_file import MemoryFile, save_memory
-from voco_jax.io.files import open_regular, read_bytes, read_text
+from voco_jax.io.files import SourceFile, open_regular, read_bytes, read_text
 from voco_jax.io.json_files import read_object
 from voco_jax.terminal import printable
 

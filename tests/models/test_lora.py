@@ -175,7 +175,7 @@ def test_merging(lora_run, tmp_path, convert):
 
 
 def test_a_run_with_lora_where_there_is_no_place_for_it(lora_run, tmp_path, convert):
-    message = f"merge it first: python tools/convert_weights.py merge {lora_run} DST"
+    message = f"merge it first: voco convert merge {lora_run} DST"
     status, _, error = convert("to-hf", lora_run, tmp_path / "hf", "--format", "voco")
     assert status == 2 and message in error and len(error.splitlines()) == 1
     for changes in {}, dict(CHANGES, model__lora__rank=8), dict(CHANGES, model__lora__targets="('q_proj',)"):

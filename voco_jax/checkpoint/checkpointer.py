@@ -44,7 +44,7 @@ from voco_jax.io.paths import (
 )
 from voco_jax.outages import reason
 from voco_jax.parallel.distributed import texts_of_all, together
-from voco_jax.progress import log
+from voco_jax.terminal import log
 
 _MARK = "commit_success.txt"  # of Orbax, in a bucket: its checkpoint is whole
 _PAUSES = (1, 5, 20)  # seconds before a save that an outage has ended is tried again

@@ -26,7 +26,7 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
         key, there, found = difference
         raise UserError(
             f"config.model.lora.{key}: {config.init_from} has LoRA with {there!r}, found {found!r}; "
-            f"merge it first: python tools/convert_weights.py merge {shlex.quote(str(config.init_from))} DST"
+            f"merge it first: voco convert merge {shlex.quote(str(config.init_from))} DST"
         )
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
     run.model.llama.vocab_size = make_model_config(run, load_run_tokenizer(directory)).llama.vocab_size

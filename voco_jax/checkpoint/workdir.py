@@ -21,6 +21,7 @@ from voco_jax.checkpoint.resume import BASE, check_same_run
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
+from voco_jax.io.atomic import temporary_name
 from voco_jax.io.files import check_regular
 from voco_jax.io.paths import (
     AnyPath,
@@ -37,8 +38,10 @@ from voco_jax.outages import passing
 from voco_jax.parallel.distributed import together
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
-_LOGS = ("metrics.jsonl", "metrics.jsonl.new", "goodput.json", "goodput.json.new", "tensorboard", "answers", "profile")
-_BEGINNINGS = {".lock", "tokenizer", "config.json", "config.json.new", BASE, "checkpoints", *_LOGS}
+_LOGS = ("metrics.jsonl", "goodput.json", "tensorboard", "answers", "profile")
+_BEGINNINGS = {".lock", "tokenizer", "config.json", BASE, "checkpoints", *_LOGS}
+# And what a killed process left of them (`.new` without a dot: earlier versions)
+_BEGINNINGS |= {unfinished for name in _BEGINNINGS for unfinished in (f"{name}.new", temporary_name(Path(name)).name)}
 
 _SEEN_WITHIN = 60  # seconds until a network file system must show what another host has made
 

@@ -1,1 +1,1 @@
-"""Weights in and out: PyTorch and Hugging Face checkpoints to runs of ours and back (`tools/convert_weights.py`)."""
+"""Weights in and out: PyTorch and Hugging Face checkpoints to runs of ours and back (`voco convert`)."""

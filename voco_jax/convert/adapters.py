@@ -13,16 +13,17 @@ import re
 
 import numpy as np
 
-from voco_jax.convert.config_keys import ADAPTER, LLAVA, section, short
+from voco_jax.convert.config_keys import ADAPTER, LLAVA, section
 from voco_jax.convert.findings import listing
 from voco_jax.convert.formats import key_of_name
 from voco_jax.convert.hf_configs import check_numbers, llama_from_hf
-from voco_jax.convert.safetensors_files import read_safetensors
-from voco_jax.convert.tensors import Tensor
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
+from voco_jax.io.safetensors import read_safetensors
+from voco_jax.io.tensors import Tensor
 from voco_jax.models.llama import LlamaConfig
+from voco_jax.terminal import shortened
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -157,10 +158,10 @@ def _by_pattern(patterns: Mapping, module: str, default):
     """
     for pattern, number in patterns.items():
         if len(pattern) > 1000 or len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
-            raise ValueError(f"expected a simpler pattern, found {short(pattern)}")
+            raise ValueError(f"expected a simpler pattern, found {shortened(pattern)}")
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return number
         except re.error as error:
-            raise ValueError(f"pattern {short(pattern)}: {error}") from None
+            raise ValueError(f"pattern {shortened(pattern)}: {error}") from None
     return default

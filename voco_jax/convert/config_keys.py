@@ -14,6 +14,7 @@ import re
 
 from voco_jax.convert.findings import listing
 from voco_jax.errors import UserError
+from voco_jax.terminal import shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Keys:
             if key in self.expected:
                 if not any(value == allowed for allowed in self.expected[key]):
                     expected = " or ".join(map(repr, self.expected[key]))
-                    found.append(f"{prefix}{key}: expected {expected}, found {short(value)}{_WHY.get(key, '')}")
+                    found.append(f"{prefix}{key}: expected {expected}, found {shortened(value)}{_WHY.get(key, '')}")
             elif key not in self.computed and not self.harmless.fullmatch(key) and key not in ignored:
                 unknown = "unknown, and may change what the model computes"
-                found.append(f"{prefix}{key}: {unknown}; found {short(value)} (harmless? --ignore-key {key})")
+                found.append(f"{prefix}{key}: {unknown}; found {shortened(value)} (harmless? --ignore-key {key})")
         return found
 
     def check(self, fields: Mapping, file: Path, prefix: str = "", ignored: Collection[str] = ()) -> None:
@@ -65,12 +66,6 @@ def section(fields: Mapping, key: str, file: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{file}: {key}: expected an object, found {value!r}")
     return value
-
-
-def short(value, length: int = 100) -> str:
-    """A value out of a file as Python shows it, or its beginning."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]} …"
 
 
 def _keys(computed: str, expected: Mapping[str, tuple], harmless: Iterable[str]) -> Keys:

@@ -9,12 +9,14 @@ import re
 
 import numpy as np
 
-from voco_jax.convert.config_keys import GGUF, GGUF_KINDS, short
+from voco_jax.convert.config_keys import GGUF, GGUF_KINDS
 from voco_jax.convert.hf_configs import check_numbers
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
-from voco_jax.convert.tensors import SourceFile, Tensor, raw_tensor
 from voco_jax.errors import UserError
+from voco_jax.io.files import SourceFile
+from voco_jax.io.tensors import Tensor, raw_tensor
 from voco_jax.models.llama import LlamaConfig
+from voco_jax.terminal import shortened
 
 _NAMES = {  # llama.cpp's to Hugging Face's
     "token_embd.weight": "model.embed_tokens.weight",
@@ -59,7 +61,7 @@ def _check_key(file: Path, key: str, value: object) -> None:
     if key in GGUF_KINDS:
         expected, is_one = GGUF_KINDS[key]
         if not is_one(value):
-            raise UserError(f"{file}: {key}: expected {expected}, found {short(value)}")
+            raise UserError(f"{file}: {key}: expected {expected}, found {shortened(value)}")
         return
     near = next((k for k in GGUF_KINDS if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
     if near is not None and key not in _OTHERS:
@@ -78,7 +80,7 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
 
     architecture = field("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{file}: general.architecture: expected 'llama', found {short(architecture)}")
+        raise UserError(f"{file}: general.architecture: expected 'llama', found {shortened(architecture)}")
     # The values of the others, a tokenizer's, may be long
     names = [key for key in header.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
     GGUF.check({key: field(key) for key in names}, file, ignored=ignored)
@@ -117,7 +119,7 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     scale = numbers["head_dim"] ** -0.5
     found = field("llama.attention.scale", scale)
     if not math.isclose(found, scale, rel_tol=1e-5):
-        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {short(found)}")
+        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {shortened(found)}")
     try:
         config = LlamaConfig(
             **numbers,
@@ -184,7 +186,7 @@ def gguf_tokenizer(file: Path):
 
     for key, known in (("model", ("gpt2",)), ("pre", _PRE_TOKENIZERS)):
         if content.get(key) not in known:
-            expected = f"expected {' or '.join(map(repr, known))}, found {short(content.get(key))}"
+            expected = f"expected {' or '.join(map(repr, known))}, found {shortened(content.get(key))}"
             raise UserError(f"{file}: tokenizer.ggml.{key}: {expected}; use --tokenizer DIR")
     for key in ("tokens", "merges", "token_type", "eos_token_id"):
         if key not in content:
@@ -199,7 +201,7 @@ def gguf_tokenizer(file: Path):
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             expected = "expected two tokens that make a third"
-            raise UserError(f"{file}: tokenizer.ggml.merges: {expected}, found {short(merge)}")
+            raise UserError(f"{file}: tokenizer.ggml.merges: {expected}, found {shortened(merge)}")
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -13,8 +13,8 @@ import struct
 import gguf
 import numpy as np
 
-from voco_jax.convert.tensors import SourceFile
 from voco_jax.errors import UserError
+from voco_jax.io.files import SourceFile
 
 # No honest file comes near these: a vocabulary of 256,000 tokens and its merges take less than half.
 _LONGEST = 2**25  # bytes of metadata and descriptions of tensors

@@ -5,12 +5,13 @@ import dataclasses
 import math
 from pathlib import Path
 
-from voco_jax.convert.config_keys import CLIP, CLIP_VISION, LLAMA, Keys, section, short
+from voco_jax.convert.config_keys import CLIP, CLIP_VISION, LLAMA, Keys, section
 from voco_jax.convert.rope import rope_of_hf, rope_to_hf
 from voco_jax.errors import UserError
 from voco_jax.models import presets
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
+from voco_jax.terminal import shortened
 
 # What LLaVA's configs call a vision tower that is not part of the checkpoint.
 HUB_TOWERS = {
@@ -52,10 +53,10 @@ def check_numbers(file: Path, values: dict, what: str) -> None:
         whole, most = key not in _FRACTIONS, _MOST.get(key, 2**31 - 1)
         kinds, expected = (int, "a whole number above 0") if whole else ((int, float), "a number above 0")
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {short(value)}")
+            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {shortened(value)}")
         if value > most if whole else not _LEAST <= value <= 1 / _LEAST:
             expected = f"at most {most}" if whole else f"a number of {_LEAST} to {1 / _LEAST}"
-            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {short(value)}")
+            raise UserError(f"{file}: {what}.{key}: expected {expected}, found {shortened(value)}")
 
 
 def llama_from_hf(
@@ -124,7 +125,7 @@ def projector_layers_of_llava(fields: dict, file: Path) -> int:
     """Linear layers of the projector; without its key, one (the first LLaVA's). UserError for other kinds."""
     kind = fields.get("mm_projector_type") or "linear"
     if not isinstance(kind, str) or kind not in PROJECTORS:
-        raise UserError(f"{file}: mm_projector_type: expected {', '.join(PROJECTORS)}; found {short(kind)}")
+        raise UserError(f"{file}: mm_projector_type: expected {', '.join(PROJECTORS)}; found {shortened(kind)}")
     return PROJECTORS[kind]
 
 
@@ -134,7 +135,7 @@ def _layer(fields: dict, key: str, file: Path) -> int:
     if isinstance(layer, list) and len(layer) == 1:
         (layer,) = layer
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UserError(f"{file}: {key}: expected one layer, found {short(layer)}")
+        raise UserError(f"{file}: {key}: expected one layer, found {shortened(layer)}")
     return layer
 
 
@@ -155,7 +156,7 @@ def vision_of_llava_hf(
 
 def vision_of_hub(name: str, file: Path, select_layer: int, select_feature: str) -> ViTConfig:
     if name not in HUB_TOWERS:
-        raise UserError(f"{file}: mm_vision_tower {short(name)} is not known; give it with --vision-tower DIR")
+        raise UserError(f"{file}: mm_vision_tower {shortened(name)} is not known; give it with --vision-tower DIR")
     preset = presets.VIT[HUB_TOWERS[name]]
     try:
         return dataclasses.replace(preset, select_layer=select_layer, select_feature=select_feature)

@@ -27,9 +27,9 @@ from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.checksums import PartedSum
 from voco_jax.checkpoint.errors import read_errors
 from voco_jax.checkpoint.run_files import ABOUT, describe, tokenizer_sums
-from voco_jax.convert.tensors import read_ahead
 from voco_jax.errors import cannot
 from voco_jax.io.paths import plain_path
+from voco_jax.io.tensors import read_ahead
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import load_config, save_config
-from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.jax_checkpoint import Parameter, StoredParams, of_newest, write_checkpoint
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import check_is_new, check_space, new_directory
 from voco_jax.models.build import abstract_model
 from voco_jax.models.linear import LoRAConfig
 

@@ -11,12 +11,13 @@ import re
 
 from PIL import Image
 
-from voco_jax.convert.config_keys import Keys, short
+from voco_jax.convert.config_keys import Keys
 from voco_jax.convert.findings import listing
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
 from voco_jax.models.vit import ViTConfig
+from voco_jax.terminal import shortened
 
 _ALL = {
     "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_pad": False,
@@ -74,7 +75,7 @@ def processor_of_llava(
     """
     ratio = fields.get("image_aspect_ratio")
     if ratio not in ("pad", "square", None):
-        raise UserError(f"{file}: image_aspect_ratio: expected 'pad' or 'square' or None, found {short(ratio)}")
+        raise UserError(f"{file}: image_aspect_ratio: expected 'pad' or 'square' or None, found {shortened(ratio)}")
     return processor_of_tower([tower, file.parent], vision, pad=ratio == "pad", transparency="drop", ignored=ignored)
 
 
@@ -97,7 +98,7 @@ def _find(directory: Path) -> tuple[dict, str] | None:
     file = directory / "processor_config.json"
     if file.exists() and "image_processor" in (outer := read_object(file)):
         if not isinstance(fields := outer["image_processor"], dict):
-            raise UserError(f"{file}: image_processor: expected an object, found {short(fields)}")
+            raise UserError(f"{file}: image_processor: expected an object, found {shortened(fields)}")
         return fields, f"{file}: image_processor."
     file = directory / "preprocessor_config.json"
     return (read_object(file), f"{file}: ") if file.exists() else None
@@ -162,7 +163,7 @@ class _Fields:
         named = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or kind)
         self.kind = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
         if self.kind not in DEFAULTS:
-            raise UserError(f"{where}image_processor_type: expected {' or '.join(DEFAULTS)}, found {short(named)}")
+            raise UserError(f"{where}image_processor_type: expected {' or '.join(DEFAULTS)}, found {shortened(named)}")
         given = {key: value for key, value in fields.items() if value is not None}
         self.values = DEFAULTS[self.kind] | given
         steps = {key: value for key, value in given.items() if value is not False or not key.startswith("do_")}
@@ -170,7 +171,7 @@ class _Fields:
             raise UserError(listing(problems))
 
     def refuse(self, key: str, expected: str):
-        raise UserError(f"{self._where}{key}: expected {expected}; found {short(self.values[key])}")
+        raise UserError(f"{self._where}{key}: expected {expected}; found {shortened(self.values[key])}")
 
     def flag(self, key: str) -> bool:
         if not isinstance(self.values[key], bool):

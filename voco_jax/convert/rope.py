@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from voco_jax.convert.config_keys import ROPE, section, short
+from voco_jax.convert.config_keys import ROPE, section
 from voco_jax.errors import UserError
 from voco_jax.models.llama import ROPE_TYPES, LlamaConfig, RopeScaling
+from voco_jax.terminal import shortened
 
 _NUMBERS = {  # by type; those with a default may be missing
     "linear": ("factor",),
@@ -40,9 +41,11 @@ def rope_of_hf(
     if kind is None and "factor" not in given or kind == "default":
         return theta, None
     if kind not in ROPE_TYPES:
-        raise UserError(f"{file}: {where}.rope_type: expected default, {', '.join(ROPE_TYPES)}; found {short(kind)}")
+        raise UserError(
+            f"{file}: {where}.rope_type: expected default, {', '.join(ROPE_TYPES)}; found {shortened(kind)}"
+        )
     if given.get("type", kind) != kind:  # versions of transformers differ in which one they heed
-        found = f"rope_type {short(kind)} and type {short(given['type'])}"
+        found = f"rope_type {shortened(kind)} and type {shortened(given['type'])}"
         raise UserError(f"{file}: {where}: {found}: expected one of them")
     if kind in ("llama3", "yarn"):
         original = fields.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
@@ -67,7 +70,7 @@ def _yarn(given: dict, positions: int, file: Path, where: str) -> dict:
             growth = 0.1 * math.log(factor) if factor > 1 else 0.0
             numbers["attention_factor"] = (over * growth + 1) / (under * growth + 1)
     except (TypeError, ValueError, ArithmeticError):
-        raise UserError(f"{file}: {where}: expected numbers above 0, found {short(given)}") from None
+        raise UserError(f"{file}: {where}: expected numbers above 0, found {shortened(given)}") from None
     return numbers | {key: given[key] for key in ("attention_factor", "truncate") if key in given}
 
 
@@ -91,7 +94,7 @@ def rope_of_gguf(field: Callable, file: Path) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(rope_type="linear", factor=factor)
     if kind != "yarn":
-        raise UserError(f"{file}: llama.rope.scaling.type: expected none, linear or yarn; found {short(kind)}")
+        raise UserError(f"{file}: llama.rope.scaling.type: expected none, linear or yarn; found {shortened(kind)}")
     return RopeScaling(
         rope_type="yarn",
         factor=factor,

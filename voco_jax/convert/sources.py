@@ -7,7 +7,7 @@ import re
 
 from voco_jax.convert import hf_configs, processors
 from voco_jax.convert.adapters import apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
-from voco_jax.convert.config_keys import LLAVA, LLAVA_HF, section, short
+from voco_jax.convert.config_keys import LLAVA, LLAVA_HF, section
 from voco_jax.convert.formats import (
     FORMATS,
     LLAMA,
@@ -21,15 +21,18 @@ from voco_jax.convert.formats import (
 )
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.rules import RULES
-from voco_jax.convert.safetensors_files import read_index, read_safetensors
-from voco_jax.convert.tensors import Tensor, inside, name_leads_out, readable, same_bytes
+from voco_jax.convert.tensors import inside, name_leads_out, same_bytes
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
+from voco_jax.io.files import readable
 from voco_jax.io.json_files import read_object
+from voco_jax.io.safetensors import read_index, read_safetensors
+from voco_jax.io.tensors import Tensor
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
+from voco_jax.terminal import shortened
 
 Key = tuple[str, int | None]  # (our parameter's path, layer)
 
@@ -195,7 +198,7 @@ def open_source(
         return _open_llava_hf(path, fields, vision_tower, ignored)
     if kind == "llama":
         return open_parts(path, vision_tower, ignored=ignored)
-    raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {short(kind)}")
+    raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {shortened(kind)}")
 
 
 def _is_llava(fields: dict) -> bool:
@@ -210,7 +213,7 @@ def _open_adapter(path: Path, vision_tower: Path | None, base: Path | None, igno
     """
     if base is None:
         named = base_of(path)
-        named = f" (the adapter names {short(named)}, which is never fetched)" if named else ""
+        named = f" (the adapter names {shortened(named)}, which is never fetched)" if named else ""
         raise UserError(f"{path}: a LoRA adapter: give the checkpoint it was trained on with --base DIR{named}")
     fields = read_object(path / "config.json") if (path / "config.json").exists() else {}
     fields.pop("quantization_config", None)  # QLoRA's base was quantized while it trained; the one given is not
@@ -249,7 +252,7 @@ def _open_llava(
     own = any(name.startswith(FORMATS[0].vision) for name in tensors)
     name = fields.get("mm_vision_tower") or ""
     if not isinstance(name, str):
-        raise UserError(f"{file}: mm_vision_tower: expected a name, found {short(name)}")
+        raise UserError(f"{file}: mm_vision_tower: expected a name, found {shortened(name)}")
     beside = vision_tower
     if not beside and name and not name_leads_out(name):
         with readable(file):  # a name may be too long
@@ -266,7 +269,7 @@ def _open_llava(
     source.take(tensors, format, ("llm", "head", "projector") + (("vision",) if own else ()))
     if not own:
         if not beside:
-            found = f"has no vision tower inside, and names {short(name)}"
+            found = f"has no vision tower inside, and names {shortened(name)}"
             raise UserError(f"{path}: {found}: give it with --vision-tower DIR")
         _take_vision(source, beside)
     return source

@@ -14,19 +14,19 @@ from tqdm import tqdm
 from voco_jax.config import load_config
 from voco_jax.convert import hf_configs
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
-from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
 from voco_jax.convert.processors import processor_to_hf
 from voco_jax.convert.rules import BY_OURS
-from voco_jax.convert.safetensors_files import write_safetensors
-from voco_jax.convert.tensors import DTYPES, Tensor
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import is_llava, make_encoder, make_model_config, make_processor
 from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import check_is_new, check_space, new_directory
+from voco_jax.io.safetensors import write_safetensors
+from voco_jax.io.tensors import DTYPES, Tensor
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
 
@@ -89,7 +89,7 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
     if config.lora is not None:
         raise UserError(
             f"{run}: format {format_name} has no place for LoRA; merge it first: "
-            f"python tools/convert_weights.py merge {shlex.quote(str(run))} DST"
+            f"voco convert merge {shlex.quote(str(run))} DST"
         )
     if config.projector_layers not in ((1, 2) if format_name == "voco" else (2,)):
         raise UserError(f"{run}: projector_layers {config.projector_layers}: format {format_name} has no place for it")

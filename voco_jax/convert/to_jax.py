@@ -11,18 +11,18 @@ from tqdm import tqdm
 
 from voco_jax.config import default_config, load_config, save_config
 from voco_jax.convert.chat_templates import chat_template_of, image_token_of, read_chat_template
-from voco_jax.convert.directories import check_is_new, check_space, new_directory
 from voco_jax.convert.findings import Findings, listing
 from voco_jax.convert.gguf_files import gguf_tokenizer
 from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
 from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Source
-from voco_jax.convert.tensors import DTYPES
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import CUSTOM
 from voco_jax.data.from_config import make_model_config, set_processor
 from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import check_is_new, check_space, new_directory
+from voco_jax.io.tensors import DTYPES
 from voco_jax.models.build import abstract_model, init_params
 from voco_jax.models.voco import VoCoConfig
 

@@ -19,8 +19,9 @@ import zlib
 
 import numpy as np
 
-from voco_jax.convert.tensors import BFLOAT16, SourceFile, Tensor, check_shape, raw_tensor, readable
 from voco_jax.errors import UserError
+from voco_jax.io.files import SourceFile, readable
+from voco_jax.io.tensors import BFLOAT16, Tensor, check_shape, raw_tensor
 
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),

@@ -1,11 +1,14 @@
 """The one opener of files that are read, on this machine or in a bucket: regular files only, and of bounded size."""
 
+from collections.abc import Iterator
+import contextlib
 import io
 import os
+from pathlib import Path
 import stat
 from typing import BinaryIO
 
-from voco_jax.errors import UserError
+from voco_jax.errors import UserError, cannot
 from voco_jax.io.paths import AnyPath, as_path, in_bucket
 
 _KINDS = {
@@ -56,3 +59,39 @@ def read_bytes(path: str | AnyPath, most: int | None = None) -> bytes:
 def read_text(path: str | AnyPath, most: int | None = None) -> str:
     """A whole file in UTF-8, as `read_bytes`; UnicodeDecodeError, a ValueError, for any other."""
     return read_bytes(path, most).decode()
+
+
+class SourceFile:
+    """A checkpoint's file, open for as long as one of its tensors is there: the bytes that are read are of the file
+    whose header was, though another may have taken its name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with readable(path):
+            self.stream = open_regular(path)
+            self.size = os.fstat(self.stream.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """UserError where there are not so many bytes."""
+        content = bytearray(length)
+        self.read_into(memoryview(content), offset)
+        return bytes(content)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill a view of bytes; several threads may. UserError as above."""
+        done = 0
+        while done < len(view):
+            with readable(self.path):
+                count = os.preadv(self.stream.fileno(), [view[done:]], offset + done)
+            if not count:
+                raise UserError(f"{self.path}: truncated: expected {len(view)} bytes at {offset}, found {done}")
+            done += count
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """UserError or TryAgain for an error of the disk or of permissions, which says nothing of what the file holds."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot(f"{path}: cannot be read", error) from None

@@ -21,7 +21,7 @@ import jax
 
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
-from voco_jax.progress import log
+from voco_jax.terminal import log
 
 # In the order in which they are told. 'setup' is all that belongs to no other: set-up, restoring, tidying up.
 CATEGORIES = ("steps", "setup", "compile", "data", "checkpoint", "evaluation", "profile", "lost")

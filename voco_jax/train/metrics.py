@@ -17,7 +17,8 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.paths import exists
 from voco_jax.optim import make_schedule
-from voco_jax.progress import Progress, describe, log
+from voco_jax.progress import Progress, describe
+from voco_jax.terminal import log
 from voco_jax.train.goodput import Goodput
 from voco_jax.train.tensorboard import EventFile, write_all
 

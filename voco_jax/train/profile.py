@@ -15,7 +15,7 @@ import threading
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.progress import log
+from voco_jax.terminal import log
 from voco_jax.train.goodput import Goodput
 
 

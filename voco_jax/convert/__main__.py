@@ -1,0 +1,201 @@
+"""Weights in and out, streamed: PyTorch and Hugging Face checkpoints to runs of voco_jax, and back.
+
+    voco convert inspect SRC
+    voco convert to-jax SRC DST
+    voco convert to-jax DST --llm DIR --vision-tower DIR --projector mm_projector.bin
+    voco convert to-hf RUN DST --format voco
+    voco convert merge RUN DST
+    voco convert verify A B
+    voco convert check-logits --checkpoint RUN --golden golden.npz
+
+SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LlavaForConditionalGeneration directory, a Llama
+directory, a Llama GGUF file, or a LoRA adapter (with --base). Nothing in it is ever run, and nothing is written until
+all of it is understood.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+import shlex
+import signal
+import sys
+
+import numpy as np
+
+from voco_jax.convert import golden
+from voco_jax.convert.inspect import describe, describe_run
+from voco_jax.convert.merge import merge
+from voco_jax.convert.sources import Source, open_parts, open_source
+from voco_jax.convert.to_hf import WRITTEN, parse_size, to_hf
+from voco_jax.convert.to_jax import Options, to_jax
+from voco_jax.convert.verify import open_side, verify
+from voco_jax.data.conversations import TEMPLATES
+from voco_jax.data.sources.roots import path_here
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.io.tensors import DTYPES
+from voco_jax.terminal import printable
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vision-tower", type=path_here, metavar="DIR", help="CLIP directory, where SRC only names its own"
+    )
+    parser.add_argument(
+        "--base", type=path_here, metavar="DIR", help="of a LoRA adapter: the checkpoint it was trained on"
+    )
+    parser.add_argument(
+        "--ignore-key", action="append", default=[], metavar="KEY", help="of a config: unknown here, and harmless"
+    )
+    parser.add_argument("--llm", type=path_here, metavar="DIR", help="instead of SRC: a Llama directory or GGUF file")
+    parser.add_argument("--projector", type=path_here, metavar="FILE", help="with --llm: mm_projector.bin")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("inspect", help="format, configuration, tensors, and what is missing or unknown")
+    command.add_argument("paths", nargs="*", metavar="SRC", type=path_here)
+    add_source_options(command)
+
+    command = commands.add_parser("to-jax", help="a run directory from a PyTorch or Hugging Face checkpoint")
+    command.add_argument("paths", nargs="+", metavar="[SRC] DST", type=path_here)
+    add_source_options(command)
+    command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    command.add_argument("--voco-init", choices=("normal", "mean"), default="mean", help="rows of <voco>, where new")
+    command.add_argument(
+        "--num-voco-tokens", type=int, metavar="K", help="an image (default 1; released code: 2; with 'none' 0)"
+    )
+    command.add_argument("--compressor", choices=("voco", "none"), default="voco", help="none: plain LLaVA")
+    command.add_argument("--template", choices=tuple(TEMPLATES), help="prompt (default: see docs/converting.md)")
+    command.add_argument("--tokenizer", type=path_here, metavar="DIR", help="default: the tokenizer in SRC")
+    command.add_argument("--init-missing", action="store_true", help="draw a missing projector or vision tower")
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    command.add_argument(
+        "--vocab-multiple",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary to shard (default 128; 1: none)",
+    )
+
+    command = commands.add_parser("to-hf", help="a PyTorch checkpoint from a run directory")
+    command.add_argument("run", type=path_here)
+    command.add_argument("destination", type=path_here, metavar="DST")
+    command.add_argument("--format", choices=WRITTEN, required=True)
+    command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    command.add_argument("--max-shard-size", default="5GB", help="default 5GB")
+
+    command = commands.add_parser("merge", help="a plain run from a run that was trained with LoRA")
+    command.add_argument("run", type=path_here)
+    command.add_argument("destination", type=path_here, metavar="DST")
+
+    command = commands.add_parser("verify", help="compare two checkpoints of any formats tensor by tensor")
+    command.add_argument("a", type=path_here, metavar="A")
+    command.add_argument("b", type=path_here, metavar="B")
+    command.add_argument("--vision-tower", type=path_here, metavar="DIR", help="of whichever only names its own")
+    command.add_argument("--base", type=path_here, metavar="DIR", help="of whichever is a LoRA adapter")
+    command.add_argument("--ignore-key", action="append", default=[], metavar="KEY", help="as of to-jax")
+    command.add_argument(
+        "--allow-more-rows", action="store_true", help="one may have rows for added tokens that the other has not"
+    )
+
+    command = commands.add_parser("check-logits", help="compare a run with values recorded from the released code")
+    command.description = golden.__doc__
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("--checkpoint", type=path_here, required=True, help="run directory, as to-jax writes")
+    command.add_argument("--golden", type=path_here, required=True, metavar="FILE.npz")
+    command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default 1e-4)")
+    return parser
+
+
+def source_of(args: argparse.Namespace, paths: list[Path]) -> Source:
+    """SRC, or the parts that take its place."""
+    if args.llm is None:
+        if len(paths) != 1:
+            raise UserError(f"{args.command}: expected one SRC, or --llm; found {len(paths)}")
+        if args.projector is not None:
+            raise UserError("--projector: expected with --llm only")
+        return open_source(paths[0], args.vision_tower, args.base, args.ignore_key)
+    if paths:
+        raise UserError(f"{args.command}: expected SRC or --llm, found both")
+    if args.base is not None:
+        raise UserError("--base: expected with SRC, a LoRA adapter; found it with --llm")
+    return open_parts(args.llm, args.vision_tower, args.projector, args.ignore_key)
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `arguments` None: those of the command line."""
+    args = make_parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is tidied up on the way out
+    if args.command == "inspect" and len(args.paths) == 1 and (args.paths[0] / "checkpoints").is_dir():
+        print(describe_run(args.paths[0]))
+    elif args.command == "inspect":
+        report, understood = describe(source_of(args, args.paths))
+        print(report)
+        sys.exit(0 if understood else 2)
+    elif args.command == "to-jax":
+        *sources, destination = args.paths
+        source = source_of(args, sources)
+        least = 0 if args.compressor == "none" else 1
+        if args.num_voco_tokens is not None and args.num_voco_tokens < least:
+            raise UserError(f"--num-voco-tokens: expected at least {least}, found {args.num_voco_tokens}")
+        if args.vocab_multiple < 1:
+            raise UserError(f"--vocab-multiple: expected at least 1, found {args.vocab_multiple}")
+        options = Options(
+            args.dtype,
+            args.voco_init,
+            args.num_voco_tokens,
+            args.compressor,
+            args.init_missing,
+            args.seed,
+            args.vocab_multiple,
+            args.template,
+        )
+        warn(to_jax(source, destination, args.tokenizer, options))
+        run = shlex.quote(str(destination))
+        print(f"written: {destination} (ask it: python -m voco_jax.ask --run {run} --image FILE QUESTION)")
+    elif args.command == "to-hf":
+        warn(to_hf(args.run, args.destination, args.format, args.dtype, parse_size(args.max_shard_size)))
+        print(f"written: {args.destination}")
+    elif args.command == "merge":
+        merge(args.run, args.destination)
+        print(f"written: {args.destination}")
+    elif args.command == "verify":
+        compare(args)
+    else:
+        check_logits(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    a, b = (open_side(path, args.vision_tower, args.base, args.ignore_key) for path in (args.a, args.b))
+    result = verify(a, b, allow_more_rows=args.allow_more_rows)
+    for line in result.notes + result.problems:
+        print(printable(line))
+    print(f"{result.identical} of {result.tensors} tensors are identical")
+    if result.where:
+        print(f"worst difference: {result.worst:.3g} in {printable(result.where)}")
+    sys.exit(0 if result.equal else 1)
+
+
+def check_logits(args: argparse.Namespace) -> None:
+    worst, agree = 0.0, True
+    for line in golden.check(args.checkpoint, golden.load(args.golden), str(args.golden)):
+        print(printable(line.what) + ("" if line.worst is None else f": worst difference {line.worst:.3g}"))
+        worst = worst if line.worst is None else float(np.maximum(worst, line.worst))  # passes NaN on
+        agree = agree and line.agrees
+    passed = worst <= args.tolerance and agree
+    print(f"worst difference {worst:.3g}, tolerance {args.tolerance:g}: {'passed' if passed else 'FAILED'}")
+    sys.exit(0 if passed else 1)
+
+
+def warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
