@@ -4,4 +4,4 @@
 from voco_jax.convert.check_logits import main
 
 if __name__ == "__main__":
-    main(["check-logits", *sys.argv[1:]])
+    main()

@@ -6,7 +6,6 @@
     voco convert to-hf RUN DST --format voco
     voco convert merge RUN DST
     voco convert verify A B
-    voco convert check-logits --checkpoint RUN --golden golden.npz
 
 SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LlavaForConditionalGeneration directory, a Llama
 directory, a Llama GGUF file, or a LoRA adapter (with --base). Nothing in it is ever run, and nothing is written until
@@ -14,15 +13,11 @@ all of it is understood.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 import shlex
 import signal
 import sys
 
-import numpy as np
-
-from voco_jax.convert import golden
 from voco_jax.convert.inspect import describe, describe_run
 from voco_jax.convert.merge import merge
 from voco_jax.convert.sources import Source, open_parts, open_source
@@ -101,13 +96,6 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--allow-more-rows", action="store_true", help="one may have rows for added tokens that the other has not"
     )
-
-    command = commands.add_parser("check-logits", help="compare a run with values recorded from the released code")
-    command.description = golden.__doc__
-    command.formatter_class = argparse.RawDescriptionHelpFormatter
-    command.add_argument("--checkpoint", type=path_here, required=True, help="run directory, as to-jax writes")
-    command.add_argument("--golden", type=path_here, required=True, metavar="FILE.npz")
-    command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default 1e-4)")
     return parser
 
 
@@ -127,9 +115,8 @@ def source_of(args: argparse.Namespace, paths: list[Path]) -> Source:
 
 
 @one_line_errors
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; `arguments` None: those of the command line."""
-    args = make_parser().parse_args(arguments)
+def main() -> None:
+    args = make_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is tidied up on the way out
     if args.command == "inspect" and len(args.paths) == 1 and (args.paths[0] / "checkpoints").is_dir():
         print(describe_run(args.paths[0]))
@@ -164,10 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "merge":
         merge(args.run, args.destination)
         print(f"written: {args.destination}")
-    elif args.command == "verify":
-        compare(args)
     else:
-        check_logits(args)
+        compare(args)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -179,17 +164,6 @@ def compare(args: argparse.Namespace) -> None:
     if result.where:
         print(f"worst difference: {result.worst:.3g} in {printable(result.where)}")
     sys.exit(0 if result.equal else 1)
-
-
-def check_logits(args: argparse.Namespace) -> None:
-    worst, agree = 0.0, True
-    for line in golden.check(args.checkpoint, golden.load(args.golden), str(args.golden)):
-        print(printable(line.what) + ("" if line.worst is None else f": worst difference {line.worst:.3g}"))
-        worst = worst if line.worst is None else float(np.maximum(worst, line.worst))  # passes NaN on
-        agree = agree and line.agrees
-    passed = worst <= args.tolerance and agree
-    print(f"worst difference {worst:.3g}, tolerance {args.tolerance:g}: {'passed' if passed else 'FAILED'}")
-    sys.exit(0 if passed else 1)
 
 
 def warn(warnings: list[str]) -> None:

@@ -1,16 +1,8 @@
-"""Does a converted checkpoint compute what the released code computes? A run is compared with recorded values.
-
-The golden file holds, for rows i = 0, 1, …: `rows{i}`, token ids in the released layout (-200 for the image); `images`
-[rows, 3, size, size], pixel values; `logits{i}`, the logits from the first token after the image on; and `gen`
-[rows, n], greedy tokens. `features` [rows, patches, width], if there, are the projected image features.
-Exit status 1 beyond the tolerance or where greedy tokens differ.
-"""
+"""Recorded values of the released code against a run of ours (`tools/check_logits.py`)."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
 from pathlib import Path
-import zipfile
-import zlib
 
 from flax import nnx
 import jax.numpy as jnp
@@ -21,7 +13,6 @@ from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import greedy
-from voco_jax.io.files import open_regular
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read, VoCoConfig, VoCoLlama
 
@@ -35,21 +26,6 @@ class Line:
     what: str
     worst: float | None = None
     agrees: bool = True
-
-
-# What numpy and zipfile raise for a file that they have not written
-_DAMAGE = (
-    OSError, EOFError, RuntimeError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-
-
-def load(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a golden file. UserError for what is no npz file."""
-    try:
-        with open_regular(file) as stream, np.load(stream, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except _DAMAGE as error:
-        raise UserError(f"{file}: not a readable npz file: {error}") from None
 
 
 def check(run_directory: Path, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Line]:
