@@ -34,6 +34,7 @@ from voco_jax.infer.memory_format import (
     same_head,
     tensors_of,
 )
+from voco_jax.io.atomic import open_for_writing
 from voco_jax.io.files import open_regular
 from voco_jax.io.locks import locked
 from voco_jax.io.paths import as_path, file_state, state_of
@@ -184,10 +185,10 @@ class MemoryFile:
     def _fill(self, opened: "_Opened", piece: dict[str, np.ndarray], which: Sequence[int], first: int) -> None:
         """Read some pictures' tokens from the `first` on into arrays [n, tokens, …], all of them contiguous; Damaged
         where their checksums are others."""
-        layout, offsets = self._contents.layout, self._contents.layout.offsets()
+        layout, entries = self._contents.layout, self._contents.layout.entries()
         for name, array in piece.items():
             rows, of_token = array.reshape(len(which), -1).view(np.uint8), layout.bytes_of(name)
-            begin = self._contents.head_bytes + offsets[name][0] + first * of_token
+            begin = self._contents.head_bytes + entries[name].begin + first * of_token
             for i, end in _runs(which, array.shape[1] == self.num_tokens):
                 opened.read_into(rows[i:end].reshape(-1), begin + which[i] * self.num_tokens * of_token)
         tensors = {name: array for name, array in piece.items() if name != "checksums"}
@@ -311,31 +312,22 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
             text += line_of(item)
             num += 1
     layout = Layout((num, *shape), dtype, len(text))
-    temporary = real.with_name(f".{real.name}.new")
-    if temporary.is_dir():
-        raise UserError(f"{temporary}: expected a file, found a directory")
+    head, entries = header(layout, model, text), layout.entries()
     try:
-        head = header(layout, model, text)
-        temporary.unlink(missing_ok=True)  # of a process that was killed
-        with open(temporary, "xb") as stream:
+        with open_for_writing(real) as stream:
             stream.write(head)
             done = 0
             for bank in _banks(parts):
                 tensors, lines = tensors_of(bank), list(map(line_of, bank.items))
                 tensors["checksums"] = checksums(tensors, begun(layout, model, lines))
                 for name, array in tensors.items():
-                    stream.seek(len(head) + layout.offsets()[name][0] + done * layout.shape[1] * layout.bytes_of(name))
+                    stream.seek(len(head) + entries[name].begin + done * layout.shape[1] * layout.bytes_of(name))
                     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
                 done += len(bank)
-            stream.seek(len(head) + layout.offsets()["items"][0])
+            stream.seek(len(head) + entries["items"].begin)
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(real)
     except OSError as error:
         raise cannot(f"{real}: the memory file cannot be written", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _kind(parts: Sequence[Part]) -> tuple[str, tuple[tuple[int, ...], np.dtype]]:

@@ -22,20 +22,16 @@ import re
 import struct
 import zlib
 
-import ml_dtypes
 import numpy as np
 
 from voco_jax.data.records import shown
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item, MemoryBank
+from voco_jax.io.safetensors import DTYPES, NAMES, Entry, framed, header_text, parse_header, place
 
 VERSION = "2"  # that is written
 _FORMAT = "voco_jax.memory"
-OF_MEMORIES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
-    "I8": np.dtype(np.int8),
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in OF_MEMORIES.items()} | {np.dtype(np.uint32): "U32", np.dtype(np.uint8): "U8"}
+OF_MEMORIES = {name: DTYPES[name] for name in ("BF16", "F16", "F32", "I8")}
 # What no honest file has more of
 _LONGEST_HEADER = 1 << 16  # bytes, without the items of version 1
 _LONGEST_ITEMS_1 = 1 << 30  # bytes, in a header of version 1
@@ -67,22 +63,14 @@ class Layout:
             tensors |= {f"{name}_scales": (np.dtype(np.float32), self.shape[:4]) for name in ("keys", "values")}
         return tensors | {"checksums": (np.dtype(np.uint32), self.shape[:2])}
 
-    @property
-    def _all(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    def entries(self) -> dict[str, Entry]:
+        """The tensors as the file's header has them, first byte and end counted from the end of the header on."""
         items = {} if self.items_bytes is None else {"items": (np.dtype(np.uint8), (self.items_bytes,))}
-        return self.tensors | items
-
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """First byte and end of each tensor, from the end of the header on."""
-        offsets, end = {}, 0
-        for name, (dtype, shape) in self._all.items():
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            offsets[name] = begin, end
-        return offsets
+        return place((name, dtype, shape) for name, (dtype, shape) in (self.tensors | items).items())
 
     @property
     def size(self) -> int:
-        return max(end for _, end in self.offsets().values())
+        return max(entry.end for entry in self.entries().values())
 
     def bytes_of(self, name: str) -> int:
         """Of one token in a tensor."""
@@ -93,14 +81,6 @@ class Layout:
     def token_bytes(self) -> int:
         """Of one token in all tensors."""
         return sum(map(self.bytes_of, self.tensors))
-
-    def described(self) -> dict[str, dict]:
-        """As safetensors has it."""
-        offsets = self.offsets()
-        return {
-            name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(offsets[name])}
-            for name, (dtype, shape) in self._all.items()
-        }
 
 
 def is_shape(shape: Sequence) -> bool:
@@ -175,7 +155,7 @@ def line_of(item: Item) -> bytes:
 
 def begun(layout: Layout, model: str, lines: Sequence[bytes]) -> list[int]:
     """Checksums of what each picture is of: those of its tokens go on from them."""
-    about = zlib.crc32(json.dumps([model, _NAMES[layout.dtype], *layout.shape[1:]]).encode() + b"\n")
+    about = zlib.crc32(json.dumps([model, NAMES[layout.dtype], *layout.shape[1:]]).encode() + b"\n")
     return [zlib.crc32(line, about) for line in lines]
 
 
@@ -217,10 +197,10 @@ class Contents:
 
 def header(layout: Layout, model: str, items: bytes) -> bytes:
     """All before the tensors. UserError where the model's name is longer than any."""
-    text = _header(layout, model, f"{zlib.crc32(items):08x}")
+    text = framed(_header(layout, model, f"{zlib.crc32(items):08x}"))
     if len(text) > _LONGEST_HEADER:
         raise UserError(f"model: expected a fingerprint, found text of {len(model)} characters")
-    return struct.pack("<Q", len(text)) + text
+    return text
 
 
 def _header(layout: Layout, model: str, items: str, version: str = VERSION, checksum: str | None = None) -> bytes:
@@ -229,10 +209,9 @@ def _header(layout: Layout, model: str, items: str, version: str = VERSION, chec
         "format": _FORMAT, "version": version, "model": model, "tokens": str(layout.shape[1]),
         "layers": str(layout.shape[2]), "items": items,
     }  # fmt: skip
-    header = {"__metadata__": metadata} | layout.described()
-    metadata["checksum"] = f"{zlib.crc32(json.dumps(header).encode()):08x}" if checksum is None else checksum
-    text = json.dumps(header).encode()
-    return text + b" " * (-len(text) % 8)
+    entries = layout.entries()
+    metadata["checksum"] = f"{zlib.crc32(header_text(metadata, entries)):08x}" if checksum is None else checksum
+    return header_text(metadata, entries)
 
 
 _BEGINNING = re.compile(rb'\{"__metadata__": \{"format": "%s", "version": "([^"\\]{1,20})", ' % _FORMAT.encode())
@@ -264,11 +243,11 @@ def _read_2(file, read: Read, length: int, size: int) -> Contents:
         raise Damaged(_CHANGED)
     text = bytes(read(8, length))
     layout, model, metadata = _parsed(text, of_version_1=False)
-    if text != _header(layout, model, metadata["items"]):  # also where one letter of a name is another
+    # Also where one letter of a name is another
+    if struct.pack("<Q", length) + text != framed(_header(layout, model, metadata["items"])):
         raise Damaged(_CHANGED)
     _check_size(layout, length, size)
-    begin, end = (8 + length + offset for offset in layout.offsets()["items"])
-    items = _read_text(read, begin, end - begin)
+    items = _read_text(read, 8 + length + layout.entries()["items"].begin, layout.items_bytes)
     num, checksum = items.count(b"\n"), f"{zlib.crc32(items):08x}"
     if checksum != metadata["items"] or num != layout.shape[0] or items and items[-1] != 10:
         raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
@@ -294,7 +273,7 @@ def _read_1(file, read: Read, length: int, size: int) -> Contents:
     without_items = bytes(text[:begin] + text[end:])
     layout, model, metadata = _parsed(without_items, of_version_1=True)
     checksum = metadata["checksum"]
-    expected = _header(layout, model, "", "1", checksum).rstrip(b" ")
+    expected = _header(layout, model, "", "1", checksum)
     spaces = len(without_items) - len(expected)
     rest = end + len(_AFTER_ITEMS_1) + len(checksum)  # from the quotation mark that ends it
     sum_ = zlib.crc32(text[rest : length - spaces], zlib.crc32(memoryview(text)[:end]))
@@ -329,21 +308,14 @@ def _digest(length: int, text: bytes | bytearray) -> bytes:
 def _parsed(text: bytes, of_version_1: bool) -> tuple[Layout, str, dict]:
     """Layout, model and metadata of a short header, which is not compared yet with the one of this content."""
     try:
-        header = json.loads(text)
-        metadata, keys = header["__metadata__"], header["keys"]
-        shape, dtype = keys["shape"], keys["dtype"]
-        if not all(isinstance(metadata[name], str) for name in ("model", "items", "checksum")):
+        metadata, entries = parse_header(text)
+        keys, model = entries["keys"], metadata["model"]
+        items_bytes = None if of_version_1 else entries["items"].shape[0]
+        if not is_shape(keys.shape) or not {"items", "checksum"} <= metadata.keys():
             raise ValueError
-        if not is_shape(shape) or not isinstance(dtype, str) or dtype not in OF_MEMORIES:
-            raise ValueError
-        items_bytes = None
-        if not of_version_1:
-            (items_bytes,) = header["items"]["shape"]
-            if type(items_bytes) is not int or items_bytes < 0:
-                raise ValueError
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return Layout(keys.shape, OF_MEMORIES[keys.dtype], items_bytes), model, metadata
+    except (ValueError, LookupError):
         raise Damaged(_CHANGED) from None
-    return Layout(tuple(shape), OF_MEMORIES[dtype], items_bytes), metadata["model"], metadata
 
 
 def _check_size(layout: Layout, length: int, size: int) -> None:
