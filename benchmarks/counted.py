@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 import numpy as np
 
-from voco_jax.data.conversations import TEMPLATES, Encoder, Sample
+from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.models.build import abstract_model
 from voco_jax.models.flops import compress_forward, head_forward, layers_forward, projector_forward, vision_forward
@@ -53,7 +54,7 @@ def tokenizer():
 def encoder(config: VoCoConfig, template: str) -> Encoder:
     """Prompts as the package lays them out: VoCo tokens, or LLaVA's picture among the text."""
     compressed, places = config.compressor == "voco", config.num_visual_tokens
-    return Encoder(tokenizer(), TEMPLATES[template], places if compressed else 0, places, compressed)
+    return Encoder(tokenizer(), CHAT_TEMPLATES[template], places if compressed else 0, places, compressed)
 
 
 def with_compressor(config: VoCoConfig, compressor: str) -> VoCoConfig:

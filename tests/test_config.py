@@ -12,6 +12,7 @@ from tests.helpers.commands import run_main
 import voco_jax
 from voco_jax import __main__ as commands
 from voco_jax.__main__ import COMMANDS
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.command_line import parse_command_line, parse_flags
 from voco_jax.config import (
     GROUPS_AND_KEYS,
@@ -26,7 +27,6 @@ from voco_jax.config import (
     with_earlier_values,
 )
 from voco_jax.config_keys import SOURCE_KEYS
-from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
 from voco_jax.models import presets
 from voco_jax.models.llama import RopeScaling
@@ -220,7 +220,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(capsys):
         assert f"--config.{key}=" in text and meant[key].split()[-1] in text
     assert "--config.optim.learning_rate=0.001" in text and meant["optim.learning_rate"].endswith("after the warm-up")
     assert meant["train.compress_gradients"].startswith("Whether gradients go through the compress stream. False: im")
-    assert all(template in text for template in TEMPLATES) and all(kind in text for kind in SOURCE_KEYS)
+    assert all(template in text for template in CHAT_TEMPLATES) and all(kind in text for kind in SOURCE_KEYS)
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -21,9 +21,9 @@ from absl import flags
 import ml_collections
 from ml_collections import ConfigDict, config_flags
 
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.config import GROUPS_AND_KEYS, KEYS, SOURCES, default_config, find_problem, flatten, one_line, unknown_key
 from voco_jax.config_keys import SOURCE_KEYS
-from voco_jax.data.conversations import TEMPLATES
 from voco_jax.errors import UserError
 from voco_jax.keys import Key, in_one_line, type_in_words
 
@@ -290,7 +290,7 @@ def help_text(about: str, values: flags.FlagValues) -> str:
         "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
     ]
     lines += _columns([(kind, ", ".join([*keys, "weight"])) for kind, keys in SOURCE_KEYS.items()], width)
-    lines += ["", f"Templates: {', '.join(TEMPLATES)}, custom"]
+    lines += ["", f"Templates: {', '.join(CHAT_TEMPLATES)}, custom"]
     return "\n".join(lines)
 
 

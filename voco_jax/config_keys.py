@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from voco_jax.chat_templates import ChatTemplate
 from voco_jax.keys import DEFAULT, key
 from voco_jax.models import presets
 from voco_jax.models.linear import LoRAConfig
@@ -79,13 +80,13 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateConfig:
-    system: str = key("", "before the first turn")
-    user: str = key("USER: ", "before a question")
-    assistant: str = key(" ASSISTANT:", "after a question")
-    answer: str = key(" ", "before an answer")
-    end: str = key("{eos}", "after an answer")
-    image: str = key("<image>", "an image before a question, and what follows each")
-    after_images: str = key("\n", "after all images before a question")
+    system: str = key(ChatTemplate.system, "before the first turn")
+    user: str = key(ChatTemplate.user, "before a question")
+    assistant: str = key(ChatTemplate.assistant, "after a question")
+    answer: str = key(ChatTemplate.answer, "before an answer")
+    end: str = key(ChatTemplate.end, "after an answer")
+    image: str = key(ChatTemplate.image, "an image before a question, and what follows each")
+    after_images: str = key(ChatTemplate.after_images, "after all images before a question")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,13 @@ from tests.convert.test_convert import convert  # noqa: F401 (a fixture)
 from tests.convert.test_convert_parity import make_llava
 import voco_jax
 from voco_jax.api import Request
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.config import default_config, find_problem, load_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.sources import Source
 from voco_jax.convert.to_jax import Options, set_template
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import template_of
 from voco_jax.data.tokenizer import load_tokenizer
 
@@ -262,7 +263,7 @@ def test_the_end_of_a_turn_is_its_own_token(tokenizer_dir):
 def test_a_prompt_of_llavas_own_code(llama_tokenizer, tokenizer_dir):
     """Its code tokenizes what follows an image by itself, which for this tokenizer begins with `▁`. Exported, the chat
     template gives transformers these ids; and taken back, it asks with them."""
-    encoder = Encoder(llama_tokenizer, TEMPLATES["llava_v1"], 0, PATCHES, compressed=False, verbatim=True)
+    encoder = Encoder(llama_tokenizer, CHAT_TEMPLATES["llava_v1"], 0, PATCHES, compressed=False, verbatim=True)
     question = "What is it?\nSay a word."
     values = (encoder.question(question, 1), ("A bus.",), ("Why?",))
     ours = ids_of(encoder.encode(turns(*values), 1))
@@ -301,6 +302,6 @@ def test_a_prompt_of_llavas_own_code(llama_tokenizer, tokenizer_dir):
 def test_a_chat_template_that_cannot_be_followed(tokenizer_dir, template, message):
     directory = tokenizer_dir("4.36", template)
     encoder, (warning,) = encoder_of(directory)
-    assert encoder.template == TEMPLATES["llava_v1"]
+    assert encoder.template == CHAT_TEMPLATES["llava_v1"]
     assert "chat_template.jinja: a chat template that cannot be followed (" in warning and re.search(message, warning)
     assert warning.endswith("the prompt is llava_v1's; --template chooses another") and "\n" not in warning

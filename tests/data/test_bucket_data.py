@@ -13,8 +13,9 @@ from tests.helpers.commands import run_main
 from tests.helpers.record_lists import data_config, make_batches
 from tools import convert_weights
 from voco_jax import compress, evaluate, memory
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.config import default_config, source, sources
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import load_image
 from voco_jax.data.media import NEITHER, PICTURE, VIDEO, kind_of
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, Clip
@@ -66,7 +67,9 @@ def open_both(root):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_same_batches_as_from_a_disk(server, files, small_tokenizer, tmp_path, workers):
     """Pictures and videos, loaded by threads and by worker processes."""
-    encoder = Encoder(small_tokenizer, TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
+    encoder = Encoder(
+        small_tokenizer, CHAT_TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2, compressed=True
+    )
     data = data_config(batch_size=1, images_per_pack=8, rows_per_pack=2, row_length=256, conversations_per_record=0)
     here = make_batches(open_both(files), encoder, data, tmp_path, size=16)
     data.num_workers = workers

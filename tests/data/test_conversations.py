@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from voco_jax.chat_templates import CHAT_TEMPLATES, get_chat_template
 from voco_jax.data.control_tokens import ControlTokens, Piece
-from voco_jax.data.conversations import TEMPLATES, ConversationError, Encoder, get_template
+from voco_jax.data.conversations import ConversationError, Encoder
 from voco_jax.data.tokenizer import VOCO_TOKEN, add_voco_token, load_tokenizer, prompt_ids
 from voco_jax.errors import UserError
 
@@ -24,7 +25,7 @@ def turns(*values):
 
 
 def encoder(tokenizer, template="voco_v1", voco=2, compressed=True, patches=3):
-    return Encoder(tokenizer, TEMPLATES[template], voco, voco if compressed else patches, compressed)
+    return Encoder(tokenizer, CHAT_TEMPLATES[template], voco, voco if compressed else patches, compressed)
 
 
 def text(tokenizer, sample, keep=None) -> str:
@@ -97,10 +98,11 @@ def test_plain_is_captions_alone(small_tokenizer, voco, expected):
 
 
 def test_video_prompt_of_the_released_code():
-    assert get_template("voco_video").system.startswith("A chat between a curious user and an artificial intelligence")
-    assert "of the video." in get_template("voco_video").system
+    system = get_chat_template("voco_video").system
+    assert system.startswith("A chat between a curious user and an artificial intelligence")
+    assert "of the video." in system
     with pytest.raises(UserError, match="template: expected one of voco_v1, .*; found 'vicuna'"):
-        get_template("vicuna")
+        get_chat_template("vicuna")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_a_text_row_may_speak_of_markers(small_tokenizer):
 
 
 def test_verbatim_is_where_it_stands(small_tokenizer):
-    e = Encoder(small_tokenizer, TEMPLATES["bare"], 0, 3, compressed=False, verbatim=True)
+    e = Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], 0, 3, compressed=False, verbatim=True)
     sample = e.encode(turns("is\n<image> red?", "a\ncat", "and <image>?", "it is"), 2)
     assert text(small_tokenizer, sample, sample.slot_index < 0) == (
         "USER: is\n red? ASSISTANT: a\ncat</s>USER: and ? ASSISTANT: it is</s>"

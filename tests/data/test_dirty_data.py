@@ -23,8 +23,9 @@ from PIL import Image
 import pytest
 
 from tests.helpers.record_lists import ListSource, data_config, greys, make_batches, plain_picture
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.config import default_config, source, sources
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor, load_image
 from voco_jax.data.index import make_index
 from voco_jax.data.records import BadRecord, Picture, Record
@@ -524,7 +525,7 @@ def test_pictures_without_a_name(small_tokenizer, tmp_path):
     pictures = [dataclasses.replace(plain_picture(grey), name="") for grey in (10, 20, 10)]
     records = [Record([p], conversations=[turns("<image>\nwhat?", "a cat")]) for p in pictures]
     data = data_config(batch_size=1, rows_per_pack=1, row_length=100, images_per_pack=4)
-    encoder = Encoder(small_tokenizer, TEMPLATES["bare"], 1, 1, True)
+    encoder = Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], 1, 1, True)
     batch = next(make_batches([ListSource(records)], encoder, data, tmp_path))
     assert sorted(greys(batch)[0]) == [0, 0, 10, 20] and batch["segment_ids"].max() == 3
 
@@ -566,7 +567,7 @@ def test_threads_at_an_epochs_border(small_tokenizer, tmp_path, monkeypatch):
     """Threads that ask for packs of epochs not planned yet plan each of them once."""
     records = [Record(conversations=[turns(f"what is {i}?", "a cat")]) for i in range(4)]
     data = data_config(batch_size=1, rows_per_pack=1, row_length=30, images_per_pack=0)
-    encoder = Encoder(small_tokenizer, TEMPLATES["bare"], 1, 1, True)
+    encoder = Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], 1, 1, True)
     plan = make_batches([ListSource(records)], encoder, data, tmp_path).loader.plan
     expected = [plan.locate(i) for i in range(12)]
     again = copy.deepcopy(plan)  # as it comes to another process

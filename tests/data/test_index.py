@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import pwd
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.data.test_video import write_clip
 from tests.helpers.record_lists import ListSource, plain_picture, turns
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data import index as index_module
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.index import make_index
 from voco_jax.data.records import DAMAGED, BadRecord, Clip, Record
 from voco_jax.data.samples import SampleMaker
@@ -25,11 +27,23 @@ from voco_jax.io.paths import as_path
 
 @pytest.fixture(scope="module")
 def encoder(small_tokenizer):
-    return Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
+    return Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
 
 
 def maker(encoder, row_length=40, max_images=2):
     return SampleMaker(encoder, row_length, max_images, FrameSampling(4))
+
+
+def test_the_names_of_caches_made_earlier():
+    """A cache of an unchanged data set is found again, by the name that the first versions gave it."""
+    tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: "a tokenizer"))
+    encoder = SimpleNamespace(
+        tokenizer=tokenizer, template=CHAT_TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2,
+        compressed=True, verbatim=False,
+    )  # fmt: skip
+    source = SimpleNamespace(fingerprint=lambda: "a source")
+    name = index_module._cache_file(source, maker(encoder), "/d").name
+    assert name == "index-d9a40448703cf8f62b73d1a7.npz"
 
 
 def test_literally(encoder, tmp_path):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.record_lists import ListSource, data_config, greys, make_batches, plain_picture, turns
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data import pipeline, processes
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.pipeline import default_threads
 from voco_jax.data.records import Picture, Record
 from voco_jax.errors import TryAgain, UserError
@@ -23,7 +24,7 @@ ANSWERS = ["red", "a cat", "it is a red cat"]
 
 @pytest.fixture(scope="module")
 def encoder(small_tokenizer):
-    return Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
+    return Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from tests.helpers.tokenizer_kinds import PREPEND, TEXTS, byte_level, directory, sentencepiece_model
-from voco_jax.data.conversations import Encoder, get_template
+from voco_jax.chat_templates import get_chat_template
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.tokenizer import (
     VOCO_TOKEN,
     add_voco_token,
@@ -191,7 +192,7 @@ def test_a_run_from_before_files_were_compared(llama_json, pieces, tmp_path):
 
 
 def assert_ends_whole(tokenizer):
-    encoder = Encoder(tokenizer, get_template("voco_v1"), 2, 2, True)
+    encoder = Encoder(tokenizer, get_chat_template("voco_v1"), 2, 2, True)
     sample = encoder.encode(TURNS, 1)
     assert ((sample.tokens == tokenizer.eos_token_id) & sample.labels).sum() == 2
     assert (sample.tokens == tokenizer.convert_tokens_to_ids(VOCO_TOKEN)).sum() == 2

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.record_lists import data_config, make_batches
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.records import Clip
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
@@ -21,7 +22,7 @@ NAMES = ("bikes", "carphone_pristine")
 
 @pytest.fixture(scope="module")
 def encoder(small_tokenizer):
-    return Encoder(small_tokenizer, TEMPLATES["voco_video"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
+    return Encoder(small_tokenizer, CHAT_TEMPLATES["voco_video"], 2, 2, compressed=True)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.index import make_index
 from voco_jax.data.records import BadRecord
 from voco_jax.data.samples import SampleMaker
@@ -39,7 +40,7 @@ class JSONRows(Target):
         for name in ("a.png", "b.png"):
             Image.new("RGB", (20, 10), "red").save(directory / name)
         tokenizer = train_tokenizer(["USER: what is it? ASSISTANT: a red bus. hello word\n"] * 9, vocab_size=400)
-        encoder = Encoder(tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
+        encoder = Encoder(tokenizer, CHAT_TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
         self.maker = SampleMaker(encoder, 512, 4, FrameSampling(4))
 
     def case(self, rng: np.random.Generator, directory: Path):

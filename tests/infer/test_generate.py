@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.models.test_two_streams import CONFIG, IMAGES, PATCHES, make
-from voco_jax.data.conversations import TEMPLATES, Encoder
+from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.data.conversations import Encoder
 from voco_jax.infer.engine import GREEDY, Engine
 from voco_jax.infer.generate import greedy
 from voco_jax.models.stack import part_layers
@@ -83,7 +84,7 @@ def test_a_row_that_has_ended_stays_ended():
 @pytest.fixture(scope="module")
 def engine(small_tokenizer):
     llama = dataclasses.replace(CONFIG.llama, vocab_size=len(small_tokenizer))
-    encoder = Encoder(small_tokenizer, TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
+    encoder = Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
     config = dataclasses.replace(CONFIG, llama=llama, voco_token_id=encoder.ids.voco_token_id)
     return Engine(nnx.merge(*make(config)), encoder)
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers import reference
 from tests.helpers.losses import label_loss
-from voco_jax.data.conversations import TEMPLATES, Encoder, Sample
+from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.images import ImageProcessor, load_image
 from voco_jax.data.packing import pack_row
 from voco_jax.infer.generate import greedy
@@ -115,7 +116,9 @@ def test_greedy_tokens_with_a_cache(model, golden, features):
 @pytest.mark.parametrize("index", range(4))
 def test_ids_and_labels_of_conversations(llama_tokenizer, index):
     expected = json.loads((reference.DIRECTORY / "conversations.json").read_text())[index]
-    encoder = Encoder(llama_tokenizer, TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2, compressed=True)
+    encoder = Encoder(
+        llama_tokenizer, CHAT_TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2, compressed=True
+    )
     sample = encoder.encode(expected["conversations"], int(expected["has_image"]))
     before = [*encoder.ids.prefix_ids, -200, *encoder.ids.suffix_ids] if expected["has_image"] else []
     assert before + sample.tokens.tolist() == expected["input_ids"]

@@ -18,13 +18,13 @@ import shlex
 import signal
 import sys
 
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.convert.inspect import describe, describe_run
 from voco_jax.convert.merge import merge
 from voco_jax.convert.sources import Source, open_parts, open_source
 from voco_jax.convert.to_hf import WRITTEN, parse_size, to_hf
 from voco_jax.convert.to_jax import Options, to_jax
 from voco_jax.convert.verify import open_side, verify
-from voco_jax.data.conversations import TEMPLATES
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.tensors import DTYPES
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-voco-tokens", type=int, metavar="K", help="an image (default 1; released code: 2; with 'none' 0)"
     )
     command.add_argument("--compressor", choices=("voco", "none"), default="voco", help="none: plain LLaVA")
-    command.add_argument("--template", choices=tuple(TEMPLATES), help="prompt (default: see docs/converting.md)")
+    command.add_argument("--template", choices=tuple(CHAT_TEMPLATES), help="prompt (default: see docs/converting.md)")
     command.add_argument("--tokenizer", type=path_here, metavar="DIR", help="default: the tokenizer in SRC")
     command.add_argument("--init-missing", action="store_true", help="draw a missing projector or vision tower")
     command.add_argument("--seed", type=int, default=0, help="of what is drawn")

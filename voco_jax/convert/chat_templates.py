@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 
+from voco_jax.chat_templates import EOS, ChatTemplate
 from voco_jax.data.control_tokens import ControlTokens
-from voco_jax.data.conversations import EOS, Encoder, Template
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.tokenizer import VOCO_TOKEN
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError, first_line
@@ -50,7 +51,7 @@ def image_token_of(directory: Path) -> str:
     return token if isinstance(token, str) and token else IMAGE.value
 
 
-def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> Template:
+def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> ChatTemplate:
     """The template that gives what a chat template does; UserError says what in it ours has no place for.
 
     `image_token` is what stands for an image in the chat template.
@@ -71,7 +72,7 @@ def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> 
         raise UserError(f"the first question begins with {begin!r}, a later one with {user!r}")
     image, after_images = render.images(asked, begin, assistant)
     eos = tokenizer.eos_token
-    template = Template(
+    template = ChatTemplate(
         system=begin.removesuffix(user), user=user, assistant=assistant, answer=between.removeprefix(assistant),
         end=end.replace(eos, EOS), image=image, after_images=after_images,
     )  # fmt: skip

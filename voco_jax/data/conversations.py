@@ -3,7 +3,7 @@
 A conversation is LLaVA's list of turns, `[{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", …}]`.
 One image in the first human turn, wherever it stands there, gives the released format:
 
-    <s> image \\n <voco>×K \\n A chat between … USER: What is this? ASSISTANT: A bus.</s>USER: …
+    <s> image \\n <voco>×K \\n {system}{user}What is this?{assistant} A bus.</s>{user}…
 
 What stands before the first `<voco>` belongs to the compress stream (see `models/voco.py`), the rest to the read
 stream. With more images, or one in a later turn, every image stays where it stands, with a newline after its VoCo
@@ -11,75 +11,19 @@ tokens. All other newlines of a conversation with images are dropped, as they ar
 
 Plain LLaVA (compressor 'none' without VoCo tokens) has every image and newline where the text has them:
 
-    <s> A chat between … USER: image \\n What is this? ASSISTANT: A bus.</s>USER: …
+    <s> {system}{user}image \\n What is this?{assistant} A bus.</s>{user}…
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
 
+from voco_jax.chat_templates import EOS, ChatTemplate
 from voco_jax.data.control_tokens import ControlTokens, Piece
 from voco_jax.data.records import NO_ANSWER, WRONG_FORM
 from voco_jax.data.tokenizer import VOCO_TOKEN, prompt_ids
 from voco_jax.data.turns import IMAGE, ConversationError, Marker, Parts, check_turns, parse, text_of
-from voco_jax.errors import UserError
-
-EOS = "{eos}"  # in a template: the tokenizer's end-of-sequence token
-CUSTOM = "custom"  # the template of `config.data.custom_template`
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """The text around the turns, spaces and special tokens included: `system` first; `user` before a question,
-    `assistant` after it; `answer` before an answer where one is there, `end` after it. `image` is an image and what
-    follows each, `after_images` what follows all that stand before a question.
-
-    `plain` is captions alone: `<image>caption\\n`, no roles, every token a label.
-    """
-
-    system: str = ""
-    user: str = "USER: "
-    assistant: str = " ASSISTANT:"
-    answer: str = " "
-    end: str = EOS
-    image: str = IMAGE.value
-    after_images: str = "\n"
-    plain: bool = False
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Those in which control tokens may stand."""
-        return self.system, self.user, self.assistant, self.answer, self.end
-
-
-_HELPFUL = "The assistant gives helpful, detailed, and polite answers to the user's questions."
-_WATCH = (
-    "The assistant carefully watch the video and pay attention to the cause and sequence of events, the detail and "
-    "movement of objects, and the action and pose of persons. Based on {} observations, give the answer that best "
-    "addresses the question."
-)
-_CHAT = "A chat between a curious user and an artificial intelligence assistant"
-
-# Wording exactly as in the released code, slips included: checkpoints were trained on it.
-TEMPLATES = {
-    "voco_v1": Template(f"{_CHAT} of the image. {_HELPFUL} "),
-    "voco_video": Template(f"{_CHAT} of the video. {_HELPFUL} "),
-    "voco_video_events": Template(f"{_CHAT} of the video. {_WATCH.format('his')}\n "),
-    "voco_video_helpful_events": Template(f"{_CHAT} of the video. {_HELPFUL} {_WATCH.format('the')} "),
-    "llava_v1": Template(f"{_CHAT}. {_HELPFUL} "),
-    "bare": Template(),
-    "plain": Template(plain=True),
-}
-
-
-def get_template(name: str, custom: Mapping[str, str] | None = None) -> Template:
-    """By name; `custom` are the texts of the template of that name."""
-    if name == CUSTOM and custom is not None:
-        return Template(**custom)
-    if name not in TEMPLATES:
-        raise UserError(f"template: expected one of {', '.join((*TEMPLATES, CUSTOM))}; found {name!r}")
-    return TEMPLATES[name]
 
 
 @dataclasses.dataclass
@@ -107,7 +51,7 @@ class Encoder:
     """
 
     tokenizer: object
-    template: Template
+    template: ChatTemplate
     num_voco_tokens: int
     num_visual_tokens: int
     compressed: bool
@@ -147,8 +91,8 @@ class Encoder:
     def encode(self, turns: Sequence[dict], num_images: int) -> Sample:
         """Ids, labels and slot indices of a conversation; a turn's 'value' is a row's text, or parts (`turns.py`).
 
-        A last human turn without answer makes a prompt, which ends in `ASSISTANT:`. Every answer of another ends in the
-        token that ends it, a label too. Raises ConversationError.
+        A last human turn without answer makes a prompt, which ends in the template's `assistant`.
+        Every other answer ends in the token that ends it, a label too. Raises ConversationError.
         """
         values = check_turns(turns, num_images)
         if self.template.plain:

@@ -4,8 +4,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from voco_jax.chat_templates import ChatTemplate, get_chat_template
 from voco_jax.config import typed
-from voco_jax.data.conversations import Encoder, Template, get_template
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
@@ -93,6 +94,6 @@ def is_llava(config: ConfigDict) -> bool:
     return config.model.compressor == "none" and not config.model.num_voco_tokens
 
 
-def template_of(config: ConfigDict) -> Template:
+def template_of(config: ConfigDict) -> ChatTemplate:
     """The text around a conversation's turns."""
-    return get_template(config.data.template, config.data.custom_template)
+    return get_chat_template(config.data.template, config.data.custom_template)

@@ -213,7 +213,9 @@ def _cache_file(source, maker: SampleMaker, directory: str | os.PathLike) -> Pat
         encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed, encoder.verbatim,
         maker.row_length, maker.max_images, maker.sampling, maker.timestamps, maker.incomplete,
     )  # fmt: skip
-    return Path(os.path.expanduser(directory)) / f"index-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.npz"
+    # In the names of caches made earlier a ChatTemplate is called Template
+    text = repr(parts).replace(", ChatTemplate(", ", Template(", 1)
+    return Path(os.path.expanduser(directory)) / f"index-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
 
 
 def _save(index: Index, file: Path) -> None:

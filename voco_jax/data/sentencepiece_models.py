@@ -2,12 +2,13 @@
 
 import functools
 
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.errors import UserError
 
 # What prompts hold, and what tokenizers differ in. No text begins with a space: where transformers marks the beginning
 # of a text with a space, it adds no second one, and sentencepiece does.
 TEXTS = (
-    "A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT: It's red.",
+    CHAT_TEMPLATES["llava_v1"].exchange("What is this?", "It's red."),
     "a  b   c    d\ne\n\nf\tg ",
     "0 12 345 6,789.01 (2024-05-06) x!=y",
     "Où est le café? naïve über straße ﬁn ①",

@@ -159,8 +159,8 @@ def make_tokenizer(config: ConfigDict, sources: Sequence, run: Path | None):
     if config.tokenizer.source != "train":
         return load_tokenizer(config.tokenizer.source)
     texts = {text for source in sources for i in range(len(source)) for text in _texts(source, i)}
-    system = template_of(config).system
-    prompts = (f"{system}USER: {text} ASSISTANT: {text}" for text in sorted(texts))
+    template = template_of(config)
+    prompts = (template.exchange(text, text) for text in sorted(texts))
     return train_tokenizer(prompts, config.tokenizer.vocab_size)
 
 
