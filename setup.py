@@ -13,7 +13,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["voco_jax", "voco_jax.*"]),
+    packages=[*find_packages(include=["voco_jax", "voco_jax.*"]), "voco_jax.configs"],
+    package_dir={"voco_jax.configs": "configs"},  # voco_jax/configs.py finds them in a checkout and in a wheel
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.1",
@@ -35,7 +36,10 @@ setup(
         "tqdm>=4.66.3",
         "transformers>=5,<6",
     ],
-    entry_points={"lmms_eval.models": ["voco_jax = voco_jax.eval.lmms:manifest"]},
+    entry_points={
+        "console_scripts": ["voco = voco_jax.__main__:main"],
+        "lmms_eval.models": ["voco_jax = voco_jax.eval.lmms:manifest"],
+    },
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
@@ -43,7 +47,7 @@ setup(
         # lmms-eval wants av < 16 and protobuf < 7, older than `video` and constraints.txt have them: docs/evaluation.md
         "eval": ["easy-vqa==1.0", "lmms-eval>=0.7.3,<0.8", "pytz"],  # pytz: lmms-eval imports it, and does not say so
         "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
-        "gguf": ["gguf>=0.17"],  # tools/convert_weights.py of llama.cpp's files
+        "gguf": ["gguf>=0.17"],  # `voco convert` of llama.cpp's files
         "tensorboard": ["tensorboard>=2.18"],  # to look at what training logs
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "video": ["av>=18,<19"],

@@ -4,8 +4,8 @@ python -m voco_jax.train --config=configs/projector_7b.py --config.init_from=run
 python -m voco_jax.aot --config=configs/projector_7b.py --topology=v5e:4x4
 """
 
-from configs import voco_7b
 from voco_jax.config import source, sources
+from voco_jax.configs import voco_7b
 
 
 def get_config():

@@ -4,7 +4,7 @@ goes, and leaves sheets of answers in runs/small_cpu/answers.
 python -m voco_jax.train --config=configs/small_cpu.py
 """
 
-from configs import easyvqa
+from voco_jax.configs import easyvqa
 
 
 def get_config():

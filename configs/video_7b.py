@@ -7,8 +7,8 @@ python -m voco_jax.train --config=configs/video_7b.py --config.init_from=runs/vo
 python -m voco_jax.aot --config=configs/video_7b.py --topology=v5e:8x8
 """
 
-from configs import voco_7b
 from voco_jax.config import source, sources
+from voco_jax.configs import voco_7b
 
 
 def get_config():

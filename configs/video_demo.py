@@ -3,8 +3,8 @@
 python -m voco_jax.train --config=configs/video_demo.py --config.init_from=runs/video_demo_images
 """
 
-from configs import video_demo_images
 from voco_jax.config import source
+from voco_jax.configs import video_demo_images
 
 
 def get_config():

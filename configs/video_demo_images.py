@@ -4,8 +4,8 @@ python tools/make_video_questions.py data/shape_clips
 python -m voco_jax.train --config=configs/video_demo_images.py
 """
 
-from configs import easyvqa
 from voco_jax.config import source
+from voco_jax.configs import easyvqa
 
 
 def get_config():

@@ -4,8 +4,8 @@ python -m voco_jax.train --config=configs/voco_13b.py --config.init_from=runs/ll
 python -m voco_jax.aot --config=configs/voco_13b.py --topology=v5p:2x2x4
 """
 
-from configs import voco_7b
 from voco_jax.config import llama_preset
+from voco_jax.configs import voco_7b
 
 
 def get_config():

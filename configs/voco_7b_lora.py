@@ -7,7 +7,7 @@ python -m voco_jax.train --config=configs/voco_7b_lora.py --config.init_from=run
 voco convert merge runs/voco_7b_lora runs/voco_7b_merged
 """
 
-from configs import voco_7b
+from voco_jax.configs import voco_7b
 
 
 def get_config():

@@ -5,7 +5,7 @@ python -m voco_jax.aot --config=configs/voco_7b_packed.py --topology=v5p:2x2x2
 python -m voco_jax.train --config=configs/voco_7b_packed.py --config.init_from=runs/llava
 """
 
-from configs import voco_7b
+from voco_jax.configs import voco_7b
 
 
 def get_config():

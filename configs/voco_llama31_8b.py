@@ -5,8 +5,8 @@ voco convert to-jax --llm DIR --vision-tower DIR runs/llama31 --init-missing
 python -m voco_jax.train --config=configs/voco_llama31_8b.py --config.init_from=runs/llama31
 """
 
-from configs import voco_7b
 from voco_jax.config import llama_preset
+from voco_jax.configs import voco_7b
 
 
 def get_config():

@@ -8,10 +8,6 @@ import sys
 from absl import flags
 import pytest
 
-from tests.helpers.commands import run_main
-import voco_jax
-from voco_jax import __main__ as commands
-from voco_jax.__main__ import COMMANDS
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.command_line import parse_command_line, parse_flags
 from voco_jax.config import (
@@ -95,15 +91,25 @@ def test_a_command_with_flags_of_its_own():
 
 
 def test_a_config_file_that_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"--config=FILE is missing, for example --config=configs/easyvqa.py"):
+    with pytest.raises(UserError, match=r"--config=FILE is missing, for example --config=easyvqa"):
         parse()
-    with pytest.raises(UserError, match=r"--config=nothing.py: .* no such file; those of voco_jax are in .*configs$"):
+    with pytest.raises(UserError, match=r"--config=nothing.py: .* one of easyvqa, .*, voco_llama31_8b; found no such"):
         parse("--config=nothing.py")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"--config=easyvqa.py: .* found no such file; did you mean {FILE}.$"):
-        parse("--config=easyvqa.py")
-    with pytest.raises(UserError, match=f"--config={tmp_path}: expected a Python file, found a directory"):
+    with pytest.raises(UserError, match=f"--config={tmp_path}: expected a Python file or one of .*; found a directory"):
         parse(f"--config={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["small_cpu", "small_cpu.py", "configs/small_cpu", "configs/small_cpu.py"])
+def test_a_config_by_its_name(tmp_path, monkeypatch, name):
+    """From any directory, a directory of that name beside it; a file of that path is taken first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small_cpu").mkdir()
+    assert parse(f"--config={name}").workdir == "runs/small_cpu"
+    if name.endswith(".py"):
+        (tmp_path / "configs").mkdir()
+        text = (Path(__file__).parents[1] / "configs" / "easyvqa.py").read_text()
+        (tmp_path / name).write_text(text.replace("runs/easyvqa", "runs/mine"))
+        assert parse(f"--config={name}").workdir == "runs/mine"
 
 
 def test_a_config_file_with_a_mistyped_key(tmp_path):
@@ -370,13 +376,3 @@ def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
     for config in configs:
         typed(config)
     assert len({config.workdir for config in (*configs, default_config())}) == len(files) + 1
-
-
-def test_the_list_of_commands(monkeypatch, capsys):
-    root = Path(voco_jax.__file__).parent
-    modules = [file for file in root.rglob("*.py") if "@one_line_errors\ndef main" in file.read_text()]
-    names = {".".join(file.relative_to(root.parent).with_suffix("").parts) for file in modules}
-    assert set(COMMANDS) == {name.removesuffix(".__main__") for name in names}
-    status, out, _ = run_main(commands, monkeypatch, capsys)
-    assert status == 0 and all(f"python -m {name} " in out for name in COMMANDS)
-    assert run_main(commands, monkeypatch, capsys, "train")[0] == 2

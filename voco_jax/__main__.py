@@ -1,27 +1,48 @@
-"""`python -m voco_jax`: which commands there are."""
+"""`voco COMMAND …`, or `python -m voco_jax COMMAND …`: every command of voco_jax. Only the chosen one is imported."""
 
+import difflib
+import importlib
 import sys
 
+from voco_jax import interrupts
+
+# Name: what runs it, and one line for --help
 COMMANDS = {
-    "voco_jax.train": "train a model by a config file, or go on with it",
-    "voco_jax.train.curves": "draw a run's losses and what else it has logged",
-    "voco_jax.evaluate": "score a run on its test set",
-    "voco_jax.ask": "ask about pictures or a video",
-    "voco_jax.chat": "a conversation about pictures",
-    "voco_jax.compress": "pictures and videos into a memory file",
-    "voco_jax.memory": "list, check and merge memory files",
-    "voco_jax.preview": "draw a training batch",
-    "voco_jax.aot": "does a run fit a TPU slice, and how fast should it be? Asked without a TPU",
+    "train": ("voco_jax.train.__main__:command", "train a model as a config file says, or continue a run"),
+    "curves": ("voco_jax.train.curves:main", "plot the losses and the other logged values of runs"),
+    "evaluate": ("voco_jax.evaluate:main", "score a run on its test set"),
+    "ask": ("voco_jax.ask:main", "ask questions about images or a video"),
+    "chat": ("voco_jax.chat:main", "hold a conversation about images"),
+    "compress": ("voco_jax.compress:main", "compress images and videos into a memory file"),
+    "memory": ("voco_jax.memory:main", "list, check and merge memory files"),
+    "preview": ("voco_jax.preview.__main__:main", "draw a training batch"),
+    "aot": ("voco_jax.aot.__main__:main", "compile a step for a TPU slice: does it fit, how fast should it be?"),
+    "build-records": ("voco_jax.data.shards.__main__:main", "write training records into ArrayRecord shards"),
+    "make-video-questions": ("voco_jax.data.make_video_questions:main", "make the video demo's clips and questions"),
+    "check-logits": ("voco_jax.convert.check_logits:main", "compare a converted checkpoint with recorded values"),
 }
 
 
+def help_text() -> str:
+    lines = [f"  {name:<22}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: voco COMMAND …", "", *lines, "", "voco COMMAND --help explains one of them."])
+
+
 def main() -> None:
-    print("Commands, each with --help:\n")
-    for name, what in COMMANDS.items():
-        print(f"  python -m {name:<24}{what}")
-    print("\nIn Python: voco_jax.load(RUN). Weights of other projects: voco convert --help")
-    if unknown := sys.argv[1:]:
-        sys.exit(0 if unknown[0] in ("-h", "--help") else 2)
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(help_text())
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean 'voco {near[0]}'?" if near else "voco --help lists the commands"
+        print(f"error: {name!r} is not a command of voco; {hint}", file=sys.stderr)
+        sys.exit(2)
+    if not interrupts.listening():
+        interrupts.listen(terminates=name == "train")
+    module, _, function = COMMANDS[name][0].partition(":")
+    sys.argv = [f"voco {name}", *arguments]
+    getattr(importlib.import_module(module), function)()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from absl import flags
 import ml_collections
 from ml_collections import ConfigDict, config_flags
 
+from voco_jax import configs
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.config import GROUPS_AND_KEYS, KEYS, SOURCES, default_config, find_problem, flatten, one_line, unknown_key
 from voco_jax.config_keys import SOURCE_KEYS
@@ -52,7 +53,7 @@ def parse_flags(
     names = sorted(values)
     _check_names(rest, names)
     if file is None:
-        raise UserError("command line: --config=FILE is missing, for example --config=configs/easyvqa.py")
+        raise UserError("command line: --config=FILE is missing, for example --config=easyvqa")
     config = load_file(file)
     _check_keys(rest, config)
     try:
@@ -140,15 +141,11 @@ def _flag_error(error: Exception, arguments: Sequence[str], config: ConfigDict) 
 
 
 def load_file(path: str) -> ConfigDict:
-    """What a file's `get_config()` returns; of `FILE.py:text` its `get_config(text)`. UserError names file and line."""
-    name, *parameter = [path] if Path(path).exists() else path.split(":", 1)
-    file = Path(name)
-    if not file.is_file():
-        found = "a directory" if file.is_dir() else "no such file"
-        ours = Path(__file__).parents[1] / "configs" / file.name
-        hint = f"; did you mean {_CONFIG}={ours}?" if ours.is_file() else f"; those of voco_jax are in {ours.parent}"
-        hint = hint if ours.parent.is_dir() else ""  # an installed package is without them
-        raise UserError(f"{_CONFIG}={path}: expected a Python file, found {found}{hint}")
+    """What a file's `get_config()` returns; of `FILE.py:text` its `get_config(text)`. UserError names file and line.
+
+    Where there is no such file, `path` is the name of one of `voco_jax.configs`.
+    """
+    file, parameter = _find(path)
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
@@ -173,6 +170,18 @@ def load_file(path: str) -> ConfigDict:
             text = f"{type(error).__name__}: {text}".rstrip(": ") if bare or not text else text
         prefix = "" if not frames and isinstance(error, UserError) else f"{place}: "
         raise UserError(f"{prefix}{text}") from error
+
+
+def _find(path: str) -> tuple[Path, list[str]]:
+    """The file that `--config` names, and the text behind its colon."""
+    name, *parameter = [path] if Path(path).exists() else path.split(":", 1)
+    file = Path(name) if Path(name).is_file() else configs.find(name)
+    if file is None:
+        found = "a directory" if Path(name).is_dir() else "no such file"
+        raise UserError(
+            f"{_CONFIG}={path}: expected a Python file or one of {', '.join(configs.names())}; found {found}"
+        )
+    return file, parameter
 
 
 @contextlib.contextmanager
@@ -243,7 +252,7 @@ def _path_by_keys(root: ConfigDict, group: ConfigDict, prefix: str = "") -> str 
 
 def _where(path: str, key: str) -> str:
     """'FILE, line N: ' of the last line that sets a key, in the file or in one beside it that it has imported."""
-    file = Path(path if Path(path).exists() else path.split(":", 1)[0])
+    file, _ = _find(path)
     beside = [
         Path(module.__file__) for module in [*sys.modules.values()] if getattr(module, "__file__", None)
         and Path(module.__file__).resolve().parent == file.resolve().parent
@@ -275,7 +284,10 @@ def help_text(about: str, values: flags.FlagValues) -> str:
     usage, _, rest = about.strip().partition("\n")
     lines = [usage, *([rest.rstrip()] if rest else []), "", "Options:"]
     own = [
-        ("--config=FILE", "a Python file whose get_config() returns default_config() with changes; configs/ has some")
+        (
+            "--config=FILE",
+            f"a Python file whose get_config() returns default_config() with changes; or {', '.join(configs.names())}",
+        )
     ]
     own += [("--config.KEY=VALUE", "changes one key; `('a', 'b')` for several values")]
     for name in values:
@@ -290,6 +302,7 @@ def help_text(about: str, values: flags.FlagValues) -> str:
         "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
     ]
     lines += _columns([(kind, ", ".join([*keys, "weight"])) for kind, keys in SOURCE_KEYS.items()], width)
+    lines += ["", *textwrap.wrap(f"Configs: {', '.join(configs.names())}", width)]
     lines += ["", f"Templates: {', '.join(CHAT_TEMPLATES)}, custom"]
     return "\n".join(lines)
 

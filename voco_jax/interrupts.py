@@ -34,12 +34,13 @@ _listening = False
 
 
 def listen_in_a_command() -> None:
-    """Begin, if this is `python -m voco_jax.…` or one of tools/, and the package the first that it imports."""
+    """Begin, if this is `voco`, `python -m voco_jax.…` or one of tools/, and the package the first that it imports."""
     script = Path(sys.argv[0] if sys.argv else "").resolve()
     tool = script.is_file() and script.parent == Path(__file__).resolve().parents[1] / "tools"
     module = _module(sys.argv, sys.orig_argv)
-    if (module.split(".")[0] == "voco_jax" or tool) and multiprocessing.parent_process() is None:
-        listen(terminates=module == "voco_jax.train")
+    voco = module == "voco_jax" or script.is_file() and script.name == "voco"
+    if (voco or module.startswith("voco_jax.") or tool) and multiprocessing.parent_process() is None:
+        listen(terminates=module == "voco_jax.train" or voco and sys.argv[1:2] == ["train"])
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
 

@@ -47,7 +47,8 @@ def _farewell_hangs() -> bool:
     return any(type(thread).__module__.startswith("orbax") for thread in threading.enumerate() if not thread.daemon)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`main`, and an end of the process that its threads cannot crash."""
     try:
         main()
     except SystemExit as error:
@@ -56,3 +57,7 @@ if __name__ == "__main__":
         if error.code and (alone or error.code == UserError.status and _farewell_hangs()):
             interrupts.end(error.code)
         raise
+
+
+if __name__ == "__main__":
+    command()
