@@ -1,5 +1,8 @@
 """The learning rate by step: the optimizer follows it, and a run that goes on must have had the same."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from voco_jax.config_keys import OptimConfig
@@ -37,3 +40,8 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
         pieces.append((steps - decay, optax.linear_schedule(rate, rate * optim.min_lr_ratio, decay)))
     starts, schedules = zip(*pieces, strict=True)
     return optax.join_schedules(schedules, starts[1:])
+
+
+def learning_rates(optim: OptimConfig, steps: int) -> np.ndarray:
+    """The learning rate of each step, [steps]; all at once, as each would wait in the devices' queue for others."""
+    return np.asarray(jax.vmap(make_schedule(optim, steps))(jnp.arange(steps)))

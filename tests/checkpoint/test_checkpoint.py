@@ -36,6 +36,7 @@ from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.train.loop import train
 from voco_jax.train.metrics import MetricsLog
+from voco_jax.train.writers import JsonLines
 
 
 def config(**keep):
@@ -231,15 +232,15 @@ def test_a_workdir_that_goes_away(tiny_run, tmp_path, monkeypatch, moment):
     """While a training runs in it: one line, and no half of a run under its name."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "40")
-    method = "__enter__" if moment == "before the log is opened" else "add"
-    as_ever = getattr(MetricsLog, method)
+    owner, method = (JsonLines, "__init__") if moment == "before the log is opened" else (MetricsLog, "after_step")
+    as_ever = getattr(owner, method)
 
     def and_moved(log, *args):
         if run.exists():
             run.rename(tmp_path / "elsewhere")
         return as_ever(log, *args)
 
-    monkeypatch.setattr(MetricsLog, method, and_moved)
+    monkeypatch.setattr(owner, method, and_moved)
     with pytest.raises(UserError, match=f"workdir {run}: is there no more, or is another directory: it was deleted"):
         train(tiny.config(run, train__tensorboard=False))
     assert not run.exists()

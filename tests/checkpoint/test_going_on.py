@@ -226,7 +226,7 @@ def test_a_float16_base_is_begun_with_exactly(world, tmp_path):
         model_config = make_model_config(config, load_tokenizer(base / "tokenizer"))
         mesh = make_mesh(config.mesh)
         state = abstract_state(config, model_config, make_optimizer(config), mesh)
-        params, step = load_initial_params(config, model_config, state, lambda line: None)
+        params, step = load_initial_params(config.init_from, config.seed, model_config, state, lambda line: None)
         assert step == 2
         for key, leaf in flatten_dict(params).items():
             np.testing.assert_array_equal(leaf, half[key].astype(dtype))

@@ -27,7 +27,10 @@ def main(address, process, workdir, fault):
     from voco_jax.checkpoint.checkpointer import Checkpointer
     from voco_jax.data.plan import Amount
     from voco_jax.train.goodput import Goodput
+    from voco_jax.config import typed
+    from voco_jax.train.actions import StepDone
     from voco_jax.train.metrics import MetricsLog
+    from voco_jax.train.writers import open_writers
 
     directories._SEEN_WITHIN = 1
     if fault == "not shared" and process:
@@ -43,9 +46,13 @@ def main(address, process, workdir, fault):
     with directories.open_workdir(workdir, config, tokenizer):
         with contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer:
             account = workdir / "goodput.json" if process == 0 else None
-            with Goodput(account) as goodput, MetricsLog(workdir, 0, config, goodput) as log:
+            writers = open_writers(workdir, 0).__enter__() if process == 0 else []
+            values = range(1, 41), typed(config).train
+            more = np.zeros(40), lambda batch: Amount(2, 9, 1)
+            with Goodput(account) as goodput, MetricsLog(writers, *values, goodput, *more) as log:
                 for step in range(1, 5):
-                    log.add(step, {"loss": loss if fault != "no number" else loss * jnp.nan}, Amount(2, 9, 1))
+                    metrics = {"loss": loss if fault != "no number" else loss * jnp.nan}
+                    log.after_step(StepDone(step, jax.block_until_ready(metrics)))
                 log.settle()
                 with distributed.together():
                     if fault == "one fails" and process == 1:

@@ -11,7 +11,7 @@ from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json
 from voco_jax.train.curves import draw_curves, read_history
 from voco_jax.train.goodput import CATEGORIES
-from voco_jax.train.metrics import _drop_after
+from voco_jax.train.writers import drop_after
 
 _LINE = {"step": 4, "loss": 1.5, "accuracy": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3, "goodput": 0.9}
 _GOODPUT = {"version": 1, "seconds": dict.fromkeys(CATEGORIES, 2.5), "step": 8, "kept": {"4": 1.0}}
@@ -47,7 +47,7 @@ class Logs(Target):
             history = read_history(run)
             if draws:
                 draw_curves([history], run / "curves.png")
-            _drop_after(run / "metrics.jsonl", 8)
+            drop_after(run / "metrics.jsonl", 8)
             steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
             return None if all(step <= 8 for step in steps) else "steps that a resumed run makes again are kept"
 

@@ -84,8 +84,8 @@ def make(config, workdir, mesh=None, **kwargs):
     workdir.mkdir(exist_ok=True)
     said = []
     test = open_test_data(config, data.batches, said.append)
-    settings, sheets = typed(config).eval, workdir / "answers"
-    evaluator = Evaluator(settings, test, graphdef, abstract, CROSS_ENTROPY, mesh, sheets, said.append)
+    evaluator = Evaluator(typed(config).eval, test, graphdef, abstract, CROSS_ENTROPY, mesh, said.append)
+    evaluator.sheets = workdir / "answers"
     return evaluator, params, graphdef, data, said
 
 

@@ -19,9 +19,11 @@ from tests.train.test_goodput import Clock, wait_for_step
 from voco_jax.config import typed
 from voco_jax.data.plan import Amount
 from voco_jax.errors import UserError
-from voco_jax.optim import make_schedule
+from voco_jax.optim import learning_rates, make_schedule
+from voco_jax.train.actions import StepDone
 from voco_jax.train.goodput import CATEGORIES, Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
+from voco_jax.train.writers import open_writers
 
 AMOUNT = Amount(conversations=12, tokens=700, images=3)
 SPEED = Speed(flops=6e12, peak=4e12, compress_length=100)  # a step takes 1.5 s at least
@@ -40,7 +42,10 @@ def run(workdir, start=0, stop=12, clock=None, of_step=result, speed=SPEED, shee
     config, clock = tiny.config(workdir, **changes), clock or Clock()
     workdir.mkdir(exist_ok=True)
     goodput = Goodput(workdir / "goodput.json", start, clock=clock)
-    log = MetricsLog(workdir, start, config, goodput, speed).__enter__()
+    writers = open_writers(workdir, start, tensorboard=config.train.tensorboard).__enter__()
+    settings, steps = typed(config), range(start + 1, config.train.steps + 1)
+    rates = learning_rates(settings.optim, config.train.steps)
+    log = MetricsLog(writers, steps, settings.train, goodput, rates, lambda batch: AMOUNT, speed=speed).__enter__()
     with goodput.during("steps"):
         for step in range(start + 1, stop + 1):
             with goodput.during("data"):
@@ -48,7 +53,7 @@ def run(workdir, start=0, stop=12, clock=None, of_step=result, speed=SPEED, shee
             first = step == start + 1
             with goodput.during("compile" if first else "steps"):
                 clock.pass_(COMPILE if first else 0)
-                log.add(step, of_step(step), AMOUNT)
+                log.after_step(StepDone(step, of_step(step)))
             clock.pass_(0 if first else STEP)
             wait_for_step(goodput)
             if step == 8:
@@ -92,7 +97,7 @@ def test_the_numbers_of_a_line(tmp_path):
 
 
 def test_a_peak_that_is_not_known(tmp_path, capsys):
-    run(tmp_path, stop=5, speed=None)
+    run(tmp_path, stop=5, speed=Speed())
     assert [line["mfu"] for line in lines(tmp_path)] == [None, None]
     assert "MFU" not in capsys.readouterr().err
 
@@ -211,9 +216,7 @@ def test_without_tensorboard(tmp_path):
 
 def test_torch_is_not_imported(tmp_path):
     """Beside jax it would bring other CUDA libraries; tensorboardX takes it where it is."""
-    code = (
-        "import sys; from voco_jax.train import tensorboard as t; t._tensorboardx(); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from voco_jax.train import writers as t; t._tensorboardx(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

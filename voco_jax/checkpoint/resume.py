@@ -28,7 +28,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, same_place
-from voco_jax.optim import make_schedule
+from voco_jax.optim import learning_rates
 
 BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
 
@@ -88,8 +88,7 @@ def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, st
     done, (was, wanted) = max(steps), keys[changed]
     if config.train.steps < done:
         raise UserError(f"config.train.steps: {workdir} has done {done} steps already; found {config.train.steps}")
-    schedules = [make_schedule(typed(c).optim, c.train.steps) for c in (stored, config)]
-    before, now = (np.asarray(schedule(np.arange(done))) for schedule in schedules)
+    before, now = (learning_rates(typed(c).optim, c.train.steps)[:done] for c in (stored, config))
     differ = np.flatnonzero(before != now)
     if not len(differ):
         return

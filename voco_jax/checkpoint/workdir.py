@@ -38,7 +38,7 @@ from voco_jax.outages import passing
 from voco_jax.parallel.distributed import together
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
-_LOGS = ("metrics.jsonl", "goodput.json", "tensorboard", "answers", "profile")
+_LOGS = ("metrics.jsonl", "goodput.json", "tensorboard", "wandb", "answers", "profile")
 _BEGINNINGS = {".lock", "tokenizer", "config.json", BASE, "checkpoints", *_LOGS}
 # And what a killed process left of them (`.new` without a dot: earlier versions)
 _BEGINNINGS |= {unfinished for name in _BEGINNINGS for unfinished in (f"{name}.new", temporary_name(Path(name)).name)}

@@ -73,14 +73,15 @@ class Evaluator:
         params: dict,
         loss: Loss,
         mesh: Mesh,
-        sheets: Path,
         log: Callable[[str], None] = print,
     ):
-        """`batches` are the test set's (`open_test_data`), `sheets` a directory. `params` may be shapes and dtypes.
+        """`batches` are the test set's (`open_test_data`). `params` may be shapes and dtypes.
+        Sheets of answers go to the directory `sheets`, which is set later.
 
         UserError for a test set that cannot be used; waits for no other process.
         """
-        self._config, self._mesh, self.sheets, self._batches = config, mesh, sheets, batches
+        self._config, self._mesh, self._batches = config, mesh, batches
+        self.sheets = Path("answers")
         self._normalize = jax.jit(batches.loader.processor.normalize)
 
         def loss_of(params: dict, batch: Batch) -> LossOutput:

@@ -6,7 +6,6 @@ import contextlib
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
-from ml_collections import ConfigDict
 
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.config import load_config
@@ -18,26 +17,26 @@ from voco_jax.train.trainable import is_lora
 
 
 def load_initial_params(
-    config: ConfigDict, model_config: VoCoConfig, state: AbstractState, log: Callable[[str], None] = print
+    init_from: str, seed: int, model_config: VoCoConfig, state: AbstractState, log: Callable[[str], None] = print
 ) -> tuple[dict, int | None]:
-    """(parameters, step): those of the run to begin with, in this run's dtype and shards, and of which of its steps;
-    or random ones, and None.
+    """(parameters, step): those of the run `init_from`, in this run's dtype and shards, and of which of its steps;
+    where it is '', random ones of a seed, and None.
 
-    Of a plain run that one with LoRA begins with, all is taken and LoRA drawn; `begin_with_run` refuses the reverse.
+    A run with LoRA may begin with one without: LoRA's parameters are drawn. `begin_with_run` refuses the reverse.
     """
     shardings = state.shardings[0]
-    if not config.init_from:
-        return init_params(model_config, config.seed, shardings=shardings), None
-    directory = as_path(config.init_from)
+    if not init_from:
+        return init_params(model_config, seed, shardings=shardings), None
+    directory = as_path(init_from)
     fresh = model_config.lora is not None and not load_config(directory / "config.json").model.lora.rank
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
         step, params = checkpointer.restore_params(_part(state.params, lora=False) if fresh else state.params)
-    log(f"parameters: {config.init_from}, step {step}" + (", and LoRA's" if fresh else ""))
+    log(f"parameters: {init_from}, step {step}" + (", and LoRA's" if fresh else ""))
     if not fresh:
         return params, step
 
     def draw():
-        drawn = nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(config.seed))))
+        drawn = nnx.to_pure_dict(nnx.state(VoCoLlama(model_config, rngs=nnx.Rngs(seed))))
         return _part(drawn, lora=True)  # nothing else is computed
 
     drawn = jax.jit(draw, out_shardings=_part(shardings, lora=True))()

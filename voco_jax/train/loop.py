@@ -1,4 +1,4 @@
-"""The trainer, top down: data, model, optimizer, resume, loop."""
+"""The trainer, from top to bottom: config, data, model, loss, step, loop."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -13,14 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from voco_jax.attention import interpreted
-from voco_jax.checkpoint.checkpointer import Checkpointer, all_finite, newest_saved
+from voco_jax.checkpoint.checkpointer import Checkpointer, newest_saved
 from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
 from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
-from voco_jax.checkpoint.workdir import check_workdir, checkpointed_steps, open_workdir, workdir_path
+from voco_jax.checkpoint.workdir import Workdir, check_workdir, checkpointed_steps, open_workdir, workdir_path
 from voco_jax.config import sources_to_score, typed
 from voco_jax.data.from_config import make_processor
 from voco_jax.data.pipeline import Batches
@@ -31,22 +30,27 @@ from voco_jax.interrupts import say_of_interrupt
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
+from voco_jax.optim import learning_rates
 from voco_jax.parallel.compilation_cache import use_compilation_cache
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
 from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
 from voco_jax.progress import interrupted
+from voco_jax.terminal import log as log_to_stderr
 from voco_jax.terminal import printable
+from voco_jax.train.actions import Action, StepDone
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of
-from voco_jax.train.goodput import Goodput
+from voco_jax.train.goodput import Goodput, summary
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.metrics import MetricsLog, Speed
+from voco_jax.train.periodic import Evaluate, SaveCheckpoint
 from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, init_opt_state
+from voco_jax.train.writers import Writer, check_wandb, open_writers
 
 
 class _Setup(NamedTuple):
@@ -90,6 +94,7 @@ def train(config: ConfigDict) -> AnyPath:
 
 
 def _set_up(config: ConfigDict) -> _Setup:
+    # Config: a run that goes on keeps its own values where the config does not ask for others
     workdir = workdir_path(config)
     asked, config = config, continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
     config = config.copy_and_resolve_references()
@@ -98,57 +103,39 @@ def _set_up(config: ConfigDict) -> _Setup:
     if note := kept_values(asked, config, workdir) if resuming else other_pixels(config):
         log(note)
     mesh = make_mesh(config.mesh)
+    # Whatever can be wrong with these shows itself before data is read, which may take minutes
+    optimizer, loss = make_optimizer(config), loss_of(config)
+    _check_best(config)
+    check_wandb(config.train.wandb)
 
-    optimizer = make_optimizer(config)  # first, for what can be wrong with it is known at once
-
-    # Data
-    shard = local_rows(mesh, config.data.batch_size)  # every process loads the rows of its own devices
+    # Data: every process loads the rows of its own devices
+    shard = local_rows(mesh, config.data.batch_size)
     tokenizer, model_config, batches, longest = open_training_data(
         config, run=workdir if resuming else None, shard=shard, log=log
     )
     config.data.rows_per_pack = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
         open_sources(config, "test")  # a wrong name should not show itself after training
-    _check_positions(longest, model_config)
-    try:
-        model_config.check_kernels(batches.loader.plan.shape.row_length, training=True)
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from None
+    _check_lengths(longest, batches.loader.plan.shape.row_length, model_config)
 
-    # Model and optimizer, their places on the mesh
+    # Model and step, as shapes with their places on the mesh
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
         train_step = train_step_of(config, state, optimizer)
-        total, trained = _count(state.params), _count(state.trainable.trained(state.params))
-        some = f", {trained:,} of them trained" if trained != total else ""
-        log(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
-        if note := interpreted(model_config.attention):
-            log(f"model: {note}")
-        if lost := lost_updates(
-            config.optim.rounding, config.optim.learning_rate, state.trainable.trained(state.params)
-        ):
-            log(lost)
-        # The directory comes into being only later, when what can be wrong with the input has shown itself
-        if not resuming:
+        _describe_model(config, model_config, state)
+        if not resuming:  # before there is a directory
             _try_first_batch(config, batches, train_step, state)
     evaluator = None
-    if config.train.keep_best and not (
-        config.eval.every and config.eval.num_batches and config.train.checkpoint_every % config.eval.every == 0
-    ):
-        found = f"found config.eval.every {config.eval.every}, num_batches {config.eval.num_batches}"
-        raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
     if config.eval.every:
-        test, sheets = open_test_data(config, batches, log), workdir / "answers"
-        evaluator = Evaluator(
-            typed(config).eval, test, state.graphdef, state.params, loss_of(config), mesh, sheets, log
-        )
+        test = open_test_data(config, batches, log)
+        evaluator = Evaluator(typed(config).eval, test, state.graphdef, state.params, loss, mesh, log)
     return _Setup(
         config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
     )
 
 
 def _train(run: _Setup, begun: float) -> None:
-    config, batches = run.config, run.batches
+    config, batches, first = run.config, run.batches, jax.process_index() == 0
     with (
         Preemption() as preemption,
         open_workdir(run.workdir, config, run.tokenizer) as workdir,
@@ -161,15 +148,11 @@ def _train(run: _Setup, begun: float) -> None:
         steps = range(start + 1, config.train.steps + 1)
         if not steps:
             return
-        done, checkpoints = start, run.workdir / "checkpoints"
-        say_of_interrupt(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), done, sys.argv[1:]))
-        first, evaluator = jax.process_index() == 0, run.evaluator
-        if evaluator is not None:
-            evaluator.sheets = workdir.logs / "answers"
+        dispatched, checkpoints = start, run.workdir / "checkpoints"
+        say_of_interrupt(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), dispatched, sys.argv[1:]))
         with (
             Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
-            MetricsLog(workdir.logs, start, config, goodput, _speed(run), batches.describe) as metrics_log,
-            Profiler(workdir.logs, config.train, start, goodput) as profiler,
+            _actions(run, steps, workdir, checkpointer, goodput) as actions,
             goodput.during("steps"),
         ):
             feed = _feed(config, run.mesh, batches, len(steps))
@@ -177,37 +160,21 @@ def _train(run: _Setup, begun: float) -> None:
                 with goodput.during("data"):
                     batch = next(feed)
                 with goodput.during("compile" if step == steps.start else "steps"):
-                    profiler.before_step(step)
+                    for action in actions:
+                        action.before_step(step)
                     params, opt_state, metrics = run.train_step(params, opt_state, batch)
+                    dispatched = step
                     if step == steps.start:
-                        preemption.begin()  # not before: compiling may take minutes
-                    done = step
-                    metrics_log.add(step, metrics, batches.amount(step - 1))
-                    profiler.after_step(step, metrics)
-                preempted, values = preemption.reached(step), None
-                if (
-                    evaluator is not None and _due(step, config.eval.every, config.train.steps) and not preempted
-                ):  # which may take too long
-                    metrics_log.settle()
-                    with goodput.during("evaluation"):
-                        values, *_ = evaluation = evaluator(step, params)
-                        metrics_log.evaluated(step, *evaluation)
+                        preemption.begin()  # not before: compiling may take minutes, and there is nothing to save
+                        jax.block_until_ready(metrics)  # counts as compiling, not as a measure of the steps to come
+                preempted = preemption.reached(step)
                 last = preempted or step == steps[-1]
-                if last or step % config.train.checkpoint_every == 0 or checkpointer.has_failed():
-                    metrics_log.settle()
-                    with goodput.during("checkpoint"):
-                        _check_finite(params, step)
-                        whole = False
-                        while not whole:
-                            workdir.check()
-                            checkpointer.save(step, params, opt_state, batches.state_at(step), values)
-                            whole = not last or checkpointer.wait()
-                        workdir.check()
-                        workdir.publish()
-                    goodput.mark(step)
+                done = StepDone(step, metrics, params, opt_state, last, preempted)
+                for action in actions:
+                    action.after_step(done)
                 if last:
                     break
-            log(goodput.summary())
+        log(summary(goodput.seconds))
         if step != steps[-1]:
             log(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")
             raise Preempted
@@ -216,13 +183,42 @@ def _train(run: _Setup, begun: float) -> None:
             log(f"data, this process's since step {start}: {line}")
 
 
+@contextlib.contextmanager
+def _actions(
+    run: _Setup, steps: range, workdir: Workdir, checkpointer: Checkpointer, goodput: Goodput
+) -> Iterator[list[Action]]:
+    """What happens beside the steps, in the order in which it does after each."""
+    config, batches, train = run.config, run.batches, run.config.train
+    with contextlib.ExitStack() as opened:
+        writers: list[Writer] = []
+        if jax.process_index() == 0:
+            shown = dict(wandb=train.wandb, run=str(run.workdir), config=config.to_dict())
+            opening = open_writers(workdir.logs, steps.start - 1, tensorboard=train.tensorboard, **shown)
+            writers = opened.enter_context(opening)
+        rates = learning_rates(typed(config).optim, train.steps)
+        metrics_log = MetricsLog(
+            writers, steps, typed(config).train, goodput, rates, batches.amount, batches.describe, _speed(run)
+        )
+        profile = dict(at=train.profile_at, length=train.profile_steps)
+        actions: list[Action] = [
+            opened.enter_context(metrics_log),
+            opened.enter_context(Profiler(workdir.logs / "profile", steps, goodput, **profile)),
+        ]
+        if run.evaluator is not None:
+            run.evaluator.sheets = workdir.logs / "answers"
+            actions.append(Evaluate(run.evaluator, config.eval.every, metrics_log, goodput))
+        every, state_at = train.checkpoint_every, batches.state_at
+        actions.append(SaveCheckpoint(checkpointer, workdir, every, state_at, metrics_log, goodput))
+        yield actions
+
+
 def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     """(step, parameters, optimizer state) to go on from: the newest checkpoint's, or those of a new run at step 0."""
     config, state = run.config, run.state
     restored = checkpointer.resume(state.params, state.opt_state, log)
     if restored is None:
-        params, step = load_initial_params(config, run.model_config, state, log)
-        if config.init_from and jax.process_index() == 0:
+        params, step = load_initial_params(config.init_from, config.seed, run.model_config, state, log)
+        if step is not None and jax.process_index() == 0:
             with bucket_errors(run.workdir):
                 (run.workdir / BASE).write_text(json.dumps(base_of(as_path(config.init_from), step)) + "\n")
         return 0, params, init_opt_state(run.optimizer, params, state)
@@ -253,11 +249,12 @@ def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Itera
         batch = put_batch(mesh, batch, batches.shard, config.data.batch_size)
         return batch | {"pixel_values": normalize(batch["pixel_values"])}
 
-    coming, known = None, set()
+    coming: dict | None = None
+    known: set[str] = set()
     for batch in itertools.islice(batches, count):
         for kind in sorted(batches.report.examples.keys() - known):
             known.add(kind)
-            tqdm.write(f"data: first record of this kind: {kind}: {batches.report.examples[kind][0]}", file=sys.stderr)
+            log_to_stderr(f"data: first record of this kind: {kind}: {batches.report.examples[kind][0]}")
         following = on_devices(batch)
         if coming is not None:
             yield coming
@@ -266,27 +263,42 @@ def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Itera
         yield coming
 
 
-def _check_positions(conversation: int, model_config) -> None:
-    """UserError for more tokens than the language model has positions."""
+def _check_best(config: ConfigDict) -> None:
+    """UserError where `train.keep_best` would find checkpoints that were not evaluated."""
+    every, num_batches = config.eval.every, config.eval.num_batches
+    if config.train.keep_best and not (every and num_batches and config.train.checkpoint_every % every == 0):
+        found = f"found config.eval.every {every}, num_batches {num_batches}"
+        raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
+
+
+def _check_lengths(conversation: int, row_length: int, model_config: VoCoConfig) -> None:
+    """UserError for more tokens than the language model has positions, or than its kernel takes."""
     limit = model_config.llama.max_position_embeddings
     for what, found in ("conversation", conversation), ("compressed image", model_config.compress_length):
         if found > limit:
             raise UserError(
                 f"config.model.llama.max_position_embeddings: a {what} has {found} tokens, found room for {limit}"
             )
+    try:
+        model_config.check_kernels(row_length, training=True)
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
 
 
-def _due(step: int, every: int, steps: int) -> bool:
-    return step % every == 0 or step == steps
+def _describe_model(config: ConfigDict, model_config: VoCoConfig, state: AbstractState) -> None:
+    trained_params = state.trainable.trained(state.params)
+    total, trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, trained_params))
+    some = f", {trained:,} of them trained" if trained != total else ""
+    log(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
+    if note := interpreted(model_config.attention):
+        log(f"model: {note}")
+    if lost := lost_updates(config.optim.rounding, config.optim.learning_rate, trained_params):
+        log(lost)
 
 
 def log(line: str) -> None:
     if jax.process_index() == 0:
         print(printable(line), flush=True)
-
-
-def _count(params) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: AbstractState) -> None:
@@ -299,9 +311,3 @@ def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: Ab
         jax.eval_shape(train_step, state.params, state.opt_state, batch)
     except (ValueError, NotImplementedError) as error:  # the second where a kernel has no gradient for these shapes
         raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
-
-
-def _check_finite(params, step: int) -> None:
-    """Parameters that are no numbers must not become the checkpoint that everything goes on from."""
-    if not all_finite(params):
-        raise UserError(f"training: parameters are not finite after step {step}; a lower optim.learning_rate may help")

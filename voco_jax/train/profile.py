@@ -13,63 +13,69 @@ import signal
 import threading
 
 import jax
-from ml_collections import ConfigDict
 
 from voco_jax.terminal import log
+from voco_jax.train.actions import Action, StepDone
 from voco_jax.train.goodput import Goodput
 
 
-class Profiler:
-    """Traces steps `train.profile_at` to `profile_at + profile_steps - 1`, and as many from the next on at a signal.
+class Profiler(Action):
+    """Traces `length` steps from step `at` on, and as many from the next on at a signal.
 
     The signal is to one process, and traces that one alone; the config's trace is made by all. The handler is there
     while the context is (in the main thread: others get no signals). A signal during a trace asks for one more.
     """
 
     def __init__(
-        self, workdir: Path, train: ConfigDict, start: int, goodput: Goodput, log: Callable[[str], None] = log
+        self,
+        directory: Path,
+        steps: range,
+        goodput: Goodput,
+        *,
+        at: int = 0,
+        length: int = 5,
+        log: Callable[[str], None] = log,
     ):
-        """`start` is the step that the run goes on after. `log` is told what is traced and where it stands."""
-        self._directory, self._at, self._steps = workdir / "profile", train.profile_at, train.profile_steps
-        self._start, self._end, self._goodput, self._log = start, train.steps, goodput, log
+        """`steps` are those to come; `at` 0 is none of them. `log` is told what is traced and where it stands."""
+        self._directory, self._steps, self._at, self._length = directory, steps, at, length
+        self._goodput, self._log = goodput, log
         self._asked = False  # by a signal
-        self._until, self._trace = 0, None  # the last step of the trace under way, and its directory
-        self._step = contextlib.ExitStack()
-        self._previous = None
+        self._trace: Path | None = None  # directory of the trace under way
+        self._until = 0  # its last step
+        self._annotation = contextlib.ExitStack()  # of the step under way
+        self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "Profiler":
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGUSR1, self._on_signal) or signal.SIG_DFL
-        if self._at and not self._start < self._at <= self._end and jax.process_index() == 0:
-            self._log(
-                f"profile: no trace: steps {self._start + 1} to {self._end} are to come, train.profile_at = {self._at}"
-            )
+            previous = signal.signal(signal.SIGUSR1, self._on_signal) or signal.SIG_DFL
+            self._restore.callback(signal.signal, signal.SIGUSR1, previous)
+        if self._at and self._at not in self._steps and jax.process_index() == 0:
+            first, last = self._steps.start, self._steps.stop - 1
+            self._log(f"profile: no trace: steps {first} to {last} are to come, train.profile_at = {self._at}")
         return self
 
     def __exit__(self, *_) -> None:
         """A trace under way ends here."""
-        self._step.close()
+        self._annotation.close()
         if self._trace is not None:
-            self._stop()
+            self._stop(self._trace)
         if self._asked:
             self._log("profile: no trace: asked for after the last step")
-        if self._previous is not None:
-            signal.signal(signal.SIGUSR1, self._previous)
+        self._restore.close()
 
     def before_step(self, step: int) -> None:
-        """This step is about to be dispatched."""
         if self._trace is None and (self._asked or step == self._at):
             self._asked = False
             self._begin(step)
         if self._trace is not None:
-            self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
+            self._annotation.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
-    def after_step(self, step: int, result) -> None:
-        """It has been dispatched; `result` (arrays) is there when it has ended, for which the trace's last waits."""
-        self._step.close()
-        if self._trace is not None and step >= self._until:
-            jax.block_until_ready(result)
-            self._stop()
+    def after_step(self, done: StepDone) -> None:
+        """Waits for the last step of a trace."""
+        self._annotation.close()
+        if self._trace is not None and done.step >= self._until:
+            jax.block_until_ready(done.metrics)
+            self._stop(self._trace)
 
     def _on_signal(self, *_) -> None:
         self._asked = True  # and nothing else: this may be in the middle of anything
@@ -78,36 +84,34 @@ class Profiler:
         trace = self._directory / f"step_{step:06d}"
         if jax.process_count() > 1:
             trace /= f"process_{jax.process_index()}"
-        self._until = min(step + self._steps - 1, self._end)
-        try:
-            with self._goodput.during("profile"):
-                trace.mkdir(parents=True, exist_ok=True)
-                jax.profiler.start_trace(str(trace))
-        except Exception as error:  # of the file system, jax's, the profiler's own
-            self._log(f"profile: no trace: {_reason(error)}")
-            return
-        self._trace = trace
-        self._log(f"profile: tracing steps {step} to {self._until}")
+        with self._warning_for_errors():
+            trace.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(str(trace))
+            self._trace, self._until = trace, min(step + self._length, self._steps.stop) - 1
+            self._log(f"profile: tracing steps {step} to {self._until}")
 
-    def _stop(self) -> None:
-        trace, self._trace = self._trace, None
-        try:
-            with self._goodput.during("profile"):
+    def _stop(self, trace: Path) -> None:
+        self._trace = None
+        with self._warning_for_errors():
+            try:
                 jax.profiler.stop_trace()
-            if not any(trace.glob("plugins/profile/*/*")):
-                raise FileNotFoundError(f"{trace}: nothing was written")
-        except Exception as error:
-            _forget_trace()
-            self._log(f"profile: no trace: {_reason(error)}")
-            return
-        self._log(
-            f"profile: written: {trace} (xprof --logdir={trace} shows it, https://ui.perfetto.dev the *.trace.json.gz "
-            "in it)"
-        )
+                if not any(trace.glob("plugins/profile/*/*")):
+                    raise FileNotFoundError(f"{trace}: nothing was written")
+            except BaseException:
+                _forget_trace()
+                raise
+            self._log(
+                f"profile: written: {trace} (xprof --logdir={trace} shows it, https://ui.perfetto.dev the "
+                "*.trace.json.gz in it)"
+            )
 
-
-def _reason(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+    @contextlib.contextmanager
+    def _warning_for_errors(self):
+        try:
+            with self._goodput.during("profile"):
+                yield
+        except Exception as error:  # of the file system, jax's, the profiler's own
+            self._log(f"profile: no trace: {' '.join(str(error).split()) or type(error).__name__:.300}")
 
 
 def _forget_trace() -> None:
@@ -115,5 +119,5 @@ def _forget_trace() -> None:
     from jax._src import profiler
 
     state = getattr(profiler, "_profile_state", None)
-    if getattr(state, "profile_session", None) is not None:
+    if state is not None and state.profile_session is not None:
         state.reset()

@@ -1,0 +1,205 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard's event files and Weights & Biases, behind one interface."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+import socket
+import struct
+import sys
+import time
+from typing import Any, Protocol
+import zlib
+
+from voco_jax.errors import UserError
+from voco_jax.io.files import read_bytes
+from voco_jax.io.paths import exists
+from voco_jax.terminal import log
+
+Values = Mapping[str, float | None]  # by the names that `metrics.jsonl` has; None is not known
+
+
+class Writer(Protocol):
+    def scalars(self, step: int, values: Values) -> None: ...
+
+    def picture(self, step: int, file: Path) -> None:
+        """A sheet of answers, as PNG."""
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def open_writers(
+    directory: Path, start: int, *, tensorboard: bool = True, wandb: str = "", run: str = "", config: Any = None
+) -> Iterator[list[Writer]]:
+    """Writers of a run that goes on after step `start`: what they have of later steps is forgotten or ignored.
+
+    wandb: project of Weights & Biases, '' for none; `run` and `config` (a nested dict) are what it shows of the run.
+    """
+    with contextlib.ExitStack() as opened:
+
+        def add(writer: Writer) -> None:
+            opened.callback(writer.close)
+            writers.append(writer)
+
+        writers: list[Writer] = []
+        add(JsonLines(directory / "metrics.jsonl", start))
+        if tensorboard:
+            add(TensorBoard(directory / "tensorboard", start + 1))
+        if wandb:
+            add(WandB(wandb, directory, run, config))
+        yield writers
+
+
+def tag(name: str) -> str:
+    """A name as TensorBoard and Weights & Biases show it, in groups.
+
+    >>> [tag(name) for name in ("loss", "mfu", "goodput", "eval_loss", "accuracy")]
+    ['train/loss', 'speed/mfu', 'time/goodput', 'eval/loss', 'eval/accuracy']
+    """
+    if name.startswith("eval_") or name == "accuracy":
+        return f"eval/{name.removeprefix('eval_')}"
+    if name.endswith("_per_second") or name in ("tokens_per_second_per_device", "mfu"):
+        return f"speed/{name}"
+    return f"time/{name}" if name in ("seconds", "goodput") else f"train/{name}"
+
+
+class JsonLines:
+    """A JSON object a line. A killed run leaves at most its last line unfinished."""
+
+    def __init__(self, path: Path, start: int):
+        drop_after(path, start)
+        self._file = path.open("ab", buffering=0)
+
+    def scalars(self, step: int, values: Values) -> None:
+        _write_all(self._file, (json.dumps({"step": step} | dict(values)) + "\n").encode())
+
+    def picture(self, step: int, file: Path) -> None:
+        """Nothing: the sheets are files beside it."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """One file of events in a directory, which TensorBoard shows together with those of earlier starts.
+
+    Events are written at once, so a killed run leaves whole ones up to the last. TensorBoard forgets what earlier files
+    have of `first_step` and later steps.
+    """
+
+    def __init__(self, directory: Path, first_step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._proto, self._checksum = _tensorboardx()
+        self._file = (directory / name).open("ab", buffering=0)  # closing it has nothing left to write, and to fail at
+        self._write(file_version="brain.Event:2")
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(step=first_step, session_log=start)
+
+    def scalars(self, step: int, values: Values) -> None:
+        known = [dict(tag=tag(name), simple_value=value) for name, value in values.items() if value is not None]
+        self._write(step=step, summary=dict(value=known))
+
+    def picture(self, step: int, file: Path) -> None:
+        png = file.read_bytes()
+        width, height = struct.unpack(">II", png[16:24])
+        image = dict(width=width, height=height, colorspace=4, encoded_image_string=png)
+        self._write(step=step, summary=dict(value=[dict(tag="eval/answers", image=image)]))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields) -> None:
+        data = self._proto.Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        record = (length, struct.pack("<I", self._checksum(length)), data, struct.pack("<I", self._checksum(data)))
+        _write_all(self._file, b"".join(record))
+
+
+def _tensorboardx() -> tuple[Any, Any]:
+    """tensorboardX's protocol buffers and checksum.
+
+    Importing it imports torch where that is installed, which takes seconds and brings CUDA libraries of its own into
+    the process; nothing of what is used here needs it.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # documented: an import of it then fails
+    try:
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return event_pb2, masked_crc32c
+
+
+class WandB:
+    """A run of Weights & Biases, the same one each time that a run directory goes on.
+
+    The package's own environment variables hold: WANDB_MODE=offline writes into the run directory, and
+    `wandb sync` uploads it later.
+    """
+
+    def __init__(self, project: str, directory: Path, run: str, config: Any):
+        import wandb
+
+        identity = f"{zlib.crc32(run.encode()):08x}"
+        try:
+            self._run = wandb.init(
+                project=project, dir=directory, name=Path(run).name, id=identity, resume="allow", config=config
+            )
+        except wandb.Error as error:  # no account, no network
+            raise UserError(f"config.train.wandb: {' '.join(str(error).split())} (WANDB_MODE=offline?)") from None
+        self._image = wandb.Image
+
+    def scalars(self, step: int, values: Values) -> None:
+        self._run.log({tag(name): value for name, value in values.items() if value is not None}, step=step)
+
+    def picture(self, step: int, file: Path) -> None:
+        self._run.log({"eval/answers": self._image(str(file))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_wandb(project: str) -> None:
+    """UserError where the package is wanted and missing, before a training has begun."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"config.train.wandb: found {project!r}, but wandb is not installed: pip install wandb")
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep the lines of `metrics.jsonl` of steps up to `step`."""
+    if not exists(path):
+        return
+    # Only a killed run leaves something after the last newline
+    *lines, unfinished = read_bytes(path).decode(errors="replace").split("\n")
+    steps = [_step_of(line) for line in lines]
+    if None in steps:
+        log(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
+    kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
+    if unfinished or len(kept) < len(lines):
+        temporary = path.with_name(f"{path.name}.new")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _write_all(file, data: bytes) -> None:
+    """All of it to an unbuffered file; OSError names the file."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.name)) from None
