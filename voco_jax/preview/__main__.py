@@ -1,10 +1,10 @@
-"""python -m voco_jax.preview --config=FILE --out=preview.png [--config.KEY=VALUE …]
+"""python -m voco_jax.preview --config=FILE --out=preview.html [--config.KEY=VALUE …]
 
-Draws a training batch to look at.
+Shows a training batch as a web page, to look at before a pod spends hours on it.
 
-Before a pod spends hours on it: the pictures of a pack under their numbers, the text of its read rows, which tokens are
-trained on, where one packed conversation ends and the next begins, and how much of it all is padding. What is drawn
-comes from the batch's arrays alone, as the model gets them. No model is made.
+The page has the pictures of each pack under their numbers, the text of its rows, which tokens are trained on, where one
+packed conversation ends and the next begins, and how much is padding. All of it comes from the batch's arrays, as the
+model gets them. No model is made. The page is one file and loads nothing.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.reports import Report
 from voco_jax.data.training_data import TrainingData, open_training_data
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.preview.sheet import count_conversations, draw_batch, pack_arrays, used_images
-from voco_jax.preview.text import make_decoder
+from voco_jax.preview.page import render
+from voco_jax.preview.text import count_conversations, make_decoder, pack_arrays, used_images
 
 
 def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report) -> list[str]:
-    """What is in a batch, and how much of its budgets is used; lines."""
+    """Lines that tell what is in a batch, and how much of its budgets is used."""
     tokens, used = batch["tokens"], batch["segment_ids"] != PADDING_SEGMENT
     packs, slots = batch["pixel_values"].shape[:2]
     slot_index = [pack_arrays(batch, i)["slot_index"] for i in range(packs)]
@@ -48,7 +48,7 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
 
 
 def _define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", "preview.png", "the picture to write", flag_values=values)
+    flags.DEFINE_string("out", "preview.html", "the page to write", flag_values=values)
     flags.DEFINE_integer("batch", 0, "which batch; 0 is that of the first step", flag_values=values)
     flags.DEFINE_integer("packs", 4, "how many of its packs at most", flag_values=values)
     flags.DEFINE_alias("bins", "packs", flag_values=values)  # as it was once called
@@ -62,8 +62,8 @@ def main() -> None:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
     if values.packs < 1:
         raise UserError(f"--packs: expected at least 1, found {values.packs}")
-    if out.suffix != ".png":
-        raise UserError(f"--out: expected a file ending in .png, found {values.out}")
+    if out.suffix != ".html":
+        raise UserError(f"--out: expected a file ending in .html, found {values.out}")
     if not out.parent.is_dir() or out.is_dir():  # now, not when the data have been read
         raise UserError(f"--out: expected a file in a directory that is there, found {values.out}")
     data = open_training_data(begin_with_run(config))
@@ -75,8 +75,10 @@ def main() -> None:
     header += [" ".join(f"--config.{key}={value}" for key, value in changes.items())] if changes else []
     header += describe(batch, data, report)
     decode = make_decoder(data.tokenizer)
-    shown = draw_batch(batch, data.model_config.num_visual_tokens, decode, header, values.packs, out)
-    print(f"written: {out} ({shown} of {len(batch['pixel_values'])} packs of batch {number})")
+    page = render(batch, data.model_config.num_visual_tokens, decode, header, values.packs)
+    out.write_text(page, encoding="utf-8")
+    total = len(batch["pixel_values"])
+    print(f"written: {out} ({min(values.packs, total)} of {total} packs of batch {number})")
 
 
 if __name__ == "__main__":
