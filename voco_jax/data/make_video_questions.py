@@ -46,6 +46,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import question_turns
 from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
@@ -336,9 +337,8 @@ def make_tokenizer(root: Path, vocab_size: int = 768) -> None:
     conversations += [turns for record in easyvqa.load("train") for turns in record.conversations]
     said |= {turn["value"].rpartition("\n")[2] for turns in conversations for turn in turns}
     said |= {format_time(tenths / 10) for tenths in range(10 * SECONDS)}
-    save_tokenizer(
-        train_tokenizer((f"USER: {text} ASSISTANT: {text}" for text in sorted(said)), vocab_size), root / "tokenizer"
-    )
+    prompts = (CHAT_TEMPLATES["bare"].exchange(text, text) for text in sorted(said))
+    save_tokenizer(train_tokenizer(prompts, vocab_size), root / "tokenizer")
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
