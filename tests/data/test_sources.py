@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from voco_jax.config import default_config, source, sources
+from voco_jax.config import SOURCE_KEYS, default_config, source, sources
 from voco_jax.data.records import BadRecord, Clip, Frames, Picture, Record
-from voco_jax.data.sources import open_sources
+from voco_jax.data.sources import SOURCES, keys_of, open_sources
 from voco_jax.data.sources.array_records import ArrayRecordSource, pack_record, unpack_record
 from voco_jax.data.sources.easyvqa import EasyVqaSource
 from voco_jax.data.sources.json_rows import JsonRows
@@ -151,6 +151,11 @@ def test_the_limit_of_a_row_is_a_key(tmp_path):
     config.data.limits.row_bytes = 2**21
     assert open_sources(config, "train")[0][0].fingerprint() != index
     assert open_sources(config, "train")[0][1][1].video is not None
+
+
+def test_the_configs_keys_are_the_sources_parameters():
+    """The config, which cannot import the sources, has the same kinds and keys."""
+    assert {kind: keys_of(kind) for kind in SOURCES} == {kind: list(keys) for kind, keys in SOURCE_KEYS.items()}
 
 
 def test_a_pipe_is_no_source(tmp_path):

@@ -105,7 +105,7 @@ def test_rows_that_the_data_choose(tiny_run, tmp_path, capsys):
     """They are written into the run's config, from which a resumed run has them."""
     run = _set_up(tiny.config(tmp_path / "run", data__rows_per_pack=0, data__conversations_per_record=3))
     assert run.config.data.rows_per_pack == run.batches.loader.plan.shape.rows == 3
-    assert "data: 3 read rows a pack, which costs least (config.data.rows_per_pack)" in capsys.readouterr().out
+    assert "data: 3 rows a pack, which costs least (config.data.rows_per_pack)" in capsys.readouterr().out
     again = shutil.copytree(tiny_run, tmp_path / "again")
     train(tiny.config(again, data__rows_per_pack=0))
     assert "complete, at step 40 of 40" in capsys.readouterr().out

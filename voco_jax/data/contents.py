@@ -13,7 +13,7 @@ import io
 import numpy as np
 
 from voco_jax.data.index import Index
-from voco_jax.data.records import BadRecord, Encoded, Frames, Record
+from voco_jax.data.records import BadRecord, Encoded, Frames, Source
 from voco_jax.data.sources.roots import open_file
 
 SAMPLED = 64  # records of a source whose pictures or clip are read; of a smaller source it is all
@@ -21,7 +21,7 @@ _EDGE = 2**20  # bytes at each end of a file; of a clip, all that is read beside
 _THREADS = 16  # a bucket takes its time
 
 
-def contents_of(source: Sequence[Record], index: Index) -> dict:
+def contents_of(source: Source, index: Index) -> dict:
     """Of a source, for JSON: how many records and conversations can be used, a checksum of their text, and checksums
     of the pictures or clips of `SAMPLED` records spread evenly, by the record's place in the source (where they can
     be read)."""
@@ -37,7 +37,7 @@ def contents_of(source: Sequence[Record], index: Index) -> dict:
     }
 
 
-def difference(before: dict, now: dict, source: Sequence[Record]) -> str:
+def difference(before: dict, now: dict, source: Source) -> str:
     """What another content differs in; '' where nothing does."""
     for what in ("records", "conversations"):
         if before[what] != now[what]:
@@ -56,13 +56,13 @@ def difference(before: dict, now: dict, source: Sequence[Record]) -> str:
     return ""
 
 
-def _visual_checksum(source: Sequence[Record], i: int) -> str:
+def _visual_checksum(source: Source, i: int) -> str:
     """Of a record's pictures or clip; '' where it has none, or one cannot be read."""
     with contextlib.suppress(BadRecord, OSError):
         record = source[i]
-        seen = record.images if record.video is None else [record.video]
-        if isinstance(record.video, Frames):
-            seen = record.video.pictures
+        seen: Sequence[Encoded] = record.images
+        if record.video is not None:
+            seen = record.video.pictures if isinstance(record.video, Frames) else [record.video]
         digest = hashlib.blake2b(digest_size=8)
         for encoded in seen:
             _update(digest, encoded)

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.data.processes import begin_worker, ended, uninterrupted
-from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record
+from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
@@ -89,7 +89,7 @@ def same_pictures(keys: np.ndarray) -> np.ndarray:
     return first[inverse]
 
 
-def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_workers: int, label: str) -> Index:
+def make_index(source: Source, maker: SampleMaker, cache_dir: str | os.PathLike, num_workers: int, label: str) -> Index:
     """Look at every record of a source, in `num_workers` processes (0: this one), unless a kept index says it all.
 
     Where none can be kept (no home, no permission, a full disk), a line says so.
@@ -112,7 +112,7 @@ def make_index(source, maker: SampleMaker, cache_dir: str | os.PathLike, num_wor
     return index
 
 
-def _scan_all(source, maker: SampleMaker, chunks: list[range], num_workers: int) -> Iterable[Index]:
+def _scan_all(source: Source, maker: SampleMaker, chunks: list[range], num_workers: int) -> Iterable[Index]:
     if num_workers == 0 or len(source) < WORTH_WORKERS:
         yield from (_scan(source, maker, chunk) for chunk in chunks)
         return
@@ -127,18 +127,28 @@ def _scan_all(source, maker: SampleMaker, chunks: list[range], num_workers: int)
             raise ended(None) from None
 
 
-def _begin_worker(source, maker: SampleMaker) -> None:
+_worker: tuple[Source, SampleMaker] | None = None  # of a worker process
+
+
+def _begin_worker(source: Source, maker: SampleMaker) -> None:
     global _worker
     begin_worker()
     _worker = source, maker
 
 
 def _scan_in_worker(chunk: range) -> Index:
+    assert _worker is not None
     return _scan(*_worker, chunk)
 
 
-def _scan(source, maker: SampleMaker, chunk: range) -> Index:
-    records, num_images, pictures, offsets, conversations, lengths, digests = [], [], [], [0], [], [], []
+def _scan(source: Source, maker: SampleMaker, chunk: range) -> Index:
+    records: list[int] = []
+    num_images: list[int] = []
+    pictures: list[int] = []
+    offsets = [0]
+    conversations: list[int] = []
+    lengths: list[int] = []
+    digests: list[int] = []
     report = Report()
     for i in chunk:
         if (read := maker.read(source, i, report)) is None:
@@ -206,7 +216,7 @@ def _join(parts: list[Index]) -> Index:
 # ---- The cache: an .npz file a source and way of encoding -------------------------------------------------------
 
 
-def _cache_file(source, maker: SampleMaker, directory: str | os.PathLike) -> Path:
+def _cache_file(source: Source, maker: SampleMaker, directory: str | os.PathLike) -> Path:
     encoder = maker.encoder
     parts = (
         VERSION, source.fingerprint(), encoder.tokenizer.backend_tokenizer.to_str(), encoder.template,
@@ -226,7 +236,8 @@ def _save(index: Index, file: Path) -> None:
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
         try:
             with temporary.open("wb") as stream:
-                np.savez(stream, report=json.dumps(index.report.to_dict()), **index.arrays)
+                report = np.array(json.dumps(index.report.to_dict()))
+                np.savez(stream, **{**index.arrays, "report": report})  # type: ignore[arg-type]  # of numpy's own option
             temporary.replace(file)  # several processes of a host may do this at once, and write the same
         finally:
             temporary.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
 from voco_jax.data.plan import Amount, PackedExample, Plan
 from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted, usable_cores
-from voco_jax.data.records import TOO_LONG, BadRecord, Record
+from voco_jax.data.records import TOO_LONG, BadRecord, Record, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
@@ -41,7 +41,7 @@ class PackLoader(grain.transforms.Map):
     are zero, and never read. A record that cannot be loaded leaves its places empty, and `report` says so.
     """
 
-    sources: Sequence
+    sources: Sequence[Source]
     maker: SampleMaker
     plan: Plan
     processor: ImageProcessor

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 import reprlib
+from typing import Protocol
 
 from voco_jax.errors import UserError
 from voco_jax.terminal import printable
@@ -97,3 +98,18 @@ class Record:
     video: Clip | Frames | None = None
     conversations: Sequence[list[dict]] = ()
     name: str = ""  # where it is, for messages: "mix665k.json[17]"
+
+
+class Source(Protocol):
+    """Records in a fixed order, the same in every process. Worker processes get a pickled copy of the source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Record:
+        """The i-th record; BadRecord where it cannot be used."""
+
+    def where(self, i: int) -> str:
+        """The i-th record's name in messages: "mix665k.json[17]"."""
+
+    def fingerprint(self) -> str:
+        """A text that changes when the data does."""

@@ -8,7 +8,18 @@ from PIL import Image
 
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.packing import truncate
-from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
+from voco_jax.data.records import (
+    NO_ANSWER,
+    TOO_LONG,
+    WRONG_FORM,
+    BadRecord,
+    Clip,
+    Frames,
+    Picture,
+    Record,
+    Source,
+    shown,
+)
 from voco_jax.data.reports import Report
 from voco_jax.data.turns import spread_video
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
@@ -32,14 +43,14 @@ class SampleMaker:
     timestamps: bool = False
     incomplete: bool = False
 
-    def __post_init__(self):
-        self._encoded: dict = {}
+    def __post_init__(self) -> None:
+        self._encoded: dict[tuple, tuple[Sample, int]] = {}
         self._probed: tuple[Clip, VideoInfo] | None = None  # sets ask several questions about a clip, one after another
 
     def __getstate__(self):
         return self.__dict__ | {"_encoded": {}, "_probed": None}
 
-    def read(self, source, i: int, report: Report) -> tuple[Record, np.ndarray | None] | None:
+    def read(self, source: Source, i: int, report: Report) -> tuple[Record, np.ndarray | None] | None:
         """(record i, its `frame_times`); None where it cannot be used, which the report hears of."""
         try:
             record = source[i]
@@ -58,14 +69,14 @@ class SampleMaker:
     def _probe(self, video: Clip | Frames) -> VideoInfo:
         if not isinstance(video, Clip):
             return probe(video)
-        video = self._clip(video)
+        clip = self._clip(video)
         found = self._probed  # other threads are here too
-        if found is None or found[0] != video:
-            found = self._probed = video, probe(video)
+        if found is None or found[0] != clip:
+            found = self._probed = clip, probe(clip)
         return found[1]
 
-    def _clip(self, video: Clip | Frames) -> Clip | Frames:
-        return dataclasses.replace(video, incomplete=True) if self.incomplete and isinstance(video, Clip) else video
+    def _clip(self, clip: Clip) -> Clip:
+        return dataclasses.replace(clip, incomplete=True) if self.incomplete else clip
 
     def sample(self, record: Record, conversation: int, times: np.ndarray | None) -> tuple[Sample, int]:
         """One conversation's sample and how many of its tokens were cut off; BadRecord for one that cannot be used."""
@@ -111,9 +122,10 @@ class SampleMaker:
 
         `load` opens a picture: `ImageProcessor.load`.
         """
-        if record.video is None:
+        if record.video is None or times is None:
             return [load(picture) for picture in record.images]
-        return read_frames(self._clip(record.video), times)
+        video = self._clip(record.video) if isinstance(record.video, Clip) else record.video
+        return read_frames(video, times)
 
 
 def _text_of(turns) -> tuple:

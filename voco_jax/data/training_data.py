@@ -1,10 +1,17 @@
-"""The training set of a config: sources, tokenizer, index, plan, batches."""
+"""The training set of a config, opened from top to bottom: sources → index → plan → pipeline → batches.
+
+1. `sources/`: records, by their place in a source.
+2. `index.py`: every record is looked at once; what is usable, and how long (`samples.py` makes a record's samples).
+3. `plan.py`: which conversations stand in which pack of which epoch, from the index and the seed alone.
+4. `pipeline.py`: packs of the plan are loaded and laid out as arrays (`packing.py`), by threads and worker processes.
+5. Batches: packs side by side, by their number.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -15,7 +22,7 @@ from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, PackLoader
 from voco_jax.data.plan import Plan, cheapest_rows
-from voco_jax.data.records import BadRecord
+from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources import open_sources
@@ -24,7 +31,7 @@ from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 
-MOSTLY_PADDING = 0.5  # of the read tokens used; with less, what would be better is said
+MOSTLY_PADDING = 0.5  # share of the tokens used, below which `log` gets a line about what would be better
 
 
 class TrainingData(NamedTuple):
@@ -43,73 +50,94 @@ def open_training_data(
     shard: Sequence[int] | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainingData:
-    """Look at the training set of a config, and make the plan of its first epoch.
+    """Look at the training set of a config, and plan its first epoch.
 
-    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `log` is
-    told what was found. Raises UserError for what cannot be trained on.
+    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `log` gets
+    lines about what was found. UserError for what cannot be trained on.
     """
     data = config.data
+    _check(data)
+    sources, weights = open_sources(config, "train")
+    tokenizer = make_tokenizer(config, sources, run)
+    model_config = make_model_config(config, tokenizer)
+    maker = _sample_maker(config, tokenizer, model_config)
+
+    indices = _make_indices(config, "train", sources, maker, log)
+    longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
+    if not longest:
+        raise UserError("config.data.train: no usable conversation")
+
+    plan = _make_plan(config, indices, weights, longest, model_config.compress_length, log)
+    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
+    named = zip(sorted(data.train), sources, indices, strict=True)
+    contents = {name: contents_of(source, index) for name, source, index in named}
+    batches = Batches(loader, data.batch_size, shard, config.train.steps, contents)
+    return TrainingData(tokenizer, model_config, batches, longest)
+
+
+def _check(data: ConfigDict) -> None:
     if data.loss_weighting not in WEIGHTINGS:
         expected = f"expected {' or '.join(WEIGHTINGS)}"
         raise UserError(f"config.data.loss_weighting: {expected}, found {data.loss_weighting!r}")
     if not data.video.num_frames and not data.video.fps:
         raise UserError("config.data.video: expected num_frames or fps above 0, found neither")
-    sources, weights = open_sources(config, "train")
-    tokenizer = make_tokenizer(config, sources, run)
-    model_config = make_model_config(config, tokenizer)
-    sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
+
+
+def _sample_maker(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> SampleMaker:
+    data, video = config.data, config.data.video
+    sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
     encoder = make_encoder(config, tokenizer, model_config)
-    maker = SampleMaker(
-        encoder, data.row_length, data.images_per_pack, sampling, data.video.timestamps, data.video.incomplete
-    )
-    indices = _look_at(config, "train", sources, maker, log)
-    longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
-    if not longest:
-        raise UserError("config.data.train: no usable conversation")
+    return SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, video.timestamps, video.incomplete)
+
+
+def _make_plan(
+    config: ConfigDict,
+    indices: Sequence[Index],
+    weights: Sequence[float],
+    longest: int,
+    compress_length: int,
+    log: Callable[[str], None],
+) -> Plan:
+    """The plan of the training set. Rows of a pack are chosen here where the config leaves them open; `log` gets lines
+    about how full the packs are."""
+    data = config.data
     shape = PackShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack)
-    options = dict(
-        seed=config.seed, layout=data.layout, batch_size=data.batch_size,
+    options: dict[str, Any] = dict(        seed=config.seed, layout=data.layout, batch_size=data.batch_size,
         conversations_per_record=data.conversations_per_record, share_images=data.share_images,
     )  # fmt: skip
     if not data.rows_per_pack:
-        rows, _ = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
+        rows, _ = cheapest_rows(indices, weights, shape, compress_length, **options)
         shape = dataclasses.replace(shape, rows=rows)
-        log(f"data: {rows} read row{'s' * (rows > 1)} a pack, which costs least (config.data.rows_per_pack)")
+        log(f"data: {rows} row{'s' * (rows > 1)} a pack, which costs least (config.data.rows_per_pack)")
     plan = Plan(indices, weights, shape, **options)
     use = plan.use()
     log(
         f"data: {use.packs} packs, {math.ceil(use.packs / data.batch_size)} batches an epoch; "
-        f"{use.tokens:.1%} of the read tokens and {use.images:.1%} of the image slots used"
+        f"{use.tokens:.1%} of the tokens and {use.images:.1%} of the image slots used"
     )
     if data.rows_per_pack and use.tokens < MOSTLY_PADDING:
-        rows, times = cheapest_rows(indices, weights, shape, model_config.compress_length, **options)
+        rows, times = cheapest_rows(indices, weights, shape, compress_length, **options)
         if times > 1:
             log(
                 f"data: most of that is padding; config.data.rows_per_pack={rows} would need {times:.1f} times fewer "
                 f"tokens an epoch than {data.rows_per_pack}"
             )
-    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
-    contents = {
-        name: contents_of(source, index)
-        for name, source, index in zip(sorted(data.train), sources, indices, strict=True)
-    }
-    batches = Batches(loader, data.batch_size, shard, config.train.steps, contents)
-    return TrainingData(tokenizer, model_config, batches, longest)
+    return plan
 
 
 def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], None] = print) -> Batches:
-    """The test set of a config as batches of the shape of training's, to be looked at while it trains.
+    """The test set of a config as batches of the shape of training's, for evaluation during training.
 
-    Every conversation once, as the weights say, then nothing, in an order that follows from the data alone; frames
-    and pictures as they are, loaded by threads of this process. Conversations are cut to training's rows, which
-    `log` is told. UserError: no test data, or none that can be used.
+    Each conversation comes once (as the weights say), then no more, in an order that follows from the data alone.
+    Pictures and frames are not augmented, and threads of this process load them. Conversations are cut to the length of
+    training's rows. UserError: no test data, or none that can be used.
     """
     if not config.data.test:
         raise UserError("config.eval.every: expected sources in config.data.test to evaluate with, found none")
     sources, weights = open_sources(config, "test")
     loader, shape = training.loader, training.loader.plan.shape
     maker = dataclasses.replace(loader.maker, row_length=shape.row_length)
-    indices = _look_at(config, "test", sources, maker, log)
+    indices = _make_indices(config, "test", sources, maker, log)
     if max(weight * len(index) for weight, index in zip(weights, indices, strict=True)) < 1:
         raise UserError("config.data.test: no usable conversation")
     data = config.data.copy_and_resolve_references()
@@ -127,8 +155,10 @@ def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], N
     return Batches(loader, data.batch_size, training.shard, num_batches)
 
 
-def _look_at(config: ConfigDict, key: str, sources: Sequence, maker: SampleMaker, log) -> list[Index]:
-    """Indices of the sources of `config.data.<key>`; UserError where too many records are bad."""
+def _make_indices(
+    config: ConfigDict, key: str, sources: Sequence[Source], maker: SampleMaker, log: Callable[[str], None]
+) -> list[Index]:
+    """Indices of the sources of `config.data.<key>`; UserError where too many records are skipped."""
     data, names = config.data, sorted(config.data[key])
     indices = [
         make_index(source, maker, data.cache_dir, data.num_workers, name)
@@ -150,7 +180,7 @@ def _report(indices: Sequence[Index], names: Sequence[str], log: Callable[[str],
     return whole
 
 
-def make_tokenizer(config: ConfigDict, sources: Sequence, run: Path | None):
+def make_tokenizer(config: ConfigDict, sources: Sequence[Source], run: Path | None):
     """The run's tokenizer, or the config's, or one trained on the conversations of the sources."""
     if run is not None:
         return load_run_tokenizer(run)
@@ -164,7 +194,7 @@ def make_tokenizer(config: ConfigDict, sources: Sequence, run: Path | None):
     return train_tokenizer(prompts, config.tokenizer.vocab_size)
 
 
-def _texts(source, i: int) -> list[str]:
+def _texts(source: Source, i: int) -> list[str]:
     try:
         turns = [turn for conversation in source[i].conversations for turn in conversation]
     except BadRecord:

@@ -19,6 +19,7 @@ from voco_jax.data.records import (
     Frames,
     Picture,
     Record,
+    Source,
 )
 from voco_jax.data.sources.array_records import pack_record
 from voco_jax.data.sources.roots import check_file, open_file, unread
@@ -39,7 +40,7 @@ class RecordPacker:
     incomplete: of a clip that is cut off, what is there is taken.
     """
 
-    source: Any
+    source: Source
     image_root: AnyPath | None = None
     video_root: AnyPath | None = None
     max_side: int = 0
