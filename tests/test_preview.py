@@ -26,7 +26,7 @@ def letters(ids):
 
 
 def sample(text: str, slot_index=()) -> Sample:
-    """A conversation of a token a letter: capitals are labels, `*` the slot_index tokens of numbers `slot_index`."""
+    """A conversation of a token a letter: capitals are labels, `*` the visual tokens of the numbers in `slot_index`."""
     numbers = iter(slot_index)
     return Sample(
         tokens=np.array([ord(letter) for letter in text], np.int32),
