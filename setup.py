@@ -62,6 +62,7 @@ setup(
             # libtpu, which compiles for TPUs and needs none
             'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',
             "pytest>=8",
+            "pyyaml>=6",  # jobs of launch/
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "safetensors>=0.5",

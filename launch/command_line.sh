@@ -1,7 +1,7 @@
-# shellcheck shell=bash disable=SC2034 # what is set here is used by those that source it
+# shellcheck shell=bash disable=SC2034,SC2154 # what is set here is used by those that source it, and the other way round
 # What the commands of this directory share: errors, --dry-run, and checks of what the user gave. To be sourced.
 #
-# An error that the user can mend is one line and status 2, as in voco_jax itself.
+# An error that the user can fix is one line and status 2, as in voco_jax itself.
 
 program=${0##*/}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -39,16 +39,11 @@ run() {
   fi
 }
 
-# A comment between the commands that --dry-run prints.
-note() {
-  if [[ $dry_run == true ]]; then printf '# %s\n' "$*"; fi
-}
-
 need_program() {
   if [[ $dry_run == false ]] && ! type -P "$1" >/dev/null; then fail "$1: not found; $2"; fi
 }
 
-# The help text is the comment at the top of the script, from its second line to the first that is none.
+# The help text is the comment at the top of the script: from its second line to the first line without #.
 usage() {
   sed -n '2,/^[^#]/ { s/^# \{0,1\}//p }' "$0"
   exit 0
@@ -80,7 +75,7 @@ check_zone() {
   check_form "--zone (or VOCO_ZONE)" "$1" '[a-z]+-[a-z]+[0-9]+-(ai[0-9]+)?[a-z]' us-central2-b
 }
 
-# Names of machines, clusters and workloads: as far as DNS goes.
+# Names of jobs, clusters and workloads: as far as DNS goes.
 check_name() {
   check_form "$1" "$2" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' voco-7b
 }
@@ -89,7 +84,6 @@ check_extras() {
   check_form --extras "$1" '[a-z0-9]+(,[a-z0-9]+)*' tpu,gcs
 }
 
-# A pod's hosts share no disk: a run directory is in a bucket, or on a file system that is mounted on all of them.
 check_workdir() {
   check_form "$1" "$2" 'gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[A-Za-z0-9._=+-]+)+/?|(/[A-Za-z0-9._=+-]+)+/?' \
     gs://my-bucket/runs/voco_7b
@@ -117,7 +111,7 @@ config_file() {
 check_trainer_arguments() {
   local argument
   if [[ -z $(config_file "$@") ]]; then
-    fail "--config=FILE is missing; arguments of voco_jax.train come after --, such as -- --config=configs/easyvqa.py"
+    fail "--config=FILE is missing; arguments of voco train come after --, such as -- --config=easyvqa"
   fi
   for argument; do
     case $argument in
@@ -129,32 +123,22 @@ check_trainer_arguments() {
   done
 }
 
+# A file, or the name of one in configs/.
 check_config_file() {
-  if [[ ! -f $(config_file "$@") ]]; then fail "--config: $(config_file "$@"): not found"; fi
+  local file name
+  file=$(config_file "$@")
+  name=${file#configs/}
+  if [[ ! -f $file && ! -f $root/configs/${name%.py}.py ]]; then fail "--config: $file: not found"; fi
 }
 
-# The same for a run on other machines, which get what is committed. Sets `trainer` to the arguments, workdir included.
-# remote_trainer_arguments WORKDIR ARGUMENTS…
-remote_trainer_arguments() {
-  local workdir=$1 file given
-  shift
-  check_trainer_arguments "$@"
-  file=$(config_file "$@")
-  if ! git -C "$root" cat-file -e "HEAD:$file" 2>/dev/null; then
-    fail "--config: $file: not in the last commit of $root, which is what other machines get"
-  fi
-  trainer=("$@")
-  given=$(trainer_argument --config.workdir "$@")
+# A pod's hosts share no disk: `trainer` gets --config.workdir, which must be a bucket's or a mounted file system's.
+add_workdir() {
+  local given
+  given=$(trainer_argument --config.workdir "${trainer[@]}")
   if [[ -n $given ]]; then
     check_workdir --config.workdir "$given"
   else
     check_workdir "--workdir (or VOCO_WORKDIR)" "$workdir"
     trainer+=("--config.workdir=$workdir")
-  fi
-}
-
-warn_of_uncommitted() {
-  if [[ -n $(git -C "$root" status --porcelain --untracked-files=no) ]]; then
-    say "changes that are not committed are left out"
   fi
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on the NVIDIA GPUs of this machine, and start again after a preemption or a crash.
 #
-#   launch/gpu_host.sh [options] -- ARGUMENTS OF voco_jax.train
+#   launch/gpu_host.sh [options] -- ARGUMENTS OF voco train
 #
 #   launch/gpu_host.sh -- --config=configs/voco_7b.py --config.model.attention=cudnn --config.workdir=runs/voco_7b
 #   launch/gpu_host.sh --gpus 0,1 --process-per-gpu -- --config=configs/easyvqa.py --config.workdir=runs/two_gpus
@@ -33,7 +33,7 @@ while (($#)); do
     --port) need_value "$@" && port=$2 && shift ;;
     --grace) need_value "$@" && grace=$2 && shift ;;
     -*) fail "$1: unknown option; see $program --help" ;;
-    *) fail "'$1': arguments of voco_jax.train come after --" ;;
+    *) fail "'$1': arguments of voco train come after --" ;;
   esac
   shift
 done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several processes on this machine as one run, as the hosts of a pod are: to try that path without one.
 #
-#   launch/local_pod.sh N [options] -- ARGUMENTS OF voco_jax.train
+#   launch/local_pod.sh N [options] -- ARGUMENTS OF voco train
 #
 #   launch/local_pod.sh 2 -- --config=configs/easyvqa.py --config.workdir=runs/pod --config.train.steps=100
 #   launch/local_pod.sh 2 --devices 4 --max-restarts 3 -- --config=configs/easyvqa.py --config.mesh.tensor=2 \
@@ -18,7 +18,7 @@
 # JAX_PLATFORMS is cpu unless you set it. PYTHON is the interpreter (python). The lines of processes 1, 2, … begin with
 # [process 1], those of process 0 are as they are. When one process ends with an error, the others are ended. SIGTERM and
 # Ctrl-C are passed on: on SIGTERM the trainers save and end with 75, and so does this; Ctrl-C twice kills.
-# Exit status: 0 trained to the end; 2 an error to be mended; 75 start it again and it goes on; 128 + n killed by signal n;
+# Exit status: 0 trained to the end; 2 an error to be fixed; 75 start it again and it goes on; 128 + n killed by signal n;
 # 130 after Ctrl-C.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=supervised.sh
@@ -37,7 +37,7 @@ while (($#)); do
     --grace) need_value "$@" && grace=$2 && shift ;;
     -*) fail "$1: unknown option; see $program --help" ;;
     *)
-      if [[ -n $count ]]; then fail "'$1': arguments of voco_jax.train come after --"; fi
+      if [[ -n $count ]]; then fail "'$1': arguments of voco train come after --"; fi
       count=$1
       ;;
   esac

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # The trainer on this machine, as one process or several that are one run, started again where that can help.
-# To be sourced; set what is below, then call `supervise ARGUMENTS OF voco_jax.train`.
+# To be sourced; set what is below, then call `supervise ARGUMENTS OF voco train`.
 #
 #   0               trained to the end
-#   2               an error that the user must mend: all processes are ended, nothing is started again
+#   2               an error that the user must fix: all processes are ended, nothing is started again
 #   75              preempted after a save, or another process was lost: again
 #   128 + n         killed by signal n (137: often out of memory): again
 #   anything else   as 2
@@ -185,7 +185,7 @@ tell() {
   fi
 }
 
-# Of several statuses, which says most: what must be mended, a crash, an exception (1; where another process crashed, that
+# Of several statuses, which says most: what must be fixed, a crash, an exception (1; where another process crashed, that
 # is what this one ran into), a preemption, nothing.
 gravity() {
   case $1 in

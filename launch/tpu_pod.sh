@@ -1,55 +1,43 @@
 #!/usr/bin/env bash
-# Train on a TPU pod, or on several slices, with gcloud: TPU VMs and queued resources.
+# Train on a TPU pod, again after every preemption: as a managed job of SkyPilot, or as a JobSet on GKE through xpk.
 #
-#   launch/tpu_pod.sh run     NAME [options] -- ARGUMENTS OF voco_jax.train
-#   launch/tpu_pod.sh create  NAME [options]
-#   launch/tpu_pod.sh install NAME [options]       the last commit and its packages to all workers
-#   launch/tpu_pod.sh start   NAME [options] -- ARGUMENTS OF voco_jax.train
-#   launch/tpu_pod.sh logs | status | stop | delete NAME [options]
+#   launch/tpu_pod.sh NAME [options] -- ARGUMENTS OF voco train
 #
-# run does all of it: creates a queued resource, waits for it, installs, starts, and watches until the training has ended.
-# When the resource is preempted (SUSPENDED) or has FAILED it is deleted and created anew, and the training goes on from
-# its newest checkpoint. Ctrl-C ends the watching only; the same command takes it up again.
+# With SkyPilot (pip install 'skypilot[gcp]') this writes the job's YAML and gives it to `sky jobs launch`. SkyPilot gets
+# a TPU VM or pod, copies this directory to all hosts, runs launch/worker.sh there, and starts the job again when the pod
+# is preempted or the trainer ends with status 75. `sky jobs queue`, `sky jobs logs -n NAME` and `sky jobs cancel -n NAME`
+# look at it and end it.
 #
-#   launch/tpu_pod.sh run voco-7b --project my-project --zone us-west4-a --type v5litepod-64 --spot \
-#     --workdir gs://my-bucket/runs/voco_7b -- --config=configs/voco_7b.py --config.init_from=gs://my-bucket/llava
-#   launch/tpu_pod.sh run voco-2 --type v6e-64 --slices 2 --reserved -- --config=configs/voco_7b.py
-#   launch/tpu_pod.sh logs voco-7b --worker 3
-#   launch/tpu_pod.sh stop voco-7b                 # saves; `start` with the same arguments goes on
+#   launch/tpu_pod.sh voco-7b --type v5litepod-64 --zone us-west4-a --spot --workdir gs://my-bucket/runs/voco_7b \
+#     -- --config=configs/voco_7b.py --config.init_from=gs://my-bucket/llava
+#   launch/tpu_pod.sh voco-7b --type v5litepod-64 --dry-run -- --config=voco_7b --config.workdir=gs://my-bucket/runs/voco_7b
 #
-# Which:
-#   --project P, --zone Z     or VOCO_PROJECT, VOCO_ZONE
-#   --slices M                slices that are one run (multislice); say it to every command (1)
-#   --direct                  a TPU VM at once instead of a queued resource: one slice, not with run; say it to create,
-#                             status and delete
-# create, run:
-#   --type T                  v5litepod-64, v5p-16, v6e-64, v4-8 …; or VOCO_TPU_TYPE
-#   --runtime-version V       of the TPU VM's software (what fits the type)
-#   --spot | --reserved       what may be preempted; what is reserved for you
-#   --create-flag FLAG        for gcloud … create as it is, such as --create-flag=--network=my-network; any number
-# install, run:
-#   --extras E                of setup.py (tpu,gcs)
-# start, run:
-#   --workdir gs://B/PATH     the run directory; or VOCO_WORKDIR; or --config.workdir among the arguments
-#   --max-restarts K          of each worker's trainer, without a new machine (10)
-#   --restart-delay S         seconds before that; longer than the 100 that the other workers need to miss one (120)
-# run:
-#   --poll S                  seconds between looks (60)
-#   --max-recreations K       new resources after a preemption (100)
-#   --delete-at-end           delete the resource when the training has ended
-# logs, stop, status:
-#   --worker W, --slice I     logs: whose (0, 0)
-# all:
-#   --dry-run                 print the commands and run nothing
+# On a GKE cluster that xpk has made (pip install xpk; docs/launching.md), and on several slices:
 #
-# Exit status: 0; 2 an error to be mended; run: that of the training; else that of the command that failed.
+#   launch/tpu_pod.sh voco-7b --gke my-cluster --image us-docker.pkg.dev/my-project/my-repository/voco_jax:1 \
+#     --type v6e-64 --slices 2 --workdir gs://my-bucket/runs/voco_7b -- --config=configs/voco_7b.py
+#
+# Options:
+#   --type T            v5litepod-64, v5p-16, v6e-64, v4-8 …; or VOCO_TPU_TYPE
+#   --workdir gs://B/P  the run directory; or VOCO_WORKDIR; or --config.workdir among the arguments
+#   --project P, --zone Z   or VOCO_PROJECT, VOCO_ZONE. SkyPilot takes the project of gcloud, and any zone where none is given
+#   --max-restarts K    new starts after other errors than status 75 (SkyPilot: 0, for it counts errors that you must fix
+#                       too; xpk, which starts again on 75 and after a death by signal: 100)
+#   --dry-run           print the YAML and the command, and run nothing
+# SkyPilot:
+#   --spot              a preemptible pod
+#   --extras E          of setup.py (tpu,gcs)
+# GKE:
+#   --gke C, --image I  the cluster, and the image of launch/Dockerfile (or VOCO_IMAGE)
+#   --slices M          slices that are one run (1)
+#
+# Exit status: 2 an error to be fixed; else that of sky or xpk.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=command_line.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
-project=${VOCO_PROJECT:-} zone=${VOCO_ZONE:-} type=${VOCO_TPU_TYPE:-} workdir=${VOCO_WORKDIR:-}
-action='' name='' slices=1 direct=false runtime='' capacity=() create_flags=() extras=tpu,gcs
-max_restarts=10 restart_delay=120 poll=60 max_recreations=100 delete_at_end=false worker=0 slice=0
+project=${VOCO_PROJECT:-} zone=${VOCO_ZONE:-} type=${VOCO_TPU_TYPE:-} image=${VOCO_IMAGE:-} workdir=${VOCO_WORKDIR:-}
+name='' cluster='' slices=1 spot=false extras=tpu,gcs max_restarts=''
 
 read_options() {
   while (($#)); do
@@ -58,35 +46,24 @@ read_options() {
       --help) usage ;;
       --dry-run) dry_run=true ;;
       --) break ;;
+      --type) need_value "$@" && type=$2 && shift ;;
+      --workdir) need_value "$@" && workdir=$2 && shift ;;
       --project) need_value "$@" && project=$2 && shift ;;
       --zone) need_value "$@" && zone=$2 && shift ;;
-      --type) need_value "$@" && type=$2 && shift ;;
-      --slices) need_value "$@" && slices=$2 && shift ;;
-      --direct) direct=true ;;
-      --runtime-version) need_value "$@" && runtime=$2 && shift ;;
-      --spot | --reserved) capacity+=("$1") ;;
-      --create-flag)
-        if [[ ${2:-} != --?* ]]; then fail "--create-flag: expected a flag of gcloud such as --network=my-network"; fi
-        create_flags+=("$2") && shift
-        ;;
-      --extras) need_value "$@" && extras=$2 && shift ;;
-      --workdir) need_value "$@" && workdir=$2 && shift ;;
       --max-restarts) need_value "$@" && max_restarts=$2 && shift ;;
-      --restart-delay) need_value "$@" && restart_delay=$2 && shift ;;
-      --poll) need_value "$@" && poll=$2 && shift ;;
-      --max-recreations) need_value "$@" && max_recreations=$2 && shift ;;
-      --delete-at-end) delete_at_end=true ;;
-      --worker) need_value "$@" && worker=$2 && shift ;;
-      --slice) need_value "$@" && slice=$2 && shift ;;
+      --spot) spot=true ;;
+      --extras) need_value "$@" && extras=$2 && shift ;;
+      --gke) need_value "$@" && cluster=$2 && shift ;;
+      --image) need_value "$@" && image=$2 && shift ;;
+      --slices) need_value "$@" && slices=$2 && shift ;;
+      create | install | start | stop | logs | status | delete)
+        fail "'$1' is gone: sky jobs queue, logs and cancel, or xpk workload list and delete; see $program --help"
+        ;;
+      run) ;; # which was the command that is left
       -*) fail "$1: unknown option; see $program --help" ;;
       *)
-        if [[ -z $action ]]; then
-          action=$1
-        elif [[ -z $name ]]; then
-          name=$1
-        else
-          fail "'$1': arguments of voco_jax.train come after --"
-        fi
+        if [[ -n $name ]]; then fail "'$1': arguments of voco train come after --"; fi
+        name=$1
         ;;
     esac
     shift
@@ -96,43 +73,31 @@ read_options() {
 }
 
 check_options() {
-  case $action in
-    create | install | start | logs | status | stop | delete | run) ;;
-    '') fail "run, create, install, start, logs, status, stop or delete is missing; see $program --help" ;;
-    *) fail "'$action': expected run, create, install, start, logs, status, stop or delete" ;;
-  esac
-  check_name "NAME of the TPU" "$name"
-  check_project "$project"
-  check_zone "$zone"
-  check_number --slices "$slices" 1 256
-  check_number --worker "$worker" 0 4095
-  check_number --slice "$slice" 0 $((slices - 1))
-  check_number --max-restarts "$max_restarts" 0 1000000
-  check_number --restart-delay "$restart_delay" 0 86400
-  check_number --poll "$poll" 1 86400
-  check_number --max-recreations "$max_recreations" 0 1000000
+  check_name "NAME of the run" "$name"
+  if [[ $type == v5e-* ]]; then fail "--type: $type: Google calls it v5litepod-${type#v5e-}"; fi
+  check_form "--type (or VOCO_TPU_TYPE)" "$type" '(v[234]|v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' v5litepod-64
+  if [[ -n $max_restarts ]]; then check_number --max-restarts "$max_restarts" 0 1000000; fi
+  if [[ -n $zone || -n $cluster ]]; then check_zone "$zone"; fi
   check_extras "$extras"
-  if [[ $direct == true ]] && ((slices > 1)); then fail "--direct: several slices need a queued resource"; fi
-  if [[ $action == create || $action == run ]]; then
-    if [[ $type == v5e-* ]]; then fail "--type: $type: Google calls it v5litepod-${type#v5e-}"; fi
-    check_form "--type (or VOCO_TPU_TYPE)" "$type" '(v[234]|v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' v5litepod-64
-    if [[ -n $runtime ]]; then check_form --runtime-version "$runtime" '[a-z0-9][a-z0-9.-]*' tpu-ubuntu2204-base; fi
-    if ((${#capacity[@]} > 1)); then fail "${capacity[*]}: expected at most one of --spot and --reserved"; fi
+  check_number --slices "$slices" 1 256
+  if [[ -n $cluster ]]; then
+    check_project "$project"
+    check_name --gke "$cluster"
+    check_form "--image (or VOCO_IMAGE)" "$image" '[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9._-]+)+:[A-Za-z0-9_][A-Za-z0-9._-]*' \
+      us-docker.pkg.dev/my-project/my-repository/voco_jax:1
+    if [[ $spot == true ]]; then fail "--spot: not with --gke, whose cluster says what its nodes are"; fi
+    need_program xpk "pip install xpk"
+  else
+    if ((slices > 1)); then fail "--slices: expected --gke; a job of SkyPilot has one slice"; fi
+    need_program sky "pip install 'skypilot[gcp]'"
   fi
-  if [[ $action == run && $direct == true ]]; then fail "--direct: not with run, which waits for a queued resource"; fi
-  case $action in
-    start | run) remote_trainer_arguments "$workdir" "${trainer[@]}" ;;
-    *) if ((${#trainer[@]})); then fail "$action takes no arguments of voco_jax.train"; fi ;;
-  esac
-  need_program gcloud "install the Google Cloud CLI: https://cloud.google.com/sdk/docs/install"
+  check_trainer_arguments "${trainer[@]}"
+  check_config_file "${trainer[@]}"
+  add_workdir
 }
 
-# Google's names of the software for each type, all of them Ubuntu 22.04
+# Google's names of the TPU VM's software. SkyPilot's own choice for v5e is that of v5p.
 runtime_version() {
-  if [[ -n $runtime ]]; then
-    echo "$runtime"
-    return
-  fi
   case $type in
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
@@ -141,102 +106,53 @@ runtime_version() {
   esac
 }
 
-tpus() {
-  run gcloud compute tpus "$@" --project="$project" --zone="$zone"
+# https://docs.skypilot.co/en/latest/reference/yaml-spec.html
+print_job() {
+  cat <<YAML
+name: $name
+workdir: $(yaml_text "$root")  # to ~/sky_workdir of every host, but for what .gitignore names
+resources:
+  infra: gcp${zone:+/${zone%-*}/$zone}
+  accelerators: tpu-$type
+  accelerator_args:
+    runtime_version: $(runtime_version)
+  use_spot: $spot
+  job_recovery:
+    strategy: FAILOVER  # in the same region first, where the bucket is
+    recover_on_exit_codes: [75]  # the trainer was preempted or lost another process, and saved what it could
+    max_restarts_on_errors: ${max_restarts:-0}  # also counts 2, an error that must be fixed
+envs:
+  JAX_PLATFORMS: tpu,cpu  # without a TPU jax would go on with the CPU
+setup: launch/worker.sh install --extras $extras
+run: $(yaml_text "launch/worker.sh run -- $(quoted "${trainer[@]}")")
+YAML
 }
 
-create() {
-  local nodes=(--node-id="$name")
-  if [[ $direct == true ]]; then
-    tpus tpu-vm create "$name" --accelerator-type="$type" --version="$(runtime_version)" \
-      "${capacity[@]}" "${create_flags[@]}"
-    return
-  fi
-  if ((slices > 1)); then nodes=(--node-count="$slices" --node-prefix="$name"); fi
-  tpus queued-resources create "$name" --accelerator-type="$type" --runtime-version="$(runtime_version)" \
-    "${nodes[@]}" "${capacity[@]}" "${create_flags[@]}"
+# A string in YAML's single quotes, in which only they are written otherwise.
+yaml_text() {
+  printf "'%s'" "${1//\'/\'\'}"
 }
 
-delete() {
-  if [[ $direct == true ]]; then
-    tpus tpu-vm delete "$name" --quiet
-  else
-    # --force: with its machines
-    tpus queued-resources delete "$name" --force --quiet
-  fi
-}
-
-# on_workers ssh|scp WHICH WORDS…: of one slice by its name, whichever way it was made
-on_workers() {
-  local how=$1 which=$2
-  shift 2
-  if ((slices > 1)); then
-    tpus queued-resources "$how" "$@" --node="${node:-all}" --worker="$which"
-  else
-    tpus tpu-vm "$how" "$@" --worker="$which"
-  fi
-}
-
-# Joined by && because a failure ends nothing inside of a condition, which is where tpu_watch.sh has it
-install() {
-  local archive=$root/build/voco_jax.tar.gz unpack
-  warn_of_uncommitted
-  # What is gone from a directory in git is gone there too; .venv, runs and data stay
-  unpack="mkdir -p voco_jax && tar -xzf voco_jax.tar.gz -C voco_jax --recursive-unlink"
-  run mkdir -p "$root/build" &&
-    run git -C "$root" archive --format=tar.gz --output="$archive" HEAD &&
-    on_workers scp all "$archive" "$name:voco_jax.tar.gz" &&
-    on_workers ssh all "$name" --command="$unpack && voco_jax/launch/tpu_worker.sh install --extras $extras"
-}
-
-start() {
-  on_workers ssh all "$name" --command="$(quoted voco_jax/launch/tpu_worker.sh start --max-restarts "$max_restarts" \
-    --restart-delay "$restart_delay" -- "${trainer[@]}")"
-}
-
-workers_status() {
-  local script=voco_jax/launch/tpu_worker.sh
-  on_workers ssh all "$name" \
-    --command="if [ -x $script ]; then $script status; else echo 'voco_jax worker: not installed'; fi"
-}
-
-stop() {
-  on_workers ssh all "$name" --command="voco_jax/launch/tpu_worker.sh stop"
-}
-
-logs() {
-  local node=$slice
-  on_workers ssh "$worker" "$name" --command="tail -n 100 -F voco_jax_state/train.log"
-}
-
-resource_state() {
-  if [[ $direct == true ]]; then
-    tpus tpu-vm describe "$name" --format="value(state)"
-  else
-    tpus queued-resources describe "$name" --format="value(state.state)"
-  fi
-}
-
-show_status() {
-  local state
+launch_on_skypilot() {
+  local file=$root/build/$name.yaml
   if [[ $dry_run == true ]]; then
-    resource_state
-    workers_status
-    return
+    print_job
+  else
+    mkdir -p "$root/build"
+    print_job >"$file"
   fi
-  state=$(resource_state)
-  echo "$name: $state"
-  if [[ $state == ACTIVE || $state == READY ]]; then workers_status; fi
+  run sky jobs launch --name "$name" --yes "$file"
+}
+
+launch_on_gke() {
+  # xpk starts this from a shell and sends SIGTERM to the process that it has started: exec makes that the trainer. By
+  # itself it restarts on 42 and on 127 to 255, which deaths by signal are among.
+  run xpk workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" --docker-image="$image" \
+    --command="exec $(quoted python -m voco_jax.train "${trainer[@]}")" \
+    --max-restarts="${max_restarts:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds=300 \
+    --project="$project" --zone="$zone" --cluster="$cluster"
 }
 
 read_options "$@"
 check_options
-case $action in
-  run)
-    # shellcheck source-path=SCRIPTDIR source=tpu_watch.sh
-    source "$root/launch/tpu_watch.sh"
-    watch
-    ;;
-  status) show_status ;;
-  *) "$action" ;;
-esac
+if [[ -n $cluster ]]; then launch_on_gke; else launch_on_skypilot; fi

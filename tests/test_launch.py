@@ -1,4 +1,4 @@
-"""The scripts in `launch/`: real processes on this machine; of a cloud, stand-ins that note what they are asked."""
+"""The scripts in `launch/`: real processes on this machine; of a cloud, what it would be given, literally."""
 
 from collections.abc import Callable
 import contextlib
@@ -16,13 +16,15 @@ import termios
 import time
 
 import pytest
+import yaml
 
+from tests.helpers import tiny
 from voco_jax.command_line import parse_command_line
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("local_pod.sh", "gpu_host.sh", "tpu_pod.sh", "tpu_worker.sh", "gke_xpk.sh")
+SCRIPTS = ("local_pod.sh", "gpu_host.sh", "tpu_pod.sh", "worker.sh")
 TRAINER = ["--config=configs/easyvqa.py", "--config.train.steps=9"]
-CLOUD = {"VOCO_PROJECT": "my-project", "VOCO_ZONE": "us-west4-a", "VOCO_CLUSTER": "my-cluster"}
+CLOUD = {"VOCO_PROJECT": "my-project", "VOCO_ZONE": "us-west4-a"}
 IMAGE = "us-docker.pkg.dev/my-project/my-repository/voco_jax:1"
 WORKDIR = "gs://my-bucket/runs/voco"
 
@@ -30,7 +32,6 @@ WORKDIR = "gs://my-bucket/runs/voco"
 # the trainer has loaders of data, and notes what it was called with and which signals came.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *"-m venv "*) mkdir -p "${!#}/bin"; ln -sf "$(realpath "$0")" "${!#}/bin/python"; exit ;;
   *voco_jax.train*) ;;
   *) exit 0 ;;
 esac
@@ -54,25 +55,9 @@ case ${plan#then-} in
 esac
 """
 
-# In place of gcloud: a queued resource whose workers are directories, into which scp copies and where ssh runs.
-GCLOUD = """#!/usr/bin/env bash
-printf '%s\\0' "$@" >>"$CLOUD/asked"; printf '\\n' >>"$CLOUD/asked"
-[[ "$1 $2" == "compute tpus" ]] || exit 9
-for argument; do case $argument in --command=*) command=${argument#*=} ;; esac; done
-case "$3 $4" in
-  *" create") if [[ -e $CLOUD/no_quota ]]; then echo "ERROR: no quota" >&2; exit 1; fi
-    mkdir -p "$CLOUD/workers/0" "$CLOUD/workers/1"; echo ACTIVE >"$CLOUD/state" ;;
-  *" delete") rm -r "$CLOUD/workers" "$CLOUD/state" ;;
-  *" describe") cat "$CLOUD/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
-  *" scp") for worker in "$CLOUD"/workers/*; do cp "$5" "$worker/${6#*:}"; done ;;
-  *" ssh") for worker in "$CLOUD"/workers/*; do
-    (cd "$worker" && HOME=$worker PLANS=$CLOUD/plans/${worker##*/} bash -c "$command") || exit; done ;;
-esac
-"""
-
+# In place of sky and xpk
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" >>"$CLOUD/asked"; printf '\\n' >>"$CLOUD/asked"
-if [[ $1 == build ]]; then cat >"$CLOUD/context"; fi
 """
 
 
@@ -103,14 +88,11 @@ def alive(process: int) -> bool:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A repository of its own with what the scripts touch: what goes to other machines is what is committed."""
+    """A directory with what the scripts touch."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "launch", root / "launch")
     (root / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "easyvqa.py", root / "configs")
-    git = ["git", "-C", root, "-c", "user.name=test", "-c", "user.email=test@example.com"]
-    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message=all"]):
-        subprocess.run([*git, *command], check=True)
     return root
 
 
@@ -175,7 +157,7 @@ def test_help(bench, script):
     assert f"  launch/{script} " in done.stdout and "--dry-run" in done.stdout and "#!" not in done.stdout
     text = (ROOT / "launch" / script).read_text()
     cases = re.findall(r"^ +(--[a-z-]+(?: [|] --?[a-z-]+)*)\)", text, re.MULTILINE)
-    assert len(cases) >= 4
+    assert len(cases) >= 3
     for option in set(" | ".join(cases).split(" | ")) - {"--help"}:
         assert option in done.stdout
 
@@ -210,133 +192,141 @@ def test_dry_run_of_gpu_host(bench):
     ]
 
 
+JOB = """\
+name: my-run
+workdir: '{root}'  # to ~/sky_workdir of every host, but for what .gitignore names
+resources:
+  infra: gcp/us-west4/us-west4-a
+  accelerators: tpu-v5litepod-64
+  accelerator_args:
+    runtime_version: v2-alpha-tpuv5-lite
+  use_spot: true
+  job_recovery:
+    strategy: FAILOVER  # in the same region first, where the bucket is
+    recover_on_exit_codes: [75]  # the trainer was preempted or lost another process, and saved what it could
+    max_restarts_on_errors: 0  # also counts 2, an error that must be fixed
+envs:
+  JAX_PLATFORMS: tpu,cpu  # without a TPU jax would go on with the CPU
+setup: launch/worker.sh install --extras tpu,gcs
+run: 'launch/worker.sh run -- {arguments}'
+"""
+
+
 def test_dry_run_of_a_pod(bench):
-    root, where = bench.project, "--project=my-project --zone=us-west4-a"
     bench.environment |= CLOUD
-    resource, vm = "gcloud compute tpus queued-resources", "gcloud compute tpus tpu-vm"
-    archive, worker = f"{root}/build/voco_jax.tar.gz", "voco_jax/launch/tpu_worker.sh"
-    create = [
-        f"{resource} create my-run --accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite"
-        f" --node-id=my-run --spot --network=my-network {where}"
-    ]
-    describe = [f"{resource} describe my-run '--format=value(state.state)' {where}"]
-    install = [
-        f"mkdir -p {root}/build",
-        f"git -C {root} archive --format=tar.gz --output={archive} HEAD",
-        f"{vm} scp {archive} my-run:voco_jax.tar.gz --worker=all {where}",
-        f"{vm} ssh my-run '--command=mkdir -p voco_jax && tar -xzf voco_jax.tar.gz -C voco_jax --recursive-unlink && "
-        f"{worker} install --extras tpu,gcs' --worker=all {where}",
-    ]
-    start = [
-        f"{vm} ssh my-run '--command={worker} start --max-restarts 10 --restart-delay 120 -- {' '.join(TRAINER)} "
-        f"--config.workdir={WORKDIR}' --worker=all {where}"
-    ]
-    status = [
-        f"{vm} ssh my-run '--command=if [ -x {worker} ]; then {worker} status; else echo '\\''voco_jax worker: not "
-        f"installed'\\''; fi' --worker=all {where}"
-    ]
-    delete = [f"{resource} delete my-run --force --quiet {where}"]
+    made = ("--type=v5litepod-64", "--spot", "--workdir", WORKDIR)
+    arguments = " ".join([*TRAINER, f"--config.workdir={WORKDIR}"])
+    printed = bench.dry("tpu_pod.sh", "my-run", *made)
+    job = JOB.format(root=bench.project, arguments=arguments).splitlines()
+    assert printed == [*job, f"sky jobs launch --name my-run --yes {bench.project}/build/my-run.yaml"]
 
-    def dry(action, *arguments, train=False):
-        return bench.dry("tpu_pod.sh", action, "my-run", *arguments, train=train)
-
-    made = ("--type=v5litepod-64", "--spot", "--create-flag=--network=my-network")
-    assert dry("create", *made) == create
-    assert dry("install") == install
-    assert dry("start", "--workdir", WORKDIR, train=True) == start
-    assert dry("status") == describe + status
-    assert dry("stop") == [f"{vm} ssh my-run '--command={worker} stop' --worker=all {where}"]
-    assert dry("logs", "--worker", 3) == [
-        f"{vm} ssh my-run '--command=tail -n 100 -F voco_jax_state/train.log' --worker=3 {where}"
-    ]
-    assert dry("delete") == delete
-    everything = dry("run", *made, "--workdir", WORKDIR, "--delete-at-end", train=True)
-    assert [line for line in everything if not line.startswith("# ")] == [
-        *create, *describe, *install, *start, *describe, *status, *delete,
-    ]  # fmt: skip
-    assert dry("create", "--direct", "--type=v4-8") == [
-        f"{vm} create my-run --accelerator-type=v4-8 --version=tpu-ubuntu2204-base {where}"
-    ]
-    assert dry("delete", "--direct") == [f"{vm} delete my-run --quiet {where}"]
-    assert dry("status", "--direct") == [f"{vm} describe my-run '--format=value(state)' {where}", *status]
+    del bench.environment["VOCO_ZONE"]
+    anywhere = yaml.safe_load("\n".join(bench.dry("tpu_pod.sh", "my-run", *made, "--type=v6e-64")[:-1]))
+    assert anywhere["resources"]["infra"] == "gcp" and anywhere["resources"]["accelerators"] == "tpu-v6e-64"
+    assert anywhere["resources"]["accelerator_args"]["runtime_version"] == "v2-alpha-tpuv6e"
 
 
-def test_dry_run_of_several_slices(bench):
-    bench.environment |= CLOUD
-    resource, where = "gcloud compute tpus queued-resources", "--project=my-project --zone=us-west4-a"
-    assert bench.dry("tpu_pod.sh", "create", "my-run", "--type=v6e-64", "--slices=2", "--reserved", train=False) == [
-        f"{resource} create my-run --accelerator-type=v6e-64 --runtime-version=v2-alpha-tpuv6e --node-count=2 "
-        f"--node-prefix=my-run --reserved {where}"
+def test_dry_run_on_gke(bench):
+    bench.environment |= CLOUD | {"VOCO_IMAGE": IMAGE}
+    made = ("--gke=my-cluster", "--type=v6e-64", "--slices=2", f"--workdir={WORKDIR}")
+    assert bench.dry("tpu_pod.sh", "my-run", *made) == [
+        f"xpk workload create --workload=my-run --tpu-type=v6e-64 --num-slices=2 --docker-image={IMAGE} "
+        f"'--command=exec python -m voco_jax.train {' '.join(TRAINER)} --config.workdir={WORKDIR}' --max-restarts=100 "
+        "--restart-on-exit-codes=75 --termination-grace-period-seconds=300 "
+        "--project=my-project --zone=us-west4-a --cluster=my-cluster"
     ]
-    assert bench.dry("tpu_pod.sh", "stop", "my-run", "--slices=2", train=False) == [
-        f"{resource} ssh my-run '--command=voco_jax/launch/tpu_worker.sh stop' --node=all --worker=all {where}"
-    ]
-    assert bench.dry("tpu_pod.sh", "logs", "my-run", "--slices=2", "--slice=1", train=False) == [
-        f"{resource} ssh my-run '--command=tail -n 100 -F voco_jax_state/train.log' --node=1 --worker=0 {where}"
-    ]
+
+
+def test_what_runs_is_what_a_dry_run_prints(bench):
+    """The command, and the file that SkyPilot is given."""
+    for name in ("sky", "xpk"):
+        program(bench.bin / name, RECORDER)
+    bench.environment |= CLOUD | {"VOCO_IMAGE": IMAGE, "VOCO_WORKDIR": WORKDIR}
+    job = ("my-run", "--type=v6e-64", "--", *TRAINER)
+    printed = []
+    for arguments in (job, ("--gke=my-cluster", *job)):
+        assert bench.run("tpu_pod.sh", *arguments).returncode == 0
+        printed.append(bench.run("tpu_pod.sh", "--dry-run", *arguments).stdout.splitlines())
+    assert bench.asked() == [shlex.split(lines[-1]) for lines in printed]
+    assert lines(bench.project / "build" / "my-run.yaml") == printed[0][:-1]
+
+
+# The fields of https://docs.skypilot.co/en/latest/reference/yaml-spec.html that the files of this directory use
+FIELDS = {
+    "": {"name": str, "workdir": str, "num_nodes": int, "resources": dict, "envs": dict, "setup": str, "run": str},
+    "resources": {
+        "infra": str, "accelerators": str, "accelerator_args": dict, "use_spot": bool, "job_recovery": dict,
+    },
+    "accelerator_args": {"runtime_version": str},
+    "job_recovery": {"strategy": str, "recover_on_exit_codes": list, "max_restarts_on_errors": int},
+}  # fmt: skip
+
+
+def check_fields(fields: dict, of: str = "") -> None:
+    for name, value in fields.items():
+        assert type(value) is FIELDS[of][name], name
+        if isinstance(value, dict) and name != "envs":
+            check_fields(value, name)
+
+
+def test_jobs_of_skypilot(bench):
+    """Fields of SkyPilot alone, of their types; 75 starts a job again and nothing else does."""
+    pod = bench.dry("tpu_pod.sh", "my-run", "--type=v4-8", f"--workdir={WORKDIR}")[:-1]
+    for text in ("\n".join(pod), (ROOT / "launch" / "gpus.yaml").read_text()):
+        job = yaml.safe_load(text)
+        check_fields(job)
+        recovery = job["resources"]["job_recovery"]
+        assert recovery == {"strategy": "FAILOVER", "recover_on_exit_codes": [75], "max_restarts_on_errors": 0}
+        assert all(isinstance(value, str) for value in job["envs"].values())
 
 
 def test_dry_run_of_a_worker(bench):
     """With a Python that is new enough, and on Ubuntu 22.04, which has none."""
-    venv, start = f"{bench.project}/.venv", ["start", "--", *TRAINER]
     package = [".venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu,gcs]'"]
-    assert bench.dry("tpu_worker.sh", "install", train=False) == [f"python3.12 -m venv {venv}", *package]
+    assert bench.dry("worker.sh", "install", train=False) == ["python3.12 -m venv .venv", *package]
     few = bench.tmp / "few"
     few.mkdir()
     for name in ("bash", "dirname", "env", "sed"):
         (few / name).symlink_to(shutil.which(name))
-    bench.environment |= {"PATH": str(few), "HOME": "/me"}
-    assert bench.dry("tpu_worker.sh", "install", train=False) == [
+    assert bench.run("worker.sh", "install", "--dry-run", PATH=str(few)).stdout.splitlines() == [
         "python3 -m pip install --quiet --user uv",
-        f"python3 -m uv venv --quiet --seed --python 3.12 {venv}",
+        "python3 -m uv venv --quiet --seed --python 3.12 .venv",
         *package,
     ]
-    assert bench.run("tpu_worker.sh", "--dry-run", *start).stdout.splitlines() == [
-        f"setsid flock --close --timeout 5 /me/voco_jax_state/lock {bench.project}/launch/tpu_worker.sh supervise "
-        f"--max-restarts 10 --restart-delay 1 -- {' '.join(TRAINER)} >>/me/voco_jax_state/train.log 2>&1 </dev/null &"
-    ]
 
 
-def test_dry_run_of_xpk(bench):
-    bench.environment |= CLOUD | {"VOCO_IMAGE": IMAGE}
-    where = "--project=my-project --zone=us-west4-a --cluster=my-cluster"
-    assert bench.dry("gke_xpk.sh", "cluster", "--type=v6e-64", "--slices=2", "--spot", train=False) == [
-        f"xpk cluster create --tpu-type=v6e-64 --num-slices=2 --spot {where}"
-    ]
-    assert bench.dry("gke_xpk.sh", "image", train=False) == [
-        f"git -C {bench.project} archive HEAD | docker build --platform=linux/amd64 --build-arg=EXTRAS=tpu,gcs "
-        f"--file=launch/Dockerfile --tag={IMAGE} -",
-        f"docker push {IMAGE}",
-    ]
-    assert bench.dry("gke_xpk.sh", "start", "my-run", "--type=v6e-64", "--slices=2", f"--workdir={WORKDIR}") == [
-        f"xpk workload create --workload=my-run --tpu-type=v6e-64 --num-slices=2 --docker-image={IMAGE} "
-        f"'--command=exec python -m voco_jax.train {' '.join(TRAINER)} --config.workdir={WORKDIR}' --max-restarts=100 "
-        f"--restart-on-exit-codes=75 --termination-grace-period-seconds=300 --priority=medium {where}"
-    ]
-    assert bench.dry("gke_xpk.sh", "logs", "my-run", train=False) == [
-        "kubectl logs --follow --tail=100 --selector=jobset.sigs.k8s.io/jobset-name=my-run,"
-        "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
-    ]
-    assert bench.dry("gke_xpk.sh", "stop", "my-run", train=False) == [f"xpk workload delete --workload=my-run {where}"]
-    assert bench.dry("gke_xpk.sh", "status", train=False) == [f"xpk workload list {where}"]
-    assert bench.dry("gke_xpk.sh", "delete-cluster", train=False) == [f"xpk cluster delete {where}"]
+def test_a_worker_runs_the_trainer(bench):
+    """With its arguments and status. On several hosts with GPUs it says who the others are; on TPUs jax finds them."""
+    program(bench.python, '#!/bin/sh\nprintf "%s\\n" "$@" >"$PLANS/arguments"\nexit 75\n')
+    hosts = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    run, told = ("worker.sh", "run", "--", *TRAINER), ["-m", "voco_jax.train", *TRAINER]
+    assert bench.run(*run).returncode == 75
+    assert lines(bench.tmp / "arguments") == told
+    bench.run(*run, JAX_PLATFORMS="tpu,cpu", **hosts)
+    assert lines(bench.tmp / "arguments") == told
+    bench.run(*run, JAX_PLATFORMS="cuda,cpu")
+    others = ["--coordinator=10.0.0.1:8476", "--num_processes=2", "--process_id=1"]
+    assert lines(bench.tmp / "arguments") == [*told, *others]
 
 
-def test_what_runs_is_what_a_dry_run_prints(bench):
-    for name in ("xpk", "docker", "kubectl"):
-        program(bench.bin / name, RECORDER)
-    bench.environment |= CLOUD | {"VOCO_IMAGE": IMAGE}
-    commands = [
-        ("cluster", "--type=v6e-64"), ("start", "my-run", "--type=v6e-64", "--workdir", WORKDIR, "--", *TRAINER),
-        ("logs", "my-run"), ("status",), ("stop", "my-run"), ("delete-cluster",), ("image",),
+@pytest.mark.slow
+def test_two_workers_train(tmp_path):
+    """Two hosts of a cluster, here on this machine, and the trainer itself."""
+    environment = os.environ | {
+        "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+    }  # fmt: skip
+    command = ["launch/worker.sh", "run", "--", *tiny.arguments(tmp_path / "run", train__steps=4)]
+    workers = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"SKYPILOT_NODE_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
     ]  # fmt: skip
-    printed = []
-    for action, *rest in commands:
-        assert bench.run("gke_xpk.sh", action, *rest).returncode == 0
-        printed += bench.run("gke_xpk.sh", action, "--dry-run", *rest).stdout.splitlines()
-    assert bench.asked() == [shlex.split(line.rpartition(" | ")[2]) for line in printed]
-    listed = subprocess.run(["tar", "-t"], input=(bench.tmp / "context").read_bytes(), capture_output=True, check=True)
-    assert b"launch/Dockerfile\n" in listed.stdout and b".git/" not in listed.stdout
+    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert "distributed: process 0 of 2, 2 devices, 1 local\n" in said[0] and "trained: " in said[0]
 
 
 NASTY = ["it's", 'a "b" $HOME `id` \\ *', "$(touch gone)", "; rm -r x &", "", "ä→ß", "a\tb", "!#~{a,b}"]
@@ -353,18 +343,20 @@ def test_nasty_values_arrive_as_they_are(bench):
     assert shlex.split(printed[0])[3:-1] == [str(bench.python), *found]
 
     bench.environment |= CLOUD | {"VOCO_WORKDIR": WORKDIR, "VOCO_IMAGE": IMAGE}
-    pod = bench.run("tpu_pod.sh", "start", "my-run", "--dry-run", "--", *arguments).stdout
-    (command,) = (word for word in shlex.split(pod) if word.startswith("--command="))
-    assert shlex.split(command)[7:] == [*arguments, f"--config.workdir={WORKDIR}"]
-    gke = bench.run("gke_xpk.sh", "start", "my-run", "--type=v4-8", "--dry-run", "--", *arguments).stdout
-    (command,) = (word for word in shlex.split(gke) if word.startswith("--command="))
+    pod = ("tpu_pod.sh", "my-run", "--type=v4-8", "--dry-run")
+    job = yaml.safe_load(bench.run(*pod, "--", *arguments).stdout.rpartition("sky jobs launch")[0])
+    assert shlex.split(job["run"])[3:] == [*arguments, f"--config.workdir={WORKDIR}"]
+    (command,) = (
+        word for word in shlex.split(bench.run(*pod, "--gke=my-cluster", "--", *arguments).stdout)
+        if word.startswith("--command=")
+    )  # fmt: skip
     assert shlex.split(command)[4:] == [*arguments, f"--config.workdir={WORKDIR}"]
 
 
 # What cannot be: one line, status 2, before anything runs
 
-POD = ["run", "my-run", "--type=v4-8", f"--workdir={WORKDIR}"]
-GKE = ["start", "my-run", "--type=v4-8", f"--image={IMAGE}", f"--workdir={WORKDIR}"]
+POD = ["my-run", "--type=v4-8", f"--workdir={WORKDIR}"]
+GKE = [*POD, f"--image={IMAGE}", "--gke=my-cluster"]
 
 
 @pytest.mark.parametrize(
@@ -373,9 +365,9 @@ GKE = ["start", "my-run", "--type=v4-8", f"--image={IMAGE}", f"--workdir={WORKDI
         ("local_pod.sh", [], "the number of processes is missing; see local_pod.sh --help"),
         ("local_pod.sh", ["two", "--", *TRAINER], "the number of processes: expected a whole number from 1 to 64"),
         ("local_pod.sh", [0, "--", *TRAINER], "the number of processes: expected a whole number from 1 to 64, found '"),
-        ("local_pod.sh", [2], "--config=FILE is missing; arguments of voco_jax.train come after --"),
+        ("local_pod.sh", [2], "--config=FILE is missing; arguments of voco train come after --"),
         ("local_pod.sh", [2, *TRAINER], "--config: unknown option"),
-        ("local_pod.sh", [2, 3, "--", *TRAINER], "'3': arguments of voco_jax.train come after --"),
+        ("local_pod.sh", [2, 3, "--", *TRAINER], "'3': arguments of voco train come after --"),
         ("local_pod.sh", [2, "--port", "--", *TRAINER], "--port: expected a value"),
         ("local_pod.sh", [2, "--port=70000", "--", *TRAINER], "--port: expected a whole number from 1 to 65535"),
         ("local_pod.sh", [2, "--devices=0", "--", *TRAINER], "--devices: expected a whole number from 1 to 64"),
@@ -386,52 +378,35 @@ GKE = ["start", "my-run", "--type=v4-8", f"--image={IMAGE}", f"--workdir={WORKDI
         ("local_pod.sh", [2, "--", *TRAINER, "--process_id=3"], "--process_id: is set by local_pod.sh"),
         ("gpu_host.sh", ["--gpus=a", "--", *TRAINER], "--gpus (or CUDA_VISIBLE_DEVICES): expected something like 0,1,"),
         ("gpu_host.sh", ["--process-per-gpu", "--dry-run", "--", *TRAINER], "give --gpus with --process-per-gpu"),
-        ("tpu_pod.sh", [], "run, create, install, start, logs, status, stop or delete is missing"),
-        ("tpu_pod.sh", ["fly", "my-run"], "'fly': expected run, create, install"),
-        ("tpu_pod.sh", ["stop"], "NAME of the TPU: missing; expected something like voco-7b"),
-        ("tpu_pod.sh", ["stop", "My_Run"], "NAME of the TPU: expected something like voco-7b, found 'My_Run'"),
-        ("tpu_pod.sh", ["stop", "my-run", "--project=P;x"], "--project (or VOCO_PROJECT): expected something like my-"),
-        ("tpu_pod.sh", ["stop", "my-run", "--zone=us-west4"], "--zone (or VOCO_ZONE): expected something like us-cent"),
-        ("tpu_pod.sh", ["create", "my-run"], "--type (or VOCO_TPU_TYPE): missing; expected something like v5litepod"),
-        ("tpu_pod.sh", ["create", "my-run", "--type=v5e-64"], "--type: v5e-64: Google calls it v5litepod-64"),
-        ("tpu_pod.sh", ["create", "my-run", "--type=h100"], "--type (or VOCO_TPU_TYPE): expected something like v5lit"),
-        ("tpu_pod.sh", ["create", "my-run", "--type=v4-8", "--spot", "--reserved"], "--spot --reserved: expected at m"),
-        ("tpu_pod.sh", ["create", "my-run", "--type=v4-8", "--create-flag=x"], "--create-flag: expected a flag of gcl"),
-        ("tpu_pod.sh", ["create", "my-run", "--slices=2", "--direct"], "--direct: several slices need a queued resour"),
-        ("tpu_pod.sh", ["logs", "my-run", "--slice=1"], "--slice: expected a whole number from 0 to 0, found '1'"),
-        ("tpu_pod.sh", ["stop", "my-run", "--", *TRAINER], "stop takes no arguments of voco_jax.train"),
-        ("tpu_pod.sh", [*POD, "--direct", "--", *TRAINER], "--direct: not with run"),
-        ("tpu_pod.sh", [*POD[:3], "--", *TRAINER], "--workdir (or VOCO_WORKDIR): missing; expected something like gs:"),
+        ("tpu_pod.sh", [], "NAME of the run: missing; expected something like voco-7b"),
+        ("tpu_pod.sh", ["My_Run"], "NAME of the run: expected something like voco-7b, found 'My_Run'"),
+        ("tpu_pod.sh", ["stop", "my-run"], "'stop' is gone: sky jobs queue, logs and cancel, or xpk workload list an"),
+        ("tpu_pod.sh", ["my-run", "--zone=us-west4", "--type=v4-8"], "--zone (or VOCO_ZONE): expected something like"),
+        ("tpu_pod.sh", ["my-run"], "--type (or VOCO_TPU_TYPE): missing; expected something like v5litepod-64"),
+        ("tpu_pod.sh", ["my-run", "--type=v5e-64"], "--type: v5e-64: Google calls it v5litepod-64"),
+        ("tpu_pod.sh", ["my-run", "--type=h100"], "--type (or VOCO_TPU_TYPE): expected something like v5litepod-64, f"),
+        ("tpu_pod.sh", [*POD, "--slices=2", "--", *TRAINER], "--slices: expected --gke; a job of SkyPilot has one sl"),
+        ("tpu_pod.sh", [*POD[:2], "--", *TRAINER], "--workdir (or VOCO_WORKDIR): missing; expected something like gs:"),
         ("tpu_pod.sh", [*POD, "--workdir=runs/x", "--", *TRAINER], "expected something like gs://my-bucket/runs/voco_"),
         ("tpu_pod.sh", [*POD, "--", *TRAINER, "--config.workdir=gs://b"], "--config.workdir: expected something like"),
-        ("tpu_pod.sh", [*POD, "--", "--config=configs/mine.py"], "--config: configs/mine.py: not in the last commit o"),
+        ("tpu_pod.sh", [*POD, "--", "--config=configs/mine.py"], "--config: configs/mine.py: not found"),
         ("tpu_pod.sh", [*POD, "--extras=a b", "--", *TRAINER], "--extras: expected something like tpu,gcs, found 'a b"),
-        ("tpu_worker.sh", ["fly"], "'fly': unknown; see tpu_worker.sh --help"),
-        ("gke_xpk.sh", ["status", "my-run"], "'my-run': status takes no name; the cluster is --cluster"),
-        ("gke_xpk.sh", ["status", "--cluster=-"], "--cluster: expected a value"),
-        ("gke_xpk.sh", ["image", "--image=voco"], "--image (or VOCO_IMAGE): expected something like us-docker.pkg.dev"),
-        ("gke_xpk.sh", [*GKE, "--priority=urgent", "--", *TRAINER], "--priority: expected something like medium, foun"),
-        ("gke_xpk.sh", [*GKE, "--slices=0", "--", *TRAINER], "--slices: expected a whole number from 1 to 256, found"),
-        ("gke_xpk.sh", ["cluster", "--type=v4-8", "--spot", "--flex"], "--spot --flex: expected one of --on-demand"),
+        ("tpu_pod.sh", [*GKE, "--spot", "--", *TRAINER], "--spot: not with --gke, whose cluster says what its nodes"),
+        ("tpu_pod.sh", [*GKE, "--image=voco", "--", *TRAINER], "--image (or VOCO_IMAGE): expected something like us-"),
+        ("tpu_pod.sh", [*GKE, "--slices=0", "--", *TRAINER], "--slices: expected a whole number from 1 to 256, found"),
+        ("tpu_pod.sh", [*GKE, "--project=P;x", "--", *TRAINER], "--project (or VOCO_PROJECT): expected something lik"),
+        ("worker.sh", ["fly"], "'fly': unknown; see worker.sh --help"),
+        ("worker.sh", ["run", "--", "steps=3"], "--config=FILE is missing; arguments of voco train come after --"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(bench, script, arguments, message):
-    for name in ("gcloud", "xpk", "docker"):
+    for name in ("sky", "xpk"):
         program(bench.bin / name, RECORDER)
     bench.plan("0")
     done = bench.run(script, *arguments, **CLOUD)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{script}: error: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert not (bench.tmp / "started").exists() and not (bench.tmp / "asked").exists()
-
-
-@pytest.mark.parametrize("name", ["project", "zone"])
-def test_names_in_the_cloud_come_from_the_user(bench, name):
-    bench.environment |= {key: value for key, value in CLOUD.items() if key != f"VOCO_{name.upper()}"}
-    for script, action in (("tpu_pod.sh", ["stop", "my-run"]), ("gke_xpk.sh", ["status"])):
-        done = bench.run(script, *action, "--dry-run")
-        assert done.returncode == 2 and done.stdout == ""
-        assert f"error: --{name} (or VOCO_{name.upper()}): missing; expected something like " in done.stderr
 
 
 def test_programs_that_are_missing(bench):
@@ -444,10 +419,8 @@ def test_programs_that_are_missing(bench):
     for script, arguments, missing in (
         ("local_pod.sh", ["2", "--", *TRAINER], "python: not found; activate the environment"),
         ("gpu_host.sh", ["--", *TRAINER], "nvidia-smi: not found; is there an NVIDIA GPU with its driver?"),
-        ("tpu_pod.sh", [*POD, "--", *TRAINER], "gcloud: not found; install the Google Cloud CLI: https://"),
-        ("gke_xpk.sh", [*GKE, "--", *TRAINER], "xpk: not found; pip install xpk"),
-        ("gke_xpk.sh", ["logs", "my-run"], "kubectl: not found; "),
-        ("gke_xpk.sh", ["image", f"--image={IMAGE}"], "docker: not found; "),
+        ("tpu_pod.sh", [*POD, "--", *TRAINER], "sky: not found; pip install 'skypilot[gcp]'"),
+        ("tpu_pod.sh", [*GKE, "--", *TRAINER], "xpk: not found; pip install xpk"),
     ):
         done = bench.run(script, *arguments)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -561,114 +534,6 @@ def test_a_host_with_gpus(bench):
     program(bench.bin / "nvidia-smi", "#!/bin/sh\necho no driver; exit 9\n")
     done = bench.run("gpu_host.sh", "--", *TRAINER)
     assert (done.returncode, done.stderr) == (2, "gpu_host.sh: error: nvidia-smi: no driver\n")
-
-
-# A pod that is not there: two workers, with the scripts that would run on them
-
-
-class Pod(Bench):
-    RUN = ("run", "my-run", "--type=v5litepod-8", "--spot", "--poll=1", "--restart-delay=0", f"--workdir={WORKDIR}")
-
-    def __init__(self, project: Path, tmp: Path):
-        super().__init__(project, tmp)
-        program(self.bin / "gcloud", GCLOUD)
-        del self.environment["PYTHON"]
-        self.environment |= CLOUD
-
-    def actions(self) -> list[str]:
-        """What gcloud was asked to do; ssh by what runs there."""
-        found = []
-        for words in self.asked():
-            command = next((word for word in words if word.startswith("--command=")), "")
-            (on_worker,) = [x for x in ("install", "start", "stop", "status") if f"worker.sh {x}" in command] or [""]
-            found.append(on_worker or words[3])
-        return [action for action in found if action not in ("describe", "status", "scp")]
-
-    def started(self) -> int:
-        return sum(len(lines(self.tmp / "plans" / str(worker) / "started")) for worker in (0, 1))
-
-    def ready(self) -> list[int]:
-        files = [self.tmp / "plans" / str(worker) / "ready" for worker in (0, 1)]
-        return [int(word) for file in files for line in lines(file) for word in line.split()]
-
-
-@pytest.fixture
-def pod(project, tmp_path):
-    pod = Pod(project, tmp_path)
-    yield pod
-    for file in tmp_path.glob("workers/*/voco_jax_state/pid"):
-        if alive(int(file.read_text())):
-            os.kill(int(file.read_text()), signal.SIGTERM)
-
-
-def test_a_pod_that_is_preempted(pod):
-    """The machines vanish; new ones are made, and the training is started on them with the same arguments."""
-    for worker in ("0", "1"):
-        pod.plan("wait 75 0", under=f"plans/{worker}")
-    process = pod.start("tpu_pod.sh", *pod.RUN, "--delete-at-end", "--", *TRAINER)
-    wait_for(lambda: len(pod.ready()) == 4)
-    workers = [int(file.read_text()) for file in pod.tmp.glob("workers/*/voco_jax_state/pid")]
-    vanishing = workers + pod.ready()
-    (pod.tmp / "state").write_text("SUSPENDED\n")
-    for process_id in vanishing:
-        os.kill(process_id, signal.SIGKILL)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 0, said
-    assert pod.actions() == ["create", "install", "start", "delete", "create", "install", "start", "delete"]
-    assert pod.started() == 6  # the second status of 75 was for each worker's own supervisor
-    assert "tpu_pod.sh: my-run: SUSPENDED\n" in said and said.endswith("tpu_pod.sh: trained to the end\n")
-    for worker in (0, 1):
-        expected = ["-m", "voco_jax.train", *TRAINER, f"--config.workdir={WORKDIR}"]
-        assert lines(pod.tmp / "plans" / str(worker) / "arguments.0") == expected
-        assert lines(pod.tmp / "plans" / str(worker) / "environment.0")[0] == "/tpu,cpu/"
-
-
-def test_a_pod_with_an_error_to_be_mended(pod):
-    """One worker has given up: the others are told to stop, and nothing is made anew."""
-    pod.plan("wait", under="plans/0")
-    pod.plan("2", under="plans/1")
-    done = pod.run("tpu_pod.sh", *pod.RUN, "--", *TRAINER)
-    assert done.returncode == 2 and "ended with status 2; see: launch/tpu_pod.sh logs my-run\n" in done.stderr
-    assert pod.actions() == ["create", "install", "start", "stop"] and not any(map(alive, pod.ready()))
-
-
-def test_the_steps_of_a_pod(pod):
-    """create, install, start, status, stop and start again, one by one."""
-    for worker in ("0", "1"):
-        pod.plan("wait wait", under=f"plans/{worker}")
-
-    def workers() -> list[str]:
-        return pod.run("tpu_pod.sh", "status", "my-run").stdout.splitlines()
-
-    start = ("start", "my-run", f"--workdir={WORKDIR}", "--", *TRAINER)
-    assert pod.run("tpu_pod.sh", "create", "my-run", "--type=v4-8").returncode == 0
-    assert workers() == ["my-run: ACTIVE", *["voco_jax worker: not installed"] * 2]
-    assert pod.run("tpu_pod.sh", "install", "my-run").returncode == 0
-    assert workers()[1:] == ["voco_jax worker: idle"] * 2
-    assert pod.run("tpu_pod.sh", *start).returncode == 0
-    wait_for(lambda: len(pod.ready()) == 4)
-    assert workers()[1:] == ["voco_jax worker: training"] * 2
-    again = pod.run("tpu_pod.sh", *start)
-    assert again.returncode == 2 and "training already; stop it first" in again.stderr
-    stopped = pod.run("tpu_pod.sh", "stop", "my-run")
-    assert stopped.stdout.splitlines() == ["voco_jax worker: stopped"] * 2 and not any(map(alive, pod.ready()))
-    log = pod.tmp / "workers" / "1" / "voco_jax_state" / "train.log"
-    assert lines(log)[1] == "hello from 0" and lines(log)[-1].endswith("UTC: ended with status 75")
-
-    # Watching takes up what is there: it is started anew, and ended from elsewhere
-    process = pod.start("tpu_pod.sh", *pod.RUN, "--", *TRAINER)
-    wait_for(lambda: len(pod.ready()) == 8)
-    assert pod.run("tpu_pod.sh", "stop", "my-run").returncode == 0
-    assert process.communicate(timeout=60)[1].endswith("tpu_pod.sh: was told to stop\n") and process.returncode == 75
-    assert pod.actions() == ["create", "install", "start", "start", "stop", "install", "start", "stop"]
-
-
-def test_a_pod_that_cannot_be_created(pod):
-    (pod.tmp / "no_quota").touch()
-    done = pod.run("tpu_pod.sh", *pod.RUN, "--", *TRAINER)
-    assert done.returncode == 2 and done.stderr.splitlines() == [
-        "tpu_pod.sh: my-run: none", "ERROR: no quota", "tpu_pod.sh: error: my-run could not be created",
-    ]  # fmt: skip
 
 
 def test_the_configs_of_the_help_texts_exist():
