@@ -102,4 +102,4 @@ def test_the_installed_wheel_in_an_empty_directory(wheel, tmp_path, picture):
     assert "trained: run\n" in trained.stdout
     asked = voco("ask", "--run", "run", "--image", picture, "is there a circle?")
     assert asked.returncode == 0 and asked.stdout.startswith("is there a circle?\n  "), asked.stderr
-    assert voco("build-records", "--help").stdout.startswith("usage: voco build-records ")
+    assert voco("convert", "--help").stdout.startswith("usage: voco convert ")
