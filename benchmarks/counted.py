@@ -24,7 +24,6 @@ from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.models.build import abstract_model
-from voco_jax.models.flops import compress_forward, head_forward, layers_forward, projector_forward, vision_forward
 from voco_jax.models.voco import Cache, Memory, VoCoConfig
 from voco_jax.parallel.mesh import AXES
 
@@ -162,18 +161,18 @@ def _flops(function, *shapes) -> float:
 def formula_flops(config: VoCoConfig, uncompressed: Prompt, compressed: Prompt) -> dict[str, float]:
     """By `models/flops.py`; every place of the cache is scored, seen or not."""
     c = config.llama
-    see = vision_forward(config.vision, 1) + projector_forward(config, 1)
-    head = head_forward(c, 1)
+    see = config.vision.flops(1) + config.projector_flops(1)
+    head = c.head_flops(1)
 
     def read(tokens: int, places: int) -> float:
-        return layers_forward(c, tokens, 2 * places) + head
+        return c.layers_flops(tokens, 2 * places) + head
 
     hit = read(compressed.text, compressed.length)
     return {
         NO_CACHE: see + read(uncompressed.length, uncompressed.length),
         FULL: read(uncompressed.text, uncompressed.length),
         HIT: hit,
-        MISS: see + compress_forward(with_compressor(config, "voco"), 1) + hit,
+        MISS: see + with_compressor(config, "voco").compress_flops(1) + hit,
     }
 
 

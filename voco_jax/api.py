@@ -205,7 +205,7 @@ class Model:
             images.append(self._encode_batch(batch, min(batch_size, bucket(len(batch), 1))))
         if not images:
             raise UserError("pictures: expected at least one, found none")
-        if self.config.compressor != "voco":
+        if not self.config.has_memory:
             return Embeddings(jax.numpy.concatenate(images)[: len(items)], tuple(items))
         starts = np.cumsum([0, *(len(bank) for bank in images)])
         named = [
@@ -239,7 +239,7 @@ class Model:
 
     def require_voco(self) -> None:
         """UserError for a model of another compressor."""
-        if self.config.compressor != "voco":
+        if not self.config.has_memory:
             raise UserError(
                 f"{self.run.directory}: a model with compressor {self.config.compressor!r} has no memories: expected "
                 "'voco'"
@@ -259,7 +259,7 @@ class Model:
 
     def check_encoded(self, bank: EncodedImages) -> None:
         """UserError unless it is what this model sees; of memories, which come from files, unless it made them."""
-        kind = MemoryBank if self.config.compressor == "voco" else Embeddings
+        kind = MemoryBank if self.config.has_memory else Embeddings
         if not isinstance(bank, kind):
             found = f"found {type(bank).__name__}"
             raise UserError(f"pictures: expected {kind.__name__} (compressor {self.config.compressor!r}), {found}")

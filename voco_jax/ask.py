@@ -96,7 +96,7 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
     """What `add_image_arguments` name; None for text alone."""
     if not (args.image or args.video or args.memory):
         return None
-    if args.tokens is not None and model.config.compressor != "voco":
+    if args.tokens is not None and not model.config.has_memory:
         raise UserError(f"--tokens: {args.run} has no VoCo tokens (compressor {model.config.compressor!r})")
     if args.memory:
         file = MemoryFile(args.memory)

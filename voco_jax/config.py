@@ -22,6 +22,7 @@ from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import as_path, in_bucket
 from voco_jax.keys import DEFAULT, Earlier, all_keys, build, in_one_line, problem_of
 from voco_jax.models import presets
+from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.llama import RopeScaling
 
 VERSION = 2  # of config.json; version 1 says none
@@ -228,7 +229,8 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
             return name, problem
     if problem := _rope_problem(config.model.llama.rope_scaling):
         return "model.llama.rope_scaling", problem
-    if config.model.num_voco_tokens < 1 and config.model.compressor != "none":
+    compressor = COMPRESSORS.get(config.model.compressor)
+    if config.model.num_voco_tokens < 1 and not (compressor and compressor.keeps_text(0)):
         return "model.num_voco_tokens", f"expected at least 1, found {config.model.num_voco_tokens}"
     return None
 

@@ -1,8 +1,7 @@
 """The config keys: all of them, each with its type, default, range and meaning. `--help` prints this list.
 
 `keys.py` says what `low`, `high`, `below`, `on_resume`, `on_load`, `earlier` and `was` mean. A group's rules hold for
-the keys in it that have none of their own. The keys of `model.llama`, `model.vision` and `model.lora` are the fields of
-the models' own dataclasses.
+the keys in it that have none of their own. The keys of `model` are in `models/config.py`.
 """
 
 from collections.abc import Mapping
@@ -11,10 +10,7 @@ from typing import Any
 
 from voco_jax.chat_templates import ChatTemplate
 from voco_jax.keys import DEFAULT, key
-from voco_jax.models import presets
-from voco_jax.models.linear import LoRAConfig
-from voco_jax.models.llama import LlamaConfig
-from voco_jax.models.vit import ViTConfig
+from voco_jax.models.config import ModelConfig
 from voco_jax.parallel.compilation_cache import DIRECTORY
 
 # The keys of each kind of source with their defaults. All have `weight`: how often an epoch takes each record.
@@ -28,40 +24,6 @@ SOURCE_KEYS = {
         "image": "image", "question": "question", "answer": "answer", "prompt": "",  # features; or one fixed question
     },
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """`config.model`, as it is written; `data/from_config.py` makes the model's own `VoCoConfig` of it."""
-
-    llama: LlamaConfig = key(presets.LLAMA["demo"], "language model; presets: voco_jax/models/presets.py")
-    vision: ViTConfig = key(presets.VIT["demo"], "vision tower; presets: voco_jax/models/presets.py")
-    compressor: str = key("voco", "'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'")
-    num_voco_tokens: int = key(
-        1, "VoCo tokens per image (K); with 'none' they are plain text, and 0 is plain LLaVA", low=0, below=2**20
-    )
-    num_compressed_tokens: int = key(1, "tokens per image with average_pool and qformer", low=1, below=2**20)
-    num_qformer_layers: int = key(2, "layers of the Q-Former, with qformer", low=1, below=2**6)
-    projector_layers: int = key(
-        2, "linear layers with GELU between (2: LLaVA-1.5's mlp2x_gelu; 1: the first LLaVA's)",
-        low=1, below=2**6, earlier=2,
-    )  # fmt: skip
-    param_dtype: str = key("float32", "dtype in which parameters are stored and updated; or 'bfloat16'", on_load="free")
-    dtype: str = key(
-        "auto", "dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU", on_load="free"
-    )
-    attention: str = key(
-        "xla", "attention kernel: 'xla' (any platform), 'splash' (TPU) or 'cudnn' (NVIDIA GPU)",
-        on_resume="free", on_load="free",
-    )  # fmt: skip
-    remat: str = key(
-        "none", "what the backward pass computes again to save memory: 'none' to 'full' (models/stack.py)",
-        on_resume="free", on_load="free",
-    )  # fmt: skip
-    unroll_layers: bool = key(
-        False, "no loop over layers: faster for few and small ones", on_resume="free", on_load="free"
-    )
-    lora: LoRAConfig = key(LoRAConfig(), "low-rank updates of the language model's kernels, which stay frozen")
 
 
 @dataclasses.dataclass(frozen=True)

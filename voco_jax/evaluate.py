@@ -33,7 +33,7 @@ from voco_jax.eval.conversations import score_conversations
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.io.paths import files_for
-from voco_jax.models.voco import COMPRESSORS
+from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.terminal import printable
 
 

@@ -12,6 +12,8 @@ from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from tests.helpers.tpu import needs_libtpu
 from voco_jax.aot import __main__ as aot
+from voco_jax.aot.compile import DoesNotFit, argument_bytes, compile_step, hbm_bytes, too_large
+from voco_jax.aot.report import advice, make_report, render
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
@@ -66,17 +68,17 @@ ABOUT = {"step": "train", "chips": 4, "compile_seconds": 1.0, "jax": "0", "libtp
 @needs_libtpu
 def test_report(tpu_mesh):
     program = small_program(tpu_mesh, 4096)
-    compiled, seconds = aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
+    compiled, seconds = compile_step(program, tpu_mesh, CHIPS["v5e"])
     assert seconds > 0
-    report = json.loads(json.dumps(aot.make_report(program, compiled, CHIPS["v5e"], 4)))
+    report = json.loads(json.dumps(make_report(program, compiled, CHIPS["v5e"], 4)))
     assert report["program_flops"] == report["model_flops"]
-    assert report["hbm"]["arguments"] == aot.argument_bytes(program) == (4096 + 1024) * 1024 * 2 / 4
+    assert report["hbm"]["arguments"] == argument_bytes(program) == (4096 + 1024) * 1024 * 2 / 4
     assert report["hbm"]["total"] == sum(report["hbm"][k] for k in ("arguments", "outputs", "temporaries", "program"))
     (low, high), tokens, mfu = (report[key] for key in ("step_seconds", "tokens_per_second", "mfu"))
     assert 0 < low <= high
     assert tokens == [(4096 + 30) / high, (4096 + 30) / low]
     assert mfu == [report["model_flops"] / (4 * 197e12 * s) for s in (high, low)] and mfu[1] < 1
-    text = aot.render(ABOUT | report, "headline")
+    text = render(ABOUT | report, "headline")
     assert len(text.splitlines()) <= 42 and max(map(len, text.splitlines())) <= 120
     for part in ("arguments", "of 15.75", "4,096 to read, 30 to compress   (3 images)", "all-gather", "MFU", "matmul"):
         assert part in text
@@ -85,20 +87,20 @@ def test_report(tpu_mesh):
 @needs_libtpu
 def test_what_the_compiler_lets_through_may_still_be_too_large(tpu_mesh):
     program = small_program(tpu_mesh, 4096)
-    compiled, _ = aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
-    small = replace(CHIPS["v5e"], hbm_bytes=sum(aot.hbm_bytes(compiled).values()) - 1)
-    with pytest.raises(aot.DoesNotFit) as found:
-        aot.compile_step(program, tpu_mesh, small)
+    compiled, _ = compile_step(program, tpu_mesh, CHIPS["v5e"])
+    small = replace(CHIPS["v5e"], hbm_bytes=sum(hbm_bytes(compiled).values()) - 1)
+    with pytest.raises(DoesNotFit) as found:
+        compile_step(program, tpu_mesh, small)
     assert (found.value.needed, found.value.available) == (small.hbm_bytes + 1, small.hbm_bytes)
 
 
 @needs_libtpu
 def test_too_large(tpu_mesh):
     program = small_program(tpu_mesh, 2**25)  # 16 GiB a device come in, and as much goes out
-    with pytest.raises(aot.DoesNotFit) as found:
-        aot.compile_step(program, tpu_mesh, CHIPS["v5e"])
+    with pytest.raises(DoesNotFit) as found:
+        compile_step(program, tpu_mesh, CHIPS["v5e"])
     assert found.value.needed > 16 * 2**30 > found.value.available > 15 * 2**30
-    assert aot.argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
+    assert argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
 
 
 def test_advice():
@@ -107,12 +109,12 @@ def test_advice():
         config.data.batch_size = 64
         config.model.remat = "dots"
     shape = {"data": 2, "fsdp": 4, "frame": 1, "tensor": 1}
-    weights = aot.advice(config, "train", shape, arguments=12e9, available=16e9)  # weights and optimizer fill it
+    weights = advice(config, "train", shape, arguments=12e9, available=16e9)  # weights and optimizer fill it
     assert weights[0].startswith("config.mesh.fsdp") and "2 times over" in weights[0]
-    activations = aot.advice(config, "train", shape, arguments=1e9, available=16e9)
+    activations = advice(config, "train", shape, arguments=1e9, available=16e9)
     assert activations[0] == "config.data.batch_size (now 64, 8 a device): fewer rows a device"
     assert activations[1].startswith("config.model.remat (now 'dots')")
-    assert not any("remat" in line for line in aot.advice(config, "read", shape, arguments=1e9, available=16e9))
+    assert not any("remat" in line for line in advice(config, "read", shape, arguments=1e9, available=16e9))
 
 
 @pytest.mark.parametrize(
@@ -123,9 +125,9 @@ def test_advice():
     ],
 )
 def test_libtpu_says_how_much(message, needed):
-    error = aot.too_large(message)
+    error = too_large(message)
     assert (error.needed, error.available) == (needed * 2**30, 15.75 * 2**30)
-    assert aot.too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+    assert too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
 
 
 @needs_libtpu

@@ -10,6 +10,7 @@ from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from tests.helpers.tpu import needs_libtpu
 from voco_jax.aot import __main__ as aot
+from voco_jax.aot.compile import compile_step
 from voco_jax.aot.programs import find_tokenizer, make_program
 from voco_jax.config import default_config
 from voco_jax.data.tokenizer import train_tokenizer
@@ -182,7 +183,7 @@ def test_what_cannot_be_compiled_is_one_line(step, changes, message):
     config.update_from_flattened_dict(changes)
     mesh = make_mesh(config.mesh)
     with pytest.raises(UserError, match=message) as error:
-        aot.compile_step(make_program(config, step, mesh), mesh, CHIPS["v5e"])
+        compile_step(make_program(config, step, mesh), mesh, CHIPS["v5e"])
     assert "\n" not in str(error.value)
 
 

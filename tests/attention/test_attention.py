@@ -257,10 +257,10 @@ def test_what_cudnn_refuses_is_one_line_at_set_up(monkeypatch):
     with described_mesh(*GPU, (1, 1, 1, 1)):
         for size, reason in ((36, "multiple of 8 dimensions, found 36"), (264, "head dim must be <= ")):
             with pytest.raises(ValueError, match=f"compress stream, 581 tokens.*{reason}.*'xla'") as error:
-                attention.check_kernels("cudnn", size=size, **shapes)
+                cudnn.check(size=size, **shapes)
             assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="^attention 'cudnn' needs an NVIDIA GPU, found platform 'cpu'; [^;]*$"):
-        attention.check_kernels("cudnn", size=64, **shapes | dict(segment_length=0))
+        cudnn.check(size=64, **shapes | dict(segment_length=0))
 
 
 def test_decoding_is_xlas_in_every_adapter():

@@ -3,7 +3,7 @@
 Written against what libtpu prints for scheduled modules (`compiled.as_text()`). Reading 10 MB takes about a second.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 import math
@@ -18,7 +18,7 @@ MAX_TURNS = 1_000_000
 
 
 class HLOError(ValueError):
-    """HLO text that says something this module cannot read. Guessing would make the estimate wrong without a word."""
+    """HLO text that this module cannot read. Guessing would make the estimate wrong without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Instruction:
     opcode: str
     shape: str  # as printed, layouts included
     operands: tuple[str, ...]
-    literal: str  # what stands between the parentheses: a constant's value, a parameter's number
+    literal: str  # what is between the parentheses: a constant's value, a parameter's number
     attributes: str
 
     @property
@@ -73,7 +73,7 @@ class Instruction:
     @property
     def index(self) -> int:
         """Of a get-tuple-element."""
-        return int(re.search(r"\bindex=(\d+)", self.attributes)[1])
+        return int(attribute(r"\bindex=(\d+)", self)[1])
 
     @property
     def op_name(self) -> str:
@@ -81,11 +81,21 @@ class Instruction:
         return match[1] if match else ""
 
 
+def attribute(pattern: str | re.Pattern[str], instruction: Instruction) -> re.Match[str]:
+    """What an instruction's attributes say of a pattern; HLOError where they do not."""
+    match = re.search(pattern, instruction.attributes)
+    if match is None:
+        raise HLOError(
+            f"{instruction.opcode} {instruction.name}: expected {pattern} in {instruction.attributes!r:.200}"
+        )
+    return match
+
+
 @dataclass
 class Computation:
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
-    root: Instruction | None = None
+    root: Instruction = field(init=False)
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
@@ -93,7 +103,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        users = {}
+        users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
                 users.setdefault(operand, []).append(instruction)
@@ -120,8 +130,9 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """HLO text → Module; HLOError for text that is none."""
-    computations, entry, current = {}, None, None
+    """HLO text to a Module; HLOError for other text."""
+    computations: dict[str, Computation] = {}
+    entry = current = None
     for line in _logical_lines(text):
         if current is None:
             if line.endswith("{") and (match := re.match(r"(ENTRY )?%?([^\s(]+) \(", line)):
@@ -162,7 +173,7 @@ def _parse_instruction(line: str) -> tuple[Instruction, bool]:
     left, _, right = line.partition(" = ")
     match = OPCODE.search(right)
     if match is None:
-        raise HLOError(f"no instruction: {line[:120]!r}")
+        raise HLOError(f"expected an instruction, found {line[:120]!r}")
     start = end = match.end()
     depth = 1
     while depth:
@@ -217,7 +228,7 @@ class Frame:
     state: Mapping[int, int] = field(default_factory=dict)  # carried values, where the caller is a loop being counted
 
 
-ARITHMETIC = {
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
@@ -241,7 +252,7 @@ class Unknown(Exception):
 
 
 def trip_count(module: Module, loop: Instruction, frame: Frame) -> int:
-    """How often a while loop in `frame` turns: its counters, and nothing else, carried out.
+    """How many turns a while loop in `frame` takes: only its counters are computed.
 
     The condition names the carried values it depends on; their initial values come from outside, through any number of
     enclosing loops, and their next ones from the body. HLOError where one of these is not in the text.
@@ -287,7 +298,9 @@ def _is_invariant(body: Computation, index: int) -> bool:
 
 def _carried(computation: Computation, instruction: Instruction) -> set[int]:
     """Indices of the loop's carried values that an instruction of its condition or body depends on."""
-    seen, found, stack = set(), set(), [instruction]
+    seen: set[str] = set()
+    found: set[int] = set()
+    stack = [instruction]
     while stack:
         at = stack.pop()
         if at.name in seen:
@@ -320,15 +333,15 @@ def _value(module: Module, instruction: Instruction, frame: Frame) -> int:
     if opcode in ARITHMETIC:
         return ARITHMETIC[opcode](*map(of, operands))
     if opcode == "compare":
-        return COMPARE[re.search(r"direction=(\w+)", instruction.attributes)[1]](*map(of, operands))
+        return COMPARE[attribute(r"direction=(\w+)", instruction)[1]](*map(of, operands))
     if opcode == "get-tuple-element":
         return _element(module, operands[0], instruction.index, frame)
     if opcode in ("fusion", "call"):
         called = module.computations[instruction.called("calls", "to_apply")[0]]
         return _value(module, called.root, Frame(called, instruction, frame))
-    if opcode == "parameter" and frame.outer is not None and frame.caller.opcode in ("fusion", "call"):
-        operand = frame.outer.computation.instructions[frame.caller.operands[int(instruction.literal)]]
-        return _value(module, operand, frame.outer)
+    caller, outer = frame.caller, frame.outer
+    if opcode == "parameter" and caller and outer and caller.opcode in ("fusion", "call"):
+        return _value(module, outer.computation.instructions[caller.operands[int(instruction.literal)]], outer)
     raise Unknown(f"{opcode} {instruction.name}")
 
 
@@ -336,8 +349,8 @@ def _element(module: Module, whole: Instruction, index: int, frame: Frame) -> in
     """Element `index` of a tuple."""
     if whole.opcode == "tuple":
         return _value(module, frame.computation.instructions[whole.operands[index]], frame)
-    if whole.opcode == "parameter" and frame.outer is not None:
-        caller, outer = frame.caller, frame.outer
+    caller, outer = frame.caller, frame.outer
+    if whole.opcode == "parameter" and caller and outer:
         if caller.opcode == "while":
             if index in frame.state:
                 return frame.state[index]

@@ -32,7 +32,7 @@ is not in A or B: the compiler gives these no cycles. What is synchronous, with 
 and lengthens the step; the rest does where it takes longer than the compute beside it.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 import math
@@ -140,7 +140,7 @@ def estimate(text: str, chip: Chip) -> Estimate:
         for key, group in groups.items()
         if key[2] != "attention" and any(op.cycles for op in group)  # attention is at its minimum already
     ]
-    left_out = Counter()
+    left_out: dict[str, float] = defaultdict(float)
     for op in ops:
         if op.unknown:
             left_out[op.unknown] += op.count
@@ -234,7 +234,7 @@ class _Walk:
         if any(_base(part.opcode) in COLLECTIVES for part, _ in inside):
             return []  # the rest of a collective that was counted where it started
         if opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)[1]
+            target = hlo.attribute(r'custom_call_target="([^"]*)"', instruction)[1]
             if SPLASH.search(op_name) and target == "tpu_custom_call":
                 return [self.splash(op, instruction, computation)]
             if target in FREE_TARGETS:
@@ -294,7 +294,7 @@ class _Walk:
         if q is None:
             raise HLOError(f"splash kernel {instruction.name}: no query among its operands")
         kernel = instruction.op_name.rsplit("splash_m", 1)[-1]  # 'ha_fwd_…', 'qa_dkv_…'
-        fwd, fwd_q, fwd_kv, bwd, bwd_q, bwd_kv = map(int, SPLASH.search(instruction.op_name).groups())
+        fwd, fwd_q, fwd_kv, bwd, bwd_q, bwd_kv = map(int, hlo.attribute(SPLASH, instruction).groups())
         visits, block = (fwd, fwd_q * fwd_kv) if "_fwd" in kernel else (bwd, bwd_q * bwd_kv)
         if "_fwd" in kernel:
             matmuls = 2

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import math
 import re
 
-from voco_jax.aot.hlo import Computation, Instruction
+from voco_jax.aot.hlo import Computation, Instruction, attribute
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> float:
@@ -17,15 +17,14 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> float:
         match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         contracted = [lhs.dims[int(d)] for d in match[1].split(",") if d] if match else []
         return 2.0 * result.size * math.prod(contracted)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    labels = attribute(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction)
     # Each product is one (row, output feature, input feature of its group) at one valid pair of place and tap.
     total = 2.0 * result.dims[labels[3].index("b")] * rhs.dims[labels[2].index("o")] * rhs.dims[labels[2].index("i")]
     for axis in range(len(labels[1]) - 2):
-        places = [
-            dims[label.index(str(axis))]
-            for dims, label in zip((lhs.dims, rhs.dims, result.dims), labels.groups(), strict=True)
-        ]
-        total *= _valid_pairs(*places, _window(instruction, axis))
+        size, taps, places = (
+            array.dims[label.index(str(axis))] for array, label in zip((lhs, rhs, result), labels.groups(), strict=True)
+        )
+        total *= _valid_pairs(size, taps, places, _window(instruction, axis))
     return total
 
 

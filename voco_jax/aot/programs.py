@@ -17,15 +17,9 @@ from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.paths import in_bucket
 from voco_jax.models.build import abstract_model
-from voco_jax.models.flops import (
-    compress_forward,
-    head_forward,
-    layers_forward,
-    projector_forward,
-    training_flops,
-    vision_forward,
-)
-from voco_jax.models.voco import Cache, Memory, Read, VoCoConfig
+from voco_jax.models.config import VoCoConfig
+from voco_jax.models.flops import training_flops
+from voco_jax.models.voco import Cache, Memory, Read
 from voco_jax.parallel.mesh import ROWS
 from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
 from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
@@ -83,10 +77,9 @@ def find_tokenizer(config: ConfigDict):
 
 def model_of(config: ConfigDict, tokenizer=None) -> VoCoConfig:
     """The model of a config; without a tokenizer the prompt has Llama's tokens, and the vocabulary is the config's."""
-    if config.model.dtype == "auto":
-        config = config.copy_and_resolve_references()
-        config.model.dtype = "bfloat16"  # of the accelerators that are asked about, not of this machine
-    return make_model_config(config, tokenizer)
+    model = make_model_config(config, tokenizer)
+    # 'auto' is bfloat16 on the accelerators that are asked about, whatever it is on this machine
+    return dataclasses.replace(model, dtype="bfloat16") if config.model.dtype == "auto" else model
 
 
 def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
@@ -142,17 +135,16 @@ def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
         if not num_images:
             raise UserError("config.data.images_per_pack: expected at least 1 for step compress, found 0")
         function = jitted(lambda model, pixels: model.compress(model.encode_images(pixels)))
-        flops = vision_forward(c.vision, num_images) + projector_forward(c, num_images)
-        flops += compress_forward(c, num_images)
+        flops = c.vision.flops(num_images) + c.projector_flops(num_images) + c.compress_flops(num_images)
         return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
     slots = data.images_per_pack * c.num_visual_tokens
-    has_memory = bool(slots) and c.compressor == "voco"
+    has_memory = bool(slots) and c.has_memory
     cache = Cache(*keys_and_values(rows, length))
     if step == "decode":
         one = array((rows, 1), jnp.int32, ROWS)
         function = jitted(lambda model, *inputs: _next_logits(model, *model.extend(*inputs)), donate_argnums=(3,))
-        flops = layers_forward(c.llama, rows, 2 * length, c.lora)  # all places are seen, not half
-        return Program(function, (params, one, one, cache), flops + head_forward(c.llama, rows), rows, 0)
+        flops = c.llama.layers_flops(rows, 2 * length, c.lora)  # all places are seen, not half
+        return Program(function, (params, one, one, cache), flops + c.llama.head_flops(rows), rows, 0)
     if has_memory and slots >= length:
         raise UserError(f"config.data.row_length: expected room for text beside {slots} slots, found {length}")
     # Slots are in the cache, and cost nothing; without VoCo compression images stand among the tokens
@@ -168,8 +160,8 @@ def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
         cache = model.empty_cache(*slots.shape) if memory is None else model.fill(memory, slots)
         return _next_logits(model, *model.extend(tokens, positions, cache, slot_index, features))
 
-    flops = layers_forward(c.llama, rows * tokens, 2 * length, c.lora)  # all places are scored, seen or not
-    flops += head_forward(c.llama, rows)  # of each last token alone
+    flops = c.llama.layers_flops(rows * tokens, 2 * length, c.lora)  # all places are scored, seen or not
+    flops += c.llama.head_flops(rows)  # of each last token alone
     places = array((rows, length), jnp.int32, ROWS)
     return Program(jitted(read), (params, text, text, places, text, memory, features), flops, rows * tokens, 0)
 

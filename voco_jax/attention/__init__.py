@@ -1,13 +1,9 @@
-"""Attention kernels behind one interface, chosen by name.
+"""Where attention is decided: every layer of the vision tower and of the language model computes it by an adapter.
 
-An adapter is a module with four functions (shapes and limits in `xla.py`, the adapter for any platform):
-
-    causal(q, k, v, segment_ids)      the read stream: causal attention inside the segments of a row
-    chunked(q, k, v, chunk)           the compress stream: rows of images, each `chunk` tokens, causal in itself
-    row_shape(num_segments, chunk)    how the kernel likes images laid out in rows: (images a row, places a row)
-    cached(q, k, v, positions)        inference: queries against a cache
-
-An adapter that cannot honour a request raises ValueError; nothing falls back.
+`config.model.attention` names the adapter, `get_adapter` finds it, and `Adapter` says what one must do. Which keys a
+query may see depends on the function alone: `full` (the vision tower), `chunked` (the compress stream), `causal` (the
+read stream) or `cached` (inference). `models/vit.py` and `models/voco.py` call them. (The Q-Former is a baseline, and
+has Flax's own attention.) To add a kernel, write a module with the same functions and name it in `ADAPTERS`.
 
 | adapter  | platform                  | causal, chunked                   | rows of images          |
 |----------|---------------------------|-----------------------------------|-------------------------|
@@ -15,49 +11,86 @@ An adapter that cannot honour a request raises ValueError; nothing falls back.
 | `splash` | TPU; CPU, interpreted     | only blocks with a visible pair   | several images, padding |
 | `cudnn`  | NVIDIA GPU, 16-bit floats | fused; packed text through a bias | one image, no padding   |
 
-Decoding and short prompts are XLA's everywhere, because none of the fused kernels is made for a few queries a row:
-reading the weights and the cache once is all there is to it. Long prompts are `causal`, of whole rows.
+An adapter that cannot honour a request raises ValueError; nothing falls back. `full` and `cached` are XLA's in every
+adapter: the fused kernels are not made for a few queries a row, as in decoding and short prompts, where reading the
+weights and the cache once is the whole cost. Long prompts are read by `causal`, as whole rows of the cache.
 
 Under an ambient mesh (`jax.set_mesh`) rows are sharded over data and fsdp, rows of images over frame too, heads over
-tensor.
+tensor. Shapes are those of the legend in `models/voco.py`.
 """
+
+from typing import Protocol
 
 import jax
 
 from voco_jax.attention import cudnn, splash, xla
 
-ADAPTERS = {"xla": xla, "splash": splash, "cudnn": cudnn}
-PLATFORMS = {"xla": None, "splash": "tpu", "cudnn": "gpu"}  # where it is of use; None: anywhere
+
+class Adapter(Protocol):
+    """One attention kernel. Queries are not scaled; N, their heads, are a multiple of G, those of keys and values."""
+
+    PLATFORM: str | None  # 'tpu' or 'gpu', where the kernel is of use; None: anywhere
+    FUSED: bool  # `causal` is one kernel, which never has all scores in memory
+
+    def full(self, q: jax.Array, k: jax.Array, v: jax.Array, /) -> jax.Array:
+        """All queries see all keys: q [R, T, N, H], k and v [R, T, G, H] to [R, T, N, H]."""
+
+    def causal(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, /, segment_ids: jax.Array | None = None
+    ) -> jax.Array:  # fmt: skip
+        """Query i sees key j where j ≤ i and both are in the same segment; shapes as `full`.
+
+        segment_ids are integers [R, T]; None means one segment a row. Padding is a segment like any other.
+        """
+
+    def chunked(self, q: jax.Array, k: jax.Array, v: jax.Array, /, chunk: int) -> jax.Array:
+        """Causal attention inside segments of `chunk` tokens that follow each other from a row's start.
+
+        q is [R, C, N, H], k and v are [R, C, G, H]: C // chunk segments, then C % chunk places of padding. Padding's
+        outputs are finite and mean nothing.
+        """
+
+    def row_shape(self, num_segments: int, chunk: int, /) -> tuple[int, int]:
+        """The best layout for one device's `num_segments` segments: (segments a row, places a row C).
+
+        Segments a row divide num_segments; C is at least segments a row · chunk.
+        """
+
+    def cached(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, /) -> jax.Array:
+        """Queries [R, T, N, H] see the places of their row's cache [R, C, G, H] up to their own position, and it.
+
+        positions are integers [R, T]; -1 sees nothing, and its output is finite and means nothing.
+        """
+
+    def check(
+        self, *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool
+    ) -> None:
+        """ValueError, at set-up, for what the kernel's library would refuse only when a step is compiled.
+
+        `size` is that of a head, `segment_length` that of a compress segment (0: no compress stream), `row_length`
+        that of a read row; with `training` read rows are packed, and the gradients' kernels are checked too.
+        """
 
 
-def get_adapter(name: str):
-    """The adapter of that name; ValueError names those there are."""
+ADAPTERS: dict[str, Adapter] = {"xla": xla, "splash": splash, "cudnn": cudnn}
+
+
+def get_adapter(name: str) -> Adapter:
+    """The adapter of that name; ValueError lists the names there are."""
     if name not in ADAPTERS:
         raise ValueError(f"attention {name!r} is unknown; there are: {', '.join(sorted(ADAPTERS))}")
     return ADAPTERS[name]
 
 
-def is_fused(name: str) -> bool:
-    """Whether an adapter's `causal` is one kernel, which never has all scores in memory."""
-    return name in ("splash", "cudnn")
-
-
 def check_platform(name: str) -> None:
     """ValueError where an adapter is not for this machine's devices (splash on a CPU, interpreted, is for tests)."""
-    needed, found = PLATFORMS[name], jax.default_backend()
+    needed, found = get_adapter(name).PLATFORM, jax.default_backend()
     if needed not in (None, found):
         raise ValueError(f"attention {name!r} needs a {needed}, found {found}; 'xla' computes the same anywhere")
 
 
 def interpreted(name: str) -> str:
-    """What to say of an adapter whose kernel this machine's devices only interpret; '' of any other."""
+    """A warning about an adapter whose kernel this machine's devices only interpret; '' of any other."""
     if name != "splash" or jax.default_backend() != "cpu":
         return ""
     return "attention 'splash' is only interpreted on a CPU, many times slower than 'xla', which computes the same"
-
-
-def check_kernels(name: str, **shapes) -> None:
-    """ValueError, at set-up, for what an adapter's library refuses only once it compiles: `cudnn.check` has the
-    arguments. The other adapters say all that they refuse when a step is traced."""
-    if name == "cudnn":
-        cudnn.check(**shapes)

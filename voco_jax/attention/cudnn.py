@@ -16,14 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.attention.platform import platform
-from voco_jax.attention.xla import cached, each_chunk, row_shape
+from voco_jax.attention.xla import cached, each_chunk, full, row_shape
 from voco_jax.errors import first_line
 
-__all__ = ["cached", "causal", "check", "chunked", "evenly", "row_shape"]
+__all__ = ["FUSED", "PLATFORM", "cached", "causal", "check", "chunked", "evenly", "full", "row_shape"]
+
+PLATFORM: str | None = "gpu"
+FUSED: bool = True
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """As `xla.causal`. ValueError: not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses."""
+    """Causal attention inside segments.
+
+    ValueError: not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses.
+    """
     _check_platform()
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, found {q.dtype}: set model.dtype")
@@ -36,17 +42,16 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    """As `xla.chunked`; ValueError as `causal`."""
+    """Causal attention inside chunks of a row; ValueError as `causal`."""
     return each_chunk(partial(causal, segment_ids=None), q, k, v, chunk)
 
 
 def check(
     *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool
 ) -> None:
-    """ValueError, one line, for what cuDNN on this GPU refuses: both streams' kernels are compiled, and not run.
+    """ValueError, one line, for what cuDNN on this GPU refuses: both streams' kernels are compiled, not run.
 
-    `segment_length` is that of the compress stream (0: there is none), `row_length` that of a read row; where
-    `training`, read rows are packed, and the gradients' kernels are compiled too. It takes some seconds.
+    It takes some seconds.
     """
     _check_platform()
     # jax has a check of its own and so has cuDNN, and some of both come when the gradient is made: later than `causal`

@@ -5,7 +5,7 @@ the kernel never visits them. Which blocks, of what size, is decided here, from 
 row, `row_shape` for how many images share one.
 """
 
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.attention.platform import platform
-from voco_jax.attention.xla import cached
+from voco_jax.attention.xla import cached, check, full
 
-__all__ = ["Blocks", "cached", "causal", "choose_blocks", "chunked", "row_shape"]
+__all__ = ["FUSED", "PLATFORM", "Blocks", "cached", "causal", "check", "choose_blocks", "chunked", "full", "row_shape"]
+
+PLATFORM: str | None = "tpu"
+FUSED: bool = True
 
 LANES = 128  # the kernel's rows and blocks come in multiples of it
 SUBLANES = 8
@@ -57,12 +60,15 @@ class Blocks(NamedTuple):
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """As `xla.causal`. ValueError: what `_attend` refuses."""
+    """Causal attention inside segments. ValueError: what `_attend` refuses."""
     return _attend(q, k, v, segment_ids, None, ("data", "fsdp"))
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    """As `xla.chunked`; padding is one more segment. ValueError: C less than a segment, or what `_attend` refuses."""
+    """Causal attention inside chunks of a row; padding is one more segment.
+
+    ValueError: C less than a segment, or what `_attend` refuses.
+    """
     if (length := q.shape[1]) < chunk:
         raise ValueError(f"attention 'splash': a row of {length} places does not hold a segment of {chunk} tokens")
     return _attend(q, k, v, None, chunk, ("data", "fsdp", "frame"))
@@ -70,7 +76,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
 
 @cache
 def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
-    """As `xla.row_shape`: the layout with the fewest cycles, padding's matmuls and attention's blocks together.
+    """The layout with the fewest cycles, padding's matmuls and attention's blocks together.
 
     Several images share a row because one of, say, 580 tokens wastes 60 places of 640 and seven waste 36 of 4,096.
     Where their number does not allow it, a row ends at the next multiple of 8, the sublanes of a TPU's tiles, and is
@@ -121,7 +127,7 @@ def choose_blocks(length: int, chunk: int | None) -> Blocks:
     forward = min(pairs, key=lambda pair: _forward_cycles(length, chunk, *pair))
     fused, backward = min(
         ((fused, pair) for fused in (True, False) for pair in pairs),
-        key=lambda option: _backward_cycles(length, chunk, *option[1], fused=option[0]),
+        key=lambda option: _backward_cycles(length, chunk, option[1][0], option[1][1], fused=option[0]),
     )
     return Blocks(
         forward, sum(_visits(length, chunk, *forward)), backward, sum(_visits(length, chunk, *backward)), fused
@@ -210,10 +216,10 @@ def _kernel(length: int, chunk: int | None, interpret: bool) -> kernels.SplashAt
         block_kv_dq=None if blocks.fused else bk_back,
         use_fused_bwd_kernel=blocks.fused,
     )
-    mask = masks.CausalMask((length, length)) if chunk is None else _Chunks(length, chunk)
+    causal = masks.CausalMask((length, length)) if chunk is None else _Chunks(length, chunk)
     # `make_splash_mha` would put the arrays that say which blocks to visit on a device of the ambient mesh, where
     # ahead-of-time compilation has none. As numpy arrays they are constants of whatever is being traced.
-    mask = masks.MultiHeadMask([mask])
+    mask = masks.MultiHeadMask([causal])
     forward, mask_function = mask_info.process_mask(mask, blocks.forward)
     dq = None if blocks.fused else mask_info.process_mask(mask, blocks.backward)[0]
     dkv, _ = mask_info.process_mask_dkv(mask, blocks.backward, shrink_grid=not blocks.fused)
@@ -251,7 +257,7 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     def pad(x, axis):  # what stands behind a row's end is in the future of its queries
         return jnp.pad(x, [(0, places - length if i == axis else 0) for i in range(x.ndim)])
 
-    def attend(q, k, v, ids):
+    def attend(q, k, v, ids=None):
         rows = (pad(jnp.swapaxes(x, 1, 2), 2) for x in (q * q.shape[-1] ** -0.5, k, v))
         if ids is not None:
             ids = kernels.SegmentIds(*(pad(ids, 1),) * 2)
@@ -274,10 +280,6 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     P = jax.sharding.PartitionSpec
     spec = P(row_axes, None, "tensor", None)
     # The kernel is a constant of the mapped function: every device gets all of its masks, as all heads share them.
-    mapped = jax.shard_map(
-        partial(attend, ids=None) if segment_ids is None else attend,
-        in_specs=(spec,) * 3 if segment_ids is None else (*(spec,) * 3, P(row_axes, None)),
-        out_specs=spec,
-        check_vma=False,
-    )
-    return mapped(q, k, v) if segment_ids is None else mapped(q, k, v, segment_ids)
+    arrays = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
+    specs = (spec, spec, spec, P(row_axes, None))[: len(arrays)]
+    return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)

@@ -1,4 +1,4 @@
-"""Attention by XLA: any platform, any layout; what every other kernel is compared with."""
+"""Attention by XLA: any platform, any layout; what every other kernel is compared with. Functions as in `Adapter`."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,13 @@ from voco_jax.attention import blocks
 from voco_jax.attention.platform import platform
 from voco_jax.parallel.mesh import AXES, axis_size
 
+PLATFORM: str | None = None
+FUSED: bool = False
 QUERIES = 512  # of a prompt, that attend to a cache at once
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Causal attention inside segments: query i sees key j where j ≤ i and both stand in the same segment.
-
-    Args:
-      q: queries [R, T, N, H], not scaled; k, v: keys and values [R, T, G, H], N a multiple of G.
-      segment_ids: integers [R, T], or None for one segment a row. Padding is a segment of its own like any other.
-
-    Returns: [R, T, N, H]
-    """
+    """Causal attention inside segments."""
     if _in_blocks(q):
         return blocks.attend(q, k, v, segment_ids, causal=True)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
@@ -29,41 +24,24 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
 
 
 def full(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of all to all, the vision tower's: shapes as `causal`'s. (No part of an adapter.)"""
+    """Attention of all queries to all keys."""
     if _in_blocks(q):
         return blocks.attend(q, k, v, None, causal=False)
     return jax.nn.dot_product_attention(q, k, v)
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    """Causal attention inside segments of `chunk` tokens that follow each other from a row's start.
-
-    Args:
-      q: queries [R, C, N, H], not scaled; k, v: keys and values [R, C, G, H]. C // chunk segments, then C % chunk
-        places of padding.
-
-    Returns: [R, C, N, H]. Padding's outputs are finite and mean nothing (here: zeros).
-    """
+    """Causal attention inside chunks of a row; padding's outputs are zeros."""
     return each_chunk(causal, q, k, v, chunk)
 
 
 def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
-    """How one device's `num_segments` segments are best laid out: (segments a row, places a row C).
-
-    Segments a row divide num_segments; C is at least segments a row · chunk. Here: one segment, no padding.
-    """
+    """One segment a row, no padding."""
     return 1, chunk
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """Queries against a cache: each sees the places of its row up to its own position, itself among them.
-
-    Args:
-      q: [R, T, N, H]; k, v: [R, C, G, H].
-      positions: [R, T]; -1 sees nothing, and what comes of it is finite and means nothing.
-
-    Returns: [R, T, N, H]
-    """
+    """Queries against a cache, `QUERIES` of them at a time."""
 
     def attend(q, positions):
         visible = jnp.arange(k.shape[1]) <= positions[..., None]
@@ -71,12 +49,16 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 
     if q.shape[1] <= QUERIES:
         return attend(q, positions)
-    # Long prompts a part at a time: the scores of all would be [R, N, T, C] numbers
+    # The scores of all queries of a long prompt would be [R, N, T, C] numbers
     parts = [slice(start, start + QUERIES) for start in range(0, q.shape[1], QUERIES)]
     return jnp.concatenate([attend(q[:, part], positions[:, part]) for part in parts], axis=1)
 
 
-def each_chunk(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+def check(**shapes: object) -> None:
+    """Nothing is refused."""
+
+
+def each_chunk(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
     """`chunked` by a causal kernel that takes one segment a row: `attend(q, k, v)` of [R·segments, chunk, …]."""
     num_rows, length = q.shape[:2]
     used = length // chunk * chunk

@@ -28,6 +28,7 @@ from voco_jax.convert.verify import open_side, verify
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.tensors import DTYPES
+from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.terminal import printable
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     elif args.command == "to-jax":
         *sources, destination = args.paths
         source = source_of(args, sources)
-        least = 0 if args.compressor == "none" else 1
+        least = 0 if COMPRESSORS[args.compressor].keeps_text(0) else 1
         if args.num_voco_tokens is not None and args.num_voco_tokens < least:
             raise UserError(f"--num-voco-tokens: expected at least {least}, found {args.num_voco_tokens}")
         if args.vocab_multiple < 1:

@@ -31,7 +31,7 @@ class Line:
 def check(run_directory: Path, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Line]:
     """Compare features, logits and greedy tokens, in float32. UserError for a file that is not as described."""
     model = load_run(run_directory).model
-    if model.config.compressor not in ("voco", "none"):
+    if not model.config.compressor_class.has_voco_tokens:
         raise UserError(f"{run_directory}: expected compressor voco or none, found {model.config.compressor}")
     rows = _rows(golden, name)
     layout = _layout(rows, model.config, name)

@@ -24,6 +24,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
 from voco_jax.io.tensors import DTYPES
 from voco_jax.models.build import abstract_model, init_params
+from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.voco import VoCoConfig
 
 
@@ -47,7 +48,7 @@ class Options:
 
     @property
     def is_llava(self) -> bool:
-        return self.compressor == "none" and not self.num_voco_tokens
+        return COMPRESSORS[self.compressor].keeps_text(self.num_voco_tokens or 0)
 
 
 def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True) -> list[str]:

@@ -1,7 +1,5 @@
 """What a config says of the model's input: the model's config with a tokenizer's vocabulary, pixels and prompts."""
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from voco_jax.chat_templates import ChatTemplate, get_chat_template
@@ -10,40 +8,22 @@ from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
-from voco_jax.models.build import resolve_dtype
+from voco_jax.models import build
+from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.voco import VoCoConfig
 
 
 def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
-    """The model that a config and a tokenizer describe; UserError names a value that cannot be.
+    """The model that a config and a tokenizer describe, as `models/build.py` makes it; UserError names a wrong value.
 
-    Without a tokenizer (None), for estimates: the vocabulary is the config's, around an image stand Llama's tokens."""
+    Without a tokenizer (None), for estimates, the vocabulary is the config's, and Llama's tokens are around an image.
+    """
+    facts = None
+    if tokenizer is not None:
+        ids, is_trained = prompt_ids(tokenizer), config.tokenizer.source == "train"
+        facts = build.TokenizerFacts(len(tokenizer), is_trained, ids.voco_token_id, ids.prefix_ids, ids.suffix_ids)
     try:
-        m = typed(config).model
-        llama = m.llama
-        prompt: dict = {"voco_token_id": llama.vocab_size - 1}
-        if tokenizer is not None:
-            # A tokenizer trained with the model sets its vocabulary; a pretrained one may need rows for added tokens.
-            if llama.vocab_size < len(tokenizer) or config.tokenizer.source == "train":
-                llama = dataclasses.replace(llama, vocab_size=len(tokenizer))
-            ids = prompt_ids(tokenizer)
-            prompt = {name: getattr(ids, name) for name in ("voco_token_id", "prefix_ids", "suffix_ids")}
-        return VoCoConfig(
-            llama=llama,
-            vision=m.vision,
-            compressor=m.compressor,
-            num_voco_tokens=m.num_voco_tokens,
-            **prompt,
-            num_compressed_tokens=m.num_compressed_tokens,
-            num_qformer_layers=m.num_qformer_layers,
-            projector_layers=m.projector_layers,
-            dtype=resolve_dtype(m.dtype),
-            param_dtype=resolve_dtype(m.param_dtype, "param_dtype"),
-            attention=m.attention,
-            remat=m.remat,
-            unroll_layers=m.unroll_layers,
-            lora=m.lora if m.lora.rank else None,
-        )
+        return build.make_model_config(typed(config).model, facts)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
 
@@ -78,20 +58,19 @@ def set_processor(config: ConfigDict, processor: ImageProcessor) -> None:
 
 def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Encoder:
     """The prompt rules of a config for the kind of visual tokens its model has."""
-    external = model_config.compressor in ("average_pool", "qformer")
     return Encoder(
         tokenizer=tokenizer,
         template=template_of(config),
-        num_voco_tokens=0 if external else model_config.num_voco_tokens,
+        num_voco_tokens=model_config.num_voco_tokens if model_config.compressor_class.has_voco_tokens else 0,
         num_visual_tokens=model_config.num_visual_tokens,
-        compressed=model_config.compressor == "voco",
+        compressed=model_config.has_memory,
         verbatim=is_llava(config),
     )
 
 
 def is_llava(config: ConfigDict) -> bool:
     """Whether a config's model is plain LLaVA, in whose text no VoCo tokens stand."""
-    return config.model.compressor == "none" and not config.model.num_voco_tokens
+    return COMPRESSORS[config.model.compressor].keeps_text(config.model.num_voco_tokens)
 
 
 def template_of(config: ConfigDict) -> ChatTemplate:

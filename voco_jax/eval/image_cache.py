@@ -49,7 +49,7 @@ class ImageCache:
         self, model: Model, *, tokens: int | None = None, sampling: FrameSampling | None = None,
         host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
     ):  # fmt: skip
-        if model.config.compressor != "voco":
+        if not model.config.has_memory:
             for name, value in (("tokens", tokens), ("cache", directory)):
                 if value is not None:
                     raise UserError(

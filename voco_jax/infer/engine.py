@@ -294,7 +294,7 @@ def bucket(n: int, smallest: int) -> int:
 def _encode_images(graphdef, params, pixel_values):
     model = nnx.merge(graphdef, params)
     features = model.encode_images(pixel_values)
-    return model.compress(features) if model.config.compressor == "voco" else features
+    return model.compress(features) if model.config.has_memory else features
 
 
 def _prefill(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prompts, stop, sampling, cache):

@@ -1,7 +1,17 @@
-"""Compressors outside the language model, for comparison (the paper's Table 1): pooling and a Q-Former.
+"""How an image's embeddings reach the text, by `config.model.compressor`: one class each, one table.
 
-Both turn an image's P projected features into M embeddings that stand in the read stream as ordinary tokens.
+| name          | class          | what is in the read stream for an image                  | what compresses      |
+|---------------|----------------|----------------------------------------------------------|----------------------|
+| `voco`        | `VoCo`         | K slots, whose keys and values the compress stream makes | the language model   |
+| `none`        | `Uncompressed` | all P embeddings, as tokens (LLaVA)                      | nothing              |
+| `average_pool`| `AveragePool`  | M means of patches, as tokens (the paper's Table 1)      | a mean, then Linear  |
+| `qformer`     | `QFormer`      | M queries that read the image, as tokens (Table 1)       | a transformer beside |
+
+All of them train by the same loss. To add one, write a subclass of `Compressor` and name it in `COMPRESSORS`; the rest
+of the package asks the class and never compares names.
 """
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flax import nnx
 import jax
@@ -10,13 +20,74 @@ import jax.numpy as jnp
 from voco_jax.models.linear import Linear
 from voco_jax.models.stack import scan_layers, stack_layers
 
+if TYPE_CHECKING:
+    from voco_jax.models.config import VoCoConfig
 
-class AveragePool(nnx.Module):
+
+class Compressor(nnx.Module):
+    """What lies between the projector and the language model; as a class, what there is to know of it in advance."""
+
+    has_memory: ClassVar[bool] = False  # a compress stream makes the images' keys and values (`Memory`), to be kept
+    has_voco_tokens: ClassVar[bool] = False  # VoCo tokens are in the text; their embedding trains, frozen or not
+
+    def __init__(self, config: "VoCoConfig", **kwargs: Any):
+        """`kwargs` are dtype, param_dtype and rngs, for weights; this one has none."""
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Embeddings of images [..., P, D] to those that go into a stream: [..., P, D] or [..., M, D]."""
+        return features
+
+    @classmethod
+    def check(cls, config: "VoCoConfig") -> None:
+        """ValueError for a config that this compressor cannot be made of."""
+
+    @classmethod
+    def num_visual_tokens(cls, config: "VoCoConfig") -> int:
+        """Places of the read stream that one image takes (M)."""
+        return config.num_compressed_tokens
+
+    @classmethod
+    def keeps_text(cls, num_voco_tokens: int) -> bool:
+        """Whether every image and newline stays where the text has it, as in LLaVA's own prompts."""
+        return False
+
+
+class VoCo(Compressor):
+    """The paper's: the language model itself compresses an image into K VoCo tokens, in the compress stream."""
+
+    has_memory = True
+    has_voco_tokens = True
+
+    @classmethod
+    def check(cls, config: "VoCoConfig") -> None:
+        if config.num_voco_tokens < 1:
+            raise ValueError(f"num_voco_tokens must be at least 1, found {config.num_voco_tokens}")
+
+    @classmethod
+    def num_visual_tokens(cls, config: "VoCoConfig") -> int:
+        return config.num_voco_tokens
+
+
+class Uncompressed(Compressor):
+    """LLaVA: all embeddings are read. Text may have VoCo tokens, so that the model can be compared with a VoCo one."""
+
+    has_voco_tokens = True
+
+    @classmethod
+    def num_visual_tokens(cls, config: "VoCoConfig") -> int:
+        return config.vision.num_features
+
+    @classmethod
+    def keeps_text(cls, num_voco_tokens: int) -> bool:
+        return not num_voco_tokens
+
+
+class AveragePool(Compressor):
     """Mean over M equal runs of patches (M = 1: the whole image), then Linear: [..., P, D] to [..., M, D]."""
 
-    def __init__(self, num_tokens: int, hidden_size: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        self.num_tokens = num_tokens
-        self.linear = Linear(hidden_size, hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: "VoCoConfig", **kwargs: Any):
+        self.num_tokens = config.num_compressed_tokens
+        self.linear = Linear(config.llama.hidden_size, config.llama.hidden_size, **kwargs)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         *lead, num_patches, hidden_size = features.shape
@@ -29,10 +100,8 @@ class AveragePool(nnx.Module):
 class QFormerLayer(nnx.Module):
     """Pre-norm self-attention among the queries, cross-attention to the image, GELU MLP."""
 
-    def __init__(self, hidden_size: int, num_heads: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-        def attention():
+    def __init__(self, hidden_size: int, num_heads: int, **kwargs: Any):
+        def attention() -> nnx.MultiHeadAttention:
             return nnx.MultiHeadAttention(
                 num_heads=num_heads, in_features=hidden_size, qkv_features=hidden_size, decode=False, **kwargs
             )
@@ -51,19 +120,19 @@ class QFormerLayer(nnx.Module):
         return queries + self.fc2(jax.nn.gelu(self.fc1(self.norm_mlp(queries))))
 
 
-class QFormer(nnx.Module):
-    """BLIP-2's compressor: M learned queries read the image's features: [..., P, D] to [..., M, D]."""
+class QFormer(Compressor):
+    """BLIP-2's: M learned queries read the image's features: [..., P, D] to [..., M, D]."""
 
-    def __init__(
-        self, num_tokens: int, hidden_size: int, num_heads: int, num_layers: int, *, dtype, param_dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: "VoCoConfig", *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        hidden_size, shape = config.llama.hidden_size, (config.num_compressed_tokens, config.llama.hidden_size)
+        heads = config.llama.num_attention_heads
         self.dtype = dtype
-        self.queries = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (num_tokens, hidden_size), param_dtype))
+        self.queries = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
         self.norm_features = nnx.LayerNorm(hidden_size, **kwargs)
         self.layers = stack_layers(
-            lambda rngs: QFormerLayer(hidden_size, num_heads, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            num_layers,
+            lambda rngs: QFormerLayer(hidden_size, heads, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            config.num_qformer_layers,
             rngs,
         )
         self.norm = nnx.LayerNorm(hidden_size, **kwargs)
@@ -75,3 +144,19 @@ class QFormer(nnx.Module):
         queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (len(features), *self.queries.shape))
         queries, _ = scan_layers(lambda layer, x, _: (layer(x, features), None), queries, self.layers, dtype=self.dtype)
         return self.linear(self.norm(queries)).reshape(*lead, -1, hidden_size)
+
+    @classmethod
+    def check(cls, config: "VoCoConfig") -> None:
+        if config.llama.hidden_size % config.llama.num_attention_heads:
+            raise ValueError(
+                f"qformer: hidden_size {config.llama.hidden_size} is no multiple of num_attention_heads "
+                f"{config.llama.num_attention_heads}"
+            )
+
+
+COMPRESSORS: dict[str, type[Compressor]] = {
+    "voco": VoCo,
+    "none": Uncompressed,
+    "average_pool": AveragePool,
+    "qformer": QFormer,
+}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -11,7 +12,7 @@ from jax import lax
 from voco_jax.keys import key
 
 
-def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers, **kwargs) -> jax.Array:
+def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **kwargs: Any) -> jax.Array:
     """`lax.dot_general` of tokens [..., inputs] with a kernel [inputs, outputs]; either may be several axes.
 
     On CPU all tokens become one axis first. The result is the same; but the kernel's gradient is then a plain matrix
@@ -50,7 +51,7 @@ class LoRAConfig:
     alpha: float = key(16.0, "updates are scaled by alpha / rank", low=1e-12)
     targets: tuple[str, ...] = key(TARGETS, "kernels of a layer that have updates")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         for target in self.targets:
             if target not in self.TARGETS:
@@ -64,18 +65,18 @@ class LoRAConfig:
 
 
 class LoRALinear(nnx.LinearGeneral):
-    """A linear layer without bias; after `add_lora`, plus what Flax's `nnx.LoRA` makes of the same input.
+    """A linear layer without bias; after `add_lora`, plus Flax's `nnx.LoRA` of the same input.
 
     A [inputs, rank] and B [rank, outputs] take heads and head size as one axis.
     """
 
-    def __init__(self, in_features, out_features, **kwargs):
+    def __init__(self, in_features: int | tuple[int, int], out_features: int | tuple[int, int], **kwargs: Any):
         axis = (-2, -1) if isinstance(in_features, tuple) else -1
         super().__init__(in_features, out_features, axis=axis, use_bias=False, dot_general=dot_general, **kwargs)
         self.lora = nnx.data(None)
 
     def add_lora(self, config: LoRAConfig, rngs: nnx.Rngs) -> None:
-        """A is drawn as in Hugging Face's PEFT, uniform within 1/√inputs; B is zeros: nothing changes to begin with."""
+        """A is drawn as in Hugging Face's PEFT, uniform within 1/√inputs; B is zeros: at first nothing changes."""
         self.lora_scale = config.scale
         self.lora = nnx.LoRA(
             math.prod(self.in_features), config.rank, math.prod(self.out_features), dtype=self.dtype,
@@ -83,8 +84,8 @@ class LoRALinear(nnx.LinearGeneral):
             a_initializer=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         )  # fmt: skip
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        y = super().__call__(inputs)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        y = super().__call__(inputs, out_sharding=out_sharding)
         if self.lora is None:
             return y
         flat = inputs.reshape(*inputs.shape[: -len(self.in_features)], -1)

@@ -1,16 +1,13 @@
-"""Llama decoder layers: RMSNorm, rotary positions, grouped key/value heads, SwiGLU.
+"""Llama: RMSNorm, rotary positions, grouped key/value heads, SwiGLU. Relatives are switches of `LlamaConfig`.
 
-Shape legend for the whole package:
-  B rows   T tokens of a read row   I images of a row   S tokens of one compress segment   P patches of an image
-  K VoCo tokens of an image   D hidden size   F MLP width   N query heads   G key/value heads   H head size
-  V vocabulary
-
-A layer is given as its parts (`project_kv`, `project_q`, `finish`) rather than as one call, because two streams run
-through it and what stands between the parts, which keys a query may see, is the subject of `voco.py`.
+A layer has parts (`project_kv`, `project_q`, `finish`) instead of one call: two streams run through it, and what is
+between the parts, which keys a query may see, is the subject of `voco.py`. Shapes: see the legend there.
 """
 
+from collections.abc import Collection
 import dataclasses
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -20,6 +17,7 @@ import jax.numpy as jnp
 from voco_jax.keys import key
 from voco_jax.models.linear import Linear, LoRAConfig, LoRALinear
 from voco_jax.models.stack import stack_layers
+from voco_jax.models.tiling import materialize, silu_times, swap_halves
 from voco_jax.parallel.mesh import PARAMS, ROWS, constrain
 
 ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
@@ -45,7 +43,7 @@ class RopeScaling:
     attention_factor: float | None = None
     truncate: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}; found {self.rope_type!r}")
         if not 0 < self.factor < math.inf:
@@ -67,7 +65,7 @@ class LlamaConfig:
     num_hidden_layers: int = key(32, "decoder layers", low=1, below=2**12)
     num_attention_heads: int = key(32, "query heads (N)", low=1, below=2**14)
     num_key_value_heads: int = key(32, "key and value heads (G), which query heads share", low=1, below=2**14)
-    head_dim: int | None = key(None, "size of a head (H); None: hidden_size / num_attention_heads", low=1, below=2**14)
+    head_dim: int = key(0, "size of a head (H); 0: hidden_size / num_attention_heads", low=0, below=2**14)
     max_position_embeddings: int = key(4096, "longest sequence, in tokens", low=1, below=2**31, on_load="free")
     rms_norm_eps: float = key(1e-5, "added to the mean square in norms", low=0)
     rope_theta: float = key(10000.0, "base of the rotary positions", low=1)
@@ -78,8 +76,8 @@ class LlamaConfig:
         1, "rows of embedding and head are padded to a multiple of it, so that they shard", low=1, below=2**24
     )
 
-    def __post_init__(self):
-        if self.head_dim is None:
+    def __post_init__(self) -> None:
+        if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -91,12 +89,36 @@ class LlamaConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows that the embedding and the head have (V'); nothing ever looks at those from `vocab_size` on."""
+        """Rows of the embedding and of the head (V'); those from `vocab_size` on are never used."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each matrix product of a decoder layer."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        width, mlp = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
+            "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width),
+        }  # fmt: skip
+
+    def layer_params(self, lora: LoRAConfig | None = None, names: Collection[str] | None = None) -> int:
+        """Parameters of one decoder layer's matrix products, or of some by name, LoRA's among them."""
+        chosen = {name: sizes for name, sizes in self.projections().items() if names is None or name in names}
+        low_rank = sum(lora.rank * sum(sizes) for name, sizes in chosen.items() if name in lora.targets) if lora else 0
+        return sum(inputs * outputs for inputs, outputs in chosen.values()) + low_rank
+
+    def layers_flops(self, tokens: int, context: int, lora: LoRAConfig | None = None) -> float:
+        """FLOPs of tokens through all layers, forward, `context` tokens a causal row; see `flops.py`."""
+        attention = 2 * self.num_attention_heads * self.head_dim * context
+        return tokens * self.num_hidden_layers * (2 * self.layer_params(lora) + attention)
+
+    def head_flops(self, tokens: int) -> float:
+        """FLOPs of tokens through the head, forward."""
+        return tokens * 2 * self.hidden_size * self.vocab_size
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:
-    """Radians a position for each pair of head dimensions: [H/2], float32; see `RopeScaling`."""
+    """Radians per position for each pair of head dimensions: [H/2], float32; see `RopeScaling`."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
@@ -105,7 +127,7 @@ def rope_frequencies(config: LlamaConfig) -> jax.Array:
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "yarn":
-        kept = _kept_by_yarn(config)
+        kept = _kept_by_yarn(config, scaling)
     else:
         wavelengths = 2 * math.pi / frequencies
         turns = scaling.original_max_position_embeddings / wavelengths
@@ -114,11 +136,11 @@ def rope_frequencies(config: LlamaConfig) -> jax.Array:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _kept_by_yarn(config: LlamaConfig) -> jax.Array:
+def _kept_by_yarn(config: LlamaConfig, scaling: RopeScaling) -> jax.Array:
     """Of each frequency, the share that is not divided: from 1 down to 0 between two pairs of dimensions, [H/2]."""
-    scaling, size = config.rope_scaling, config.head_dim
+    size = config.head_dim
 
-    def pair(turns: float) -> float:  # that makes so many turns in the original context
+    def pair(turns: float) -> float:  # the pair of dimensions that makes so many turns in the original context
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return size * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
@@ -135,64 +157,33 @@ def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, j
     """Cosines and sines [..., T, 1, H], float32, for integer positions [..., T]; the first half of sines is negated."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if config.rope_scaling is not None and config.rope_scaling.attention_factor != 1:
-        cos, sin = cos * config.rope_scaling.attention_factor, sin * config.rope_scaling.attention_factor
+    factor = None if config.rope_scaling is None else config.rope_scaling.attention_factor
+    if factor not in (None, 1):
+        cos, sin = cos * factor, sin * factor
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate heads [..., T, heads, H]; dimension i is paired with i + H/2, as in Hugging Face's Llama."""
     cos, sin = tables
-    turned = jnp.dot(x, half_turn(x.shape[-1], x.dtype), precision=jax.lax.Precision.HIGHEST)
-    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
-
-
-def half_turn(size: int, dtype) -> jax.Array:
-    """The matrix that swaps the halves of [..., size]; each result is one term, and so exact in any dtype.
-
-    A TPU would have to move halves of its 128 lanes about for a slice or a roll, which takes longer than this product.
-    """
-    return jnp.roll(jnp.eye(size, dtype=dtype), size // 2, axis=0)
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """`x`, computed once and written to memory; so is its gradient.
-
-    XLA for TPUs would rather compute a norm or an activation again for each tile of the matrix product that takes it,
-    which makes the product 10 to 40 % longer by the compiler's own estimate.
-    """
-    return jax.lax.optimization_barrier(x)
-
-
-@jax.custom_vjp
-def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, SwiGLU's activation; its gradients are made in one pass, each written once (see `whole`)."""
-    return jax.nn.silu(gate) * up
-
-
-def _silu_times_bwd(kept, gradient):
-    *kept, gradient = whole((*kept, gradient))
-    return whole(jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *kept)[1](gradient))
-
-
-silu_times.defvjp(lambda gate, up: (silu_times(gate, up), (gate, up)), _silu_times_bwd)
+    return (x.astype(jnp.float32) * cos + swap_halves(x).astype(jnp.float32) * sin).astype(x.dtype)
 
 
 class LlamaLayer(nnx.Module):
     """One pre-norm decoder layer in two parts, before and after attention; with LoRA on the projections it names."""
 
-    def __init__(self, config: LlamaConfig, lora: LoRAConfig | None = None, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, lora: LoRAConfig | None, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         c = config
         init = nnx.initializers.normal(c.initializer_range)
         # Every layer adds to the residual stream twice; smaller outputs keep its variance level with depth (GPT-2).
         init_out = nnx.initializers.normal(c.initializer_range / math.sqrt(2 * c.num_hidden_layers))
 
-        def linear(shape_in, shape_out, kernel_init=init):
+        def linear(shape_in: int | tuple[int, int], shape_out: int | tuple[int, int], kernel_init=init) -> LoRALinear:
             return LoRALinear(
                 shape_in, shape_out, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        def norm():
+        def norm() -> nnx.RMSNorm:
             return nnx.RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.input_layernorm = norm()
@@ -204,24 +195,25 @@ class LlamaLayer(nnx.Module):
         self.gate_proj = linear(c.hidden_size, c.intermediate_size)
         self.up_proj = linear(c.hidden_size, c.intermediate_size)
         self.down_proj = linear(c.intermediate_size, c.hidden_size, init_out)
-        for name in lora.targets if lora is not None else ():  # last: they change no other parameter's random numbers
-            getattr(self, name).add_lora(lora, rngs)
+        if lora is not None:  # last: it changes no other parameter's random numbers
+            for name in lora.targets:
+                getattr(self, name).add_lora(lora, rngs)
 
-    def project_kv(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys before rotary positions and values, each [B, T, G, H]."""
-        y = whole(self.input_layernorm(x_BTD))
+    def project_kv(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hidden states [R, T, D] to keys, before rotary positions, and values, each [R, T, G, H]."""
+        y = materialize(self.input_layernorm(x))
         return self.k_proj(y), self.v_proj(y)
 
-    def project_q(self, x_BTD: jax.Array) -> jax.Array:
-        """Queries before rotary positions: [B, T, N, H]."""
-        return self.q_proj(whole(self.input_layernorm(x_BTD)))
+    def project_q(self, x: jax.Array) -> jax.Array:
+        """Hidden states [R, T, D] to queries, before rotary positions: [R, T, N, H]."""
+        return self.q_proj(materialize(self.input_layernorm(x)))
 
-    def finish(self, x_BTD: jax.Array, attended_BTNH: jax.Array) -> jax.Array:
-        """Residual stream after attention's output projection and the SwiGLU MLP."""
-        x_BTD = x_BTD + checkpoint_name(self.o_proj(attended_BTNH), "attention_out")
-        y = whole(self.post_attention_layernorm(x_BTD))
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Hidden states [R, T, D] and attention's output [R, T, N, H] to the layer's output: projection, SwiGLU MLP."""
+        x = x + checkpoint_name(self.o_proj(attended), "attention_out")
+        y = materialize(self.post_attention_layernorm(x))
         gate, up = checkpoint_name(self.gate_proj(y), "gate"), checkpoint_name(self.up_proj(y), "up")
-        return x_BTD + self.down_proj(whole(silu_times(gate, up)))
+        return x + self.down_proj(materialize(silu_times(gate, up)))
 
 
 class Llama(nnx.Module):
@@ -229,7 +221,7 @@ class Llama(nnx.Module):
 
     def __init__(
         self, config: LlamaConfig, lora: LoRAConfig | None = None, *,
-        dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+        dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.config = config
         self.dtype = dtype
@@ -252,16 +244,16 @@ class Llama(nnx.Module):
                 dtype=dtype, param_dtype=param_dtype, preferred_element_type=jnp.float32, rngs=rngs,
             )  # fmt: skip
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embeddings [B, T, D] of token ids [B, T].
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings [R, T, D] of token ids [R, T].
 
-        Over a mesh every device looks its columns up for all tokens, and rows travel home: 4,096 numbers a token
-        rather than the table, and gradients are summed in the table's own precision where they stay.
+        Over a mesh every device looks up its columns for all tokens, then sends rows home. So D numbers a token travel
+        and not the table, and gradients are summed in the table's own precision where they stay.
         """
         if jax.sharding.get_abstract_mesh().empty:
-            return self.embed_tokens(tokens_BT)
+            return self.embed_tokens(tokens)
         table = constrain(self.embed_tokens.embedding[...], None, PARAMS)
-        x = jnp.take(table, constrain(tokens_BT, "data"), axis=0).astype(self.dtype)
+        x = jnp.take(table, constrain(tokens, "data"), axis=0).astype(self.dtype)
         x = constrain(constrain(x, "data", None, PARAMS), "data", None, "fsdp")
         return constrain(x, ROWS)
 
@@ -269,12 +261,12 @@ class Llama(nnx.Module):
         """The matrix [D, V'] from normalised hidden states to logits, as it is stored."""
         return self.embed_tokens.embedding[...].T if self.config.tie_word_embeddings else self.lm_head.kernel[...]
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Next-token logits [B, T, V] in float32, never rounded to the type of the computation; none for padding."""
-        hidden_BTD = self.norm(hidden_BTD)
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [R, T, D] to logits [R, T, V], float32: never rounded to `dtype`, and none for V' - V."""
+        hidden = self.norm(hidden)
         if self.config.tie_word_embeddings:
-            embedding_VD = self.embed_tokens.embedding[...].astype(self.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
+            embedding = self.embed_tokens.embedding[...].astype(self.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
         else:
-            logits = self.lm_head(hidden_BTD)
+            logits = self.lm_head(hidden)
         return logits[..., : self.config.vocab_size]

@@ -1,5 +1,7 @@
 """LLaVA's projectors: from the vision tower's features to the language model's embeddings."""
 
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ class Projector(nnx.Module):
 
     def __init__(
         self, in_features: int, out_features: int, num_layers: int = 2, *,
-        dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+        dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.num_layers = num_layers
         for i in range(1, num_layers + 1):
@@ -20,7 +22,7 @@ class Projector(nnx.Module):
             setattr(self, f"linear_{i}", Linear(inputs, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        x = self.linear_1(features)
-        for i in range(2, self.num_layers + 1):
-            x = getattr(self, f"linear_{i}")(jax.nn.gelu(x, approximate=False))
+        x = features
+        for i in range(1, self.num_layers + 1):
+            x = getattr(self, f"linear_{i}")(x if i == 1 else jax.nn.gelu(x, approximate=False))
         return x

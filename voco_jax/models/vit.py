@@ -1,6 +1,9 @@
-"""CLIP's vision transformer: class token, learned positions, pre-norm layers, quick-GELU."""
+"""CLIP's vision transformer: class token, learned positions, pre-norm layers, quick-GELU. Relatives are switches of
+`ViTConfig`. Shapes: see the legend in `voco.py`."""
 
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import einops
 from flax import nnx
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from voco_jax.attention import xla
+from voco_jax.attention import get_adapter
 from voco_jax.keys import key
 from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import scan_layers, stack_layers
@@ -37,7 +40,7 @@ class ViTConfig:
     select_layer: int = key(-2, "hidden states that are features: -1 the last layer's, -2 those before it (LLaVA)")
     select_feature: str = key("patch", "'patch', or 'cls_patch' with the class token")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
@@ -67,6 +70,13 @@ class ViTConfig:
         """Layers below the selected hidden state; those above are kept (they belong to the checkpoint) but not run."""
         return self.select_layer % (self.num_hidden_layers + 1)
 
+    def flops(self, images: int) -> float:
+        """FLOPs of images through the layers that are run, forward; attention sees all patches. See `flops.py`."""
+        tokens = self.num_patches + 1
+        params = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        patches = 2 * self.num_patches * 3 * self.patch_size**2 * self.hidden_size
+        return images * (self.num_active_layers * tokens * (2 * params + 4 * self.hidden_size * tokens) + patches)
+
 
 def sincos_positions(config: ViTConfig) -> np.ndarray:
     """Position embeddings to begin with, float32 [patches + 1, D]: sines and cosines of column and row; class token 0.
@@ -90,7 +100,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 class ViTLayer(nnx.Module):
     """Pre-norm encoder layer: full attention, then an MLP with quick-GELU, all with biases."""
 
-    def __init__(self, config: ViTConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         c = config
         heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -104,9 +114,10 @@ class ViTLayer(nnx.Module):
         self.fc1 = Linear(c.hidden_size, c.intermediate_size, kernel_init=init, **kwargs)
         self.fc2 = Linear(c.intermediate_size, c.hidden_size, kernel_init=init, **kwargs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
+        """Hidden states [images, T, D] to the next ones; `attend` is an adapter's `full`."""
         y = self.layer_norm1(x)
-        x = x + self.out_proj(xla.full(self.q_proj(y), self.k_proj(y), self.v_proj(y)))
+        x = x + self.out_proj(attend(self.q_proj(y), self.k_proj(y), self.v_proj(y)))
         return x + self.fc2(quick_gelu(self.fc1(self.layer_norm2(x))))
 
 
@@ -117,14 +128,16 @@ class ViT(nnx.Module):
         self,
         config: ViTConfig,
         *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        attention: str = "xla",
         unroll: bool = False,
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
         c = self.config = config
         self.dtype, self.unroll, self.remat = dtype, unroll, remat
+        self.attention = get_adapter(attention)
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         init = nnx.initializers.normal(c.initializer_range)
         # A convolution whose stride is its size is one matrix product on flattened patches (row, column, channel).
@@ -160,8 +173,8 @@ class ViT(nnx.Module):
         x = constrain(self.pre_layernorm(x), IMAGES)
 
         x, _ = scan_layers(
-            lambda layer, x, _: (constrain(layer(x), IMAGES), None), x, self.layers, count=c.num_active_layers,
-            dtype=self.dtype, unroll=self.unroll, remat=self.remat,
+            lambda layer, x, _: (constrain(layer(x, self.attention.full), IMAGES), None), x, self.layers,
+            count=c.num_active_layers, dtype=self.dtype, unroll=self.unroll, remat=self.remat,
         )  # fmt: skip
         if c.select_feature == "patch":
             x = x[:, 1:]

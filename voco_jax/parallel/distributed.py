@@ -1,4 +1,4 @@
-"""Several processes, usually one a host, that work as one: whom to ask for the others, before any device is touched.
+"""Several processes, usually one a host, that work as one: how they find each other, before any device is used.
 
     python -m voco_jax.train --config=… --coordinator=HOST:PORT --num_processes=N --process_id=I
 
@@ -6,13 +6,14 @@ or the same in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (ja
 or nothing at all where jax finds out by itself: TPU pods, SLURM, Kubernetes, Open MPI. Elsewhere a process is alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
 import os
 import socket
 import sys
 import threading
+from typing import Any, TypeVar
 
 from absl import flags
 import jax
@@ -23,6 +24,7 @@ from voco_jax.errors import TryAgain, UserError, exit_status
 
 _FLAGS = ("--coordinator", "--num_processes", "--process_id")
 _HINT = "--coordinator, --num_processes and --process_id set it by hand"
+E = TypeVar("E", bound=Exception)
 _LONGEST = 1024  # bytes of an error that other processes are told
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -46,10 +48,13 @@ def start(
     """
     if initialization_timeout < 1:
         raise UserError(f"--initialization_timeout: expected at least 1 second, found {initialization_timeout}")
-    given = (coordinator or None, num_processes or None, None if process_id == -1 else process_id)
-    names = _FLAGS if any(value is not None for value in given) else _VARIABLES
-    if names is _VARIABLES:
-        given = tuple(os.environ.get(name) or None for name in _VARIABLES)
+    names = _FLAGS
+    given: list[str | int | None] = [
+        coordinator or None, num_processes or None, None if process_id == -1 else process_id
+    ]  # fmt: skip
+    if not any(value is not None for value in given):
+        names, given = _VARIABLES, [os.environ.get(name) or None for name in _VARIABLES]
+    arguments: dict[str, Any] = {}
     if any(value is not None for value in given):
         address, count, index = _checked(names, given)
         if index == 0:
@@ -60,7 +65,7 @@ def start(
             coordinator_address=address, num_processes=count, process_id=index, cluster_detection_method="deactivate"
         )
     elif _in_a_cluster():
-        who, hint, arguments = "as the cluster says", f"; {_HINT}", {}
+        who, hint = "as the cluster says", f"; {_HINT}"
     else:
         return
     with _deadline(who, initialization_timeout):
@@ -77,10 +82,10 @@ def start(
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that all processes leave at one time; what one of them raises in it, the others raise as a UserError or
-    TryAgain.
+    """A block that all processes leave at the same time: if one raises, the others raise a UserError or TryAgain.
 
-    Without it they would wait in the next collective for one that is gone, and end minutes later with a stack trace.
+    Without it they would wait in the next collective for a process that is gone, and end minutes later with a stack
+    trace.
     """
     error, text = None, ""
     try:
@@ -94,12 +99,11 @@ def together() -> Iterator[None]:
             status, _, line = line.partition(" ")
             error = (TryAgain if int(status) == TryAgain.status else UserError)(f"process {process}: {line}")
     if error is not None:
-        error.known_to_all = True
-        raise error
+        raise _known_to_all(error)
 
 
 def texts_of_all(text: str) -> list[str]:
-    """What every process gives, by process, at most 1,024 bytes of each. All call it together."""
+    """Each process's text, by process, at most 1,024 bytes of each. All processes call it together."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
@@ -107,9 +111,9 @@ def texts_of_all(text: str) -> list[str]:
 
 
 def check_same(values: dict[str, object]) -> None:
-    """UserError where the processes do not agree: names what differs, and the first process that differs from 0.
+    """UserError where the processes do not agree: it names what differs, and the first process that differs from 0.
 
-    Values are told apart by their repr. All processes call this, with the same names.
+    Values are compared by their repr. All processes call this, with the same names.
     """
     if jax.process_count() == 1:
         return
@@ -118,17 +122,21 @@ def check_same(values: dict[str, object]) -> None:
     for name, *by_process in zip(values, *found, strict=True):
         for process, digest in enumerate(by_process):
             if (digest != by_process[0]).any():
-                error = UserError(f"process {process}: expected the {name} of process 0, found another")
-                error.known_to_all = True
-                raise error
+                raise _known_to_all(UserError(f"process {process}: expected the {name} of process 0, found another"))
 
 
-def _checked(names: tuple[str, ...], given: tuple) -> tuple[str, int, int]:
+def _known_to_all(error: E) -> E:
+    """The error, marked: `watchdog.py` need not tell the other processes."""
+    error.known_to_all = True  # type: ignore[attr-defined]  # errors of any kind
+    return error
+
+
+def _checked(names: tuple[str, ...], given: Sequence[str | int | None]) -> tuple[str, int, int]:
     """(address, number of processes, this one's); UserError names the flag or variable."""
     missing = [name for name, value in zip(names, given, strict=True) if value is None]
     if missing:
         raise UserError(f"{', '.join(names)}: expected all three or none; {' and '.join(missing)} missing")
-    address, *numbers = given
+    address, numbers = str(given[0]), [str(value) for value in given[1:]]
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"{names[0]}: expected HOST:PORT, found {address!r}")

@@ -1,13 +1,14 @@
-"""The device mesh: four axes, always all of them, set around a program with `jax.set_mesh(mesh)`.
+"""The device mesh: always the same four axes, set around a program with `jax.set_mesh(mesh)`.
 
     data     copies of the parameters, each with rows of its own
     fsdp     rows of their own too; parameters and optimizer state are spread over it and gathered layer by layer
     frame    one row's images (a video's frames) are spread over it; parameters as over fsdp
     tensor   heads, MLP width and vocabulary are spread over it
 
-Code asks for the ambient mesh; where none is set there is one device, and nothing here does anything.
+Code asks for the ambient mesh. Without one there is one device, and these functions do nothing.
 """
 
+from collections.abc import Sequence
 import math
 
 import jax
@@ -24,16 +25,20 @@ IMAGES = ("data", "fsdp", "frame")  # compress rows
 PARAMS = ("fsdp", "frame")  # what parameters are spread over, and gathered from before they are used
 
 
-def find_devices() -> list:
+def find_devices() -> list[jax.Device]:
     """All devices, those of other processes too; UserError where jax finds none, or none that is free."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts that a platform asked for has a device
-        reason = first_line(error) if str(error) else f"jax finds none (JAX_PLATFORMS is {jax.config.jax_platforms!r})"
+        reason = (
+            first_line(error)
+            if str(error)
+            else f"jax finds none (JAX_PLATFORMS is {jax.config.values['jax_platforms']!r})"
+        )
         raise UserError(f"devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from error
 
 
-def make_mesh(mesh: ConfigDict, devices=None) -> Mesh:
+def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` over all devices, or those given; UserError where the sizes do not multiply up.
 
     One axis may be -1: as many as the others leave. Neighbours in the tensor axis are neighbours on the chip network,
@@ -62,6 +67,6 @@ def axis_keys(axes: str | tuple[str, ...]) -> str:
     return " × ".join(f"mesh.{axis}" for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def constrain(x: jax.Array, *spec) -> jax.Array:
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """`x` laid out over the ambient mesh as the partition spec says (axes left out: on every device)."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P(*spec))

@@ -7,6 +7,8 @@ TPUs: "Peak compute per chip (BF16)" of Google's pages on each generation (cloud
 from collections.abc import Iterable
 import re
 
+import jax
+
 from voco_jax.parallel.chips import CHIPS
 
 # By `device_kind`: of a chip, and its TensorCores, which are one jax device (v4, v5p) or one each (v7x).
@@ -36,13 +38,18 @@ GPUS = (
 )
 
 
-def peak_flops(devices: Iterable) -> float | None:
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
     """bfloat16 FLOP/s of some jax devices together; None where one of them is not in the tables, as any CPU."""
-    peaks = [_peak(device) for device in devices]
-    return None if None in peaks else sum(peaks)
+    total = 0.0
+    for device in devices:
+        peak = _peak(device)
+        if peak is None:
+            return None
+        total += peak
+    return total
 
 
-def _peak(device) -> float | None:
+def _peak(device: jax.Device) -> float | None:
     kind = device.device_kind
     if kind in TPUS:
         chip, cores = TPUS[kind]

@@ -79,7 +79,7 @@ def param_shardings(mesh: Mesh, params, *, for_use: bool = False):
 
     Optimizer state holds trees like the parameters' (moments), scalars (counts), and Adafactor's rows and columns,
     which are small and on every device. UserError for a dimension that its axes do not divide; only `for_use`, without
-    training, is a vocabulary that does not divide kept whole.
+    training, is a vocabulary that does not divide left on every device.
     """
 
     def sharding(path, leaf):
@@ -124,27 +124,27 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Which of a batch's elements (packs) this process's devices hold; UserError where they do not divide."""
     batch_shardings(mesh, {"pixel_values": jax.ShapeDtypeStruct((batch_size,), jnp.uint8)})
     indices = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((batch_size,))
-    slices = [index[0] for index in indices.values()]
+    slices = [index[0] for index in indices.values() if index is not None]
     return sorted({row for rows in slices for row in range(*rows.indices(batch_size))})
 
 
-def put_batch(mesh: Mesh, batch: dict, rows: list[int] | None = None, batch_size: int = 0) -> dict:
+def put_batch(mesh: Mesh, batch: dict, rows: list[int] | None = None, batch_size: int = 0) -> dict[str, jax.Array]:
     """A batch of numpy arrays on the devices. In several processes each has only the elements `rows` (see
     `local_rows`) of the `batch_size` that the whole batch has."""
     if rows is None:
         rows, batch_size = list(range(len(batch["pixel_values"]))), len(batch["pixel_values"])
-    whole = whole_shapes(batch, batch_size)
-    shardings = batch_shardings(mesh, whole)
+    shapes = whole_shapes(batch, batch_size)
+    shardings = batch_shardings(mesh, shapes)
 
     def place(name, array):
         per_element = len(array) // len(rows)
 
         def part(index):
-            start, stop, _ = index[0].indices(whole[name].shape[0])
+            start, stop, _ = index[0].indices(shapes[name].shape[0])
             at = rows.index(start // per_element) * per_element
             return array[(slice(at, at + stop - start), *index[1:])]
 
-        return jax.make_array_from_callback(whole[name].shape, shardings[name], part)
+        return jax.make_array_from_callback(shapes[name].shape, shardings[name], part)
 
     return {name: place(name, array) for name, array in batch.items()}
 
@@ -181,7 +181,7 @@ def gather_layer(layer: dict, dtype) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_param(param: jax.Array, spec: P, dtype) -> jax.Array:
-    """`param`, stored as `spec` says, in `dtype` and whole along `PARAMS`.
+    """`param`, stored as `spec` says, in `dtype` and complete along `PARAMS`.
 
     The barriers keep one gather for both streams, and one reduce-scatter of the sum of their gradients; XLA would
     rather pull each into the matrix products, as loops over the shards, and move a kernel as often as it is used.

@@ -1,7 +1,7 @@
-"""Processes that look after one another: when one fails or dies, the others say so and end, within a minute.
+"""Processes that watch one another: when one fails or dies, the others say so and end, within a minute.
 
-Without it they would wait in the next collective for one that is gone, as long as jax lets them, and end with a stack
-trace of C++. Every process tells jax's coordination service now and then that it is alive; what fails tells why.
+Without it they would wait in the next collective for a process that is gone, as long as jax lets them, and end with a
+stack trace of C++. Every process regularly tells jax's coordination service that it is alive, and why it fails.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 import traceback
+from typing import Any
+
+import jax
 
 from voco_jax import interrupts
 from voco_jax.errors import TryAgain, UserError, exit_status, first_line
@@ -23,10 +26,10 @@ _ROOM = "voco_jax"  # of keys
 
 @contextlib.contextmanager
 def watch() -> Iterator[None]:
-    """A block of a training's work in which the processes look after one another; alone, it ends at once by Ctrl-C.
+    """A block of a training's work in which the processes watch one another; a single process just ends by Ctrl-C.
 
-    An error that leaves the block, and that the others do not know yet, is told to them; they print it and exit with
-    status 2. A process that dies or is stopped without a word is missed by the others after half a minute: status 75.
+    An error that leaves the block, and that the others do not know yet, is sent to them; they print it and exit with
+    status 2. When a process dies or stops without a word, the others notice after half a minute: status 75.
     """
     silence, client = _longest_silence(), _client()
     if client is None:
@@ -61,21 +64,20 @@ def _longest_silence() -> float:
     return seconds
 
 
-def _client():
-    from jax._src import distributed  # as Orbax does: there is no public way to its key-value store
+def _client() -> Any:
+    """jax's coordination service, a store of keys and values; None where this process is alone."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    import orbax.checkpoint as ocp  # not at the top: a process that is alone can do without
 
-    state = distributed.global_state
-    return state.client if state.num_processes > 1 else None
+    return ocp.multihost.get_jax_distributed_client()  # jax itself has no public way to it
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, client, silence: float):
+    def __init__(self, client: Any, silence: float):
         super().__init__(daemon=True, name="watch")
-        from jax._src import distributed
-
-        state = distributed.global_state  # jax.process_index() would ask for devices, which may not be free
         self._silence = silence
-        self._client, self._own, self._count = client, state.process_id, state.num_processes
+        self._client, self._own, self._count = client, jax.process_index(), jax.process_count()
         self._failing, self._done, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._answered = time.monotonic()
 

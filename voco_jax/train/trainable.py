@@ -37,9 +37,9 @@ class TrainableFilter:
         The VoCo token's row trains in models whose text has VoCo tokens. UserError where there is no compress stream
         to have gradients or not.
         """
-        paths, has_voco = tuple(freeze), config.compressor in ("voco", "none")
+        paths, has_voco = tuple(freeze), config.compressor_class.has_voco_tokens
         if not compress_gradients:
-            if config.compressor != "voco":
+            if not config.has_memory:
                 expected = f"expected True with compressor {config.compressor!r}, which has no compress stream"
                 raise UserError(f"config.train.compress_gradients: {expected}; found False")
             # The read stream takes a slot's keys and values from the memory: the VoCo token's embedding is not in it

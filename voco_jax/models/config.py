@@ -1,0 +1,125 @@
+"""A model's configuration: `ModelConfig`, the keys of `config.model`, and `VoCoConfig`, which a model is made of."""
+
+import dataclasses
+
+from voco_jax.attention import get_adapter
+from voco_jax.keys import key
+from voco_jax.models import presets
+from voco_jax.models.compressors import COMPRESSORS, Compressor
+from voco_jax.models.linear import LoRAConfig
+from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.stack import REMAT
+from voco_jax.models.vit import ViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The keys of `config.model`; `build.py` makes a `VoCoConfig` of them and the tokenizer's facts."""
+
+    llama: LlamaConfig = key(presets.LLAMA["demo"], "language model; presets: voco_jax/models/presets.py")
+    vision: ViTConfig = key(presets.VIT["demo"], "vision tower; presets: voco_jax/models/presets.py")
+    compressor: str = key("voco", "'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'")
+    num_voco_tokens: int = key(
+        1, "VoCo tokens per image (K); with 'none' they are plain text, and 0 is plain LLaVA", low=0, below=2**20
+    )
+    num_compressed_tokens: int = key(1, "tokens per image with average_pool and qformer", low=1, below=2**20)
+    num_qformer_layers: int = key(2, "layers of the Q-Former, with qformer", low=1, below=2**6)
+    projector_layers: int = key(
+        2, "linear layers with GELU between (2: LLaVA-1.5's mlp2x_gelu; 1: the first LLaVA's)",
+        low=1, below=2**6, earlier=2,
+    )  # fmt: skip
+    param_dtype: str = key("float32", "dtype in which parameters are stored and updated; or 'bfloat16'", on_load="free")
+    dtype: str = key(
+        "auto", "dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU", on_load="free"
+    )
+    attention: str = key(
+        "xla", "attention kernel: 'xla' (any platform), 'splash' (TPU) or 'cudnn' (NVIDIA GPU)",
+        on_resume="free", on_load="free",
+    )  # fmt: skip
+    remat: str = key(
+        "none", "what the backward pass computes again to save memory: 'none' to 'full' (models/stack.py)",
+        on_resume="free", on_load="free",
+    )  # fmt: skip
+    unroll_layers: bool = key(
+        False, "no loop over layers: faster for few and small ones", on_resume="free", on_load="free"
+    )
+    lora: LoRAConfig = key(LoRAConfig(), "low-rank updates of the language model's kernels, which stay frozen")
+
+
+@dataclasses.dataclass(frozen=True)
+class VoCoConfig:
+    """Everything that fixes the function a checkpoint computes, and how to compute it.
+
+    prefix_ids and suffix_ids are what the tokenizer makes of the text before and between image and VoCo tokens
+    (Llama's: BOS, and `▁ \\n`); voco_token_id is the one id that all K VoCo tokens share.
+    """
+
+    llama: LlamaConfig
+    vision: ViTConfig
+    compressor: str = "voco"
+    num_voco_tokens: int = 1
+    voco_token_id: int = 32000
+    prefix_ids: tuple[int, ...] = (1,)
+    suffix_ids: tuple[int, ...] = (28705, 13)
+    num_compressed_tokens: int = 1
+    num_qformer_layers: int = 2
+    projector_layers: int = 2
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "none"
+    unroll_layers: bool = False
+    lora: LoRAConfig | None = None
+
+    def __post_init__(self) -> None:
+        get_adapter(self.attention)
+        if self.remat != "none" and self.remat not in REMAT:
+            raise ValueError(f"remat must be one of none, {', '.join(REMAT)}; found {self.remat!r}")
+        if self.compressor not in COMPRESSORS:
+            raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; found {self.compressor!r}")
+        if self.projector_layers < 1:
+            raise ValueError(f"projector_layers must be at least 1, found {self.projector_layers}")
+        self.compressor_class.check(self)
+        if not 0 <= self.voco_token_id < self.llama.vocab_size:
+            raise ValueError(f"voco_token_id {self.voco_token_id} is outside a vocabulary of {self.llama.vocab_size}")
+
+    @property
+    def compressor_class(self) -> type[Compressor]:
+        return COMPRESSORS[self.compressor]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether an image becomes a `Memory`, by a compress stream; else its embeddings are read."""
+        return self.compressor_class.has_memory
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Places of the read stream that one image takes (M): K slots, or embeddings."""
+        return self.compressor_class.num_visual_tokens(self)
+
+    @property
+    def compress_length(self) -> int:
+        """Tokens of one image's segment of the compress stream (S); 0 where there is none."""
+        if not self.has_memory:
+            return 0
+        return len(self.prefix_ids) + self.vision.num_features + len(self.suffix_ids) + self.num_voco_tokens
+
+    def check_kernels(self, row_length: int, *, training: bool) -> None:
+        """ValueError, at set-up, where the attention kernel's library refuses this model, or read rows so long."""
+        get_adapter(self.attention).check(
+            heads=self.llama.num_attention_heads, kv_heads=self.llama.num_key_value_heads, size=self.llama.head_dim,
+            dtype=self.dtype, segment_length=self.compress_length, row_length=row_length, training=training,
+        )  # fmt: skip
+
+    def projector_flops(self, images: int) -> float:
+        """FLOPs of the projector, forward."""
+        width = self.llama.hidden_size
+        inputs = self.vision.hidden_size + (self.projector_layers - 1) * width
+        return images * self.vision.num_features * 2 * inputs * width
+
+    def compress_flops(self, images: int) -> float:
+        """FLOPs of images through the compress stream, forward; its last layer makes keys and values only."""
+        tokens, layers = images * self.compress_length, self.llama.num_hidden_layers
+        last = 2 * self.llama.layer_params(self.lora, ("k_proj", "v_proj"))
+        all_layers = self.llama.layers_flops(tokens, self.compress_length, self.lora)
+        return all_layers / layers * (layers - 1) + tokens * last
