@@ -55,11 +55,12 @@ def define_flags(values: flags.FlagValues) -> None:
 @one_line_errors
 def main() -> None:
     config, values = parse_flags(sys.argv, define_flags, __doc__)
-    topology, step = values["topology"].value, values["step"].value
+    given = values.flag_values_dict()
+    topology, step = given["topology"], given["step"]
     if topology is None:
         raise UserError("command line: --topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
-    options = dict(option.split("=", 1) for option in values["xla"].value if "=" in option)
-    if wrong := [option for option in values["xla"].value if "=" not in option]:
+    options = dict(option.split("=", 1) for option in given["xla"] if "=" in option)
+    if wrong := [option for option in given["xla"] if "=" not in option]:
         raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")
     chip, devices = topology_devices(topology)
     mesh = make_mesh(config.mesh, devices)
@@ -71,7 +72,7 @@ def main() -> None:
     if assumed:
         print(assumed, file=sys.stderr)
     program = make_program(config, step, mesh, tokenizer)
-    about = {
+    about: dict[str, object] = {
         "config": config_file(sys.argv),
         "step": step,
         "topology": topology,
@@ -89,14 +90,14 @@ def main() -> None:
         report = about | {
             "fits": False,
             "hbm": {"needed": error.needed, "available": error.available, "arguments": arguments},
-            "advice": advice(config, step, about["mesh"], arguments, error.available),
+            "advice": advice(config, step, dict(mesh.shape), arguments, error.available),
         }
-        print(json.dumps(report) if values["json"].value else render_misfit(report))
+        print(json.dumps(report) if given["json"] else render_misfit(report))
         sys.exit(1)
     report = about | {"compile_seconds": seconds} | make_report(program, compiled, chip, len(devices))
-    axes = ", ".join(f"{axis} {size}" for axis, size in about["mesh"].items() if size > 1) or "one device"
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     headline = f"{about['config']}: {step} on {topology}, {len(devices)} chips (mesh: {axes})"
-    print(json.dumps(report) if values["json"].value else render(report, headline))
+    print(json.dumps(report) if given["json"] else render(report, headline))
 
 
 def with_shape(config: ConfigDict) -> ConfigDict:

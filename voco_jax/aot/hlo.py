@@ -81,7 +81,7 @@ class Instruction:
         return match[1] if match else ""
 
 
-def attribute(pattern: str | re.Pattern[str], instruction: Instruction) -> re.Match[str]:
+def attribute(pattern: str, instruction: Instruction) -> re.Match[str]:
     """What an instruction's attributes say of a pattern; HLOError where they do not."""
     match = re.search(pattern, instruction.attributes)
     if match is None:

@@ -235,8 +235,8 @@ class _Walk:
             return []  # the rest of a collective that was counted where it started
         if opcode == "custom-call":
             target = hlo.attribute(r'custom_call_target="([^"]*)"', instruction)[1]
-            if SPLASH.search(op_name) and target == "tpu_custom_call":
-                return [self.splash(op, instruction, computation)]
+            if (scope := SPLASH.search(op_name)) and target == "tpu_custom_call":
+                return [self.splash(op, instruction, computation, scope)]
             if target in FREE_TARGETS:
                 return []
             return [replace(op, unknown=f"custom call {instruction.name.split('.')[0]} ({target})")]
@@ -288,13 +288,13 @@ class _Walk:
             synchronous=not starts,
         )
 
-    def splash(self, op: Op, instruction: Instruction, computation: Computation) -> Op:
+    def splash(self, op: Op, instruction: Instruction, computation: Computation, scope: re.Match[str]) -> Op:
         arrays = [array for operand in computation.operands(instruction) for array in operand.arrays]
         q = next((array for array in arrays if array.dtype in ("bf16", "f32") and len(array.dims) >= 3), None)
         if q is None:
             raise HLOError(f"splash kernel {instruction.name}: no query among its operands")
         kernel = instruction.op_name.rsplit("splash_m", 1)[-1]  # 'ha_fwd_…', 'qa_dkv_…'
-        fwd, fwd_q, fwd_kv, bwd, bwd_q, bwd_kv = map(int, hlo.attribute(SPLASH, instruction).groups())
+        fwd, fwd_q, fwd_kv, bwd, bwd_q, bwd_kv = map(int, scope.groups())
         visits, block = (fwd, fwd_q * fwd_kv) if "_fwd" in kernel else (bwd, bwd_q * bwd_kv)
         if "_fwd" in kernel:
             matmuls = 2

@@ -30,11 +30,8 @@ def find_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts that a platform asked for has a device
-        reason = (
-            first_line(error)
-            if str(error)
-            else f"jax finds none (JAX_PLATFORMS is {jax.config.values['jax_platforms']!r})"
-        )
+        platforms = jax.config.values["jax_platforms"]
+        reason = first_line(error) if str(error) else f"jax finds none (JAX_PLATFORMS is {platforms!r})"
         raise UserError(f"devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from error
 
 
