@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from voco_jax.convert import hf_configs
+from voco_jax.convert.families import clip, llava
 from voco_jax.convert.formats import FORMATS
 from voco_jax.convert.to_hf import write_json, write_shards
 from voco_jax.convert.to_jax import layers_of
@@ -50,10 +50,10 @@ def make_checkpoint(directory: Path, num_layers: int, vocab_size: int) -> list[T
         tensors.append((FORMATS[0].their_name(rule, layer), tensor(rule.transform.their_shape(shape))))
     directory.mkdir(parents=True)
     write_shards(directory, tensors, 5 * 10**9, lambda _: None)
-    write_json(directory / "config.json", hf_configs.config_to_llava(llama, vision, "float16", {}))
+    write_json(directory / "config.json", llava.to_released(llama, vision, "float16", {}))
     tower = directory / "vision_tower"  # its dimensions; its tensors are inside
     tower.mkdir()
-    write_json(tower / "config.json", hf_configs.vision_to_hf(vision))
+    write_json(tower / "config.json", clip.to_hf(vision))
     return [tensor for _, tensor in tensors]
 
 

@@ -23,12 +23,12 @@ from voco_jax.terminal import printable
 
 NOTHING_TO_SAVE = "preempted: nothing to save; the same command goes on"
 INTERRUPTED = 130  # 128 + SIGINT, as of shells
-_STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: 75}  # as TryAgain's
-_LINE = {signal.SIGINT: lambda: "interrupted", signal.SIGTERM: lambda: NOTHING_TO_SAVE}
+_STATUS: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: 75}  # as TryAgain's
+_LINE: dict[int, Callable[[], str]] = {signal.SIGINT: lambda: "interrupted", signal.SIGTERM: lambda: NOTHING_TO_SAVE}
 _GRACE = 10.0  # seconds for the main thread to hear of Ctrl-C: a checkpoint may be on its way while it is in C++
 _TWICE = 5.0  # seconds between two Ctrl-C by which somebody will not wait for the tidying up
 
-_at_once = {signal.SIGINT: False, signal.SIGTERM: False}
+_at_once: dict[int, bool] = {signal.SIGINT: False, signal.SIGTERM: False}
 _raised, _ending = threading.Event(), threading.Lock()
 _listening = False
 
@@ -78,8 +78,8 @@ def listening() -> bool:
 @contextlib.contextmanager
 def at_once(value: bool, *signals: signal.Signals) -> Iterator[None]:
     """A block in which signals end the process at once, or do not: then it is for the block to end well."""
-    before = {number: _at_once[number] for number in signals}
-    _at_once.update(dict.fromkeys(signals, value and _listening))
+    before: dict[int, bool] = {number: _at_once[number] for number in signals}
+    _at_once.update({number: value and _listening for number in signals})
     try:
         yield
     finally:
@@ -135,8 +135,8 @@ def _flush() -> None:
 
 def _hear(descriptor: int) -> None:
     last = -_TWICE
-    while number := os.read(descriptor, 1):
-        number = number[0]
+    while received := os.read(descriptor, 1):
+        number = received[0]
         if number in _STATUS and _at_once[number]:
             end(_STATUS[number], _line(number))
         if number == signal.SIGINT:

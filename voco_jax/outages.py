@@ -60,8 +60,8 @@ def error_number(error: BaseException) -> int | None:
 def http_code(error: BaseException) -> int | None:
     """What a bucket's server answered; None where that is not the matter."""
     if type(error).__module__.startswith("gcsfs"):
-        code = getattr(error, "code", None)
-        return int(code) if str(code).isdecimal() else None
+        code = str(getattr(error, "code", None))
+        return int(code) if code.isdecimal() else None
     found = re.search(r"\bhttp_response_code='(\d+)'", str(error)) if status_of(error) else None
     return int(found[1]) if found else None
 
@@ -98,11 +98,12 @@ def may_be_of_another(error: BaseException) -> bool:
     jax = sys.modules.get("jax")  # which the processes that read data never load
     if jax is None or jax.process_count() == 1:
         return False
-    while error is not None:
+    link: BaseException | None = error
+    while link is not None:
         # Where a collective fails as it is started, it is a ValueError of jax's with the status of C++ in front
-        raised_by = next((frame.filename for frame in reversed(traceback.extract_tb(error.__traceback__))), "")
-        status = Path(jax.__file__).parent in Path(raised_by).parents and re.match("[A-Z_]+: ", str(error))
-        if status or isinstance(error, jax.errors.JaxRuntimeError):
+        raised_by = next((frame.filename for frame in reversed(traceback.extract_tb(link.__traceback__))), "")
+        status = Path(str(jax.__file__)).parent in Path(raised_by).parents and re.match("[A-Z_]+: ", str(link))
+        if status or isinstance(link, jax.errors.JaxRuntimeError):
             return True
-        error = error.__cause__
+        link = link.__cause__
     return False

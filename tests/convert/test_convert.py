@@ -16,7 +16,7 @@ from tests.helpers.commands import run_main
 from tests.models.test_two_streams import CONFIG
 from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_command_line
-from voco_jax.convert.rules import RULES
+from voco_jax.convert.families import RULES
 from voco_jax.convert.to_jax import layers_of
 from voco_jax.errors import UserError
 from voco_jax.models.build import abstract_model

@@ -17,9 +17,8 @@ from tests.convert.test_convert import TOKENIZER, convert  # noqa: F401 (a fixtu
 from tests.helpers import reference
 from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.config import default_config, load_config
-from voco_jax.convert.config_keys import CLIP_VISION, LLAMA, LLAVA, LLAVA_HF
+from voco_jax.convert import families
 from voco_jax.convert.gguf_files import gguf_tokenizer, read_gguf
-from voco_jax.convert.hf_configs import vision_from_hf
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_jax import has_voco_row
 from voco_jax.convert.torch_files import read_torch
@@ -79,14 +78,14 @@ CLIP_TOWER = {
 
 def test_real_configs_are_understood():
     for keys, fields in (
-        (LLAVA, LLAVA_15),
-        (LLAVA, FINE_TUNE),
-        (LLAMA, SMOLLM),
-        (LLAMA, OLD | {"model_type": "llama"}),
-        (CLIP_VISION, OLD | CLIP_TOWER),
-        (LLAMA, transformers.LlamaConfig().to_dict()),
-        (CLIP_VISION, transformers.CLIPVisionConfig().to_dict()),
-        (LLAVA_HF, transformers.LlavaConfig().to_dict() | {"ignore_index": -100, "vocab_size": 32064}),
+        (families.llava.KEYS, LLAVA_15),
+        (families.llava.KEYS, FINE_TUNE),
+        (families.llama.KEYS, SMOLLM),
+        (families.llama.KEYS, OLD | {"model_type": "llama"}),
+        (families.clip.KEYS, OLD | CLIP_TOWER),
+        (families.llama.KEYS, transformers.LlamaConfig().to_dict()),
+        (families.clip.KEYS, transformers.CLIPVisionConfig().to_dict()),
+        (families.llava.HF_KEYS, transformers.LlavaConfig().to_dict() | {"ignore_index": -100, "vocab_size": 32064}),
     ):
         assert keys.problems(fields) == []
 
@@ -94,31 +93,31 @@ def test_real_configs_are_understood():
 @pytest.mark.parametrize(
     ("keys", "key", "value"),
     [
-        (LLAVA, "mm_resampler_type", "perceiver"),
-        (LLAVA, "mm_spatial_pool_stride", 2),
-        (LLAVA, "mm_spatial_pool_mode", "average"),
-        (LLAVA, "s2", True),
-        (LLAVA, "mm_vision_tower_interpolate", True),
-        (LLAVA, "mm_patch_merge_type", "spatial_unpad"),
-        (LLAVA, "mm_use_im_start_end", True),
-        (LLAVA, "mm_of_tomorrow", False),
-        (LLAMA, "attention_multiplier", 1.0),
-        (LLAMA, "embedding_multiplier", 12.0),
-        (LLAMA, "residual_multiplier", 0.22),
-        (LLAMA, "logits_scaling", 8.0),
-        (LLAMA, "final_logit_softcapping", 30.0),
-        (LLAMA, "attention_bias", True),
-        (LLAMA, "mlp_bias", True),
-        (LLAMA, "sliding_window", 4096),
-        (LLAMA, "layer_types", ["sliding_attention"]),
-        (LLAMA, "num_local_experts", 8),
-        (LLAMA, "pruned_heads", {"0": [1]}),
-        (LLAMA, "quantization_config", {"quant_method": "gptq", "bits": 4}),
-        (CLIP_VISION, "hidden_act", "gelu"),
-        (CLIP_VISION, "num_channels", 4),
-        (LLAVA_HF, "projector_hidden_act", "relu"),
-        (LLAVA_HF, "multimodal_projector_bias", False),
-        (LLAVA_HF, "image_grid_pinpoints", [[336, 672]]),
+        (families.llava.KEYS, "mm_resampler_type", "perceiver"),
+        (families.llava.KEYS, "mm_spatial_pool_stride", 2),
+        (families.llava.KEYS, "mm_spatial_pool_mode", "average"),
+        (families.llava.KEYS, "s2", True),
+        (families.llava.KEYS, "mm_vision_tower_interpolate", True),
+        (families.llava.KEYS, "mm_patch_merge_type", "spatial_unpad"),
+        (families.llava.KEYS, "mm_use_im_start_end", True),
+        (families.llava.KEYS, "mm_of_tomorrow", False),
+        (families.llama.KEYS, "attention_multiplier", 1.0),
+        (families.llama.KEYS, "embedding_multiplier", 12.0),
+        (families.llama.KEYS, "residual_multiplier", 0.22),
+        (families.llama.KEYS, "logits_scaling", 8.0),
+        (families.llama.KEYS, "final_logit_softcapping", 30.0),
+        (families.llama.KEYS, "attention_bias", True),
+        (families.llama.KEYS, "mlp_bias", True),
+        (families.llama.KEYS, "sliding_window", 4096),
+        (families.llama.KEYS, "layer_types", ["sliding_attention"]),
+        (families.llama.KEYS, "num_local_experts", 8),
+        (families.llama.KEYS, "pruned_heads", {"0": [1]}),
+        (families.llama.KEYS, "quantization_config", {"quant_method": "gptq", "bits": 4}),
+        (families.clip.KEYS, "hidden_act", "gelu"),
+        (families.clip.KEYS, "num_channels", 4),
+        (families.llava.HF_KEYS, "projector_hidden_act", "relu"),
+        (families.llava.HF_KEYS, "multimodal_projector_bias", False),
+        (families.llava.HF_KEYS, "image_grid_pinpoints", [[336, 672]]),
     ],
 )
 def test_keys_that_change_the_function_are_refused(keys, key, value):
@@ -130,7 +129,7 @@ def test_keys_that_change_the_function_are_refused(keys, key, value):
 
 def test_a_key_that_the_user_vouches_for():
     """An unknown one; of the known ones we know better."""
-    assert LLAMA.problems({"my_key": 3, "mlp_bias": True}, ignored=["my_key", "mlp_bias"]) == [
+    assert families.llama.KEYS.problems({"my_key": 3, "mlp_bias": True}, ignored=["my_key", "mlp_bias"]) == [
         "mlp_bias: expected False or None, found True"
     ]
 
@@ -139,10 +138,10 @@ def test_the_first_clips_say_it_twice():
     """openai/clip-vit-large-patch14: what `vision_config_dict` says holds, as in transformers."""
     fields = {"model_type": "clip", "vision_config": OLD | CLIP_TOWER, "vision_config_dict": {"image_size": 224}}
     fields |= {"text_config": {}, "text_config_dict": None, "logit_scale_init_value": 2.6592}
-    assert vision_from_hf(fields, FILE, -2, "patch").image_size == 224
+    assert families.clip.from_hf(fields, FILE, -2, "patch").image_size == 224
     wrong = fields | {"vision_config": CLIP_TOWER | {"hidden_act": "gelu"}}
     with pytest.raises(UserError, match=r"^config.json: vision_config.hidden_act: expected 'quick_gelu', found 'gelu'"):
-        vision_from_hf(wrong, FILE, -2, "patch")
+        families.clip.from_hf(wrong, FILE, -2, "patch")
 
 
 # ---- Checkpoints in the forms they come in ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.helpers import oracle
 from tests.models.test_two_streams import CONFIG, IMAGES, PATCHES, SEQUENCE_LENGTH, make, random_layout
-from voco_jax.convert.hf_configs import llama_from_hf, llama_to_hf
+from voco_jax.convert.families import llama
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_jax import check_source, layers_of
 from voco_jax.errors import UserError
@@ -56,9 +56,9 @@ CASES = {
 def test_tables_are_transformers(case):
     """Read from a config in its spelling; what is written back is read as the same by both."""
     fields = SMALL | CASES[case]
-    ours = llama_from_hf(fields, FILE)
-    for again in fields, llama_to_hf(ours):
-        assert llama_from_hf(again, FILE) == ours
+    ours = llama.from_hf(fields, FILE)
+    for again in fields, llama.to_hf(ours):
+        assert llama.from_hf(again, FILE) == ours
         theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**{k: v for k, v in again.items() if k != "model_type"}))
         positions = torch.arange(256)[None]
         expected_cos, expected_sin = (x[0].numpy() for x in theirs(torch.zeros(1), positions))
@@ -76,14 +76,14 @@ def test_old_files_mean_llama_3():
 
 def test_a_null_is_not_set():
     scaling = {"rope_type": None, "type": "linear", "factor": 4.0}
-    assert llama_from_hf(SMALL | {"rope_scaling": scaling}, FILE).rope_scaling == RopeScaling(4.0, rope_type="linear")
+    assert llama.from_hf(SMALL | {"rope_scaling": scaling}, FILE).rope_scaling == RopeScaling(4.0, rope_type="linear")
 
 
 def test_a_context_of_16k():
     """Vicuna's: the positions before the stretch, and the length after it under a key of its own."""
     fields = SMALL | {"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    assert llama_from_hf(fields, FILE).max_position_embeddings == 1024
-    assert llama_from_hf(SMALL | {"max_sequence_length": 1024}, FILE).max_position_embeddings == 256
+    assert llama.from_hf(fields, FILE).max_position_embeddings == 1024
+    assert llama.from_hf(SMALL | {"max_sequence_length": 1024}, FILE).max_position_embeddings == 256
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_context_of_16k():
 )
 def test_what_is_not_computed_is_refused(fields, message):
     with pytest.raises(UserError, match=r"^config.json: " + message) as error:
-        llama_from_hf(SMALL | fields, FILE)
+        llama.from_hf(SMALL | fields, FILE)
     assert "\n" not in str(error.value)
 
 

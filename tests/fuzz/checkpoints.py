@@ -16,9 +16,9 @@ from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json, odd_value
 from tests.fuzz.weights import remove, special
 from tests.helpers import reference
+from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.formats import FORMATS, key_of_name
 from voco_jax.convert.inspect import problems_of
-from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.to_jax import Options, run_config
 

@@ -13,10 +13,10 @@ import re
 
 import numpy as np
 
-from voco_jax.convert.config_keys import ADAPTER, LLAVA, section
+from voco_jax.convert.config_keys import NONE, OFF, check_numbers, keys_of, section
+from voco_jax.convert.families import llama, llava
 from voco_jax.convert.findings import listing
 from voco_jax.convert.formats import key_of_name
-from voco_jax.convert.hf_configs import check_numbers, llama_from_hf
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
@@ -30,6 +30,37 @@ _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB]|magnitude_vector)(\.default)?(\.weight)?")
 _WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")  # that PEFT may leave in a name
 _FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
+# PEFT's adapter_config.json.
+_KEYS = keys_of(
+    "r lora_alpha alpha_pattern rank_pattern use_rslora use_dora base_model_name_or_path",
+    {
+        "peft_type": ("LORA",),
+        "bias": ("none",),
+        "fan_in_fan_out": OFF,
+        "lora_bias": OFF,
+        # Others change the base's own weights when training begins
+        "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
+        "layer_replication": (None, []),
+        "trainable_token_indices": NONE,
+        "target_parameters": (None, []),
+        "enable_lora": NONE,
+        "alora_invocation_tokens": NONE,
+        "use_qalora": OFF,
+        "use_bdlora": OFF,
+        "loftq_config": ({}, None),
+        "eva_config": NONE,
+        "corda_config": NONE,
+        "arrow_config": NONE,
+        "lora_ga_config": NONE,
+        "megatron_config": NONE,
+        "monteclora_config": NONE,
+    },
+    (
+        "auto_mapping|inference_mode|revision|task_type|target_modules|exclude_modules|layers_to_transform",
+        "layers_pattern|lora_dropout|modules_to_save|megatron_core|qalora_group_size|peft_version|runtime_config",
+        "ensure_weight_tying|ephemeral_gpu_offload|merge_weights",
+    ),
+)
 
 Key = tuple[str, int | None]  # (our parameter's path, layer)
 
@@ -57,12 +88,12 @@ def trained_beside(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_same_model(llama: LlamaConfig, file: Path, base: Path) -> None:
+def check_same_model(model: LlamaConfig, file: Path, base: Path) -> None:
     """UserError where an adapter's config and its base's describe different language models."""
     fields = read_object(base)
-    other = llama_from_hf(section(fields, "text_config", base) or fields, base, LLAVA)
+    other = llama.from_hf(section(fields, "text_config", base) or fields, base, llava.KEYS)
     for field in dataclasses.fields(LlamaConfig):
-        ours, theirs = getattr(llama, field.name), getattr(other, field.name)
+        ours, theirs = getattr(model, field.name), getattr(other, field.name)
         if field.name not in _FREE and ours != theirs:
             raise UserError(
                 f"{base}: {field.name}: expected {ours!r}, as {file} has it, found {theirs!r}: another base?"
@@ -86,7 +117,7 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
     """Put the merged tensors in the place of the base's. UserError for what is not computed, and for another base."""
     file = path / ADAPTER_CONFIG
     config = read_object(file)
-    ADAPTER.check(config, file, ignored=ignored)
+    _KEYS.check(config, file, ignored=ignored)
     weights = path / "adapter_model.safetensors"
     stored = read_safetensors(weights) if weights.exists() else read_torch(path / "adapter_model.bin")
     modules, whole = {}, {}

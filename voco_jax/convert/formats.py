@@ -1,11 +1,12 @@
-"""The formats a checkpoint comes in: what each puts before the names of `rules.py`, and what may be passed over."""
+"""The formats a checkpoint comes in: what each puts before the families' names, and what may be passed over."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 import dataclasses
 import functools
 import re
 
-from voco_jax.convert.rules import RULES, Rule
+from voco_jax.convert.families import BY_OURS, RULES, clip
+from voco_jax.convert.rules import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +54,13 @@ PROJECTOR = (
     Format("projector", "", "", "multi_modal_projector.", ""),
 )
 
-# Buffers that are computed, not trained; and the text half of CLIP.
+# Buffers that are computed, not trained
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?embeddings\.position_ids")
-_CLIP_TEXT = re.compile(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale")
 
 
 def passed_over(name: str, format: Format) -> bool:
     """Whether a tensor is rightly left out."""
-    return bool(_BUFFERS.fullmatch(name) or format.name == "clip" and _CLIP_TEXT.fullmatch(name))
+    return bool(_BUFFERS.fullmatch(name) or format.name == "clip" and re.fullmatch(clip.NOT_READ, name))
 
 
 def num_projector_layers(format: Format) -> int:
@@ -82,18 +82,15 @@ def _all_names() -> dict[str, str]:
     return {format.their_name(rule): rule.ours for format in formats for rule in RULES}
 
 
-def recognise(names: Mapping[str, object], formats, parts: tuple[str, ...]) -> Format | None:
-    """The format whose prefixes explain the most names of these parts; None if none explains any of each part."""
-    anchors = {
-        "llm": "embed_tokens.weight",
-        "projector": "linear_1.weight",
-        "vision": "embeddings.class_embedding",
-    }
+# A parameter of each part by which a format is recognised; all families have it
+_TOLD_BY = {
+    "llm": "llama.embed_tokens.embedding",
+    "projector": "projector.linear_1.kernel",
+    "vision": "vision_tower.position_embedding",
+}
 
-    def has(format: Format, part: str) -> bool:
-        return format.their_name(Rule("", part, anchors[part], None)) in names
 
-    for format in formats:
-        if all(has(format, part) for part in parts):
-            return format
-    return None
+def recognise(names: Collection[str], formats: Iterable[Format], parts: Iterable[str]) -> Format | None:
+    """The first format under whose names all the parts are there; None if there is none."""
+    told_by = [BY_OURS[_TOLD_BY[part]] for part in parts]
+    return next((format for format in formats if all(format.their_name(rule) in names for rule in told_by)), None)

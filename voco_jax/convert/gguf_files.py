@@ -9,8 +9,8 @@ import re
 
 import numpy as np
 
-from voco_jax.convert.config_keys import GGUF, GGUF_KINDS
-from voco_jax.convert.hf_configs import check_numbers
+from voco_jax.convert.config_keys import check_numbers
+from voco_jax.convert.gguf_keys import KEYS, KINDS
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
 from voco_jax.errors import UserError
 from voco_jax.io.files import SourceFile
@@ -58,12 +58,12 @@ def _read_header(file: Path):
 def _check_key(file: Path, key: str, value: object) -> None:
     """UserError for a value of another type than the format gives to a key that counts here; and for a name that is
     such a key's but for one character, which no file has that is sound."""
-    if key in GGUF_KINDS:
-        expected, is_one = GGUF_KINDS[key]
+    if key in KINDS:
+        expected, is_one = KINDS[key]
         if not is_one(value):
             raise UserError(f"{file}: {key}: expected {expected}, found {shortened(value)}")
         return
-    near = next((k for k in GGUF_KINDS if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
+    near = next((k for k in KINDS if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
     if near is not None and key not in _OTHERS:
         raise UserError(f"{file}: {key}: no such key; {near} damaged?")
 
@@ -82,8 +82,8 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     if architecture != "llama":
         raise UserError(f"{file}: general.architecture: expected 'llama', found {shortened(architecture)}")
     # The values of the others, a tokenizer's, may be long
-    names = [key for key in header.fields if key in GGUF.expected or not GGUF.harmless.fullmatch(key)]
-    GGUF.check({key: field(key) for key in names}, file, ignored=ignored)
+    names = [key for key in header.fields if key in KEYS.expected or not KEYS.harmless.fullmatch(key)]
+    KEYS.check({key: field(key) for key in names}, file, ignored=ignored)
     embedding = next((entry for entry in header.tensors if entry.name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{file}: token_embd.weight is missing")

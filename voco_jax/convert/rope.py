@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from voco_jax.convert.config_keys import ROPE, section
+from voco_jax.convert.config_keys import ONE, keys_of, section
 from voco_jax.errors import UserError
 from voco_jax.models.llama import ROPE_TYPES, LlamaConfig, RopeScaling
 from voco_jax.terminal import shortened
 
+# An entry `rope_scaling` or `rope_parameters`; a type leaves unread what it does not need, as transformers does.
+ROPE = keys_of(
+    "rope_type type rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor beta_fast "
+    "beta_slow attention_factor mscale mscale_all_dim truncate",
+    {"partial_rotary_factor": ONE},
+    ("finetuned",),
+)
 _NUMBERS = {  # by type; those with a default may be missing
     "linear": ("factor",),
     "dynamic": ("factor",),

@@ -1,7 +1,6 @@
-"""Which tensor of a PyTorch checkpoint is which parameter of ours: one table, read in both directions.
+"""Which tensor of a PyTorch checkpoint is which parameter of ours: a rule for each, read in both directions.
 
-Names are given part by part (language model, head, projector, vision tower), as the formats differ only in what they
-put before them (`formats.py`). `{}` is the layer's number; our layers are stacked, [layers, ...].
+The rules stand with their families (`families/`), and are listed together in `formats.py`.
 """
 
 import abc
@@ -94,7 +93,11 @@ COPY, HEAD_BIAS, KERNEL, FROM_HEADS, PATCHES = Copy(), HeadBias(), Kernel(), Ker
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`ours` is a parameter's path; `part` and `theirs`, a tensor's name without the format's prefix."""
+    """One parameter and the tensor (or one tensor a layer) that it comes from.
+
+    `ours`: the parameter's path. `theirs`: the tensor's name behind what a format puts before all names of this part
+    ('llm', 'head', 'projector' or 'vision'); `{}` is the layer's number, as our layers are stacked, [layers, ...].
+    """
 
     ours: str
     part: str
@@ -104,46 +107,3 @@ class Rule:
     @property
     def stacked(self) -> bool:
         return "{}" in self.theirs
-
-
-def _rules() -> list[Rule]:
-    rules = [
-        Rule("llama.embed_tokens.embedding", "llm", "embed_tokens.weight", COPY),
-        Rule("llama.norm.scale", "llm", "norm.weight", COPY),
-        Rule("llama.lm_head.kernel", "head", "lm_head.weight", KERNEL),
-        Rule("vision_tower.patch_embedding.kernel", "vision", "embeddings.patch_embedding.weight", PATCHES),
-        Rule("vision_tower.class_embedding", "vision", "embeddings.class_embedding", COPY),
-        Rule("vision_tower.position_embedding", "vision", "embeddings.position_embedding.weight", COPY),
-    ]
-
-    def add(ours: str, part: str, theirs: str, kernel: Transform, bias: Transform | None = None):
-        rules.append(Rule(f"{ours}.kernel", part, f"{theirs}.weight", kernel))
-        if bias is not None:
-            rules.append(Rule(f"{ours}.bias", part, f"{theirs}.bias", bias))
-
-    def add_norm(ours: str, theirs: str):
-        rules.append(Rule(f"{ours}.scale", "vision", f"{theirs}.weight", COPY))
-        rules.append(Rule(f"{ours}.bias", "vision", f"{theirs}.bias", COPY))
-
-    for name in ("q_proj", "k_proj", "v_proj"):
-        add(f"llama.layers.{name}", "llm", f"layers.{{}}.self_attn.{name}", KERNEL)
-        add(f"vision_tower.layers.{name}", "vision", f"encoder.layers.{{}}.self_attn.{name}", KERNEL, HEAD_BIAS)
-    add("llama.layers.o_proj", "llm", "layers.{}.self_attn.o_proj", FROM_HEADS)
-    add("vision_tower.layers.out_proj", "vision", "encoder.layers.{}.self_attn.out_proj", FROM_HEADS, COPY)
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        add(f"llama.layers.{name}", "llm", f"layers.{{}}.mlp.{name}", KERNEL)
-    for name in ("fc1", "fc2"):
-        add(f"vision_tower.layers.{name}", "vision", f"encoder.layers.{{}}.mlp.{name}", KERNEL, COPY)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        rules.append(Rule(f"llama.layers.{name}.scale", "llm", f"layers.{{}}.{name}.weight", COPY))
-    for name in ("layer_norm1", "layer_norm2"):
-        add_norm(f"vision_tower.layers.{name}", f"encoder.layers.{{}}.{name}")
-    add_norm("vision_tower.pre_layernorm", "pre_layrnorm")  # CLIP's own spelling
-    add_norm("vision_tower.post_layernorm", "post_layernorm")
-    for i in (1, 2):
-        add(f"projector.linear_{i}", "projector", f"linear_{i}", KERNEL, COPY)
-    return rules
-
-
-RULES = _rules()
-BY_OURS = {rule.ours: rule for rule in RULES}

@@ -5,9 +5,10 @@ import dataclasses
 from pathlib import Path
 import re
 
-from voco_jax.convert import hf_configs, processors
+from voco_jax.convert import processors
 from voco_jax.convert.adapters import apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
-from voco_jax.convert.config_keys import LLAVA, LLAVA_HF, section
+from voco_jax.convert.config_keys import section
+from voco_jax.convert.families import LANGUAGE_MODELS, RULES, clip, language_family, llava, vision_family
 from voco_jax.convert.formats import (
     FORMATS,
     LLAMA,
@@ -20,7 +21,6 @@ from voco_jax.convert.formats import (
     recognise,
 )
 from voco_jax.convert.gguf_files import read_gguf
-from voco_jax.convert.rules import RULES
 from voco_jax.convert.tensors import inside, name_leads_out, same_bytes
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
@@ -196,9 +196,10 @@ def open_source(
         return _open_llava(path, fields, vision_tower, ignored)
     if kind == "llava":
         return _open_llava_hf(path, fields, vision_tower, ignored)
-    if kind == "llama":
+    if kind in LANGUAGE_MODELS:
         return open_parts(path, vision_tower, ignored=ignored)
-    raise UserError(f"{file}: model_type: expected 'llava_llama', 'llava' or 'llama'; found {shortened(kind)}")
+    known = " or ".join(map(repr, ("llava_llama", "llava", *LANGUAGE_MODELS)))
+    raise UserError(f"{file}: model_type: expected {known}; found {shortened(kind)}")
 
 
 def _is_llava(fields: dict) -> bool:
@@ -243,9 +244,9 @@ def _open_llava(
 ) -> Source:
     """With `base`, weights come from there; `extra` replace them."""
     file = path / "config.json"
-    llama = hf_configs.llama_from_hf(fields, file, LLAVA, ignored=ignored)
-    projector_layers = hf_configs.projector_layers_of_llava(fields, file)
-    layer, feature = hf_configs.features_of_llava(fields, file)
+    llama = language_family(fields).from_hf(fields, file, llava.KEYS, ignored=ignored)
+    projector_layers = llava.projector_layers(fields, file)
+    layer, feature = llava.features(fields, file)
     if base is not None:
         check_same_model(llama, file, base / "config.json")
     tensors = read_directory(base or path) | dict(extra or {})
@@ -258,10 +259,9 @@ def _open_llava(
         with readable(file):  # a name may be too long
             beside = path / name if (path / name / "config.json").exists() else None
     if beside:
-        config = beside / "config.json"
-        vision = hf_configs.vision_from_hf(read_object(config), config, layer, feature, ignored)
+        vision = _read_vision(beside, layer, feature, ignored)
     else:
-        vision = hf_configs.vision_of_hub(name, file, layer, feature)
+        vision = clip.from_name(name, file, layer, feature)
     source = Source("voco", path, llama, vision, _tokenizer(path), whole=True, projector_layers=projector_layers)
     source.notes += unread_weights(path)
     source.processor = processors.processor_of_llava(fields, file, beside, vision, ignored)
@@ -279,14 +279,14 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     file = path / "config.json"
     if vision_tower:
         raise UserError(f"{path}: has its vision tower inside; --vision-tower is for checkpoints without")
-    LLAVA_HF.check(fields, file, ignored=ignored)
-    layer, feature = hf_configs.features_of_llava_hf(fields, file)
+    llava.HF_KEYS.check(fields, file, ignored=ignored)
+    layer, feature = llava.hf_features(fields, file)
     text = section(fields, "text_config", file)
     # transformers 5 writes what it was told at the top, and a default below
     tied = bool(fields.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    vision = hf_configs.vision_of_llava_hf(fields, file, layer, feature, ignored)
+    vision = llava.hf_vision(fields, file, layer, feature, ignored)
     text = text | {"tie_word_embeddings": tied}
-    llama = hf_configs.llama_from_hf(text, file, prefix="text_config.", ignored=ignored)
+    llama = language_family(text).from_hf(text, file, prefix="text_config.", ignored=ignored)
     source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True)
     source.processor = processors.processor_of_llava_hf(path, vision, ignored)
     source.notes += unread_weights(path)
@@ -306,17 +306,18 @@ def open_parts(
 ) -> Source:
     """A language model, a CLIP vision tower and a projector, each from where it lies; the last two may be missing."""
     if llm.suffix == ".gguf":
-        config, tensors = read_gguf(llm, ignored)
-        source = Source("gguf", llm, config, tokenizer=llm)
+        llama, tensors = read_gguf(llm, ignored)
+        source = Source("gguf", llm, llama, tokenizer=llm)
         source.take(tensors, LLAMA, ("llm", "head"))
     else:
         file = llm / "config.json"
-        config = hf_configs.llama_from_hf(read_object(file), file, LLAVA, ignored=ignored)  # a LLaVA's holds one too
-        source = Source("llama", llm, config, None, _tokenizer(llm), notes=unread_weights(llm))
+        fields = read_object(file)
+        family = language_family(fields)
+        llama = family.from_hf(fields, file, family.KEYS | llava.OWN_KEYS, ignored=ignored)  # a LLaVA's holds one too
+        source = Source("llama", llm, llama, None, _tokenizer(llm), notes=unread_weights(llm))
         source.take(read_directory(llm), LLAMA, ("llm", "head"))
     if vision_tower:
-        config = vision_tower / "config.json"
-        source.vision = hf_configs.vision_from_hf(read_object(config), config, -2, "patch", ignored)
+        source.vision = _read_vision(vision_tower, -2, "patch", ignored)
         source.processor = processors.processor_of_tower([vision_tower], source.vision, ignored=ignored)
         _take_vision(source, vision_tower)
     if projector:
@@ -327,6 +328,13 @@ def open_parts(
         source.projector_layers = num_projector_layers(format)
         source.take(tensors, format, ("projector",))
     return source
+
+
+def _read_vision(directory: Path, layer: int, feature: str, ignored: Collection[str]) -> ViTConfig:
+    """The dimensions of a vision tower alone, and what of it LLaVA takes."""
+    file = directory / "config.json"
+    fields = read_object(file)
+    return vision_family(fields).from_hf(fields, file, layer, feature, ignored)
 
 
 def _take_vision(source: Source, directory: Path) -> None:

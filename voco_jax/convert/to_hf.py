@@ -12,13 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import load_config
-from voco_jax.convert import hf_configs
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
+from voco_jax.convert.families import BY_OURS, clip, llava
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
 from voco_jax.convert.processors import processor_to_hf
-from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import is_llava, make_encoder, make_model_config, make_processor
@@ -75,7 +74,7 @@ def _to_hf(
             tower = directory / "vision_tower"
             tower.mkdir()
             write_safetensors(tower / "model.safetensors", beside, bar.update)
-            fields = hf_configs.vision_to_hf(model_config.vision) | {"architectures": ["CLIPVisionModel"]}
+            fields = clip.to_hf(model_config.vision) | {"architectures": ["CLIPVisionModel"]}
             write_json(tower / "config.json", fields | {"torch_dtype": beside[0][1].dtype.name})
         write_shards(directory, tensors, max_shard_size, bar.update)
         write_configs(directory, format_name, model_config, aspect_ratio, processor, tokenizer, written_dtype)
@@ -196,13 +195,13 @@ def write_configs(
         "pad_token_id": tokenizer.unk_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
     if format_name == "voco":
-        config = hf_configs.config_to_llava(llama, vision, dtype, ids, aspect_ratio)
+        config = llava.to_released(llama, vision, dtype, ids, aspect_ratio)
         config["mm_projector_type"] = {1: "linear", 2: "mlp2x_gelu"}[model_config.projector_layers]
         write_json(directory / "config.json", config)
         write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
         return
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = hf_configs.config_to_llava_hf(llama, vision, dtype, ids, image)
+    config = llava.to_hf(llama, vision, dtype, ids, image)
     config["text_config"]["vocab_size"] = max(llama.vocab_size, len(tokenizer))
     write_json(directory / "config.json", config)
     write_json(directory / "preprocessor_config.json", processor)

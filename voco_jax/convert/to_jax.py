@@ -12,10 +12,10 @@ from tqdm import tqdm
 from voco_jax.chat_templates import CUSTOM
 from voco_jax.config import default_config, load_config, save_config
 from voco_jax.convert.chat_templates import chat_template_of, image_token_of, read_chat_template
+from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.findings import Findings, listing
 from voco_jax.convert.gguf_files import gguf_tokenizer
 from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
-from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Source
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
 from voco_jax.data.from_config import make_model_config, set_processor

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from voco_jax.config import load_config
 from voco_jax.convert.adapters import is_adapter
+from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
-from voco_jax.convert.rules import BY_OURS
 from voco_jax.convert.sources import Key, Source, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
 from voco_jax.convert.to_hf import IMAGE_TOKEN

@@ -190,7 +190,7 @@ class MemoryFile:
             rows, of_token = array.reshape(len(which), -1).view(np.uint8), layout.bytes_of(name)
             begin = self._contents.head_bytes + entries[name].begin + first * of_token
             for i, end in _runs(which, array.shape[1] == self.num_tokens):
-                opened.read_into(rows[i:end].reshape(-1), begin + which[i] * self.num_tokens * of_token)
+                opened.read_into(rows[i:end].reshape(-1).data, begin + which[i] * self.num_tokens * of_token)
         tensors = {name: array for name, array in piece.items() if name != "checksums"}
         about = None if self.version == "1" else begun(layout, self.model, [self.items.line(i) for i in which])
         wrong = (checksums(tensors, about, first) != piece["checksums"]).any(axis=1)
@@ -235,7 +235,7 @@ class _Opened:
         self.read_into(found, begin)
         return found
 
-    def read_into(self, buffer: bytearray | np.ndarray, begin: int) -> None:
+    def read_into(self, buffer: bytearray | memoryview, begin: int) -> None:
         """Fill a buffer of bytes; Damaged where the file has not so many."""
         # Read, not mapped: where a mapped file is cut off by another program, the process is killed
         rest = memoryview(buffer)
@@ -322,7 +322,7 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
                 tensors["checksums"] = checksums(tensors, begun(layout, model, lines))
                 for name, array in tensors.items():
                     stream.seek(len(head) + entries[name].begin + done * layout.shape[1] * layout.bytes_of(name))
-                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 done += len(bank)
             stream.seek(len(head) + entries["items"].begin)
             stream.write(text)

@@ -107,7 +107,7 @@ class Items(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, which: int) -> Item:
+    def __getitem__(self, which: int) -> Item:  # type: ignore[override]  # nobody asks for slices
         try:
             text = self.line(which).decode("ascii")
             return item_of(json.loads(json.loads(f'"{text}"') if self._escaped else text))
@@ -168,7 +168,7 @@ def checksums(tensors: dict[str, np.ndarray], begun: Sequence[int] | None, first
         sums = [zlib.crc32(place, one) for one in begun for place in places]
     for array in tensors.values():
         tokens = np.ascontiguousarray(array).reshape(n * k, math.prod(array.shape[2:])).view(np.uint8)
-        sums = list(map(zlib.crc32, tokens, sums))
+        sums = [zlib.crc32(token.data, one) for token, one in zip(tokens, sums, strict=True)]
     return np.array(sums, np.uint32).reshape(n, k)
 
 
@@ -195,7 +195,7 @@ class Contents:
     head: bytes  # a digest of them
 
 
-def header(layout: Layout, model: str, items: bytes) -> bytes:
+def header(layout: Layout, model: str, items: bytes | bytearray) -> bytes:
     """All before the tensors. UserError where the model's name is longer than any."""
     text = framed(_header(layout, model, f"{zlib.crc32(items):08x}"))
     if len(text) > _LONGEST_HEADER:
@@ -247,13 +247,14 @@ def _read_2(file, read: Read, length: int, size: int) -> Contents:
     if struct.pack("<Q", length) + text != framed(_header(layout, model, metadata["items"])):
         raise Damaged(_CHANGED)
     _check_size(layout, length, size)
-    items = _read_text(read, 8 + length + layout.entries()["items"].begin, layout.items_bytes)
-    num, checksum = items.count(b"\n"), f"{zlib.crc32(items):08x}"
-    if checksum != metadata["items"] or num != layout.shape[0] or items and items[-1] != 10:
+    begin, end = layout.entries()["items"][2:]
+    lines = _read_text(read, 8 + length + begin, end - begin)
+    num, checksum = lines.count(b"\n"), f"{zlib.crc32(lines):08x}"
+    if checksum != metadata["items"] or num != layout.shape[0] or lines and lines[-1] != 10:
         raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
-    ends = np.flatnonzero(np.frombuffer(items, np.uint8) == 10) + 1
+    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == 10) + 1
     starts = np.concatenate([np.zeros(min(num, 1), np.intp), ends[:-1]])
-    items = _items(file, items, starts, ends, escaped=False)
+    items = _items(file, lines, starts, ends, escaped=False)
     return Contents(VERSION, model, layout, items, 8 + length, _digest(length, text))
 
 

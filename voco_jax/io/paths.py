@@ -13,6 +13,7 @@ import shutil
 import socket
 import stat
 import tempfile
+from typing import TypeAlias
 from urllib.request import getproxies
 
 from etils import epath
@@ -23,7 +24,7 @@ from voco_jax.outages import may_be_of_another
 HOST = "storage.googleapis.com"
 
 # Both have `/`, exists, is_dir, iterdir, mkdir, open, read_text, write_text, unlink, rename and rmtree
-AnyPath = Path | epath.Path
+AnyPath: TypeAlias = Path | epath.Path
 
 # What no library takes for anything but a name; epath takes `/s3/…` for a bucket.
 _PLAIN = re.compile("(?!//?(gs|s3|az|hf)/)[A-Za-z0-9._+=,@~ /-]*")
@@ -188,8 +189,8 @@ def list_files(directory: AnyPath) -> list[tuple[str, int, str]]:
     if not in_bucket(directory):
         found = ((path.name, path.stat()) for path in directory.iterdir() if path.is_file())
         return sorted((name, status.st_size, str(status.st_mtime_ns)) for name, status in found)
-    found = _entries(directory, recursive=False)
-    return sorted((e["name"].rpartition("/")[2], e["size"], str(e.get("generation"))) for e in found)
+    in_it = _entries(directory, recursive=False)
+    return sorted((e["name"].rpartition("/")[2], e["size"], str(e.get("generation"))) for e in in_it)
 
 
 def file_state(file: AnyPath) -> tuple:
@@ -264,6 +265,6 @@ def files_for(directory: AnyPath) -> Iterator[Path]:
 def remove(path: AnyPath) -> None:
     """A file or a directory with all that is in it, if it is there."""
     if path.is_dir():
-        path.rmtree() if in_bucket(path) else shutil.rmtree(path)
+        epath.Path(path).rmtree() if in_bucket(path) else shutil.rmtree(path)
     elif path.exists():
         path.unlink()

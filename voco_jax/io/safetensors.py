@@ -5,6 +5,7 @@ cuts off kills the process) and writes from a dict that holds all tensors at onc
 small: eight bytes of header length, a JSON header, the tensors. https://huggingface.co/docs/safetensors
 """
 
+import collections
 from collections.abc import Callable, Iterable, Mapping
 import json
 import math
@@ -105,8 +106,7 @@ def _parse_entry(name: str, entry: object) -> Entry:
 def _no_doubles(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        ((twice, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{twice[:_LONGEST_NAME]} doubled")
     return content
 
@@ -157,7 +157,7 @@ def write_safetensors(file: Path, tensors: Iterable[tuple[str, Tensor]], progres
         for (name, tensor), array in zip(tensors, arrays, strict=True):
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(f"{name}: announced {tensor.dtype} {tensor.shape}, read {array.dtype} {array.shape}")
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             progress(tensor.nbytes)
 
 

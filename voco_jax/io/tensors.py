@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
 import math
 from pathlib import Path
@@ -51,7 +51,7 @@ def raw_tensor(
 
     def read() -> np.ndarray:
         array = np.empty(shape, dtype)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = memoryview(array.reshape(-1).view(np.uint8).data)
         file.read_into(view, offset)
         check(view)
         return array
@@ -73,12 +73,13 @@ def read_ahead(reads: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> Iterato
 
     Large arrays are made one at a time: three of them, and their copies, would be the memory of a small machine.
     """
-    reads = collections.deque(reads)
+    left = collections.deque(reads)
     with ThreadPoolExecutor(2) as pool:
-        running, held = collections.deque(), 0
-        while reads or running:
-            while reads and (not running or held + reads[0][0] + sum(size for size, _ in running) <= _AHEAD):
-                size, read = reads.popleft()
+        running: collections.deque[tuple[int, Future[np.ndarray]]] = collections.deque()
+        held = 0
+        while left or running:
+            while left and (not running or held + left[0][0] + sum(size for size, _ in running) <= _AHEAD):
+                size, read = left.popleft()
                 running.append((size, pool.submit(read)))
             held, future = running.popleft()
             yield future.result()

@@ -1,0 +1,143 @@
+"""LLaVA: what joins a vision tower and a language model; the released code's checkpoints, and Hugging Face's."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from voco_jax.convert.config_keys import ANY, NONE, OFF, ONE, keys_of
+from voco_jax.convert.families import clip, llama
+from voco_jax.convert.rules import COPY, KERNEL, Rule
+from voco_jax.errors import UserError
+from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.vit import ViTConfig
+from voco_jax.terminal import shortened
+
+RULES = tuple(  # the projector's
+    Rule(f"projector.linear_{i}.{ours}", "projector", f"linear_{i}.{theirs}", transform)
+    for i in (1, 2)
+    for ours, theirs, transform in (("kernel", "weight", KERNEL), ("bias", "bias", COPY))
+)
+
+# Of a released LLaVA (or VoCo-LLaMA), beside those of its language model: how pictures come in.
+OWN_KEYS = keys_of(
+    "mm_vision_tower mm_vision_select_layer mm_projector_type image_aspect_ratio",
+    {
+        "mm_vision_select_feature": ("patch", "cls_patch"),
+        "mm_use_im_start_end": OFF,
+        "use_im_start_end": OFF,
+        "sep_image_conv_front": OFF,
+        "mm_patch_merge_type": ("flat",),
+        "mm_resampler_type": NONE,
+        "mm_spatial_pool_mode": NONE,
+        "mm_spatial_pool_stride": ONE,
+        "mm_spatial_pool_out_channels": NONE,
+        "s2": OFF,
+        "mm_vision_tower_interpolate": OFF,
+        "mm_newline_position": ("no_token", None),
+        "add_faster_video": OFF,
+        "add_time_instruction": OFF,
+        "mm_four_to_one": OFF,
+        "mm_dense_connector_type": NONE,
+    },
+    (
+        "mm_hidden_size|mm_use_im_patch_token|use_mm_proj|image_token_len",  # sizes are the tensors'; a spare token
+        r"(tune|freeze|unfreeze)_\w+|freeze_backbone|pretrain_mm_\w+|\w+_lr|mm_tunable_parts|lora_\w+|version",
+        r"image_grid_pinpoints|image_crop_resolution|image_split_resolution",  # of `anyres`, which is refused
+        "s2_scales|s2_resize_output_to_scale_idx|s2_max_split_size",  # of `s2`
+        "use_pos_skipping|pos_skipping_range|force_sample|vision_tower_pretrained|group_by_\\w+|is_multimodal",
+    ),
+)
+KEYS = llama.KEYS | OWN_KEYS
+
+# The top of transformers' LlavaConfig; `text_config` and `vision_config` have tables of their own.
+HF_KEYS = ANY | keys_of(
+    "text_config vision_config image_token_index image_token_id vision_feature_layer tie_word_embeddings",
+    {
+        "projector_hidden_act": ("gelu",),
+        "multimodal_projector_bias": (True,),
+        "vision_feature_select_strategy": ("default", "full"),
+        "image_grid_pinpoints": NONE,
+        "use_image_newline_parameter": OFF,
+    },
+    ("image_seq_length", "vocab_size", "initializer_range", "text_config_dict", "hidden_size"),
+)
+
+# LLaVA's projectors that are linear layers with GELU between, by the number of those layers.
+PROJECTORS = {"mlp2x_gelu": 2, "linear": 1, "mlp1x_gelu": 1}
+
+
+def features(fields: dict, file: Path) -> tuple[int, str]:
+    """(layer, 'patch' or 'cls_patch') that a released LLaVA config selects."""
+    return _layer(fields, "mm_vision_select_layer", file), fields.get("mm_vision_select_feature") or "patch"
+
+
+def projector_layers(fields: dict, file: Path) -> int:
+    """Linear layers of the projector; without its key, one (the first LLaVA's). UserError for other kinds."""
+    kind = fields.get("mm_projector_type") or "linear"
+    if not isinstance(kind, str) or kind not in PROJECTORS:
+        raise UserError(f"{file}: mm_projector_type: expected {', '.join(PROJECTORS)}; found {shortened(kind)}")
+    return PROJECTORS[kind]
+
+
+def _layer(fields: dict, key: str, file: Path) -> int:
+    layer = fields.get(key)
+    layer = -2 if layer is None else layer
+    if isinstance(layer, list) and len(layer) == 1:
+        (layer,) = layer
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise UserError(f"{file}: {key}: expected one layer, found {shortened(layer)}")
+    return layer
+
+
+def hf_features(fields: dict, file: Path) -> tuple[int, str]:
+    """(layer, 'patch' or 'cls_patch') that a `LlavaConfig` selects."""
+    strategy = fields.get("vision_feature_select_strategy") or "default"
+    return _layer(fields, "vision_feature_layer", file), {"default": "patch", "full": "cls_patch"}[strategy]
+
+
+def hf_vision(
+    fields: dict, file: Path, select_layer: int, select_feature: str, ignored: Collection[str] = ()
+) -> ViTConfig:
+    """Of `LlavaConfig`; without a vision_config it has transformers' default, ViT-L/14 at 336."""
+    if not fields.get("vision_config"):
+        return clip.from_name("openai/clip-vit-large-patch14-336", file, select_layer, select_feature)
+    return clip.from_hf({"vision_config": fields["vision_config"]}, file, select_layer, select_feature, ignored)
+
+
+def to_released(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict, aspect_ratio: str) -> dict:
+    """The released code's config.json; its vision tower stands beside it, in `vision_tower/`."""
+    return llama.to_hf(language_model) | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "flat",
+        "mm_vision_tower": "vision_tower",
+        "mm_vision_select_layer": vision.select_layer,
+        "mm_vision_select_feature": vision.select_feature,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad" if aspect_ratio == "pad" else "square",
+        "tokenizer_model_max_length": language_model.max_position_embeddings,
+        "torch_dtype": dtype,
+        **ids,
+    }
+
+
+def to_hf(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict, image_token_id: int) -> dict:
+    """Of `LlavaForConditionalGeneration`."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": llama.to_hf(language_model) | {"torch_dtype": dtype} | ids,
+        "vision_config": clip.to_hf(vision) | {"torch_dtype": dtype},
+        "image_token_index": image_token_id,
+        "image_seq_length": vision.num_features,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": vision.select_layer,
+        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[vision.select_feature],
+        "tie_word_embeddings": language_model.tie_word_embeddings,
+        "torch_dtype": dtype,
+        **ids,
+    }
