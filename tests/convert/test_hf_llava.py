@@ -22,6 +22,7 @@ from voco_jax.convert.to_jax import Options, set_template
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import template_of
 from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.models.llama import LlamaConfig
 
 PATCHES, IMAGE_ID, ROWS = 4, 32000, 32064
 # transformers' own of LLaVA-1.5, with Jinja's `generation` block left out
@@ -113,7 +114,7 @@ def processor_of(directory):
 def encoder_of(directory) -> tuple[Encoder, list[str]]:
     """As `to_jax` makes a run's of such a directory; and its warnings."""
     config, tokenizer = default_config(), load_tokenizer(directory)
-    warnings = set_template(config, Source("llava-hf", directory), tokenizer, Options(compressor="none"))
+    warnings = set_template(config, Source("llava-hf", directory, LlamaConfig()), tokenizer, Options(compressor="none"))
     return Encoder(tokenizer, template_of(config), 0, PATCHES, compressed=False, verbatim=True), warnings
 
 

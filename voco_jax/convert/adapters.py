@@ -78,7 +78,7 @@ def base_of(path: Path) -> str | None:
 
 def trained_beside(path: Path) -> dict[str, Tensor]:
     """Tensors that were trained whole, under the names of the model without PEFT."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in ("mm_projector.bin", "non_lora_trainables.bin"):
         found = read_torch(path / name) if (path / name).exists() else {}
         found = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
@@ -120,7 +120,8 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
     _KEYS.check(config, file, ignored=ignored)
     weights = path / "adapter_model.safetensors"
     stored = read_safetensors(weights) if weights.exists() else read_torch(path / "adapter_model.bin")
-    modules, whole = {}, {}
+    modules: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         plain = name.removeprefix(_PREFIX)
         found = _MATRIX.fullmatch(plain)
@@ -149,10 +150,10 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
 
 def _merged(base: Tensor, matrices: dict[str, Tensor], config: dict, module: str, file: Path) -> Tensor:
     """W + scale · B A; with DoRA its rows scaled to the lengths learnt. ValueError for shapes that do not fit."""
-    expected = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
-    if matrices.keys() != expected:
-        raise ValueError(f"expected lora_{', lora_'.join(sorted(expected))}; found {', '.join(sorted(matrices))}")
-    a, b, lengths = (matrices.get(kind) for kind in ("A", "B", "magnitude_vector"))
+    kinds = ["A", "B", "magnitude_vector"] if config.get("use_dora") else ["A", "B"]
+    if sorted(matrices) != kinds:
+        raise ValueError(f"expected lora_{', lora_'.join(kinds)}; found {', '.join(sorted(matrices))}")
+    a, b, lengths = matrices["A"], matrices["B"], matrices.get("magnitude_vector")
     numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         numbers[key] = _by_pattern(section(config, patterns, file), module, numbers[key])

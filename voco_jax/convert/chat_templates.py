@@ -16,7 +16,7 @@ from voco_jax.chat_templates import EOS, ChatTemplate
 from voco_jax.data.control_tokens import ControlTokens
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.tokenizer import VOCO_TOKEN
-from voco_jax.data.turns import IMAGE
+from voco_jax.data.turns import IMAGE, Marker
 from voco_jax.errors import UserError, first_line
 from voco_jax.io.files import read_text
 from voco_jax.io.json_files import read_object
@@ -79,9 +79,10 @@ def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> 
     encoder = Encoder(tokenizer, template, 0, 1, compressed=False, verbatim=True)
     for count in (1, 3, 5):
         for images in (0, 1, 2):
-            turns = [(text,) for text in WORDS[:count]]
+            turns: list[tuple[str | Marker, ...]] = [(text,) for text in WORDS[:count]]
             turns[0] = encoder.question(WORDS[0], images)
-            ours = "".join(IMAGE.value if piece is IMAGE else piece.text for piece in encoder.dialogue(turns))
+            pieces = encoder.dialogue(turns)
+            ours = "".join(piece.value if isinstance(piece, Marker) else piece.text for piece in pieces)
             if ours != (theirs := render(WORDS[:count], images)):
                 raise UserError(f"{count} turns with {images} images: expected {theirs!r}, found {ours!r}")
     return template

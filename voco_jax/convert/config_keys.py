@@ -29,7 +29,7 @@ class Keys:
         """The keys of both; where they differ, as the other has it."""
         harmless = re.compile(f"{self.harmless.pattern}|{other.harmless.pattern}")
         expected = {key: values for key, values in self.expected.items() if key not in other.computed}
-        return Keys(self.computed | other.computed, expected | other.expected, harmless)
+        return Keys(self.computed | other.computed, {**expected, **other.expected}, harmless)
 
     def problems(self, fields: Mapping, prefix: str = "", ignored: Collection[str] = ()) -> list[str]:
         """A phrase for each key that is refused; `prefix` is what stands before their names.

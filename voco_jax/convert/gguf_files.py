@@ -149,7 +149,7 @@ def _tensor(file: SourceFile, entry, config: LlamaConfig) -> Tensor:
     except NotImplementedError:
         raise UserError(f"{file.path}: {entry.name}: values of type {entry.type.name} are not read") from None
     shape, found = entry.shape, _OF_BLOCK.fullmatch(entry.name)
-    kind = found[2] if found and found[3] == "weight" else None
+    kind = found[2] if found and found[3] == "weight" else ""
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(kind)
     if heads and (len(shape) != 2 or shape[0] != heads * config.head_dim):
         expected = f"{heads} heads of {config.head_dim} rows"

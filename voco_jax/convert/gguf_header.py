@@ -23,7 +23,7 @@ _LONGEST_KEY = 1000  # bytes
 _LONGEST_NAME = 63  # bytes of a tensor's name, as llama.cpp allows
 
 _Kind = gguf.GGUFValueType
-_FORMATS = {
+_FORMATS: dict[int, str] = {
     _Kind.UINT8: "u1", _Kind.INT8: "i1", _Kind.UINT16: "<u2", _Kind.INT16: "<i2", _Kind.UINT32: "<u4",
     _Kind.INT32: "<i4", _Kind.FLOAT32: "<f4", _Kind.BOOL: "?", _Kind.UINT64: "<u8", _Kind.INT64: "<i8",
     _Kind.FLOAT64: "<f8",

@@ -38,7 +38,8 @@ def check(run_directory: Path, golden: Mapping[str, np.ndarray], name: str) -> I
     model = _model(model, *layout)
     _check_shapes(golden, rows, model.config, name)
     config, count = model.config, len(rows)
-    features = model.encode_images(golden["images"].astype(np.float32).transpose(0, 2, 3, 1)[:, None])
+    images = golden["images"].astype(np.float32).transpose(0, 2, 3, 1)[:, None]
+    features = model.encode_images(jnp.asarray(images))
     if "features" in golden:
         yield Line("features", _worst(features[:, 0], golden["features"]))
     after = len(config.suffix_ids) + config.num_voco_tokens
@@ -99,7 +100,7 @@ def _layout(rows: list[np.ndarray], config: VoCoConfig, name: str) -> tuple[tupl
 def _check_shapes(golden: Mapping[str, np.ndarray], rows: list[np.ndarray], config: VoCoConfig, name: str) -> None:
     """UserError for an array of another shape than rows and model give it, or of no numbers."""
     count, size = len(rows), config.vision.image_size
-    expected = {"images": (count, 3, size, size)}
+    expected: dict[str, tuple[int, ...]] = {"images": (count, 3, size, size)}
     if "features" in golden:
         expected["features"] = (count, config.vision.num_features, config.llama.hidden_size)
     if "gen" in golden:

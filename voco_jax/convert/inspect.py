@@ -28,7 +28,8 @@ def describe(source: Source) -> tuple[str, bool]:
     parameters = sum(tensor.size for tensor in source.tensors.values())
     size = sum(tensor.nbytes for tensor in source.tensors.values())
     lines += ["", f"{len(source.tensors)} tensors, {parameters:,} parameters, {size / 1e9:.2f} GB", ""]
-    rows, layers = [], {}
+    rows: list[list[str]] = []
+    layers: dict[str, set[int]] = {}
     for (path, layer), tensor in source.tensors.items():
         if layer is not None:
             layers.setdefault(path, set()).add(layer)

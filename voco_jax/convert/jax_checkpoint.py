@@ -188,8 +188,8 @@ class StoredParams:
             kvstore = {"driver": "ocdbt", "base": f"file://{self._plain_directory}", "path": f"{path}/"}
             with self._read_errors():
                 array = ts.open(ts.Spec({"driver": "zarr", "kvstore": kvstore}), open=True).result()
-                shape, chunk = self.shapes[path], array.chunk_layout.read_chunk.shape
-                if array.shape != shape or any(c > max(1, s) for c, s in zip(chunk, shape, strict=True)):
+                shape, chunk = self.shapes[path], array.chunk_layout.read_chunk.shape or ()
+                if array.shape != shape or any((c or 0) > max(1, s) for c, s in zip(chunk, shape, strict=True)):
                     raise ValueError(f"{path}: expected shape {shape}, found {array.shape} in chunks of {chunk}")
                 if _is_stacked(path) and chunk[0] != 1:
                     # Not written by layers: a chunk stays in memory while its layers are read in turn

@@ -8,6 +8,7 @@ torchvision classes ("Fast" before version 5) have the same fields; their resize
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 import re
+from typing import NoReturn
 
 from PIL import Image
 
@@ -170,7 +171,7 @@ class _Fields:
         if problems := _KEYS.problems(steps, where, ignored):
             raise UserError(listing(problems))
 
-    def refuse(self, key: str, expected: str):
+    def refuse(self, key: str, expected: str) -> NoReturn:
         raise UserError(f"{self._where}{key}: expected {expected}; found {shortened(self.values[key])}")
 
     def flag(self, key: str) -> bool:
@@ -183,13 +184,14 @@ class _Fields:
             self.refuse(key, "a number")
         return float(self.values[key])
 
-    def channels(self, key: str) -> tuple[float, ...]:
+    def channels(self, key: str) -> tuple[float, float, float]:
         """A number for each of red, green and blue, or one for all."""
         values = self.values[key]
         values = [values] * 3 if _is_number(values) else values
         if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
             self.refuse(key, "3 numbers")
-        return tuple(map(float, values))
+        red, green, blue = map(float, values)
+        return red, green, blue
 
     def filter(self) -> str:
         """Pillow's name of `resample`."""
@@ -206,11 +208,11 @@ class _Fields:
             given = {name: side for name, side in value.items() if side is not None}
             names = ("height", "width") if key != "size" or "height" in given else ("shortest_edge",)
             sides = tuple(given.pop(name, None) for name in names)
-            sides = None if given else sides
+            sides = () if given else sides
+        elif isinstance(value, list) and len(value) == 2:
+            sides = tuple(value)
         else:
-            sides = (
-                tuple(value) if isinstance(value, list) and len(value) == 2 else (value, value) if square else (value,)
-            )
+            sides = (value, value) if square else (value,)
         if not sides or not all(
             isinstance(side, int) and not isinstance(side, bool) and 0 < side < 2**14 for side in sides
         ):
@@ -238,15 +240,13 @@ def processor_to_hf(processor: ImageProcessor, run: Path, format_name: str) -> d
                 f"{run / 'config.json'}: data.processor.pad_color: transformers pads with the mean colour alone, found "
                 f"{processor.pad_color}"
             )
-        mean, normalize = tuple((level + 0.5) / 255 for level in processor.pad_color), False
+        red, green, blue = ((level + 0.5) / 255 for level in processor.pad_color)
+        mean, normalize = (red, green, blue), False
     sides = processor.resize_to or (size,)
-    if processor.aspect_ratio == "stretch" or len(sides) == 2:
-        sides = {"height": sides[0], "width": sides[-1]}
-    else:
-        sides = {"shortest_edge": sides[0]}
+    square = processor.aspect_ratio != "stretch" and len(sides) == 1
     pads = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     return (pads if pad and format_name == "llava-hf" else {"image_processor_type": "CLIPImageProcessor"}) | {
-        "size": sides,
+        "size": {"shortest_edge": sides[0]} if square else {"height": sides[0], "width": sides[-1]},
         "crop_size": {"height": size, "width": size},
         "do_resize": processor.do_resize,
         "do_center_crop": True,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ _NUMBERS = {  # by type; those with a default may be missing
 
 def rope_of_hf(
     fields: dict, file: Path, positions: int, prefix: str = "", ignored: Collection[str] = ()
-) -> tuple[object, dict | None]:
+) -> tuple[Any, dict | None]:
     """(theta, arguments of `RopeScaling` or None) as transformers reads a config with so many positions.
 
     `rope_parameters` is transformers 5's, `rope_scaling` and `rope_theta` what came before. UserError for a type or a

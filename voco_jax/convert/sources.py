@@ -43,7 +43,7 @@ class Source:
 
     format: str
     path: Path
-    llama: LlamaConfig | None = None
+    llama: LlamaConfig
     vision: ViTConfig | None = None
     tokenizer: Path | None = None
     tensors: dict[Key, Tensor] = dataclasses.field(default_factory=dict)
@@ -65,7 +65,7 @@ class Source:
         """Sort tensors under our names; those of other parts, unknown ones and doubles become problems."""
         left = dict(tensors)
         layers = {
-            "llm": self.llama.num_hidden_layers if self.llama else 0,
+            "llm": self.llama.num_hidden_layers,
             "vision": self.vision.num_hidden_layers if self.vision else 0,
         }
         for rule in RULES:

@@ -24,7 +24,8 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel()))
-    limit = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 + MEMORY
+    (taken,) = re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    limit = int(taken) * 1024 + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     seconds = math.ceil(time.process_time()) + SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

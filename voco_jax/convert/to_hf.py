@@ -61,7 +61,9 @@ def _to_hf(
             set_chat_template(tokenizer, make_encoder(config, tokenizer, model_config))
         num_image_rows = add_image_token(tokenizer, model_config)
     findings, vocab_size = Findings(), model_config.llama.vocab_size
-    tensors = list(named_tensors(stored, format, DTYPES.get(dtype), findings, vocab_size, num_image_rows, tokens))
+    tensors = list(
+        named_tensors(stored, format, DTYPES[dtype] if dtype else None, findings, vocab_size, num_image_rows, tokens)
+    )
     # The released code's vision tower lies inside and, as it reads it, beside
     beside = [(n.removeprefix(format.vision), t) for n, t in tensors if n.startswith(format.vision)]
     beside = [(VISION[0].vision + n, t) for n, t in beside] if format_name == "voco" else []
@@ -157,7 +159,8 @@ def add_image_token(tokenizer, model_config: VoCoConfig) -> int:
 
 def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_size: int, progress) -> None:
     """`model.safetensors`, or `model-00001-of-….safetensors` and their index; one larger tensor is a shard alone."""
-    shards, size = [[]], 0
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
     for name, tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_shard_size:
             shards.append([])
@@ -167,7 +170,7 @@ def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_s
     if len(shards) == 1:
         write_safetensors(directory / "model.safetensors", shards[0], progress)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(directory / file, shard, progress)

@@ -73,8 +73,8 @@ def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True
         elif tensor.dtype not in DTYPES.values():
             problems.append(f"{source.names[path, layer]}: expected {', '.join(DTYPES)}; found {tensor.dtype}")
         elif same_dtypes and layer and tensor.dtype != source.tensors.get((path, 0), tensor).dtype:
-            expected = source.tensors[path, 0].dtype
-            problems.append(f"{source.names[path, layer]}: expected {expected} as layer 0, found {tensor.dtype}")
+            of_first = source.tensors[path, 0].dtype
+            problems.append(f"{source.names[path, layer]}: expected {of_first} as layer 0, found {tensor.dtype}")
     return problems + [f"{source.names[key]} unknown ({left[key].file.name})" for key in left]
 
 

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 import pickletools
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 import zlib
 
@@ -205,11 +205,12 @@ class _Machine:
 
     def run(self, pickled: bytes) -> object:
         """ValueError for an operation that is not among those, and for one that has not what it needs."""
-        for count, (operation, argument, at) in enumerate(pickletools.genops(io.BytesIO(pickled))):
+        stream = io.BytesIO(pickled)
+        for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
             if count > _MOST_OPERATIONS:
                 raise ValueError(f"expected at most {_MOST_OPERATIONS} operations")
             if operation.name == "STOP":
-                if at + 1 != len(pickled) or len(self._stack) != 1 or self._marked:
+                if stream.tell() != len(pickled) or len(self._stack) != 1 or self._marked:
                     raise ValueError("the description ends too early")
                 return self._stack[0]
             perform = _OPERATIONS.get(operation.name)
@@ -330,7 +331,7 @@ class _Machine:
         self.push(storage)
 
 
-_OPERATIONS: dict[str, Callable[[_Machine, object], None]] = {
+_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {  # Any: each has an argument of its own type
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
     **dict.fromkeys(
         ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),

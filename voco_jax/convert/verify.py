@@ -163,7 +163,8 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
             x, y = x[:rows], y[:rows]
             new = [row for row in _new_rows(a, b, rows) if not same_bytes(x[row], y[row])]
             if new and x.dtype == y.dtype:
-                tokens = sorted({side.tokens[row] for side in (a, b) for row in new if row in side.tokens})
+                both = (a.tokens or {}, b.tokens or {})
+                tokens = sorted({of_side[row] for of_side in both for row in new if row in of_side})
                 notes.append(
                     f"{name}: row {', '.join(map(str, new))} differs: {', '.join(tokens)} in one, no token in the other"
                 )
@@ -193,5 +194,6 @@ def _new_rows(a: Side, b: Side, rows: int) -> list[int]:
     """Rows that are one of our added tokens' on one side, and padding on the other."""
     if a.tokens is None or b.tokens is None:
         return []
-    ours = {row for side in (a, b) for row, token in side.tokens.items() if token in _ADDED and row < rows}
+    known = [*a.tokens.items(), *b.tokens.items()]
+    ours = {row for row, token in known if token in _ADDED and row < rows}
     return sorted(row for row in ours if (row in a.tokens) != (row in b.tokens))

@@ -20,16 +20,14 @@ class LanguageModel(Protocol):
     RULES: tuple[Rule, ...]
     KEYS: Keys
 
-    @staticmethod
     def from_hf(
-        fields: dict, file: Path, keys: Keys = ..., prefix: str = ..., ignored: Collection[str] = ...
+        self, fields: dict, file: Path, keys: Keys = ..., prefix: str = ..., ignored: Collection[str] = ...
     ) -> LlamaConfig:
         """Dimensions and switches from the fields of its config.json; `keys` are all that may stand there, `prefix`
         what a message has before their names. UserError for what this package does not compute."""
         ...
 
-    @staticmethod
-    def to_hf(config: LlamaConfig) -> dict:
+    def to_hf(self, config: LlamaConfig) -> dict:
         """The fields of its config.json."""
         ...
 
@@ -40,15 +38,13 @@ class VisionTower(Protocol):
     RULES: tuple[Rule, ...]
     KEYS: Keys
 
-    @staticmethod
     def from_hf(
-        fields: dict, file: Path, select_layer: int, select_feature: str, ignored: Collection[str] = ...
+        self, fields: dict, file: Path, select_layer: int, select_feature: str, ignored: Collection[str] = ...
     ) -> ViTConfig:
         """As a language model's; `select_layer` and `select_feature` say what LLaVA takes from the tower."""
         ...
 
-    @staticmethod
-    def to_hf(config: ViTConfig) -> dict:
+    def to_hf(self, config: ViTConfig) -> dict:
         """The fields of its config.json."""
         ...
 

@@ -11,7 +11,7 @@ from voco_jax.models import presets
 from voco_jax.models.vit import ViTConfig
 from voco_jax.terminal import shortened
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     Rule("vision_tower.patch_embedding.kernel", "vision", "embeddings.patch_embedding.weight", PATCHES),
     Rule("vision_tower.class_embedding", "vision", "embeddings.class_embedding", COPY),
     Rule("vision_tower.position_embedding", "vision", "embeddings.position_embedding.weight", COPY),

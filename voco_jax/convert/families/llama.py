@@ -10,7 +10,7 @@ from voco_jax.convert.rules import COPY, FROM_HEADS, KERNEL, Rule
 from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     Rule("llama.embed_tokens.embedding", "llm", "embed_tokens.weight", COPY),
     Rule("llama.norm.scale", "llm", "norm.weight", COPY),
     Rule("llama.lm_head.kernel", "head", "lm_head.weight", KERNEL),
@@ -84,7 +84,7 @@ def from_hf(
         values["max_position_embeddings"] = max(longest, values["max_position_embeddings"])
     try:
         rope_scaling = None if scaling is None else RopeScaling(**scaling)
-        return LlamaConfig(**values, rope_theta=float(theta), rope_scaling=rope_scaling)
+        return LlamaConfig(**values, rope_theta=theta, rope_scaling=rope_scaling)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -93,7 +93,7 @@ def to_hf(config: LlamaConfig) -> dict:
     """Fields that transformers before and after version 5 read."""
     fields = dataclasses.asdict(config)
     del fields["vocab_multiple"]  # padding is cut on the way out
-    scaling = fields.pop("rope_scaling")
-    if scaling is not None:
+    del fields["rope_scaling"]
+    if config.rope_scaling is not None:
         fields["rope_scaling"] = rope_to_hf(config.rope_scaling)
     return fields | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "model_type": "llama"}
