@@ -117,7 +117,7 @@ def not_a_number(source):
 def other_model(source):
     change_config(source, model_type="mistral")
     (source / "config.json").write_text((source / "config.json").read_text().replace("mm_vision_tower", "x"))
-    return "config.json: model_type: expected 'llava_llama', 'llava' or 'llama'; found 'mistral'"
+    return "config.json: model_type: expected one of 'llava_llama', 'llava', 'llama'; found 'mistral'"
 
 
 def other_vision_model(source):

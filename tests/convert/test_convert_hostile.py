@@ -97,8 +97,11 @@ def pickled_tensor(
 
 NOT_A_NUMBER = b"G" + struct.pack(">d", float("nan"))
 PICKLES = {
-    "a size that is no number": (pickled_tensor(size=NOT_A_NUMBER), "a persistent id that is not a storage's"),
-    "a size of true": (pickled_tensor(size=b"\x88"), "a persistent id that is not a storage's"),
+    "a size that is no number": (
+        pickled_tensor(size=NOT_A_NUMBER),
+        "a persistent id of another form than a storage has",
+    ),
+    "a size of true": (pickled_tensor(size=b"\x88"), "a persistent id of another form than a storage has"),
     "another size": (pickled_tensor(size=b"K\x03"), "storage 0: expected 3 values of float32, found 16 bytes"),
     "another type": (pickled_tensor(kind=b"HalfStorage"), "storage 0: expected 4 values of float16, found 16 bytes"),
     "a fractional offset": (pickled_tensor(offset=b"G" + struct.pack(">d", 0.0)), "offset, shape or strides"),
@@ -115,7 +118,7 @@ PICKLES = {
     "items of a text": (b"\x80\x02X\x01\0\0\0a(X\x01\0\0\0bK\1u.", "expected dict, found str"),
     "a name twice": (b"\x80\x02}(X\x01\0\0\0bK\1X\x01\0\0\0bK\1u.", "b doubled"),
     "a value that is nowhere": (b"\x80\x02h\x05.", "there is no value 5"),
-    "no mark": (b"\x80\x02}u.", "an operation lacks its MARK"),
+    "no mark": (b"\x80\x02}u.", "an operation without its MARK"),
     "nothing": (b"\x80\x02.", "the description ends too early"),
     "something behind the end": (pickle.dumps({}, 2) + b"x", "the description ends too early"),
     "an old kind of id": (b"\x80\x02Pstorage\n.", "operation PERSID is not among those that make a state dict"),

@@ -111,5 +111,5 @@ def test_a_permission_that_is_withdrawn(server):
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "gs://", "http://bucket/run"])
 def test_what_is_no_bucket(address):
-    with pytest.raises(UserError, match="expected a path of this machine, or gs://BUCKET/PATH"):
+    with pytest.raises(UserError, match="neither a local path nor gs://BUCKET/PATH"):
         as_path(address)

@@ -222,7 +222,7 @@ def test_configs_that_cannot_be(tmp_path, changes, message):
 def test_a_directory_that_is_no_directory(tmp_path):
     config = tiny.config(tmp_path)
     config.workdir = "s3://bucket/run"
-    with pytest.raises(UserError, match="config.workdir: s3://bucket/run: expected a path of this machine, or gs://B"):
+    with pytest.raises(UserError, match="config.workdir: s3://bucket/run: neither a local path nor gs://B"):
         train(config)
 
 

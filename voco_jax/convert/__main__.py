@@ -13,6 +13,7 @@ all of it is understood.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 import shlex
 import signal
@@ -74,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=128,
         metavar="N",
-        help="pad the vocabulary to shard (default 128; 1: none)",
+        help="pad the vocabulary to it (default 128; 1: not)",
     )
 
     command = commands.add_parser("to-hf", help="a PyTorch checkpoint from a run directory")
@@ -133,16 +134,7 @@ def main() -> None:
             raise UserError(f"--num-voco-tokens: expected at least {least}, found {args.num_voco_tokens}")
         if args.vocab_multiple < 1:
             raise UserError(f"--vocab-multiple: expected at least 1, found {args.vocab_multiple}")
-        options = Options(
-            args.dtype,
-            args.voco_init,
-            args.num_voco_tokens,
-            args.compressor,
-            args.init_missing,
-            args.seed,
-            args.vocab_multiple,
-            args.template,
-        )
+        options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
         warn(to_jax(source, destination, args.tokenizer, options))
         run = shlex.quote(str(destination))
         print(f"written: {destination} (ask it: python -m voco_jax.ask --run {run} --image FILE QUESTION)")

@@ -1,9 +1,9 @@
-"""The keys of other projects' configs: which are computed, which are harmless, and that all others are refused.
+"""Keys of other projects' configs: which are computed, which are harmless, and how all others are refused.
 
-One table a kind of file. `computed` keys are read where the model's dimensions are made, `expected` ones may only have
-values with which the function is the one we compute, and `harmless` names cannot change it. A key that is null is not
-set. Any other key may change what the model computes, and is an error; `--ignore-key` is the user's word that it does
-not.
+Each kind of file has one `Keys`. Its `computed` keys are read where the model's dimensions are made. `expected` keys
+may only have the values listed, with which the model computes what ours does. `harmless` keys cannot change what it
+computes. A key that is null is not set. Any other key is an error; with `--ignore-key` the user says that it is
+harmless.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -92,8 +92,8 @@ _FRACTIONS = (
 
 
 def check_numbers(file: Path, values: dict, what: str) -> None:
-    """UserError for a dimension that is no whole number above zero, or another number that is none at all; and for
-    those that no model has, with which there would be no end of layers or no number of values."""
+    """UserError unless dimensions are whole numbers above 0 and all others numbers above 0, none of them larger than
+    any model's: a layer count of 10⁹ would never end. `what` stands before the keys in the message."""
     for key, value in values.items():
         if isinstance(value, bool) and key == "tie_word_embeddings":
             continue

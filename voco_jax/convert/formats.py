@@ -91,6 +91,6 @@ _TOLD_BY = {
 
 
 def recognise(names: Collection[str], formats: Iterable[Format], parts: Iterable[str]) -> Format | None:
-    """The first format under whose names all the parts are there; None if there is none."""
+    """The first format under whose names all the parts are found; None where no format has them."""
     told_by = [BY_OURS[_TOLD_BY[part]] for part in parts]
     return next((format for format in formats if all(format.their_name(rule) in names for rule in told_by)), None)

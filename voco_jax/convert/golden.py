@@ -98,7 +98,7 @@ def _layout(rows: list[np.ndarray], config: VoCoConfig, name: str) -> tuple[tupl
 
 
 def _check_shapes(golden: Mapping[str, np.ndarray], rows: list[np.ndarray], config: VoCoConfig, name: str) -> None:
-    """UserError for an array of another shape than rows and model give it, or of no numbers."""
+    """UserError for an array of another shape than the rows and the model give it, or of another kind of values."""
     count, size = len(rows), config.vision.image_size
     expected: dict[str, tuple[int, ...]] = {"images": (count, 3, size, size)}
     if "features" in golden:
@@ -121,14 +121,8 @@ def _kind(array: np.ndarray) -> str:
 
 def _model(model: VoCoLlama, prefix_ids: tuple, suffix_ids: tuple, num_voco_tokens: int) -> VoCoLlama:
     """The model in float32, with the rows' own tokens around the image and number of VoCo tokens."""
-    config = dataclasses.replace(
-        model.config,
-        dtype="float32",
-        compressor="voco",
-        num_voco_tokens=num_voco_tokens,
-        prefix_ids=prefix_ids,
-        suffix_ids=suffix_ids,
-    )
+    of_rows = {"num_voco_tokens": num_voco_tokens, "prefix_ids": prefix_ids, "suffix_ids": suffix_ids}
+    config = dataclasses.replace(model.config, dtype="float32", compressor="voco", **of_rows)
     _, state = nnx.split(model)
     return nnx.merge(abstract_model(config)[0], state)
 

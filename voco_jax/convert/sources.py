@@ -198,8 +198,8 @@ def open_source(
         return _open_llava_hf(path, fields, vision_tower, ignored)
     if kind in LANGUAGE_MODELS:
         return open_parts(path, vision_tower, ignored=ignored)
-    known = " or ".join(map(repr, ("llava_llama", "llava", *LANGUAGE_MODELS)))
-    raise UserError(f"{file}: model_type: expected {known}; found {shortened(kind)}")
+    known = ", ".join(map(repr, ("llava_llama", "llava", *LANGUAGE_MODELS)))
+    raise UserError(f"{file}: model_type: expected one of {known}; found {shortened(kind)}")
 
 
 def _is_llava(fields: dict) -> bool:
@@ -235,13 +235,9 @@ def _open_adapter(path: Path, vision_tower: Path | None, base: Path | None, igno
 
 
 def _open_llava(
-    path: Path,
-    fields: dict,
-    vision_tower: Path | None,
-    ignored: Collection[str],
-    base: Path | None = None,
-    extra: Mapping[str, Tensor] | None = None,
-) -> Source:
+    path: Path, fields: dict, vision_tower: Path | None, ignored: Collection[str],
+    base: Path | None = None, extra: Mapping[str, Tensor] | None = None,
+) -> Source:  # fmt: skip
     """With `base`, weights come from there; `extra` replace them."""
     file = path / "config.json"
     llama = language_family(fields).from_hf(fields, file, llava.KEYS, ignored=ignored)

@@ -32,13 +32,8 @@ def main() -> None:
     rendered = []
     for messages, asks in asked["conversations"]:
         try:
-            text = tokenizer.apply_chat_template(
-                messages,
-                chat_template=asked["template"],
-                tokenize=False,
-                add_generation_prompt=asks,
-                **asked["special_tokens"],
-            )
+            options = {"chat_template": asked["template"], "tokenize": False, "add_generation_prompt": asks}
+            text = tokenizer.apply_chat_template(messages, **options, **asked["special_tokens"])
             rendered.append([text, None] if len(text) <= LONGEST else [None, f"it gives {len(text)} characters"])
         except MemoryError:
             rendered.append([None, "it takes too much memory"])

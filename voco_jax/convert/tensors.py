@@ -1,4 +1,4 @@
-"""What is computed with the values of tensors: compared, cast, transposed; and names of files that stand in files."""
+"""Values of tensors: finite or not, compared, cast, transposed. And paths that a checkpoint's files name."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from voco_jax.io.tensors import BFLOAT16
 
 
 def has_nonfinite(array: np.ndarray) -> bool:
-    """Whether a value is infinite or no number: its exponent's bits are all ones (no temporary in a wider type)."""
+    """Whether a value is infinite or NaN: its exponent's bits are all ones (no temporary in a wider type)."""
     bits, exponent = {
         np.dtype(np.float16): (np.uint16, 0x7C00),
         BFLOAT16: (np.uint16, 0x7F80),

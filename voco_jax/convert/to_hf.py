@@ -41,14 +41,9 @@ def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max
 
 
 def _to_hf(
-    run: Path,
-    config: ConfigDict,
-    stored: StoredParams,
-    destination: Path,
-    format_name: str,
-    dtype: str | None,
+    run: Path, config: ConfigDict, stored: StoredParams, destination: Path, format_name: str, dtype: str | None,
     max_shard_size: int,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     tokenizer = load_run_tokenizer(run)
     model_config = make_model_config(config, tokenizer)
     check_run(run, stored, model_config, format_name)
@@ -107,14 +102,9 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
 
 
 def named_tensors(
-    stored: StoredParams,
-    format: Format,
-    dtype,
-    findings: Findings,
-    vocab_size: int,
-    num_image_rows: int,
-    tokens: Collection[int],
-) -> Iterator[tuple[str, Tensor]]:
+    stored: StoredParams, format: Format, dtype: np.dtype | None, findings: Findings, vocab_size: int,
+    num_image_rows: int, tokens: Collection[int],
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """(name, tensor) in the order of the layers; values are read, and checked, when their turn comes.
 
     The vocabulary's padding is cut, and rows for `<image>` follow, the mean of the `tokens`' rows.
@@ -181,14 +171,9 @@ def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_s
 
 
 def write_configs(
-    directory: Path,
-    format_name: str,
-    model_config: VoCoConfig,
-    aspect_ratio: str,
-    processor: dict,
-    tokenizer,
+    directory: Path, format_name: str, model_config: VoCoConfig, aspect_ratio: str, processor: dict, tokenizer,
     dtype: str,
-) -> None:
+) -> None:  # fmt: skip
     """config.json and what the image processor needs to know."""
     llama, vision = model_config.llama, model_config.vision
     ids = {

@@ -170,14 +170,9 @@ def has_voco_row(source: Source, voco: int) -> bool:
 
 
 def parameter_maker(
-    source: Source,
-    options: Options,
-    findings: Findings,
-    drawn: dict,
-    fresh: set[int],
-    tokens: Collection[int],
+    source: Source, options: Options, findings: Findings, drawn: dict, fresh: set[int], tokens: Collection[int],
     vocab_size: int,
-) -> Callable:
+) -> Callable:  # fmt: skip
     """From (key path, shape and dtype of our parameter) to how it comes out of the source; nothing is read yet.
 
     `drawn`: parts that the source does not have; `fresh`: tokens whose rows are new though the source has them;
@@ -212,11 +207,8 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
     """The config of the run: dimensions as the source has them, the defaults of VoCo training for the rest."""
     config = default_config()
     with config.unlocked():
-        llama = dataclasses.replace(
-            source.llama,
-            vocab_size=max(vocabulary, source.llama.vocab_size),
-            vocab_multiple=options.vocab_multiple,
-        )
+        rows = max(vocabulary, source.llama.vocab_size)
+        llama = dataclasses.replace(source.llama, vocab_size=rows, vocab_multiple=options.vocab_multiple)
         config.model.llama = ConfigDict(dataclasses.asdict(llama), convert_dict=True)
         if source.vision is not None:
             config.model.vision = ConfigDict(dataclasses.asdict(source.vision), convert_dict=True)

@@ -45,7 +45,7 @@ _LONGEST_DIRECTORY = 2**23  # bytes of the archive's own
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. UserError for damaged files, and for any object that is not a plain tensor."""
+    """Tensors by name. UserError for damaged files, and for any object that is not a tensor of plain numbers."""
     file = SourceFile(path)
     try:
         members = _members(file)
@@ -225,7 +225,7 @@ class _Machine:
     def pop(self, *kinds: type):
         """The last value, of one of these types exactly."""
         if not self._stack:
-            raise ValueError("an operation lacks its values")
+            raise ValueError("an operation has too few values")
         value = self._stack.pop()
         if kinds and type(value) not in kinds:
             expected = " or ".join(kind.__name__.lstrip("_") for kind in kinds)
@@ -235,7 +235,7 @@ class _Machine:
     def pop_mark(self) -> list:
         """The values since the last MARK."""
         if not self._marked:
-            raise ValueError("an operation lacks its MARK")
+            raise ValueError("an operation without its MARK")
         values, self._stack = self._stack, self._marked.pop()
         return values
 
@@ -300,7 +300,7 @@ class _Machine:
         elif function == _TENSOR and len(arguments) in (6, 7) and isinstance(arguments[0], _Storage):
             storage, offset, shape, strides, *_ = arguments
             if type(offset) is not int or offset < 0 or type(shape) is not tuple or type(strides) is not tuple:
-                raise ValueError("a tensor's offset, shape or strides are no such thing")
+                raise ValueError("a tensor whose offset, shape or strides have another type")
             shape, strides = check_shape(shape), check_shape(strides)
             if len(shape) != len(strides):
                 raise ValueError(f"a tensor of shape {shape} and strides {strides}")
@@ -315,10 +315,10 @@ class _Machine:
         """A storage by its persistent id: ('storage', type, key, device, number of values)."""
         found = self.pop(tuple)
         if [*map(type, found)] != [str, _Global, str, str, int] or found[0] != "storage":
-            raise ValueError("a persistent id that is not a storage's")
+            raise ValueError("a persistent id of another form than a storage has")
         kind, key, size = found[1].removeprefix("torch "), found[2], found[4]
         if kind not in _STORAGES or len(key) > _LONGEST_NAME:
-            raise ValueError("a persistent id that is not a storage's")
+            raise ValueError("a persistent id of another form than a storage has")
         if key not in self._storages:
             member, dtype = self._members.get(f"{self._prefix}data/{key}"), _STORAGES[kind]
             if member is None or member.size != size * dtype.itemsize:

@@ -21,8 +21,9 @@ _KINDS = {
 
 
 def open_regular(path: str | AnyPath) -> BinaryIO:
-    """A file, opened to be read. UserError for what is none: opening a pipe would wait for its writer, and a device may
-    never end. Other errors are those of the file system (OSError, FileNotFoundError among them) or of the bucket."""
+    """A file, opened for reading. UserError for a directory, a pipe or a device: opening a pipe would wait for its
+    writer, and a device may never end. Other errors are the file system's (OSError, FileNotFoundError among them) or
+    the bucket's."""
     path = as_path(path) if isinstance(path, str) else path  # names that are not UTF-8 are found in directories
     if in_bucket(path):
         return path.open("rb")

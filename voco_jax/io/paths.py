@@ -46,7 +46,7 @@ def as_path(address: str | AnyPath) -> AnyPath:
         except RuntimeError as error:
             raise UserError(f"{text}: {error}") from None  # there is no home, or no such user's
     if not text.startswith("gs://") or not text.removeprefix("gs://").strip("/"):
-        raise UserError(f"{text}: expected a path of this machine, or gs://BUCKET/PATH")
+        raise UserError(f"{text}: neither a local path nor gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets need gcsfs, which is not installed: pip install -e '.[gcs]'")
     _check_online(text)

@@ -60,7 +60,8 @@ def raw_tensor(
 
 
 def check_shape(shape: object) -> tuple[int, ...]:
-    """A shape out of a file; ValueError for what is none, or is no checkpoint's: 0 × 10¹⁸ has no values, but a size."""
+    """A shape out of a file. ValueError for anything but a list of whole numbers, and for more dimensions or values
+    than a checkpoint has (0 × 10¹⁸ has no values, but numpy refuses it)."""
     if not isinstance(shape, list | tuple) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"expected a shape, found {shortened(shape)}")
     if len(shape) > 8 or math.prod(max(n, 1) for n in shape) > _LARGEST:
