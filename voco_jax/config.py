@@ -9,7 +9,6 @@ import functools
 import json
 import operator
 import os
-from pathlib import Path
 import re
 import shlex
 from typing import Any
@@ -18,8 +17,9 @@ from ml_collections import ConfigDict
 
 from voco_jax.config_keys import SOURCE_KEYS, Config
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
-from voco_jax.io.paths import as_path, in_bucket
+from voco_jax.io.paths import as_path
 from voco_jax.keys import DEFAULT, Earlier, all_keys, build, in_one_line, problem_of
 from voco_jax.models import presets
 from voco_jax.models.compressors import COMPRESSORS
@@ -102,12 +102,7 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
         text = _as_json(stored_form(config))
     except UserError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
-    if in_bucket(path):
-        path.write_text(text)
-        return
-    temporary = Path(f"{path}.new")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def stored_form(config: ConfigDict) -> dict:

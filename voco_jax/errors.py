@@ -26,27 +26,27 @@ class TryAgain(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says at its root, the first line; its name where it says nothing."""
+    """The first line of the message of an error's root cause; its type where the message is empty."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def cannot(line: str, error: BaseException) -> UserError:
-    """What to raise where a file system or a bucket refuses: a line that ends with the reason; `TryAgain` where nobody
-    has to mend anything."""
+    """The error to raise after a file system or a bucket has refused: `line` and the reason. `TryAgain` where the same
+    may succeed later although nobody mends anything."""
     return (TryAgain if passing(error) else UserError)(f"{line}: {reason(error)}")
 
 
 def exit_status(error: BaseException) -> int:
-    """What a command exits with that an error ends."""
+    """The exit status of a command that ends with an error."""
     known = getattr(error, "status", None)
     return known or (TryAgain if isinstance(error, OSError) and passing(error) else UserError).status
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Decorator for a command line's `main`: an error that the user can mend is one line, exit status 2; or
-    75, where it may be over the next time."""
+    """Decorator for the `main` of a command: an error that the user can mend is shown as one line, and the exit status
+    is 2, or 75 where the same command may succeed later."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):

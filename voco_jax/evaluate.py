@@ -32,6 +32,7 @@ from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
 from voco_jax.eval.conversations import score_conversations
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
+from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import files_for
 from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.terminal import printable
@@ -193,9 +194,7 @@ def main() -> None:
         of_source = suffix if one_easyvqa and _by_name(run, "test")[name].kind == "easyvqa" else f".{name}{suffix}"
         written = [f"results{of_source}.json", *(f"{picture}{of_source}.png" for picture in scored.pictures)]
         with files_for(args.run) as directory:
-            temporary = directory / f"{written[0]}.new"
-            temporary.write_text(json.dumps(scored.results, indent=2) + "\n")
-            temporary.rename(directory / written[0])
+            write_text(directory / written[0], json.dumps(scored.results, indent=2) + "\n")
             for file, draw in zip(written[1:], scored.pictures.values(), strict=True):
                 draw(directory / file)
         print(f"written: {', '.join(f'{args.run}/{file}' for file in written)}" + ("\n" if several else ""))

@@ -71,13 +71,13 @@ def listen(*, terminates: bool = False) -> None:
 
 
 def listening() -> bool:
-    """Whether this process is a command that ends as this module says, and nobody else's."""
+    """Whether this process is a command of this package, which ends as this module says."""
     return _listening
 
 
 @contextlib.contextmanager
 def at_once(value: bool, *signals: signal.Signals) -> Iterator[None]:
-    """A block in which signals end the process at once, or do not: then it is for the block to end well."""
+    """A block in which signals end the process at once (`value` true), or in which the block itself reacts to them."""
     before: dict[int, bool] = {number: _at_once[number] for number in signals}
     _at_once.update({number: value and _listening for number in signals})
     try:
@@ -87,7 +87,7 @@ def at_once(value: bool, *signals: signal.Signals) -> Iterator[None]:
 
 
 def say_of_interrupt(line: Callable[[], str]) -> None:
-    """What Ctrl-C is answered with from here on: one line, that is made when it comes."""
+    """Set the line that Ctrl-C is answered with from now on; `line` is called when Ctrl-C comes."""
     _LINE[signal.SIGINT] = line
 
 

@@ -30,7 +30,7 @@ _PASSING_NAMES = {"ClientConnectionError", "ClientPayloadError", "TransportError
 
 
 def passing(error: BaseException) -> bool:
-    """Whether the same may succeed the next time, though nobody mends anything."""
+    """Whether the same may succeed later although nobody mends anything."""
     for link in chain(error):
         if (number := error_number(link)) is not None:
             return number in _PASSING_NUMBERS
@@ -43,14 +43,14 @@ def passing(error: BaseException) -> bool:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it comes of."""
+    """An error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def error_number(error: BaseException) -> int | None:
-    """The system's, of TensorStore's errors too, which are texts; None where it has none."""
+    """The system's error number (errno), which TensorStore's errors have in their text; None without one."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\bos_error_code='(\d+)'", str(error)) if status_of(error) else None
@@ -58,7 +58,7 @@ def error_number(error: BaseException) -> int | None:
 
 
 def http_code(error: BaseException) -> int | None:
-    """What a bucket's server answered; None where that is not the matter."""
+    """The HTTP status that a bucket's server answered with; None for other errors."""
     if type(error).__module__.startswith("gcsfs"):
         code = str(getattr(error, "code", None))
         return int(code) if code.isdecimal() else None
@@ -67,7 +67,7 @@ def http_code(error: BaseException) -> int | None:
 
 
 def status_of(error: BaseException) -> str:
-    """The status with which the errors of C++ libraries begin (`DATA_LOSS`); '' of others."""
+    """The status with which the message of a C++ library's error begins (`DATA_LOSS`); '' for other errors."""
     word = str(error).partition(": ")[0] if isinstance(error, ValueError | RuntimeError) else ""
     return word if word in _STATUSES else ""
 
@@ -91,9 +91,9 @@ def _root(error: BaseException) -> BaseException:
 
 
 def may_be_of_another(error: BaseException) -> bool:
-    """Whether an error may come of another process's end: what jax's collectives and barriers raise then.
+    """Whether the end of another process may have caused an error: jax's collectives and barriers raise it then.
 
-    Whoever tells what went wrong passes such an error on as it is: the watch knows who has gone, and how to end.
+    Such an error is passed on unchanged: the watchdog knows which process has gone, and how to end.
     """
     jax = sys.modules.get("jax")  # which the processes that read data never load
     if jax is None or jax.process_count() == 1:

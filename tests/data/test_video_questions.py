@@ -209,7 +209,7 @@ def test_the_same_with_any_number_of_processes(clips, tmp_path):
         assert file.read_bytes() == (tmp_path / "again" / file.relative_to(clips)).read_bytes(), file
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert refused.stderr.endswith("again: expected a directory that is not there yet\n")
+    assert refused.stderr.endswith("again: exists already; nothing was changed\n")
 
 
 def test_sources_of_it(clips):

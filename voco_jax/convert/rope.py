@@ -104,9 +104,7 @@ def rope_of_gguf(field: Callable, file: Path) -> RopeScaling | None:
     if kind != "yarn":
         raise UserError(f"{file}: llama.rope.scaling.type: expected none, linear or yarn; found {shortened(kind)}")
     original = int(field("llama.rope.scaling.original_context_length", field("llama.context_length")))
-    fast, slow = (
-        field(f"llama.rope.scaling.yarn_beta_{kind}", default) for kind, default in (("fast", 32.0), ("slow", 1.0))
-    )
+    fast, slow = field("llama.rope.scaling.yarn_beta_fast", 32.0), field("llama.rope.scaling.yarn_beta_slow", 1.0)
     return RopeScaling(
         rope_type="yarn", factor=factor, original_max_position_embeddings=original,
         beta_fast=float(fast), beta_slow=float(slow),

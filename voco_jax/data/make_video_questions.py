@@ -39,7 +39,6 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
-import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +51,7 @@ from voco_jax.data.sources.llava import question_turns
 from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.io.atomic import new_directory
 
 TEMPORAL = ("order", "at second", "count", "direction", "becomes")
 SECONDS, RATE, SIZE = 8, 5, 64  # of a clip; its frames a second; pixels of a side
@@ -362,15 +362,11 @@ def main() -> None:
     for name in ("train", "test", "pictures", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(args, name)}")
-    if args.out.exists():
-        raise UserError(f"{args.out}: expected a directory that is not there yet")
-    temporary = args.out.with_name(f".{args.out.name}.new")  # a directory that is there is whole
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "clips").mkdir(parents=True)
-    make(temporary, {"train": args.train, "test": args.test}, args.seed, args.workers)
-    make_pictures(temporary, args.pictures, args.seed)
-    make_tokenizer(temporary)
-    temporary.rename(args.out)
+    with new_directory(args.out) as temporary:
+        (temporary / "clips").mkdir()
+        make(temporary, {"train": args.train, "test": args.test}, args.seed, args.workers)
+        make_pictures(temporary, args.pictures, args.seed)
+        make_tokenizer(temporary)
     print(f"written: {args.out}: {args.train} training clips, {args.test} test clips, {args.pictures} pictures")
 
 

@@ -14,8 +14,8 @@ DEEPEST = 100  # objects and lists in each other: what is compared, copied or sh
 
 
 def read_object(path: str | os.PathLike, hint: str = "", most: int = MOST) -> dict:
-    """A file that holds one JSON object, of `most` bytes; UserError for any other, with a hint for one that is not
-    there."""
+    """A file that holds one JSON object, of at most `most` bytes. UserError for any other content, and, with `hint`,
+    for a file that is missing."""
     try:
         with bucket_errors(as_path(path), but=FileNotFoundError):
             content = parse(read_text(path, most))
@@ -31,7 +31,7 @@ def read_object(path: str | os.PathLike, hint: str = "", most: int = MOST) -> di
 
 
 def parse(text: str | bytes, object_pairs_hook: Callable | None = None) -> object:
-    """JSON; ValueError for anything else, and for values that are nested too deep."""
+    """The value of a JSON text. ValueError for any other text, and for values that are nested too deep."""
     collects = gc.isenabled()
     gc.disable()  # to look through millions of new objects again and again takes longer than to make them
     try:

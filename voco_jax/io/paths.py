@@ -57,7 +57,7 @@ def as_path(address: str | AnyPath) -> AnyPath:
 
 
 def _check_online(address: str) -> None:
-    """TryAgain where nobody knows the buckets' server: gcsfs would try for a minute."""
+    """TryAgain where the name of the buckets' server is not known: gcsfs would try for a minute."""
     if os.environ.get("STORAGE_EMULATOR_HOST") or getproxies():  # then it is not asked, or not by this machine
         return
     try:
@@ -71,15 +71,15 @@ def in_bucket(path: AnyPath) -> bool:
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether it is there. OSError where that cannot be known (no permission, a server that is away): libraries say
-    then that it is not."""
+    """Whether a path exists. OSError where that cannot be known (no permission, a server that is away), where
+    libraries would say no."""
     if in_bucket(path):
         return path.exists()
     return _status(path) is not None
 
 
 def is_directory(path: AnyPath) -> bool:
-    """Whether it is one, as `exists`."""
+    """Whether a path is a directory; OSError as `exists`."""
     if in_bucket(path):
         return path.is_dir()
     status = _status(path)
@@ -87,13 +87,13 @@ def is_directory(path: AnyPath) -> bool:
 
 
 def check_link(path: AnyPath) -> None:
-    """UserError for a link to what is not there, which is not missing: an archive may not be mounted."""
+    """UserError for a link whose target is missing: an archive may not be mounted."""
     if is_dangling(path):
         raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there; is it mounted?")
 
 
 def is_dangling(path: AnyPath) -> bool:
-    """Whether it is a link to what is not there."""
+    """Whether a path is a link whose target is missing."""
     return not in_bucket(path) and os.path.islink(path) and not exists(path)
 
 
@@ -154,8 +154,8 @@ def absolute(path: AnyPath) -> AnyPath:
 
 @contextlib.contextmanager
 def bucket_errors(path: AnyPath, but: type[Exception] = UserError) -> Iterator[None]:
-    """What goes wrong with a bucket in the block, `but` for one kind, is a UserError of one line: the libraries have a
-    kind each."""
+    """A block in which errors of a bucket become a UserError of one line, except those of the type `but`: each library
+    has error types of its own."""
     try:
         yield
     except (UserError, but):
@@ -185,7 +185,7 @@ def entries(directory: AnyPath) -> list[AnyPath]:
 
 
 def list_files(directory: AnyPath) -> list[tuple[str, int, str]]:
-    """The files that stand in a directory, by name: name, bytes, and what is another when the file is changed."""
+    """The files in a directory, sorted: name, bytes, and a text that differs once the file has been changed."""
     if not in_bucket(directory):
         found = ((path.name, path.stat()) for path in directory.iterdir() if path.is_file())
         return sorted((name, status.st_size, str(status.st_mtime_ns)) for name, status in found)
@@ -194,7 +194,7 @@ def list_files(directory: AnyPath) -> list[tuple[str, int, str]]:
 
 
 def file_state(file: AnyPath) -> tuple:
-    """What is another when the file at a path is replaced or written into."""
+    """Values that differ once the file at a path has been replaced or written into."""
     if not in_bucket(file):
         return state_of(os.stat(file))
     import fsspec
@@ -205,7 +205,7 @@ def file_state(file: AnyPath) -> tuple:
 
 
 def state_of(status: os.stat_result) -> tuple[int, ...]:
-    """Of a file of this machine."""
+    """`file_state` of a file of this machine, from its status."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
