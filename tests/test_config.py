@@ -5,11 +5,10 @@ from pathlib import Path
 import re
 import sys
 
-from absl import flags
 import pytest
 
 from voco_jax.chat_templates import CHAT_TEMPLATES
-from voco_jax.command_line import parse_command_line, parse_flags
+from voco_jax.command_line import parse_arguments, parse_command_line
 from voco_jax.config import (
     GROUPS_AND_KEYS,
     default_config,
@@ -73,17 +72,18 @@ def test_wrong_keys_and_values(argument, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_command_with_flags_of_its_own():
-    def define_flags(values):
-        flags.DEFINE_string("topology", "", "a slice", flag_values=values)
-        flags.DEFINE_integer("chips", 4, "of it", flag_values=values)
+def test_a_command_with_arguments_of_its_own():
+    def add_arguments(parser):
+        parser.add_argument("--topology", help="a slice")
+        parser.add_argument("--chips", type=int, default=4, help="of it")
 
     def parse(*arguments):
-        config, values = parse_flags(["aot", FILE, *arguments], define_flags)
-        return config.seed, values.topology, values.chips
+        config, args = parse_arguments(["aot", FILE, *arguments], add_arguments)
+        return config.seed, args.topology, args.chips, args.changes
 
-    assert parse("--topology=v5e:4x4", "--config.seed=3") == (3, "v5e:4x4", 4)
-    with pytest.raises(UserError, match="command line: flag --chips=many: invalid literal") as error:
+    assert parse("--topology=v5e:4x4", "--config.seed=3") == (3, "v5e:4x4", 4, {"seed": "3"})
+    assert parse("--config.seed", "3", "--chips", "8") == (3, None, 8, {"seed": "3"})
+    with pytest.raises(UserError, match="command line: --chips: invalid int value: 'many'") as error:
         parse("--chips=many")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"command line: --topolgy: no such option; did you mean --topology\?"):
@@ -215,9 +215,11 @@ def test_a_line_of_the_file_that_a_config_begins_with(tmp_path, monkeypatch):
 
 def test_help_lists_every_key_with_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_flags(["train", "--config=nothing.py", "-h"], lambda values: None, "python -m voco_jax.train\n\nTrains.")
+        parse_arguments(
+            ["train", "--config=nothing.py", "-h"], lambda parser: None, "python -m voco_jax.train\n\nTrains."
+        )
     text = capsys.readouterr().out
-    assert not end.value.code and text.startswith("python -m voco_jax.train\n\nTrains.\n\nOptions:")
+    assert not end.value.code and text.startswith("usage: python -m voco_jax.train\n\nTrains.\n\noptions:")
     meant = {name: key.rules.explanation for name, key in GROUPS_AND_KEYS.items()}
     keys = {key for key in flatten(default_config()) if not key.startswith("data.train.")}
     assert {"optim.learning_rate", "model.llama.hidden_size", "model.vision.patch_size"} < keys

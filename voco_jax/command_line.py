@@ -3,9 +3,11 @@
 What is wrong in the file is said with the file and its line, what is wrong on the command line with the argument.
 """
 
+import argparse
 import ast
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -16,125 +18,137 @@ import sys
 import textwrap
 import traceback
 from types import TracebackType
+from typing import Any, NoReturn
 
-from absl import flags
 import ml_collections
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from voco_jax import configs
 from voco_jax.chat_templates import CHAT_TEMPLATES
-from voco_jax.config import GROUPS_AND_KEYS, KEYS, SOURCES, default_config, find_problem, flatten, one_line, unknown_key
+from voco_jax.config import (
+    GROUPS_AND_KEYS,
+    KEYS,
+    SOURCES,
+    default_config,
+    find_problem,
+    flatten,
+    one_line,
+    unknown_key,
+    value_of,
+)
 from voco_jax.config_keys import SOURCE_KEYS
 from voco_jax.errors import UserError
 from voco_jax.keys import Key, in_one_line, type_in_words
 
 _CONFIG, _KEY = "--config", "--config."
-_HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
+_LEFT = 44  # columns of a name in --help
 
 
 def parse_command_line(argv: Sequence[str]) -> ConfigDict:
     """The config of `--config=FILE --config.key=value …`; UserError says what is wrong, and names the nearest key."""
-    return parse_flags(argv, lambda values: None)[0]
+    return parse_arguments(argv, lambda parser: None)[0]
 
 
-def parse_flags(
-    argv: Sequence[str], define: Callable[[flags.FlagValues], None], about: str = ""
-) -> tuple[ConfigDict, flags.FlagValues]:
-    """`parse_command_line` for a command with flags of its own, which `define` adds to the ones for the config.
+def parse_arguments(
+    argv: Sequence[str], add_arguments: Callable[[argparse.ArgumentParser], None], about: str = ""
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """`parse_command_line` for a command with arguments of its own, which `add_arguments` adds to those for the config.
 
-    `--help` prints `about` (the command's docstring), its flags and all config keys, and ends with status 0.
+    In the namespace `config` is the file, and `changes` has the text of each key that the command line sets. `--help`
+    prints `about` (the command's docstring), the arguments and all config keys, and ends with status 0.
     """
-    values = flags.FlagValues()
-    define(values)
-    if any(argument in _HELP for argument in argv[1:]):
-        print(help_text(about, values))
-        sys.exit(0)
-    file, rest = _take_config(argv)
-    names = sorted(values)
-    _check_names(rest, names)
-    if file is None:
-        raise UserError("command line: --config=FILE is missing, for example --config=easyvqa")
-    config = load_file(file)
-    _check_keys(rest, config)
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
-        values(rest)
-        changed = config_flags.get_override_values(values["config"])
-    except flags.Error as error:
-        raise UserError(f"command line: {_flag_error(error, rest, config)}") from error
-    except Exception as error:  # of a value that ml_collections cannot take
-        raise UserError(f"command line: {one_line(error)}") from error
+    parser = _Parser(about)
+    add_arguments(parser)
+    arguments, others = parser.parse_known_args(argv[1:])
+    arguments.changes = _changes(others, parser)
+    if len(files := arguments.config or []) > 1:
+        raise UserError(f"command line: {_CONFIG} is given twice: {files[0]!r} and {files[1]!r}")
+    if not files:
+        raise UserError(f"command line: {_CONFIG}=FILE is missing, for example {_CONFIG}=easyvqa")
+    arguments.config = files[0]
+    config = load_file(arguments.config)
+    for key, text in arguments.changes.items():
+        _change(config, key, text)
     if problem := find_problem(config):
         key, text = problem
-        where = "--" if any(key == other or key.startswith(f"{other}.") for other in changed) else _where(file, key)
-        raise UserError(f"{where}config.{key}: {text}")
-    return config, values
-
-
-def config_file(argv: Sequence[str]) -> str:
-    """What `--config` of a command line says."""
-    return _take_config(argv)[0] or ""
+        on_command_line = any(key == other or key.startswith(f"{other}.") for other in arguments.changes)
+        raise UserError(f"{'--' if on_command_line else _where(arguments.config, key)}config.{key}: {text}")
+    return config, arguments
 
 
 # ---- What stands on the command line ---------------------------------------------------------------------------
 
 
-def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config`, in one or two arguments, and the others."""
-    file, rest, arguments = None, [], iter(argv)
-    for argument in arguments:
-        name, given, value = argument.partition("=")
-        if name not in (_CONFIG, "-config"):
-            rest.append(argument)
-        elif file is not None:
-            raise UserError(f"command line: {_CONFIG} is given twice: {file!r} and {value!r}")
-        else:
-            file = value if given else next(arguments, "")
-            if not file:
-                raise UserError(f"command line: {_CONFIG}: expected a file, found none")
-    return file, rest
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of ending the process; `--help` lists the config keys too."""
+
+    def __init__(self, about: str):
+        width = max(72, min(120, shutil.get_terminal_size((110, 24)).columns))
+        usage, _, description = about.strip().partition("\n")
+        super().__init__(
+            usage=usage, description=description.strip(), epilog=_all_keys_in_words(width), allow_abbrev=False,
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter, width=width, max_help_position=_LEFT
+            ),
+        )  # fmt: skip
+        self.add_argument(
+            _CONFIG, metavar="FILE", action="append",
+            help=f"a Python file whose get_config() returns default_config() with changes; or {', '.join(configs.names())}",
+        )  # fmt: skip
+        self.add_argument(f"{_KEY}KEY", metavar="VALUE", help="changes one key; `('a', 'b')` for several values")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message.removeprefix('argument ')}")
 
 
-def _check_names(arguments: Sequence[str], own: Sequence[str]) -> None:
-    """UserError for an argument that is no option at all."""
-    option = False  # whether the argument before may have this one for its value
-    for argument in arguments[1:]:
-        name = re.sub("^--?", "", argument.partition("=")[0])
-        known = name in own or name.removeprefix("no") in own or re.match(r"(no)?config\.", name)
-        if argument.startswith("-") and not known and not _is_number(argument):
-            likely = unknown_key(name, [*own, *(f"config.{key}" for key in flatten(default_config()))], "--")
-            raise UserError(f"command line: {argument.partition('=')[0]}: {likely.replace('key', 'option', 1)}")
-        if not argument.startswith("-") and not option:
-            options = ", ".join([f"{_CONFIG}=FILE {_KEY}KEY=VALUE", *(f"--{name}" for name in own)])
-            hint = f"did you mean {_CONFIG}={argument}?" if argument.endswith(".py") else f"use {options}"
-            raise UserError(f"command line: {argument!r} is not an option; {hint}")
-        option = argument.startswith("-") and "=" not in argument
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-[\d.].*", text) is not None
-
-
-def _check_keys(arguments: Sequence[str], config: ConfigDict) -> None:
-    """UserError for `--config.KEY` with a key that the config has not."""
-    known = flatten(config)
-    for argument in arguments:
-        match = re.match(r"--?(no)?config\.([^=]+)(=.*)?$", argument, re.DOTALL)
-        if not match:
+def _changes(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Dotted key → text, of the arguments that are none of the parser's; UserError for what sets no config key."""
+    changes, rest = {}, iter(arguments)
+    for argument in rest:
+        name, given, text = argument.partition("=")
+        if match := re.fullmatch(r"--?(no)?config\.(.+)", name):
+            is_switch = match[2] in KEYS and KEYS[match[2]].type is bool
+            if not given:
+                text = "false" if match[1] else "true" if is_switch else next(rest, "")
+            changes[match[2]] = text
             continue
-        key, value = match[2], match[3] or ""
-        is_group = any(other.startswith(f"{key}.") for other in known) or key in ("data.train", "data.test")
-        if key not in known and not (is_group and value.startswith("={")):
-            raise UserError(f"command line: {_KEY}{key}: {unknown_key(key, known)}")
+        own = [option for option in parser._option_string_actions if option.startswith("--")]
+        if argument.startswith("-"):
+            known = [*(option[2:] for option in own), *(f"config.{key}" for key in KEYS)]
+            likely = unknown_key(name.lstrip("-"), known, "--")
+            raise UserError(f"command line: {name}: {likely.replace('key', 'option', 1)}")
+        options = ", ".join([f"{_CONFIG}=FILE {_KEY}KEY=VALUE", *own])
+        hint = f"did you mean {_CONFIG}={argument}?" if argument.endswith(".py") else f"use {options}"
+        raise UserError(f"command line: {argument!r} is not an option; {hint}")
+    return changes
 
 
-def _flag_error(error: Exception, arguments: Sequence[str], config: ConfigDict) -> str:
-    """What absl says of a value, in our words where it is a key's."""
-    match = re.match(r"flag --config\.([\w.]+)=", str(error))
-    if not match or (key := match[1]) not in KEYS:
-        return one_line(error)
-    given = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith(f"config.{key}=")]
-    return f"{_KEY}{key}: expected {type_in_words(KEYS[key].type)}, found {given[-1]!r}" if given else one_line(error)
+def _change(config: ConfigDict, key: str, text: str) -> None:
+    """Set a key to what a text says; UserError for a key that the config has not, and for text of another type."""
+    known = flatten(config)
+    is_literal = key in (*SOURCES, "model.llama.rope_scaling") and text.startswith("{")
+    if key not in known and not is_literal:
+        raise UserError(f"command line: {_KEY}{key}: {unknown_key(key, known)}")
+    expected = KEYS[key].type if key in KEYS else type(known[key])  # of a source
+    try:
+        value = ConfigDict(ast.literal_eval(text), convert_dict=True) if is_literal else _value(text, expected)
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError):
+        raise UserError(f"command line: {_KEY}{key}: expected {type_in_words(expected)}, found {text!r}") from None
+    group, _, name = key.rpartition(".")
+    with config.ignore_type():
+        (value_of(config, group) if group else config)[name] = value
+
+
+def _value(text: str, expected: Any) -> Any:
+    """A text as a value of a type; ValueError, SyntaxError or KeyError where it is none."""
+    if expected is str:
+        return text
+    if expected is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if expected in (int, float):
+        return expected(text)
+    value = ast.literal_eval(text)
+    return value if value is None or isinstance(value, tuple | list) or "None" in str(expected) else (value,)
 
 
 # ---- The config file -------------------------------------------------------------------------------------------
@@ -278,33 +292,20 @@ def _line(source: Path, parts: list[str]) -> int:
 # ---- Help ------------------------------------------------------------------------------------------------------
 
 
-def help_text(about: str, values: flags.FlagValues) -> str:
-    """Usage, what the command does, its own flags, and all config keys with their defaults, in their groups."""
-    width = max(72, min(120, shutil.get_terminal_size((110, 24)).columns))
-    usage, _, rest = about.strip().partition("\n")
-    lines = [usage, *([rest.rstrip()] if rest else []), "", "Options:"]
-    own = [
-        (
-            "--config=FILE",
-            f"a Python file whose get_config() returns default_config() with changes; or {', '.join(configs.names())}",
-        )
-    ]
-    own += [("--config.KEY=VALUE", "changes one key; `('a', 'b')` for several values")]
-    for name in values:
-        flag = values[name]
-        default = f" (default {flag.default})" if flag.default not in (None, "", [], False) else ""
-        own.append((f"--{name}" + ("" if flag.boolean else "=…"), f"{flag.help.splitlines()[0].rstrip(';')}{default}"))
-    lines += _columns(own, width)
-    lines += ["", "Config keys with their defaults:"]
-    lines += _group("", width)
-    lines += [
-        "",
-        "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
-    ]
-    lines += _columns([(kind, ", ".join([*keys, "weight"])) for kind, keys in SOURCE_KEYS.items()], width)
-    lines += ["", *textwrap.wrap(f"Configs: {', '.join(configs.names())}", width)]
-    lines += ["", f"Templates: {', '.join(CHAT_TEMPLATES)}, custom"]
-    return "\n".join(lines)
+def _all_keys_in_words(width: int) -> str:
+    """All config keys with their defaults, in their groups; the kinds of sources, and the templates."""
+    kinds = [(kind, ", ".join([*keys, "weight"])) for kind, keys in SOURCE_KEYS.items()]
+    return "\n".join(
+        [
+            "Config keys with their defaults:",
+            *_group("", width),
+            "",
+            "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
+            *_columns(kinds, width),
+            "",
+            f"Templates: {', '.join(CHAT_TEMPLATES)}, custom",
+        ]
+    )
 
 
 def _group(prefix: str, width: int) -> list[str]:
@@ -327,7 +328,7 @@ def _shown(key: Key) -> str:
     return repr(key.default)
 
 
-def _columns(rows: Sequence[tuple[str, str]], width: int, left: int = 44) -> list[str]:
+def _columns(rows: Sequence[tuple[str, str]], width: int, left: int = _LEFT) -> list[str]:
     """Names on the left, what they mean on the right; below a name that is too long."""
     lines = []
     for name, text in rows:

@@ -10,6 +10,7 @@ are estimates from its cycles; `voco_jax/aot/hlo_cost.py` says how they come abo
 status 1 and says by how much.
 """
 
+import argparse
 from collections.abc import Iterator
 import contextlib
 import importlib.metadata
@@ -18,7 +19,6 @@ import sys
 from threading import Event, Thread
 import time
 
-from absl import flags
 import jax
 from ml_collections import ConfigDict
 
@@ -26,7 +26,7 @@ from voco_jax.aot.compile import DoesNotFit, argument_bytes, compile_step
 from voco_jax.aot.programs import STEPS, find_tokenizer, make_program
 from voco_jax.aot.report import advice, make_report, render, render_misfit
 from voco_jax.checkpoint.init_from import begin_with_run
-from voco_jax.command_line import config_file, parse_flags
+from voco_jax.command_line import parse_arguments
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError, one_line_errors
@@ -45,22 +45,23 @@ def _assumed(config: ConfigDict) -> str:
     return f"assumed: a tokenizer with {around} tokens around an image, as Llama's ({why})"
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("topology", None, "chip and shape of the slice, v5e:8x8", flag_values=values)
-    flags.DEFINE_enum("step", "train", STEPS, "what to compile", flag_values=values)
-    flags.DEFINE_bool("json", False, "one JSON object instead of a report", flag_values=values)
-    flags.DEFINE_multi_string("xla", [], "a compiler option, name=value; again for more than one", flag_values=values)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="chip and shape of the slice, v5e:8x8")
+    parser.add_argument("--step", choices=STEPS, default="train", help="what to compile (default train)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a report")
+    parser.add_argument(
+        "--xla", action="append", default=[], metavar="NAME=VALUE", help="a compiler option; may be repeated"
+    )
 
 
 @one_line_errors
 def main() -> None:
-    config, values = parse_flags(sys.argv, define_flags, __doc__)
-    given = values.flag_values_dict()
-    topology, step = given["topology"], given["step"]
+    config, args = parse_arguments(sys.argv, add_arguments, __doc__)
+    topology, step = args.topology, args.step
     if topology is None:
         raise UserError("command line: --topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
-    options = dict(option.split("=", 1) for option in given["xla"] if "=" in option)
-    if wrong := [option for option in given["xla"] if "=" not in option]:
+    options = dict(option.split("=", 1) for option in args.xla if "=" in option)
+    if wrong := [option for option in args.xla if "=" not in option]:
         raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")
     chip, devices = topology_devices(topology)
     mesh = make_mesh(config.mesh, devices)
@@ -73,7 +74,7 @@ def main() -> None:
         print(assumed, file=sys.stderr)
     program = make_program(config, step, mesh, tokenizer)
     about: dict[str, object] = {
-        "config": config_file(sys.argv),
+        "config": args.config,
         "step": step,
         "topology": topology,
         "chips": len(devices),
@@ -92,12 +93,12 @@ def main() -> None:
             "hbm": {"needed": error.needed, "available": error.available, "arguments": arguments},
             "advice": advice(config, step, dict(mesh.shape), arguments, error.available),
         }
-        print(json.dumps(report) if given["json"] else render_misfit(report))
+        print(json.dumps(report) if args.json else render_misfit(report))
         sys.exit(1)
     report = about | {"compile_seconds": seconds} | make_report(program, compiled, chip, len(devices))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     headline = f"{about['config']}: {step} on {topology}, {len(devices)} chips (mesh: {axes})"
-    print(json.dumps(report) if given["json"] else render(report, headline))
+    print(json.dumps(report) if args.json else render(report, headline))
 
 
 def with_shape(config: ConfigDict) -> ConfigDict:

@@ -6,6 +6,7 @@ or the same in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (ja
 or nothing at all where jax finds out by itself: TPU pods, SLURM, Kubernetes, Open MPI. Elsewhere a process is alone.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
@@ -15,7 +16,6 @@ import sys
 import threading
 from typing import Any, TypeVar
 
-from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -29,12 +29,15 @@ _LONGEST = 1024  # bytes of an error that other processes are told
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    """The flags that `start` takes, for `parse_flags`."""
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to all processes the same", flag_values=values)
-    flags.DEFINE_integer("num_processes", 0, "how many there are", flag_values=values)
-    flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", flag_values=values)
-    flags.DEFINE_integer("initialization_timeout", 300, "seconds to wait for the others", flag_values=values)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `start` takes."""
+    parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, to all processes the same")
+    parser.add_argument("--num_processes", type=int, default=0, metavar="N", help="how many there are")
+    parser.add_argument("--process_id", type=int, default=-1, metavar="I", help="which of them this is, from 0")
+    parser.add_argument(
+        "--initialization_timeout", type=int, default=300, metavar="SECONDS",
+        help="how long to wait for the others (default 300)",
+    )  # fmt: skip
 
 
 def start(

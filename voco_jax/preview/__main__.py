@@ -7,17 +7,16 @@ packed conversation ends and the next begins, and how much is padding. All of it
 model gets them. No model is made. The page is one file and loads nothing.
 """
 
+import argparse
 from collections.abc import Mapping
 import json
 from pathlib import Path
 import sys
 
-from absl import flags
-from ml_collections import config_flags
 import numpy as np
 
 from voco_jax.checkpoint.init_from import begin_with_run
-from voco_jax.command_line import config_file, parse_flags
+from voco_jax.command_line import parse_arguments
 from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.reports import Report
 from voco_jax.data.training_data import TrainingData, open_training_data
@@ -47,38 +46,42 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
     return lines + ([line.strip() for line in report.lines("conversations")] if report.skipped or report.warned else [])
 
 
-def _define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", "preview.html", "the page to write", flag_values=values)
-    flags.DEFINE_integer("batch", 0, "which batch; 0 is that of the first step", flag_values=values)
-    flags.DEFINE_integer("packs", 4, "how many of its packs at most", flag_values=values)
-    flags.DEFINE_alias("bins", "packs", flag_values=values)  # as it was once called
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", default="preview.html", metavar="FILE", help="the page to write (default preview.html)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=0, metavar="N", help="which batch (default 0: that of the first step)"
+    )
+    parser.add_argument(
+        "--packs", "--bins", type=int, default=4, metavar="N", help="how many of its packs at most (default 4)"
+    )
 
 
 @one_line_errors
 def main() -> None:
-    config, values = parse_flags(sys.argv, _define_flags, __doc__)
-    out, number = Path(values.out), values.batch
+    config, args = parse_arguments(sys.argv, _add_arguments, __doc__)
+    out, number = Path(args.out), args.batch
     if not 0 <= number < config.train.steps:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
-    if values.packs < 1:
-        raise UserError(f"--packs: expected at least 1, found {values.packs}")
+    if args.packs < 1:
+        raise UserError(f"--packs: expected at least 1, found {args.packs}")
     if out.suffix != ".html":
-        raise UserError(f"--out: expected a file ending in .html, found {values.out}")
+        raise UserError(f"--out: expected a file ending in .html, found {args.out}")
     if not out.parent.is_dir() or out.is_dir():  # now, not when the data have been read
-        raise UserError(f"--out: expected a file in a directory that is there, found {values.out}")
+        raise UserError(f"--out: expected a file in a directory that is there, found {args.out}")
     data = open_training_data(begin_with_run(config))
     batch, report = data.batches.dataset()[number], Report()
     for said in batch.pop("report"):
         report.merge(Report.from_dict(json.loads(said)))
-    changes = config_flags.get_override_values(values["config"])
-    header = [f"{config_file(sys.argv)}, batch {number}: step {number + 1} of {config.train.steps}"]
-    header += [" ".join(f"--config.{key}={value}" for key, value in changes.items())] if changes else []
+    header = [f"{args.config}, batch {number}: step {number + 1} of {config.train.steps}"]
+    header += [" ".join(f"--config.{key}={value}" for key, value in args.changes.items())] if args.changes else []
     header += describe(batch, data, report)
     decode = make_decoder(data.tokenizer)
-    page = render(batch, data.model_config.num_visual_tokens, decode, header, values.packs)
+    page = render(batch, data.model_config.num_visual_tokens, decode, header, args.packs)
     out.write_text(page, encoding="utf-8")
     total = len(batch["pixel_values"])
-    print(f"written: {out} ({min(values.packs, total)} of {total} packs of batch {number})")
+    print(f"written: {out} ({min(args.packs, total)} of {total} packs of batch {number})")
 
 
 if __name__ == "__main__":

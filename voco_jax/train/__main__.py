@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from voco_jax import interrupts
-from voco_jax.command_line import parse_flags
+from voco_jax.command_line import parse_arguments
 from voco_jax.config import sources_to_score
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.parallel import distributed
@@ -23,8 +23,8 @@ from voco_jax.train.loop import train
 
 @one_line_errors
 def main() -> None:
-    config, flags = parse_flags(sys.argv, distributed.define_flags, __doc__)
-    distributed.start(flags.coordinator, flags.num_processes, flags.process_id, flags.initialization_timeout)
+    config, args = parse_arguments(sys.argv, distributed.add_arguments, __doc__)
+    distributed.start(args.coordinator, args.num_processes, args.process_id, args.initialization_timeout)
     with watch():
         run = train(config)
     if jax.process_index() == 0:
