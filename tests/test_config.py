@@ -38,6 +38,14 @@ def test_the_command_line_sets_keys():
     assert config.optim.learning_rate == 0.5
     assert typed(config).model.llama.hidden_size == 64
     assert config.model.num_voco_tokens == 1
+    config = parse(FILE, "--config.train.tensorboard=false", "--config.optim.b1=0", "--config.model.llama.head_dim=32")
+    assert (config.train.tensorboard, config.optim.b1, config.model.llama.head_dim) == (False, 0.0, 32)
+    assert parse(FILE, "--config.model.unroll_layers").model.unroll_layers is True
+    assert parse(FILE, "--noconfig.model.unroll_layers").model.unroll_layers is False
+    assert parse(FILE, "--config.train.freeze=['projector']").train.freeze == ("projector",)
+    assert parse(FILE, "--config.data.train.easyvqa.weight=0.5").data.train.easyvqa.weight == 0.5
+    scaling = parse(FILE, "--config.model.llama.rope_scaling={'factor': 2.0}").model.llama.rope_scaling
+    assert scaling.to_dict() == {"factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -52,12 +60,19 @@ def test_the_command_line_sets_keys():
         ("--config.model.lora_rank=3", r"did you mean config.model.lora.rank\?$"),
         ("--config.optm=adamw", r"did you mean config.optim\?$"),
         ("--config.optim=adamw", "--config.optim: is a group of keys, for example config.optim.b1"),
+        (
+            "--config.optim.rate_scale.llama=1",
+            "--config.optim.rate_scale.llama: renamed to config.optim.lr_multiplier.llama$",
+        ),
+        ("--config.data.rows_per_bin=1", "--config.data.rows_per_bin: renamed to config.data.rows_per_pack$"),
         ("--config.xyz=1", "--config.xyz: no such key; --help lists all"),
         ("--config.data.train.mine.file=x", r"no such source; a config file adds one: config.data.train = sources\("),
         ("--config.data.train.easyvqa.spilt=x", r"did you mean config.data.train.easyvqa.split\?$"),
         ("--config.data.train={'mine': {'file': 'x'}}", "--config.data.train.mine: expected a source"),
         ("--config.train.steps=many", "--config.train.steps: expected an integer, found 'many'"),
         ("--config.train.steps=1e3", "--config.train.steps: expected an integer, found '1e3'"),
+        ("--config.train.freeze=llama", r"--config.train.freeze: expected a tuple, found 'llama'"),
+        ("--config.train.freeze=(1,)", "--config.train.freeze: expected a tuple of texts, found 1 in it"),
         ("--config.train.tensorboard=maybe", "--config.train.tensorboard: expected true or false, found 'maybe'"),
         ("--config.train.steps=0", "config.train.steps: expected at least 1, found 0"),
         ("--config.optim.learning_rate=-1", "config.optim.learning_rate: expected at least 1e-12, found -1.0"),
@@ -140,6 +155,8 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
             "optim = config.optim; optim.lr = 1",
             "config.optim.lr: no such key; did you mean config.optim.learning_rate?",
         ),
+        ("config.optim.rate_scale.llama = 1", "config.optim.rate_scale: renamed to config.optim.lr_multiplier"),
+        ("config.data.rows_per_bin = 1", "config.data.rows_per_bin: renamed to config.data.rows_per_pack"),
         ("config.seed = config.optim.lr", "config.optim.lr: no such key; did you mean config.optim.learning_rate?"),
         (
             "config.unlock(); config.optim.lr = 1",

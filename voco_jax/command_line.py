@@ -93,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.add_argument(
             _CONFIG, metavar="FILE", action="append",
-            help=f"a Python file whose get_config() returns default_config() with changes; or {', '.join(configs.names())}",
+            help=f"a Python file whose get_config() returns the config; or one of {', '.join(configs.names())}",
         )  # fmt: skip
         self.add_argument(f"{_KEY}KEY", metavar="VALUE", help="changes one key; `('a', 'b')` for several values")
 
@@ -112,7 +112,8 @@ def _changes(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[
                 text = "false" if match[1] else "true" if is_switch else next(rest, "")
             changes[match[2]] = text
             continue
-        own = [option for option in parser._option_string_actions if option.startswith("--")]
+        common = ("--help", _CONFIG, f"{_KEY}KEY")
+        own = [option for option in parser._option_string_actions if option[:2] == "--" and option not in common]
         if argument.startswith("-"):
             known = [*(option[2:] for option in own), *(f"config.{key}" for key in KEYS)]
             likely = unknown_key(name.lstrip("-"), known, "--")
