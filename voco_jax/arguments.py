@@ -6,7 +6,6 @@ import math
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from voco_jax.api import Model
 from voco_jax.attention import ADAPTERS
@@ -55,7 +54,7 @@ def mesh_of(text: str | None) -> Mesh | None:
             raise UserError(f"--mesh: expected {', '.join(f'{axis}=N' for axis in AXES)}; found {part!r}")
         sizes[axis] = int(size)
     try:
-        mesh = make_mesh(ConfigDict(sizes), devices)
+        mesh = make_mesh(sizes, devices)
     except UserError as error:
         raise UserError(f"--mesh: {str(error).removeprefix('config.mesh: ')}") from None
     return None if len(devices) == 1 else mesh

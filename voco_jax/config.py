@@ -48,9 +48,12 @@ def default_config() -> ConfigDict:
 def typed(config: ConfigDict) -> Config:
     """The same as frozen dataclasses, for code that takes a part of them: `typed(config).optim`.
 
-    ValueError for a language model, a vision tower or LoRA that cannot be.
+    UserError for a language model, a vision tower or LoRA that cannot be.
     """
-    return build(Config, config)
+    try:
+        return build(Config, config)
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
 
 
 def source(kind: str, **keys) -> ConfigDict:

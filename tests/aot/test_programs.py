@@ -194,11 +194,11 @@ def test_the_prompt_is_the_tokenizers(tmp_path):
     config.data.row_length, config.data.rows_per_pack = 64, 1
     mesh = make_mesh(config.mesh)
     assumed = make_program(config, "compress", mesh)
-    assert find_tokenizer(config) is None
+    assert find_tokenizer(config.tokenizer.source) is None
     config.tokenizer.source = "some/name"  # of the hub: not downloaded
-    assert find_tokenizer(config) is None
+    assert find_tokenizer(config.tokenizer.source) is None
     config.tokenizer.source = str(tmp_path / "tokenizer")
-    known = make_program(config, "compress", mesh, find_tokenizer(config))
+    known = make_program(config, "compress", mesh, find_tokenizer(config.tokenizer.source))
     assert assumed.compress_tokens - known.compress_tokens == assumed.images == known.images == config.data.batch_size
     assert known.model_flops < assumed.model_flops
 

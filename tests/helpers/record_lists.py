@@ -9,6 +9,7 @@ from PIL import Image
 
 from voco_jax.config import default_config
 from voco_jax.data.best_fit import PackShape
+from voco_jax.data.from_config import make_loading
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.index import make_index
 from voco_jax.data.pipeline import Batches, PackLoader
@@ -72,7 +73,7 @@ def make_batches(
         conversations_per_record=data.conversations_per_record,
         share_images=data.share_images,
     )
-    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, data)
+    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, make_loading(data))
     return Batches(loader, data.batch_size, shard, num_batches)
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     if config.init_from and (as_path(config.init_from) / "config.json").exists():
         config = begin_with_run(config)
     config = with_shape(config)
-    tokenizer = find_tokenizer(config)
+    tokenizer = find_tokenizer(config.tokenizer.source)
     assumed = None if tokenizer is not None else _assumed(config)
     if assumed:
         print(assumed, file=sys.stderr)

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from voco_jax.config import typed
+from voco_jax.config_keys import DataConfig
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
@@ -57,12 +59,14 @@ def make_program(config: ConfigDict, step: str, mesh: Mesh, tokenizer=None) -> P
             raise UserError(f"config.data.{key}: expected the {what}, found 0 (no data is read here)")
     with jax.set_mesh(mesh):
         model = model_of(config, tokenizer)
-        return _train(config, model, mesh) if step == "train" else _infer(config, model, step, mesh)
+        return _train(config, model, mesh) if step == "train" else _infer(typed(config).data, model, step, mesh)
 
 
-def find_tokenizer(config: ConfigDict):
-    """The tokenizer of a config, where it lies on this machine (or in a bucket); else None: nothing is downloaded."""
-    source = config.tokenizer.source
+def find_tokenizer(source: str):
+    """The tokenizer of `config.tokenizer.source`; None where it is neither on this machine nor in a bucket.
+
+    Nothing is downloaded.
+    """
     if source == "train":
         return None
     if in_bucket(source) or os.path.isdir(os.path.expanduser(source)):
@@ -86,23 +90,22 @@ def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config)
     state = abstract_state(config, model_config, optimizer, mesh)
     function = train_step_of(config, state, optimizer)
-    batch = abstract_batch(config)
+    data, train = typed(config).data, config.train
+    batch = abstract_batch(data, model_config.vision.image_size)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
-    rows, images, train = config.data.batch_size * config.data.rows_per_pack, _num_images(config), config.train
-    length = config.data.row_length
+    rows, images, length = data.batch_size * data.rows_per_pack, data.batch_size * data.images_per_pack, data.row_length
     return Program(
         function,
         (state.params, state.opt_state, batch),
         training_flops(model_config, rows, length, images, train.freeze, train.compress_gradients),
-        rows * config.data.row_length,
+        rows * length,
         images,
         images * model_config.compress_length,
     )
 
 
-def abstract_batch(config: ConfigDict) -> dict:
-    """A batch of `data/pipeline.py`, as the training step takes it, by shapes."""
-    data, size = config.data, config.model.vision.image_size
+def abstract_batch(data: DataConfig, size: int) -> dict:
+    """A batch of `data/pipeline.py`, as the training step takes it, by shapes. `size`: pixels of a picture's side."""
     rows = (data.batch_size * data.rows_per_pack, data.row_length)
     integers = jax.ShapeDtypeStruct(rows, jnp.int32)
     return dict.fromkeys((*Read._fields, "targets"), integers) | {
@@ -111,14 +114,13 @@ def abstract_batch(config: ConfigDict) -> dict:
     }
 
 
-def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
-    data = config.data
+def _infer(data: DataConfig, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
     graphdef, params = abstract_model(c)
     params = with_shardings(params, param_shardings(mesh, params))
-    batch = abstract_batch(config)
+    batch = abstract_batch(data, c.vision.image_size)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
     rows, length = batch["tokens"].shape
-    num_images, dtype = _num_images(config), jnp.dtype(c.dtype)
+    num_images, dtype = data.batch_size * data.images_per_pack, jnp.dtype(c.dtype)
 
     def array(shape, dtype, *spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
@@ -169,7 +171,3 @@ def _infer(config: ConfigDict, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
 def _next_logits(model, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Of each row's last token."""
     return model.llama.logits(hidden[:, -1:]), cache
-
-
-def _num_images(config: ConfigDict) -> int:
-    return config.data.batch_size * config.data.images_per_pack

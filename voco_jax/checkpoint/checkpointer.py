@@ -27,6 +27,7 @@ from voco_jax.checkpoint.errors import (
 )
 from voco_jax.checkpoint.orbax_manager import make_manager
 from voco_jax.checkpoint.run_files import ABOUT
+from voco_jax.config import typed
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.io.files import read_text
 from voco_jax.io.paths import (
@@ -124,7 +125,8 @@ class Checkpointer:
     def _make_manager(self) -> ocp.CheckpointManager:
         """What writes, and deletes what need not be kept. It reads a little of all checkpoints: damaged ones must have
         been put aside."""
-        return make_manager(self._orbax_directory, self._config, self._check_written)
+        keep = None if self._config is None else typed(self._config).train
+        return make_manager(self._orbax_directory, keep, self._check_written)
 
     def save(self, step: int, params, opt_state, data_state: dict, metrics: dict | None = None) -> None:
         """Start writing, and return when the arrays may change; waits for the save before, if that is still written.

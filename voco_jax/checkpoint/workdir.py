@@ -95,10 +95,10 @@ class Workdir:
                 upload(self.logs, self.path, self._published)
 
 
-def workdir_path(config: ConfigDict) -> AnyPath:
-    """`config.workdir`; UserError for what is no directory and no bucket's."""
+def workdir_path(workdir: str) -> AnyPath:
+    """The path of `config.workdir`; UserError for what is neither a local path nor gs://."""
     try:
-        return as_path(config.workdir)
+        return as_path(workdir)
     except UserError as error:
         raise UserError(f"config.workdir: {error}") from None
 

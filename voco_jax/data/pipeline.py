@@ -17,11 +17,10 @@ import time
 
 from absl import flags
 import grain
-from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.augment import augment, augments
+from voco_jax.data.augment import augment
 from voco_jax.data.contents import difference
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
@@ -31,6 +30,22 @@ from voco_jax.data.records import TOO_LONG, BadRecord, Record, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How batches are loaded. The fields are the keys of `config.data`, and `config.data.video.random_offset`.
+
+    Worker processes get it, which would import flax for the config's own dataclasses.
+    """
+
+    random_offset: bool
+    random_crop: float
+    color_jitter: float
+    num_workers: int
+    num_threads: int
+    prefetch: int
+    max_skipped_fraction: float
 
 
 @dataclasses.dataclass
@@ -46,7 +61,7 @@ class PackLoader(grain.transforms.Map):
     plan: Plan
     processor: ImageProcessor
     weighting: str
-    data: ConfigDict
+    loading: Loading
 
     def map(self, examples: list[PackedExample]) -> dict:
         shape, report = self.plan.shape, Report()
@@ -97,8 +112,9 @@ class PackLoader(grain.transforms.Map):
                     images = self.maker.load_images(record, times, load)
                     for kind in warned:
                         report.add_warned(kind, source.where(p.record))
-                    if augments(self.data):
-                        images = [augment(image, self.data, self._rng(p)) for image in images]  # all frames alike
+                    crop, jitter = self.loading.random_crop, self.loading.color_jitter
+                    if crop < 1 or jitter > 0:
+                        images = [augment(image, crop, jitter, self._rng(p)) for image in images]  # all frames alike
                     images_of = sample.num_images
                 if sample.num_images != images_of:
                     raise BadRecord(TOO_LONG, "conversation: has other images than when the index was made")
@@ -112,7 +128,7 @@ class PackLoader(grain.transforms.Map):
         return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))
 
     def _times(self, p: PackedExample, record: Record) -> np.ndarray | None:
-        moved = record.video is not None and self.data.video.random_offset
+        moved = record.video is not None and self.loading.random_offset
         return self.maker.frame_times(record, self._rng(p) if moved else None)
 
 
@@ -163,7 +179,7 @@ class Batches(Iterator):
         begins = self._iterator is None
         if begins:
             self._iterator = iter(self._ahead())
-            if self.loader.data.num_workers:
+            if self.loader.loading.num_workers:
                 self._watch = Watch(lambda: time.monotonic() - self._asked)
         self._asked = time.monotonic()
         try:
@@ -180,12 +196,12 @@ class Batches(Iterator):
 
     def _ahead(self) -> grain.IterDataset:
         """Batches made before they are asked for, by threads and worker processes."""
-        data = self.loader.data
-        threads = data.num_threads or default_threads(data.num_workers, self._batch_bytes())
+        loading = self.loader.loading
+        threads = loading.num_threads or default_threads(loading.num_workers, self._batch_bytes())
         # A thread makes a batch at a time: with fewer batches ahead than threads, some would have nothing to do
-        options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, data.prefetch))
+        options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, loading.prefetch))
         dataset = self.dataset().to_iter_dataset(options)
-        if not data.num_workers:
+        if not loading.num_workers:
             return dataset
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
@@ -193,14 +209,14 @@ class Batches(Iterator):
             dataset = grain.experimental.WithOptionsIterDataset(
                 dataset, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             )
-        workers = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=max(1, data.prefetch))
+        workers = grain.MultiprocessingOptions(loading.num_workers, per_worker_buffer_size=max(1, loading.prefetch))
         return dataset.mp_prefetch(workers, begin_worker)
 
     def _fits_shared_memory(self) -> bool:
         """Whether all batches that Grain may hold there at a time do; or else a line says so."""
-        data, free = self.loader.data, free_shared_memory()
+        loading, free = self.loader.loading, free_shared_memory()
         # Of each worker: those that wait on its side and on this one, and one that is being written
-        needed = data.num_workers * (2 * max(1, data.prefetch) + 2) * int(1.1 * self._batch_bytes())
+        needed = loading.num_workers * (2 * max(1, loading.prefetch) + 2) * int(1.1 * self._batch_bytes())
         if free is None or needed < free:
             return True
         print(
@@ -238,7 +254,7 @@ class Batches(Iterator):
         batch = {name: np.array(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
         for said in batch.pop("report"):
             self.report.merge(Report.from_dict(json.loads(said)))
-        self.report.check(self.loader.data.max_skipped_fraction, self._total)
+        self.report.check(self.loader.loading.max_skipped_fraction, self._total)
         return batch
 
     def get_state(self) -> dict:

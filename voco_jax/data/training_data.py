@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from voco_jax.config import typed
+from voco_jax.config_keys import DataConfig
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
-from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, template_of
+from voco_jax.data.conversations import Encoder
+from voco_jax.data.from_config import make_encoder, make_loading, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
-from voco_jax.data.pipeline import Batches, PackLoader
+from voco_jax.data.pipeline import Batches, Loading, PackLoader
 from voco_jax.data.plan import Plan, cheapest_rows
 from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.reports import Report
@@ -55,27 +58,27 @@ def open_training_data(
     `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `log` gets
     lines about what was found. UserError for what cannot be trained on.
     """
-    data = config.data
+    data = typed(config).data
     _check(data)
     sources, weights = open_sources(config, "train")
     tokenizer = make_tokenizer(config, sources, run)
     model_config = make_model_config(config, tokenizer)
-    maker = _sample_maker(config, tokenizer, model_config)
+    maker = _sample_maker(data, make_encoder(config, tokenizer, model_config))
 
-    indices = _make_indices(config, "train", sources, maker, log)
+    indices = _make_indices(data, "train", sources, maker, log)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
 
-    plan = _make_plan(config, indices, weights, longest, model_config.compress_length, log)
-    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, data)
+    plan = _make_plan(data, config.seed, indices, weights, longest, model_config.compress_length, log)
+    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, make_loading(data))
     named = zip(sorted(data.train), sources, indices, strict=True)
     contents = {name: contents_of(source, index) for name, source, index in named}
     batches = Batches(loader, data.batch_size, shard, config.train.steps, contents)
     return TrainingData(tokenizer, model_config, batches, longest)
 
 
-def _check(data: ConfigDict) -> None:
+def _check(data: DataConfig) -> None:
     if data.loss_weighting not in WEIGHTINGS:
         expected = f"expected {' or '.join(WEIGHTINGS)}"
         raise UserError(f"config.data.loss_weighting: {expected}, found {data.loss_weighting!r}")
@@ -83,15 +86,15 @@ def _check(data: ConfigDict) -> None:
         raise UserError("config.data.video: expected num_frames or fps above 0, found neither")
 
 
-def _sample_maker(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> SampleMaker:
-    data, video = config.data, config.data.video
+def _sample_maker(data: DataConfig, encoder: Encoder) -> SampleMaker:
+    video = data.video
     sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
-    encoder = make_encoder(config, tokenizer, model_config)
     return SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, video.timestamps, video.incomplete)
 
 
 def _make_plan(
-    config: ConfigDict,
+    data: DataConfig,
+    seed: int,
     indices: Sequence[Index],
     weights: Sequence[float],
     longest: int,
@@ -100,9 +103,8 @@ def _make_plan(
 ) -> Plan:
     """The plan of the training set. Rows of a pack are chosen here where the config leaves them open; `log` gets lines
     about how full the packs are."""
-    data = config.data
     shape = PackShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack)
-    options: dict[str, Any] = dict(        seed=config.seed, layout=data.layout, batch_size=data.batch_size,
+    options: dict[str, Any] = dict(        seed=seed, layout=data.layout, batch_size=data.batch_size,
         conversations_per_record=data.conversations_per_record, share_images=data.share_images,
     )  # fmt: skip
     if not data.rows_per_pack:
@@ -132,34 +134,34 @@ def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], N
     Pictures and frames are not augmented, and threads of this process load them. Conversations are cut to the length of
     training's rows. UserError: no test data, or none that can be used.
     """
-    if not config.data.test:
+    data = typed(config).data
+    if not data.test:
         raise UserError("config.eval.every: expected sources in config.data.test to evaluate with, found none")
     sources, weights = open_sources(config, "test")
     loader, shape = training.loader, training.loader.plan.shape
     maker = dataclasses.replace(loader.maker, row_length=shape.row_length)
-    indices = _make_indices(config, "test", sources, maker, log)
+    indices = _make_indices(data, "test", sources, maker, log)
     if max(weight * len(index) for weight, index in zip(weights, indices, strict=True)) < 1:
         raise UserError("config.data.test: no usable conversation")
-    data = config.data.copy_and_resolve_references()
-    with data.unlocked():
-        threads = max(4, data.num_threads)
-        data.update(num_workers=0, num_threads=threads, prefetch=max(threads, data.prefetch))
-        data.update(random_crop=1.0, color_jitter=0.0)
-        data.video.random_offset = False
+    threads = max(4, data.num_threads)
+    loading = Loading(
+        random_offset=False, random_crop=1.0, color_jitter=0.0, num_workers=0, num_threads=threads,
+        prefetch=max(threads, data.prefetch), max_skipped_fraction=data.max_skipped_fraction,
+    )  # fmt: skip
     plan = Plan(
         indices, weights, shape, seed=0, layout=data.layout, batch_size=data.batch_size,
         share_images=data.share_images, epochs=1,
     )  # fmt: skip
     num_batches = min(config.eval.num_batches, math.ceil(plan.use().packs / data.batch_size))
-    loader = PackLoader(sources, maker, plan, loader.processor, data.loss_weighting, data)
+    loader = PackLoader(sources, maker, plan, loader.processor, data.loss_weighting, loading)
     return Batches(loader, data.batch_size, training.shard, num_batches)
 
 
 def _make_indices(
-    config: ConfigDict, key: str, sources: Sequence[Source], maker: SampleMaker, log: Callable[[str], None]
+    data: DataConfig, key: str, sources: Sequence[Source], maker: SampleMaker, log: Callable[[str], None]
 ) -> list[Index]:
     """Indices of the sources of `config.data.<key>`; UserError where too many records are skipped."""
-    data, names = config.data, sorted(config.data[key])
+    names = sorted(data.train if key == "train" else data.test)
     indices = [
         make_index(source, maker, data.cache_dir, data.num_workers, name)
         for name, source in zip(names, sources, strict=True)

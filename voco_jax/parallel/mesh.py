@@ -8,13 +8,12 @@
 Code asks for the ambient mesh. Without one there is one device, and these functions do nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 
 import jax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 import numpy as np
 
 from voco_jax.errors import UserError, first_line
@@ -35,7 +34,7 @@ def find_devices() -> list[jax.Device]:
         raise UserError(f"devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from error
 
 
-def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` over all devices, or those given; UserError where the sizes do not multiply up.
 
     One axis may be -1: as many as the others leave. Neighbours in the tensor axis are neighbours on the chip network,

@@ -95,7 +95,7 @@ def train(config: ConfigDict) -> AnyPath:
 
 def _set_up(config: ConfigDict) -> _Setup:
     # Config: a run that goes on keeps its own values where the config does not ask for others
-    workdir = workdir_path(config)
+    workdir = workdir_path(config.workdir)
     asked, config = config, continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
     config = config.copy_and_resolve_references()
     config.data.test = sources_to_score(config.data)
