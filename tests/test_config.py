@@ -157,6 +157,10 @@ def test_a_config_file_with_a_mistyped_key(tmp_path):
         ),
         ("config.optim.rate_scale.llama = 1", "config.optim.rate_scale: renamed to config.optim.lr_multiplier"),
         ("config.data.rows_per_bin = 1", "config.data.rows_per_bin: renamed to config.data.rows_per_pack"),
+        (
+            "config.data.train.easyvqa.spilt = 'test'",
+            "config.data.train.easyvqa.spilt: no such key; did you mean config.data.train.easyvqa.split?",
+        ),
         ("config.seed = config.optim.lr", "config.optim.lr: no such key; did you mean config.optim.learning_rate?"),
         (
             "config.unlock(); config.optim.lr = 1",

@@ -5,11 +5,9 @@ What is wrong in the file is said with the file and its line, what is wrong on t
 
 import argparse
 import ast
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import functools
 import importlib.machinery
-import importlib.util
 import inspect
 from pathlib import Path
 import re
@@ -17,7 +15,7 @@ import shutil
 import sys
 import textwrap
 import traceback
-from types import TracebackType
+import types
 from typing import Any, NoReturn
 
 import ml_collections
@@ -162,13 +160,18 @@ def load_file(path: str) -> ConfigDict:
     """
     file, parameter = _find(path)
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(file)
     try:
         loader.exec_module(module)
         if not callable(get_config := getattr(module, "get_config", None)):
             raise UserError(f"{file}: expected a function get_config() that returns the config, found none")
-        with _no_arguments(file, get_config, parameter):
-            config = get_config(*parameter)
+        try:
+            inspect.signature(get_config).bind(*parameter)
+        except TypeError as error:
+            given = ":".join([str(file), *parameter])
+            raise UserError(f"{_CONFIG}={given}: get_config{inspect.signature(get_config)}: {error}") from None
+        config = get_config(*parameter)
         if not isinstance(config, ConfigDict):
             raise UserError(
                 f"{file}: get_config() returned {in_one_line(config)}; expected default_config() with changes"
@@ -179,7 +182,7 @@ def load_file(path: str) -> ConfigDict:
         raise UserError(f"{place}: {error.msg}") from error
     except Exception as error:  # what is mistyped in a config file may be of any kind: a name, an import, a value
         place, frames = _place(error.__traceback__, file)
-        text = _key_error(error, frames)
+        text = _key_error(error)
         if text is None:
             text, bare = one_line(error), isinstance(error, KeyError | AssertionError)
             text = f"{type(error).__name__}: {text}".rstrip(": ") if bare or not text else text
@@ -199,18 +202,7 @@ def _find(path: str) -> tuple[Path, list[str]]:
     return file, parameter
 
 
-@contextlib.contextmanager
-def _no_arguments(file: Path, get_config: Callable, parameter: list[str]) -> Iterator[None]:
-    """UserError for a get_config() of other arguments than it is given."""
-    try:
-        inspect.signature(get_config).bind(*parameter)
-    except TypeError as error:
-        given = f"{file}:{parameter[0]}" if parameter else f"{file}"
-        raise UserError(f"{_CONFIG}={given}: get_config{inspect.signature(get_config)}: {error}") from None
-    yield
-
-
-def _place(trace: TracebackType | None, file: Path) -> tuple[str, list]:
+def _place(trace: types.TracebackType | None, file: Path) -> tuple[str, list]:
     """'FILE, line N' of the config file, or of one beside it, that an error comes from; and the frames from there."""
     frames = [(frame, line) for frame, line in traceback.walk_tb(trace)]
     directory = file.resolve().parent
@@ -220,20 +212,22 @@ def _place(trace: TracebackType | None, file: Path) -> tuple[str, list]:
     return str(file), []
 
 
-def _key_error(error: Exception, frames: list) -> str | None:
+def _key_error(error: Exception) -> str | None:
     """What is wrong with a key that a file sets or reads, where ml_collections raised an error of it; else None."""
-    ours = str(Path(ml_collections.__file__).parent)
-    within = [frame for frame in frames[1:] if frame.f_code.co_filename.startswith(ours)]
-    for frame in reversed(within):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    theirs = [
+        frame for frame in frames if frame.f_code.co_filename.startswith(str(Path(ml_collections.__file__).parent))
+    ]
+    for frame in reversed(theirs):
         group, name = frame.f_locals.get("self"), frame.f_locals.get("key", frame.f_locals.get("attribute"))
         if isinstance(group, ConfigDict) and isinstance(name, str):
             break
     else:
         return None
-    roots = [value for value in frames[0].f_locals.values() if isinstance(value, ConfigDict) and "workdir" in value]
+    values = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, ConfigDict)]
+    roots = [value for value in values if "workdir" in value]
     found = [(root, path) for root in roots if (path := _path(root, group)) is not None]
-    # A group may have a name of its own there
-    root, prefix = found[0] if found else (default_config(), _path_by_keys(default_config(), group) or "")
+    root, prefix = found[0] if found else (default_config(), "")
     key = f"{prefix}.{name}".lstrip(".")
     if name not in group:
         return f"config.{key}: {unknown_key(key, flatten(root))}"
@@ -254,24 +248,11 @@ def _path(root: ConfigDict, group: ConfigDict) -> str | None:
     return None
 
 
-def _path_by_keys(root: ConfigDict, group: ConfigDict, prefix: str = "") -> str | None:
-    """Where a group with the same keys stands."""
-    for name, value in root.items():
-        if isinstance(value, ConfigDict):
-            if value.keys() == group.keys():
-                return prefix + name
-            if (path := _path_by_keys(value, group, f"{prefix}{name}.")) is not None:
-                return path
-    return None
-
-
 def _where(path: str, key: str) -> str:
     """'FILE, line N: ' of the last line that sets a key, in the file or in one beside it that it has imported."""
     file, _ = _find(path)
-    beside = [
-        Path(module.__file__) for module in [*sys.modules.values()] if getattr(module, "__file__", None)
-        and Path(module.__file__).resolve().parent == file.resolve().parent
-    ]  # fmt: skip
+    imported = [Path(name) for module in [*sys.modules.values()] if (name := getattr(module, "__file__", None))]
+    beside = [path for path in imported if path.resolve().parent == file.resolve().parent]
     for parts in (key.split("."), key.split(".")[:-1]):  # the key, or the group that it came with
         for source in (file, *beside):
             if line := _line(source, parts):
@@ -283,10 +264,10 @@ def _line(source: Path, parts: list[str]) -> int:
     """The last line of a file that assigns a key to a config, or to a group of it, whatever that is called; 0: none."""
     found = (0, 0)
     for node in ast.walk(ast.parse(source.read_bytes())):
-        for target in node.targets if isinstance(node, ast.Assign) else ():
-            names = ast.unparse(target).split(".")[1:]
-            if names and names == parts[-len(names) :]:
-                found = max(found, (len(names), node.lineno))
+        if isinstance(node, ast.Assign):
+            for names in (ast.unparse(target).split(".")[1:] for target in node.targets):
+                if names and names == parts[-len(names) :]:
+                    found = max(found, (len(names), node.lineno))
     return found[1]
 
 

@@ -168,7 +168,7 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
 
 def _by_key(stored: dict, group: str = "") -> dict[str, Any]:
     """Dotted key → value of a stored config, under the names that keys have now. UserError for a key that is none."""
-    values = {}
+    values: dict[str, Any] = {}
     for part, value in stored.items():
         key = RENAMED.get(group + part, group + part)
         if key not in GROUPS_AND_KEYS or "." in part:
@@ -215,8 +215,8 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
     """(key, what is wrong with its value) of the first key that no run can have: unknown, of another type than its
     default, out of its range, or sources that are none."""
     for part in SOURCES:
-        if problem := _sources_problem(config, part):
-            return problem
+        if wrong := _sources_problem(config, part):
+            return wrong
     for name in flatten(config):
         if name not in KEYS and not name.startswith((*(f"{part}." for part in SOURCES), "model.llama.rope_scaling.")):
             return name, unknown_key(name, KEYS)

@@ -106,10 +106,9 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _built(annotation: Any, value: Any) -> Any:
-    options = [option for option in typing.get_args(annotation) if dataclasses.is_dataclass(option)]
-    cls = annotation if dataclasses.is_dataclass(annotation) else options[0] if options else None
-    if cls is not None and value is not None:
-        return build(cls, value)
+    for option in (annotation, *typing.get_args(annotation)):
+        if isinstance(option, type) and dataclasses.is_dataclass(option) and value is not None:
+            return build(option, value)
     return tuple(value) if isinstance(value, list) else value
 
 

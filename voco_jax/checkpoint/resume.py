@@ -64,13 +64,10 @@ def kept_values(asked: ConfigDict, config: ConfigDict, workdir: AnyPath) -> str:
 def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
     """UserError where the run in `workdir`, with checkpoints of `steps`, is not what this config would make."""
     stored = load_config(workdir / "config.json")
-    difference = first_difference(
-        stored, config, ignore=[name for name, key in KEYS.items() if key.rules.on_resume != "refused"]
-    )
-    weights = [{name: source.weight for name, source in c.data.train.items()} for c in (stored, config)]
-    if weights[0] != weights[1]:
-        difference = difference or ("data.train with the weights", *weights)
-    if difference:
+    may_differ = [name for name, key in KEYS.items() if key.rules.on_resume != "refused"]
+    there, here = ({name: source.weight for name, source in c.data.train.items()} for c in (stored, config))
+    other_weights = ("data.train with the weights", there, here) if there != here else None
+    if difference := first_difference(stored, config, ignore=may_differ) or other_weights:
         key, found, expected = difference
         raise UserError(
             f"workdir {workdir}: holds a run with {key} = {found!r}, this config has {expected!r}; "

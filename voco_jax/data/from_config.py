@@ -1,5 +1,7 @@
 """What a config says of the model's input: the model's config with a tokenizer's vocabulary, pixels and prompts."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from voco_jax.chat_templates import ChatTemplate, get_chat_template
