@@ -1,7 +1,9 @@
-"""LLaVA's first stage: the projector learns to translate, from pictures and captions; all else stays as it is.
+"""LLaVA's first stage: the projector alone trains, on pictures and captions.
 
-python -m voco_jax.train --config=configs/projector_7b.py --config.init_from=runs/vicuna
-python -m voco_jax.aot --config=configs/projector_7b.py --topology=v5e:4x4
+Hardware: a TPU v5e-16 by the compiler's estimate (the second command).
+
+    voco train --config=projector_7b --config.init_from=runs/vicuna
+    voco aot --config=projector_7b --topology=v5e:4x4
 """
 
 from voco_jax.config import source, sources

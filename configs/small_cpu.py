@@ -1,7 +1,10 @@
-"""A CPU and a minute: the demo with a smaller model and fewer steps, to try things on. It looks at the test set as it
-goes, and leaves sheets of answers in runs/small_cpu/answers.
+"""The demo (`easyvqa`) with a smaller model and fewer steps, for trying things out.
 
-python -m voco_jax.train --config=configs/small_cpu.py
+It evaluates on the test set every 50 steps and leaves sheets of answers in runs/small_cpu/answers.
+
+Hardware: any CPU; about a minute.
+
+    voco train --config=small_cpu
 """
 
 from voco_jax.configs import easyvqa

@@ -1,8 +1,10 @@
-"""One GPU: SmolLM2-135M behind CLIP ViT-L/14 at 224 pixels, 256 patches → 1; all of it but CLIP trains.
+"""SmolLM2-135M with CLIP ViT-L/14 at 224 pixels: 256 patches become 1 VoCo token. All of it but CLIP trains.
 
-`runs/smollm2` is what tools/convert_weights.py makes of the two; without init_from it begins at random.
+`runs/smollm2` is made from the two by `voco convert`; without init_from the weights are random.
 
-python -m voco_jax.train --config=configs/small_gpu.py --config.init_from=runs/smollm2
+Hardware: one NVIDIA GPU (attention 'cudnn').
+
+    voco train --config=small_gpu --config.init_from=runs/smollm2
 """
 
 from voco_jax.config import default_config, llama_preset, source, sources, vision_preset
@@ -22,7 +24,7 @@ def get_config():
         mix665k=source("llava", file="data/llava_v1_5_mix665k.json", images="data/images"),
     )
     config.data.test = sources()
-    config.data.batch_size = 4  # packs
+    config.data.batch_size = 4  # packs a step
     config.data.rows_per_pack = 4
     config.data.row_length = 2048
     config.data.images_per_pack = 20
@@ -30,7 +32,7 @@ def get_config():
     config.data.num_workers = 8
 
     config.optim.learning_rate = 2e-4
-    config.optim.schedule = "wsd"  # may be stopped, or gone on with, at any step before it goes down
+    config.optim.schedule = "wsd"  # training may stop, or go on, at any step before the decay
     config.optim.b2 = 0.999
     config.optim.warmup_steps = 200
 

@@ -1,6 +1,10 @@
-"""Teach a small image model to read video: clips of 8 frames, 2 tokens a frame, questions about time.
+"""The video demo, second stage: a small image model learns to read clips of 8 frames, 2 tokens a frame.
 
-python -m voco_jax.train --config=configs/video_demo.py --config.init_from=runs/video_demo_images
+The questions are about time: what moved, in which direction, in which order. `video_demo_images` is the first stage.
+
+Hardware: any CPU.
+
+    voco train --config=video_demo --config.init_from=runs/video_demo_images
 """
 
 from voco_jax.config import source
@@ -13,7 +17,7 @@ def get_config():
     config.init_from = "runs/video_demo_images"
 
     clips = {"videos": "data/shape_clips/clips"}
-    with config.unlocked():  # beside the pictures, which are not to be forgotten
+    with config.unlocked():  # beside the pictures, so that these are not forgotten
         config.data.train.clips = source("video_qa", file="data/shape_clips/train.json", **clips)
         config.data.test.clips = source("video_qa", file="data/shape_clips/test.json", **clips)
     config.data.video.num_frames = 8

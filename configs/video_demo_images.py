@@ -1,7 +1,9 @@
-"""The image model that the video demo begins with: easy-VQA and where things are, 2 VoCo tokens of 16 patches.
+"""The video demo, first stage: an image model on easy-VQA and on where things are; 16 patches become 2 VoCo tokens.
 
-python tools/make_video_questions.py data/shape_clips
-python -m voco_jax.train --config=configs/video_demo_images.py
+Hardware: any CPU.
+
+    voco make-video-questions data/shape_clips
+    voco train --config=video_demo_images
 """
 
 from voco_jax.config import source
@@ -13,9 +15,9 @@ def get_config():
     config.workdir = "runs/video_demo_images"
 
     config.model.num_voco_tokens = 2
-    # Of a clip's frames there are many: fewer patches, so that what is left can be spent on what reads the memories.
+    # A clip has many frames: fewer patches a frame leave more for the layers that read the memories.
     config.model.vision.patch_size = 16
-    config.model.vision.position_init = "sincos"  # movement is a matter of places
+    config.model.vision.position_init = "sincos"  # questions about movement need positions
     config.model.llama.num_hidden_layers = 6
     config.model.llama.num_attention_heads = 4
     config.model.llama.num_key_value_heads = 4

@@ -1,7 +1,9 @@
-"""VoCo-LLaMA 13B: as voco_7b, with Vicuna 13B.
+"""VoCo-LLaMA 13B: `voco_7b` with Vicuna 13B.
 
-python -m voco_jax.train --config=configs/voco_13b.py --config.init_from=runs/llava-13b
-python -m voco_jax.aot --config=configs/voco_13b.py --topology=v5p:2x2x4
+Hardware: a TPU v5p-32 by the compiler's estimate (the second command).
+
+    voco train --config=voco_13b --config.init_from=runs/llava-13b
+    voco aot --config=voco_13b --topology=v5p:2x2x4
 """
 
 from voco_jax.config import llama_preset

@@ -1,9 +1,9 @@
-"""VoCo-LLaMA 7B: the released recipe's image stage, all of the language model and the projector, on a TPU slice.
+"""VoCo-LLaMA 7B, the image stage of the released recipe: the language model and the projector train.
 
-Does it fit, and how fast should it be? A machine without a TPU can tell (the second line):
+Hardware: a TPU v5e-64, or a v5p-16, by the compiler's estimate (the second command, on any Linux machine).
 
-python -m voco_jax.train --config=configs/voco_7b.py --config.init_from=runs/llava
-python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
+    voco train --config=voco_7b --config.init_from=runs/llava
+    voco aot --config=voco_7b --topology=v5e:8x8
 """
 
 from voco_jax.config import default_config, llama_preset, source, sources, vision_preset

@@ -1,10 +1,14 @@
-"""VoCo-LLaMA 7B by LoRA: low-rank updates of the language model and the projector, by LLaVA's published LoRA recipe.
+"""VoCo-LLaMA 7B by LoRA, with the settings of LLaVA's LoRA recipe.
 
-Weights of the language model stay as they are (but for the VoCo token's row), so Adam's moments are of 4 % of them.
+Low-rank updates of the language model train, and the projector. The language model's own weights are frozen (but for
+the VoCo token's row), so Adam's moments are kept for 4 % of the weights. The last command merges the updates into the
+weights.
 
-python -m voco_jax.aot --config=configs/voco_7b_lora.py --topology=v5e:4x4
-python -m voco_jax.train --config=configs/voco_7b_lora.py --config.init_from=runs/llava
-voco convert merge runs/voco_7b_lora runs/voco_7b_merged
+Hardware: a TPU v5e-64 by the compiler's estimate (the second command).
+
+    voco train --config=voco_7b_lora --config.init_from=runs/llava
+    voco aot --config=voco_7b_lora --topology=v5e:8x8
+    voco convert merge runs/voco_7b_lora runs/voco_7b_merged
 """
 
 from voco_jax.configs import voco_7b

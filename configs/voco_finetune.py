@@ -1,6 +1,10 @@
-"""Teach a converted LLaVA to compress: the released recipe's optimizer, on easy-VQA.
+"""Teach a converted LLaVA to compress, on easy-VQA: a short run with the optimizer of the released recipe.
 
-python -m voco_jax.train --config=configs/voco_finetune.py --config.init_from=runs/llava --config.workdir=runs/voco
+All weights train. It shows that the way from a converted checkpoint to training works; `voco_7b` is the recipe itself.
+
+Hardware: that of the converted model; for a 7B a TPU slice as of `voco_7b`, for a small one a CPU.
+
+    voco train --config=voco_finetune --config.init_from=runs/llava --config.workdir=runs/voco
 """
 
 from voco_jax.config import default_config

@@ -1,8 +1,10 @@
-"""VoCo on Llama 3.1 8B: grouped heads, 128,257 tokens; the image stage of configs/voco_7b.py for the rest.
+"""VoCo on Llama 3.1 8B (grouped heads, 128,257 tokens), for the rest as `voco_7b`.
 
-python -m voco_jax.aot --config=configs/voco_llama31_8b.py --topology=v5e:8x8
-voco convert to-jax --llm DIR --vision-tower DIR runs/llama31 --init-missing
-python -m voco_jax.train --config=configs/voco_llama31_8b.py --config.init_from=runs/llama31
+Hardware: a TPU v5e-64 by the compiler's estimate (the last command).
+
+    voco convert to-jax --llm DIR --vision-tower DIR runs/llama31 --init-missing
+    voco train --config=voco_llama31_8b --config.init_from=runs/llama31
+    voco aot --config=voco_llama31_8b --topology=v5e:8x8
 """
 
 from voco_jax.config import llama_preset

@@ -1,5 +1,6 @@
 """Config files and command lines: what they set, and one line for what they cannot."""
 
+import ast
 import json
 from pathlib import Path
 import re
@@ -394,7 +395,10 @@ def test_a_checkpoint_of_another_project_is_no_run(tmp_path):
 
 
 def test_every_config_file_describes_a_model_and_a_workdir_of_its_own():
-    files = list((Path(__file__).parents[1] / "configs").glob("*.py"))
+    files = [file for file in (Path(__file__).parents[1] / "configs").glob("*.py") if file.stem != "__init__"]
+    for file in files:
+        about = ast.get_docstring(ast.parse(file.read_text()))
+        assert "Hardware: " in about and f"    voco train --config={file.stem}" in about
     configs = [parse(f"--config={file}") for file in files]
     for config in configs:
         typed(config)
