@@ -6,6 +6,7 @@ what is said, `end`. `end` begins with the token that stops generation. No token
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 from voco_jax.errors import UserError
 
@@ -63,7 +64,7 @@ CHAT_TEMPLATES = {
 }
 
 
-def get_chat_template(name: str, custom: Mapping[str, str] | None = None) -> ChatTemplate:
+def get_chat_template(name: str, custom: Mapping[str, Any] | None = None) -> ChatTemplate:
     """A template by name; `custom` are the texts of the one named 'custom'. UserError for an unknown name."""
     if name == CUSTOM and custom is not None:
         return ChatTemplate(**custom)

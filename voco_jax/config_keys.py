@@ -97,7 +97,7 @@ class DataConfig:
         {}, "sources by name; empty: none, or easy-VQA's own where it alone is trained on", on_resume="free"
     )
     template: str = key(
-        "voco_v1", "text around questions and answers, by name (data/conversations.py), or 'custom'", on_load="told"
+        "voco_v1", "text around questions and answers, by name (chat_templates.py), or 'custom'", on_load="told"
     )
     custom_template: TemplateConfig = key(
         TemplateConfig(),

@@ -19,6 +19,7 @@ from tests.conftest import DATA
 from tests.fuzz.runs import OPT_STATE, make_run
 from tests.helpers import tiny
 import voco_jax
+from voco_jax import terminal
 from voco_jax.checkpoint import run_files
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.checksums import as_earlier
@@ -60,7 +61,7 @@ def made_converted(made, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def said_anew():
-    run_files._say_once.cache_clear()
+    terminal.log_once.cache_clear()
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ and of itself. Whoever opens a checkpoint compares them with what is there (`che
 """
 
 from collections.abc import Callable
-import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 from pathlib import Path
 import stat
-import sys
 import zlib
 
 from etils import epath
@@ -26,7 +24,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular, read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, bucket_errors, in_bucket, list_files
-from voco_jax.terminal import printable
+from voco_jax.terminal import log_once
 
 ABOUT = "run"  # the item's name in a checkpoint
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -99,12 +97,12 @@ def check_run(run: AnyPath, step: int, about: dict, sums: Callable[[], dict[str,
     """
     checkpoint = run / "checkpoints" / str(step)
     if not about:
-        _say_once(f"{checkpoint}: written by an earlier version, without checksums: damage may not be noticed")
+        _log_once(f"{checkpoint}: written by an earlier version, without checksums: damage may not be noticed")
         return
     if about["config"] is not None and (run / "config.json").exists():
         _check_config(run / "config.json", about["config"], checkpoint)
     if "tokenizer" not in about:
-        _say_once(f"{checkpoint}: written by an earlier version, without a checksum of the tokenizer")
+        _log_once(f"{checkpoint}: written by an earlier version, without a checksum of the tokenizer")
     elif about["tokenizer"]:
         _check_tokenizer(run / "tokenizer", about["tokenizer"], sums(), checkpoint)
 
@@ -117,7 +115,7 @@ def _check_config(file: AnyPath, written: dict, checkpoint: AnyPath) -> None:
             continue
         if key.rules.on_load == "refused":
             raise UserError(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, found {found!r}")
-        _say_once(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, {found!r} is taken")
+        _log_once(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, {found!r} is taken")
 
 
 def _check_tokenizer(directory: AnyPath, expected: dict[str, str], found: dict[str, str], checkpoint: AnyPath) -> None:
@@ -128,10 +126,9 @@ def _check_tokenizer(directory: AnyPath, expected: dict[str, str], found: dict[s
             raise UserError(f"{directory / name}: expected {wanted}, found {there}")
 
 
-@functools.cache
-def _say_once(line: str) -> None:
+def _log_once(line: str) -> None:
     if jax.process_index() == 0:
-        print(printable(line), file=sys.stderr, flush=True)
+        log_once(line)
 
 
 def check_tree(directory: AnyPath) -> None:

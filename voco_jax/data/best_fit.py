@@ -234,10 +234,9 @@ class _Pack:
     def _put(self, item: int) -> list[int]:
         items = self._items
         lengths = items.lengths[items.offsets[item] : items.offsets[item + 1]]
-        if items.tokens[item] <= self._left[self._row]:
-            rows = [self._row] * len(lengths)
-        else:
-            rows = items.spread(item, self._left)
+        fits = items.tokens[item] <= self._left[self._row]
+        rows = [self._row] * len(lengths) if fits else items.spread(item, self._left)
+        assert rows is not None  # no item is chosen that has no room
         for length, row in zip(lengths, rows, strict=True):
             self._left[row] -= length
         self._tokens += items.tokens[item]

@@ -111,8 +111,9 @@ def matroska_duration(file: BinaryIO) -> float:
     try:
         while at < min(end, headers.size):
             found, start, length = _element(headers, at)
-            if found is None or found == _CLUSTER or length is None and found != _SEGMENT:
+            if found is None or found == _CLUSTER or (length is None and found != _SEGMENT):
                 break
+            length = length or 0  # of a segment that goes on to the end of the file
             at = start if found in (_SEGMENT, _INFO) else start + length
             if found == _INFO:
                 end = start + length
@@ -147,7 +148,7 @@ def _avi(headers: Headers) -> str:
     if parts and at < headers.size and _more_parts(headers) and not any(headers.read(at, 64)):
         return none("another part", at)
     for at, end in parts:  # first what is far from each other: the index may stand at the end of gigabytes
-        kinds = set()
+        kinds: set[bytes] = set()
         wrong = _avi_chunks(headers, at + 12, min(end, headers.size), kinds, deep=False)
         if wrong or b"idx1" not in kinds and (wrong := headers.beyond(end)):
             return wrong
@@ -247,7 +248,8 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 def _ogg(headers: Headers) -> str:
     """Pages follow each other, with no number left out; the last one is whole. A live recording has no last one."""
-    at, last, numbers = 0, 0, {}
+    at, last = 0, 0
+    numbers: dict[bytes, int] = {}
     try:
         while at < headers.size:
             last, page = at, headers.read(at, 282)

@@ -16,14 +16,18 @@ Plain LLaVA (compressor 'none' without VoCo tokens) has every image and newline 
 
 from collections.abc import Sequence
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from voco_jax.chat_templates import EOS, ChatTemplate
 from voco_jax.data.control_tokens import ControlTokens, Piece
 from voco_jax.data.records import NO_ANSWER, WRONG_FORM
-from voco_jax.data.tokenizer import VOCO_TOKEN, prompt_ids
+from voco_jax.data.tokenizer import VOCO_TOKEN, PromptIds, prompt_ids
 from voco_jax.data.turns import IMAGE, ConversationError, Marker, Parts, check_turns, parse, text_of
+
+if TYPE_CHECKING:  # seconds to import
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass
@@ -50,20 +54,25 @@ class Encoder:
     as and where they are: plain LLaVA.
     """
 
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerFast"
     template: ChatTemplate
     num_voco_tokens: int
     num_visual_tokens: int
     compressed: bool
     verbatim: bool = False
+    ids: PromptIds = dataclasses.field(init=False, repr=False, compare=False)
+    _texts: ChatTemplate = dataclasses.field(init=False, repr=False, compare=False)  # with the tokenizer's tokens
+    _control_tokens: ControlTokens = dataclasses.field(init=False, repr=False, compare=False)
+    _stop: str | None = dataclasses.field(init=False, repr=False, compare=False)  # ends an answer that is not the last
+    _image_id: int | None = dataclasses.field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.compressed and self.num_visual_tokens != self.num_voco_tokens:
             raise ValueError("compressed images take as many places as they have VoCo tokens")
         if self.verbatim and (self.compressed or self.num_voco_tokens):
             raise ValueError("verbatim text has no VoCo tokens")
         eos = self.tokenizer.eos_token
-        texts = {
+        texts: dict[str, Any] = {
             name: text.replace(EOS, eos)
             for name, text in dataclasses.asdict(self.template).items()
             if isinstance(text, str)
@@ -102,7 +111,7 @@ class Encoder:
             if self.verbatim:
                 return self._tokenize_verbatim(pieces, num_images)
         if num_images and not (self.template.plain and not self.num_voco_tokens):
-            pieces = [p if p is IMAGE else p._replace(text=p.text.replace("\n", "")) for p in pieces]
+            pieces = [p if isinstance(p, Marker) else p._replace(text=p.text.replace("\n", "")) for p in pieces]
         return self._tokenize(pieces, num_images)
 
     def question(self, text: str, num_images: int = 1) -> Parts:
@@ -123,7 +132,8 @@ class Encoder:
             if not text_of(parts):
                 reason = f"turn {i} ({'gpt' if i % 2 else 'human'}): expected text beside {IMAGE.value}, found none"
                 raise ConversationError(reason, NO_ANSWER if i % 2 else WRONG_FORM)
-        t, pieces = self._texts, []
+        t = self._texts
+        pieces: list[Piece | Marker] = []
         if not self.verbatim and values[0].count(IMAGE) == sum(parts.count(IMAGE) for parts in values) == 1:
             values = [(text_of(values[0]),), *values[1:]]
             pieces.append(IMAGE)
@@ -137,7 +147,7 @@ class Encoder:
             pieces += [Piece(t.answer, True, True), *_said(parts, True), Piece(stop, True, True)]
             if i < len(values) - 1:
                 pieces.append(Piece(t.end.removeprefix(self._stop or ""), is_prompt=True))
-        return [piece for piece in pieces if piece is IMAGE or piece.text]
+        return [piece for piece in pieces if isinstance(piece, Marker) or piece.text]
 
     def _plain(self, values: list[Parts]) -> list[Piece | Marker]:
         images = values[0].count(IMAGE)
@@ -152,12 +162,14 @@ class Encoder:
             around = ""
         chunks: list[list[Piece]] = [[]]
         for piece in pieces:
-            if piece is IMAGE:
+            if isinstance(piece, Marker):
                 chunks.append([Piece(around, is_prompt=True)])
             else:
                 chunks[-1].append(piece)
 
-        tokens, labels, slot_index = [], [], []
+        tokens: list[int] = []
+        labels: list[bool] = []
+        slot_index: list[int] = []
         for i, chunk in enumerate(chunks):
             if i == 0:
                 # Compressed, an image at the very front has its own BOS in the compress stream: text sees no other.
@@ -187,7 +199,7 @@ class Encoder:
         image_id = self._image_id
         chunks: list[list[Piece]] = [[]]
         for piece in pieces:
-            if piece is not IMAGE:
+            if isinstance(piece, Piece):
                 chunks[-1].append(piece)
             elif image_id is not None:
                 chunks[-1].append(Piece(IMAGE.value, is_prompt=True))
@@ -204,15 +216,15 @@ class Encoder:
         counts = np.where(is_image, self.num_visual_tokens, 1)
         slot_index = np.full(counts.sum(), -1, np.int32)
         slot_index[np.repeat(is_image, counts)] = np.arange(num_images * self.num_visual_tokens)
-        tokens = np.where(is_image, self.ids.pad_token_id, tokens).astype(np.int32)
-        return Sample(np.repeat(tokens, counts), np.repeat(np.array(labels, bool), counts), slot_index, num_images)
+        ids_of_text = np.where(is_image, self.ids.pad_token_id, tokens).astype(np.int32)
+        return Sample(np.repeat(ids_of_text, counts), np.repeat(np.array(labels, bool), counts), slot_index, num_images)
 
     def _prefix_of_text(self, first: Piece | Marker) -> tuple[int, ...]:
         """BOS where the tokenizer puts it before a text; not a second one where the text begins with it."""
         own = self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id]
-        has_bos = first is not IMAGE and own and first.text.startswith(self.tokenizer.bos_token)
+        has_bos = isinstance(first, Piece) and own and first.text.startswith(self.tokenizer.bos_token)
         return self.ids.prefix_ids if own and not has_bos else ()
 
 
 def _said(parts: Parts, is_label: bool = False) -> list[Piece | Marker]:
-    return [part if part is IMAGE else Piece(part, is_label) for part in parts]
+    return [part if isinstance(part, Marker) else Piece(part, is_label) for part in parts]

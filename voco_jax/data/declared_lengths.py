@@ -14,7 +14,8 @@ _SWF_UNKNOWN = {0, 100 * 2**20, 2**32 - 1}  # FFmpeg's is 100 MiB
 def ivf(headers: Headers) -> str:
     """Frames of declared sizes. The header has their number, or the ticks they take together, by who wrote it."""
     head = headers.read(0, 32)
-    at, times = int.from_bytes(head[6:8], "little"), []
+    at = int.from_bytes(head[6:8], "little")
+    times: list[int] = []
     while at < headers.size:
         frame = headers.read(at, 12)
         if not any(frame) or times and times[-1] and not any(frame[4:]):

@@ -28,7 +28,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 # What `load_image` opens: a file's path or its bytes, a file object, a PIL image, or an array (also jax's, torch's).
 PictureLike = str | os.PathLike | Picture | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's: 2^30 / 12
+MAX_PIXELS = 2**30 // 12  # Pillow's
 MAX_SIDE = 16384  # pixels: a picture of few but in one long row would be padded to a square of gigabytes
 _MAX_RESIZED = 2**25  # pixels of a resized picture, 128 MiB: of a longer one only the part that is kept is resized
 
@@ -150,7 +150,8 @@ class ImageProcessor:
         side = max(width, height)
         if not self.do_resize and side >= max(_LARGE_SIDE, self.size):  # no more than the middle
             square = Image.new("RGB", (self.size, self.size), self.colour)
-            square.paste(image, tuple((side - length) // 2 - (side - self.size) // 2 for length in image.size))
+            left, top = ((side - length) // 2 - (side - self.size) // 2 for length in image.size)
+            square.paste(image, (left, top))
             return square
         wide, high = self._resized((side, side))
         if not self.do_resize or wide != high or (width <= height and height < _LARGE_SIDE):
@@ -184,13 +185,13 @@ def _resize_part(image: Image.Image, size: tuple[int, int], part: tuple[int, int
     """
     left, top, right, bottom = max(part[0], 0), max(part[1], 0), min(part[2], size[0]), min(part[3], size[1])
     across, down = image.width / size[0], image.height / size[1]
-    box = left * across, 0, min(right * across, image.width), image.height
-    image = image.resize((right - left, image.height), filter, box=box)
-    box = 0, top * down, image.width, min(bottom * down, image.height)
-    return image.resize((right - left, bottom - top), filter, box=box)
+    columns = left * across, 0, min(right * across, image.width), image.height
+    image = image.resize((right - left, image.height), filter, box=columns)
+    rows = 0, top * down, image.width, min(bottom * down, image.height)
+    return image.resize((right - left, bottom - top), filter, box=rows)
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """The picture in the middle of a square of its longer side."""
     side = max(image.size)
     if image.size == (side, side):
@@ -230,7 +231,7 @@ def load_image(
     file = open_file(picture.file, whole=True) if picture.data is None else io.BytesIO(picture.data)
     if found := asks_too_much(file):
         raise BadRecord(TOO_LARGE, f"{picture}: {found}")
-    if max_pixels > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice that by itself
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow refuses twice that by itself
         Image.MAX_IMAGE_PIXELS = max_pixels
     with _naming(picture), Image.open(file, formats=FORMATS) as image:
         return _as_seen(image, picture, warn, transparency, max_pixels, max_side)
@@ -342,7 +343,7 @@ def _as_seen(
         image = _from_array(values) if values.max() <= 1 else image.convert("L")
     elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     elif image.mode in ("RGBa", "La"):  # colours multiplied with alpha
         image = image.convert(image.mode.upper())
     if transparency == "white" and image.has_transparency_data:

@@ -7,14 +7,12 @@ that cannot be used show themselves here, as far as text and video headers tell.
 from collections.abc import Iterable
 import concurrent.futures.process
 import dataclasses
-import functools
 import hashlib
 import json
 import multiprocessing
 import os
 from pathlib import Path
 import struct
-import sys
 import time
 import zipfile
 import zlib
@@ -27,8 +25,9 @@ from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord,
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import open_for_writing
 from voco_jax.io.files import open_regular
-from voco_jax.terminal import printable
+from voco_jax.terminal import log_once
 
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
@@ -233,16 +232,13 @@ def _save(index: Index, file: Path) -> None:
         if str(file).startswith("~"):
             raise OSError("there is no home directory")
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as stream:
-                report = np.array(json.dumps(index.report.to_dict()))
-                np.savez(stream, **{**index.arrays, "report": report})  # type: ignore[arg-type]  # of numpy's own option
-            temporary.replace(file)  # several processes of a host may do this at once, and write the same
-        finally:
-            temporary.unlink(missing_ok=True)
+        report = np.array(json.dumps(index.report.to_dict()))
+        with open_for_writing(
+            file, shared=True
+        ) as stream:  # several processes of a host may do this, and write the same
+            np.savez(stream, **{**index.arrays, "report": report})  # type: ignore[arg-type]  # of numpy's own option
     except OSError as error:
-        _log_once(
+        log_once(
             f"data: {file.parent}: indices cannot be kept there: {error.strerror or error} (config.data.cache_dir)"
         )
 
@@ -252,11 +248,6 @@ _DAMAGE = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError, RuntimeError,
     struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-
-
-@functools.cache
-def _log_once(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _kept(file: Path) -> Index | None:

@@ -46,6 +46,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.data.images import load_image
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import question_turns
 from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
@@ -121,9 +122,10 @@ def load_shapes(split: str) -> list[Shape]:
         shape = answers.intersection(SHAPES)
         if not shape:
             continue
-        image = Image.open(record.images[0].file).convert("RGB")
-        picture = np.asarray(image)
-        (_, background), (_, color) = sorted(image.getcolors(SIZE * SIZE), reverse=True)[:2]
+        picture = np.asarray(load_image(record.images[0], transparency="drop"))
+        colors, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+        by_count = sorted(zip(counts.tolist(), map(tuple, colors.tolist()), strict=True), reverse=True)
+        (_, background), (_, color) = by_count[:2]
         if color not in COLORS:  # so small that its edges are more than itself
             continue
         rows, columns = (np.flatnonzero((picture != background).any(axis=(2, axis))) for axis in (1, 0))
@@ -152,7 +154,7 @@ def parade(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
 
 def blinking(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     """One shape that comes and goes."""
-    shape = shapes[rng.integers(len(shapes))]
+    shape = shapes[int(rng.integers(len(shapes)))]
     goes = int(rng.integers(1, SHOWN + 1))
     lengths = np.diff([0, *sorted(rng.choice(np.arange(1, SHOWN), goes - 1, replace=False)), SHOWN])
     # Empty seconds before, between and after: one at least where two goes would be one without.
@@ -190,7 +192,7 @@ def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     end = rng.integers(start + LEAST_WAY, free[axis] + 1)
     places = np.tile(rng.integers(0, free + 1), (SECONDS, 1))
     places[:, axis] = np.linspace(start, end, SECONDS).round()[::sign]
-    order = [shape.moved(tuple(map(int, place))) for place in places]
+    order = [shape.moved((int(left), int(top))) for left, top in places]
     questions = [
         ("which way does the shape move?", word, "direction"),
         (f"which way does the {shape.shape} move?", word, "direction"),
@@ -230,7 +232,7 @@ def distinct_colors(rng: np.random.Generator, shapes: Sequence[Shape], count: in
 
 def two_shapes(rng: np.random.Generator, shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
     """Of different colours and different shapes."""
-    first = shapes[rng.integers(len(shapes))]
+    first = shapes[int(rng.integers(len(shapes)))]
     others = [s for s in shapes if s.shape != first.shape and s.color != first.color]
     return first, others[rng.integers(len(others))]
 
@@ -239,7 +241,7 @@ def at_second(
     rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = WHATS
 ) -> list[tuple[str, str, str]]:
     """Questions about different seconds: colour, shape, or the side that it is on (of axis 0 or 1: `SIDES`)."""
-    asked = []
+    asked: list[tuple[str, str, str]] = []
     for second in rng.permutation(SECONDS):
         shape, what = order[second], str(rng.choice(whats))
         if what.startswith("side"):
@@ -315,15 +317,17 @@ def make_pictures(root: Path, count: int, seed: int) -> None:
     rows = []
     for i in range(count):
         rng = np.random.default_rng([seed, len(easyvqa.SPLITS), i])
-        shape = shapes[rng.integers(len(shapes))]
+        shape = shapes[int(rng.integers(len(shapes)))]
         height, width, _ = shape.pixels.shape
         shape = shape.moved((int(rng.integers(SIZE - width + 1)), int(rng.integers(SIZE - height + 1))))
         asked = [("what color is the shape?", shape.color), ("what shape is in the image?", shape.shape)]
         asked = [asked[rng.integers(2)]]
-        asked += [(f"is it {' or '.join(SIDES[axis])}?", shape.side(axis)) for axis in (0, 1) if shape.side(axis)]
+        sides = ((SIDES[axis], shape.side(axis)) for axis in (0, 1))
+        asked += [(f"is it {' or '.join(names)}?", side) for names, side in sides if side]
         name = f"{i:05d}.png"
         Image.fromarray(shape.picture()).save(root / "pictures" / name)
-        turns = [turn for k in rng.permutation(len(asked)) for turn in question_turns(*asked[k], "<image>")]
+        shuffled = (asked[k] for k in rng.permutation(len(asked)))
+        turns = [turn for question, answer in shuffled for turn in question_turns(question, answer, "<image>")]
         for turn in turns[2::2]:
             turn["value"] = turn["value"].removeprefix("<image>\n")
         rows.append(dict(image=name, conversations=turns))

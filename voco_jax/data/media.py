@@ -23,7 +23,7 @@ def kind_of(file: Path) -> str:
             if asks_too_much(stream, whole=False):  # a picture that is refused when it is looked at
                 return PICTURE
             with Image.open(stream, formats=FORMATS) as image:
-                moves = image.format in ("GIF", "PNG", "AVIF") and image.is_animated
+                moves = image.format in ("GIF", "PNG", "AVIF") and getattr(image, "is_animated", False)
                 return ANIMATION if moves else PICTURE
     except Image.DecompressionBombError:
         return PICTURE

@@ -190,7 +190,8 @@ class _Counts:
 
     def __init__(self, headers: Headers):
         self.headers, self.in_fragments = headers, 0
-        self.handlers, self.by_sample, self.sizes = set(), False, ""  # of a track
+        self.handlers: set[bytes] = set()  # of a track
+        self.by_sample, self.sizes = False, ""
 
     def boxes(self, at: int, end: int, depth: int) -> str:
         while at + 8 <= end and depth <= _DEEPEST:

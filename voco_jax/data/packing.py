@@ -58,7 +58,8 @@ def pack_row(
     total = sum(len(sample) for sample in samples)
     if total > length:
         raise UserError(f"row: {len(samples)} samples of {total} tokens do not fit into {length}")
-    row = Row(*(np.zeros(length, np.int32) for _ in range(5)), np.zeros(length, np.float32))
+    tokens, positions, segment_ids, slot_index, targets = np.zeros((5, length), np.int32)
+    row = Row(tokens, positions, segment_ids, slot_index, targets, np.zeros(length, np.float32))
     row.slot_index[:] = -1
     start = 0
     for i, sample in enumerate(samples):

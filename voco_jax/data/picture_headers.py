@@ -121,7 +121,8 @@ def _tiff(file: BinaryIO, head: bytes) -> str:
     file.seek(min(place, file.seek(0, io.SEEK_END)))
     width = 8 if large else 2
     count = int.from_bytes(file.read(width), "little" if order == "<" else "big")
-    step, values = (20 if large else 12), {}
+    step = 20 if large else 12
+    values: dict[int, int] = {}
     entries = file.read(step * min(count, 2**16))
     for at in range(0, len(entries) - step + 1, step):
         tag, kind = struct.unpack_from(order + "HH", entries, at)

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import time
+from typing import Any
 
 from absl import flags
 import grain
@@ -22,6 +23,7 @@ from PIL import Image
 
 from voco_jax.data.augment import augment
 from voco_jax.data.contents import difference
+from voco_jax.data.conversations import Sample
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import pack_row
 from voco_jax.data.plan import Amount, PackedExample, Plan
@@ -65,7 +67,7 @@ class PackLoader(grain.transforms.Map):
 
     def map(self, examples: list[PackedExample]) -> dict:
         shape, report = self.plan.shape, Report()
-        rows: list[list] = [[] for _ in range(shape.rows)]
+        rows: list[list[Sample]] = [[] for _ in range(shape.rows)]
         firsts: list[list[int]] = [[] for _ in range(shape.rows)]
         pixels = np.zeros((shape.images, self.processor.size, self.processor.size, 3), np.uint8)
         num_images = 0
@@ -88,20 +90,25 @@ class PackLoader(grain.transforms.Map):
         arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
         return arrays | {"pixel_values": pixels, "report": json.dumps(report.to_dict())}
 
-    def _load_item(self, conversations: list[PackedExample], rows, room: int, report: Report):
+    def _load_item(
+        self, conversations: list[PackedExample], rows: list[list[Sample]], room: int, report: Report
+    ) -> tuple[list[Image.Image], list[tuple[PackedExample, Sample]]] | None:
         """(images, [(place, sample)]) of conversations that share their images, of which there is room for `room`;
         None where nothing of it is usable."""
-        samples, images, images_of = [], None, None
-        held, record = None, None
+        samples: list[tuple[PackedExample, Sample]] = []
+        images: list[Image.Image] | None = None
+        images_of = 0
+        records: dict[tuple[int, int], Record] = {}
         for p in conversations:
             report.seen += 1
             source = self.sources[p.source]
             try:
-                if held != (p.source, p.record):
-                    record, held = source[p.record], (p.source, p.record)
+                if (p.source, p.record) not in records:
+                    records = {(p.source, p.record): source[p.record]}
+                record = records[p.source, p.record]
                 times = self._times(conversations[0], record)  # the frames are the same for all
                 sample, _ = self.maker.sample(record, p.conversation, times)
-                used = sum(map(len, rows[p.row])) + sum(len(s) for q, s in samples if q.row == p.row)
+                used = sum(len(s) for s in [*rows[p.row], *(s for q, s in samples if q.row == p.row)])
                 if used + len(sample) > self.plan.shape.row_length:
                     raise BadRecord(TOO_LONG, "conversation: longer than it was when the index was made")
                 if sample.num_images > room:
@@ -122,7 +129,7 @@ class PackLoader(grain.transforms.Map):
                 report.add_skipped(error, source.where(p.record))
                 continue
             samples.append((p, sample))
-        return (images, samples) if samples else None
+        return (images, samples) if images is not None and samples else None
 
     def _rng(self, p: PackedExample) -> np.random.Generator:
         return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))
@@ -165,8 +172,9 @@ class Batches(Iterator):
         source by its name (`contents.py`): what the state of other data is told by, beside the plan."""
         self.loader, self.batch_size, self.report = loader, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
-        self.num_batches, self._next, self._iterator = num_batches, 0, None
-        self._watch, self._asked = None, math.inf
+        self.num_batches, self._next, self._asked = num_batches, 0, math.inf
+        self._iterator: Any = None  # Grain's
+        self._watch: Watch | None = None
         self._fingerprint, self._contents = loader.plan.fingerprint(), contents or {}
         self._total = loader.plan.num_conversations
 
@@ -305,7 +313,7 @@ def default_threads(num_workers: int, batch_bytes: int) -> int:
     return max(1, min(16, others // max(1, num_workers), 2 * 2**30 // max(1, batch_bytes)))
 
 
-def _join(packs: Sequence[dict]) -> dict[str, np.ndarray]:
+def _join(packs: Sequence[dict]) -> dict[str, Any]:
     """Arrays of packs to those of a batch: rows [packs·rows, T], pictures [packs, images, …], one report a pack."""
     batch = {name: np.stack([arrays[name] for arrays in packs]) for name in packs[0] if name != "report"}
     rows = {name: x if name == "pixel_values" else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}

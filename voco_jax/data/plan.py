@@ -230,8 +230,8 @@ class Plan:
         conversation), both [c]."""
         counts = self._counts[order]
         if self._per_record:
-            within = [rng.permutation(n)[: self._per_record] for n in counts.tolist()]
-            counts, within = np.minimum(counts, self._per_record), np.concatenate(within)
+            within = np.concatenate([rng.permutation(n)[: self._per_record] for n in counts.tolist()])
+            counts = np.minimum(counts, self._per_record)
         else:
             within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         places = np.repeat(np.arange(len(order)), counts)
@@ -272,7 +272,7 @@ def cheapest_rows(
     `compress_length` an image slot. Judged by some of the records, the same in all processes. `options` are `Plan`'s.
     """
     few = max(1, sum(map(len, indices)) // ROWS_JUDGED_BY)
-    some = [index.every(few) for index in indices]
+    some: Sequence[Index] = [index.every(few) for index in indices]
     if max(weight * len(index) for weight, index in zip(weights, some, strict=True)) < 1:
         some = indices
 
@@ -319,6 +319,6 @@ def group_by_length(lengths: np.ndarray, with_images: np.ndarray, batch_size: in
         batches += list(members[:whole].reshape(-1, batch_size))
         rest.append(members[whole:])
     batches = [batches[i] for i in rng.permutation(len(batches))]
-    rest = np.concatenate(rest)
-    batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
+    left = np.concatenate(rest)
+    batches += [left[i : i + batch_size] for i in range(0, len(left), batch_size)]
     return np.concatenate([batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches])

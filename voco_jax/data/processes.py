@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import multiprocessing
 from multiprocessing import resource_tracker
+import multiprocessing.process
 import os
 from pathlib import Path
 import signal
@@ -44,8 +45,9 @@ def begin_worker(*_) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow():
-        parent.join()
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True, name="parent").start()
@@ -69,7 +71,8 @@ class Watch(threading.Thread):
 
     def __init__(self, waiting: Callable[[], float]):
         super().__init__(daemon=True, name="loaders")
-        self._waiting, self._stopped, self._seen = waiting, threading.Event(), set()
+        self._waiting, self._stopped = waiting, threading.Event()
+        self._seen: set[multiprocessing.process.BaseProcess] = set()
         self.start()
 
     def run(self) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-import reprlib
 from typing import Protocol
 
 from voco_jax.errors import UserError
@@ -37,19 +36,6 @@ class BadRecord(UserError):
 
     def __str__(self):
         return printable(self.message)
-
-
-def shown(value) -> str:
-    """Any value from data as part of a message: short, however long or deep it is, on one line.
-
-    >>> shown([[[[[[[[]]]]]]]]), shown("a" * 99)
-    ('[[[[[[...]]]]]]', "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'")
-    """
-    return " ".join(_SHORT.repr(value).split())[:200]
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 75
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,11 @@ from voco_jax.data.records import (
     Picture,
     Record,
     Source,
-    shown,
 )
 from voco_jax.data.reports import Report
 from voco_jax.data.turns import spread_video
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
+from voco_jax.terminal import shortened
 
 _REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions again and again encode them once
 
@@ -131,9 +131,11 @@ class SampleMaker:
 def _text_of(turns) -> tuple:
     """What of a conversation its sample depends on; BadRecord where it is not of the form that it should have."""
     if not isinstance(turns, list):
-        raise BadRecord(WRONG_FORM, f"conversation: expected a list of turns, found {shown(turns)}")
+        raise BadRecord(WRONG_FORM, f"conversation: expected a list of turns, found {shortened(turns)}")
     texts = [(turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None) for turn in turns]
     for i, (role, value) in enumerate(texts):
         if not isinstance(role, str) or not isinstance(value, str):
-            raise BadRecord(WRONG_FORM, f"turn {i}: expected 'from' and 'value', both text; found {shown(turns[i])}")
+            raise BadRecord(
+                WRONG_FORM, f"turn {i}: expected 'from' and 'value', both text; found {shortened(turns[i])}"
+            )
     return tuple(texts)

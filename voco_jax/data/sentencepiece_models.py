@@ -77,7 +77,7 @@ class SentencePiece:
         spec = self.proto.normalizer_spec
         prefix = prefix and spec.add_dummy_prefix
         backend = tokenizers.Tokenizer(self._unigram() if self.is_unigram else self._byte_pairs())
-        steps = []
+        steps: list[normalizers.Normalizer] = []
         if spec.precompiled_charsmap:
             steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
         if spec.remove_extra_whitespaces:

@@ -15,7 +15,6 @@ import logging
 import os
 from pathlib import Path
 import re
-import sys
 import tempfile
 from typing import Any
 import warnings
@@ -25,7 +24,7 @@ from voco_jax.errors import UserError, cannot, first_line
 from voco_jax.io.files import read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import check_link
-from voco_jax.terminal import printable
+from voco_jax.terminal import log
 
 VOCO_TOKEN = "<voco>"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -68,26 +67,22 @@ def find(name: str) -> Path:
         return directory
     if os.path.lexists(directory):
         check_link(directory)
-        found = "a file" if directory.is_file() else "something else"
-        raise UserError(f"tokenizer {name!r}: expected a directory, found {found}")
+        other = "a file" if directory.is_file() else "something else"
+        raise UserError(f"tokenizer {name!r}: expected a directory, found {other}")
     # A name of the hub is OWNER/NAME or NAME; where an OWNER is here, it is a path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and os.path.lexists(directory.parent):
         raise UserError(f"tokenizer {name!r}: directory not found")
     import huggingface_hub
 
-    _log(f"tokenizer {name}: no such directory; Hugging Face's hub is asked for it")
+    log(f"tokenizer {name}: no such directory; Hugging Face's hub is asked for it")
     try:
         found = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # those of the network, of the name and of access have no common type
         raise UserError(
             f"tokenizer {name!r}: no such directory, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
         ) from error
-    _log(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}")
+    log(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}")
     return found
-
-
-def _log(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def read(directory: Path, *, of_run: bool = False):
@@ -425,8 +420,8 @@ def _without_holes(directory: Path, backend, declared: dict[int, str]):
 # ---- Writing -----------------------------------------------------------------------------------------------------
 
 
-def begins_with_space(backend, *, after: str = "") -> bool:
+def begins_with_space(backend, *, after: str | None = None) -> bool:
     """Whether the tokenizer puts a space before a text; or before one after this special token, which is what
     LlamaTokenizer's key `legacy` says."""
-    ids = backend.encode(after + "a", add_special_tokens=False).ids
+    ids = backend.encode((after or "") + "a", add_special_tokens=False).ids
     return backend.id_to_token(ids[1 if after else 0]).startswith("▁")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import enum
 import re
 
-from voco_jax.data.records import IMAGE_COUNT, NO_ANSWER, NOT_UTF8, WRONG_FORM, BadRecord, shown
+from voco_jax.data.records import IMAGE_COUNT, NO_ANSWER, NOT_UTF8, WRONG_FORM, BadRecord
+from voco_jax.terminal import shortened
 
 
 class Marker(enum.Enum):
@@ -89,7 +90,9 @@ def check_turns(turns: Sequence[dict], num_images: int) -> list[Parts]:
     for i, turn in enumerate(turns):
         role = turn.get("from") if isinstance(turn, dict) else None
         if role not in ("human", "gpt") or not isinstance(turn.get("value"), str | tuple):
-            raise ConversationError(f"turn {i}: expected 'from' (human or gpt) and 'value' (text), found {shown(turn)}")
+            raise ConversationError(
+                f"turn {i}: expected 'from' (human or gpt) and 'value' (text), found {shortened(turn)}"
+            )
     turns = list(turns[1:] if turns[0]["from"] == "gpt" else turns)
     if not turns:
         raise ConversationError("conversation: expected a human turn, found none")

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -173,12 +174,13 @@ class _Pass:
     def __init__(self, video: VideoFile, times: list[int] | None = None, key: int | None = None):
         self.video, self.times, self.key, self.odd = video, times, key, False
         self.packets = video.packets()
-        self.queue, self.frames = deque(), deque()  # read and not decoded; decoded and not yet shown
-        self.coming = []  # when the packets read are shown
+        self.queue: deque[Any] = deque()  # packets read and not decoded
+        self.frames: deque[Any] = deque()  # decoded and not yet shown
+        self.coming: list[int] = []  # when the packets read are shown
         self.last_dts, self.decoded = -math.inf, 0
         self.ended, self.drained, self.begun = False, False, False
-        self.keys = set()  # keyframes given to the decoder, by when they are shown
-        self.shown = None
+        self.keys: set[int] = set()  # keyframes given to the decoder, by when they are shown
+        self.shown: Any = None
 
     def at(self, ticks: int):
         """The frame shown at `ticks`; the first, where this pass begins later; None where no frame comes."""
@@ -253,7 +255,8 @@ def _pictures(video: VideoFile, wanted: list[int]) -> dict[int, Image.Image]:
         times = sorted(packet.dts for packet in video.packets() if packet.dts is not None)
     else:
         keys = video.seek_keys(wanted)
-    shown, run, last, image = {}, None, None, None
+    shown: dict[int, Image.Image] = {}
+    run, last = None, None
     for tick in wanted:
         key = keys[tick]
         # What the decoder has begun is not begun again, and what lies between two groups of frames is never decoded.
@@ -271,5 +274,5 @@ def _pictures(video: VideoFile, wanted: list[int]) -> dict[int, Image.Image]:
             raise video.bad(f"expected a frame at {video.seconds(tick)} s, found none that can be decoded")
         if frame is not last:
             last, image = frame, to_picture(frame, video.aspect)
-        shown[tick] = image
+        shown[tick] = image  # a frame wanted twice is one object
     return shown

@@ -8,6 +8,7 @@ import contextlib
 from fractions import Fraction
 import io
 import math
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -67,7 +68,7 @@ def open_video(clip: Clip, thorough: bool = False) -> Iterator["VideoFile"]:
             raise BadRecord(UNREADABLE_VIDEO, f"{clip}: expected a video, found{found}") from None
 
 
-def _picture_format(file: io.IOBase) -> str:
+def _picture_format(file: BinaryIO) -> str:
     """' a picture (PNG)' where the file is one."""
     try:
         if asks_too_much(file, whole=False):
@@ -81,7 +82,7 @@ def _picture_format(file: io.IOBase) -> str:
 class VideoFile:
     """An opened clip and its video stream. Ticks are the stream's unit of time, and absolute, as in the file."""
 
-    def __init__(self, clip: Clip, file: io.IOBase, stack: contextlib.ExitStack, thorough: bool = False):
+    def __init__(self, clip: Clip, file: BinaryIO, stack: contextlib.ExitStack, thorough: bool = False):
         self.clip, self.file, self.stack = clip, file, stack
         # Of an mp4 whose header would take memory beyond measure
         if wrong := check_counts(Headers(file, THOROUGH_LOOK if thorough else MOVIE_LOOK), fragments=thorough):
@@ -99,9 +100,10 @@ class VideoFile:
                 self.not_whole(f"expected {end} bytes or more, found {self.container.size}")
                 self.indexed = False  # of what is not there too
         self._check_whole(THOROUGH_LOOK if thorough else LOOK)
-        first, starts = None, []
+        first: list[int] = []  # time stamps of the first packet
+        starts: list[int] = []
         for packet in self.packets():
-            first = packet if first is None else first
+            first = first or [t for t in (packet.pts, packet.dts) if t is not None]
             start = packet.dts if self.untimed else packet.pts
             if start is not None and not packet.is_discard:
                 starts.append(start)
@@ -111,7 +113,7 @@ class VideoFile:
         if not starts:
             raise self.bad("expected frames with time stamps, found none")
         self.origin = min(starts)
-        self.start = min(t for t in (first.pts, first.dts) if t is not None)
+        self.start = min(first)
 
     def open(self):
         import av
@@ -243,12 +245,14 @@ class VideoFile:
 
     def seek_keys(self, wanted: list[int]) -> dict[int, tuple[int, int] | None]:
         """`seek_key` of ascending ticks; where there is an index, it seeks once for those of one group of frames."""
-        keys, before, group = {}, None, -1
+        keys: dict[int, tuple[int, int] | None] = {}
+        before, group = 0, -1
         for ticks in wanted:
             entry = self.stream.index_entries.search_timestamp(ticks) if self.indexed else -1
             # what the first try found for an earlier time, or the very first group: found again for this one
-            if entry >= 0 and entry == group and (keys[before][0] == before if keys[before] else entry == 0):
-                keys[ticks] = keys[before]
+            known = keys.get(before)
+            if entry >= 0 and entry == group and (known[0] == before if known else entry == 0):
+                keys[ticks] = known
             else:
                 keys[ticks], group, before = self.seek_key(ticks), entry, ticks
         return keys

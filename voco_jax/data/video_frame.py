@@ -52,8 +52,8 @@ def _turn(frame) -> Image.Transpose | None:
 
     # Not `frame.side_data`, which the frame would keep, and it the frame: both would stay, pixels and all, until Python
     # looks for cycles, which it rarely does where few objects are made.
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # which its stub leaves out
     if matrix is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(matrix), "=i4")[:5] / 65536
-    return TURNS.get(tuple(int(v) for v in np.sign(np.round([a, b, c, d]))))
+    return TURNS.get(tuple(int(v) for v in np.sign(np.round([a, b, c, d]))))  # type: ignore[arg-type]  # of 4

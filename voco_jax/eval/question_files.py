@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from voco_jax.api import Model, Request
 from voco_jax.arguments import add_answer_arguments, load_model, sampling_of
-from voco_jax.data.records import BadRecord, shown
+from voco_jax.data.records import BadRecord
 from voco_jax.data.sources.json_rows import MOST_ROW, array_spans
 from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
@@ -34,6 +34,7 @@ from voco_jax.eval.image_cache import ImageCache
 from voco_jax.infer.engine import GREEDY
 from voco_jax.infer.generate import Sampling
 from voco_jax.io.files import check_regular, open_regular
+from voco_jax.terminal import shortened
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
 OPTIONS = (  # that go with --questions alone
@@ -170,18 +171,18 @@ def _parsed(content: bytes, where: str):
 
 def _question(row, where: str, images: Path | None) -> Question:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, found {shown(row)}")
+        raise UserError(f"{where}: expected an object, found {shortened(row)}")
     key = "id" if "question_id" not in row and "conversations" in row else "question_id"
     number, image = row.get(key), row.get("image")
     if isinstance(number, bool) or not isinstance(number, int | str):
-        raise UserError(f"{where}: {key}: expected a number or text, found {shown(number)}")
+        raise UserError(f"{where}: {key}: expected a number or text, found {shortened(number)}")
     key, text = ("text", row.get("text")) if "text" in row or "conversations" not in row else _first_turn(row)
     if not isinstance(text, str) or not without_markers(text):
-        raise UserError(f"{where}: {key}: expected a question, found {shown(text)}")
+        raise UserError(f"{where}: {key}: expected a question, found {shortened(text)}")
     if image is None or image == "":
         return Question(number, text, None, where)
     if images is None:
-        raise UserError(f"{where}: image: expected --images, the directory that {shown(image)} is in")
+        raise UserError(f"{where}: image: expected --images, the directory that {shortened(image)} is in")
     try:
         picture = inside(images, image)
         check_file(picture)
@@ -233,12 +234,14 @@ def _answered(stream, file: Path, questions: Sequence[Question], alike: dict) ->
             answer = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(
-                f"{file}, line {n}: expected an answer, found {shown(line.decode(errors='replace'))}"
+                f"{file}, line {n}: expected an answer, found {shortened(line.decode(errors='replace'))}"
             ) from None
         answer = answer if isinstance(answer, dict) else {}
         if (answer.get("question_id"), answer.get("prompt")) != (question.id, question.text):
-            expected = f"the answer to question {shown(question.id)} of {question.where}"
-            raise UserError(f"{file}, line {n}: expected {expected}, found {shown(answer.get('question_id'))}; {hint}")
+            expected = f"the answer to question {shortened(question.id)} of {question.where}"
+            raise UserError(
+                f"{file}, line {n}: expected {expected}, found {shortened(answer.get('question_id'))}; {hint}"
+            )
         for key, value in alike.items():
             if answer.get(key) != value:
                 what, expected, found = _difference(key, value, answer.get(key))
@@ -247,7 +250,7 @@ def _answered(stream, file: Path, questions: Sequence[Question], alike: dict) ->
         question = questions[len(lines)] if len(lines) < len(questions) else None
         head = b"" if question is None else json.dumps(_answer(question, "")).encode().removesuffix(b'"}')
         if not head or not (rest.startswith(head) or head.startswith(rest)):
-            found = shown(rest.decode(errors="replace"))
+            found = shortened(rest.decode(errors="replace"))
             raise UserError(f"{file}, line {len(lines) + 1}: expected an answer, or half of one; found {found}; {hint}")
         stream.truncate(sum(len(line) + 1 for line in lines))
     return len(lines)
@@ -261,5 +264,5 @@ def _difference(key: str, expected, found) -> tuple[str, str, str]:
     if isinstance(expected, dict) and isinstance(found, dict):
         name = next((name for name in expected if found.get(name) != expected[name]), None)
         if name is not None:
-            return f"{key}.{name}", shown(expected[name]), shown(found.get(name))
-    return key, shown(expected), shown(found)
+            return f"{key}.{name}", shortened(expected[name]), shortened(found.get(name))
+    return key, shortened(expected), shortened(found)

@@ -24,10 +24,10 @@ import zlib
 
 import numpy as np
 
-from voco_jax.data.records import shown
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item, MemoryBank
 from voco_jax.io.safetensors import DTYPES, NAMES, Entry, framed, header_text, parse_header, place
+from voco_jax.terminal import shortened
 
 VERSION = "2"  # that is written
 _FORMAT = "voco_jax.memory"
@@ -132,7 +132,7 @@ def item_of(fields) -> Item:
     if time is not None:
         number = isinstance(time, int | float | np.integer | np.floating) and not isinstance(time, bool)
         if not number or not abs(time) < _LATEST:
-            raise ValueError(f"time: expected seconds, found {shown(time)}")
+            raise ValueError(f"time: expected seconds, found {shortened(time)}")
         time = float(time)
     return Item(fields["source"], fields.get("sha256", ""), time)
 

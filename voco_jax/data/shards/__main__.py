@@ -15,9 +15,11 @@ import math
 import os
 import signal
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
+from voco_jax.data.records import Source
 from voco_jax.data.shards.build import build, file_digest, split_rows
 from voco_jax.data.shards.check import check
 from voco_jax.data.shards.files import read_manifest
@@ -44,7 +46,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     frames.add_argument("--fps", type=rate, metavar="F", help="frames a second instead")
     parser.add_argument("--max-frames", type=whole, metavar="N", help="with --fps: at most")
     parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
-    skipped = dict(dest="max_skipped_fraction", type=share, metavar="SHARE")
+    skipped: dict[str, Any] = dict(dest="max_skipped_fraction", type=share, metavar="SHARE")
     parser.add_argument(
         "--max-skipped-fraction", default=0.01, help="most rows that may be skipped (default 0.01)", **skipped
     )
@@ -116,6 +118,7 @@ def sampling_of(args) -> FrameSampling | None:
 def run_build(args) -> None:
     sampling = sampling_of(args)
     images = getattr(args, "images", None)
+    source: Source
     if args.command == "llava":
         source = LlavaSource(str(args.file), str(images or ""), str(args.videos or ""))
     else:

@@ -15,10 +15,11 @@ import warnings
 
 from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
-from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, begin, publish, shard_names, temporary_name, write_json
+from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, begin, shard_names, write_json
 from voco_jax.data.shards.record_packer import RecordPacker
 from voco_jax.data.shards.workers import run_tasks
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import replacing
 from voco_jax.io.json_files import read_object
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # each record by itself, for any order; pictures are compressed already
@@ -36,14 +37,10 @@ class ShardWriter:
         warnings.filterwarnings("ignore", module="PIL")  # large pictures, damaged EXIF: the report has what matters
         name = shard_names(len(self.rows))[task]
         file = self.directory / f"{name}{SHARD}"
-        temporary = temporary_name(file)
-        try:
+        with replacing(file, shared=True) as temporary:
             temporary.touch(exist_ok=False)  # OSError here; ArrayRecord would say nothing until there is much to write
             result = self._write(temporary, self.rows[task], tick)
             write_json(self.directory / f"{name}.json", result)
-            publish(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
         return task
 
     def _write(self, temporary: Path, rows: range, tick) -> dict:
@@ -131,8 +128,8 @@ def build(
             on_records(len(rows[shard]))
         missing = sorted(set(range(len(rows))) - set(done))
         writer = ShardWriter(directory, rows, packer)
-        with contextlib.closing(run_tasks(writer, missing, num_workers, on_records)) as results:
-            for shard in results:
+        with contextlib.closing(run_tasks(writer, missing, num_workers, on_records)) as written:
+            for shard in written:
                 add(shard)
         results = [_read_result(directory, name) for name in names]
         report = Report()  # in the order of the shards, whatever the order they were made in

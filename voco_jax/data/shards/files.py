@@ -2,10 +2,10 @@
 
     manifest.json                      what it was made from and how; when all is done, every shard's size and SHA-256
     data-00003-of-00120.array_record   records
-    data-00003-of-00120.json           how many, and what was left out; written before the shard
-    report.json                        what was left out of all
+    data-00003-of-00120.json           how many, and what was skipped; written before the shard
+    report.json                        what was skipped in all
 
-Every file is written under a temporary name and renamed when it is whole, so a name without `.partial` is a whole file.
+Every file is written under a temporary name, a new one at each attempt, and renamed when it is whole.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ import json
 import os
 from pathlib import Path
 import re
-import secrets
 
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
 
 MANIFEST, REPORT = "manifest.json", "report.json"
@@ -25,7 +25,8 @@ MOST_SHARDS = 10**6
 FORMAT, VERSION = "voco_jax records", 1
 SHARD = ".array_record"
 _OURS = re.compile(r"(data-\d{5,}-of-\d{5,}\.(array_record|json)|manifest\.json|report\.json)")
-_PARTIAL = re.compile(_OURS.pattern + r"\.[0-9a-f]{8}\.partial")
+# What killed builds leave: `io/atomic.py`'s names, and those of earlier versions
+_PARTIAL = re.compile(rf"\.{_OURS.pattern}\.[0-9a-f]{{8}}\.new|{_OURS.pattern}\.[0-9a-f]{{8}}\.partial")
 
 
 def shard_names(num_shards: int) -> list[str]:
@@ -37,36 +38,12 @@ def shard_names(num_shards: int) -> list[str]:
     return [f"data-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
 
 
-def temporary_name(file: Path) -> Path:
-    """Beside `file`, its name until it is whole. Each attempt has its own: one that lives on cannot spoil the next."""
-    return file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
-
-
-def publish(temporary: Path, file: Path) -> None:
-    """Give a written file its name, once its bytes are on the disk."""
-    _sync(temporary)
-    temporary.replace(file)
-    _sync(file.parent)
-
-
 def write_json(file: Path, content: dict) -> None:
     """An object as JSON: the file is whole, or as it was."""
-    temporary = temporary_name(file)
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        publish(temporary, file)
-    except OSError as error:  # that of a full disk names no file
+        write_text(file, json.dumps(content, indent=1) + "\n", shared=True)
+    except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

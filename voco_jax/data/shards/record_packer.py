@@ -51,8 +51,8 @@ class RecordPacker:
         """The i-th record; BadRecord. `on_warning` is called with kind and name of unusual pictures."""
         record = self.source[i]
         check_conversations(record)
-        images = [self._picture(picture.file, on_warning) for picture in record.images]
-        video = None if record.video is None else self._video(record.video.file)
+        images = [self._picture(_file(picture), on_warning) for picture in record.images]
+        video = None if record.video is None else self._video(_file(record.video))
         try:
             return pack_record(Record(images, video, record.conversations, self.source.where(i)))
         except UnicodeError as error:
@@ -82,8 +82,8 @@ class RecordPacker:
     def _encode(self, image: Image.Image, name: str) -> bytes:
         if self.max_side and max(image.size) > self.max_side:
             scale = self.max_side / max(image.size)
-            size = tuple(max(1, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
         content = io.BytesIO()
         try:
             image.save(content, "JPEG", quality=JPEG_QUALITY)
@@ -117,6 +117,12 @@ def read_file(file: Path, kind: str) -> bytes:
             return stream.read()
         except Exception as error:
             raise unread(file, error) from None
+
+
+def _file(encoded: Picture | Clip | Frames) -> Path:
+    """The file of a picture or clip, as sources of JSON rows have them."""
+    assert not isinstance(encoded, Frames) and encoded.file is not None
+    return encoded.file
 
 
 def _name(file: Path, root: Path | None) -> str:

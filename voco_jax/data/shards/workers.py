@@ -23,7 +23,7 @@ def run_tasks(work: Callable, tasks: Iterable, num_workers: int, on_ticks: Calla
     `work` is sent to each process once. Its UserError or OSError is raised here, and a UserError for a process that
     dies. Then, as after Ctrl-C, the other processes are killed.
 
-    The pool of `concurrent.futures` does not serve here: it may not notice the death of the worker that it started last.
+    The pool of `concurrent.futures` may not notice the death of the worker that it started last.
     """
     context = multiprocessing.get_context("spawn")  # what a fork copies of threads' locks may hang
     waiting = deque(tasks)
@@ -53,10 +53,10 @@ def run_tasks(work: Callable, tasks: Iterable, num_workers: int, on_ticks: Calla
                         workers.pop(connection).join()
                     yield value
     finally:
-        for process in workers.values():
-            process.kill()
-        for process in workers.values():
-            process.join()
+        for worker in workers.values():
+            worker.kill()
+        for worker in workers.values():
+            worker.join()
 
 
 def _receive(connection: Connection, process: BaseProcess) -> tuple[str, Any]:

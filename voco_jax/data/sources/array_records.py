@@ -14,12 +14,13 @@ from pathlib import Path
 
 import msgpack
 
-from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, shown
+from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record
 from voco_jax.data.shards.files import check_complete
 from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular
 from voco_jax.io.paths import matching
+from voco_jax.terminal import shortened
 
 _MOST_VALUES = 2**18  # of a list: pictures, frames, turns
 _KEYS = {
@@ -50,7 +51,7 @@ def unpack_record(content: bytes) -> Record:
     try:
         values = msgpack.unpackb(content, strict_map_key=True, max_array_len=_MOST_VALUES, max_map_len=_MOST_VALUES)
     except Exception as error:  # msgpack raises ValueError, and several of its own that share no base
-        raise BadRecord(WRONG_FORM, f"not a record of build_records ({shown(error)})") from None
+        raise BadRecord(WRONG_FORM, f"not a record of build_records ({shortened(error)})") from None
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in _KEYS.items()):
         raise BadRecord(WRONG_FORM, f"expected a record with the keys {', '.join(_KEYS)}")
     name, images, frames, times = values["name"], values["images"], values["frames"], values["times"]
@@ -65,7 +66,7 @@ def unpack_record(content: bytes) -> Record:
     if bool(images) + bool(frames) + bool(values.get("video")) > 1:
         raise BadRecord(WRONG_FORM, f"{name}: expected pictures, frames or a video, found several of these")
     if not values["conversations"] or not all(isinstance(turns, list) for turns in values["conversations"]):
-        found = shown(values["conversations"])
+        found = shortened(values["conversations"])
         raise BadRecord(WRONG_FORM, f"{name}: expected 'conversations', each a list of turns; found {found}")
     video: Clip | Frames | None = None
     if frames:

@@ -68,7 +68,7 @@ class Guesser:
     """What can be had without the picture: the most frequent answer to each training question, and of all."""
 
     def __init__(self, questions_answers: list[tuple[str, str]]):
-        by_question = defaultdict(Counter)
+        by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for question, answer in questions_answers:
             by_question[question][answer] += 1
         self.majority = Counter(answer for _, answer in questions_answers).most_common(1)[0][0]

@@ -5,13 +5,15 @@ mix665k is a gigabyte of JSON and several as Python objects, which every worker 
 
 from array import array
 import atexit
+from collections.abc import Callable
 import hashlib
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import tempfile
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -27,6 +29,7 @@ _MANY = 10_000  # rows, of which the average is taken
 _PIECE = 2**20  # bytes that are read at once
 _BLANK = 64  # bytes: lines that are shorter are looked at, whether there is anything in them
 _BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
 class JsonRows:
@@ -94,8 +97,9 @@ class JsonRows:
         if in_bucket(self.file):
             with open(self._local, "rb") as stream:
                 return f"{self.file} {hashlib.file_digest(stream, 'sha256').hexdigest()}{most}"
-        status = self.file.stat()
-        return f"{self.file.resolve()} {status.st_size} {status.st_mtime_ns}{most}"
+        file = Path(self.file)
+        status = file.stat()
+        return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}{most}"
 
 
 def _status(descriptor: int) -> tuple[int, ...]:
@@ -165,7 +169,8 @@ def array_spans(text: str, file: AnyPath) -> np.ndarray:
     JSON's syntax is ASCII, so Latin-1, whose characters are the bytes, does for finding it.
     """
     decoder = json.JSONDecoder(strict=False, parse_int=str)  # a number of too many digits spoils its own row only
-    decode, space = decoder.raw_decode, json.decoder.WHITESPACE.match
+    decode = decoder.raw_decode
+    space = cast(Callable[[str, int], re.Match[str]], _SPACE.match)  # which matches anywhere
     spans = array("q")
     at = checked = space(text, text.index("[") + 1).end()
     try:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from voco_jax.data.endings import VIDEOS, has_ending
-from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture, Record, shown
+from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture, Record
 from voco_jax.data.sources.json_rows import MOST_ROW, JsonRows
 from voco_jax.data.sources.roots import inside
 from voco_jax.errors import UserError
 from voco_jax.io.paths import AnyPath, absolute, as_path, bucket_errors, list_files
+from voco_jax.terminal import shortened
 
 VIDEO = "<video>"
 
@@ -72,8 +73,8 @@ class VideoQuestionSource:
             raise UserError(f"{file}: the source's key 'videos' names the directory of the videos; found none")
         self._videos: AnyPath = root
         # By name without ending, because Video-ChatGPT's rows have none. One listing, not a look for each ending.
-        videos = [Path(name) for name, *_ in list_files(root) if has_ending(Path(name), VIDEOS)]
-        self._by_stem = {p.stem: p.name for p in sorted(videos, key=lambda p: (p.suffix == ".gif", p), reverse=True)}
+        found = [Path(name) for name, *_ in list_files(root) if has_ending(Path(name), VIDEOS)]
+        self._by_stem = {p.stem: p.name for p in sorted(found, key=lambda p: (p.suffix == ".gif", p), reverse=True)}
 
     def __len__(self):
         return len(self._rows)
@@ -130,10 +131,10 @@ def _first(row: Mapping, *keys: str) -> str:
     for key in keys:
         if key in row:
             if not isinstance(row[key], str):
-                raise BadRecord(WRONG_FORM, f"{key}: expected text, found {shown(row[key])}")
+                raise BadRecord(WRONG_FORM, f"{key}: expected text, found {shortened(row[key])}")
             return row[key]
     raise BadRecord(WRONG_FORM, f"expected a key {' or '.join(keys)}, found {_shown(row)}")
 
 
 def _shown(value) -> str:
-    return f"keys {', '.join(map(str, value))}"[:100] if isinstance(value, Mapping) else shown(value)
+    return f"keys {', '.join(map(str, value))}"[:100] if isinstance(value, Mapping) else shortened(value)

@@ -10,10 +10,11 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, shown
+from voco_jax.data.records import MISSING, OUTSIDE, BadRecord
 from voco_jax.errors import UserError, first_line
 from voco_jax.io.files import check_regular, open_regular
 from voco_jax.io.paths import AnyPath, file_state, in_bucket
+from voco_jax.terminal import shortened
 
 
 def local_only(text: str, key: str, what: str) -> None:
@@ -28,13 +29,13 @@ def inside(root: AnyPath, name) -> AnyPath:
     Links that stand in the root are the user's own, and followed: data cannot make them.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise BadRecord(OUTSIDE, f"expected the path of a file, found {shown(name)}")
+        raise BadRecord(OUTSIDE, f"expected the path of a file, found {shortened(name)}")
     inner = name.removeprefix(f"{root}/") if in_bucket(root) else name
     path = PurePosixPath(inner)
     if path.is_absolute() and path.is_relative_to(root):
         path = path.relative_to(root)
     if path.is_absolute() or ".." in path.parts or "://" in inner:
-        raise BadRecord(OUTSIDE, f"expected a path inside {root}, found {shown(name)}")
+        raise BadRecord(OUTSIDE, f"expected a path inside {root}, found {shortened(name)}")
     return root / path
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.records import DAMAGED, NO_ANSWER, NOT_UTF8, WRONG_FORM, BadRecord, Picture, Record, shown
+from voco_jax.data.records import DAMAGED, NO_ANSWER, NOT_UTF8, WRONG_FORM, BadRecord, Picture, Record
 from voco_jax.data.sources.llava import question_turns
 from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
+from voco_jax.terminal import shortened
 
 
 class TfdsSource:
@@ -23,11 +24,15 @@ class TfdsSource:
     def __init__(self, name: str, split: str, data_dir: str, image: str, question: str, answer: str, prompt: str):
         self._arguments = dict(name=name, split=split, data_dir=data_dir or None)
         self._keys, self._prompt = dict(image=image, question=question, answer=answer), prompt
-        self._source, self._features = None, None
+        self._source: Any = None
+        self._features: Any = None
         local_only(data_dir, "data_dir", "prepared datasets are read")
         if bool(question) == bool(prompt):
             raise UserError(f"tfds {name}: expected a feature 'question' or a 'prompt' to ask, one of the two")
         self._length = len(self._open())
+        self._check_features(name)
+
+    def _check_features(self, name: str) -> None:
         for role, key in self._keys.items():
             if key and _find(self._features, key) is None:
                 raise UserError(f"tfds {name}: {role}: expected one of {', '.join(self._features)}; found {key!r}")
@@ -58,7 +63,7 @@ class TfdsSource:
         names = getattr(_find(self._features, key), "names", None)
         values = [value] if isinstance(value, str | bytes) or np.ndim(value) == 0 else list(value)
         if any(isinstance(value, dict | list) or np.ndim(value) for value in values):
-            raise BadRecord(WRONG_FORM, f"{key}: expected text, a number, or a list of one; found {shown(value)}")
+            raise BadRecord(WRONG_FORM, f"{key}: expected text, a number, or a list of one; found {shortened(value)}")
         if not values or values == [None]:
             raise BadRecord(NO_ANSWER, f"{key}: expected at least one value, found none")
         value = max(values, key=values.count)

@@ -23,11 +23,12 @@ from voco_jax.arguments import change_sampling, mesh_of
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
 from voco_jax.data.media import is_video
-from voco_jax.data.records import Clip, Picture, shown
+from voco_jax.data.records import Clip, Picture
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
 from voco_jax.eval.image_cache import ImageCache, View
 from voco_jax.eval.lmms.generation import Generation, read_generation
+from voco_jax.terminal import shortened
 
 BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
 WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length
@@ -222,7 +223,7 @@ def _views(visuals, where: str, incomplete: bool) -> list[View]:
         file = Path(visuals)
         if file.is_file() or has_ending(file, PICTURES + VIDEOS):
             return [Clip(file=file, incomplete=incomplete) if is_video(file) else os.fspath(visuals)]
-    raise UserError(f"{where}: expected pictures and videos, found {shown(visuals)}")
+    raise UserError(f"{where}: expected pictures and videos, found {shortened(visuals)}")
 
 
 def _batch_size(text: int | str) -> int:
