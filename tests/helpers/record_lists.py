@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.config import default_config
+from voco_jax.data.augment import Augmentation
 from voco_jax.data.best_fit import PackShape
-from voco_jax.data.from_config import make_loading
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.index import make_index
-from voco_jax.data.pipeline import Batches, PackLoader
+from voco_jax.data.pipeline import Batches, Loading, PackLoader
 from voco_jax.data.plan import Plan
 from voco_jax.data.records import Picture, Record
 from voco_jax.data.samples import SampleMaker
@@ -73,8 +73,10 @@ def make_batches(
         conversations_per_record=data.conversations_per_record,
         share_images=data.share_images,
     )
-    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, make_loading(data))
-    return Batches(loader, data.batch_size, shard, num_batches)
+    augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
+    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, augmentation)
+    loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
+    return Batches(loader, loading, data.batch_size, shard, num_batches)
 
 
 def greys(batch) -> list[int]:

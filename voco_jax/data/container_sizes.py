@@ -91,7 +91,7 @@ def _clusters(headers: Headers, at: int, end: int, live: bool) -> tuple[str, int
 
 
 def _element(headers: Headers, at: int) -> tuple[int | None, int, int | None]:
-    """ID, where its content begins, and its length; None for an ID that is none, and for a length that is unknown."""
+    """ID, where its content begins, and its length; None for an invalid ID and for an unknown length."""
     data = headers.read(at, 12)
     width = 9 - data[0].bit_length() if data else 9
     if width > 4 or len(data) < width + 1:

@@ -1,7 +1,7 @@
-"""What the records of a training hold, whatever their files are called: a run goes on with data that have moved.
+"""Checksums of the records of a run, whatever their files are called: a run goes on with data that were moved.
 
-The plan's fingerprint says whether text and lengths are the same; here stands what names the difference, and what
-tells pictures and clips, which the plan does not read.
+The plan's fingerprint tells whether text and lengths are the same. This module names the difference, and compares
+pictures and clips, which the plan does not read.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,11 @@ _THREADS = 16  # a bucket takes its time
 
 
 def contents_of(source: Source, index: Index) -> dict:
-    """Of a source, for JSON: how many records and conversations can be used, a checksum of their text, and checksums
-    of the pictures or clips of `SAMPLED` records spread evenly, by the record's place in the source (where they can
-    be read)."""
+    """The contents of a source, for JSON: how many records and conversations can be used, a checksum of their text, and
+    checksums of the pictures or clips of `SAMPLED` records spread evenly, as far as these can be read.
+
+    The latter are keyed by the record's place in the source.
+    """
     places = np.unique(np.linspace(0, len(index) - 1, min(SAMPLED, len(index))).round().astype(np.int64))
     sampled = index.records[places].tolist()
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -38,7 +40,7 @@ def contents_of(source: Source, index: Index) -> dict:
 
 
 def difference(before: dict, now: dict, source: Source) -> str:
-    """What another content differs in; '' where nothing does."""
+    """One line on how `now` differs from `before`; '' where it does not."""
     for what in ("records", "conversations"):
         if before[what] != now[what]:
             return f"{before[what]:,} usable {what} when this run began, {now[what]:,} now"

@@ -1,15 +1,11 @@
 """What a config says of the model's input: the model's config with a tokenizer's vocabulary, pixels and prompts."""
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from voco_jax.chat_templates import ChatTemplate, get_chat_template
 from voco_jax.config import typed
-from voco_jax.config_keys import DataConfig
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor
-from voco_jax.data.pipeline import Loading
 from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models import build
@@ -58,12 +54,6 @@ def set_processor(config: ConfigDict, processor: ImageProcessor) -> None:
     config.data.update(aspect_ratio=processor.aspect_ratio, transparency=processor.transparency)
     for key in config.data.processor:
         config.data.processor[key] = getattr(processor, _PROCESSOR_FIELDS.get(key, key))
-
-
-def make_loading(data: DataConfig) -> Loading:
-    """How training loads its batches."""
-    fields = [field.name for field in dataclasses.fields(Loading) if field.name != "random_offset"]
-    return Loading(data.video.random_offset, **{name: getattr(data, name) for name in fields})
 
 
 def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Encoder:

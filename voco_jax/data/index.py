@@ -1,7 +1,8 @@
-"""What is known of every record before training: how many images it has, how many tokens its conversations.
+"""Second of sources → index → plan → pipeline → batches: what is known of every record before training.
 
-From these lengths alone the plan of an epoch follows (`plan.py`), the same on every host and in every worker. Records
-that cannot be used show themselves here, as far as text and video headers tell.
+That is how many images a record has, and how many tokens its conversations have. The plan of an epoch (`plan.py`)
+depends on these lengths alone, so it is the same on every host and in every worker. Most records that cannot be used
+are found here, by their text and their videos' headers.
 """
 
 from collections.abc import Iterable
@@ -75,7 +76,7 @@ class Index:
         return dataclasses.replace(self, offsets=offsets, **of_records, **of_conversations)
 
     def text_checksum(self) -> str:
-        """Of all but what pictures are called: which conversations of which records can be used, and their tokens."""
+        """A checksum of the usable conversations, their places and tokens; names of pictures do not count."""
         digest = hashlib.sha256()
         for name, array in self.arrays.items():
             digest.update(same_pictures(array).tobytes() if name == "pictures" else array.tobytes())
@@ -89,9 +90,10 @@ def same_pictures(keys: np.ndarray) -> np.ndarray:
 
 
 def make_index(source: Source, maker: SampleMaker, cache_dir: str | os.PathLike, num_workers: int, label: str) -> Index:
-    """Look at every record of a source, in `num_workers` processes (0: this one), unless a kept index says it all.
+    """The index of a source: from the cache directory, or made by looking at every record in `num_workers` processes
+    (0: this one).
 
-    Where none can be kept (no home, no permission, a full disk), a line says so.
+    A line on standard error tells where the cache cannot be written (no home, no permission, a full disk).
     """
     file = _cache_file(source, maker, cache_dir)
     if (kept := _kept(file)) is not None:
@@ -170,7 +172,7 @@ def _scan(source: Source, maker: SampleMaker, chunk: range) -> Index:
 
 
 def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: str) -> dict[int, tuple[int, int]]:
-    """(tokens, their checksum) of the record's usable conversations; the report hears of all."""
+    """(tokens, their checksum) of the record's usable conversations; the report counts all conversations."""
     lengths = {}
     for i in range(len(record.conversations)):
         report.seen += 1

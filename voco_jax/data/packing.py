@@ -1,4 +1,4 @@
-"""From samples to rows of fixed size: one-dimensional integer arrays from which every mask is derived."""
+"""Samples laid out in rows of fixed length, as the pipeline does: one-dimensional arrays give every mask."""
 
 from collections.abc import Sequence
 import dataclasses

@@ -1,7 +1,7 @@
-"""The Grain pipeline: the plan's packs to batches of fixed shape, loaded by threads and worker processes.
+"""Fourth of sources → index → plan → pipeline → batches: the Grain pipeline makes batches of the plan's packs.
 
-A batch is a function of its number alone, whatever the number of hosts, workers and threads; so where a training
-stands is that number, and it goes on anywhere.
+The batches have a fixed shape; threads and worker processes load them. A batch depends on its number alone, not on the
+number of hosts, workers and threads. So that number is the whole state of the iterator, and a run can go on anywhere.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.augment import augment
+from voco_jax.data.augment import Augmentation
 from voco_jax.data.contents import difference
 from voco_jax.data.conversations import Sample
 from voco_jax.data.images import ImageProcessor
@@ -34,28 +34,12 @@ from voco_jax.data.samples import SampleMaker
 from voco_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Loading:
-    """How batches are loaded. The fields are the keys of `config.data`, and `config.data.video.random_offset`.
-
-    Worker processes get it, which would import flax for the config's own dataclasses.
-    """
-
-    random_offset: bool
-    random_crop: float
-    color_jitter: float
-    num_workers: int
-    num_threads: int
-    prefetch: int
-    max_skipped_fraction: float
-
-
 @dataclasses.dataclass
 class PackLoader(grain.transforms.Map):
     """A pack's `PackedExample` conversations to its arrays: read rows [rows, T] as in `packing.Row`, and pictures.
 
     `pixel_values` [images, size, size, 3] are uint8, to be normalised where they are used; places without a picture
-    are zero, and never read. A record that cannot be loaded leaves its places empty, and `report` says so.
+    are zero, and never read. A record that cannot be loaded leaves its places empty, and is counted in `report`.
     """
 
     sources: Sequence[Source]
@@ -63,7 +47,7 @@ class PackLoader(grain.transforms.Map):
     plan: Plan
     processor: ImageProcessor
     weighting: str
-    loading: Loading
+    augmentation: Augmentation = Augmentation()
 
     def map(self, examples: list[PackedExample]) -> dict:
         shape, report = self.plan.shape, Report()
@@ -119,9 +103,8 @@ class PackLoader(grain.transforms.Map):
                     images = self.maker.load_images(record, times, load)
                     for kind in warned:
                         report.add_warned(kind, source.where(p.record))
-                    crop, jitter = self.loading.random_crop, self.loading.color_jitter
-                    if crop < 1 or jitter > 0:
-                        images = [augment(image, crop, jitter, self._rng(p)) for image in images]  # all frames alike
+                    if self.augmentation.changes_pictures:
+                        images = [self.augmentation(image, self._rng(p)) for image in images]  # all frames alike
                     images_of = sample.num_images
                 if sample.num_images != images_of:
                     raise BadRecord(TOO_LONG, "conversation: has other images than when the index was made")
@@ -135,7 +118,7 @@ class PackLoader(grain.transforms.Map):
         return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))
 
     def _times(self, p: PackedExample, record: Record) -> np.ndarray | None:
-        moved = record.video is not None and self.loading.random_offset
+        moved = record.video is not None and self.augmentation.random_offset
         return self.maker.frame_times(record, self._rng(p) if moved else None)
 
 
@@ -154,23 +137,35 @@ class _Packs:
         return self._plan[(self._first + batch) * self._batch_size + self._shard[row]]
 
 
-class Batches(Iterator):
-    """An iterator of batches that can be put at any batch, and says where it is.
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How batches are loaded: `prefetch` of them ahead, by `num_threads` threads (0: from the machine's cores) in each
+    of `num_workers` processes (0: in this one). More than `max_skipped_fraction` of the records skipped is an error."""
 
-    `report` is what the batches given so far said of their records; when too many are bad, `next` raises.
+    num_workers: int = 0
+    num_threads: int = 0
+    prefetch: int = 2
+    max_skipped_fraction: float = 0.01
+
+
+class Batches(Iterator):
+    """An iterator of batches that can start at any batch, and whose position can be saved.
+
+    `report` counts the records of the batches given so far. When too many were skipped, `next` raises a UserError.
     """
 
     def __init__(
         self,
         loader: PackLoader,
+        loading: Loading,
         batch_size: int,
         shard: Sequence[int] | None = None,
         num_batches: int = 2**40,
         contents: dict[str, dict] | None = None,
     ):
-        """`shard` are the packs of each global batch that are loaded here (None: all). `contents` are those of each
-        source by its name (`contents.py`): what the state of other data is told by, beside the plan."""
-        self.loader, self.batch_size, self.report = loader, batch_size, Report()
+        """`shard` are the packs of each global batch that are loaded here (None: all). `contents` has the checksums of
+        each source by its name (`contents.py`); with the plan's they tell whether a state belongs to these data."""
+        self.loader, self.loading, self.batch_size, self.report = loader, loading, batch_size, Report()
         self.shard = list(range(batch_size)) if shard is None else list(shard)
         self.num_batches, self._next, self._asked = num_batches, 0, math.inf
         self._iterator: Any = None  # Grain's
@@ -187,7 +182,7 @@ class Batches(Iterator):
         begins = self._iterator is None
         if begins:
             self._iterator = iter(self._ahead())
-            if self.loader.loading.num_workers:
+            if self.loading.num_workers:
                 self._watch = Watch(lambda: time.monotonic() - self._asked)
         self._asked = time.monotonic()
         try:
@@ -204,12 +199,12 @@ class Batches(Iterator):
 
     def _ahead(self) -> grain.IterDataset:
         """Batches made before they are asked for, by threads and worker processes."""
-        loading = self.loader.loading
-        threads = loading.num_threads or default_threads(loading.num_workers, self._batch_bytes())
+        how = self.loading
+        threads = how.num_threads or default_threads(how.num_workers, self._batch_bytes())
         # A thread makes a batch at a time: with fewer batches ahead than threads, some would have nothing to do
-        options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, loading.prefetch))
+        options = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, how.prefetch))
         dataset = self.dataset().to_iter_dataset(options)
-        if not loading.num_workers:
+        if not how.num_workers:
             return dataset
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers look at flags of its own, and refuse before that
@@ -217,14 +212,14 @@ class Batches(Iterator):
             dataset = grain.experimental.WithOptionsIterDataset(
                 dataset, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             )
-        workers = grain.MultiprocessingOptions(loading.num_workers, per_worker_buffer_size=max(1, loading.prefetch))
+        workers = grain.MultiprocessingOptions(how.num_workers, per_worker_buffer_size=max(1, how.prefetch))
         return dataset.mp_prefetch(workers, begin_worker)
 
     def _fits_shared_memory(self) -> bool:
-        """Whether all batches that Grain may hold there at a time do; or else a line says so."""
-        loading, free = self.loader.loading, free_shared_memory()
+        """Whether shared memory has room for all batches that Grain may hold at a time. If not, a line tells so."""
+        how, free = self.loading, free_shared_memory()
         # Of each worker: those that wait on its side and on this one, and one that is being written
-        needed = loading.num_workers * (2 * max(1, loading.prefetch) + 2) * int(1.1 * self._batch_bytes())
+        needed = how.num_workers * (2 * max(1, how.prefetch) + 2) * int(1.1 * self._batch_bytes())
         if free is None or needed < free:
             return True
         print(
@@ -262,7 +257,7 @@ class Batches(Iterator):
         batch = {name: np.array(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
         for said in batch.pop("report"):
             self.report.merge(Report.from_dict(json.loads(said)))
-        self.report.check(self.loader.loading.max_skipped_fraction, self._total)
+        self.report.check(self.loading.max_skipped_fraction, self._total)
         return batch
 
     def get_state(self) -> dict:

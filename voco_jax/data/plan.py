@@ -1,9 +1,10 @@
-"""Which conversations stand in which batch: a pure function of the seed, the epoch and the lengths in the index.
+"""Third of sources → index → plan → pipeline → batches: which conversations stand in which batch.
 
-An epoch takes every record of every source `weight` times, in random order, and lays its conversations out over packs.
-A pack is what one element of a batch holds: read rows of a fixed number of tokens and a fixed number of images. The
-epochs' packs follow one another, so a pack has a number; `batch_size` packs are a batch, and where a training stands is
-one number too. Every host and every worker makes the same plan, and takes its own packs from it.
+A plan is a pure function of the seed, the epoch and the lengths in the index. An epoch takes every record of every
+source `weight` times, in random order, and lays its conversations out over packs. A pack is one element of a batch:
+rows of a fixed number of tokens, and a fixed number of images. Packs are numbered through all epochs; `batch_size` of
+them are a batch, so the state of a run is one number too. Every host and every worker makes the same plan, and takes
+its own packs from it.
 
 Two layouts: 'pack' fills packs by best fit (`best_fit.py`); 'group' is the released code's recipe, one conversation in
 each pack, each batch of one modality and sorted by length.
@@ -57,8 +58,8 @@ class Amount(NamedTuple):
 
 
 class Plan:
-    """`plan[i]` is the i-th pack, a list of `PackedExample`. There is no last pack; after
-    `epochs` epochs (0: never) packs are empty. A plan is small enough to be sent to workers."""
+    """`plan[i]` is the i-th pack, a list of `PackedExample`. There is no last pack; after `epochs` epochs (0: never)
+    they are empty. A plan is small enough to be sent to workers."""
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class Plan:
         return Use(tokens / (packs * shape.rows * shape.row_length), images / max(1, packs * shape.images), packs)
 
     def fingerprint(self) -> str:
-        """Of all that the plan follows from."""
+        """A hash of everything that the plan depends on."""
         digest = hashlib.sha256()
         rows, row_length, images = dataclasses.astuple(self.shape)
         # Every word of this text is part of the checkpoints' fingerprints: "BinShape" is what a PackShape once was

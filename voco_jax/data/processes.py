@@ -1,4 +1,4 @@
-"""Processes that load data: they end with the one that started them, and their end is told in one line."""
+"""Processes that load data: they end with the one that started them, and where one dies, one line tells it."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -37,9 +37,9 @@ def uninterrupted() -> Iterator[None]:
 
 
 def begin_worker(*_) -> None:
-    """In each process: it ends with the one that started it, however that ends, and when that does rather than before.
+    """Called in each worker: it ends when the process that started it ends, however that happens, and not before.
 
-    A training that is told to end (SIGTERM, Ctrl-C) may want batches until it has saved.
+    A training run that gets SIGTERM or Ctrl-C may still need batches until it has saved.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -54,7 +54,7 @@ def begin_worker(*_) -> None:
 
 
 def ended(status: int | None) -> TryAgain:
-    """For a process that has ended before its work was done, with a status as of `multiprocessing`."""
+    """The error for a worker that ended before its work was done; `status` as in `multiprocessing`."""
     if status is None or status >= 0:
         how = "ended too early" + ("" if status is None else f", with status {status}")
     elif status == -signal.SIGBUS:
@@ -66,8 +66,10 @@ def ended(status: int | None) -> TryAgain:
 
 
 class Watch(threading.Thread):
-    """Ends this process where one of its daemon processes has died and `waiting()` (seconds) grows all the same: what
-    dies while it writes into a pipe leaves a reader that waits for the rest."""
+    """Ends this process when one of its daemon processes has died and it has waited too long (`waiting()`, seconds).
+
+    A process that dies while it writes into a pipe leaves its reader waiting for the rest.
+    """
 
     def __init__(self, waiting: Callable[[], float]):
         super().__init__(daemon=True, name="loaders")
@@ -87,12 +89,12 @@ class Watch(threading.Thread):
 
 
 def usable_cores() -> int:
-    """Those that this process may use; where the system does not say (macOS), those of the machine."""
+    """CPU cores that this process may use; where the system does not tell (macOS), all of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_shared_memory() -> int | None:
-    """Bytes; None where shared memory is no file system."""
+    """Free bytes of shared memory; None where it is not a file system."""
     try:
         stat = os.statvfs(_SHARED_MEMORY)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a data source gives: a record is pictures or a clip with the conversations about them; or it is bad, and why."""
+"""What a data source gives: a record, which is pictures or a clip with the conversations about them; or BadRecord."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -27,7 +27,7 @@ DAMAGED = "damaged shard"
 class BadRecord(UserError):
     """A record that cannot be used: its kind, and one line that names file, what was expected and what was found.
 
-    Training counts such records and goes on (`reports.py`); a command that was asked for this one record says the line.
+    Training counts such records and goes on (`reports.py`). A command that asked for this record ends with the line.
     """
 
     def __init__(self, kind: str, message: str):

@@ -1,4 +1,4 @@
-"""A record's conversations as samples: what the index measures beforehand, and what training then loads, alike."""
+"""A record's conversations as samples. The index measures them beforehand and the pipeline loads them, both here."""
 
 from collections.abc import Callable
 import dataclasses
@@ -51,7 +51,7 @@ class SampleMaker:
         return self.__dict__ | {"_encoded": {}, "_probed": None}
 
     def read(self, source: Source, i: int, report: Report) -> tuple[Record, np.ndarray | None] | None:
-        """(record i, its `frame_times`); None where it cannot be used, which the report hears of."""
+        """(record i, its `frame_times`); None where it cannot be used, which the report counts."""
         try:
             record = source[i]
             return record, self.frame_times(record)

@@ -32,7 +32,7 @@ class PromptIds:
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike, *, add_voco: bool = True):
-    """A tokenizer that a user names: a directory, or a repository on Hugging Face's hub, which a line then says.
+    """A tokenizer that a user names: a directory, or a repository on Hugging Face's hub (a line tells so).
 
     `<voco>` is added if it is not there yet. Its ids are those of `tokenizer.json`, or of `tokenizer.model` where that
     stands alone, and of both where both do. Raises UserError for what cannot be read, for files that contradict each

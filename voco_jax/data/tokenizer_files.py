@@ -60,8 +60,8 @@ NO_ORIGIN = Origin()
 
 
 def find(name: str) -> Path:
-    """The directory of that name, or Hugging Face's repository: its files, from the hub or the hub's cache here, as
-    lines on standard error say, before and after."""
+    """The directory of that name; or a local copy of Hugging Face's repository of that name, from the hub or from its
+    cache. Lines on standard error tell of the latter before and after."""
     directory = Path(os.path.expanduser(name))
     if directory.is_dir():
         return directory

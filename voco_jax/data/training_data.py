@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 
 from voco_jax.config import typed
 from voco_jax.config_keys import DataConfig
+from voco_jax.data.augment import Augmentation
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
 from voco_jax.data.conversations import Encoder
-from voco_jax.data.from_config import make_encoder, make_loading, make_model_config, make_processor, template_of
+from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, Loading, PackLoader
@@ -71,10 +72,12 @@ def open_training_data(
         raise UserError("config.data.train: no usable conversation")
 
     plan = _make_plan(data, config.seed, indices, weights, longest, model_config.compress_length, log)
-    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, make_loading(data))
+    augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
+    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, augmentation)
+    loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
     named = zip(sorted(data.train), sources, indices, strict=True)
     contents = {name: contents_of(source, index) for name, source, index in named}
-    batches = Batches(loader, data.batch_size, shard, config.train.steps, contents)
+    batches = Batches(loader, loading, data.batch_size, shard, config.train.steps, contents)
     return TrainingData(tokenizer, model_config, batches, longest)
 
 
@@ -104,7 +107,8 @@ def _make_plan(
     """The plan of the training set. Rows of a pack are chosen here where the config leaves them open; `log` gets lines
     about how full the packs are."""
     shape = PackShape(data.rows_per_pack, data.row_length or longest, data.images_per_pack)
-    options: dict[str, Any] = dict(        seed=seed, layout=data.layout, batch_size=data.batch_size,
+    options: dict[str, Any] = dict(
+        seed=seed, layout=data.layout, batch_size=data.batch_size,
         conversations_per_record=data.conversations_per_record, share_images=data.share_images,
     )  # fmt: skip
     if not data.rows_per_pack:
@@ -144,17 +148,14 @@ def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], N
     if max(weight * len(index) for weight, index in zip(weights, indices, strict=True)) < 1:
         raise UserError("config.data.test: no usable conversation")
     threads = max(4, data.num_threads)
-    loading = Loading(
-        random_offset=False, random_crop=1.0, color_jitter=0.0, num_workers=0, num_threads=threads,
-        prefetch=max(threads, data.prefetch), max_skipped_fraction=data.max_skipped_fraction,
-    )  # fmt: skip
+    loading = Loading(0, threads, max(threads, data.prefetch), data.max_skipped_fraction)
     plan = Plan(
         indices, weights, shape, seed=0, layout=data.layout, batch_size=data.batch_size,
         share_images=data.share_images, epochs=1,
     )  # fmt: skip
     num_batches = min(config.eval.num_batches, math.ceil(plan.use().packs / data.batch_size))
-    loader = PackLoader(sources, maker, plan, loader.processor, data.loss_weighting, loading)
-    return Batches(loader, data.batch_size, training.shard, num_batches)
+    loader = PackLoader(sources, maker, plan, loader.processor, data.loss_weighting)
+    return Batches(loader, loading, data.batch_size, training.shard, num_batches)
 
 
 def _make_indices(

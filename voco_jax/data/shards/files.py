@@ -105,7 +105,7 @@ def left_over(names: list[str]) -> list[str]:
 
 
 def read_manifest(directory: Path) -> dict:
-    """UserError where there is none of ours."""
+    """The manifest of a directory of shards; UserError where there is none, or one of another format."""
     file = directory / MANIFEST
     manifest = read_object(file, "it stands beside the shards that tools/build_records.py writes")
     kinds = {"arguments": dict, "complete": bool, "num_shards": int}

@@ -56,7 +56,7 @@ class RecordPacker:
         try:
             return pack_record(Record(images, video, record.conversations, self.source.where(i)))
         except UnicodeError as error:
-            raise BadRecord(NOT_UTF8, f"text that is none: {error}") from None
+            raise BadRecord(NOT_UTF8, f"text that is not valid Unicode: {error}") from None
         except (ValueError, TypeError, OverflowError) as error:
             raise BadRecord(WRONG_FORM, f"cannot be kept: {error}") from None
 

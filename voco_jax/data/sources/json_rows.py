@@ -103,7 +103,7 @@ class JsonRows:
 
 
 def _status(descriptor: int) -> tuple[int, ...]:
-    """What is another when a file is: device and number, bytes, and time of change."""
+    """Values that change when a file is replaced or written into: device, inode, bytes, time of change."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

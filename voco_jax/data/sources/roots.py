@@ -18,7 +18,7 @@ from voco_jax.terminal import shortened
 
 
 def local_only(text: str, key: str, what: str) -> None:
-    """UserError for an address in a bucket that the key has, where `what` happens to files of this machine alone."""
+    """UserError where the key's value is an address in a bucket; `what` tells what works with local files only."""
     if in_bucket(text):
         raise UserError(f"{key}: {text}: {what} from local files only; copy them first (gcloud storage cp -r)")
 
@@ -82,7 +82,7 @@ def open_file(file: AnyPath, *, whole: bool = False) -> BinaryIO:
 
 
 def state(file: AnyPath) -> tuple:
-    """What is another when a file is replaced or written into; BadRecord as `open_file`'s."""
+    """A value that changes when the file is replaced or written into; BadRecord where it cannot be read."""
     with _reading(file):
         return file_state(file)
 
