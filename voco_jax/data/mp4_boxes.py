@@ -120,7 +120,7 @@ def _ends_of_tracks(moof: bytes, movie: bytes) -> list[float]:
         scale, default = _track(movie, track)
         if tfhd < 0 or tfdt < 0 or not scale:
             continue
-        flags, at = int.from_bytes(traf[tfhd + 5 : tfhd + 8]), tfhd + 12 + 8 * traf[tfhd + 7 : tfhd + 8].count(b"\1")
+        flags = int.from_bytes(traf[tfhd + 5 : tfhd + 8])
         at = tfhd + 12 + 8 * (flags & 1) + 4 * (flags >> 1 & 1)
         default = int.from_bytes(traf[at : at + 4]) if flags & 8 else default
         end = int.from_bytes(traf[tfdt + 8 : tfdt + (16 if traf[tfdt + 4 : tfdt + 5] == b"\1" else 12)])

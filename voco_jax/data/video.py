@@ -105,7 +105,7 @@ def probe(clip: Clip | Frames) -> VideoInfo:
             num_frames = len(packets)
         starts = [start for start, _ in packets if start is not None]
         if not starts:
-            raise video.bad("expected frames, found none")
+            raise video.error("expected frames, found none")
         # An mp4 has durations between decoding times; of the packets only the last has one that reordering leaves.
         end = max(starts) + (packets[-1][1] or video.step)
         if video.is_a("matroska") and len(video.container.streams) == 1:  # of sound and pictures, either is the longer
@@ -168,11 +168,11 @@ class _Pass:
     """Decodes a clip once, from where its container stands onwards; it is asked for ascending times.
 
     `times`: when the frames are shown, of a clip without time stamps. `key`: when the keyframe is shown that the
-    container stands at; nothing before it is right, and `odd` is set if no frame comes of it.
+    container stands at; nothing before it is right, and `cannot_start` is set if no frame comes of it.
     """
 
     def __init__(self, video: VideoFile, times: list[int] | None = None, key: int | None = None):
-        self.video, self.times, self.key, self.odd = video, times, key, False
+        self.video, self.times, self.key, self.cannot_start = video, times, key, False
         self.packets = video.packets()
         self.queue: deque[Any] = deque()  # packets read and not decoded
         self.frames: deque[Any] = deque()  # decoded and not yet shown
@@ -219,7 +219,7 @@ class _Pass:
         if self.queue:
             packet = self.queue.popleft()
             if packet.is_corrupt:
-                raise self.video.bad(f"expected a whole packet, found it cut off at byte {packet.pos}")
+                raise self.video.error(f"expected a whole packet, found it cut off at byte {packet.pos}")
             if packet.is_keyframe:
                 self.keys.add(packet.pts)
         elif self.ended and not self.drained:
@@ -231,13 +231,15 @@ class _Pass:
                 frame.pts = self.times[min(self.decoded, len(self.times) - 1)]
             self.decoded += 1
             if frame.pts is None:
-                raise self.video.bad(f"expected a time stamp on frame {self.decoded} of those decoded, found none")
+                raise self.video.error(f"expected a time stamp on frame {self.decoded} of those decoded, found none")
             if self.key is not None and frame.pts < self.key:  # refers to frames before the keyframe
                 continue
-            self.odd = self.odd or (self.key is not None and not self.begun and frame.pts != self.key)
+            self.cannot_start = self.cannot_start or (self.key is not None and not self.begun and frame.pts != self.key)
             self.begun = True
             if frame.is_corrupt:
-                raise self.video.bad(f"expected whole frames, found a damaged one at {self.video.seconds(frame.pts)} s")
+                raise self.video.error(
+                    f"expected whole frames, found a damaged one at {self.video.seconds(frame.pts)} s"
+                )
             self.frames.append(frame)
         return True
 
@@ -266,12 +268,13 @@ def _pictures(video: VideoFile, wanted: list[int]) -> dict[int, Image.Image]:
                 video.rewind()
             run = _Pass(video, times, key and key[1])
         frame = run.at(tick)
-        if run.odd or frame is None:  # the keyframe is none to begin from (H.264 that refreshes bit by bit): no seeking
+        # A keyframe that decoding cannot begin from (H.264 that refreshes bit by bit): without seeking
+        if run.cannot_start or frame is None:
             video.rewind()
             run, keys = _Pass(video, times), dict.fromkeys(wanted)
             frame = run.at(tick)
         if frame is None:
-            raise video.bad(f"expected a frame at {video.seconds(tick)} s, found none that can be decoded")
+            raise video.error(f"expected a frame at {video.seconds(tick)} s, found none that can be decoded")
         if frame is not last:
             last, image = frame, to_picture(frame, video.aspect)
         shown[tick] = image  # a frame wanted twice is one object

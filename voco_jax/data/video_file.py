@@ -86,7 +86,7 @@ class VideoFile:
         self.clip, self.file, self.stack = clip, file, stack
         # Of an mp4 whose header would take memory beyond measure
         if wrong := check_counts(Headers(file, THOROUGH_LOOK if thorough else MOVIE_LOOK), fragments=thorough):
-            raise self.bad(wrong)
+            raise self.error(wrong)
         self.open()
         self.tick: Fraction = self.stream.time_base
         # A plain mp4 has a table of all its frames; one in fragments does not, and counts none in its header.
@@ -111,7 +111,7 @@ class VideoFile:
             if starts and (len(starts) > LOOKAHEAD or packet.dts is not None and packet.dts > min(starts)):
                 break
         if not starts:
-            raise self.bad("expected frames with time stamps, found none")
+            raise self.error("expected frames with time stamps, found none")
         self.origin = min(starts)
         self.start = min(first)
 
@@ -130,16 +130,16 @@ class VideoFile:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams:
-            raise self.bad(
+            raise self.error(
                 f"expected a video, found {'sound alone' if self.container.streams.audio else 'no pictures'}"
             )
         best = self.container.streams.best("video")
         self.stream = best if best in streams else streams[0]
         if self.is_a("mov") and self.container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1"):
-            raise self.bad("expected a video, found a picture (AVIF or HEIC)")
+            raise self.error("expected a video, found a picture (AVIF or HEIC)")
         codec = self.stream.codec_context
         if codec is None:
-            raise self.bad("expected a video codec that FFmpeg decodes, found another")
+            raise self.error("expected a video codec that FFmpeg decodes, found another")
         if self.stream.metadata.get("alpha_mode") == "1" and codec.name in ("vp8", "vp9"):  # FFmpeg's own drops it
             codec = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec.name], "r")
         # Pixels need not be square: how wide the frames are shown
@@ -147,9 +147,9 @@ class VideoFile:
         shown = round(self.stream.width * self.aspect), self.stream.height
         for width, height in ((self.stream.width, self.stream.height), shown):
             if width * height > MAX_PIXELS:
-                raise self.bad(f"expected frames of {MAX_PIXELS} pixels at most, found {width} x {height}")
+                raise self.error(f"expected frames of {MAX_PIXELS} pixels at most, found {width} x {height}")
             if max(width, height) > MAX_SIDE:
-                raise self.bad(f"expected sides of {MAX_SIDE} pixels at most, found {width} x {height}")
+                raise self.error(f"expected sides of {MAX_SIDE} pixels at most, found {width} x {height}")
         codec.thread_count, codec.options = 1, {"max_pixels": str(MAX_PIXELS)}
         self.decoder = codec
         for stream in self.container.streams:
@@ -160,14 +160,14 @@ class VideoFile:
         """Whether the file is one of FFmpeg's `formats`."""
         return not set(formats).isdisjoint(self.container.format.name.split(","))
 
-    def bad(self, message: str) -> BadRecord:
+    def error(self, message: str) -> BadRecord:
         return BadRecord(UNREADABLE_VIDEO, f"{self.clip}: {message}")
 
     def not_whole(self, message: str) -> None:
         """BadRecord, unless what is there is wanted."""
         if not self.clip.incomplete:
             hint = "--incomplete or config.data.video.incomplete takes what is there"
-            raise self.bad(f"{message}: the file is cut off or damaged; {hint}")
+            raise self.error(f"{message}: the file is cut off or damaged; {hint}")
 
     def _check_whole(self, most: int) -> None:
         """BadRecord for a file that has less than its container says, as far as `most` of its headers show."""
