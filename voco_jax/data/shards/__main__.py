@@ -5,7 +5,7 @@
     python tools/build_records.py video questions.json --videos DIR OUT
     python tools/build_records.py check OUT
 
-Every picture is decoded once, to know that it can be; rows that cannot be used are left out, counted, and named in
+Every picture is decoded once, to know that it can be; records that cannot be used are skipped, counted, and named in
 OUT/report.json. A build that was stopped goes on where it was when it is run again with the same arguments.
 `check` (or --check) reads all shards back: exit status 1, and a line for each problem, unless all is well.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from voco_jax.data.records import Source
-from voco_jax.data.shards.build import build, file_digest, split_rows
+from voco_jax.data.shards.build import build, file_digest, split_records
 from voco_jax.data.shards.check import check
 from voco_jax.data.shards.files import read_manifest
 from voco_jax.data.shards.record_packer import RecordPacker
@@ -36,7 +36,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=path_here, metavar="OUT", help="new or empty directory, or one to go on with")
     shards = parser.add_mutually_exclusive_group()
     shards.add_argument(
-        "--records-per-shard", type=whole, default=2000, metavar="N", help="rows of input (default 2000)"
+        "--records-per-shard", type=whole, default=2000, metavar="N", help="records of input (default 2000)"
     )
     shards.add_argument("--shards", type=whole, metavar="N", help="so many shards instead")
     parser.add_argument("--max-side", type=whole, metavar="PIXELS", help="scale longer pictures down, as JPEG")
@@ -48,7 +48,10 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
     skipped: dict[str, Any] = dict(dest="max_skipped_fraction", type=share, metavar="SHARE")
     parser.add_argument(
-        "--max-skipped-fraction", default=0.01, help="most rows that may be skipped (default 0.01)", **skipped
+        "--max-skipped-fraction",
+        default=0.01,
+        help="largest share of records that may be skipped (default 0.01)",
+        **skipped,
     )
     parser.add_argument("--max-bad-share", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **skipped)  # its old name
     add_workers(parser)
@@ -128,22 +131,22 @@ def run_build(args) -> None:
         source, image_root or video_root, video_root or image_root, args.max_side or 0, sampling, args.incomplete
     )
     if args.shards and args.shards > len(source):
-        raise UserError(f"--shards: expected at most {len(source)}, the number of rows; found {args.shards}")
-    rows = split_rows(len(source), args.records_per_shard, args.shards or 0)
+        raise UserError(f"--shards: expected at most {len(source)}, the number of records; found {args.shards}")
+    ranges = split_records(len(source), args.records_per_shard, args.shards or 0)
     arguments = {
         "command": args.command,
         "file": {"name": args.file.name, **file_digest(args.file)},
         "images": image_root and str(image_root),
         "videos": video_root and str(video_root),
         "records_per_shard": 0 if args.shards else args.records_per_shard,
-        "num_shards": len(rows),
+        "num_shards": len(ranges),
         "max_side": packer.max_side,
         "frames": sampling and vars(sampling),
     } | ({"incomplete": True} if args.incomplete else {})  # builds begun before there was this go on
     with tqdm(total=len(source), unit=" records", desc=args.out.name, delay=0.5, file=sys.stderr) as bar:
-        report = build(packer, args.out, arguments, rows, args.workers, args.max_skipped_fraction, bar.update)
+        report = build(packer, args.out, arguments, ranges, args.workers, args.max_skipped_fraction, bar.update)
     print("\n".join(report.lines()))
-    print(f"written: {args.out} ({len(rows)} shards)")
+    print(f"written: {args.out} ({len(ranges)} shards)")
 
 
 def run_check(args) -> None:

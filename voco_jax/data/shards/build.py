@@ -1,4 +1,4 @@
-"""Records of a source, every one looked at, into ArrayRecord shards; what cannot be used is counted and left out.
+"""Records of a source, every one looked at, into ArrayRecord shards; what cannot be used is counted and skipped.
 
 Which records a shard holds follows from the source's order alone, so shards are the same with any number of processes,
 and a build that was killed goes on with the shards that are missing.
@@ -30,23 +30,23 @@ class ShardWriter:
     """What a worker process does: writes the shard with the number `task`, and beside it what became of its records."""
 
     directory: Path
-    rows: Sequence[range]  # of the source, that each shard takes
+    ranges: Sequence[range]  # the records of the source that each shard takes
     packer: RecordPacker
 
     def __call__(self, task: int, tick: Callable[[], Any]) -> int:
         warnings.filterwarnings("ignore", module="PIL")  # large pictures, damaged EXIF: the report has what matters
-        name = shard_names(len(self.rows))[task]
+        name = shard_names(len(self.ranges))[task]
         file = self.directory / f"{name}{SHARD}"
         with replacing(file, shared=True) as temporary:
             temporary.touch(exist_ok=False)  # OSError here; ArrayRecord would say nothing until there is much to write
-            result = self._write(temporary, self.rows[task], tick)
+            result = self._write(temporary, self.ranges[task], tick)
             write_json(self.directory / f"{name}.json", result)
         return task
 
-    def _write(self, temporary: Path, rows: range, tick) -> dict:
-        report, records = Report(), 0
+    def _write(self, temporary: Path, records: range, tick: Callable[[], Any]) -> dict:
+        report, written = Report(), 0
         with _open_writer(temporary) as write:
-            for i in rows:
+            for i in records:
                 report.seen += 1
                 warned: list[tuple[str, str]] = []
                 try:
@@ -55,11 +55,11 @@ class ShardWriter:
                     report.add_skipped(error, self.packer.source.where(i))
                 else:
                     write(content)
-                    records += 1
+                    written += 1
                     for kind, picture in warned:
                         report.add_warned(kind, f"{self.packer.source.where(i)}: {picture}")
                 tick()
-        return {"records": records, **file_digest(temporary), "report": report.to_dict()}
+        return {"records": written, **file_digest(temporary), "report": report.to_dict()}
 
 
 @contextlib.contextmanager
@@ -85,18 +85,18 @@ def file_digest(file: Path) -> dict:
         return {"bytes": stream.tell(), "sha256": digest}
 
 
-def split_rows(num_rows: int, records_per_shard: int = 0, num_shards: int = 0) -> list[range]:
-    """The rows of each shard, in order: so many a shard, or so many shards of nearly the same size.
+def split_records(num_records: int, records_per_shard: int = 0, num_shards: int = 0) -> list[range]:
+    """The records of each shard, in order: so many a shard, or so many shards of nearly the same size.
 
-    >>> split_rows(5, records_per_shard=2)
+    >>> split_records(5, records_per_shard=2)
     [range(0, 2), range(2, 4), range(4, 5)]
-    >>> split_rows(5, num_shards=2)
+    >>> split_records(5, num_shards=2)
     [range(0, 2), range(2, 5)]
     """
     if num_shards:
-        ends = [i * num_rows // num_shards for i in range(num_shards + 1)]
+        ends = [i * num_records // num_shards for i in range(num_shards + 1)]
     else:
-        ends = [*range(0, num_rows, records_per_shard), num_rows]
+        ends = [*range(0, num_records, records_per_shard), num_records]
     return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
@@ -104,7 +104,7 @@ def build(
     packer: RecordPacker,
     directory: Path,
     arguments: dict,
-    rows: Sequence[range],
+    ranges: Sequence[range],
     num_workers: int,
     max_skipped_fraction: float,
     on_records: Callable[[int], Any],
@@ -115,19 +115,19 @@ def build(
     are skipped; the shards that are whole then stay for another attempt.
     """
     fingerprint = packer.source.fingerprint()
-    names, total, reports = shard_names(len(rows)), sum(map(len, rows)), Report()
+    names, total, reports = shard_names(len(ranges)), sum(map(len, ranges)), Report()
 
     def add(shard: int) -> None:
         reports.merge(Report.from_dict(_read_result(directory, names[shard])["report"]))
         reports.check(max_skipped_fraction, total, option="--max-skipped-fraction")
 
-    with begin(directory, arguments, len(rows)) as manifest:
+    with begin(directory, arguments, len(ranges)) as manifest:
         done = [shard for shard, name in enumerate(names) if (directory / f"{name}{SHARD}").exists()]
         for shard in done:
             add(shard)
-            on_records(len(rows[shard]))
-        missing = sorted(set(range(len(rows))) - set(done))
-        writer = ShardWriter(directory, rows, packer)
+            on_records(len(ranges[shard]))
+        missing = sorted(set(range(len(ranges))) - set(done))
+        writer = ShardWriter(directory, ranges, packer)
         with contextlib.closing(run_tasks(writer, missing, num_workers, on_records)) as written:
             for shard in written:
                 add(shard)

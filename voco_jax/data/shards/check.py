@@ -67,7 +67,7 @@ def _check_reports(directory: Path, manifest: dict, names: list[str]) -> list[st
         if i < len(manifest["shards"]) and result != manifest["shards"][i]:
             problems.append(f"{file}: is not what {MANIFEST} says")
         if result.get("records") != report.seen - report.num_skipped:
-            problems.append(f"{file}: expected records = rows - skipped, found {result.get('records')}")
+            problems.append(f"{file}: expected records = seen - skipped, found {result.get('records')}")
     if not problems:
         try:
             same = Report.from_dict(read_object(directory / REPORT)) == total
@@ -78,7 +78,7 @@ def _check_reports(directory: Path, manifest: dict, names: list[str]) -> list[st
         if not same:
             problems.append(f"{REPORT}: is not the sum of the shards' reports")
         if total.seen != manifest["rows"]:
-            problems.append(f"{MANIFEST}: expected {total.seen} rows, found {manifest['rows']}")
+            problems.append(f"{MANIFEST}: expected rows = {total.seen}, found {manifest['rows']}")
     return problems
 
 
