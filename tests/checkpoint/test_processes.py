@@ -46,7 +46,8 @@ def main(address, process, workdir, fault):
     with directories.open_workdir(workdir, config, tokenizer):
         with contextlib.closing(Checkpointer(workdir, create=True)) as checkpointer:
             account = workdir / "goodput.json" if process == 0 else None
-            writers = open_writers(workdir, 0).__enter__() if process == 0 else []
+            opened = open_writers(workdir, 0) if process == 0 else contextlib.nullcontext([])
+            writers = opened.__enter__()
             values = range(1, 41), typed(config).train
             more = np.zeros(40), lambda batch: Amount(2, 9, 1)
             with Goodput(account) as goodput, MetricsLog(writers, *values, goodput, *more) as log:

@@ -25,6 +25,7 @@ from voco_jax.train.goodput import CATEGORIES, Goodput
 from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.writers import open_writers
 
+opened = []  # files stay open, as those of a killed run do until it is gone
 AMOUNT = Amount(conversations=12, tokens=700, images=3)
 SPEED = Speed(flops=6e12, peak=4e12, compress_length=100)  # a step takes 1.5 s at least
 COMPILE, STEP, DATA, CHECKPOINT, EVALUATION = 50.0, 2.0, 0.5, 20.0, 9.0
@@ -42,7 +43,8 @@ def run(workdir, start=0, stop=12, clock=None, of_step=result, speed=SPEED, shee
     config, clock = tiny.config(workdir, **changes), clock or Clock()
     workdir.mkdir(exist_ok=True)
     goodput = Goodput(workdir / "goodput.json", start, clock=clock)
-    writers = open_writers(workdir, start, tensorboard=config.train.tensorboard).__enter__()
+    opened.append(open_writers(workdir, start, tensorboard=config.train.tensorboard))
+    writers = opened[-1].__enter__()
     settings, steps = typed(config), range(start + 1, config.train.steps + 1)
     rates = learning_rates(settings.optim, config.train.steps)
     log = MetricsLog(writers, steps, settings.train, goodput, rates, lambda batch: AMOUNT, speed=speed).__enter__()

@@ -55,7 +55,7 @@ def command() -> None:
         # Alone, nobody misses jax's farewell, which threads of C++ that still run would crash
         alone = not jax.distributed.is_initialized()
         if error.code and (alone or error.code == UserError.status and _farewell_hangs()):
-            interrupts.end(error.code)
+            interrupts.end(int(error.code))
         raise
 
 

@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+import numpy as np
 
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.files import read_bytes
@@ -43,11 +44,11 @@ TIME_COLOURS = dict(
 
 
 class History(NamedTuple):
-    """What a run has said: lines of `metrics.jsonl`, and seconds by category, or None without `goodput.json`."""
+    """Lines of `metrics.jsonl`, and seconds by category (none without `goodput.json`)."""
 
     name: str
     lines: list[dict]
-    seconds: dict[str, float] | None
+    seconds: dict[str, float]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one key, where it has a number."""
@@ -72,23 +73,27 @@ def read_history(run: Path) -> History:
     if not lines:
         raise UserError(f"{file}: nothing has been logged yet")
     account = run / "goodput.json"
-    return History(run.name or str(run), lines, read_seconds(account) if account.exists() else None)
+    return History(run.name or str(run), lines, read_seconds(account) if account.exists() else {})
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300  # what can be drawn; a file may say anything
 
 
-@plt.rc_context({"text.parse_math": False})  # a run may be called `a$b$`
 def draw_curves(histories: Sequence[History], path: Path) -> None:
-    """All runs into one PNG (or what else the name's ending says)."""
+    """Draw all runs into one PNG, or another kind of file by the name's ending."""
+    with plt.rc_context({"text.parse_math": False}):  # a run may be called `a$b$`
+        _draw(histories, path)
+
+
+def _draw(histories: Sequence[History], path: Path) -> None:
     keys = [key for key in PANELS if any(history.series(key)[0] for history in histories)]
     timed = [history for history in histories if history.seconds]
     columns = 4 if len(keys) in (4, 7, 8) else 3
     rows = -(-len(keys) // columns)
     bars = 0.7 + 0.35 * len(timed) if timed else 0.01
     figure = plt.figure(figsize=(13.2, 2.9 * rows + bars), layout="constrained")
-    panels, below = figure.subfigures(2, 1, height_ratios=(2.9 * rows, bars))
+    panels, below = np.atleast_1d(np.asarray(figure.subfigures(2, 1, height_ratios=(2.9 * rows, bars))))
     axes = list(panels.subplots(rows, columns, squeeze=False, sharex=True).flat)
     for axis, key in zip(axes, keys, strict=False):
         _draw_panel(axis, histories, key)

@@ -191,7 +191,8 @@ class Evaluator:
             if len(items) > 2 * wanted:  # some may turn out not to be readable
                 break
         drawn = [[item[i] for i in rng.permutation(len(item))] for item in items.values()]
-        questions, reason = [], "there is none"
+        questions: list[Question] = []
+        reason = "there is none"
         for example in itertools.chain.from_iterable(itertools.zip_longest(*drawn)):
             if len(questions) == wanted:
                 break

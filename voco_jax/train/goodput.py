@@ -3,9 +3,8 @@
 Goodput is the share of steps whose result was kept. A step that ran after the last checkpoint before a kill has to run
 again: its time is lost.
 
-jax computes while Python goes on, so what Python waits for says little: with a step under way, waiting for data costs
-nothing until that step ends. A thread waits for the end of each step and notes when it was; of a wait for data only
-what comes after counts as one. Waiting for a loss is step time.
+jax computes while Python goes on, so waiting for data costs nothing while a step is under way. A thread notes when each
+step ends, and only what comes after that counts as waiting for data. Waiting for a loss is step time.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
@@ -32,7 +32,7 @@ _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core
 
 
 class Goodput:
-    """The account of a run, kept in a file. All of it but `started`'s thread is for one thread alone.
+    """The account of a run, kept in a file; for one thread.
 
         with Goodput(workdir / "goodput.json", start) as goodput, goodput.during("steps"):
             for step …:
@@ -57,17 +57,17 @@ class Goodput:
         clock: Callable[[], float] = time.monotonic,
         log: Callable[[str], None] = log,
     ):
-        """Go on with the account in `path` where the run goes on after step `start`; after 0 it is a new one.
+        """Continue the account in `path` where the run continues after step `start`; after 0 it is a new one.
 
-        With no `path` (other processes than the first) nothing is read or written. The account begins at `since`, by
-        the clock (seconds; None: now). `log` is told of a file that cannot be used: it never ends a run.
+        Without a `path` (processes but the first) nothing is read or written. The account begins at `since`, by the
+        clock (seconds; None: now). A file that cannot be used is told to `log` and never ends a run.
         """
         self._path, self.clock, self._log = path, clock, log
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._marks = {start: 0.0}  # seconds in steps that were kept, up to and with a step
         self._step = start
         if path is not None and start:
-            self._go_on(start)
+            self._go_on(path, start)
         self._blocks = ["setup"]
         self._since = clock() if since is None else since
         self._written = self._since
@@ -86,7 +86,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def during(self, category: str) -> Iterator[None]:
-        """What happens in the block is of this category (one of `CATEGORIES`, but 'lost')."""
+        """The time of the block is of this category, one of `CATEGORIES` but 'lost'."""
         assert category in CATEGORIES and category != "lost", category
         self._settle()
         self._blocks.append(category)
@@ -129,12 +129,8 @@ class Goodput:
         """The goodput, 0 to 1."""
         return share(self.seconds)
 
-    def summary(self) -> str:
-        """One line: 'goodput 93.1 %: steps 312 s; compile 11 s, data 2 s, …'."""
-        return summary(self.seconds)
-
     def write(self) -> None:
-        """To the file, apart and renamed. Where that fails (a full disk) it is said, and training goes on."""
+        """Replace the file. Where that fails (a full disk), `log` is told and training goes on."""
         self._settle()
         self._written = self._since
         if self._path is None:
@@ -151,17 +147,16 @@ class Goodput:
 
     # ---- The file that was there -------------------------------------------------------------------------------
 
-    def _go_on(self, start: int) -> None:
-        if not self._path.exists():
-            self._log(f"goodput: {self._path}: not found; counted from step {start} on")
-            return
+    def _go_on(self, path: Path, start: int) -> None:
         try:
-            seconds, last, marks = _read(self._path)
+            seconds, last, marks = _read(path)
         except UserError as error:
             self._log(f"goodput: {error}; counted from step {start} on")
             return
         self._seconds |= seconds
-        kept = _interpolated({last: seconds["steps"]} | marks, start)
+        known = {last: seconds["steps"]} | marks
+        at = sorted(known)
+        kept = float(np.interp(start, at, [known[step] for step in at], left=0.0))  # it may be a step between two
         self._seconds["lost"] += seconds["steps"] - kept
         self._seconds["steps"] = kept
         self._marks = {step: value for step, value in marks.items() if step < start} | {start: kept}
@@ -185,9 +180,9 @@ class Goodput:
         self._seconds["compile"] += compiled
         self._since = now
 
-    def _on_event(self, event: str, duration: float, **_) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event in _COMPILE_EVENTS and threading.get_ident() == self._thread:
-            self._settle(compiled=duration)
+            self._settle(compiled=duration_secs)
 
 
 def read_seconds(path: Path) -> dict[str, float]:
@@ -225,21 +220,10 @@ def _read(path: Path) -> tuple[dict[str, float], int, dict[int, float]]:
         marks = {int(step): float(value) for step, value in content["kept"].items()}
         numbers = (*seconds.values(), *marks.values())
         if not all(0 <= number < float("inf") for number in numbers):
-            raise ValueError("a number that is no time")
+            raise ValueError("a time that is negative or not finite")
         return seconds, int(content["step"]), marks
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not an account of goodput ({error!r:.100})") from None
-
-
-def _interpolated(marks: dict[int, float], step: int) -> float:
-    """Seconds up to a step, from those up to some steps."""
-    steps = sorted(marks)
-    before = max((s for s in steps if s <= step), default=None)
-    after = min((s for s in steps if s >= step), default=None)
-    if before is None or after is None:
-        return marks[steps[-1]] if after is None else 0.0
-    part = (step - before) / (after - before) if after > before else 0.0
-    return marks[before] + part * (marks[after] - marks[before])
 
 
 class _StepEnds:
@@ -249,12 +233,10 @@ class _StepEnds:
         self._clock = clock
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._count, self._ended = 0, (0, float("-inf"))  # steps begun; the last that ended, and when
-        self._waiting = None
 
     def watch(self, result) -> None:
-        if self._waiting is None:
-            self._waiting = threading.Thread(target=self._wait, name="step ends", daemon=True)
-            self._waiting.start()
+        if not self._count:
+            threading.Thread(target=self._wait, name="step ends", daemon=True).start()
         self._count += 1
         self._queue.put((self._count, result))
 
