@@ -49,6 +49,7 @@ setup(
         "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
         "gguf": ["gguf>=0.17"],  # `voco convert` of llama.cpp's files
         "tensorboard": ["tensorboard>=2.18"],  # to look at what training logs
+        "wandb": ["wandb>=0.19"],  # to log to Weights & Biases too (train.wandb)
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "video": ["av>=18,<19"],
         "test": [

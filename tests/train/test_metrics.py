@@ -6,6 +6,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from voco_jax.errors import UserError
 from voco_jax.optim import learning_rates, make_schedule
 from voco_jax.train.actions import StepDone
 from voco_jax.train.goodput import CATEGORIES, Goodput
+from voco_jax.train.loop import train
 from voco_jax.train.metrics import MetricsLog, Speed
 from voco_jax.train.writers import open_writers
 
@@ -216,6 +218,34 @@ def test_without_tensorboard(tmp_path):
     assert lines(tmp_path) and not (tmp_path / "tensorboard").exists()
 
 
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    """A run that goes on is the same one there; its numbers are under TensorBoard's tags."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start in 0, 2:
+        with open_writers(
+            tmp_path, start, tensorboard=False, wandb="voco", run="runs/a", config={"seed": 1}
+        ) as writers:
+            for writer in writers:
+                writer.scalars(start + 1, {"loss": 1.5, "mfu": None, "accuracy": 0.5})
+    logs = [*tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    assert len(logs) == 2 and len({log.name for log in logs}) == 1
+    missing = lambda: any(t not in log.read_bytes() for log in logs for t in (b"train/loss", b"eval/accuracy"))  # noqa: E731
+    for _ in range(300):  # its own process writes the file
+        if missing():
+            time.sleep(0.1)
+    assert not missing()
+
+
+def test_weights_and_biases_are_not_installed(tmp_path, monkeypatch):
+    """It is said before data is read."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = "config.train.wandb: found 'voco', but wandb is not installed: pip install wandb"
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(tiny.config(tmp_path / "run", train__wandb="voco"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_torch_is_not_imported(tmp_path):
     """Beside jax it would bring other CUDA libraries; tensorboardX takes it where it is."""
     code = "import sys; from voco_jax.train import writers as t; t._tensorboardx(); assert 'torch' not in sys.modules"
@@ -223,7 +253,7 @@ def test_torch_is_not_imported(tmp_path):
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
-def test_a_full_disk_is_one_line(tmp_path, tensorboard):
+def test_a_full_disk_is_one_line(tmp_path, tensorboard, capsys):  # captured in memory: files are limited
     """Files may grow no further, here by the process's own limit."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     name = "tensorboard/events.*" if tensorboard else "metrics.jsonl"

@@ -6,13 +6,11 @@ writes, all look. It may lie in a bucket (`gs://…`), which all hosts share wit
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import os
 from pathlib import Path
 import socket
 import tempfile
 import time
-from typing import TextIO
 
 import jax
 from ml_collections import ConfigDict
@@ -23,6 +21,7 @@ from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
 from voco_jax.io.atomic import temporary_name
 from voco_jax.io.files import check_regular
+from voco_jax.io.locks import holding
 from voco_jax.io.paths import (
     AnyPath,
     as_path,
@@ -150,7 +149,9 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not bucket:
                     _check_kinds(workdir)
-                    held.enter_context(_lock(workdir))
+                    held.enter_context(
+                        holding(workdir / ".lock", f"workdir {workdir}: another process is training in it")
+                    )
                     descriptor = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                     held.callback(os.close, descriptor)
         with together():
@@ -198,23 +199,6 @@ def _save_tokenizer(tokenizer, directory: AnyPath) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         save_tokenizer(tokenizer, Path(temporary) / "tokenizer")
         upload(Path(temporary) / "tokenizer", directory)
-
-
-def _lock(workdir: Path) -> TextIO:
-    """The open `.lock`, held until it is closed."""
-    path = workdir / ".lock"
-    # A pipe of that name would wait for its reader; nothing is written to it
-    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+")
-    try:
-        check_regular(path, os.fstat(lock.fileno()))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"workdir {workdir}: another process is training in it") from None
-    except BaseException:
-        lock.close()
-        raise
-    return lock
 
 
 def _check_shared(workdir: Path) -> None:

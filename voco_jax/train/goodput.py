@@ -10,7 +10,6 @@ step ends, and only what comes after that counts as waiting for data. Waiting fo
 from collections.abc import Callable, Iterator
 import contextlib
 import json
-import os
 from pathlib import Path
 import queue
 import threading
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
 from voco_jax.terminal import log
 
@@ -138,11 +138,9 @@ class Goodput:
         seconds = {category: round(value, 3) for category, value in self._seconds.items()}
         marks = {str(step): round(value, 3) for step, value in self._marks.items()}
         content = {"version": _VERSION, "seconds": seconds, "step": self._step, "kept": marks}
-        temporary = self._path.with_name(f"{self._path.name}.new")
         try:
-            temporary.write_text(json.dumps(content) + "\n")
-            os.replace(temporary, self._path)
-        except OSError as error:
+            write_text(self._path, json.dumps(content) + "\n")
+        except (OSError, UserError) as error:
             self._log(f"goodput: not written: {error}")
 
     # ---- The file that was there -------------------------------------------------------------------------------

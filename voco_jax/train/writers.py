@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import zlib
 
 from voco_jax.errors import UserError
+from voco_jax.io.atomic import write_text
 from voco_jax.io.files import read_bytes
 from voco_jax.io.paths import exists
 from voco_jax.terminal import log
@@ -183,9 +184,7 @@ def drop_after(path: Path, step: int) -> None:
         log(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
     kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
     if unfinished or len(kept) < len(lines):
-        temporary = path.with_name(f"{path.name}.new")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int | None:
