@@ -78,9 +78,11 @@ class Checkpointer:
         run = as_path(run)
         self._run = run if in_bucket(run) else run.resolve()
         self.directory = self._run / "checkpoints"
-        self._config, self._failure, self._writing = config, FailedSave(), ""
+        self._config, self._failure = config, FailedSave()
+        self._writing: int | None = None  # the step that was begun to be saved last
         self._failed, self._again = 0, False  # attempts since the last save that went well; whether one is due
-        self._manager = None  # which only saving needs: of what it cannot read it says that it is not there
+        # Only saving needs it: what it cannot read, it reports as not there
+        self._manager: ocp.CheckpointManager | None = None
         with self._listing():
             check_link(self.directory)
             if create and not in_bucket(run):
@@ -144,8 +146,8 @@ class Checkpointer:
         self._writing, self._written = step, {"params": _shapes(params), "opt_state": _shapes(opt_state)}
         while True:
             try:
-                self._manager = self._manager or self._make_manager()
-                self._manager.save(step, args=items, metrics=metrics, force=True)
+                manager = self._manager = self._manager or self._make_manager()
+                manager.save(step, args=items, metrics=metrics, force=True)
                 self._again = False
                 return
             except Exception as error:
@@ -172,8 +174,8 @@ class Checkpointer:
         """Until the last save is whole; whether it is, as `has_failed`. UserError where it is there no more."""
         if not self._settle():
             return False
-        if self._writing != "" and jax.process_index() == 0 and self._is_there(self._writing) is False:
-            raise UserError(f"{self.directory / str(self._writing)}: the checkpoint was written, and is there no more")
+        if self._writing is not None and jax.process_index() == 0 and self._is_there(self._writing) is False:
+            raise UserError(f"{self._place()}: the checkpoint was written, and is there no more")
         return True
 
     def _settle(self) -> bool:
@@ -197,11 +199,11 @@ class Checkpointer:
     def _fail(self, error: Exception) -> bool:
         """Say that a save has failed, and pause before it is tried again; raises where it is not to be. False where it
         is whole, and what failed was to delete older ones."""
-        line = write_error(self.directory / str(self._writing), error)
+        line = write_error(self._place(), error)
         alone = jax.process_count() == 1
         if alone:
             await_writers()  # or what they fail of would be taken for the next attempt's failure
-        if alone and self._writing != "" and self._is_there(self._writing):
+        if alone and self._writing is not None and self._is_there(self._writing):
             log(f"{self.directory}: an older checkpoint cannot be deleted: {reason(error)}")
             self._manager, self._failure.error, self._again = None, None, False
             return False
@@ -214,6 +216,10 @@ class Checkpointer:
         self._manager, self._failure.error, self._again = None, None, True
         time.sleep(pause)
         return True
+
+    def _place(self) -> AnyPath:
+        """Where the save goes that was begun last."""
+        return self.directory if self._writing is None else self.directory / str(self._writing)
 
     def _is_there(self, step: int) -> bool | None:
         """Whether a step's checkpoint is, whole; None where the disk or the bucket does not say."""
@@ -230,7 +236,7 @@ class Checkpointer:
         try:
             self._manager.close()
         except Exception as error:
-            raise write_error(self.directory / str(self._writing), error) from error
+            raise write_error(self._place(), error) from error
 
     def _check_written(self) -> None:
         """That a reader finds what has been written, by its listing and its metadata. Orbax calls it before the
@@ -362,7 +368,7 @@ class Checkpointer:
             with contextlib.suppress(Damaged):  # such a one is not the best of them
                 losses[step] = (self._read_about(step).get("metrics") or {}).get("eval_loss")
         known = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(known, key=known.get) if known else None
+        return min(known, key=lambda step: known[step]) if known else None
 
     def stored(self, step: int) -> dict:
         """What Orbax says of the stored parameters (`shape`, `dtype`) by dotted path; `Damaged` where that is not as it

@@ -54,13 +54,14 @@ class PartedSum:
 
     def __init__(self, shape: Sequence[int]):
         """`shape`: of the whole array."""
-        self._shape, self._parts = tuple(shape), {}
+        self._shape = tuple(shape)
+        self._parts: dict[int | None, np.ndarray] = {}
 
     def add(self, key: int | None, values: np.ndarray) -> bool:
         """Take in the whole, or the part of this place on the first axis; False where there was another one before."""
-        place = 0
-        if values.shape != self._shape:
-            values, place = values[None], key
+        is_part = values.shape != self._shape
+        place = (key or 0) if is_part else 0
+        values = values[None] if is_part else values
         words = _on_cpu(values, self._shape, (place, *(0 for _ in self._shape[1:])))
         return np.array_equal(self._parts.setdefault(key, words), words)
 
@@ -120,7 +121,7 @@ def _on_cpu(part: jax.Array | np.ndarray, shape: Sequence[int], starts: Sequence
 def _placed(rows: np.ndarray, part: Sequence[int], shape: Sequence[int], starts: Sequence[int]) -> Iterator:
     """(words, their places in the whole array, modulo 2³²) of a part's rows [rows, last axis], some at a time."""
     *outer, inner = _strides(shape) or [1]
-    base = np.zeros((), np.uint32)
+    base: np.ndarray = np.zeros((), np.uint32)
     for length, start, stride in zip(part[:-1], starts[:-1], outer, strict=True):
         along = (np.arange(start, start + length, dtype=np.uint64) * np.uint64(stride)).astype(np.uint32)
         base = base[..., None] + along

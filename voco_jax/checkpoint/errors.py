@@ -1,7 +1,7 @@
 """What Orbax, TensorStore and the file system raise where a checkpoint is written or read, each in kinds of its own:
 one line, and whether the checkpoint is damaged or only cannot be reached."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import inspect
@@ -109,7 +109,7 @@ class FailedSave(logging.Filter):
     """
 
     error: BaseException | None = None
-    _before = None
+    _before: Callable | None = None  # what took care of errors of threads until `listen`
 
     def listen(self) -> None:
         self._quiet = contextlib.ExitStack()
@@ -127,7 +127,7 @@ class FailedSave(logging.Filter):
         frames = traceback.extract_tb(args.exc_traceback)
         if any("orbax" in frame.filename for frame in frames):
             self.error = self.error or args.exc_value
-        else:
+        elif self._before is not None:
             self._before(args)
 
     def filter(self, record: logging.LogRecord) -> bool:

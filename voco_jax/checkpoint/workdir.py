@@ -55,7 +55,8 @@ class Workdir:
     def __init__(self, path: AnyPath, logs: Path, descriptor: int | None = None):
         """`descriptor` is of the open directory, in the process that holds it: while it is open, no other directory
         gets its number."""
-        self.path, self.logs, self._published, self._descriptor = path, logs, {}, descriptor
+        self.path, self.logs, self._descriptor = path, logs, descriptor
+        self._published: dict = {}  # what `upload` remembers of the files that it has copied
 
     def save_config(self, config: ConfigDict) -> None:
         """What the run goes on with, once nothing more speaks against it; by the first process."""

@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
     sheet: Path | None
 
 
-class Question(NamedTuple):
+class TestQuestion(NamedTuple):
     """A question that is asked again and again. pixels: uint8 [images, size, size, 3]."""
 
     prompt: Sample
@@ -88,7 +88,7 @@ class Evaluator:
             return loss(nnx.merge(graphdef, params), batch)
 
         self._loss = jax.jit(loss_of, out_shardings=NamedSharding(mesh, P()))
-        self._questions: list[Question] = []
+        self._questions: list[TestQuestion] = []
         if config.num_answers:
             encoder = self._batches.loader.maker.encoder
             model = nnx.merge(graphdef, params)
@@ -180,7 +180,7 @@ class Evaluator:
             given += self._engine.generate(prompts, visual, pictures, self._max_new_tokens)
         return given
 
-    def _choose_questions(self) -> list[Question]:
+    def _choose_questions(self) -> list[TestQuestion]:
         """In the order of the plan one about each item's pictures, drawn once for all; then another of each, until all
         are there."""
         plan, wanted, rng = self._batches.loader.plan, self._config.num_answers, np.random.default_rng(0)
@@ -191,7 +191,7 @@ class Evaluator:
             if len(items) > 2 * wanted:  # some may turn out not to be readable
                 break
         drawn = [[item[i] for i in rng.permutation(len(item))] for item in items.values()]
-        questions: list[Question] = []
+        questions: list[TestQuestion] = []
         reason = "there is none"
         for example in itertools.chain.from_iterable(itertools.zip_longest(*drawn)):
             if len(questions) == wanted:
@@ -206,7 +206,7 @@ class Evaluator:
             raise UserError(f"config.eval.num_answers: no question of config.data.test can be asked: {reason}")
         return questions
 
-    def _load_question(self, example: PackedExample) -> Question:
+    def _load_question(self, example: PackedExample) -> TestQuestion:
         """BadRecord for one that cannot be asked."""
         loader = self._batches.loader
         record = loader.sources[example.source][example.record]
@@ -229,7 +229,7 @@ class Evaluator:
             picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
         text = text_of(turns[human]["value"])
         judged = len(truth.split()) <= SHORT and len(tokens) <= room
-        return Question(prompt, pixels, text, truth, judged, picture)
+        return TestQuestion(prompt, pixels, text, truth, judged, picture)
 
     def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:
         """The first answers, the same questions every time: sheets can be compared."""
