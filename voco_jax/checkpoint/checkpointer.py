@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax: parameters, optimizer, where the data stands, config and versions under one step."""
+"""Checkpoints of a run, written by Orbax: parameters, optimizer, place in the data, config and versions of a step."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -47,7 +47,7 @@ from voco_jax.outages import reason
 from voco_jax.parallel.distributed import texts_of_all, together
 from voco_jax.terminal import log
 
-_MARK = "commit_success.txt"  # of Orbax, in a bucket: its checkpoint is whole
+_MARK = "commit_success.txt"  # Orbax writes it last into a checkpoint in a bucket: it is complete
 _PAUSES = (1, 5, 20)  # seconds before a save that an outage has ended is tried again
 _LONGEST = 3600.0  # seconds of waiting for a save
 _POLL = 0.01  # seconds
@@ -55,8 +55,10 @@ _SMALL = 2**20  # bytes of a layer's parameter: chunks of less are slow to write
 
 
 class Restored(NamedTuple):
-    """A checkpoint. `about` is what it says of itself (`run_files.describe`), `checksums` are of its parameters as they
-    are stored, by dotted path; the optimizer's state is there where it was asked for."""
+    """A checkpoint that was read. `opt_state` is None where only parameters were asked for.
+
+    about: its JSON (`run_files.describe`). checksums: of the parameters as they are stored, by dotted path.
+    """
 
     step: int
     params: dict
@@ -66,21 +68,22 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """`<run>/checkpoints/<step>/`, of a directory or a bucket. A save is written apart and renamed (in a bucket: marked
-    when it is whole), so a killed one leaves no half checkpoint.
+    """`<run>/checkpoints/<step>/`, in a directory or a bucket.
 
-    Of several processes, each writes and reads its own shards: all must call the same methods in the same order, with
-    arrays that are spread over all devices (or copied to all), and one data_state, of which the first's is kept.
+    A save gets its name when it is complete (in a bucket, a mark), so a killed one leaves no half checkpoint.
+
+    Each of several processes writes and reads its own shards. All must call the same methods in the same order, with
+    arrays that are spread over all devices or copied to all; the first one's data_state is kept.
     """
 
     def __init__(self, run: str | AnyPath, *, create: bool = False, config: ConfigDict | None = None):
-        """`config` says how many are kept (`train.keep…`), and is written into every checkpoint."""
+        """`config` is written into every checkpoint; its `train.keep…` say how many are kept."""
         run = as_path(run)
         self._run = run if in_bucket(run) else run.resolve()
         self.directory = self._run / "checkpoints"
         self._config, self._failure = config, FailedSave()
         self._writing: int | None = None  # the step that was begun to be saved last
-        self._failed, self._again = 0, False  # attempts since the last save that went well; whether one is due
+        self._failed, self._again = 0, False  # failed attempts since the last good save; whether to try again
         # Only saving needs it: what it cannot read, it reports as not there
         self._manager: ocp.CheckpointManager | None = None
         with self._listing():
@@ -106,13 +109,12 @@ class Checkpointer:
             raise cannot(f"{self.directory}: the checkpoints cannot be reached", error) from error
 
     def steps(self) -> list[int]:
-        """Of all whole checkpoints, the newest first; UserError or TryAgain where they cannot be looked up.
+        """Steps of all complete checkpoints, the newest first; UserError or TryAgain where they cannot be listed.
 
-        A link to what is not there counts: reading it says so, where an older step would be taken without a word.
+        A broken link counts: reading it is an error, while skipping it would silently take an older step.
         """
         with self._listing():
             named = [path for path in entries(self.directory) if path.name.isdecimal()]
-            # It has its name when it is whole; in a bucket, which knows no renaming, a mark
             if in_bucket(self.directory):
                 whole = [path for path in named if exists(path / _MARK)]
             else:
@@ -131,9 +133,9 @@ class Checkpointer:
         return make_manager(self._orbax_directory, keep, self._check_written)
 
     def save(self, step: int, params, opt_state, data_state: dict, metrics: dict | None = None) -> None:
-        """Start writing, and return when the arrays may change; waits for the save before, if that is still written.
+        """Start to save, and return as soon as the arrays may change. Waits for the save before.
 
-        metrics: what `train.keep_best` goes by. Where it cannot be begun, that is tried again as `has_failed` says.
+        metrics: of an evaluation, for `train.keep_best`. A save that cannot start is tried again as in `has_failed`.
         """
         sums = {"params": checksums(params), "opt_state": checksums(opt_state)}
         about = run_files.describe(step, self._config, self._tokenizer_sums(), sums, data_state, metrics)
@@ -142,7 +144,7 @@ class Checkpointer:
             opt_state=ocp.args.StandardSave(opt_state),
             **{ABOUT: ocp.args.JsonSave(about)},
         )
-        self._settle()  # Orbax would too, but for good where the last one has failed; else this one stands in for it
+        self._settle()  # Orbax would wait for a failed one for ever
         self._writing, self._written = step, {"params": _shapes(params), "opt_state": _shapes(opt_state)}
         while True:
             try:
@@ -155,10 +157,10 @@ class Checkpointer:
                     return
 
     def has_failed(self) -> bool:
-        """Whether what is being written beside has failed, and is to be saved again as it is by now; does not wait.
+        """Whether the save in the background has failed, and the state of now is to be saved instead. Does not wait.
 
-        An outage gets three more attempts, of one process; then it is TryAgain. UserError at once for what somebody has
-        to mend: a full disk, no permission. The older checkpoints stay.
+        A single process tries three more times after an outage, then raises TryAgain. A full disk or a missing
+        permission is a UserError at once. Older checkpoints stay.
         """
         if self._again or self._manager is None:
             return self._again
@@ -171,7 +173,7 @@ class Checkpointer:
         return False
 
     def wait(self) -> bool:
-        """Until the last save is whole; whether it is, as `has_failed`. UserError where it is there no more."""
+        """Wait for the last save. False where it is to be made again (`has_failed`); UserError where it was deleted."""
         if not self._settle():
             return False
         if self._writing is not None and jax.process_index() == 0 and self._is_there(self._writing) is False:
@@ -181,7 +183,7 @@ class Checkpointer:
     def _settle(self) -> bool:
         polls = 0
         while not (failed := self.has_failed()) and self._manager and self._manager.is_saving_in_progress():
-            time.sleep(_POLL)  # the sum of which is time that this process has run, even if it was stopped meanwhile
+            time.sleep(_POLL)  # adds up to the time in which this process was not stopped, unlike a clock
             polls += 1
             if polls * _POLL > _LONGEST:
                 self._failure.error = TimeoutError(f"it has not come to an end in {_LONGEST / 60:.0f} minutes")
@@ -197,12 +199,12 @@ class Checkpointer:
         return True
 
     def _fail(self, error: Exception) -> bool:
-        """Say that a save has failed, and pause before it is tried again; raises where it is not to be. False where it
-        is whole, and what failed was to delete older ones."""
+        """Log that a save has failed, and pause before the next attempt; raises if there is to be none. False where
+        the save is complete and only deleting older ones failed."""
         line = write_error(self._place(), error)
         alone = jax.process_count() == 1
         if alone:
-            await_writers()  # or what they fail of would be taken for the next attempt's failure
+            await_writers()  # or their errors would be taken for those of the next attempt
         if alone and self._writing is not None and self._is_there(self._writing):
             log(f"{self.directory}: an older checkpoint cannot be deleted: {reason(error)}")
             self._manager, self._failure.error, self._again = None, None, False
@@ -222,25 +224,25 @@ class Checkpointer:
         return self.directory if self._writing is None else self.directory / str(self._writing)
 
     def _is_there(self, step: int) -> bool | None:
-        """Whether a step's checkpoint is, whole; None where the disk or the bucket does not say."""
+        """Whether a step's checkpoint is complete; None where the disk or the bucket does not answer."""
         try:
             return step in self.steps()
         except UserError:
             return None
 
     def close(self) -> None:
-        """As `wait`, for the last time."""
+        """Wait for the last save, and end Orbax's threads."""
         self._failure.close()
         if self._failure.error is not None or self._manager is None:
-            return  # it has been told, and Orbax would wait for what will not come
+            return  # the error has been raised already, and Orbax would wait for ever
         try:
             self._manager.close()
         except Exception as error:
             raise write_error(self._place(), error) from error
 
     def _check_written(self) -> None:
-        """That a reader finds what has been written, by its listing and its metadata. Orbax calls it before the
-        checkpoint gets its name and older ones are deleted; of several processes, in the first."""
+        """Read the listing and the metadata of what has been written. Orbax calls this, in the first process, before
+        the checkpoint gets its name and older ones are deleted."""
         own = re.compile(rf"{self._writing}(\.orbax-.*)?")  # in a bucket it has its name already, and no mark yet
         (directory,) = (path for path in self._orbax_directory.iterdir() if own.fullmatch(path.name))
         for item, expected in self._written.items():
@@ -250,10 +252,10 @@ class Checkpointer:
     # ---- Restoring ---------------------------------------------------------------------------------------------
 
     def resume(self, params, opt_state, log: Callable[[str], None]) -> Restored | None:
-        """The newest checkpoint that is as it was written; None where there is none at all.
+        """The newest checkpoint that is not damaged; None where there is no checkpoint.
 
-        What is newer and damaged is told by `log`, and put aside as `<step>.damaged`. UserError where all are damaged,
-        or it is another model's. Arrays come as the abstract values given say: shape, dtype, sharding.
+        Newer, damaged ones are renamed to `<step>.damaged`, and `log` is told. UserError where all are damaged or it
+        is another model's. Arrays have the shapes, dtypes and shardings of the abstract values given.
         """
         found, damaged = self._newest(lambda step: self.restore(step, params, opt_state))
         for step in self.steps():
@@ -272,11 +274,11 @@ class Checkpointer:
         return found
 
     def _newest(self, read: Callable[[int], Any]) -> tuple[Any, list[tuple[int, str]]]:
-        """What `read` gives of the newest step that is not damaged, None where there is no step; and what is wrong with
-        newer ones, by step. `Damaged` where all are."""
+        """(`read(step)` of the newest step that is not damaged, or None without steps; what is wrong with newer ones,
+        by step). `Damaged` where all are."""
         damaged: list[tuple[int, str]] = []
         for step in self.steps():
-            for _ in range(2):  # what a disk gives once, and otherwise the next time, is not what it holds
+            for _ in range(2):  # a disk may return wrong data once, and right data the next time
                 error, found = "", None
                 with together():
                     try:
@@ -292,7 +294,7 @@ class Checkpointer:
         return None, damaged
 
     def restore(self, step: int, params, opt_state) -> Restored:
-        """The checkpoint of a step; `Damaged` where it is not as it was written, UserError for another model's."""
+        """The checkpoint of a step; `Damaged` where it differs from what was written, UserError for another model's."""
         about = self._read_about(step)
         if "opt_state" not in about.get("checksums", {}):
             there = self.directory / str(step)
@@ -309,7 +311,7 @@ class Checkpointer:
         return Restored(step, found["params"], found["opt_state"], about, about["checksums"]["params"])
 
     def _damage_of(self, step: int) -> str:
-        """What keeps Orbax's manager from beginning with a checkpoint; '' where nothing does."""
+        """Why Orbax's manager cannot start with this checkpoint; '' if it can."""
         try:
             with self._read_errors(step):
                 run_files.check_listing(self._orbax_directory / str(step))
@@ -322,9 +324,11 @@ class Checkpointer:
         return self.restore_params_and_sums(params, step)[:2]
 
     def restore_params_and_sums(self, params, step: int | str | None = None) -> Restored:
-        """Parameters alone of the newest checkpoint that is not damaged, that of a step, or the 'best'; UserError where
-        there is none, it is another model's, or its run's config or tokenizer is. Without a sharding an array goes to
-        one device, wherever it was when it was saved."""
+        """Parameters of the newest checkpoint that is not damaged, of a given step, or of the 'best'.
+
+        Arrays without a sharding go to one device. UserError where there is no such checkpoint, or where it or its
+        run's config or tokenizer is another model's.
+        """
         if step is None:
             return self.newest(lambda step: self._restore_params(step, params))
         if step == "best" and (step := self.best_step()) is None:
@@ -335,8 +339,8 @@ class Checkpointer:
         return self._restore_params(step, params)
 
     def newest(self, read: Callable[[int], Any]):
-        """What `read` gives of the newest checkpoint that it does not find `Damaged`; a line says what is passed over.
-        UserError where there is none."""
+        """`read(step)` of the newest checkpoint for which it does not raise `Damaged`; a line on standard error names
+        those that are skipped. UserError where none is left."""
         found, damaged = self._newest(lambda step: (step, read(step)))
         if found is None:
             raise UserError(f"{self.directory}: no checkpoint found")
@@ -362,17 +366,16 @@ class Checkpointer:
         return Restored(step, params, None, about, sums)
 
     def best_step(self) -> int | None:
-        """That with the lowest evaluation loss; None where no checkpoint has one."""
+        """The step with the lowest evaluation loss; None where no checkpoint has one."""
         losses = {}
         for step in self.steps():
-            with contextlib.suppress(Damaged):  # such a one is not the best of them
+            with contextlib.suppress(Damaged):  # a damaged one cannot be the best
                 losses[step] = (self._read_about(step).get("metrics") or {}).get("eval_loss")
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return min(known, key=lambda step: known[step]) if known else None
 
     def stored(self, step: int) -> dict:
-        """What Orbax says of the stored parameters (`shape`, `dtype`) by dotted path; `Damaged` where that is not as it
-        was written."""
+        """Orbax's metadata (`shape`, `dtype`) of the stored parameters by dotted path; `Damaged` where it is."""
         with self._read_errors(step):
             metadata = ocp.StandardCheckpointHandler().metadata(self._orbax_directory / str(step) / "params")
             found = dict(_named_leaves(metadata.tree))
@@ -380,8 +383,10 @@ class Checkpointer:
             return found
 
     def about(self, step: int) -> dict:
-        """What a checkpoint says of itself (`run_files.describe`), empty for a converted run of an earlier version.
-        `Damaged` where that is not as it was written, UserError where its run's config or tokenizer is another."""
+        """A checkpoint's JSON (`run_files.describe`), empty for a converted run of an earlier version.
+
+        `Damaged` where it differs from what was written, UserError where the run's config or tokenizer does.
+        """
         about = self._read_about(step)
         with self._read_errors(step):
             run_files.check_run(self._run, step, about, self._tokenizer_sums)
@@ -397,14 +402,14 @@ class Checkpointer:
             return about
 
     def _restore(self, step: int, item: str, tree):
-        # By a handler of its own: Orbax's manager ends by waiting for all processes, of which one may have failed
+        # Not by Orbax's manager, which waits for all processes: one of them may have failed
         with self._read_errors(step):
             directory = self._orbax_directory / str(step) / item
             return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(_placed(tree)))
 
     def check_shapes(self, step: int, params) -> dict:
-        """UserError where the stored parameters have other names or shapes; `Damaged` where they cannot be found. What
-        Orbax says of each, by dotted path."""
+        """Orbax's metadata of the stored parameters by dotted path (see `stored`). UserError where names or shapes
+        differ from those of `params`."""
         expected, stored = _shapes(params), self.stored(step)
         found = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         for name in sorted(expected.keys() | found.keys()):
@@ -414,7 +419,7 @@ class Checkpointer:
         return stored
 
     def compare_sums(self, step: int, item: str, expected: dict[str, int], found: dict[str, int]) -> None:
-        """`Damaged` unless checksums of an item's arrays are those that were written."""
+        """`Damaged` unless the checksums of an item's arrays are those that were written."""
         for name in sorted(expected.keys() | found.keys()):
             if name not in expected or name not in found or not is_same(expected[name], found[name]):
                 raise Damaged(f"{self.directory / str(step)}: the checkpoint is damaged: {item}.{name}: its checksum")
@@ -441,19 +446,19 @@ class Checkpointer:
 
 
 def newest_saved(checkpoints: AnyPath) -> int:
-    """The newest step that a directory of checkpoints has whole, 0 without one: a step gets its name when it is."""
+    """The newest step in a directory of checkpoints, 0 without one. A save gets its name when it is complete."""
     return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=0)
 
 
 @jax.jit
 def all_finite(params) -> jax.Array:
-    """Whether every number of a tree is one."""
+    """Whether no number of a tree is NaN or infinite."""
     # A sum of floats is what XLA is fast at on a CPU; 0 · inf and 0 · nan are nan
     return jnp.isfinite(jnp.stack([(leaf * 0).sum(dtype=jnp.float32) for leaf in jax.tree.leaves(params)]).sum())
 
 
 def _by_layers(path, param) -> ocp.SaveArgs:
-    """Stacked layers are stored one a chunk, so that a converter need not hold the stack; small ones together."""
+    """Large stacked layers are stored one per chunk, so that a converter need not hold the stack."""
     layered = any(getattr(key, "key", None) == "layers" for key in path)
     if not layered or param.nbytes // param.shape[0] < _SMALL:
         return ocp.SaveArgs()
@@ -461,7 +466,7 @@ def _by_layers(path, param) -> ocp.SaveArgs:
 
 
 def _placed(tree):
-    """Abstract values, all with a sharding: Orbax would ask for the devices that they were saved from."""
+    """Abstract values, all with a sharding: without one, Orbax wants the devices that the arrays were saved from."""
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda x: x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself and of the run that it belongs to: `about`, a JSON beside the arrays.
+"""The JSON beside a checkpoint's arrays, `about`: it describes the checkpoint and the run that it belongs to.
 
-It has the step, where the data stands, the config, versions, and checksums: of every array, of the tokenizer's files,
+It has the step, the place in the data, the config, versions, and checksums of every array, of the tokenizer's files,
 and of itself. Whoever opens a checkpoint compares them with what is there (`check_run`).
 """
 
@@ -72,7 +72,7 @@ def _content(file: AnyPath) -> bytes:
 
 
 def check_about(about: dict, step: int) -> None:
-    """That it is what was written: of text, no array's checksum would tell. Any error, where it is not."""
+    """Any error where `about` is not what was written. Only its own checksum tells, for it is text."""
     sums = about["checksums"]
     is_first = ABOUT not in sums and "tokenizer" not in about  # the first runs have no such checksum
     if not is_first and sums[ABOUT] != _checksum(about):
@@ -83,7 +83,7 @@ def check_about(about: dict, step: int) -> None:
 
 
 def _checksum(about: dict) -> int:
-    """Of all that is in it, but for this very number."""
+    """CRC-32 of all that is in it but this number."""
     about = json.loads(json.dumps(about))  # as it will come back
     about["checksums"].pop(ABOUT, None)
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
@@ -132,8 +132,10 @@ def _log_once(line: str) -> None:
 
 
 def check_tree(directory: AnyPath) -> None:
-    """That Orbax, which opens whatever lies in a directory of checkpoints, finds files and directories alone there, and
-    no JSON that takes gigabytes. UserError names what is none. Links are followed."""
+    """UserError where Orbax would wait for a pipe or a device among the checkpoints, or read gigabytes of JSON.
+
+    Orbax opens whatever lies there. Links are followed.
+    """
     if in_bucket(directory):
         return
     left, seen, count = [Path(directory)], set(), 0
@@ -166,13 +168,13 @@ def check_tree(directory: AnyPath) -> None:
 
 
 def check_listing(checkpoint: epath.Path) -> None:
-    """Any error, where Orbax's manager would end with it: of every checkpoint it reads these when it begins."""
+    """Any error with which Orbax's manager would end: it reads these of every checkpoint when it starts."""
     found = ocp.path.step.standard_name_format().find_step(checkpoint.parent, int(checkpoint.name))
     found.commit_timestamp  # noqa: B018
     if (checkpoint / "metrics").exists():
         metrics = ocp.JsonCheckpointHandler(filename="metrics").restore(checkpoint / "metrics")
         if not isinstance(metrics["eval_loss"], int | float):
-            raise ValueError("metrics: eval_loss is no number")
+            raise ValueError("metrics: eval_loss is not a number")
 
 
 def check_chunks(arrays: dict) -> None:

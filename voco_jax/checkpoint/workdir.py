@@ -1,7 +1,7 @@
-"""A run's directory: one run only, held by one training at a time, and nothing in it that is not the run's.
+"""A run's directory: it holds one run and nothing else, and one training at a time writes to it.
 
 A training may be several processes (`voco_jax/parallel/distributed.py`) on hosts that share the directory: the first
-writes, all look. It may lie in a bucket (`gs://…`), which all hosts share without more; nobody can hold that one.
+writes, all look. It may lie in a bucket (`gs://…`), which needs no sharing, and which cannot be locked.
 """
 
 from collections.abc import Iterator
@@ -65,8 +65,7 @@ class Workdir:
                 save_config(config, self.path / "config.json")
 
     def check(self) -> None:
-        """UserError where the directory is there no more, or another has its name: a checkpoint would be all that it
-        holds."""
+        """UserError where the directory is gone or another has its name: it would hold nothing but a checkpoint."""
         if in_bucket(self.path):
             with bucket_errors(self.path):
                 there = jax.process_index() > 0 or exists(self.path / "config.json")
@@ -104,7 +103,7 @@ def workdir_path(workdir: str) -> AnyPath:
 
 
 def check_workdir(workdir: AnyPath, config: ConfigDict) -> bool:
-    """Whether the directory holds a checkpoint of this very run; UserError if it holds another run, or other things."""
+    """Whether the directory holds a checkpoint of this run; UserError if it holds another run, or other files."""
     steps = checkpointed_steps(workdir)
     if steps:
         check_same_run(config, workdir, steps)
@@ -112,12 +111,10 @@ def check_workdir(workdir: AnyPath, config: ConfigDict) -> bool:
 
 
 def checkpointed_steps(workdir: AnyPath) -> list[int]:
-    """Of the run that the directory holds, if it holds one; UserError where there are other things, and for links
-    to what is not there.
+    """Steps of the checkpoints in a run's directory; UserError where there are other files, and for broken links.
 
-    A run that was stopped before its first checkpoint has nothing to keep, and may be replaced by any. Looked up
-    without Orbax, whose manager waits for the other processes. A checkpoint has its name when it is whole; in a bucket
-    it may only be under way: then Orbax will say that there is none.
+    A run that was stopped before its first checkpoint has nothing to keep, and may be replaced by any. Orbax's manager
+    is not asked, because it waits for the other processes. In a bucket, a checkpoint may not be complete yet.
     """
     with bucket_errors(workdir):
         directory = workdir / "checkpoints"
@@ -137,10 +134,10 @@ def checkpointed_steps(workdir: AnyPath) -> list[int]:
 
 @contextlib.contextmanager
 def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Workdir]:
-    """Hold a run's directory for writing, made if it is not there; UserError if another training holds it.
+    """Create a run's directory if need be, and hold it for writing; UserError if another training holds it.
 
-    A new run's config is written last: a directory without it has not begun. All processes of a training enter
-    together, and if one cannot, none does.
+    A new run's config is written last: a directory without it is not a run. All processes of a training enter together,
+    and if one cannot, none does.
     """
     first = jax.process_index() == 0
     bucket, descriptor = in_bucket(workdir), None
@@ -180,7 +177,7 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
 
 
 def _check_kinds(workdir: Path) -> None:
-    """UserError where what training writes into is no file: a pipe, say, that it would wait for."""
+    """UserError where training would write into a pipe or a device instead of a file."""
     for path in workdir.iterdir():
         if path.name in _BEGINNINGS and path.exists() and not path.is_dir():
             check_regular(path, path.stat())

@@ -22,7 +22,7 @@ from voco_jax.io.files import read_bytes
 from voco_jax.progress import duration, short
 from voco_jax.train.goodput import CATEGORIES, LABELS, read_seconds, share
 
-# Key of a line, title; where no run has any number there is no panel
+# Key of a line and title of its panel; a key that no run has gets no panel
 PANELS = {
     "loss": "loss",
     "accuracy": "accuracy of short answers",
@@ -57,7 +57,7 @@ class History(NamedTuple):
 
 
 def read_history(run: Path) -> History:
-    """UserError for a directory that is no run, or a file that is damaged."""
+    """UserError for a directory without metrics, or a damaged file."""
     file = run / "metrics.jsonl"
     if not file.exists():
         raise UserError(f"{file}: not found; a run directory has it once training has begun")

@@ -1,4 +1,4 @@
-"""Steps that must not count: a loss or gradient that is no number, or a loss far above what it has been."""
+"""Steps that must not count: a loss or gradient that is not finite, or a loss far above what it has been."""
 
 from typing import Any, NamedTuple
 

@@ -48,7 +48,7 @@ class TrainableFilter:
         return cls(paths, voco_token_id, base=config.lora is not None, compress_gradients=compress_gradients)
 
     def split(self, params: dict) -> tuple[dict, dict]:
-        """(trained, frozen) of a nested dict of arrays. UserError for a path that is none, or if nothing is left."""
+        """(trained, frozen) of a nested dict of arrays. UserError for an unknown path, or if nothing trains."""
         leaves = flatten_dict(params)
         for path in self.paths:
             if not any(_is_in(path, keys) for keys in leaves):
