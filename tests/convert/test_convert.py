@@ -311,7 +311,7 @@ def shard(x):
     spec = P(*[None] * (len(x.shape) - len(axes)), *axes)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 abstract = jax.tree.map(shard, params)
-_, restored = Checkpointer(run).restore_params(abstract)
+_, restored = Checkpointer(run).restore_params(abstract)[:2]
 stored = of_newest(run, lambda stored: stored)
 for path, x in jax.tree_util.tree_leaves_with_path(restored):
     name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -29,7 +29,7 @@ from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.train.loop import train
 checkpoint._PAUSES = (0.01, 0.05, 0.2)
 def read(run):
-    step, params = Checkpointer(run).restore_params(jax.eval_shape(state))
+    step, params = Checkpointer(run).restore_params(jax.eval_shape(state))[:2]
     jax.tree.map(np.testing.assert_array_equal, params, state(step))
     return step
 def go_on(run):

@@ -117,7 +117,7 @@ def test_told_to_end_before_the_first_step(tmp_path):
         time.sleep(0.005)
     process.terminate()
     assert process.wait(60) == 75
-    assert Checkpointer(run, create=True).latest_step() in (None, 1, 2)
+    assert Checkpointer(run, create=True).steps()[:1] in ([], [1], [2])
 
 
 def test_ctrl_c_says_what_is_saved_and_how_it_goes_on(tmp_path):

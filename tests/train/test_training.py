@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path, cap
     """Killed between two checkpoints; parameters and losses end bit for bit alike."""
     run = tmp_path / "run"
     train_and_kill_when((run / "checkpoints" / "10").exists, tiny.arguments(run))
-    step = Checkpointer(run).latest_step()
+    step = Checkpointer(run).steps()[0]
     assert 10 <= step < 40
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')  # what a machine that loses its power leaves of the last line
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path, cap
 def test_a_run_killed_before_its_first_checkpoint_may_be_replaced(tmp_path):
     run = tmp_path / "run"
     train_and_kill_when((run / "metrics.jsonl").exists, tiny.arguments(run, train__checkpoint_every=10**6))
-    assert Checkpointer(run).latest_step() is None
+    assert Checkpointer(run).steps() == []
     train(tiny.config(run, train__steps=4))
     assert load_run(run).step == 4
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_no_number(tmp_path):
         UserError, match=r"training: loss is nan at step \d+ \(batch \d+: .*\); a lower optim.learning_rate may help"
     ):
         train(tiny.config(tmp_path / "run", optim__learning_rate=1e20, optim__name="adamw"))
-    assert Checkpointer(tmp_path / "run").latest_step() is None
+    assert Checkpointer(tmp_path / "run").steps() == []
 
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
@@ -250,7 +250,7 @@ def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
     changes = dict(optim__learning_rate=1e39, optim__warmup_steps=0, train__checkpoint_every=1)
     with pytest.raises(UserError, match="training: parameters are not finite after step 1; a lower"):
         train(tiny.config(tmp_path / "run", **changes))
-    assert Checkpointer(tmp_path / "run").latest_step() is None
+    assert Checkpointer(tmp_path / "run").steps() == []
 
 
 def test_a_checkpoint_of_another_shape(tiny_run, tmp_path):

@@ -121,9 +121,6 @@ class Checkpointer:
                 whole = [path for path in named if is_directory(path) or is_dangling(path)]
         return sorted((int(path.name) for path in whole), reverse=True)
 
-    def latest_step(self) -> int | None:
-        return next(iter(self.steps()), None)
-
     # ---- Saving ------------------------------------------------------------------------------------------------
 
     def _make_manager(self) -> ocp.CheckpointManager:
@@ -319,11 +316,7 @@ class Checkpointer:
             return str(damage)
         return ""
 
-    def restore_params(self, params, step: int | str | None = None):
-        """(step, parameters) of `restore_params_and_sums`."""
-        return self.restore_params_and_sums(params, step)[:2]
-
-    def restore_params_and_sums(self, params, step: int | str | None = None) -> Restored:
+    def restore_params(self, params, step: int | str | None = None) -> Restored:
         """Parameters of the newest checkpoint that is not damaged, of a given step, or of the 'best'.
 
         Arrays without a sharding go to one device. UserError where there is no such checkpoint, or where it or its

@@ -83,7 +83,7 @@ def load_run(
     if mesh is not None:
         params = with_shardings(params, param_shardings(mesh, params, for_use=True))
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
-        restored = checkpointer.restore_params_and_sums(params, step)
+        restored = checkpointer.restore_params(params, step)
     return Run(
         directory=directory,
         config=config,

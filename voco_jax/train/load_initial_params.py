@@ -30,7 +30,7 @@ def load_initial_params(
     directory = as_path(init_from)
     fresh = model_config.lora is not None and not load_config(directory / "config.json").model.lora.rank
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
-        step, params = checkpointer.restore_params(_part(state.params, lora=False) if fresh else state.params)
+        step, params = checkpointer.restore_params(_part(state.params, lora=False) if fresh else state.params)[:2]
     log(f"parameters: {init_from}, step {step}" + (", and LoRA's" if fresh else ""))
     if not fresh:
         return params, step
