@@ -26,8 +26,7 @@ from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_sheet
 from voco_jax.eval.scoring import LONGEST_LIMIT, Answer, longest_answer
 from voco_jax.infer.engine import Engine
 from voco_jax.parallel.distributed import together
-from voco_jax.parallel.mesh import ROWS as ROW_AXES
-from voco_jax.parallel.mesh import axis_size
+from voco_jax.parallel.mesh import ROWS, axis_size
 from voco_jax.parallel.sharding import put_batch
 from voco_jax.train.losses import Batch, Loss, LossOutput
 
@@ -43,7 +42,7 @@ class Evaluation(NamedTuple):
     sheet: Path | None
 
 
-class TestQuestion(NamedTuple):
+class EvalQuestion(NamedTuple):
     """A question that is asked again and again. pixels: uint8 [images, size, size, 3]."""
 
     prompt: Sample
@@ -88,7 +87,7 @@ class Evaluator:
             return loss(nnx.merge(graphdef, params), batch)
 
         self._loss = jax.jit(loss_of, out_shardings=NamedSharding(mesh, P()))
-        self._questions: list[TestQuestion] = []
+        self._questions: list[EvalQuestion] = []
         if config.num_answers:
             encoder = self._batches.loader.maker.encoder
             model = nnx.merge(graphdef, params)
@@ -161,7 +160,7 @@ class Evaluator:
         """An answer to each question: `eval.batch_size` at once, or as many more as the mesh needs to share them."""
         self._engine.params = params
         limits = self._config
-        rows_together, frames_together = axis_size(*ROW_AXES), axis_size("frame")
+        rows_together, frames_together = axis_size(*ROWS), axis_size("frame")
         most = max(len(question.pixels) for question in self._questions)
         num_images = -(-most // frames_together) * frames_together
         size = min(limits.batch_size, len(self._questions))
@@ -180,7 +179,7 @@ class Evaluator:
             given += self._engine.generate(prompts, visual, pictures, self._max_new_tokens)
         return given
 
-    def _choose_questions(self) -> list[TestQuestion]:
+    def _choose_questions(self) -> list[EvalQuestion]:
         """In the order of the plan one about each item's pictures, drawn once for all; then another of each, until all
         are there."""
         plan, wanted, rng = self._batches.loader.plan, self._config.num_answers, np.random.default_rng(0)
@@ -191,7 +190,7 @@ class Evaluator:
             if len(items) > 2 * wanted:  # some may turn out not to be readable
                 break
         drawn = [[item[i] for i in rng.permutation(len(item))] for item in items.values()]
-        questions: list[TestQuestion] = []
+        questions: list[EvalQuestion] = []
         reason = "there is none"
         for example in itertools.chain.from_iterable(itertools.zip_longest(*drawn)):
             if len(questions) == wanted:
@@ -206,7 +205,7 @@ class Evaluator:
             raise UserError(f"config.eval.num_answers: no question of config.data.test can be asked: {reason}")
         return questions
 
-    def _load_question(self, example: PackedExample) -> TestQuestion:
+    def _load_question(self, example: PackedExample) -> EvalQuestion:
         """BadRecord for one that cannot be asked."""
         loader = self._batches.loader
         record = loader.sources[example.source][example.record]
@@ -229,7 +228,7 @@ class Evaluator:
             picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
         text = text_of(turns[human]["value"])
         judged = len(truth.split()) <= SHORT and len(tokens) <= room
-        return TestQuestion(prompt, pixels, text, truth, judged, picture)
+        return EvalQuestion(prompt, pixels, text, truth, judged, picture)
 
     def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:
         """The first answers, the same questions every time: sheets can be compared."""

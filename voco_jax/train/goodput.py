@@ -98,7 +98,7 @@ class Goodput:
 
     def started(self, result) -> None:
         """A step has been dispatched whose end is when `result` (arrays that nothing takes away) is there."""
-        self._steps.watch(result)
+        self._steps.add(result)
 
     def mark(self, step: int) -> None:
         """Steps up to this one are in a checkpoint. Writes the file."""
@@ -232,7 +232,7 @@ class _StepEnds:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._count, self._ended = 0, (0, float("-inf"))  # steps begun; the last that ended, and when
 
-    def watch(self, result) -> None:
+    def add(self, result) -> None:
         if not self._count:
             threading.Thread(target=self._wait, name="step ends", daemon=True).start()
         self._count += 1

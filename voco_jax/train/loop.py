@@ -41,7 +41,7 @@ from voco_jax.terminal import log as log_to_stderr
 from voco_jax.terminal import printable
 from voco_jax.train.actions import Action, StepDone
 from voco_jax.train.evaluation import Evaluator
-from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of
+from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer
 from voco_jax.train.goodput import Goodput, summary
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.metrics import MetricsLog, Speed
@@ -50,6 +50,7 @@ from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, init_opt_state
+from voco_jax.train.step import make_train_step
 from voco_jax.train.writers import Writer, check_wandb, open_writers
 
 
@@ -121,7 +122,9 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Model and step, as shapes with their places on the mesh
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
-        train_step = train_step_of(config, state, optimizer)
+        train_step = make_train_step(
+            state.graphdef, loss, optimizer, state.trainable, state.shardings, config.train.accumulate
+        )
         _describe_model(config, model_config, state)
         if not resuming:  # before there is a directory
             _try_first_batch(config, batches, train_step, state)
