@@ -118,10 +118,10 @@ class Bench:
         self._cache, caches = (ours.read_picture(self.plain, features, rows, room) for rows in (1, ROWS))
         text = after_picture(self.plain)
         self._add(OURS, NO_CACHE, lambda: ours.ask("none", plain, NEW_TOKENS, pixels=pixels))
-        self._add(OURS, FULL, lambda: ours.ask("none", [text], NEW_TOKENS, begun=self._cache))
+        self._add(OURS, FULL, lambda: ours.ask("none", [text], NEW_TOKENS, past=self._cache))
         self._add(OURS, HIT, lambda: ours.ask("voco", voco, NEW_TOKENS, visual=self._memory))
         self._add(OURS, MISS, lambda: ours.ask("voco", voco, NEW_TOKENS, pixels=pixels))
-        self._add(OURS, FULL_ROWS, lambda: ours.ask("none", [text] * ROWS, NEW_TOKENS, begun=caches))
+        self._add(OURS, FULL_ROWS, lambda: ours.ask("none", [text] * ROWS, NEW_TOKENS, past=caches))
         self._add(OURS, ASK_MEMORY, lambda: ours.ask("voco", voco_many, ANSWER_TOKENS, visual=self._memory))
         if peer is None:
             return

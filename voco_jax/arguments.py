@@ -110,7 +110,7 @@ def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
 
 def frame_sampling(args: argparse.Namespace, model: Model) -> FrameSampling:
     """Of a video, as the arguments say, or the run's config."""
-    return change_sampling(model.frame_sampling(), args.frames, args.fps, args.max_frames)
+    return change_sampling(model.image_encoder.sampling, args.frames, args.fps, args.max_frames)
 
 
 def change_sampling(

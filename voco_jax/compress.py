@@ -42,13 +42,14 @@ def main() -> None:
     if args.tokens is not None and not 1 <= args.tokens <= model.config.num_voco_tokens:
         raise UserError(f"--tokens: expected 1 … {model.config.num_voco_tokens}, found {args.tokens}")
     outcome = compress_to_file(
-        model, entries, args.out, tokens=args.tokens, int8=args.int8, sampling=frame_sampling(args, model),
+        model.image_encoder, entries, args.out, tokens=args.tokens, int8=args.int8,
+        sampling=frame_sampling(args, model),
         batch_size=args.batch_size, threads=args.threads, log=lambda line: tqdm.write(line, file=sys.stderr),
         incomplete=args.incomplete,
     )  # fmt: skip
     file = MemoryFile(args.out)
     counts = [f"{outcome.new} new", f"{outcome.known} known"]
-    counts += [f"{n} {what}" for n, what in ((outcome.bad, "left out"), (outcome.dropped, "replaced")) if n]
+    counts += [f"{n} {what}" for n, what in ((outcome.skipped, "left out"), (outcome.dropped, "replaced")) if n]
     print(
         f"{printable(str(args.out))}: {len(file)} pictures of {file.num_tokens} tokens, {file.dtype.name}, "
         f"{file.size / 2**20:.1f} MiB ({', '.join(counts)})"

@@ -30,6 +30,7 @@ from voco_jax.eval.answering import answer_all, question_of
 from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
 from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
 from voco_jax.eval.conversations import score_conversations
+from voco_jax.eval.options import Options
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.io.atomic import write_text
@@ -58,7 +59,11 @@ def evaluate(run: Run, max_records: int | None = None, name: str | None = None) 
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise UserError(f"{run.directory}: config.data.test: expected one easyvqa source, found {found}")
-    answers = answer_all(run, _load(run, "test", names)[:max_records])
+    options = options_of(run)
+    answers = answer_all(
+        Model(run).image_encoder, _load(run, "test", names)[:max_records], batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )  # fmt: skip
     known = [
         (question_of(turns), turns[1]["value"])
         for record in _load(run, "train", _names(run, "train", "easyvqa"))
@@ -95,7 +100,7 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
         raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
     known = training_answers(_open_clips(run, "train").values()) if baselines else []
     guesser = easyvqa.Guesser(known) if known else None
-    model = Model(run) if any(keys.kind != "easyvqa" for keys in by_name.values()) else None
+    model, options = Model(run), options_of(run)
     for name in sorted(by_name):
         if by_name[name].kind == "easyvqa":
             results = evaluate(run, max_records, name)
@@ -103,13 +108,15 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             yield name, Scored(results, table(results["counts"]), [], {"answers": draw})
             continue
         if name not in clips:
-            results, answers, report = score_conversations(model, opened[name], name=name, max_records=max_records)
+            results, answers, report = score_conversations(
+                model, opened[name], options, name=name, max_records=max_records
+            )
             notes = [line.strip() for line in report.lines("conversations")] if report.skipped else []
             draw = functools.partial(draw_conversations, answers)
             yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
             continue
         results, found, report = score_clips(
-            model, clips[name], name=name, max_clips=max_records, baselines=baselines, guesser=guesser
+            model, clips[name], options, name=name, max_clips=max_records, baselines=baselines, guesser=guesser
         )
         notes = [line.strip() for line in report.lines("questions")] if report.skipped else []
         if baselines and guesser is None:
@@ -121,6 +128,15 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             "strip": functools.partial(draw_strip, found, title=title),
         }
         yield name, Scored(results, table(results["counts"]), notes, pictures)
+
+
+def options_of(run: Run) -> Options:
+    """What the run's config says of evaluation."""
+    limits, data = run.config.eval, run.config.data
+    return Options(
+        limits.batch_size, limits.max_new_tokens, data.max_skipped_fraction, data.video.incomplete,
+        data.video.timestamps,
+    )  # fmt: skip
 
 
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:

@@ -108,7 +108,7 @@ def test_pictures_of_all_kinds_are_compressed_once_for_all_tasks(adapter, model)
     expected = directly(model, ASKED)
     assert len(set(expected)) > 6, "the model does not look at the pictures: the comparison would say nothing"
     assert lm.generate_until(requests(lm, "files", ASKED)) == expected
-    assert lm._seen.compressed == 4
+    assert lm._cache.compressed == 4
     others = [
         lambda file: [Image.open(file)],
         lambda file: [{"bytes": Path(file).read_bytes(), "path": "a.png"}],
@@ -118,7 +118,7 @@ def test_pictures_of_all_kinds_are_compressed_once_for_all_tasks(adapter, model)
     for i, other in enumerate(others):
         task = [(text, other(file)) for text, (file,) in ASKED]
         assert lm.generate_until(requests(lm, f"task{i}", task)) == expected
-    assert lm._seen.compressed == 4
+    assert lm._cache.compressed == 4
 
 
 def test_text_alone_and_several_pictures(adapter, model):
@@ -126,7 +126,7 @@ def test_text_alone_and_several_pictures(adapter, model):
     asked = [("what color is the sky?", None), ("what?", [a]), ("how many?", [a, b]), ("and here?", [c, b, a, a])]
     lm = adapter()
     assert lm.generate_until(requests(lm, "mixed", asked)) == directly(model, asked)
-    assert lm._seen.compressed == 3
+    assert lm._cache.compressed == 3
     assert lm.generate_until(requests(lm, "empty", [("what?", []), ("what?", [None])])) == 2 * directly(
         model, [("what?", None)]
     )
@@ -158,7 +158,7 @@ def test_videos(adapter, model, tmp_path):
     assert lm.generate_until(requests(lm, "clips", asked)) == model.ask(
         [text for text, _ in asked], seen, max_new_tokens=5
     )
-    assert lm._seen.compressed == 3
+    assert lm._cache.compressed == 3
 
 
 def test_fewer_tokens(tiny_run, tmp_path):
@@ -188,7 +188,7 @@ def test_without_compression(tiny_run, tmp_path):
         with pytest.raises(UserError, match=f"{name}: .* has no memories \\(compressor 'none'\\)"):
             adapter_of(model, **{name: value})
     assert lm.generate_until(requests(lm, "none", ASKED)) == directly(model, ASKED)
-    assert lm._seen.compressed == 4
+    assert lm._cache.compressed == 4
     scored = lm.loglikelihood(requests(lm, "none", ASKED, "red", "loglikelihood"))
     for (text, seen), given in zip(ASKED, scored, strict=True):
         (score,) = model.scores([Request(text, model.encode_images(seen))], ["red"])
@@ -204,7 +204,7 @@ def test_memories_on_disk_serve_the_next_process(adapter, model, tmp_path):
     lm.clean()
     again = adapter(cache=tmp_path / "cache")
     assert again.generate_until(requests(again, "second", ASKED)) == expected
-    assert (lm._seen.compressed, again._seen.compressed) == (4, 0)
+    assert (lm._cache.compressed, again._cache.compressed) == (4, 0)
     # A damaged file is no answer: what it held is compressed again
     (file,) = (tmp_path / "cache").glob("*.voco")
     content = bytearray(file.read_bytes())
@@ -213,7 +213,7 @@ def test_memories_on_disk_serve_the_next_process(adapter, model, tmp_path):
     with pytest.warns(UserWarning, match="cache: left out: .* damaged"):
         damaged = adapter(cache=tmp_path / "cache")
         assert damaged.generate_until(requests(damaged, "third", ASKED)) == expected
-    assert damaged._seen.compressed > 0
+    assert damaged._cache.compressed > 0
 
 
 def test_what_is_kept_has_a_limit(adapter, model):
@@ -222,8 +222,8 @@ def test_what_is_kept_has_a_limit(adapter, model):
     expected = directly(model, ASKED)
     for task in ("first", "second"):
         assert lm.generate_until(requests(lm, task, ASKED)) == expected
-    assert lm._seen._kept_bytes == one * 2**30
-    assert lm._seen.compressed > 4
+    assert lm._cache._kept_bytes == one * 2**30
+    assert lm._cache.compressed > 4
 
 
 def test_a_file_that_has_changed_is_another_picture(adapter, model, tmp_path):

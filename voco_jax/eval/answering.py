@@ -1,52 +1,43 @@
-"""Put every question of a test set to a run: each picture is compressed once, then read for all of its questions."""
+"""Every question of an image test set, put to a run."""
 
 from collections.abc import Sequence
+import functools
 
-import numpy as np
 from tqdm import tqdm
 
-from voco_jax.checkpoint.run import Run
-from voco_jax.data.conversations import Encoder
-from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import Record
 from voco_jax.data.turns import text_of
+from voco_jax.eval.runner import Question, Runner
 from voco_jax.eval.scoring import Answer, longest_answer
-from voco_jax.infer.engine import Engine
+from voco_jax.infer.image_cache import ImageCache
+from voco_jax.infer.image_encoder import ImageEncoder
+from voco_jax.infer.prompts import Prompt
 
 
-def answer_all(run: Run, records: Sequence[Record]) -> list[Answer]:
-    """Greedy answers to the first question of every conversation of the records, in their order."""
-    engine = Engine(run.model, run.encoder)
-    batch_size = run.config.eval.batch_size
-    truths = {turns[1]["value"] for record in records for turns in record.conversations}
-    max_new_tokens = longest_answer(run.config.eval.max_new_tokens, truths, run.encoder.tokenizer)
+def answer_all(
+    images: ImageEncoder, records: Sequence[Record], *, batch_size: int, max_new_tokens: int
+) -> list[Answer]:  # fmt: skip
+    """Greedy answers to the first question of every conversation, in the records' order: about `batch_size` records
+    together. `max_new_tokens` 0: room for the longest expected answer. UserError for what cannot be asked."""
+    engine = images.engine
+    asked = [(record, turns) for record in records for turns in record.conversations]
+    truths = {turns[1]["value"] for _, turns in asked}
+    limit = longest_answer(max_new_tokens, truths, engine.encoder.tokenizer)
+
+    def question(record: Record, turns: list[dict]) -> Question[tuple]:
+        sample = engine.encoder.encode(turns[:1], len(record.images))
+        return Question((record, turns), record.images, str(record.images[0]), functools.partial(Prompt, sample))
+
+    size = batch_size * max(1, round(len(asked) / max(1, len(records))))
+    runner = Runner(engine, ImageCache(images, batch_size=batch_size), size, limit, must_ask=True)
     answers = []
-    total = sum(len(record.conversations) for record in records)
-    with tqdm(total=total, unit="question", desc="evaluating", mininterval=0.5) as bar:
-        for start in range(0, len(records), batch_size):
-            batch = records[start : start + batch_size]
-            pixels = [
-                stack_images([run.processor.load(p) for p in r.images], run.config.data.images_per_pack, run.processor)
-                for r in batch
-            ]
-            pixels += [np.zeros_like(pixels[0])] * (batch_size - len(batch))  # one shape, one compilation
-            asked = [(row, turns) for row, record in enumerate(batch) for turns in record.conversations]
-            prompts = [encode_first_question(run.encoder, turns, len(batch[row].images)) for row, turns in asked]
-            visual = engine.encode_images(np.stack(pixels))
-            first = run.config.data.images_per_pack  # of the next record
-            pictures = [range(row * first, row * first + len(batch[row].images)) for row, _ in asked]
-            given = engine.generate(prompts, visual, pictures, max_new_tokens)
-            for (row, turns), text in zip(asked, given, strict=True):
-                answers.append(Answer(str(batch[row].images[0]), question_of(turns), turns[1]["value"], text))
-            bar.update(len(asked))
+    with tqdm(total=len(asked), unit="question", desc="evaluating", mininterval=0.5) as bar:
+        for answered in runner.run((question(*of) for of in asked), bar):
+            record, turns = answered.id
+            answers.append(Answer(str(record.images[0]), question_of(turns), turns[1]["value"], answered.text))
     return answers
 
 
 def question_of(turns: Sequence[dict]) -> str:
     """The text of a conversation's first turn, without image markers."""
     return text_of(turns[0]["value"])
-
-
-def encode_first_question(encoder: Encoder, turns: Sequence[dict], num_images: int):
-    """The prompt of a conversation's first turn."""
-    return encoder.encode(turns[:1], num_images)

@@ -4,23 +4,30 @@ Beside the clip the same model may be shown less of it: its frames in another or
 answers right then needs no more than that.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.api import EncodedImages, Model, Request
-from voco_jax.data.records import NO_ANSWER, TOO_LONG, WRONG_FORM, BadRecord
+from voco_jax.api import Model
+from voco_jax.data.records import NO_ANSWER, WRONG_FORM, BadRecord, Clip
 from voco_jax.data.reports import Report
 from voco_jax.data.sources.easyvqa import Guesser
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.data.turns import VIDEO
 from voco_jax.errors import UserError
+from voco_jax.eval.options import Options
+from voco_jax.eval.runner import Answered, Question, Runner
 from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind, longest_answer
+from voco_jax.infer.image_cache import ImageCache
+from voco_jax.infer.image_encoder import ImageEncoder
+from voco_jax.infer.memory import EncodedImages
+from voco_jax.infer.prompts import Prompt, encode_prompt
 
 NO_KIND = "other"  # of the rows without a kind, where some have one
 
@@ -66,36 +73,35 @@ def shuffled(images: EncodedImages, number: int) -> EncodedImages:
 
 
 THIS_RUN, GUESS = "this run", "guess from the question"
-BASELINES: dict[str, Callable[[EncodedImages, int], EncodedImages | None]] = {
+View = Callable[[EncodedImages, int], EncodedImages | None]
+BASELINES: dict[str, View] = {
     "frames shuffled": shuffled,
     "one frame": lambda images, number: images[len(images) // 2],
     "question only": lambda images, number: None,
 }
+VIEWS: dict[str, View] = {THIS_RUN: lambda images, number: images} | BASELINES
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------
 
 
 def score_clips(
-    model: Model, source: VideoQuestionSource, *, name: str = "", max_clips: int | None = None,
+    model: Model, source: VideoQuestionSource, options: Options, *, name: str = "", max_clips: int | None = None,
     baselines: bool = False, guesser: Guesser | None = None,
 ) -> tuple[dict, ClipAnswers, Report]:  # fmt: skip
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
-    UserError where more than the config's `max_skipped_fraction` of the questions cannot be used, or none can.
+    UserError where more than `max_skipped_fraction` of the questions cannot be used, or none can.
     """
-    run, report = model.run, Report()
+    report = Report()
     key = f"config.data.test.{name}"
 
-    def check(report: Report) -> None:
-        try:
-            report.check(run.config.data.max_skipped_fraction, len(source), len(source))
-        except UserError as error:
-            raise UserError(f"{key}: {str(error).removeprefix('data: ')}") from None
+    def check() -> None:
+        options.check(report, key, len(source), len(source))
 
     clips = read_clips(source, report, max_clips)
-    check(report)
-    found = answer_clips(model, clips, report, check, baselines=BASELINES if baselines else (), name=name)
+    check()
+    found = answer_clips(model.image_encoder, clips, report, check, options, BASELINES if baselines else (), name)
     if not found.kinds:
         reason = report.lines("questions")[-1].strip()
         raise UserError(f"{key}: expected questions, found none that can be asked: {reason}")
@@ -106,13 +112,13 @@ def score_clips(
     right, total = counts[THIS_RUN][OVERALL]
     frames = [len(times) for times in found.times.values()]
     results = {
-        "step": run.step,
-        "compressor": run.config.model.compressor,
+        "step": model.run.step,
+        "compressor": model.config.compressor,
         "accuracy": right / total,
         "counts": counts,
         "clips": len(frames),
         "frames_per_clip": [min(frames), max(frames)],
-        "tokens_per_frame": run.encoder.num_visual_tokens,
+        "tokens_per_frame": model.run.encoder.num_visual_tokens,
         "left_out": dict(report.skipped),
     }
     return results, found, report
@@ -153,52 +159,55 @@ def read_clips(source: VideoQuestionSource, report: Report, max_clips: int | Non
 
 
 def answer_clips(
-    model: Model, clips: Sequence[AskedClip], report: Report, check: Callable[[Report], None], *,
+    images: ImageEncoder, clips: Sequence[AskedClip], report: Report, check: Callable[[], None], options: Options,
     baselines: Iterable[str] = (), name: str = "",
 ) -> ClipAnswers:  # fmt: skip
     """Greedy answers to all questions of the clips, with the run's frames; also with what `baselines` show.
 
-    A clip or a question that cannot be used goes to the report, which is then given to `check`: it may raise.
+    A clip or a question that cannot be used goes to the report, and `check` is called: it may raise.
     """
-    limits = model.run.config.eval
-    truths = {question.truth for clip in clips for question in clip.questions}
-    max_new_tokens = longest_answer(limits.max_new_tokens, truths, model.run.encoder.tokenizer)
-    views = {THIS_RUN: lambda images, number: images} | {baseline: BASELINES[baseline] for baseline in baselines}
-    found = ClipAnswers({column: [] for column in views}, [], {})
-    waiting: list[tuple[AskedClip, ClipQuestion, dict[str, EncodedImages | None]]] = []
-    asked = []
+    engine, found = images.engine, ClipAnswers({}, [], {})
+    asked = [(clip, question) for clip in clips for question in clip.questions]
+    truths = {question.truth for _, question in asked}
+    limit = longest_answer(options.max_new_tokens, truths, engine.encoder.tokenizer)
+    runner = Runner(engine, ImageCache(images), options.batch_size, limit)
 
-    def ask() -> None:
-        nonlocal asked
-        batch = waiting[: limits.batch_size]
-        del waiting[: limits.batch_size]
-        # The last one is filled up from the one before: programs for its size would take longer to compile than to run
-        asked = batch + asked[: limits.batch_size - len(batch)]
-        for column, answers in found.answers.items():
-            requests = [Request(question.text, shown[column]) for _, question, shown in asked]
-            texts = model.answers(requests, max_new_tokens=max_new_tokens, batch_size=limits.batch_size)
-            for (clip, question, _), text in zip(batch, texts[: len(batch)], strict=True):
-                answers.append(Answer(str(clip.file), question.text, question.truth, text))
-        found.kinds.extend(question.kind for _, question, _ in batch)
-        bar.update(len(batch))
+    def ask(column: str, asked: Sequence[tuple[AskedClip, ClipQuestion]]) -> Iterator[Answered]:
+        view = VIEWS[column]
+        shown: tuple = (None, None, None)  # the clip before, its images, and what is shown of them
 
-    total = sum(len(clip.questions) for clip in clips)
-    with tqdm(total=total, unit="question", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
-        for clip in clips:
-            skipped_before = report.num_skipped
-            images = _look(model, clip, report)
-            if images is not None:
-                shown = {column: view(images, clip.number) for column, view in views.items()}
-                usable = [q for q in clip.questions if _can_be_asked(model, q, images, max_new_tokens, report)]
-                waiting += [(clip, question, shown) for question in usable]
-                found.times[str(clip.file)] = [item.time for item in images.items]
-            if report.num_skipped > skipped_before:
-                bar.update(report.num_skipped - skipped_before)
-                check(report)
-            while len(waiting) >= limits.batch_size:
-                ask()
-        if waiting:
-            ask()
+        def prompt(clip: AskedClip, question: ClipQuestion, images: EncodedImages) -> Prompt:
+            nonlocal shown
+            if shown[0] is not clip or shown[1] is not images:
+                shown = clip, images, view(images, clip.number)
+            return encode_prompt(engine, question.text, shown[2])
+
+        questions = (
+            Question((clip, q), [Clip(clip.file, incomplete=options.incomplete)], q.where, partial(prompt, clip, q))
+            for clip, q in asked
+        )
+        with tqdm(total=len(asked), unit="question", desc=f"evaluating {name} ({column})", mininterval=0.5) as bar:
+            yield from runner.run(questions, bar)
+
+    usable = []
+    for column in (THIS_RUN, *baselines):
+        answers = found.answers[column] = []
+        for answered in ask(column, asked):
+            clip, question = answered.id
+            if column == THIS_RUN and isinstance(answered.images, EncodedImages):
+                found.times[str(clip.file)] = [item.time for item in answered.images.items]
+            if answered.error is not None:
+                if column != THIS_RUN or not isinstance(answered.error, BadRecord):
+                    raise answered.error
+                is_clip = answered.images is answered.error  # the message names it
+                report.add_skipped(answered.error, "" if is_clip else question.where)
+                check()
+                continue
+            if column == THIS_RUN:
+                usable.append((clip, question))
+                found.kinds.append(question.kind)
+            answers.append(Answer(str(clip.file), question.text, question.truth, answered.text))
+        asked = usable
     return found
 
 
@@ -213,28 +222,3 @@ def _read(source: VideoQuestionSource, i: int) -> tuple[Path, ClipQuestion]:
     if kind == OVERALL:
         raise BadRecord(WRONG_FORM, f"kind: expected a name other than {OVERALL!r}, which is all kinds together")
     return record.video.file, ClipQuestion(question, answer, kind, source.where(i))
-
-
-def _look(model: Model, clip: AskedClip, report: Report) -> EncodedImages | None:
-    """None for a broken clip, which counts once for each of its questions."""
-    try:
-        return model.encode_video(clip.file, incomplete=model.run.config.data.video.incomplete)
-    except BadRecord as error:
-        for _ in clip.questions:
-            report.add_skipped(error)
-        return None
-
-
-def _can_be_asked(
-    model: Model, question: ClipQuestion, images: EncodedImages, max_new_tokens: int, report: Report
-) -> bool:
-    try:
-        prompt = model.prompt(Request(question.text, images))
-        try:
-            model.engine().check_length(len(prompt), max_new_tokens)
-        except UserError as error:
-            raise BadRecord(TOO_LONG, str(error)) from None
-    except BadRecord as error:
-        report.add_skipped(error, question.where)
-        return False
-    return True

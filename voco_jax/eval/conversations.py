@@ -4,8 +4,9 @@ The first question of each conversation is answered (greedily) and compared with
 the conversation's answers, in nats a token, as training has it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +14,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model
-from voco_jax.data.conversations import Sample
-from voco_jax.data.records import TOO_LONG, BadRecord
+from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
+from voco_jax.eval.options import Options
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS
+from voco_jax.eval.runner import Question, Runner
 from voco_jax.eval.scoring import OVERALL, Answer, longest_answer, token_f1
-from voco_jax.infer.memory import Item
+from voco_jax.infer.image_cache import ImageCache
+from voco_jax.infer.prompts import Prompt
 
 SHORT, LONG = "short answers (up to 5 words)", "longer answers"
 SHORT_WORDS = 5  # nobody says more than that in the same words
@@ -42,12 +45,8 @@ class ScoredAnswer(Answer):
 
 
 class _Asked(NamedTuple):
-    """A conversation that is waiting: what it begins with, all of it, and the squares of its record's pictures."""
+    """A conversation's first question and answer, its record's name, and the picture to show."""
 
-    prompt: Sample
-    whole: Sample
-    record: int
-    squares: list[np.ndarray]
     text: str
     truth: str
     name: str
@@ -55,38 +54,49 @@ class _Asked(NamedTuple):
 
 
 def score_conversations(
-    model: Model, source, *, name: str = "", max_records: int | None = None
+    model: Model, source, options: Options, *, name: str = "", max_records: int | None = None
 ) -> tuple[dict, list[ScoredAnswer], Report]:
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
-    UserError where more than the config's `max_skipped_fraction` of the records cannot be used, or none can.
+    UserError where more than `max_skipped_fraction` of the records cannot be used, or none can.
     """
-    run, report = model.run, Report()
-    config, key = run.config, f"config.data.test.{name}"
+    images, encoder, report = model.image_encoder, model.run.encoder, Report()
+    key = f"config.data.test.{name}"
     count = len(source) if max_records is None else min(max_records, len(source))
-    video = config.data.video
-    maker = SampleMaker(run.encoder, 0, _MOST_IMAGES, model.frame_sampling(), video.timestamps, video.incomplete)
-    limit = longest_answer(config.eval.max_new_tokens, _truths(source, count), run.encoder.tokenizer)
+    maker = SampleMaker(encoder, 0, _MOST_IMAGES, images.sampling, options.timestamps, options.incomplete)
+    limit = longest_answer(options.max_new_tokens, _truths(source, count), encoder.tokenizer)
     answers: list[ScoredAnswer] = []
-    waiting: list[_Asked] = []
-    with tqdm(total=count, unit="record", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
-        for i in range(count):
-            shown = len(answers) + len(waiting) < SHEET_COLUMNS * SHEET_ROWS
-            waiting += _read(model, maker, source, i, limit, report, shown)
-            try:
-                report.check(config.data.max_skipped_fraction, count)
-            except UserError as error:
-                raise UserError(f"{key}: {str(error).removeprefix('data: ')}") from None
-            while len(waiting) >= config.eval.batch_size or (waiting and i == count - 1):
-                answers += _ask(model, waiting[: config.eval.batch_size], limit)
-                del waiting[: config.eval.batch_size]
-            bar.update()
+
+    def questions() -> Iterator[Question[_Asked]]:
+        with tqdm(total=count, unit="record", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
+            number = 0
+            for i in range(count):
+                is_shown = number < 2 * SHEET_COLUMNS * SHEET_ROWS  # some may be too long to be asked
+                of_record = _read(maker, source, i, images.processor.load, report, is_shown)
+                number += len(of_record)
+                options.check(report, key, count)
+                yield from of_record
+                bar.update()
+
+    runner = Runner(model.engine, ImageCache(images), options.batch_size, limit)
+    for answered in runner.run(questions()):
+        asked = answered.id
+        if answered.score is None:
+            if not isinstance(answered.error, BadRecord):
+                raise answered.error or AssertionError(asked)
+            report.add_skipped(answered.error, asked.name)
+            options.check(report, key, count)
+            continue
+        loss, num_tokens = -answered.score.log_probability, answered.score.num_tokens
+        answers.append(
+            ScoredAnswer(asked.name, asked.text, asked.truth, answered.text, loss, num_tokens, asked.picture)
+        )
     if not answers:
         reason = report.lines("conversations")[-1].strip()
         raise UserError(f"{key}: expected conversations, found none that can be asked: {reason}")
     results = {
-        "step": run.step,
-        "compressor": config.model.compressor,
+        "step": model.run.step,
+        "compressor": model.config.compressor,
         **scores(answers)[OVERALL],
         "scores": scores(answers),
         "max_new_tokens": limit,
@@ -139,50 +149,32 @@ def _truths(source, count: int) -> set[str]:
     return found
 
 
-def _read(model: Model, maker: SampleMaker, source, i: int, limit: int, report: Report, shown: bool) -> list[_Asked]:
+def _read(maker: SampleMaker, source, i: int, load, report: Report, shown: bool) -> list[Question[_Asked]]:
     """A record's conversations that can be asked; the report hears of all."""
     if (read := maker.read(source, i, report)) is None:
         return []
     record, times = read
-    usable = []
+    where, usable = source.where(i), []
     for c, turns in enumerate(record.conversations):
         report.seen += 1
         try:
-            (whole, _), prompt = maker.sample(record, c, times), maker.prompt(record, c, times)
-            try:
-                model.engine().check_length(len(prompt), limit)
-                model.engine().check_length(len(whole), 0)
-            except UserError as error:
-                raise BadRecord(TOO_LONG, str(error)) from None
-            usable.append((prompt, whole, *(_first(turns) or ("", ""))))
+            (conversation, _), prompt = maker.sample(record, c, times), maker.prompt(record, c, times)
+            usable.append((prompt, conversation, *(_first(turns) or ("", ""))))
         except BadRecord as error:
-            report.add_skipped(error, source.where(i))
+            report.add_skipped(error, where)
     if not usable:
         return []
     try:
-        images = maker.load_images(record, times, model.run.processor.load)
+        pictures = maker.load_images(record, times, load)
     except BadRecord as error:
         for _ in usable:
-            report.add_skipped(error, source.where(i))
+            report.add_skipped(error, where)
         return []
-    squares, name = [model.square(image) for image in images], source.where(i)
-    picture = images[len(images) // 2] if images and shown else None
-    return [_Asked(prompt, whole, i, squares, *texts, name, picture) for prompt, whole, *texts in usable]
-
-
-def _ask(model: Model, batch: Sequence[_Asked], limit: int) -> list[ScoredAnswer]:
-    squares, places = [], {}
-    for asked in batch:
-        if asked.record not in places:
-            places[asked.record] = range(len(squares), len(squares) + len(asked.squares))
-            squares += asked.squares
-    visual, _ = model.visual([model.encode_pixels(squares, [Item("")] * len(squares)) if squares else None])
-    pictures = [places[asked.record] for asked in batch]
-    engine = model.engine()
-    with model.on_mesh():
-        texts = engine.generate([asked.prompt for asked in batch], visual, pictures, limit)
-        found = engine.score([asked.whole for asked in batch], visual, pictures)
+    picture = pictures[len(pictures) // 2] if pictures and shown else None
     return [
-        ScoredAnswer(a.name, a.text, a.truth, text, -score.log_probability, score.num_tokens, a.picture)
-        for a, text, score in zip(batch, texts, found, strict=True)
-    ]
+        Question(
+            _Asked(text, truth, where, picture), pictures, where, partial(Prompt, prompt),
+            partial(Prompt, conversation),
+        )
+        for prompt, conversation, text, truth in usable
+    ]  # fmt: skip

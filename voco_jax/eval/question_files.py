@@ -1,20 +1,20 @@
-"""LLaVA's question files in, its answer files out: what the official scripts of most benchmarks go on from.
+"""LLaVA's question files in, its answer files out: the official scripts of most benchmarks start from these.
 
     {"question_id": 7, "image": "a.png", "text": "What is this?", "category": "…"}       a line of --questions
     {"question_id": 7, "prompt": "What is this?", "text": "A bus.", "answer_id": "…", "model_id": "…", "metadata": {…}}
 
 A JSON array of such rows, or of ScienceQA's, will do too: `{"id": "7", "conversations": [{"from": "human", "value": …`,
 whose first turn is asked. Answers are in the questions' order, appended batch by batch. The same command goes on where
-it was interrupted, to the very file that it would have made at once: batches are the same ones, and a line that was cut
-off is written anew.
+it was interrupted, and writes the same file as without the interruption: the batches are the same ones, and a line that
+was cut off is written anew.
 """
 
 import argparse
-import codecs
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import fcntl
+from functools import partial
 import json
 import os
 from pathlib import Path
@@ -23,18 +23,19 @@ import uuid
 
 from tqdm import tqdm
 
-from voco_jax.api import Model, Request
+from voco_jax.api import Model
 from voco_jax.arguments import add_answer_arguments, load_model, sampling_of
 from voco_jax.data.records import BadRecord
-from voco_jax.data.sources.json_rows import MOST_ROW, array_spans
+from voco_jax.data.sources.json_rows import JsonRows
 from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
-from voco_jax.eval.image_cache import ImageCache
-from voco_jax.infer.engine import GREEDY
+from voco_jax.eval.runner import Question, Runner
+from voco_jax.infer.engine import GREEDY, Engine
 from voco_jax.infer.generate import Sampling
-from voco_jax.io.files import check_regular, open_regular
-from voco_jax.terminal import shortened
+from voco_jax.infer.image_cache import ImageCache
+from voco_jax.infer.prompts import encode_prompt
+from voco_jax.io.files import check_regular
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
 OPTIONS = (  # that go with --questions alone
@@ -43,55 +44,35 @@ OPTIONS = (  # that go with --questions alone
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class QuestionRow:
     """A row of a question file; `picture` is None where it has no image."""
 
     id: int | str
     text: str
     picture: Path | None
-    where: str  # file and line, for messages
+    where: str  # file and row, for messages
 
     @property
     def asked(self) -> str:
-        """The text without the markers at its ends, which some files have: the picture stands before it. What stands
-        elsewhere is text."""
+        """The text without the image markers at its ends, which some files have. Markers elsewhere are text."""
         return without_markers(self.text)
 
 
-def read_questions(file: Path, images: Path | None) -> list[Question]:
-    """All questions of a file; UserError names the line of one that cannot be asked, or whose picture is not there."""
-    try:
-        with open_regular(file) as stream:
-            questions = [_question(row, where, images) for row, where in _rows(stream, file)]
-    except OSError as error:
-        raise UserError(f"{file}: the questions cannot be read: {error.strerror}") from None
-    if not questions:
-        raise UserError(f"{file}: expected questions, found none")
+def read_questions(file: Path, images: Path | None) -> list[QuestionRow]:
+    """All questions of a file; UserError names the row of one that cannot be asked, or whose picture is not there."""
+    rows, questions = JsonRows(file), []
+    for n in range(len(rows)):
+        where = f"{file}, row {n + 1}"
+        try:
+            row = rows[n]
+        except BadRecord as error:
+            raise UserError(f"{where}: {error.kind}: {error}") from None
+        questions.append(_question(row, where, images))
     return questions
 
 
-def _rows(stream: BinaryIO, file: Path) -> Iterator[tuple[object, str]]:
-    """Each row and where it is; one after the other, so that the first wrong one is told before all are in memory."""
-    head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    stream.seek(0)
-    if head.startswith(b"["):
-        text = stream.read().decode("latin-1")
-        for n, (start, end) in enumerate(array_spans(text, file).tolist(), 1):
-            where = f"{file}, row {n}"
-            yield _parsed(text[start:end].encode("latin-1"), where), where
-        return
-    for n, line in enumerate(iter(lambda: stream.readline(MOST_ROW + 1), b""), 1):
-        where = f"{file}, line {n}"
-        if len(line) > MOST_ROW:
-            raise UserError(f"{where}: expected {MOST_ROW} bytes at most, found more")
-        if n == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            yield _parsed(line, where), where
-
-
 def answer_questions(
-    model: Model, questions: Sequence[Question], file: Path, *, tokens: int | None = None,
+    model: Model, questions: Sequence[QuestionRow], file: Path, *, tokens: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, batch_size: int = 64,
 ) -> int:  # fmt: skip
     """Append what `file` has not yet of the questions' answers; returns how many it had.
@@ -99,8 +80,9 @@ def answer_questions(
     UserError for a file that has other answers than these: to other questions, of another model, or otherwise chosen;
     it is then as it was.
     """
-    cache = ImageCache(model, tokens=tokens)
-    _check_lengths(model, questions, tokens, max_new_tokens)
+    cache = ImageCache(model.image_encoder, tokens=tokens)
+    engine = model.engine if tokens is None else model.engine.for_tokens(tokens)
+    _check_lengths(engine, questions, max_new_tokens)
     settings = {
         "model": model.fingerprint, "step": model.run.step, "tokens": tokens or model.run.encoder.num_visual_tokens,
         "max_new_tokens": max_new_tokens,
@@ -115,21 +97,18 @@ def answer_questions(
 
     with _opened(file) as stream:
         done = _answered(stream, file, questions, alike)
-        with tqdm(total=len(questions), initial=done, unit="question", desc="answering", mininterval=0.5) as bar:
-            # From the beginning of the batch that was interrupted: its rows are computed alike then
-            for start in range(done - done % batch_size, len(questions), batch_size):
-                batch = questions[start : start + batch_size]
-                views = [[] if question.picture is None else [question.picture] for question in batch]
-                images = cache.encode(views, lambda i, batch=batch: batch[i].where)
-                requests = [Request(q.asked, one) for q, one in zip(batch, images, strict=True)]
-                texts = model.answers(
-                    requests, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size,
-                    streams=range(start, start + len(batch)),
-                )  # fmt: skip
-                new = [line(number, text) for number, text in enumerate(texts, start) if number >= done]
-                stream.write(b"".join(new))
-                stream.flush()
-                bar.update(len(new))
+        # From the beginning of the batch that was interrupted: its rows are computed alike then
+        start = done - done % batch_size
+        asked = (
+            Question(i, [q.picture] if q.picture else [], q.where, partial(encode_prompt, engine, q.asked), stream=i)
+            for i, q in enumerate(questions[start:], start)
+        )
+        runner = Runner(engine, cache, batch_size, max_new_tokens, sampling, must_ask=True)
+        with tqdm(total=len(questions), initial=start, unit="question", desc="answering", mininterval=0.5) as bar:
+            for answered in runner.run(asked, bar):
+                if answered.id >= done:
+                    stream.write(line(answered.id, answered.text))
+                    stream.flush()
     return done
 
 
@@ -162,14 +141,7 @@ def run_command(args: argparse.Namespace) -> None:
     print(f"{args.answers}: {len(questions)} answers" + (f", of which {had} were there" if had else ""))
 
 
-def _parsed(content: bytes, where: str):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not readable as JSON ({' '.join(str(error).split())})") from None
-
-
-def _question(row, where: str, images: Path | None) -> Question:
+def _question(row: object, where: str, images: Path | None) -> QuestionRow:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {shortened(row)}")
     key = "id" if "question_id" not in row and "conversations" in row else "question_id"
@@ -180,7 +152,7 @@ def _question(row, where: str, images: Path | None) -> Question:
     if not isinstance(text, str) or not without_markers(text):
         raise UserError(f"{where}: {key}: expected a question, found {shortened(text)}")
     if image is None or image == "":
-        return Question(number, text, None, where)
+        return QuestionRow(number, text, None, where)
     if images is None:
         raise UserError(f"{where}: image: expected --images, the directory that {shortened(image)} is in")
     try:
@@ -188,7 +160,7 @@ def _question(row, where: str, images: Path | None) -> Question:
         check_file(picture)
     except BadRecord as error:
         raise UserError(f"{where}: image: {error}") from None
-    return Question(number, text, picture, where)
+    return QuestionRow(number, text, picture, where)
 
 
 def _first_turn(row: dict) -> tuple[str, object]:
@@ -199,9 +171,8 @@ def _first_turn(row: dict) -> tuple[str, object]:
     return "conversations", turn.get("value") if is_human else turns
 
 
-def _check_lengths(model: Model, questions: Sequence[Question], tokens: int | None, max_new_tokens: int) -> None:
+def _check_lengths(engine: Engine, questions: Sequence[QuestionRow], max_new_tokens: int) -> None:
     """UserError for a question that the model cannot be asked, before any is."""
-    engine = model.engine(tokens)
     for question in questions:
         try:
             prompt = engine.encoder.encode_question(question.asked, 0 if question.picture is None else 1)
@@ -211,7 +182,7 @@ def _check_lengths(model: Model, questions: Sequence[Question], tokens: int | No
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator:
+def _opened(file: Path) -> Iterator[BinaryIO]:
     """The answer file, for this process alone, to be read and appended to."""
     with open(file, "a+b") as stream:
         check_regular(file, os.fstat(stream.fileno()))
@@ -222,7 +193,7 @@ def _opened(file: Path) -> Iterator:
         yield stream
 
 
-def _answered(stream, file: Path, questions: Sequence[Question], alike: dict) -> int:
+def _answered(stream: BinaryIO, file: Path, questions: Sequence[QuestionRow], alike: dict) -> int:
     """How many of the questions have answers in the stream; what was cut off at its end is cut off whole."""
     stream.seek(0)
     *lines, rest = stream.read().split(b"\n")
@@ -256,11 +227,11 @@ def _answered(stream, file: Path, questions: Sequence[Question], alike: dict) ->
     return len(lines)
 
 
-def _answer(question: Question, text: str) -> dict:
+def _answer(question: QuestionRow, text: str) -> dict:
     return {"question_id": question.id, "prompt": question.text, "text": text}
 
 
-def _difference(key: str, expected, found) -> tuple[str, str, str]:
+def _difference(key: str, expected: object, found: object) -> tuple[str, str, str]:
     if isinstance(expected, dict) and isinstance(found, dict):
         name = next((name for name in expected if found.get(name) != expected[name]), None)
         if name is not None:

@@ -7,7 +7,7 @@ command compresses what is missing, and nothing twice.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 import dataclasses
 import errno
@@ -17,6 +17,7 @@ import hashlib
 import os
 from pathlib import Path
 import re
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -28,6 +29,7 @@ from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Pi
 from voco_jax.data.sources.roots import local_path, open_file, state
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import TryAgain, UserError, cannot
+from voco_jax.infer.image_encoder import ImageEncoder
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.io.files import read_text
@@ -48,13 +50,21 @@ class Entry:
         return is_video(self.path)
 
 
+class Job(NamedTuple):
+    """A picture, or some frames of a video. `load()` returns each item with its RGB picture (None: it is known)."""
+
+    entry: Entry
+    count: int
+    load: Callable[[], list[tuple[Item, Image.Image | None]]]
+
+
 @dataclasses.dataclass
 class Outcome:
-    """What became of the entries: counted in pictures and frames; files that could not be read."""
+    """Numbers of pictures and frames: compressed, there already, unreadable, and replaced by newer ones."""
 
     new: int = 0
     known: int = 0
-    bad: int = 0
+    skipped: int = 0
     dropped: int = 0
 
 
@@ -83,7 +93,7 @@ def find_entries(arguments: Sequence[str]) -> list[Entry]:
 
 
 def compress_to_file(
-    model,
+    images: ImageEncoder,
     entries: Sequence[Entry],
     out: Path,
     *,
@@ -95,15 +105,16 @@ def compress_to_file(
     log: Callable[[str], None] = print,
     incomplete: bool = False,
 ) -> Outcome:
-    """Compress what `out` does not hold yet, by an `api.Model`, and write it.
+    """Compress what the file `out` does not hold yet, and add it.
 
-    A file that is there keeps what it has, but for pictures that are others now (by their bytes) and for videos that
-    are looked at in other places. `tokens` a picture and the dtype are those of the file that is there, else as asked
-    for (default: all, and the dtype of the computation). UserError for a file of another model, and for a named
-    picture that cannot be read; what was done until then is kept. TryAgain where another process writes the file.
-    `incomplete`: of a video that is cut off, what is there is taken.
+    An existing file keeps what it has, except pictures whose bytes have changed and videos of which other frames are
+    asked for. It also decides the dtype and the `tokens` a picture; a new file has all tokens, in the dtype of the
+    computation, unless told otherwise. `incomplete`: of a video that is cut off, take the frames that are there.
+
+    UserError for a file of another model, and for a picture that was named and cannot be read; what was done until
+    then is kept. TryAgain where another process writes the file.
     """
-    model.require_voco()
+    images.require_memories()
     try:
         Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: no path at all
@@ -111,22 +122,22 @@ def compress_to_file(
     with writing(out, patience=0) as real, _parts(real) as directory:
         old = MemoryFile(real) if real.exists() else None
         parts = [_part(file) for file in sorted(directory.glob("*.voco"))]
-        tokens, dtype = _form(model, [old, *parts], tokens, int8)
+        tokens, dtype = _form(images.fingerprint, [old, *parts], tokens, int8)
         have = {item.identity for file in [old, *parts] if file is not None for item in file.items}
-        sampling = sampling or model.frame_sampling()
-        wanted = _Wanted(have, model.run.processor.load, sampling, batch_size, incomplete)
+        sampling = sampling or images.sampling
+        wanted = _Wanted(have, images.processor.load, sampling, batch_size, incomplete)
         outcome = Outcome()
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
-            for items, squares in _batches(jobs, model, batch_size, threads, outcome, bar, log):
-                bank = model.encode_pixels(squares, items, batch_size).first_tokens(tokens)
+            for items, squares in _batches(jobs, images.processor.square, batch_size, threads, outcome, bar, log):
+                bank = images.encode_pixels(squares, items, batch_size).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
                 parts.append(_part(file))
                 outcome.new, number = outcome.new + len(items), number + 1
                 bar.update(len(items))
-        if wanted.total and outcome.bad == wanted.total:
+        if wanted.total and outcome.skipped == wanted.total:
             raise UserError(f"{out}: none of {wanted.total} pictures could be read")
         _write(real, old, parts, wanted, outcome)
     return outcome
@@ -175,36 +186,36 @@ class _Wanted:
         self.keys: dict[str, set] = {}
         self.total = 0
 
-    def jobs(self, entries: Sequence[Entry]) -> list:
-        """(entry, count, load) each; `load()` gives (item, RGB picture or None where it is known) pairs."""
-        jobs = []
+    def jobs(self, entries: Sequence[Entry]) -> list[Job]:
+        """Of all entries, in their order."""
+        jobs: list[Job] = []
         for entry in entries:
             if not entry.is_video:
-                jobs.append((entry, 1, lambda entry=entry: [self._picture(entry)]))
+                jobs.append(Job(entry, 1, functools.partial(self._picture, entry)))
                 continue
             try:
                 jobs += self._frames(entry)
             except BadRecord as error:
                 if entry.named:
                     raise
-                jobs.append((entry, 1, lambda error=error: _raise(error)))
-        self.total = sum(count for _, count, _ in jobs)
+                jobs.append(Job(entry, 1, functools.partial(_raise, error)))
+        self.total = sum(job.count for job in jobs)
         return jobs
 
-    def _picture(self, entry: Entry):
+    def _picture(self, entry: Entry) -> list[tuple[Item, Image.Image | None]]:
         with open_file(entry.path, whole=True) as stream:
             data = stream.read()
         item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
         known = item.identity in self._have
         image = None if known else self._load(Picture(data=data, name=str(entry.path)))
         self.keys[item.source] = {item.identity}  # only now: where it cannot be read the old one is not replaced
-        return item, image
+        return [(item, image)]
 
-    def _frames(self, entry: Entry) -> Iterator:
+    def _frames(self, entry: Entry) -> Iterator[Job]:
         clip, source = Clip(file=entry.path, incomplete=self._incomplete), str(entry.path)
         opened = state(entry.path)
 
-        def check():
+        def check() -> None:
             # It is opened several times, hours apart: SHA-256, times and frames have to be of one clip
             if state(entry.path) != opened:
                 message = f"{entry.path}: the clip was replaced or written into while it was read"
@@ -217,7 +228,7 @@ class _Wanted:
         items = [Item(source, sha256, float(time)) for time in times]
         self.keys[source] = {item.identity for item in items}
 
-        def load(some):
+        def load(some: list[Item]) -> list[tuple[Item, Image.Image | None]]:
             new = [item for item in some if item.identity not in self._have]
             frames = dict(zip(new, read_frames(clip, [item.time for item in new]), strict=True)) if new else {}
             check()
@@ -225,44 +236,46 @@ class _Wanted:
 
         for start in range(0, len(items), self._chunk):
             some = items[start : start + self._chunk]
-            yield entry, len(some), lambda some=some: load(some)
+            yield Job(entry, len(some), functools.partial(load, some))
 
 
-def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, log):
+def _batches(
+    jobs: Sequence[Job], square: Callable[[Image.Image], np.ndarray], batch_size: int, threads: int, outcome: Outcome,
+    bar: tqdm, log: Callable[[str], None],
+) -> Iterator[tuple[list[Item], list[np.ndarray]]]:  # fmt: skip
     """(items, squares) of so many new pictures at a time, loaded ahead by threads, in the jobs' order."""
     items, squares = [], []
     with ThreadPoolExecutor(threads) as pool:
-        coming: deque = deque()
+        coming: deque[tuple[Job, Future]] = deque()
 
-        def load(job):
-            entry, count, load = job
-            return [(item, None if p is None else model.run.processor.square(p)) for item, p in load()]
+        def load(job: Job) -> list[tuple[Item, np.ndarray | None]]:
+            return [(item, None if p is None else square(p)) for item, p in job.load()]
 
         waiting = iter(jobs)
         try:
             while True:
                 # As many ahead as fill the next batch while one computes
-                while sum(job[1] for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
+                while sum(job.count for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
                     coming.append((job, pool.submit(load, job)))
                 if not coming:
                     break
-                (entry, count, _), future = coming.popleft()
+                job, future = coming.popleft()
                 try:
                     loaded = future.result()
                 except BadRecord as error:
-                    if entry.named:
+                    if job.entry.named:
                         raise
-                    outcome.bad += count
-                    bar.update(count)
+                    outcome.skipped += job.count
+                    bar.update(job.count)
                     log(f"left out: {error}")
                     continue
-                for item, square in loaded:
-                    if square is None:
+                for item, pixels in loaded:
+                    if pixels is None:
                         outcome.known += 1
                         bar.update(1)
                         continue
                     items.append(item)
-                    squares.append(square)
+                    squares.append(pixels)
                     if len(items) == batch_size:
                         yield items, squares
                         items, squares = [], []
@@ -272,13 +285,15 @@ def _batches(jobs, model, batch_size: int, threads: int, outcome: Outcome, bar, 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _form(model, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool):
+def _form(
+    model: str, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool
+) -> tuple[int | None, np.dtype | None]:  # fmt: skip
     """Tokens a picture and dtype, as the files that are there have them, else as asked for (None: as computed)."""
     dtype = np.dtype(np.int8) if int8 else None
     for file in files:
         if file is None:
             continue
-        file.check_model(model.fingerprint)
+        file.check_model(model)
         if tokens is not None and tokens != file.num_tokens:
             raise UserError(f"{file.file}: holds {file.num_tokens} tokens a picture, expected the {tokens} asked for")
         if int8 and file.dtype != np.int8:
@@ -339,5 +354,5 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _raise(error: Exception):
+def _raise(error: Exception) -> NoReturn:
     raise error

@@ -1,6 +1,9 @@
 """Questions in, answers out: prompts and pictures in arrays of few sizes, and the compiled programs for them."""
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import copy
+import dataclasses
 import functools
 import threading
 from typing import NamedTuple
@@ -15,6 +18,7 @@ import numpy as np
 from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import DecodeState, Sampling, SamplingState, StopIds, decode, prefill, trim
+from voco_jax.infer.memory import EncodedImages, MemoryBank
 from voco_jax.infer.text_stream import Detokenizer
 from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
@@ -48,15 +52,16 @@ class Score(NamedTuple):
 
 
 class Engine:
-    """A model with its tokenizer and prompt rules: pictures in, memories; questions in, answers.
+    """A model with its tokenizer and prompt rules: encodes images, and answers questions about them.
 
-    Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a mesh (which is
-    the ambient one then) all processes ask the same, and all have the answers. `params` are the model's parameters,
-    a nested dict; others of the same shapes may take their place.
+    Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a `mesh` (enter
+    `on_mesh` around each call) all processes ask the same, and all have the answers. `timestamps`: the frames of a
+    video are given with their times. `params` are the model's parameters, a nested dict; others of the same shapes may
+    replace them.
     """
 
-    def __init__(self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None):
-        self.encoder = encoder
+    def __init__(self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None, timestamps: bool = False):
+        self.encoder, self.mesh, self.timestamps = encoder, mesh, timestamps
         self.config = model.config
         graphdef, state = nnx.split(model)
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
@@ -74,10 +79,30 @@ class Engine:
     @params.setter
     def params(self, params: dict) -> None:
         self._params = self._parted = params
+        self._by_tokens: dict[int, Engine] = {}  # copies with these parameters
         # Shapes alone may be given first, as training does
         if self._is_one_cpu and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
             llama = params["llama"]
             self._parted = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Makes the engine's mesh the ambient one."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def for_images(self, *images: EncodedImages | None) -> "Engine":
+        """This engine for memories with fewer tokens each; the number is that of the first memory given. Prompts are
+        others, compiled programs the same."""
+        tokens = next((one.num_tokens for one in images if isinstance(one, MemoryBank)), None)
+        return self if tokens is None else self.for_tokens(tokens)
+
+    def for_tokens(self, tokens: int) -> "Engine":
+        """This engine for memories with so many tokens each."""
+        if tokens == self.encoder.num_visual_tokens:
+            return self
+        if tokens not in self._by_tokens:
+            engine = self._by_tokens[tokens] = copy.copy(self)
+            engine.encoder = dataclasses.replace(self.encoder, num_voco_tokens=tokens, num_visual_tokens=tokens)
+        return self._by_tokens[tokens]
 
     def encode_images(self, pixel_values: np.ndarray | jax.Array) -> Visual:
         """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).

@@ -197,6 +197,9 @@ class Embeddings:
         return Embeddings(self.features[np.asarray(which, np.intp)], tuple(self.items[i] for i in which))
 
 
+EncodedImages = MemoryBank | Embeddings
+
+
 def fingerprint(
     config: VoCoConfig, checksums: dict[str, int], processor: ImageProcessor, vocabulary: str = ""
 ) -> str:  # fmt: skip

@@ -1,4 +1,4 @@
-"""The adapter: lmms-eval's requests to `voco_jax.api`, in windows of a few batches, in the order of the documents.
+"""The adapter: lmms-eval's requests to the `Runner`, in windows of a few batches, in the order of the documents.
 
 Images are cached by their content (`image_cache.py`): each is encoded once, however many questions and tasks ask about
 it. Documents about one image mostly follow each other.
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from voco_jax.api import Model, Request
+from voco_jax.api import Model
 from voco_jax.arguments import change_sampling, mesh_of
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
@@ -26,9 +26,11 @@ from voco_jax.data.media import is_video
 from voco_jax.data.records import Clip, Picture
 from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
-from voco_jax.eval.image_cache import ImageCache, View
 from voco_jax.eval.lmms.generation import Generation, read_generation
-from voco_jax.terminal import shortened
+from voco_jax.eval.runner import Question, Runner
+from voco_jax.infer.image_cache import ImageCache, View
+from voco_jax.infer.memory import EncodedImages
+from voco_jax.infer.prompts import Prompt, encode_prompt
 
 BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
 WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length
@@ -70,11 +72,12 @@ class VoCoJax(lmms):
         self._batch_size = _batch_size(batch_size)
         mesh = mesh_of(None if mesh is None else str(mesh).strip("\"'"))
         self._model = Model(load_run(str(run), step=step, attention=attention, mesh=mesh))
-        sampling = change_sampling(self._model.frame_sampling(), frames, fps, max_frames, prefix="")
+        images = self._model.image_encoder
+        sampling = change_sampling(images.sampling, frames, fps, max_frames, prefix="")
         self._cache = ImageCache(
-            self._model, tokens=tokens, sampling=sampling, host_bytes=int(host_gib * 2**30),
-            directory=cache,
-        )  # fmt: skip
+            images, tokens=tokens, sampling=sampling, host_bytes=int(host_gib * 2**30), directory=cache
+        )
+        self._engine = images.engine if tokens is None else images.engine.for_tokens(tokens)
         self._seed, self._incomplete = int(seed), bool(incomplete)
 
     # ---- What lmms-eval calls ----------------------------------------------------------------------------------
@@ -96,12 +99,10 @@ class VoCoJax(lmms):
             _, answer, _, doc_id, task, split = r.args[:6]
             # The prompt's last token and the answer's first are joined as in training, whatever the delimiter
             answers.append((answer if isinstance(answer, str) else answer(self._doc(doc_id, task, split))).strip())
-        given: list = []
-
-        def score(chosen: Sequence[int], questions: list[Request]) -> None:
-            given.extend(self._model.scores(questions, [answers[i] for i in chosen], batch_size=self._batch_size))
-
-        self._windows(asked, range(len(asked)), score, tqdm(total=len(asked), unit="answer", desc="voco_jax"))
+        questions = (self._question(one, i, answers[i]) for i, one in enumerate(asked))
+        with tqdm(total=len(asked), unit="answer", desc="voco_jax", mininterval=0.5) as bar:
+            runner = Runner(self._engine, self._cache, self._batch_size, window=WINDOW, must_ask=True)
+            given = [answered.score for answered in runner.run(questions, bar) if answered.score is not None]
         # In an envelope: lmms-eval 0.7 would make a text of the bare pair
         return [GenerationResult((-s.log_probability / s.num_tokens, s.is_greedy)) for s in given]
 
@@ -137,63 +138,49 @@ class VoCoJax(lmms):
         self._cache.close()
         super().clean()
 
-    # ---- Windows -----------------------------------------------------------------------------------------------
+    # ---- Asking ------------------------------------------------------------------------------------------------
 
     def _answers(self, asked: Sequence[_Asked], kwargs: Sequence[dict]) -> list[str]:
-        config = self._model.run.config
         default = min(MAX_NEW_TOKENS, self._model.config.llama.max_position_embeddings // 2)
+        aspect_ratio = self._model.run.config.data.aspect_ratio
         groups: dict[Generation, list[int]] = {}
         for i, one in enumerate(asked):
             try:
-                generation = read_generation(kwargs[i], default, self._seed, config.data.aspect_ratio)
+                generation = read_generation(kwargs[i], default, self._seed, aspect_ratio)
             except UserError as error:
                 raise UserError(f"{one.where}: {error}") from None
             groups.setdefault(generation, []).append(i)
         given: dict[int, str] = {}
         with tqdm(total=len(asked), unit="question", desc="voco_jax", mininterval=0.5) as bar:
             for generation, places in groups.items():
-
-                def answer(chosen: Sequence[int], questions: list[Request], generation=generation) -> None:
-                    given.update(zip(chosen, self._generate(questions, generation, chosen), strict=True))
-
-                self._windows(asked, places, answer, bar)
+                runner = Runner(
+                    self._engine, self._cache, self._batch_size, generation.max_new_tokens, generation.sampling,
+                    generation.until, WINDOW, must_ask=True,
+                )  # fmt: skip
+                questions = (self._question(asked[i], i) for i in places)
+                given |= {answered.id: answered.text for answered in runner.run(questions, bar)}
         return [given[i] for i in range(len(asked))]
 
-    def _generate(self, questions: list[Request], generation: Generation, streams: Sequence[int]) -> list[str]:
-        return self._model.answers(
-            questions, max_new_tokens=generation.max_new_tokens, sampling=generation.sampling, until=generation.until,
-            batch_size=self._batch_size, streams=streams,
-        )  # fmt: skip
+    def _question(self, asked: _Asked, number: int, answer: str | None = None) -> Question[int]:
+        """To be answered, or with an `answer` to be scored."""
+        views = _views(asked.visuals(), asked.where, self._incomplete)
+        make = partial(self._prompt, asked, answer)
+        prompt, conversation = (make, None) if answer is None else (None, make)
+        return Question(number, views, asked.where, prompt, conversation, stream=number)
 
-    def _windows(self, asked: Sequence[_Asked], places: Sequence[int], use: Callable, bar: tqdm) -> None:
-        """`use(places, requests)` for some of the places at a time, until all have been."""
-        size = WINDOW * self._batch_size
-        for start in range(0, len(places), size):
-            chosen = places[start : start + size]
-            views = [_views(asked[i].visuals(), asked[i].where, self._incomplete) for i in chosen]
-            images = self._cache.encode(views, lambda k, chosen=chosen: asked[chosen[k]].where)
-            use(chosen, [self._request(asked[i], one) for i, one in zip(chosen, images, strict=True)])
-            bar.update(len(chosen))
-
-    def _request(self, asked: _Asked, images) -> Request:
-        """The question with its pictures at their markers, or before it where the markers are not theirs. Without
-        pictures `<image>` is text."""
+    def _prompt(self, asked: _Asked, answer: str | None, images: EncodedImages | None) -> Prompt:
+        """The question with its images at their markers, or before it where the markers are not theirs. Without images
+        `<image>` is text."""
         context, count = asked.context, 0 if images is None else len(images)
         markers = context.count(IMAGE.value)
         interleaved = 0 < markers == count
         if markers and count and not interleaved:
             warnings.warn(
-                f"{asked.where}: {markers} {IMAGE.value} markers for {count} pictures: "
-                "the pictures stand before the text",
+                f"{asked.where}: {markers} {IMAGE.value} markers for {count} images: the images stand before the text",
                 stacklevel=2,
             )
             context = context.replace(IMAGE.value, "")
-        request = Request(context, images, interleaved)
-        try:
-            self._model.prompt(request)
-        except UserError as error:
-            raise UserError(f"{asked.where}: {error}") from None
-        return request
+        return encode_prompt(self._engine, context, images, interleaved=interleaved, answer=answer)
 
     def _asked(self, context: str, doc_to_visual: Callable | None, doc_id: int, task: str, split: str) -> _Asked:
         def visuals():

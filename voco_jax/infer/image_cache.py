@@ -1,12 +1,12 @@
-"""What a model keeps of pictures, found again by their content: a benchmark asks about the same pictures many times.
+"""What a model keeps of images, cached by their content: a benchmark asks about the same images many times.
 
-Pictures are told apart by what the model is given of them (grey levels of the square), whether they come as files, PIL
+Images are told apart by what the model is given of them (the pixels of the square), whether they come as files, PIL
 images or a video's frames. The newest are kept on the host, up to a limit, and all of them on disk where a directory is
 given: memory files, good for the model that made them alone.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
@@ -17,67 +17,70 @@ import warnings
 
 import numpy as np
 
-from voco_jax.api import EncodedImages, Model, PictureLike
+from voco_jax.data.images import PictureLike
 from voco_jax.data.records import BadRecord, Clip
-from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
+from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
-from voco_jax.infer.memory import Embeddings, Item, MemoryBank, join, of_one_dtype
+from voco_jax.infer.image_encoder import ImageEncoder
+from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, join, of_one_dtype
 from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
 
 HOST_BYTES = 4 << 30
 _VIDEOS_AHEAD = 4  # that are decoded together
 _LEAST_NEW = 32  # memories that are worth a file of their own; fewer wait for others
 
-View = PictureLike | Clip  # a picture, or a video's frames
+View = PictureLike | Clip  # an image, or a video's frames
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A view's pictures: their keys, and what is said of each."""
+    """A view's images: their keys, and what is said of each."""
 
     keys: list[str]
     items: list[Item]
 
 
 class ImageCache:
-    """Memories (or embeddings, without VoCo compression) of pictures by their content; `directory` is for memories.
+    """Encoded images by their content; `directory` is for memories, not embeddings.
 
-    `tokens` of each are read, of the K that are kept. `compressed` counts pictures that the model has been given.
+    `tokens` of each are read, of the K that are kept. `compressed` counts images that the model has been given.
     """
 
     def __init__(
-        self, model: Model, *, tokens: int | None = None, sampling: FrameSampling | None = None,
+        self, images: ImageEncoder, *, tokens: int | None = None, sampling: FrameSampling | None = None,
         host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
     ):  # fmt: skip
-        if not model.config.has_memory:
+        if (compressor := images.engine.config.compressor) != "voco":
             for name, value in (("tokens", tokens), ("cache", directory)):
                 if value is not None:
-                    raise UserError(
-                        f"{name}: {model.run.directory} has no memories (compressor {model.config.compressor!r}): "
-                        f"expected none, found {value}"
-                    )
-        elif tokens is not None and not 1 <= tokens <= model.config.num_voco_tokens:
-            raise UserError(f"tokens: expected 1 … {model.config.num_voco_tokens}, found {tokens}")
-        self.model, self.compressed = model, 0
-        self._tokens, self._sampling = tokens, sampling or model.frame_sampling()
+                    expected = f"has no memories (compressor {compressor!r}): expected none, found {value}"
+                    raise UserError(f"{name}: {images.name} {expected}")
+        elif tokens is not None and not 1 <= tokens <= images.num_voco_tokens:
+            raise UserError(f"tokens: expected 1 … {images.num_voco_tokens}, found {tokens}")
+        self.images, self.compressed = images, 0
+        self._tokens, self._sampling = tokens, sampling or images.sampling
         self._host_bytes, self._batch_size = host_bytes, batch_size
-        self._kept: OrderedDict[str, EncodedImages] = OrderedDict()  # one picture each, the oldest first
+        self._kept: OrderedDict[str, EncodedImages] = OrderedDict()  # one image each, the oldest first
         self._kept_bytes = 0
         self._files: dict[tuple, _Found] = {}  # by path, size and time of change
-        self._directory = None if directory is None else _Directory(Path(directory), model.fingerprint)
+        self._directory = None if directory is None else _Directory(Path(directory), images.fingerprint)
 
-    def encode(self, views: Sequence[Sequence[View]], where: Callable[[int], str]) -> list[EncodedImages | None]:
-        """What is kept of each question's pictures and videos, in their order; None for a question without any.
+    def encode(self, views: Sequence[Sequence[View]]) -> list[EncodedImages | BadRecord | None]:
+        """The encoded images of each question's pictures and videos, in their order; None for a question without any.
 
-        Questions about the same have the same object. BadRecord for what cannot be read begins with `where(i)`.
+        Questions about the same have the same object; BadRecord for those about what cannot be read.
         """
         at_hand: dict[str, EncodedImages] = {}  # of these questions: the limit does not touch them
-        found = self._look(views, where, at_hand)
+        found = self._encode(views, at_hand)
         together: dict[tuple, EncodedImages] = {}
-        given = []
+        given: list[EncodedImages | BadRecord | None] = []
         for of_question in views:
-            keys = [key for view in of_question for key in found[_identity(view)].keys]
-            items = tuple(item for view in of_question for item in found[_identity(view)].items)
+            of_views = [found[_identity(view)] for view in of_question]
+            if error := next((one for one in of_views if isinstance(one, BadRecord)), None):
+                given.append(error)
+                continue
+            keys = [key for one in of_views for key in one.keys]
+            items = tuple(item for one in of_views for item in one.items)
             if keys and (*keys, items) not in together:
                 together[*keys, items] = self._joined([at_hand[key] for key in keys], items)
             given.append(together.get((*keys, items)))
@@ -88,59 +91,54 @@ class ImageCache:
         if self._directory is not None:
             self._directory.flush()
 
-    # ---- Looking -----------------------------------------------------------------------------------------------
+    # ---- Encoding ----------------------------------------------------------------------------------------------
 
-    def _look(self, views, where, at_hand: dict[str, EncodedImages]) -> dict[tuple, _Found]:
-        """What each view is; its pictures are at hand then. Threads decode while nothing computes."""
-        first = {}  # the question that each view comes first with
-        for i, of_question in enumerate(views):
-            for view in of_question:
-                first.setdefault(_identity(view), (i, view))
-
-        def read(place: tuple[int, View]) -> tuple[_Found, dict[str, np.ndarray]]:
-            try:
-                return self._read(place[1])
-            except BadRecord as error:
-                raise BadRecord(error.kind, f"{where(place[0])}: {error}") from None
-
-        found, new = {}, {}
-        waiting = list(first)
+    def _encode(
+        self, views: Sequence[Sequence[View]], at_hand: dict[str, EncodedImages]
+    ) -> dict[tuple, _Found | BadRecord]:  # fmt: skip
+        """What each view is, by its identity; its images are at hand then. Threads decode while nothing computes."""
+        distinct = {_identity(view): view for of_question in views for view in of_question}
+        found: dict[tuple, _Found | BadRecord] = {}
+        new: dict[str, np.ndarray] = {}
+        waiting = list(distinct)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             while waiting:
                 # No more at once than memory has room for: a video may be hundreds of frames
-                kind = isinstance(first[waiting[0]][1], Clip)
-                alike = itertools.takewhile(lambda view, k=kind: isinstance(first[view][1], Clip) == k, waiting)
+                kind = isinstance(distinct[waiting[0]], Clip)
+                alike = itertools.takewhile(lambda view, k=kind: isinstance(distinct[view], Clip) == k, waiting)
                 together = list(itertools.islice(alike, _VIDEOS_AHEAD if kind else 2 * self._batch_size))
                 waiting = waiting[len(together) :]
-                places = [first[identity] for identity in together]
-                for identity, place, (one, squares) in zip(together, places, pool.map(read, places), strict=True):
+                read = pool.map(self._try_to_read, [distinct[identity] for identity in together])
+                for identity, (one, squares) in zip(together, read, strict=True):
                     found[identity] = one
-                    for key in one.keys:
+                    for key in one.keys if isinstance(one, _Found) else ():
                         if key in at_hand or key in new or self._fetch(key, at_hand):
                             continue
                         if key not in squares:  # it was kept when the file was known again, and is no longer
-                            _, squares = self._read(place[1], anew=True)
+                            _, squares = self._read(distinct[identity], anew=True)
                         new[key] = squares[key]
                 self._compress(new, at_hand, len(new) - len(new) % self._batch_size)
         self._compress(new, at_hand, len(new))
         return found
 
+    def _try_to_read(self, view: View) -> tuple[_Found | BadRecord, dict[str, np.ndarray]]:
+        try:
+            return self._read(view)
+        except BadRecord as error:
+            return error, {}
+
     def _read(self, view: View, anew: bool = False) -> tuple[_Found, dict[str, np.ndarray]]:
-        """A view's pictures, and their squares by key; none where a file is known and what is in it kept."""
+        """A view's images, and their squares by key; none where a file is known and what is in it kept."""
         file = view.file if isinstance(view, Clip) else view if isinstance(view, str | os.PathLike) else None
         stamp = None if file is None else _stamp(file)
         if not anew and stamp in self._files and all(map(self._has, self._files[stamp].keys)):
             return self._files[stamp], {}
         if isinstance(view, Clip):
-            times = sample_times(probe(view), self._sampling)
-            squares = [
-                self.model.run.processor.square(frame)
-                for start in range(0, len(times), self._batch_size)
-                for frame in read_frames(view, times[start : start + self._batch_size])
-            ]
+            times, frames = self.images.frames(view, self._sampling, self._batch_size)
+            squares = list(frames)
             items = [Item(str(view), time=float(time)) for time in times]
         else:
-            squares = [self.model.square(view)]
+            squares = [self.images.square(view)]
             items = [Item("" if file is None else str(file))]
         keys = [hashlib.sha256(np.ascontiguousarray(square)).hexdigest() for square in squares]
         found = _Found(keys, items)
@@ -170,12 +168,13 @@ class ImageCache:
         if not count:
             return
         keys = list(new)[:count]
-        images = self.model.encode_pixels([new.pop(key) for key in keys], [Item(key) for key in keys], self._batch_size)
-        if isinstance(images, Embeddings):  # on the devices there is room for those alone that are asked about
-            images = dataclasses.replace(images, features=np.asarray(images.features))
+        squares, items = [new.pop(key) for key in keys], [Item(key) for key in keys]
+        encoded = self.images.encode_pixels(squares, items, self._batch_size)
+        if isinstance(encoded, Embeddings):  # on the devices there is room for those alone that are asked about
+            encoded = dataclasses.replace(encoded, features=np.asarray(encoded.features))
         self.compressed += len(keys)
         for i, key in enumerate(keys):
-            one = _copied(images[i])
+            one = _copied(encoded[i])
             self._keep(key, one, at_hand)
             if self._directory is not None:
                 self._directory.add(key, one)

@@ -1,0 +1,133 @@
+"""Images and videos to what the model keeps of them: memories, or embeddings without VoCo compression."""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from voco_jax.data.images import ImageProcessor, PictureLike, is_picture
+from voco_jax.data.records import Clip, Picture
+from voco_jax.data.sources.roots import local_path
+from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
+from voco_jax.errors import UserError
+from voco_jax.infer.engine import Engine, bucket
+from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, from_memory, join
+from voco_jax.io.paths import as_path
+from voco_jax.models.voco import Memory
+from voco_jax.parallel.mesh import IMAGES, axis_size
+
+
+class ImageEncoder:
+    """An engine with the image processor of its run.
+
+    `sampling` says which frames of a video are taken. `fingerprint` identifies the model: its memories carry it, and
+    those of other models are refused. `name` is for messages.
+    """
+
+    def __init__(
+        self, engine: Engine, processor: ImageProcessor, sampling: FrameSampling, fingerprint: str, name: str
+    ):  # fmt: skip
+        self.engine, self.processor, self.sampling = engine, processor, sampling
+        self.fingerprint, self.name = fingerprint, name
+        self._normalize = jax.jit(processor.normalize)
+
+    @property
+    def num_voco_tokens(self) -> int:
+        """K, the most tokens that a memory can have."""
+        return self.engine.config.num_voco_tokens
+
+    def encode_images(
+        self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32
+    ) -> EncodedImages:  # fmt: skip
+        """Of one image or several: files, bytes, PIL images or arrays (see `data.images.load_image`).
+
+        BadRecord (a UserError) names an image that cannot be read.
+        """
+        pictures = [pictures] if is_picture(pictures) else list(pictures)
+        pictures = [local_path(p) if isinstance(p, str) else p for p in pictures]
+        items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in pictures]
+        return self.encode_pixels((self.square(p) for p in pictures), items, batch_size)
+
+    def encode_video(
+        self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,
+        incomplete: bool = False,
+    ) -> EncodedImages:  # fmt: skip
+        """Of a video's frames, with their times. BadRecord for a file that is cut off, unless `incomplete`: then of the
+        frames that are there."""
+        clip = Clip(file=as_path(local_path(os.fspath(video))), incomplete=incomplete)
+        times, squares = self.frames(clip, sampling, batch_size)
+        return self.encode_pixels(squares, [Item(str(video), time=float(time)) for time in times], batch_size)
+
+    def frames(
+        self, clip: Clip, sampling: FrameSampling | None = None, batch_size: int = 32
+    ) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+        """Seconds at which frames are taken, and the squares of these, decoded `batch_size` at a time."""
+        times = sample_times(probe(clip), sampling or self.sampling)
+        return times, (
+            self.processor.square(frame)
+            for start in range(0, len(times), batch_size)
+            for frame in read_frames(clip, times[start : start + batch_size])
+        )
+
+    def encode_pixels(
+        self, squares: Iterable[np.ndarray], items: Sequence[Item], batch_size: int = 32
+    ) -> EncodedImages:  # fmt: skip
+        """Of images as `square` returns them, uint8 [size, size, 3], one for each item."""
+        encoded, batch = [], []
+        for square in squares:
+            batch.append(square)
+            if len(batch) == batch_size:
+                encoded.append(self._encode_batch(batch, batch_size))
+                batch = []
+        if batch:
+            encoded.append(self._encode_batch(batch, min(batch_size, bucket(len(batch), 1))))
+        if not encoded:
+            raise UserError("images: expected at least one, found none")
+        if self.engine.config.compressor != "voco":
+            return Embeddings(jnp.concatenate(encoded)[: len(items)], tuple(items))
+        return dataclasses.replace(join(encoded), items=tuple(items))
+
+    def square(self, picture: PictureLike) -> np.ndarray:
+        """An image as the model takes it, uint8 [size, size, 3]. BadRecord for one that cannot be read."""
+        return self.processor.square(self.processor.load(picture))
+
+    def _encode_batch(self, squares: list[np.ndarray], size: int) -> MemoryBank | jax.Array:
+        with self.engine.on_mesh():
+            together = axis_size(*IMAGES)
+            size = -(-max(size, len(squares)) // together) * together
+            pixels = np.zeros((size, *squares[0].shape), np.uint8)
+            pixels[: len(squares)] = squares
+            frames = axis_size("frame")  # images of a row are spread over it
+            pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
+            visual = self.engine.encode_images(self._normalize(pixels))
+            if not isinstance(visual, Memory):
+                return visual.reshape(-1, *visual.shape[2:])[: len(squares)]
+            return from_memory(visual, self.num_voco_tokens, [Item("")] * len(squares), self.fingerprint)
+
+    def require_memories(self) -> None:
+        """UserError for a model without VoCo tokens."""
+        if (compressor := self.engine.config.compressor) != "voco":
+            raise UserError(f"{self.name}: a model with compressor {compressor!r} has no memories: expected 'voco'")
+
+    def check(self, images: EncodedImages) -> None:
+        """UserError for encoded images that are not this model's."""
+        c = self.engine.config
+        kind = MemoryBank if c.compressor == "voco" else Embeddings
+        if not isinstance(images, kind):
+            found = f"found {type(images).__name__}"
+            raise UserError(f"images: expected {kind.__name__} (compressor {c.compressor!r}), {found}")
+        if isinstance(images, Embeddings):
+            return
+        name = f"memory of {images.items[0].source}" if len(images) else "memory"
+        if images.model != self.fingerprint:
+            raise UserError(f"{name}: expected one of this model ({self.fingerprint}), found {images.model}")
+        tokens, *shape = images.keys.shape[1:]
+        expected = [c.llama.num_hidden_layers, c.llama.num_key_value_heads, c.llama.head_dim]
+        if shape != expected or not 1 <= tokens <= self.num_voco_tokens:
+            raise UserError(
+                f"{name}: expected 1 to {self.num_voco_tokens} tokens of {expected} (layers, heads, head size), "
+                f"found {tokens} of {shape}"
+            )
