@@ -15,10 +15,10 @@ import time
 import numpy as np
 
 import voco_jax
-from voco_jax.api import Request
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import one_line_errors
 from voco_jax.infer.engine import GREEDY
+from voco_jax.infer.prompts import encode_prompt, gather
 
 QUESTION = "what shape is in the image?"
 
@@ -42,13 +42,13 @@ def measure(run: str, clip: Path, frames: int, rounds: int) -> dict:
     start = time.perf_counter()
     bank = model.compress_video(clip, sampling=sampling)
     compress_s = time.perf_counter() - start
-    engine = model.engine(bank.num_tokens)
+    engine = model.engine.for_images(bank)
 
     def ask():
-        prompt = model.prompt(Request(QUESTION, bank))
-        state = engine.prefill([prompt], *model.visual([bank]), 1, GREEDY, [0])
+        sample = encode_prompt(engine, QUESTION, bank).sample
+        state = engine.prefill([sample], *gather([bank]), 1, GREEDY, [0])
         np.asarray(state.output)
-        return len(prompt), sum(x.nbytes for x in state.cache)
+        return len(sample), sum(x.nbytes for x in state.cache)
 
     tokens, cache_bytes = ask()  # compiles
     seconds = []

@@ -157,8 +157,8 @@ def test_a_question_about_a_memory_file_or_a_video(model, tmp_path):
             "https://a.org/b c.png",
             "https://a.org/b c.png: web addresses are not fetched; .*: curl -LO 'https://a.org/b",
         ),
-        ([], "pictures: expected at least one, found none"),
-        (3, "pictures: expected one or several, found int"),
+        ([], "images: expected at least one, found none"),
+        (3, "images: expected one or several, found int"),
     ],
 )
 def test_what_no_question_can_be_about(model, about, message):
@@ -226,7 +226,7 @@ def test_a_stream_that_is_left_leaves_the_conversation_whole(model):
     said = next(stream)
     stream.close()
     assert [turn["from"] for turn in chat.turns] == ["human", "gpt"] and chat.turns[1]["value"] == said
-    last = model.engine().text(chat._pending)  # of what has not been read into the cache
+    last = model.engine.text(chat._pending)  # of what has not been read into the cache
     assert last and said.endswith(last)
     assert isinstance(chat.ask("what shape?"), str)
 
@@ -237,15 +237,15 @@ def test_an_interruption_leaves_the_conversation_whole(model, monkeypatch, momen
     seen = model.encode_images(PICTURES[:1])
     chat, other = (model.chat(seen, max_new_tokens=9) for _ in range(2))
     assert chat.ask("is it red?") == other.ask("is it red?")
-    advance = Engine.advance
+    decode = Engine.decode
 
     def interrupted(self, *arguments):
         if moment == "after":
-            advance(self, *arguments)
+            decode(self, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Engine, "advance", interrupted)
+        patch.setattr(Engine, "decode", interrupted)
         chat.ask("what shape?")
     assert chat.turns == other.turns
     assert chat.ask("what color?") == other.ask("what color?")
@@ -272,7 +272,7 @@ def test_a_picture_in_any_form_is_one_memory(model):
         bank = model.compress(pictures)
         assert len(bank) == count
         np.testing.assert_allclose(bank.keys, np.repeat(expected.keys, count, axis=0), atol=1e-5)
-    assert all((model.square(one) == model.square(path)).all() for one in several)
+    assert all((model.image_encoder.square(one) == model.image_encoder.square(path)).all() for one in several)
     assert np.abs(model.compress(255 - pixels).keys - expected.keys).max() > 1e-2
 
 
@@ -289,5 +289,5 @@ def test_what_is_no_picture(model, picture, message):
         model.encode_images(picture)
     with pytest.raises(UserError, match="max_new_tokens: expected at least 1, found 0"):
         model.ask("what?", max_new_tokens=0)
-    with pytest.raises(UserError, match="pictures: expected at least one"):
+    with pytest.raises(UserError, match="images: expected at least one"):
         model.encode_images([])

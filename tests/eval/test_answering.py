@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import numpy as np
 
+from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.images import load_image
 from voco_jax.data.pipeline import stack_images
@@ -24,9 +25,8 @@ def with_random_parameters(run):
 
 def test_batches_change_nothing(tiny_run):
     run = with_random_parameters(load_run(tiny_run))
-    run.config.eval.batch_size, run.config.eval.max_new_tokens = 2, 6
     records = easyvqa.load("test")[:3]  # one and a half batches
-    answers = answer_all(run, records)
+    answers = answer_all(Model(run).image_encoder, records, batch_size=2, max_new_tokens=6)
     engine = Engine(run.model, run.encoder)
 
     def ask(picture, record):

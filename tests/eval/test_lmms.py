@@ -143,7 +143,7 @@ def test_pictures_stand_at_their_markers(adapter, model):
     given = lm.generate_until(requests(lm, "interleaved", asked))
     (at_markers,) = model.answers([Request(asked[0][0], model.encode_images(pair), interleaved=True)], max_new_tokens=5)
     assert given == [at_markers, *directly(model, [("what is it?", pair[:1]), asked[2]])]
-    with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 pictures"):
+    with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 images"):
         given = lm.generate_until(requests(lm, "odd", [("what is <image> it?", pair)]))
     assert given == directly(model, [("what is  it?", pair)])
     spelled = [("what is <image> or </s>?", None), ("is <voco> one?", pair[:1])]  # text, without pictures and with them

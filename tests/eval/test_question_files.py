@@ -20,6 +20,7 @@ from voco_jax.data.sources import easyvqa
 from voco_jax.errors import UserError
 from voco_jax.eval.question_files import answer_questions, read_questions
 from voco_jax.infer.generate import Sampling
+from voco_jax.infer.image_encoder import ImageEncoder
 
 TOKENS = ["--max-new-tokens", "6"]
 
@@ -114,13 +115,13 @@ def test_a_json_array(model, album, tmp_path):
 
 
 def test_each_picture_is_compressed_once(model, album, uninterrupted, tmp_path, monkeypatch):
-    counts, see = [], Model.encode_pixels
+    counts, encode_pixels = [], ImageEncoder.encode_pixels
 
     def counted(self, squares, items, batch_size=32):
         counts.append(len(items))
-        return see(self, squares, items, batch_size)
+        return encode_pixels(self, squares, items, batch_size)
 
-    monkeypatch.setattr(Model, "encode_pixels", counted)
+    monkeypatch.setattr(ImageEncoder, "encode_pixels", counted)
     assert append(model, album, tmp_path / "a.jsonl") == 0
     assert sum(counts) == 7
     assert (tmp_path / "a.jsonl").read_bytes() == uninterrupted

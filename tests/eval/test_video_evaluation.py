@@ -1,5 +1,6 @@
 """`voco_jax.evaluate` on questions about videos: what is asked, about which frames, and what is said of the answers."""
 
+import dataclasses
 import json
 from pathlib import Path
 import re
@@ -19,11 +20,14 @@ from voco_jax.data.make_video_questions import make_part
 from voco_jax.data.reports import Report
 from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import VideoQuestionSource
+from voco_jax.eval import clips as asking
+from voco_jax.eval import runner
 from voco_jax.eval.clip_pictures import choose_clips, draw_strip
 from voco_jax.eval.clips import BASELINES, ClipAnswers, read_clips, score_clips, shuffled
 from voco_jax.eval.pictures import RIGHT, WRONG
 from voco_jax.eval.scoring import Answer
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank
+from voco_jax.infer.prompts import encode_prompt
 
 FRAMES = 4
 
@@ -88,7 +92,7 @@ def edited(root: Path, to: Path, edit) -> Path:
 
 
 def fingerprint(question: str, seen) -> str:
-    """An answer that tells all that was asked: the question, the memories in their order, and their times."""
+    """What tells all that is asked: the question, the memories in their order, and their times."""
     if seen is None:
         return question
     return f"{question} {[item.time for item in seen.items]} {hash(seen.keys.tobytes())} {hash(seen.values.tobytes())}"
@@ -96,18 +100,31 @@ def fingerprint(question: str, seen) -> str:
 
 def test_every_question_is_asked_about_its_own_clip(model, shape_clips, monkeypatch):
     """In batches over several clips, of whole clips and of parts of them; whole, and as each baseline has it."""
-    sizes = []
+    sizes, questions = [], {}
 
-    def answers(requests, *, max_new_tokens, batch_size):
+    def encoded(engine, question, images):
+        prompt = encode_prompt(engine, question, images)
+        questions[id(prompt)] = prompt, question
+        return prompt
+
+    def answers(engine, prompts, *, max_new_tokens, batch_size, **_):
         assert max_new_tokens == 4 and batch_size == 10
-        sizes.append(len(requests))
-        return [fingerprint(request.question, request.images) for request in requests]
+        sizes.append(len(prompts))
+        return [fingerprint(questions[id(prompt)][1], prompt.images) for prompt in prompts]
 
-    monkeypatch.setattr(model, "answers", answers)
-    model.run.config.eval.batch_size = 10
-    results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=4, baselines=True)
+    monkeypatch.setattr(runner, "generate", answers)
+    monkeypatch.setattr(asking, "encode_prompt", encoded)
+    options = dataclasses.replace(evaluate.options_of(model.run), batch_size=10)
+    results, found, report = score_clips(
+        model, source_of(shape_clips), options, name="clips", max_clips=4, baselines=True
+    )
     rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00003.mp4"]
-    assert 20 < len(rows) < 30 and sizes == [10] * 12 and report.seen == len(rows) and not report.skipped
+    assert (
+        20 < len(rows) < 30
+        and sizes == [10, 10, len(rows) - 20] * 4
+        and report.seen == len(rows)
+        and not report.skipped
+    )
     said = {column: [answer.given for answer in answers] for column, answers in found.answers.items()}
     expected = {column: [] for column in ("this run", "frames shuffled", "one frame", "question only")}
     for number, name in enumerate(f"test_0000{clip}.mp4" for clip in range(4)):
@@ -165,16 +182,25 @@ def test_counts_by_kind_and_guesses(model, shape_clips, monkeypatch):
 
     whole = {fingerprint("", model.encode_video(file)) for file in (shape_clips / "clips").glob("test_*.mp4")}
 
-    def answers(requests, **_):
-        return [
-            truths[Path(r.images.items[0].source).name, r.question] if fingerprint("", r.images) in whole else "Yes."
-            for r in requests
-        ]
+    questions = {}
 
-    monkeypatch.setattr(model, "answers", answers)
+    def encoded(engine, question, images):
+        prompt = encode_prompt(engine, question, images)
+        questions[id(prompt)] = prompt, question
+        return prompt
+
+    def answer(prompt) -> str:
+        if fingerprint("", prompt.images) not in whole:
+            return "Yes."
+        return truths[Path(prompt.images.items[0].source).name, questions[id(prompt)][1]]
+
+    monkeypatch.setattr(asking, "encode_prompt", encoded)
+    monkeypatch.setattr(runner, "generate", lambda engine, prompts, **_: list(map(answer, prompts)))
     known = next(row for row in rows if row["kind"] == "what changes")
     guesser = easyvqa.Guesser([(known["question"], known["answer"])] + 2 * [("is it late?", "no")])
-    results, _, _ = score_clips(model, source_of(shape_clips), baselines=True, guesser=guesser)
+    results, _, _ = score_clips(
+        model, source_of(shape_clips), evaluate.options_of(model.run), baselines=True, guesser=guesser
+    )
     kinds = {row["kind"] for row in rows}
     assert kinds == {"order", "at second", "count", "direction", "becomes", "ever shown", "what changes"}
     numbers = {kind: sum(row["kind"] == kind for row in rows) for kind in kinds}

@@ -273,9 +273,9 @@ def test_a_conversation_is_the_one_that_is_read_at_once(model):
     assert ["".join(said) for said in pieces] == [turn["value"] for turn in talk.turns[1::2]]
     assert pieces[0] and "".join(pieces[0]) == model.ask("what shape is in the image?", bank, max_new_tokens=6)
     # Read as training would read it, if it is said in the tokens that the answers' texts have
-    encoder = model.engine().encoder
+    encoder = model.engine.encoder
     sample = encoder.encode(talk.turns, 1)
-    pixels = model._normalize(model.square(str(PICTURES[0]))[None, None])
+    pixels = model.image_encoder._normalize(model.image_encoder.square(str(PICTURES[0]))[None, None])
     n = len(sample)
     read = Read(sample.tokens[None], np.arange(n)[None], np.ones((1, n), np.int32), sample.slot_index[None])
     logits = np.asarray(jax.jit(lambda p: model.run.model(read, p))(pixels))[0]
@@ -399,11 +399,11 @@ def test_files_of_others_among_the_parts_stay(run, model, album, tmp_path, monke
         (parts / "notes.txt").write_text("precious")
         return encode_pixels(*arguments)
 
-    encode_pixels = model.encode_pixels
-    monkeypatch.setattr(model, "encode_pixels", meanwhile)
+    encode_pixels = model.image_encoder.encode_pixels
+    monkeypatch.setattr(model.image_encoder, "encode_pixels", meanwhile)
     out = tmp_path / "a" / "b" / "album.voco"  # whose directory is made
     parts = Path(f"{out}.parts")
-    assert compress_to_file(model, find_entries([str(album)]), out).new == 7
+    assert compress_to_file(model.image_encoder, find_entries([str(album)]), out).new == 7
     assert len(model.open(out)) == 7 and [path.name for path in parts.iterdir()] == ["notes.txt"]
 
 
@@ -439,10 +439,10 @@ def test_nobody_writes_what_is_being_compressed(run, model, album, tmp_path, mon
         tried.append(len(items))
         return encode_pixels(pictures, items, batch_size)
 
-    bank, encode_pixels = model.compress(str(PICTURES[0])), model.encode_pixels
+    bank, encode_pixels = model.compress(str(PICTURES[0])), model.image_encoder.encode_pixels
     monkeypatch.setattr("voco_jax.infer.memory_file.PATIENCE", 0.0)
-    monkeypatch.setattr(model, "encode_pixels", meanwhile)
-    compress_to_file(model, find_entries([str(album)]), out)
+    monkeypatch.setattr(model.image_encoder, "encode_pixels", meanwhile)
+    compress_to_file(model.image_encoder, find_entries([str(album)]), out)
     assert tried == [7] and out.is_symlink() and len(model.open(target)) == 7
     assert [path.name for path in target.parent.iterdir()] == ["a.voco"]
 

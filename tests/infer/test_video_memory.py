@@ -17,11 +17,12 @@ from tests.data.test_video_kinds import write_animation
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
 import voco_jax
-from voco_jax import api, ask, compress
+from voco_jax import ask, compress
 from voco_jax.api import Request
 from voco_jax.data.records import Clip
 from voco_jax.data.video import FrameSampling, read_frames
 from voco_jax.infer import compress as compressing
+from voco_jax.infer import image_encoder
 from voco_jax.terminal import printable
 from voco_jax.train.loop import train
 
@@ -165,7 +166,7 @@ def most_alive(monkeypatch) -> Iterator[list[int]]:
         most[0] = max(most[0], len(alive))
         return frames
 
-    monkeypatch.setattr(api, "read_frames", counted)
+    monkeypatch.setattr(image_encoder, "read_frames", counted)
     monkeypatch.setattr(compressing, "read_frames", counted)
     yield most
 

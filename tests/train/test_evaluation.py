@@ -151,7 +151,9 @@ def test_scores_of_own_data(test_set, evaluated, tmp_path):
     config = config_of(tmp_path / "run", test_set, eval__max_new_tokens=0, eval__batch_size=5)
     maker = loader.maker
     run = Run(tmp_path / "run", config, model, maker.encoder, loader.processor, 5, {"all": 1})
-    results, answers, report = score_conversations(Model(run), LlavaSource(**test_set[0]), name="all")
+    results, answers, report = score_conversations(
+        Model(run), LlavaSource(**test_set[0]), evaluate.options_of(run), name="all"
+    )
     length = max(len(maker.encoder.tokenizer(a.truth, add_special_tokens=False).input_ids) for a in answers)
     assert results["max_new_tokens"] == length + 1 > 8 and not report.skipped  # room for the longest, and its end
     engine = Engine(model, maker.encoder)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_command_line
 from voco_jax.config import source, sources
@@ -75,7 +76,9 @@ def config_of(workdir: Path, questions: Path, changes: dict) -> ConfigDict:
 def accuracy(run: Path, questions: Path) -> float:
     """Exact answers to all questions of a file, greedily, as `evaluate` has them."""
     (found,), _ = open_sources(config_of(run, questions, {}), "train")
-    answers = answer_all(load_run(run), [found[i] for i in range(len(found))])
+    answers = answer_all(
+        Model(load_run(run)).image_encoder, [found[i] for i in range(len(found))], batch_size=64, max_new_tokens=0
+    )
     assert len(answers) == 64
     return sum(answer.correct for answer in answers) / len(answers)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 from functools import partial
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,25 +190,26 @@ def answer_clips(
         with tqdm(total=len(asked), unit="question", desc=f"evaluating {name} ({column})", mininterval=0.5) as bar:
             yield from runner.run(questions, bar)
 
-    usable = []
+    usable: list[tuple[AskedClip, ClipQuestion]] = []
     for column in (THIS_RUN, *baselines):
-        answers = found.answers[column] = []
-        for answered in ask(column, asked):
-            clip, question = answered.id
-            if column == THIS_RUN and isinstance(answered.images, EncodedImages):
-                found.times[str(clip.file)] = [item.time for item in answered.images.items]
-            if answered.error is not None:
-                if column != THIS_RUN or not isinstance(answered.error, BadRecord):
+        answers: list[Answer] = []
+        found.answers[column] = answers
+        for _, of_clip in itertools.groupby(ask(column, asked), lambda answered: answered.id[0].number):
+            for answered in of_clip:
+                clip, question = answered.id
+                if isinstance(answered.images, EncodedImages):
+                    found.times[str(clip.file)] = [item.time for item in answered.images.items]
+                if answered.error is None:
+                    usable.append((clip, question))
+                    answers.append(Answer(str(clip.file), question.text, question.truth, answered.text))
+                elif isinstance(answered.error, BadRecord):
+                    is_clip = answered.images is answered.error  # the message names it
+                    report.add_skipped(answered.error, "" if is_clip else question.where)
+                else:
                     raise answered.error
-                is_clip = answered.images is answered.error  # the message names it
-                report.add_skipped(answered.error, "" if is_clip else question.where)
-                check()
-                continue
-            if column == THIS_RUN:
-                usable.append((clip, question))
-                found.kinds.append(question.kind)
-            answers.append(Answer(str(clip.file), question.text, question.truth, answered.text))
-        asked = usable
+            check()
+        asked, usable = usable, []
+    found.kinds.extend(question.kind for _, question in asked)
     return found
 
 

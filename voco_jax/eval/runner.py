@@ -62,11 +62,11 @@ class Runner:
 
     A question cannot be asked where its images cannot be read, or its prompt is wrong or too long: it then has an error
     instead of an answer, or with `must_ask` the error is raised before its window is asked. `gather` turns the encoded
-    images of a batch into what the engine reads.
+    images of a batch into what the engine reads; without `images` it is given the views.
     """
 
     engine: Engine
-    images: Encodes
+    images: Encodes | None
     batch_size: int
     max_new_tokens: int = 0
     sampling: Sampling = GREEDY
@@ -85,7 +85,8 @@ class Runner:
                     bar.update()
 
     def _ask(self, window: Sequence[Question[Id]]) -> Iterator[Answered[Id]]:
-        encoded = self.images.encode([question.views for question in window])
+        views = [question.views for question in window]
+        encoded = views if self.images is None else self.images.encode(views)
         prompts: dict[int, Prompt] = {}
         conversations: dict[int, Prompt] = {}
         errors: dict[int, UserError] = {}

@@ -48,7 +48,7 @@ class LiveVideo:
     def ask(
         self, question: str | Sequence[str], *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
     ) -> str | list[str]:  # fmt: skip
-        """As `Model.ask`, about all frames so far. For the last sixty alone: `model.ask(question, watch.memory[-60:])`."""
+        """As `Model.ask`, about all frames so far. For the last sixty: `model.ask(question, watch.memory[-60:])`."""
         engine, memory = self._images.engine, self.memory
         prompts = [encode_prompt(engine, q, memory) for q in ([question] if isinstance(question, str) else question)]
         answers = generate(engine, prompts, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -1,6 +1,7 @@
 """Looking at the test set while training: the loss, and answers to questions, with a sheet of them for people."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 import hashlib
 import itertools
 import math
@@ -23,8 +24,10 @@ from voco_jax.data.reports import Report
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_sheet
+from voco_jax.eval.runner import Question, Runner
 from voco_jax.eval.scoring import LONGEST_LIMIT, Answer, longest_answer
 from voco_jax.infer.engine import Engine
+from voco_jax.infer.prompts import Gathered, Prompt
 from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS, axis_size
 from voco_jax.parallel.sharding import put_batch
@@ -159,25 +162,25 @@ class Evaluator:
     def _ask(self, params) -> list[str]:
         """An answer to each question: `eval.batch_size` at once, or as many more as the mesh needs to share them."""
         self._engine.params = params
-        limits = self._config
         rows_together, frames_together = axis_size(*ROWS), axis_size("frame")
         most = max(len(question.pixels) for question in self._questions)
         num_images = -(-most // frames_together) * frames_together
-        size = min(limits.batch_size, len(self._questions))
+        size = min(self._config.batch_size, len(self._questions))
         size = -(-size // rows_together) * rows_together
-        given = []
-        for start in range(0, len(self._questions), size):
-            asked = self._questions[start : start + size]
-            visual = None
-            if num_images:
-                pixels = np.zeros((size, num_images, *self._questions[0].pixels.shape[1:]), np.uint8)
-                for row, question in enumerate(asked):
-                    pixels[row, : len(question.pixels)] = question.pixels
-                visual = self._engine.encode_images(self._put({"pixel_values": pixels})["pixel_values"])
-            prompts = [question.prompt for question in asked]
-            pictures = [range(i * num_images, i * num_images + len(q.pixels)) for i, q in enumerate(asked)]
-            given += self._engine.generate(prompts, visual, pictures, self._max_new_tokens)
-        return given
+
+        def encode(pixels: list[np.ndarray]) -> Gathered:
+            """A row for each question: over a mesh its images stay on the devices that answer it."""
+            indices = [range(i * num_images, i * num_images + len(images)) for i, images in enumerate(pixels)]
+            if not num_images:
+                return None, indices
+            rows = np.zeros((size, num_images, *pixels[0].shape[1:]), np.uint8)
+            for row, images in zip(rows, pixels, strict=False):
+                row[: len(images)] = images
+            return self._engine.encode_images(self._put({"pixel_values": rows})["pixel_values"]), indices
+
+        runner = Runner(self._engine, None, size, self._max_new_tokens, must_ask=True, gather=encode)
+        questions = [Question(i, q.pixels, q.text, partial(Prompt, q.prompt)) for i, q in enumerate(self._questions)]
+        return [answered.text for answered in runner.run(questions)]
 
     def _choose_questions(self) -> list[EvalQuestion]:
         """In the order of the plan one about each item's pictures, drawn once for all; then another of each, until all
