@@ -120,8 +120,10 @@ class Ours:
             state = engine.decode(state, new_tokens)
         tokens = np.asarray(state.output)[: len(prompts)]
         last = clock()
-        if int(state.count) != new_tokens:
-            raise SystemExit(f"expected answers of {new_tokens} tokens, found one that ended after {int(state.count)}")
+        if int(state.num_tokens) != new_tokens:
+            raise SystemExit(
+                f"expected answers of {new_tokens} tokens, found one that ended after {int(state.num_tokens)}"
+            )
         return Answers(tokens, first, last)
 
     def read_picture(self, prompt: Sample, visual: jax.Array, rows: int, room: int) -> tuple[Cache, int]:

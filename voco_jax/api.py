@@ -26,9 +26,8 @@ Everything else that a request may ask for (its own sampling, many requests in b
 from collections.abc import Iterable, Sequence
 import dataclasses
 import os
-from typing import overload
+from typing import TypeGuard, cast, overload
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from voco_jax.checkpoint.run import Run, load_run
@@ -42,7 +41,7 @@ from voco_jax.infer.engine import GREEDY, Engine, Score
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_encoder import ImageEncoder
 from voco_jax.infer.live_video import LiveVideo
-from voco_jax.infer.memory import Embeddings, EncodedImages, MemoryBank, fingerprint, join, of_one_dtype
+from voco_jax.infer.memory import EncodedImages, MemoryBank, fingerprint, join_images
 from voco_jax.infer.memory_file import SUFFIX, load_memory, save_memory
 from voco_jax.infer.prompts import Prompt, encode_prompt, generate, score
 from voco_jax.io.paths import as_path
@@ -107,7 +106,8 @@ class Model:
         `tokens` keeps the first so many of the model's K. BadRecord (a UserError) names an image that cannot be read.
         """
         self.image_encoder.require_memories()
-        return self.encode_images(pictures, batch_size=batch_size).first_tokens(tokens)
+        images = self.encode_images(pictures, batch_size=batch_size)
+        return self.image_encoder.memories(images).first_tokens(tokens)
 
     def compress_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, tokens: int | None = None,
@@ -119,7 +119,7 @@ class Model:
         """
         self.image_encoder.require_memories()
         images = self.encode_video(video, sampling=sampling, batch_size=batch_size, incomplete=incomplete)
-        return images.first_tokens(tokens)
+        return self.image_encoder.memories(images).first_tokens(tokens)
 
     def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> LiveVideo:
         """A video whose frames come one by one, to be asked about at any time."""
@@ -158,16 +158,13 @@ class Model:
             path = local_path(os.fspath(about))
             return self.open(path) if path.endswith(SUFFIX) else self.encode_video(path)
         if isinstance(about, list | tuple) and any(isinstance(x, EncodedImages) or _names_several(x) for x in about):
-            parts = [self._encode(one) for one in about]
+            parts = [encoded for one in about if (encoded := self._encode(one)) is not None]
             for part in parts:
                 self.image_encoder.check(part)
-            if isinstance(parts[0], MemoryBank):
-                return join(of_one_dtype(parts))
-            items = tuple(item for part in parts for item in part.items)
-            return Embeddings(jnp.concatenate([part.features for part in parts]), items)
+            return join_images(parts)
         if not is_picture(about) and not isinstance(about, Iterable):
             raise UserError(f"images: expected one or several, found {type(about).__name__}")
-        return self.encode_images(about)
+        return self.encode_images(cast(Sequence[PictureLike], about))
 
     # ---- Memory files ------------------------------------------------------------------------------------------
 
@@ -190,7 +187,7 @@ class Model:
 
     @overload
     def ask(
-        self, question: Sequence[str], images: ImageInput | None = None, *, max_new_tokens: int = 64,
+        self, question: list[str] | tuple[str, ...], images: ImageInput | None = None, *, max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
     ) -> list[str]: ...  # fmt: skip
 
@@ -249,7 +246,7 @@ class Model:
         return Chat(self.engine, self.encode(images), max_new_tokens, sampling)
 
 
-def _names_several(about: object) -> bool:
+def _names_several(about: object) -> TypeGuard[str | os.PathLike[str]]:
     """Whether it is the path of a memory file, or of a video."""
     if not isinstance(about, str | os.PathLike):
         return False

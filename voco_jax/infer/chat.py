@@ -74,7 +74,7 @@ class Chat:
         encoder = self._engine.encoder
         ids = np.asarray(state.output)[0, :count].tolist()
         # Places of tokens that the caller has not read are written anew
-        self._cache, self._filled = state.cache, int(np.asarray(state.positions)[0]) - (int(state.count) - count)
+        self._cache, self._filled = state.cache, int(np.asarray(state.positions)[0]) - (int(state.num_tokens) - count)
         # The last token is not in the cache; before a later question, an answer ends with the stop token
         said = [token for token in ids[-1:] if token not in encoder.stop_ids]
         self._pending = said if encoder.stop_id is None else [*said, encoder.stop_id]
@@ -84,7 +84,7 @@ class Chat:
         # The words of earlier turns do not matter for it
         encoder, count = self._engine.encoder, 0 if self._images is None else len(self._images)
         first = {"from": "human", "value": encoder.question("x", count)}
-        turns = [first, {"from": "gpt", "value": ("x",)}, {"from": "human", "value": (question,)}]
+        turns: list[dict] = [first, {"from": "gpt", "value": ("x",)}, {"from": "human", "value": (question,)}]
         sample = encoder.encode(turns, count)
         end = np.flatnonzero(sample.labels)[-1]
         tokens = np.concatenate([np.array(self._pending, np.int32), sample.tokens[end + 1 :]])

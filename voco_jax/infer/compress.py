@@ -54,7 +54,7 @@ class Job(NamedTuple):
     """A picture, or some frames of a video. `load()` returns each item with its RGB picture (None: it is known)."""
 
     entry: Entry
-    count: int
+    size: int
     load: Callable[[], list[tuple[Item, Image.Image | None]]]
 
 
@@ -131,7 +131,7 @@ def compress_to_file(
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
             for items, squares in _batches(jobs, images.processor.square, batch_size, threads, outcome, bar, log):
-                bank = images.encode_pixels(squares, items, batch_size).first_tokens(tokens)
+                bank = images.memories(images.encode_pixels(squares, items, batch_size)).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
                 parts.append(_part(file))
@@ -199,7 +199,7 @@ class _Wanted:
                 if entry.named:
                     raise
                 jobs.append(Job(entry, 1, functools.partial(_raise, error)))
-        self.total = sum(job.count for job in jobs)
+        self.total = sum(job.size for job in jobs)
         return jobs
 
     def _picture(self, entry: Entry) -> list[tuple[Item, Image.Image | None]]:
@@ -223,14 +223,15 @@ class _Wanted:
 
         times = sample_times(probe(clip), self._sampling)
         with open_file(entry.path) as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # no readinto in BinaryIO
         check()
         items = [Item(source, sha256, float(time)) for time in times]
+        time_of = dict(zip(items, times.tolist(), strict=True))
         self.keys[source] = {item.identity for item in items}
 
         def load(some: list[Item]) -> list[tuple[Item, Image.Image | None]]:
             new = [item for item in some if item.identity not in self._have]
-            frames = dict(zip(new, read_frames(clip, [item.time for item in new]), strict=True)) if new else {}
+            frames = dict(zip(new, read_frames(clip, [time_of[item] for item in new]), strict=True)) if new else {}
             check()
             return [(item, frames.get(item)) for item in some]
 
@@ -255,7 +256,7 @@ def _batches(
         try:
             while True:
                 # As many ahead as fill the next batch while one computes
-                while sum(job.count for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
+                while sum(job.size for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
                     coming.append((job, pool.submit(load, job)))
                 if not coming:
                     break
@@ -265,8 +266,8 @@ def _batches(
                 except BadRecord as error:
                     if job.entry.named:
                         raise
-                    outcome.skipped += job.count
-                    bar.update(job.count)
+                    outcome.skipped += job.size
+                    bar.update(job.size)
                     log(f"left out: {error}")
                     continue
                 for item, pixels in loaded:

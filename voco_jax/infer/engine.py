@@ -1,6 +1,6 @@
 """Questions in, answers out: prompts and pictures in arrays of few sizes, and the compiled programs for them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 import contextlib
 import copy
 import dataclasses
@@ -104,7 +104,7 @@ class Engine:
             engine.encoder = dataclasses.replace(self.encoder, num_voco_tokens=tokens, num_visual_tokens=tokens)
         return self._by_tokens[tokens]
 
-    def encode_images(self, pixel_values: np.ndarray | jax.Array) -> Visual:
+    def encode_images(self, pixel_values: np.ndarray | jax.Array) -> Memory | jax.Array:
         """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
 
         Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
@@ -135,10 +135,10 @@ class Engine:
             answers = np.asarray(self._whole(state.output))[: len(prompts), :limit]
             ended = np.asarray(self._whole(state.ended))[: len(prompts)]
             if limit == max_new_tokens or all(
-                is_whole or any(end in self.sure_text(ids) for end in until)
+                is_whole or any(end in self.sure_text(ids.tolist()) for end in until)
                 for ids, is_whole in zip(answers, ended, strict=True)
             ):
-                return [_cut(self.text(ids), until) for ids in answers]
+                return [_cut(self.text(ids.tolist()), until) for ids in answers]
             limit = min(limit + PIECE, max_new_tokens)
 
     def score(self, samples: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]]) -> list[Score]:
@@ -176,7 +176,7 @@ class Engine:
         cache, filled = past or (None, 0)
         # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
         count = 0 if visual is None else self._images_of_a_row(visual)
-        apart = count > 0 and _rows_of(visual) == len(prompts) and cache is None
+        apart = visual is not None and count > 0 and _rows_of(visual) == len(prompts) and cache is None
         apart = apart and len(prompts) % axis_size(*ROWS) == 0  # else rows are added, as for every later turn
         apart = apart and all(p // count == row for row, of_prompt in enumerate(pictures) for p in of_prompt)
         batch = len(prompts) if apart else self._batch_size(len(prompts))
@@ -186,11 +186,14 @@ class Engine:
             [np.asarray(pictures[i], np.int32) % count if apart else np.asarray(pictures[i], np.int32) for i in order],
             max_new_tokens, filled, isinstance(visual, Memory), None if cache is None else cache.keys.shape[2],
         )  # fmt: skip
-        stop = StopIds(np.array(self.encoder.stop_ids, np.int32), np.int32(self.encoder.ids.eos_token_id))
+        stop = StopIds(np.array(self.encoder.stop_ids, np.int32), np.array(self.encoder.ids.eos_token_id, np.int32))
         drawn = None
         if sampling.temperature:
-            numbers = (np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
-            drawn = SamplingState(*numbers, np.uint32(sampling.seed), np.array([streams[i] for i in order], np.uint32))
+            drawn = SamplingState(
+                np.array(sampling.temperature, np.float32), np.array(sampling.top_k, np.int32),
+                np.array(sampling.top_p, np.float32), np.array(sampling.seed, np.uint32),
+                np.array([streams[i] for i in order], np.uint32),
+            )  # fmt: skip
         if not apart:
             visual = _in_one_row(visual)
         return self._prefill(max_new_tokens, visual is None, self._parted, visual, laid_out, stop, drawn, cache)
@@ -199,7 +202,7 @@ class Engine:
         """Append tokens until the answers have `limit` tokens each, or all have ended. The state given is used up."""
         return self._decode(self._parted, state, np.int32(limit))
 
-    def stream(self, state: DecodeState, keep: Callable[[DecodeState, int], None]) -> Iterator[str]:
+    def stream(self, state: DecodeState, keep: Callable[[DecodeState, int], None]) -> Generator[str, None, None]:
         """The text of one answer, as it comes: each piece as soon as no later token can change it. Together they are
         the text of the whole answer.
 
@@ -214,7 +217,7 @@ class Engine:
                     state = self.decode(state, count + 1)
                 ids = np.asarray(state.output)[0, :count]
                 ended, read = bool(np.isin(ids, stop_ids).any()), count
-                text = self.text(ids) if ended or count == length else self.sure_text(ids)
+                text = self.text(ids.tolist()) if ended or count == length else self.sure_text(ids.tolist())
                 if len(text) > len(said):
                     yield text[len(said) :]
                     said = text

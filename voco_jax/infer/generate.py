@@ -11,9 +11,12 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Cache, Memory, Read, VoCoLlama
+
+Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,30 +46,31 @@ class Sampling:
 class SamplingState(NamedTuple):
     """A `Sampling` as arrays. `streams` [R]: each row draws from the random stream of this number."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
-    streams: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    seed: Array
+    streams: Array
 
 
 class StopIds(NamedTuple):
     """Token `ids` [S], each of which ends an answer. `padding` replaces it and fills the rest of the row."""
 
-    ids: jax.Array
-    padding: jax.Array
+    ids: Array
+    padding: Array
 
 
 class DecodeState(NamedTuple):
     """R answers that are being decoded: all that `decode` needs.
 
-    `output` [R, N] holds `count` tokens a row. The last of them is not in the cache yet; its position is `positions`
-    [R]. A row that has `ended` is filled with `stop.padding` from its stop token on. `sampling` None: greedy.
+    `output` [R, N] holds `num_tokens` tokens a row. The last of them is not in the cache yet: its position is
+    `positions` [R]. A row that has `ended` is filled with `stop.padding` from its stop token on. `sampling` is None for
+    greedy decoding.
     """
 
     cache: Cache
     output: jax.Array
-    count: jax.Array
+    num_tokens: jax.Array
     positions: jax.Array
     ended: jax.Array
     stop: StopIds
@@ -96,13 +100,13 @@ def choose(logits: jax.Array, sampling: SamplingState | None, count: jax.Array) 
 
 def prefill(
     model: VoCoLlama,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: Array,
+    positions: Array,
     cache: Cache,
     max_new_tokens: int,
     stop: StopIds,
     sampling: SamplingState | None = None,
-    slot_index: jax.Array | None = None,
+    slot_index: Array | None = None,
     features: jax.Array | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Write the prompts into the cache and choose the first token of each answer; arguments as `VoCoLlama.extend`'s.
@@ -125,16 +129,16 @@ def decode(model: VoCoLlama, state: DecodeState, limit: jax.Array) -> DecodeStat
     graphdef, params = nnx.split(model)
 
     def unfinished(state):
-        return (state.count < limit) & ~state.ended.all()
+        return (state.num_tokens < limit) & ~state.ended.all()
 
     def step(state):
         model = nnx.merge(graphdef, params)
-        token = jnp.take(state.output, state.count - 1, axis=1)
+        token = jnp.take(state.output, state.num_tokens - 1, axis=1)
         hidden, cache = model.extend(token[:, None], state.positions[:, None], state.cache)
-        chosen = choose(model.llama.logits(hidden)[:, 0], state.sampling, state.count)
+        chosen = choose(model.llama.logits(hidden)[:, 0], state.sampling, state.num_tokens)
         ended = state.ended | (chosen[:, None] == state.stop.ids).any(axis=1)
-        output = state.output.at[:, state.count].set(jnp.where(ended, state.stop.padding, chosen))
-        return DecodeState(cache, output, state.count + 1, state.positions + 1, ended, state.stop, state.sampling)
+        output = state.output.at[:, state.num_tokens].set(jnp.where(ended, state.stop.padding, chosen))
+        return DecodeState(cache, output, state.num_tokens + 1, state.positions + 1, ended, state.stop, state.sampling)
 
     return jax.lax.while_loop(unfinished, step, state)
 

@@ -22,7 +22,7 @@ from voco_jax.data.records import BadRecord, Clip
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.image_encoder import ImageEncoder
-from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, join, of_one_dtype
+from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, join, join_images
 from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
 
 HOST_BYTES = 4 << 30
@@ -187,9 +187,8 @@ class ImageCache:
             self._kept_bytes -= _nbytes(oldest)
 
     def _joined(self, parts: list[EncodedImages], items: tuple[Item, ...]) -> EncodedImages:
-        if isinstance(parts[0], Embeddings):
-            return Embeddings(np.concatenate([part.features for part in parts]), items)
-        return dataclasses.replace(join(of_one_dtype(parts)), items=items).first_tokens(self._tokens)
+        joined = dataclasses.replace(join_images(parts), items=items)
+        return joined if isinstance(joined, Embeddings) else joined.first_tokens(self._tokens)
 
 
 class _Directory:

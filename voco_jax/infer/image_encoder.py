@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import os
+from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.data.images import ImageProcessor, PictureLike, is_picture
@@ -14,7 +14,7 @@ from voco_jax.data.sources.roots import local_path
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.engine import Engine, bucket
-from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, from_memory, join
+from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, from_memory, join_images
 from voco_jax.io.paths import as_path
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
@@ -46,10 +46,10 @@ class ImageEncoder:
 
         BadRecord (a UserError) names an image that cannot be read.
         """
-        pictures = [pictures] if is_picture(pictures) else list(pictures)
-        pictures = [local_path(p) if isinstance(p, str) else p for p in pictures]
-        items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in pictures]
-        return self.encode_pixels((self.square(p) for p in pictures), items, batch_size)
+        several = [cast(PictureLike, pictures)] if is_picture(pictures) else cast(Iterable[PictureLike], pictures)
+        local = [local_path(p) if isinstance(p, str) else p for p in several]
+        items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in local]
+        return self.encode_pixels((self.square(p) for p in local), items, batch_size)
 
     def encode_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,
@@ -76,7 +76,8 @@ class ImageEncoder:
         self, squares: Iterable[np.ndarray], items: Sequence[Item], batch_size: int = 32
     ) -> EncodedImages:  # fmt: skip
         """Of images as `square` returns them, uint8 [size, size, 3], one for each item."""
-        encoded, batch = [], []
+        encoded: list[EncodedImages] = []
+        batch: list[np.ndarray] = []
         for square in squares:
             batch.append(square)
             if len(batch) == batch_size:
@@ -86,15 +87,13 @@ class ImageEncoder:
             encoded.append(self._encode_batch(batch, min(batch_size, bucket(len(batch), 1))))
         if not encoded:
             raise UserError("images: expected at least one, found none")
-        if self.engine.config.compressor != "voco":
-            return Embeddings(jnp.concatenate(encoded)[: len(items)], tuple(items))
-        return dataclasses.replace(join(encoded), items=tuple(items))
+        return dataclasses.replace(join_images(encoded), items=tuple(items))
 
     def square(self, picture: PictureLike) -> np.ndarray:
         """An image as the model takes it, uint8 [size, size, 3]. BadRecord for one that cannot be read."""
         return self.processor.square(self.processor.load(picture))
 
-    def _encode_batch(self, squares: list[np.ndarray], size: int) -> MemoryBank | jax.Array:
+    def _encode_batch(self, squares: list[np.ndarray], size: int) -> EncodedImages:
         with self.engine.on_mesh():
             together = axis_size(*IMAGES)
             size = -(-max(size, len(squares)) // together) * together
@@ -102,15 +101,22 @@ class ImageEncoder:
             pixels[: len(squares)] = squares
             frames = axis_size("frame")  # images of a row are spread over it
             pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
-            visual = self.engine.encode_images(self._normalize(pixels))
+            visual, items = self.engine.encode_images(self._normalize(pixels)), (Item(""),) * len(squares)
             if not isinstance(visual, Memory):
-                return visual.reshape(-1, *visual.shape[2:])[: len(squares)]
-            return from_memory(visual, self.num_voco_tokens, [Item("")] * len(squares), self.fingerprint)
+                return Embeddings(visual.reshape(-1, *visual.shape[2:])[: len(squares)], items)
+            return from_memory(visual, self.num_voco_tokens, items, self.fingerprint)
 
     def require_memories(self) -> None:
         """UserError for a model without VoCo tokens."""
         if (compressor := self.engine.config.compressor) != "voco":
             raise UserError(f"{self.name}: a model with compressor {compressor!r} has no memories: expected 'voco'")
+
+    def memories(self, images: EncodedImages) -> MemoryBank:
+        """The images as memories; UserError for a model without VoCo tokens."""
+        if not isinstance(images, MemoryBank):
+            self.require_memories()
+            raise UserError(f"images: expected memories, found {type(images).__name__}")
+        return images
 
     def check(self, images: EncodedImages) -> None:
         """UserError for encoded images that are not this model's."""

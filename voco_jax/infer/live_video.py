@@ -59,5 +59,6 @@ class LiveVideo:
             return
         squares, times = zip(*self._waiting, strict=True)
         items = [Item(self._source, time=time) for time in times]
-        self._banks.append(self._images.encode_pixels(squares, items, self._batch_size).first_tokens(self._tokens))
+        images = self._images.encode_pixels(squares, items, self._batch_size)
+        self._banks.append(self._images.memories(images).first_tokens(self._tokens))
         self._waiting = []

@@ -11,6 +11,7 @@ import hashlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.data.images import MAX_PIXELS, MAX_SIDE, ImageProcessor
@@ -179,7 +180,7 @@ def of_one_dtype(banks: Sequence[MemoryBank]) -> Sequence[MemoryBank]:
 class Embeddings:
     """What a model without VoCo compression keeps of N pictures: their embeddings [N, P, D], on the devices."""
 
-    features: jax.Array
+    features: jax.Array | np.ndarray
     items: tuple[Item, ...]
 
     def __repr__(self) -> str:
@@ -198,6 +199,16 @@ class Embeddings:
 
 
 EncodedImages = MemoryBank | Embeddings
+
+
+def join_images(images: Sequence[EncodedImages]) -> EncodedImages:
+    """One of several of the same kind, in their order; memories of different dtypes in float32."""
+    embeddings = [one for one in images if isinstance(one, Embeddings)]
+    if not embeddings:
+        return join(of_one_dtype([one for one in images if isinstance(one, MemoryBank)]))
+    arrays = [one.features for one in embeddings]
+    concatenate = np.concatenate if all(isinstance(array, np.ndarray) for array in arrays) else jnp.concatenate
+    return Embeddings(concatenate(arrays), tuple(item for one in embeddings for item in one.items))
 
 
 def fingerprint(
@@ -262,7 +273,8 @@ def _as_slots(keys, values) -> Memory:
 def _as_pictures(memory: Memory, num_tokens: int) -> tuple[jax.Array, jax.Array]:
     """[L, B, I·K, G, H] to [B·I, K, L, G, H]."""
     layers, _, _, *head = memory.keys.shape
-    return tuple(x.reshape(layers, -1, num_tokens, *head).transpose(1, 2, 0, 3, 4) for x in memory)
+    keys, values = (x.reshape(layers, -1, num_tokens, *head).transpose(1, 2, 0, 3, 4) for x in memory)
+    return keys, values
 
 
 def _quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -238,7 +238,7 @@ class _Opened:
     def read_into(self, buffer: bytearray | memoryview, begin: int) -> None:
         """Fill a buffer of bytes; Damaged where the file has not so many."""
         # Read, not mapped: where a mapped file is cut off by another program, the process is killed
-        rest = memoryview(buffer)
+        rest = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         while rest:
             count = os.preadv(self._stream.fileno(), [rest], begin)
             if not count:

@@ -95,7 +95,7 @@ def is_shape(shape: Sequence) -> bool:
 # ---- Items ---------------------------------------------------------------------------------------------------------
 
 
-class Items(Sequence[Item]):
+class Items:
     """What each picture of a file is, decoded when it is asked for; UserError then for what is no item."""
 
     def __init__(self, file, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool):
@@ -168,7 +168,7 @@ def checksums(tensors: dict[str, np.ndarray], begun: Sequence[int] | None, first
         sums = [zlib.crc32(place, one) for one in begun for place in places]
     for array in tensors.values():
         tokens = np.ascontiguousarray(array).reshape(n * k, math.prod(array.shape[2:])).view(np.uint8)
-        sums = [zlib.crc32(token.data, one) for token, one in zip(tokens, sums, strict=True)]
+        sums = [zlib.crc32(token.data, sum_) for token, sum_ in zip(tokens, sums, strict=True)]
     return np.array(sums, np.uint32).reshape(n, k)
 
 

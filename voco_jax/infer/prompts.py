@@ -12,7 +12,7 @@ from voco_jax.data.video import format_time
 from voco_jax.errors import UserError
 from voco_jax.infer.engine import GREEDY, Engine, Score, Visual, bucket
 from voco_jax.infer.generate import Sampling
-from voco_jax.infer.memory import Embeddings, EncodedImages, join, of_one_dtype
+from voco_jax.infer.memory import Embeddings, EncodedImages, join_images
 
 # What several prompts speak of, as the engine reads it, and for each prompt the indices of its images in it
 Gathered = tuple[Visual, list[range]]
@@ -42,10 +42,11 @@ def encode_prompt(
     if not question.strip():
         raise UserError("question: expected text, found none")
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
+    turns: list[dict]
     if interleaved:
         turns = [{"from": "human", "value": question}]
     elif images is not None and images.is_video:
-        times = [f"{format_time(item.time)} " if engine.timestamps else "" for item in images.items]
+        times = [f"{format_time(item.time or 0)} " if engine.timestamps else "" for item in images.items]
         turns = spread_video([{"from": "human", "value": (VIDEO, f"\n{question}")}], times)
     else:
         turns = [{"from": "human", "value": encoder.question(question, count)}]
@@ -66,11 +67,10 @@ def gather(images: Sequence[EncodedImages | None]) -> Gathered:
     indices = [range(start, start + length) for start, length in first]
     if not count:
         return None, indices
-    banks, places = [one for _, one in held.values()], bucket(count, 1)
-    if isinstance(banks[0], Embeddings):
-        features = jnp.concatenate([bank.features for bank in banks])
-        return jnp.pad(features, [(0, places - count), (0, 0), (0, 0)])[None], indices
-    return join(of_one_dtype(banks)).memory(places), indices
+    joined, places = join_images([one for _, one in held.values()]), bucket(count, 1)
+    if isinstance(joined, Embeddings):
+        return jnp.pad(joined.features, [(0, places - count), (0, 0), (0, 0)])[None], indices
+    return joined.memory(places), indices
 
 
 def generate(
