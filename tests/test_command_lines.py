@@ -85,7 +85,7 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
             ["--image", "{picture}", "--memory", "a.voco", "what?"],
             "--image, --memory: expected one of them, found both",
         ),
-        (["--image", "{picture}", "--tokens", "2", "what?"], "tokens: expected 1, the tokens that each image has"),
+        (["--image", "{picture}", "--tokens", "2", "what?"], "tokens 2: there is only 1 token per image"),
         (["--image", "{picture}", "--temperature", "-1", "what?"], "--temperature: expected 0 or more, found -1"),
         (["--image", "{picture}", "--mesh", "tensor=x", "what?"], "--mesh: expected data=N, fsdp=N, frame=N, tensor=N"),
         (["--memory", __file__, "what?"], "test_command_lines.py: not a memory file"),
@@ -162,7 +162,7 @@ def test_asked_about_no_picture(tiny_run, monkeypatch, capsys):
     """A model that has never seen a text alone answers, and it is said."""
     status, out, err = run_main(ask, monkeypatch, capsys, "--run", tiny_run, "--max-new-tokens", 2, "is it red?")
     assert status == 0 and out.startswith("is it red?\n  ")
-    assert err == f"note: no picture is given, and {tiny_run} was trained on pictures only\n"
+    assert err == f"note: no image is given, and {tiny_run} was trained with an image in every conversation\n"
 
 
 def test_lines_of_a_chat_that_are_no_questions(tiny_run, picture, monkeypatch, capsys):

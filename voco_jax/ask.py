@@ -8,7 +8,7 @@ import argparse
 from pathlib import PurePath
 import sys
 
-from voco_jax.api import EncodedImages, Model, Request
+from voco_jax.api import Model, Request
 from voco_jax.arguments import (
     add_answer_arguments,
     add_image_arguments,
@@ -22,7 +22,7 @@ from voco_jax.data.records import Clip
 from voco_jax.data.sources.roots import check_file, local_path
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.infer.memory import MemoryBank
+from voco_jax.infer.memory import EncodedImages, MemoryBank, check_tokens
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.io.paths import as_path
 from voco_jax.terminal import printable
@@ -98,6 +98,7 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
         return None
     if args.tokens is not None and not model.config.has_memory:
         raise UserError(f"--tokens: {args.run} has no VoCo tokens (compressor {model.config.compressor!r})")
+    check_tokens("--tokens", args.tokens, model.config.num_voco_tokens)
     if args.memory:
         file = MemoryFile(args.memory)
         return file.read(_chosen(file, getattr(args, "picture", None)), args.tokens, model.fingerprint)
@@ -112,14 +113,15 @@ def warn_of_more(model: Model, count: int) -> None:
     """On standard error, where a model is asked about more pictures together than it has seen."""
     trained = model.run.config.data.images_per_pack
     if count > trained:
-        note = f"note: {model.run.directory} was trained with at most {trained} pictures at a time, found {count}"
+        note = f"note: {count} images together: {model.run.directory} was trained with at most {trained}"
         print(note, file=sys.stderr)
 
 
 def warn_of_none(model: Model, images: EncodedImages | None) -> None:
-    """On standard error, where a model is asked without a picture that has never seen a text alone."""
-    if images is None and saw_single_questions(model):
-        print(f"note: no picture is given, and {model.run.directory} was trained on pictures only", file=sys.stderr)
+    """On standard error, where a model is asked without an image."""
+    if images is None:
+        known = f", and {model.run.directory} was trained with an image in every conversation"
+        print(f"note: no image is given{known if saw_single_questions(model) else ''}", file=sys.stderr)
 
 
 def saw_single_questions(model: Model) -> bool:

@@ -14,6 +14,7 @@ from voco_jax.data.processes import usable_cores
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.compress import compress_to_file, find_entries
+from voco_jax.infer.memory import check_tokens
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.terminal import printable
 
@@ -39,8 +40,7 @@ def main() -> None:
         raise UserError(f"--out {args.out}: expected a file in a directory that is there")
     entries = find_entries(args.images)  # first: what is wrong with them shows itself at once
     model = load_model(args)
-    if args.tokens is not None and not 1 <= args.tokens <= model.config.num_voco_tokens:
-        raise UserError(f"--tokens: expected 1 … {model.config.num_voco_tokens}, found {args.tokens}")
+    check_tokens("--tokens", args.tokens, model.config.num_voco_tokens)
     outcome = compress_to_file(
         model.image_encoder, entries, args.out, tokens=args.tokens, int8=args.int8,
         sampling=frame_sampling(args, model),

@@ -353,7 +353,7 @@ def test_requests_that_cannot_be(adapter, context, visuals, kwargs, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": 2}, "tokens: expected 1 … 1, found 2"),
+        ({"tokens": 2}, "tokens 2: there is only 1 token per image"),
         ({"device": "cuda"}, "--device: expected JAX_PLATFORMS in the environment instead, found 'cuda'"),
         ({"batch_size": "0"}, "--batch_size: expected auto or a number, found '0'"),
         ({"frames": 0}, "frames: expected more than 0, found 0"),

@@ -234,7 +234,7 @@ def test_questions_that_cannot_be_asked(tiny_run, album, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tokens", 2], "tokens: expected 1 … 1, found 2"),
+        (["--tokens", 2], "tokens 2: there is only 1 token per image"),
         (["--batch-size", 0], "--batch-size: expected at least 1, found 0"),
         (["--top-p", 0], "--top-p: expected more than 0 and at most 1, found 0.0"),
         (["--max-records", 3], "--max-records: does not go with --questions"),

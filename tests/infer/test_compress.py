@@ -185,7 +185,7 @@ def test_asking_a_memory(run, model, album, tmp_path, monkeypatch, capsys):
     chosen = [Path(item.source).name for item in bank.items[2:4]]
     _, said, err = about("--picture", chosen[1], "--picture", chosen[0], "--together", question)
     assert said.splitlines() == [question, f"  {model.ask(question, bank[[3, 2]])}"]
-    assert "was trained with at most 1 pictures at a time, found 2" in err
+    assert "note: 2 images together: " in err
     _, said, _ = about("--tokens", "1", question)
     one = model.ask_each(question, model.open(out, tokens=1))
     assert [line.rsplit(": ")[1] for line in said.splitlines()[1:]] == one

@@ -22,7 +22,7 @@ from voco_jax.data.records import BadRecord, Clip
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.image_encoder import ImageEncoder
-from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, join, join_images
+from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, check_tokens, join, join_images
 from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
 
 HOST_BYTES = 4 << 30
@@ -55,8 +55,7 @@ class ImageCache:
                 if value is not None:
                     expected = f"has no memories (compressor {compressor!r}): expected none, found {value}"
                     raise UserError(f"{name}: {images.name} {expected}")
-        elif tokens is not None and not 1 <= tokens <= images.num_voco_tokens:
-            raise UserError(f"tokens: expected 1 … {images.num_voco_tokens}, found {tokens}")
+        check_tokens("tokens", tokens, images.num_voco_tokens)
         self.images, self.compressed = images, 0
         self._tokens, self._sampling = tokens, sampling or images.sampling
         self._host_bytes, self._batch_size = host_bytes, batch_size

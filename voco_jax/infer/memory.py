@@ -108,9 +108,7 @@ class MemoryBank:
         """Of every picture the first `count` tokens: what compressing to so many would have given."""
         if count is None:
             return self
-        if not 1 <= count <= self.num_tokens:
-            expected = "1" if self.num_tokens == 1 else f"1 to {self.num_tokens}"
-            raise UserError(f"tokens: expected {expected}, the tokens that each image has here; found {count}")
+        check_tokens("tokens", count, self.num_tokens)
         scales = None if self.scales is None else self.scales[:, :, :count]
         return dataclasses.replace(self, keys=self.keys[:, :count], values=self.values[:, :count], scales=scales)
 
@@ -199,6 +197,13 @@ class Embeddings:
 
 
 EncodedImages = MemoryBank | Embeddings
+
+
+def check_tokens(name: str, count: int | None, there: int) -> None:
+    """UserError unless so many tokens of each image (None: all) can be read of those that are there."""
+    if count is not None and not 1 <= count <= there:
+        has = "is only 1 token" if there == 1 else f"are {there} tokens"
+        raise UserError(f"{name} {count}: there {has} per image")
 
 
 def join_images(images: Sequence[EncodedImages]) -> EncodedImages:

@@ -18,7 +18,7 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.infer.memory import MemoryBank
+from voco_jax.infer.memory import MemoryBank, check_tokens
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
     Contents,
@@ -117,8 +117,7 @@ class MemoryFile:
         """
         if model is not None:
             self.check_model(model)
-        if tokens is not None and not 1 <= tokens <= self.num_tokens:
-            raise UserError(f"{self.file}: expected 1 … {self.num_tokens} tokens of a picture, found {tokens}")
+        check_tokens(f"{self.file}: tokens", tokens, self.num_tokens)
         places = range(len(self))
         which = places if which is None else [places[i] for i in which]
         with self._open() as opened:
