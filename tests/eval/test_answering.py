@@ -33,7 +33,7 @@ def test_batches_change_nothing(tiny_run):
         visual = engine.encode_images(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
         for turns in record.conversations:
             question = turns[0]["value"].removeprefix("<image>\n")
-            (text,) = engine.answer([question], visual, [0], 6)
+            (text,) = engine.generate([engine.encoder.encode_question(question)], visual, [[0]], 6)
             yield str(picture.images[0]), question, turns[1]["value"], text
 
     expected = [answer for record in records for answer in ask(record, record)]

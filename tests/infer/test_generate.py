@@ -89,16 +89,22 @@ def engine(small_tokenizer):
     return Engine(nnx.merge(*make(config)), encoder)
 
 
+def answer(engine, questions, visual, rows, max_new_tokens):
+    """About the one picture of row `rows[i]`."""
+    prompts = [engine.encoder.encode_question(question, 1) for question in questions]
+    return engine.generate(prompts, visual, [[row] for row in rows], max_new_tokens)
+
+
 def test_each_question_is_answered_about_its_own_pictures(engine):
     """Together in one batch or alone, in any order: the same answers; another picture: another answer."""
     pixels = np.random.default_rng(0).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
     seen = engine.encode_images(pixels)
     assert isinstance(seen, Memory)
     questions = ["what is it?", "is it a red cat?", "what?", "what is it?"]
-    together = engine.answer(questions, seen, [0, 0, 1, 1], 8)
+    together = answer(engine, questions, seen, [0, 0, 1, 1], 8)
     assert together[0] != together[3]
-    for question, row, answer in zip(questions, [0, 0, 1, 1], together, strict=True):
-        assert engine.answer([question], engine.encode_images(pixels[row : row + 1]), [0], 8) == [answer]
+    for question, row, expected in zip(questions, [0, 0, 1, 1], together, strict=True):
+        assert answer(engine, [question], engine.encode_images(pixels[row : row + 1]), [0], 8) == [expected]
 
 
 def test_layers_parted_are_views_and_compute_the_same(engine):
@@ -124,7 +130,8 @@ def test_layers_parted_are_views_and_compute_the_same(engine):
 
 
 def test_text_alone(engine):
-    assert len(engine.answer(["what is it?"], None, [0], 4)) == 1
+    prompt = engine.encoder.encode_question("what is it?", 0)
+    assert len(engine.generate([prompt], None, [[]], 4)) == 1
 
 
 def test_any_of_several_tokens_ends_an_answer(engine):

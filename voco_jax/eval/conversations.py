@@ -4,7 +4,7 @@ The first question of each conversation is answered (greedily) and compared with
 the conversation's answers, in nats a token, as training has it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model
-from voco_jax.data.records import BadRecord
+from voco_jax.data.records import BadRecord, Picture, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.turns import text_of
@@ -54,7 +54,7 @@ class _Asked(NamedTuple):
 
 
 def score_conversations(
-    model: Model, source, options: Options, *, name: str = "", max_records: int | None = None
+    model: Model, source: Source, options: Options, *, name: str = "", max_records: int | None = None
 ) -> tuple[dict, list[ScoredAnswer], Report]:
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
@@ -129,7 +129,7 @@ def table(of_kinds: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _first(turns) -> tuple[str, str] | None:
+def _first(turns: list[dict]) -> tuple[str, str] | None:
     """The first question of a conversation, without markers, and its answer; None for what is of another form."""
     try:
         human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
@@ -138,7 +138,7 @@ def _first(turns) -> tuple[str, str] | None:
         return None
 
 
-def _truths(source, count: int) -> set[str]:
+def _truths(source: Source, count: int) -> set[str]:
     """All expected answers; `_read` will count what is bad."""
     found = set()
     for i in range(count):
@@ -149,7 +149,9 @@ def _truths(source, count: int) -> set[str]:
     return found
 
 
-def _read(maker: SampleMaker, source, i: int, load, report: Report, shown: bool) -> list[Question[_Asked]]:
+def _read(
+    maker: SampleMaker, source: Source, i: int, load: Callable[[Picture], Image.Image], report: Report, shown: bool
+) -> list[Question[_Asked]]:
     """A record's conversations that can be asked; the report hears of all."""
     if (read := maker.read(source, i, report)) is None:
         return []

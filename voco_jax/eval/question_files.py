@@ -36,6 +36,7 @@ from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_cache import ImageCache
 from voco_jax.infer.prompts import encode_prompt
 from voco_jax.io.files import check_regular
+from voco_jax.terminal import shortened
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
 OPTIONS = (  # that go with --questions alone

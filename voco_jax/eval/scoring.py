@@ -68,7 +68,7 @@ def accuracy_by_kind(
 
 def count_by_kind(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(right, all) for each kind and 'overall', of answers with the kinds of their questions ('': of none)."""
-    counts = defaultdict(lambda: [0, 0])
+    counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for answer, kind in zip(answers, kinds, strict=True):
         for key in (OVERALL, kind) if kind else (OVERALL,):
             counts[key][0] += answer.correct

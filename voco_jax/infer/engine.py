@@ -111,12 +111,6 @@ class Engine:
         """
         return self._encode_images(self._parted, pixel_values)
 
-    def answer(self, questions: Sequence[str], visual: Visual, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Answer `questions[i]` about the pictures of row `rows[i]` of what `encode_images` returned."""
-        count = 0 if visual is None else self._images_of_a_row(visual)
-        prompts = [self.encoder.encode_question(question, count) for question in questions]
-        return self.generate(prompts, visual, [range(row * count, (row + 1) * count) for row in rows], max_new_tokens)
-
     def generate(
         self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
         sampling: Sampling = GREEDY, until: Sequence[str] = (), streams: Sequence[int] | None = None,

@@ -31,6 +31,7 @@ from voco_jax.eval.runner import Question, Runner
 from voco_jax.infer.image_cache import ImageCache, View
 from voco_jax.infer.memory import EncodedImages
 from voco_jax.infer.prompts import Prompt, encode_prompt
+from voco_jax.terminal import shortened
 
 BATCH_SIZE = 64  # where lmms-eval's --batch_size is not given
 WINDOW = 4  # batches whose pictures are looked at together, and whose questions are sorted by length
