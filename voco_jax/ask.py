@@ -59,13 +59,15 @@ def main() -> None:
     warn_of_none(model, images)
     if not each and images is not None:
         warn_of_more(model, len(images))
+    about = [images[i] for i in range(len(images))] if each and images is not None else [images]
+    names = [f"{describe(one)}: " if each and one is not None else "" for one in about]
     for question in args.question:
-        requests = [Request(question, images[i]) for i in range(len(images))] if each else [Request(question, images)]
+        requests = [Request(question, one) for one in about]
         answers = model.answers(requests, max_new_tokens=args.max_new_tokens, sampling=sampling)
         print(printable(question, keep="\n\t"))
-        for request, answer in zip(requests, answers, strict=True):
+        for name, answer in zip(names, answers, strict=True):
             answer = printable(answer, keep="\n\t")
-            print(f"  {printable(describe(request.images))}: {answer}" if each else f"  {answer}")
+            print(f"  {printable(name)}{answer}")
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:
@@ -136,7 +138,7 @@ def saw_single_questions(model: Model) -> bool:
 def describe(images: EncodedImages) -> str:
     """A picture's path, or a frame's with its time."""
     item = images.items[0]
-    return f"{item.source} at {item.time:.1f} s" if item.is_frame else item.source
+    return item.source if item.time is None else f"{item.source} at {item.time:.1f} s"
 
 
 def _chosen(file: MemoryFile, names: list[str] | None) -> list[int] | None:

@@ -9,7 +9,7 @@ write them. Started again, it goes on where it stopped.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 import functools
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from voco_jax.api import Model
 from voco_jax.arguments import add_model_arguments
 from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import sources_to_score
-from voco_jax.data.records import Record
+from voco_jax.data.records import Record, Source
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.errors import UserError, one_line_errors
@@ -46,10 +46,10 @@ class Scored(NamedTuple):
     results: dict
     table: str
     notes: list[str]
-    pictures: dict[str, Callable[[Path], None]]
+    pictures: Mapping[str, Callable[[Path], None]]
 
 
-def evaluate(run: Run, max_records: int | None = None, name: str | None = None) -> dict:
+def score_easyvqa(run: Run, max_records: int | None = None, name: str | None = None) -> dict:
     """Score a run on an easyvqa source of config.data.test, by its name (None: the only one); returns what
     `results.json` says, with the answers under 'answers'.
 
@@ -95,15 +95,17 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             "the command of the training again (a complete run takes it without training), or use --questions FILE"
         )
     opened = _open(run, "test", by_name)
-    clips = {name: source for name, source in opened.items() if by_name[name].kind == "video_qa"}
+    clips = {name: source for name, source in opened.items() if isinstance(source, VideoQuestionSource)}
     if baselines and not clips:
         raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
-    known = training_answers(_open_clips(run, "train").values()) if baselines else []
+    names = _names(run, "train", "video_qa") if baselines else []
+    trained_on = _open(run, "train", {name: run.config.data.train[name] for name in names}) if names else {}
+    known = training_answers([s for s in trained_on.values() if isinstance(s, VideoQuestionSource)])
     guesser = easyvqa.Guesser(known) if known else None
     model, options = Model(run), options_of(run)
     for name in sorted(by_name):
         if by_name[name].kind == "easyvqa":
-            results = evaluate(run, max_records, name)
+            results = score_easyvqa(run, max_records, name)
             draw = functools.partial(draw_answers, results.pop("answers"))
             yield name, Scored(results, table(results["counts"]), [], {"answers": draw})
             continue
@@ -159,12 +161,7 @@ def _load(run: Run, key: str, names: list[str]) -> list[Record]:
     return [record for name in names for record in easyvqa.load(_by_name(run, key)[name].split)]
 
 
-def _open_clips(run: Run, key: str) -> dict[str, VideoQuestionSource]:
-    names = _names(run, key, "video_qa")
-    return _open(run, key, {name: _by_name(run, key)[name] for name in names}) if names else {}
-
-
-def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Sequence]:
+def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
     found, _ = open_sources(ConfigDict({"data": {key: by_name, "limits": run.config.data.limits}}), key)
     return dict(zip(sorted(by_name), found, strict=True))
 

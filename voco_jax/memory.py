@@ -44,7 +44,7 @@ def show(path: Path, command: str) -> None:
         print(printable(summary(file)) + (": every byte as it was written" if command == "check" else ""))
         if command == "list":
             for item in file.items:
-                time = f"  {format_time(item.time)}" if item.is_frame else ""
+                time = "" if item.time is None else f"  {format_time(item.time)}"
                 print(printable(f"  {item.source}{time}  {item.sha256[:12]}"))
 
 
@@ -61,8 +61,8 @@ def merge(files: Sequence[Path], out: Path) -> None:
     """Write one file of several, in their order. UserError where they are not of one model and kind."""
     with writing(out) as real:  # which may be one of them
         opened = []
-        for file in files:
-            opened.append(MemoryFile(file))
+        for path in files:
+            opened.append(MemoryFile(path))
             if len(opened) > _HELD:
                 opened[-1].close()
         ends = np.cumsum([len(file) for file in opened])
@@ -74,8 +74,8 @@ def merge(files: Sequence[Path], out: Path) -> None:
         taken[first] = True
         if not taken.any():
             raise UserError(f"{files[0]}: expected pictures, found none")
-        parts = np.split(taken, ends[:-1])
-        write_memory(real, [(file, np.flatnonzero(part)) for file, part in zip(opened, parts, strict=True)])
+        which = [np.flatnonzero(of_file).tolist() for of_file in np.split(taken, ends[:-1])]
+        write_memory(real, list(zip(opened, which, strict=True)))
 
 
 def _identify(file: MemoryFile, into: np.ndarray) -> None:
@@ -83,7 +83,7 @@ def _identify(file: MemoryFile, into: np.ndarray) -> None:
     is_unnamed = np.zeros(len(file), bool)
     for i, item in enumerate(file.items):
         into[i], is_unnamed[i] = item.identity, not item.sha256
-    unnamed = np.flatnonzero(is_unnamed)
+    unnamed = np.flatnonzero(is_unnamed).tolist()
     # What was no file when it was compressed (an array, a frame of a camera) has no hash: its memory tells it apart
     done = 0
     for bank in file.pieces(unnamed):

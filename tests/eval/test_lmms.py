@@ -29,7 +29,7 @@ from voco_jax.errors import UserError
 from voco_jax.eval.lmms import model as lmms_model
 from voco_jax.eval.lmms.generation import Generation, read_generation
 from voco_jax.eval.lmms.model import VoCoJax
-from voco_jax.evaluate import evaluate
+from voco_jax.evaluate import score_easyvqa
 from voco_jax.infer.generate import Sampling
 
 ROOT = tiny.CONFIG_FILE.parents[1]
@@ -42,7 +42,7 @@ PICTURES = [record.images[0].file for record in easyvqa.load("test")[:4]]
 
 def test_the_command_scores_as_evaluate_does(tiny_run, tmp_path):
     """On two simulated devices, in a process that knows of the adapter by its entry point alone."""
-    results = evaluate(load_run(tiny_run), 4)
+    results = score_easyvqa(load_run(tiny_run), 4)
     counts = results["counts"]["this run"]["overall"]
     command = [
         sys.executable, "-m", "lmms_eval", "--model", "voco_jax", "--model_args", f"run={tiny_run},tokens=1",

@@ -91,7 +91,9 @@ def choose_clips(found: ClipAnswers) -> list[tuple[str, list[Answer]]]:
     """Up to four: the first one, then those whose questions have a kind that none before had, then others."""
     rows = zip(found.answers[THIS_RUN], found.kinds, strict=True)
     clips = [(file, list(of_clip)) for file, of_clip in itertools.groupby(rows, lambda row: row[0].image)]
-    known, new, others = set(), [], []
+    known: set[str] = set()
+    new: list[int] = []
+    others: list[int] = []
     for i, (_, of_clip) in enumerate(clips):
         kinds = {kind for _, kind in of_clip}
         (others if kinds <= known else new).append(i)

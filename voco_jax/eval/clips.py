@@ -198,7 +198,7 @@ def answer_clips(
             for answered in of_clip:
                 clip, question = answered.id
                 if isinstance(answered.images, EncodedImages):
-                    found.times[str(clip.file)] = [item.time for item in answered.images.items]
+                    found.times[str(clip.file)] = [item.time or 0.0 for item in answered.images.items]
                 if answered.error is None:
                     usable.append((clip, question))
                     answers.append(Answer(str(clip.file), question.text, question.truth, answered.text))
@@ -223,4 +223,6 @@ def _read(source: VideoQuestionSource, i: int) -> tuple[Path, ClipQuestion]:
         raise BadRecord(NO_ANSWER, "answer: expected text, found none")
     if kind == OVERALL:
         raise BadRecord(WRONG_FORM, f"kind: expected a name other than {OVERALL!r}, which is all kinds together")
+    if not isinstance(record.video, Clip) or record.video.file is None:
+        raise BadRecord(WRONG_FORM, "video: expected a file, found none")
     return record.video.file, ClipQuestion(question, answer, kind, source.where(i))

@@ -168,8 +168,9 @@ def _first_turn(row: dict) -> tuple[str, object]:
     """Which key has the question of a row of conversations, and what it has; the answer in it is not looked at."""
     turns = row["conversations"]
     turn = turns[0] if isinstance(turns, list) and turns else None
-    is_human = isinstance(turn, dict) and turn.get("from") == "human"
-    return "conversations", turn.get("value") if is_human else turns
+    if isinstance(turn, dict) and turn.get("from") == "human":
+        return "conversations", turn.get("value")
+    return "conversations", turns
 
 
 def _check_lengths(engine: Engine, questions: Sequence[QuestionRow], max_new_tokens: int) -> None:
@@ -219,8 +220,9 @@ def _answered(stream: BinaryIO, file: Path, questions: Sequence[QuestionRow], al
                 what, expected, found = _difference(key, value, answer.get(key))
                 raise UserError(f"{file}, line {n}: {what}: expected {expected}, found {found}; {hint}")
     if rest:  # the process was killed as it wrote: but only if this is how it would have begun
-        question = questions[len(lines)] if len(lines) < len(questions) else None
-        head = b"" if question is None else json.dumps(_answer(question, "")).encode().removesuffix(b'"}')
+        head = b""
+        if len(lines) < len(questions):
+            head = json.dumps(_answer(questions[len(lines)], "")).encode().removesuffix(b'"}')
         if not head or not (rest.startswith(head) or head.startswith(rest)):
             found = shortened(rest.decode(errors="replace"))
             raise UserError(f"{file}, line {len(lines) + 1}: expected an answer, or half of one; found {found}; {hint}")

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from voco_jax.data.records import TOO_LONG, BadRecord
@@ -24,7 +25,7 @@ MakePrompt = Callable[[Any], Prompt]  # of the encoded images; may raise UserErr
 class Encodes(Protocol):
     """What encodes the images of a window: `ImageCache`, or another that knows the caller's views."""
 
-    def encode(self, views: Sequence[Sequence]) -> Sequence:
+    def encode(self, views: Sequence) -> Sequence:
         """For each question its encoded images, None where it has none, or a BadRecord."""
 
 
@@ -37,7 +38,7 @@ class Question(Generic[Id]):
     """
 
     id: Id
-    views: Sequence
+    views: Sequence | np.ndarray
     where: str = ""
     prompt: MakePrompt | None = None
     conversation: MakePrompt | None = None
@@ -86,7 +87,7 @@ class Runner:
 
     def _ask(self, window: Sequence[Question[Id]]) -> Iterator[Answered[Id]]:
         views = [question.views for question in window]
-        encoded = views if self.images is None else self.images.encode(views)
+        encoded: Sequence = views if self.images is None else self.images.encode(views)
         prompts: dict[int, Prompt] = {}
         conversations: dict[int, Prompt] = {}
         errors: dict[int, UserError] = {}

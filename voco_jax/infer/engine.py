@@ -325,10 +325,9 @@ def _prefill(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prom
         cache, features = model.fill(visual, prompts.slots, cache), None
     else:
         cache, features = model.empty_cache(*prompts.slots.shape) if cache is None else cache, visual
-    tokens_visual = None if text_alone else prompts.slot_index
-    state, _ = prefill(
-        model, prompts.tokens, prompts.positions, cache, max_new_tokens, stop, sampling, tokens_visual, features
-    )
+    slot_index = None if text_alone else jnp.asarray(prompts.slot_index)
+    tokens, positions = jnp.asarray(prompts.tokens), jnp.asarray(prompts.positions)
+    state, _ = prefill(model, tokens, positions, cache, max_new_tokens, stop, sampling, slot_index, features)
     return state
 
 

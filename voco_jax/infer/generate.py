@@ -100,13 +100,13 @@ def choose(logits: jax.Array, sampling: SamplingState | None, count: jax.Array) 
 
 def prefill(
     model: VoCoLlama,
-    tokens: Array,
-    positions: Array,
+    tokens: jax.Array,
+    positions: jax.Array,
     cache: Cache,
     max_new_tokens: int,
     stop: StopIds,
     sampling: SamplingState | None = None,
-    slot_index: Array | None = None,
+    slot_index: jax.Array | None = None,
     features: jax.Array | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Write the prompts into the cache and choose the first token of each answer; arguments as `VoCoLlama.extend`'s.

@@ -75,11 +75,13 @@ class ImageCache:
         given: list[EncodedImages | BadRecord | None] = []
         for of_question in views:
             of_views = [found[_identity(view)] for view in of_question]
-            if error := next((one for one in of_views if isinstance(one, BadRecord)), None):
-                given.append(error)
+            errors = [one for one in of_views if isinstance(one, BadRecord)]
+            if errors:
+                given.append(errors[0])
                 continue
-            keys = [key for one in of_views for key in one.keys]
-            items = tuple(item for one in of_views for item in one.items)
+            read = [one for one in of_views if isinstance(one, _Found)]
+            keys = [key for one in read for key in one.keys]
+            items = tuple(item for one in read for item in one.items)
             if keys and (*keys, items) not in together:
                 together[*keys, items] = self._joined([at_hand[key] for key in keys], items)
             given.append(together.get((*keys, items)))
@@ -103,9 +105,8 @@ class ImageCache:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             while waiting:
                 # No more at once than memory has room for: a video may be hundreds of frames
-                kind = isinstance(distinct[waiting[0]], Clip)
-                alike = itertools.takewhile(lambda view, k=kind: isinstance(distinct[view], Clip) == k, waiting)
-                together = list(itertools.islice(alike, _VIDEOS_AHEAD if kind else 2 * self._batch_size))
+                is_clip, alike = next(itertools.groupby(waiting, lambda identity: isinstance(distinct[identity], Clip)))
+                together = list(itertools.islice(alike, _VIDEOS_AHEAD if is_clip else 2 * self._batch_size))
                 waiting = waiting[len(together) :]
                 read = pool.map(self._try_to_read, [distinct[identity] for identity in together])
                 for identity, (one, squares) in zip(together, read, strict=True):
@@ -139,7 +140,7 @@ class ImageCache:
         else:
             squares = [self.images.square(view)]
             items = [Item("" if file is None else str(file))]
-        keys = [hashlib.sha256(np.ascontiguousarray(square)).hexdigest() for square in squares]
+        keys = [hashlib.sha256(np.ascontiguousarray(square).data).hexdigest() for square in squares]
         found = _Found(keys, items)
         if stamp is not None:
             self._files[stamp] = found
@@ -175,7 +176,7 @@ class ImageCache:
         for i, key in enumerate(keys):
             one = _copied(encoded[i])
             self._keep(key, one, at_hand)
-            if self._directory is not None:
+            if self._directory is not None and isinstance(one, MemoryBank):
                 self._directory.add(key, one)
 
     def _keep(self, key: str, one: EncodedImages, at_hand: dict[str, EncodedImages]) -> None:

@@ -247,8 +247,7 @@ def _read_2(file, read: Read, length: int, size: int) -> Contents:
     if struct.pack("<Q", length) + text != framed(_header(layout, model, metadata["items"])):
         raise Damaged(_CHANGED)
     _check_size(layout, length, size)
-    begin, end = layout.entries()["items"][2:]
-    lines = _read_text(read, 8 + length + begin, end - begin)
+    lines = _read_text(read, 8 + length + layout.entries()["items"].begin, layout.items_bytes or 0)
     num, checksum = lines.count(b"\n"), f"{zlib.crc32(lines):08x}"
     if checksum != metadata["items"] or num != layout.shape[0] or lines and lines[-1] != 10:
         raise Damaged("the memory file is damaged: what its pictures are is not as it was written")

@@ -71,8 +71,8 @@ class VoCoJax(lmms):
         if device is not None:
             raise UserError(f"--device: expected JAX_PLATFORMS in the environment instead, found {device!r}")
         self._batch_size = _batch_size(batch_size)
-        mesh = mesh_of(None if mesh is None else str(mesh).strip("\"'"))
-        self._model = Model(load_run(str(run), step=step, attention=attention, mesh=mesh))
+        over = mesh_of(None if mesh is None else str(mesh).strip("\"'"))
+        self._model = Model(load_run(str(run), step=step, attention=attention, mesh=over))
         images = self._model.image_encoder
         sampling = change_sampling(images.sampling, frames, fps, max_frames, prefix="")
         self._cache = ImageCache(
