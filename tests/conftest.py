@@ -1,28 +1,95 @@
+import gc
 import os
 from pathlib import Path
-import tempfile
+import platform
+import re
+import resource
+import sys
 
 # Before jax is imported. Most of a test's time is compilation, and nothing here runs long enough to repay optimizing.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "Agg"
+# What one test, process or run of the tests has compiled, the others load
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
-
-# After jax is imported, so for the processes that tests start: many of them are the same training started again.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="voco_jax_compiled_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.helpers import tiny
+from tests.helpers import tiny  # noqa: E402
+from tests.helpers.shared import make_once  # noqa: E402
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
 from voco_jax.parallel.chips import topology_devices  # noqa: E402
 from voco_jax.parallel.mesh import AXES  # noqa: E402
 from voco_jax.train.loop import train  # noqa: E402
 
-DATA = Path(__file__).parent / "fixtures"
+TESTS = Path(__file__).parent
+DATA = TESTS / "fixtures"
+# Files that take longest begin first, so that the workers end together
+LONGEST: tuple[str, ...] = ()
+
+
+# ---- What is collected, and in which order -----------------------------------------------------------------------
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Modules that are marked `peer` as a whole import what `make test` does not install: where `-m` leaves peers out,
+    they are not imported."""
+    if not re.search(r"not .*\bpeer\b", config.getoption("markexpr")) or collection_path.suffix != ".py":
+        return None
+    return bool(re.search(r"^pytestmark = pytest\.mark\.peer$", collection_path.read_text(), re.MULTILINE)) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path.relative_to(TESTS.parent)), len(order)))
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        for item in items:
+            if item.get_closest_marker("tpu_compile"):
+                item.add_marker(pytest.mark.skip("libtpu has no build for this machine"))
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """A process keeps every program that it compiles: gigabytes, by the end of the tests."""
+    yield
+    if resident_bytes() > 2**30:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+_PEAKS: dict[str, int] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = peak
+    else:
+        _PEAKS["pytest"] = peak
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    if "peak" in getattr(node, "workeroutput", {}):
+        _PEAKS[node.gateway.id] = node.workeroutput["peak"]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in sorted(_PEAKS.items()))
+    terminalreporter.write_line(f"memory at its peak: {peaks}")
+
+
+# ---- What tests share --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +112,7 @@ def picture() -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """A directory as training leaves it. Tests must not write into it."""
-    return train(tiny.config(tmp_path_factory.mktemp("runs") / "tiny"))
+    return make_once(tmp_path_factory, "tiny", lambda directory: train(tiny.config(directory)))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ def test_evaluate(tiny_run, tmp_path, monkeypatch, capsys):
         assert sheet.width > 1000 and len(sheet.convert("L").getcolors()) > 50
 
 
+@pytest.mark.slow
 def test_an_uncompressed_run_can_be_read_through_voco_tokens(tmp_path, monkeypatch, capsys):
     """The paper's lower bound: train with the image in the open, ask with the slots alone."""
     workdir = tmp_path / "run"
@@ -59,6 +60,7 @@ def test_ask(tiny_run, picture, monkeypatch, capsys):
     assert [lines[0], lines[2]] == questions
 
 
+@pytest.mark.multiprocess
 def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
     command = [sys.executable, "-m", "voco_jax.ask", "--run", tiny_run, "--image", picture, "is there a circle?"]
     # On the CPU, without looking for others: libtpu, which the tests have, speaks up where another holds its lock

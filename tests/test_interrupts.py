@@ -37,12 +37,14 @@ def told(command: list, sent: signal.Signals, moment: str, **environment) -> Non
     assert "Traceback" not in rest
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("sent", STATUS)
 def test_while_a_training_imports(tmp_path, sent):
     told(["-X", "importtime", "-m", "voco_jax.train", *tiny.arguments(tmp_path / "run")], sent, r"\| +numpy$")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("sent", STATUS)
 def test_while_a_training_compiles(tmp_path, sent):
     arguments = tiny.arguments(tmp_path / "run", train__tensorboard=False)

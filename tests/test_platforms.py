@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from tests.helpers.tpu import needs_libtpu
 from voco_jax import platforms
 from voco_jax.platforms import GPU_FLAGS, set_defaults
 
@@ -91,7 +90,7 @@ def test_xla_knows_the_gpu_flags():
     assert python("import jax; jax.devices()", JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_gpu_no_flag=1").returncode != 0
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("first", ["voco_jax", "jax"])
 def test_libtpu_is_silent_where_there_is_no_tpu(first):
     second = {"voco_jax": "jax", "jax": "voco_jax"}[first]

@@ -10,7 +10,6 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
-from tests.helpers.tpu import needs_libtpu
 from voco_jax.aot import __main__ as aot
 from voco_jax.aot.compile import DoesNotFit, argument_bytes, compile_step, hbm_bytes, too_large
 from voco_jax.aot.report import advice, make_report, render
@@ -31,7 +30,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
         (["--topology=v5e:2x2", "--fast"], "fast"),
         (["--topology=v5e:2x2", "more"], "'more' is not an option; use --config=FILE --config.KEY=VALUE, --json"),
         (["--topology=v5e:2x2", "--xla=vmem"], "--xla: expected NAME=VALUE, found 'vmem'"),
-        pytest.param(["--topology=v6e:3x5"], "topology v6e:3x5: ", marks=needs_libtpu),
+        pytest.param(["--topology=v6e:3x5"], "topology v6e:3x5: ", marks=pytest.mark.tpu_compile),
     ],
 )
 def test_what_cannot_be_asked(monkeypatch, capsys, arguments, message):
@@ -65,7 +64,7 @@ def small_program(mesh, rows: int) -> Small:
 ABOUT = {"step": "train", "chips": 4, "compile_seconds": 1.0, "jax": "0", "libtpu": "0"}
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_report(tpu_mesh):
     program = small_program(tpu_mesh, 4096)
     compiled, seconds = compile_step(program, tpu_mesh, CHIPS["v5e"])
@@ -84,7 +83,7 @@ def test_report(tpu_mesh):
         assert part in text
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_what_the_compiler_lets_through_may_still_be_too_large(tpu_mesh):
     program = small_program(tpu_mesh, 4096)
     compiled, _ = compile_step(program, tpu_mesh, CHIPS["v5e"])
@@ -94,7 +93,7 @@ def test_what_the_compiler_lets_through_may_still_be_too_large(tpu_mesh):
     assert (found.value.needed, found.value.available) == (small.hbm_bytes + 1, small.hbm_bytes)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_too_large(tpu_mesh):
     program = small_program(tpu_mesh, 2**25)  # 16 GiB a device come in, and as much goes out
     with pytest.raises(DoesNotFit) as found:
@@ -130,7 +129,7 @@ def test_libtpu_says_how_much(message, needed):
     assert too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
     """The 7B config with smaller numbers: both streams, splash, remat, the frozen tower, sharded over v5e:4x4."""
     sizes = {

@@ -9,7 +9,6 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
 import pytest
 
-from tests.helpers.tpu import needs_libtpu
 from voco_jax.aot import hlo
 from voco_jax.aot.hlo_cost import estimate, group_size, shorten
 from voco_jax.aot.hlo_flops import matmul_flops
@@ -278,7 +277,7 @@ def cost_of(function, mesh, *arguments):
     return cost
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_scanned_nested_and_differentiated(tpu_mesh):
     def loss(w, x):
         def layer(x, w):
@@ -293,7 +292,7 @@ def test_scanned_nested_and_differentiated(tpu_mesh):
     assert cost.seconds_b <= cost.seconds_a
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_the_dearest_branch_and_collectives(tpu_mesh):
     def body(i, x, w):  # which branch is taken cannot be told when compiling
         return jax.lax.cond(x[0, 0] > i, lambda x: jnp.tanh(x @ w), lambda x: x + 1, x)
@@ -315,7 +314,7 @@ def test_the_dearest_branch_and_collectives(tpu_mesh):
     assert cost.collective_seconds == pytest.approx(sum(bytes for _, bytes in sent.values()) / 200e9)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("fused", [False, True])
 def test_splash_attention(tpu_mesh, fused):
     heads, length, head_dim, block = 2, 512, 128, 256

@@ -8,7 +8,6 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
-from tests.helpers.tpu import needs_libtpu
 from voco_jax.aot import __main__ as aot
 from voco_jax.aot.compile import compile_step
 from voco_jax.aot.programs import find_tokenizer, make_program
@@ -203,7 +202,7 @@ def test_the_prompt_is_the_tokenizers(tmp_path):
     assert known.model_flops < assumed.model_flops
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("known", [False, True])
 def test_an_estimate_says_what_is_assumed(monkeypatch, capsys, tmp_path, known):
     arguments = ["--config", tiny.CONFIG_FILE, "--config.data.row_length=64", "--config.model.attention=cudnn"]
@@ -215,7 +214,7 @@ def test_an_estimate_says_what_is_assumed(monkeypatch, capsys, tmp_path, known):
     assert (line in error.splitlines()) != known
 
 
-@needs_libtpu
+@pytest.mark.tpu_compile
 def test_the_command_line_says_so(monkeypatch, capsys):
     arguments = ["--config", tiny.CONFIG_FILE, "--config.data.row_length=64", "--config.model.attention=cudnn"]
     status, output, error = run_main(aot, monkeypatch, capsys, *arguments, "--topology=v5e:2x2")

@@ -9,6 +9,8 @@ from benchmarks import counted, efficiency, growth, long_video
 from benchmarks.asked_pair import SIZES
 from benchmarks.counted import FULL, HIT, MISS, NO_CACHE, WAYS
 
+pytestmark = pytest.mark.peer
+
 FEW_LAYERS = dataclasses.replace(
     SIZES["7b"],
     llama=dataclasses.replace(SIZES["7b"].llama, num_hidden_layers=3),

@@ -2,7 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 from benchmarks.llava_pair import SMALL, Ours, Peer, largest_difference
+
+pytestmark = pytest.mark.peer
 
 # Rows of 295 tokens: long enough for attention in blocks
 TINY = dataclasses.replace(

@@ -5,10 +5,13 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from tests.parallel.test_distributed import free_port, run_two
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.convert.jax_checkpoint import of_newest
+
+pytestmark = pytest.mark.multiprocess
 
 SCRIPT = """
 import sys

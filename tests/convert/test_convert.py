@@ -289,6 +289,7 @@ def test_rows_of_new_tokens(golden_run, tmp_path, convert, init, small_tokenizer
         assert abs(np.corrcoef(new.ravel(), head[32001:32004].ravel())[0, 1]) < 0.5  # drawn apart
 
 
+@pytest.mark.multiprocess
 def test_restored_straight_onto_a_mesh(golden_run):
     """Every parameter in shards over eight devices, as it is read."""
     script = """
@@ -326,6 +327,7 @@ assert {s.data.shape for s in embedding.addressable_shards} == {(32128 // 2, 32 
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_converted_checkpoint(golden_run, tmp_path):
     """The first loss is that of the converted weights; they change, in float32; and the run can be asked."""
     arguments = [

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-import torch
 
 from tests.convert.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
 from tests.helpers import reference
@@ -56,6 +55,8 @@ def make_adapter(directory: Path, tensors: dict | None = None, llava: bool = Tru
     (directory / "adapter_config.json").write_text(json.dumps(fields | config))
     save_file(matrices() if tensors is None else tensors, directory / "adapter_model.safetensors")
     if llava:
+        import torch
+
         quantized = {"quantization_config": {"load_in_4bit": True}}  # as QLoRA leaves it: the base given is not
         (directory / "config.json").write_text(json.dumps(CONFIG | quantized))
         all_tensors = load_file(reference.DIRECTORY / "model.safetensors")
@@ -74,6 +75,7 @@ def expected(base: Path, made: dict, scale, layer: int, module: str) -> np.ndarr
     return weight.astype(np.float64) + scale * low
 
 
+@pytest.mark.peer
 def test_llavas_training(base, tmp_path, convert):  # noqa: F811
     """Merged and rounded once; the projector is the one trained beside; what is not named stays as it was."""
     adapter = make_adapter(tmp_path / "adapter")
@@ -100,6 +102,7 @@ def test_llavas_training(base, tmp_path, convert):  # noqa: F811
     assert status == 0 and "96 of 96 tensors are identical" in out
 
 
+@pytest.mark.peer
 def test_projector_trained_alone(base, tmp_path):
     """LLaVA's first stage leaves config.json and mm_projector.bin."""
     stage = make_adapter(tmp_path / "stage")
@@ -142,6 +145,7 @@ def test_forms_of_lora(case, base, tmp_path):
         assert source.tensors["llama.lm_head.kernel", None].read()[7, 7] == 3
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,6 +167,7 @@ def test_what_is_not_computed_is_refused(change, message, base, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.peer
 def test_another_base(base, tmp_path):
     """Of other shapes, without the layers, or of another function by its config."""
     adapter = make_adapter(tmp_path / "adapter")

@@ -430,6 +430,7 @@ def test_inspect_tells_of_missing_parts(source, convert):  # noqa: F811
     assert status == 2 and out.endswith("what does not fit\n  projector missing\n")
 
 
+@pytest.mark.multiprocess
 def test_killed_on_the_way(tmp_path, convert):  # noqa: F811
     """No destination after SIGTERM (nothing at all is left) or SIGKILL, and the next attempt succeeds."""
     source, run = tmp_path / "source", tmp_path / "run"

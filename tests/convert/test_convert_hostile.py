@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-import torch
 
 from tests.fuzz import gguf_files
 from tests.fuzz.gguf_files import GGUF
@@ -27,9 +26,12 @@ from voco_jax.io.safetensors import read_index, read_safetensors
 # ---- PyTorch's .bin ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_state_dicts_of_all_protocols(protocol, tmp_path):
     """A module's, which has attributes (`_metadata`), its parameters, and one beside an optimizer's state."""
+    import torch
+
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.ones(1, 3)).sum().backward()
@@ -44,7 +46,10 @@ def test_state_dicts_of_all_protocols(protocol, tmp_path):
             np.testing.assert_array_equal(tensor.read(), state[name].numpy())
 
 
+@pytest.mark.peer
 def test_the_format_before_1_6(tmp_path):
+    import torch
+
     torch.save({"a": torch.ones(2)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(
         UserError, match=r"x.bin: .*the format of PyTorch before 1.6; load and save it with a later one"
@@ -52,10 +57,13 @@ def test_the_format_before_1_6(tmp_path):
         read_torch(tmp_path / "x.bin")
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("view", [False, True])
 def test_checksums_of_storages(view, tmp_path):
     """A bit of a value is another: told when the tensor is read, or any that shares its storage; unless no checksums
     were written."""
+    import torch
+
     whole = torch.arange(60, dtype=torch.float32).reshape(5, 12)
     saved = {"x": whole[1:3, ::2] if view else whole}
     for with_sums in (True, False):

@@ -9,9 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.convert.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
 from tests.helpers import reference
@@ -201,8 +199,11 @@ def test_layer_in_a_list(llava):
         open_source(llava)
 
 
+@pytest.mark.peer
 def test_tensors_that_are_not_contiguous(tmp_path):
     """Transposed, sliced with a stride, and views into one storage; a repeated value is refused."""
+    import torch
+
     whole = torch.arange(60, dtype=torch.float32).reshape(5, 12)
     tensors = {
         "plain": whole, "transposed": whole.T, "every second": whole[::2, 1::3],
@@ -321,8 +322,11 @@ def test_gguf_rope(extra, expected, tmp_path):
     assert config.rope_scaling == expected and (config.head_dim, config.rope_theta) == (8, 10000.0)
 
 
+@pytest.mark.peer
 def test_gguf_factors_of_llama_3(tmp_path):
     """`rope_freqs.weight`: by what Llama 3's scaling divides each frequency, as llama.cpp's converter writes it."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 8192, "rope_theta": 10000.0}
     shape = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=131072)

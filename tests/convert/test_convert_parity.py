@@ -19,6 +19,8 @@ from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.models.voco import Read
 
+pytestmark = pytest.mark.peer
+
 VOCABULARY, PATCHES, IMAGE = 431, 4, 430  # more rows than the tokenizer has tokens, and an odd number of them
 TEXT = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

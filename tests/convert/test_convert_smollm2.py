@@ -13,6 +13,8 @@ from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.models.voco import Read
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The capital of France is"
 
 

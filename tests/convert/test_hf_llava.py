@@ -24,6 +24,8 @@ from voco_jax.data.from_config import template_of
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.models.llama import LlamaConfig
 
+pytestmark = pytest.mark.peer
+
 PATCHES, IMAGE_ID, ROWS = 4, 32000, 32064
 # transformers' own of LLaVA-1.5, with Jinja's `generation` block left out
 LLAVA = (

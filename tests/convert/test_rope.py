@@ -23,6 +23,8 @@ from voco_jax.models.llama import LlamaConfig, RopeScaling, rope_tables
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import Read, VoCoConfig
 
+pytestmark = pytest.mark.peer
+
 FILE = Path("config.json")
 SMALL = dict(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

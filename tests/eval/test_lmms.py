@@ -32,6 +32,8 @@ from voco_jax.eval.lmms.model import VoCoJax
 from voco_jax.evaluate import score_easyvqa
 from voco_jax.infer.generate import Sampling
 
+pytestmark = pytest.mark.peer
+
 ROOT = tiny.CONFIG_FILE.parents[1]
 SHORT = {"max_new_tokens": 5, "do_sample": False}
 PICTURES = [record.images[0].file for record in easyvqa.load("test")[:4]]

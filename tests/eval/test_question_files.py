@@ -127,6 +127,7 @@ def test_each_picture_is_compressed_once(model, album, uninterrupted, tmp_path, 
     assert (tmp_path / "a.jsonl").read_bytes() == uninterrupted
 
 
+@pytest.mark.multiprocess
 def test_killed_again_and_again(tiny_run, album, uninterrupted, tmp_path):
     answers = tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "voco_jax.evaluate", *map(str, arguments(tiny_run, album, answers))]

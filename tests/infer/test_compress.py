@@ -232,6 +232,7 @@ def test_saved_and_loaded_answers_are_the_same(model, tmp_path):
         assert model.ask(questions, bank[i], sampling=sampling) == model.ask(questions, again[i], sampling=sampling)
 
 
+@pytest.mark.multiprocess
 def test_over_devices_memories_are_the_same(run, album, tmp_path):
     """Two simulated devices, along data and along tensor, against one: memories, answers, conversations."""
     script = f"""
@@ -310,6 +311,7 @@ def test_a_stream_of_frames(model):
         watch.add(np.zeros((8, 8, 3), np.uint8), 3.0)
 
 
+@pytest.mark.multiprocess
 def test_a_thousand_pictures_with_three_kills(run, model, tmp_path):
     """SIGKILL at moments that nobody chose, also while parts are written and joined: nothing lost, nothing doubled."""
     out, album = tmp_path / "album.voco", tmp_path / "album"

@@ -136,6 +136,7 @@ for mesh in ("frame=4", "data=2,frame=2", "data=4"):
 """
 
 
+@pytest.mark.multiprocess
 def test_over_four_devices(run, model, six, tmp_path):
     """Frames spread over them: six over four, so two places are empty."""
     model.save(six, tmp_path / "one.voco")
@@ -171,6 +172,7 @@ def most_alive(monkeypatch) -> Iterator[list[int]]:
     yield most
 
 
+@pytest.mark.slow
 def test_512_frames(run, model, tmp_path, monkeypatch, capsys, most_alive):
     """Asked about together; what is kept is the slots' keys and values, and frames go when they are compressed."""
     frames, config = pictures(512, 16, 16), model.config

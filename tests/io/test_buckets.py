@@ -49,6 +49,7 @@ def config(workdir, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket(server, tmp_path):
     """Stopped and gone on with, to the parameters of one in a directory; asked from there; begun from there."""
     address = "gs://bucket/somewhere/run"
@@ -90,6 +91,7 @@ def test_a_bucket_without_permission(server, tmp_path):
         server.forbidden = False
 
 
+@pytest.mark.multiprocess
 def test_a_permission_that_is_withdrawn(server):
     """In the middle of a training: one line, at once, though Orbax would wait for its directories for minutes."""
     arguments = tiny.arguments("gs://bucket/third/run", **CHANGES)

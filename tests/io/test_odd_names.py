@@ -96,6 +96,7 @@ def test_patterns_below_odd_directories(tmp_path):
     assert matching(tmp_path / "none" / "*") == []
 
 
+@pytest.mark.multiprocess
 def test_a_training(tiny_run, tmp_path):
     """By the command, to the parameters that it has under a plain name."""
     run = tmp_path / "my [run] \\ 100% 'a*b' é" / "--x=1"

@@ -181,6 +181,7 @@ def test_what_cannot_be_deleted(child, tmp_path):
     assert names(tmp_path) == ["3", "4"]
 
 
+@pytest.mark.multiprocess
 def test_training_outlasts_an_outage(child, tmp_path):
     """One that goes on and on ends it with the status on which it is started again."""
     run = tmp_path / "run"

@@ -6,6 +6,8 @@ from pathlib import Path
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import tiny
 
 COUNT_HITS = """
@@ -90,6 +92,7 @@ def test_a_file_that_was_cut_off_is_compiled_again(tmp_path):
     assert again == first and hits == 0 and "Traceback" not in error
 
 
+@pytest.mark.multiprocess
 def test_the_second_ask_compiles_nothing(tmp_path, tiny_run, picture):
     ask = f"{COUNT_HITS}\nfrom voco_jax.ask import main\nmain()"
     arguments = ["--run", tiny_run, "--image", picture, "what is it?"]
@@ -99,6 +102,7 @@ def test_the_second_ask_compiles_nothing(tmp_path, tiny_run, picture):
     assert misses > 0 and (again, hits, missed) == (first, misses, 0), error
 
 
+@pytest.mark.multiprocess
 def test_training_keeps_its_programs_where_the_config_says_and_computes_the_same(tmp_path):
     train = f"{COUNT_HITS}\nfrom voco_jax.train.__main__ import main\nmain()"
     steps = dict(train__steps=2, optim__warmup_steps=1, train__log_every=1)

@@ -61,6 +61,7 @@ def run_two(arguments, variables, script=SCRIPT) -> list[subprocess.CompletedPro
     ]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("how", ["flags", "environment", "slurm"])
 def test_two_processes(how):
     port = free_port()
@@ -80,6 +81,7 @@ def test_two_processes(how):
     assert said == [["distributed: process 0 of 2, 4 devices, 2 local", "0 2 1.5 [6.]"], ["1 2 1.5 [6.]"]]
 
 
+@pytest.mark.multiprocess
 def test_flags_come_before_the_environment():
     port = free_port()
     wrong = dict(zip(VARIABLES, ("localhost:1", 7, 5), strict=True))
@@ -87,6 +89,7 @@ def test_flags_come_before_the_environment():
         assert done.returncode == 0 and done.stdout.endswith(" 2 1.5 [6.]\n"), done.stderr
 
 
+@pytest.mark.multiprocess
 def test_a_process_on_its_own_says_and_waits_for_nothing():
     script = (
         "import time, jax; from voco_jax.parallel.distributed import start; t = time.time(); start(); "
@@ -96,6 +99,7 @@ def test_a_process_on_its_own_says_and_waits_for_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("process", [0, 1])
 def test_the_others_do_not_come(process, tmp_path):
     """The coordinator's process waits for the other, which waits for the coordinator: each gives up with one line."""

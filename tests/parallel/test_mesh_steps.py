@@ -20,6 +20,8 @@ from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, 
 from voco_jax.train.state import init_opt_state
 from voco_jax.train.step import make_train_step
 
+pytestmark = pytest.mark.multiprocess
+
 SCANNED = dataclasses.replace(BASE, unroll_layers=False, remat="full")
 ADAPTED = dataclasses.replace(SCANNED, lora=LoRAConfig(3, 6.0, LoRAConfig.TARGETS))
 TIED = dataclasses.replace(BASE, llama=dataclasses.replace(BASE.llama, tie_word_embeddings=True))

@@ -34,6 +34,8 @@ from voco_jax.train.state import init_opt_state
 from voco_jax.train.step import loss_and_gradients as loss_and_gradients_of
 from voco_jax.train.step import split_batch
 
+pytestmark = pytest.mark.multiprocess
+
 RECORDS, ROWS, LENGTH = 8, 16, 128  # two read rows share a record's images
 BASE = dataclasses.replace(
     CONFIG,

@@ -15,6 +15,8 @@ from tests.parallel.test_distributed import free_port, run_two
 from voco_jax.errors import UserError
 from voco_jax.parallel.watchdog import watch
 
+pytestmark = pytest.mark.multiprocess
+
 # Process 1 dies when both are about to write
 SAVE = """
 import os, signal, sys

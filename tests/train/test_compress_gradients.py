@@ -78,6 +78,7 @@ def test_what_cannot_be():
         trainable_filter(config_of(), dataclasses.replace(BASE, compressor="none"))
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_goes_on(tmp_path, capsys):
     config = tiny.config(
         tmp_path / "run", train__compress_gradients=False, train__steps=4, train__checkpoint_every=2,

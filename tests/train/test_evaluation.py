@@ -310,6 +310,7 @@ def compiled_once(tmp_path):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_and_comes_again(test_set, tmp_path, compiled_once):
     """Parameters bit for bit those of a training without; a run that goes on from its first checkpoint says the
     same."""
@@ -356,6 +357,7 @@ with jax.set_mesh(mesh):
 """
 
 
+@pytest.mark.multiprocess
 def test_two_processes_see_what_one_does(test_set, evaluated, tmp_path):
     """Rows and parameters over both, a row's images over the two simulated devices of each: the same loss, answers."""
     evaluation, *_, evaluator, _, params = evaluated

@@ -22,6 +22,8 @@ from tests.helpers import tiny
 from tests.train.test_training import params
 from voco_jax.checkpoint.checkpointer import Checkpointer
 
+pytestmark = pytest.mark.multiprocess
+
 KILLS = int(os.environ.get("VOCO_JAX_KILLS", "3"))
 STEPS = 60 + 12 * max(0, KILLS - 3)  # enough for all the kills: between two, training moves on by a checkpoint or some
 CHANGES = dict(train__steps=STEPS, train__checkpoint_every=3, train__log_every=1)

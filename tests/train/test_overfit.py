@@ -16,6 +16,8 @@ from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.eval.answering import answer_all
 from voco_jax.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 CONFIG_FILE = Path(__file__).parents[2] / "configs" / "easyvqa.py"
 COMMON = {
     "model.llama.hidden_size": 64,

@@ -37,6 +37,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("notice", [{"preempted": "TRUE"}, {"maintenanceEvent": "TERMINATE_ON_HOST_MAINTENANCE"}])
 def test_a_notice_saves_the_run(tmp_path, notice):
     Metadata.event.clear()

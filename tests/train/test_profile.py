@@ -137,6 +137,7 @@ with Goodput(None) as goodput, Profiler(workdir / "profile", range(1, 10**9), go
 """
 
 
+@pytest.mark.multiprocess
 def test_a_signal_to_a_process(tmp_path):
     """From another, as a person sends it; it goes on."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]

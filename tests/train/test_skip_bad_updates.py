@@ -102,6 +102,7 @@ def stored(run, config, step: int):
         return checkpointer.restore(step, state.params, state.opt_state)[1:3]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_remembers_what_was_normal(tmp_path):
     """With a spike at less than half of the mean, some steps are skipped; resumed, it is the same ones."""
     changes = dict(train__steps=40, train__on_bad_step="skip", train__spike_factor=0.45, train__max_skipped=40)

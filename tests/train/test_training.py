@@ -68,6 +68,7 @@ def train_and_kill_when(condition, arguments: list[str]) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.multiprocess
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path, capsys):
     """Killed between two checkpoints; parameters and losses end bit for bit alike."""
     run = tmp_path / "run"
@@ -83,6 +84,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, params(run), params(tiny_run))
 
 
+@pytest.mark.multiprocess
 def test_a_run_killed_before_its_first_checkpoint_may_be_replaced(tmp_path):
     run = tmp_path / "run"
     train_and_kill_when((run / "metrics.jsonl").exists, tiny.arguments(run, train__checkpoint_every=10**6))

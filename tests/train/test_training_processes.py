@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.checkpoint.test_processes import errors
 from tests.helpers import tiny
 from tests.parallel.test_distributed import free_port, run_two
 from voco_jax.checkpoint.run import load_run
 from voco_jax.train.loop import train
+
+pytestmark = pytest.mark.multiprocess
 
 SCRIPT = """
 import sys

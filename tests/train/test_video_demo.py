@@ -14,6 +14,8 @@ from voco_jax.data import make_video_questions as made
 from voco_jax.data.sources import easyvqa
 from voco_jax.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIMENSIONS = {
     "model.llama.hidden_size": 64,

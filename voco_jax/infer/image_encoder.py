@@ -121,7 +121,7 @@ class ImageEncoder:
     def check(self, images: EncodedImages) -> None:
         """UserError for encoded images that are not this model's."""
         c = self.engine.config
-        kind = MemoryBank if c.compressor == "voco" else Embeddings
+        kind = MemoryBank if c.has_memory else Embeddings
         if not isinstance(images, kind):
             found = f"found {type(images).__name__}"
             raise UserError(f"images: expected {kind.__name__} (compressor {c.compressor!r}), {found}")
