@@ -39,8 +39,9 @@ def told(command: list, sent: signal.Signals, moment: str, **environment) -> Non
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("sent", STATUS)
-def test_while_a_training_imports(tmp_path, sent):
-    told(["-X", "importtime", "-m", "voco_jax.train", *tiny.arguments(tmp_path / "run")], sent, r"\| +numpy$")
+@pytest.mark.parametrize("command", [["voco_jax.train"], ["voco_jax", "train"]])
+def test_while_a_training_imports(tmp_path, sent, command):
+    told(["-X", "importtime", "-m", *command, *tiny.arguments(tmp_path / "run")], sent, r"\| +numpy$")
     assert not (tmp_path / "run").exists()
 
 
