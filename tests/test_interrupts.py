@@ -92,7 +92,7 @@ from voco_jax.errors import one_line_errors
 
 @one_line_errors
 def main(kind):
-    interrupts.say_of_interrupt(lambda: "interrupted in " + kind)
+    interrupts.set_interrupt_line(lambda: "interrupted in " + kind)
     try:
         if kind == "C++":  # which a signal does not interrupt; from here, for it must not come before
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -86,7 +86,7 @@ def at_once(value: bool, *signals: signal.Signals) -> Iterator[None]:
         _at_once.update(before)
 
 
-def say_of_interrupt(line: Callable[[], str]) -> None:
+def set_interrupt_line(line: Callable[[], str]) -> None:
     """Set the line that Ctrl-C is answered with from now on; `line` is called when Ctrl-C comes."""
     _LINE[signal.SIGINT] = line
 

@@ -26,7 +26,7 @@ from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.data.training_data import open_test_data, open_training_data
 from voco_jax.errors import UserError
-from voco_jax.interrupts import say_of_interrupt
+from voco_jax.interrupts import set_interrupt_line
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
@@ -152,7 +152,7 @@ def _train(run: _Setup, begun: float) -> None:
         if not steps:
             return
         dispatched, checkpoints = start, run.workdir / "checkpoints"
-        say_of_interrupt(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), dispatched, sys.argv[1:]))
+        set_interrupt_line(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), dispatched, sys.argv[1:]))
         with (
             Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
             _actions(run, steps, workdir, checkpointer, goodput) as actions,
