@@ -50,10 +50,10 @@ class ImageCache:
         self, images: ImageEncoder, *, tokens: int | None = None, sampling: FrameSampling | None = None,
         host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
     ):  # fmt: skip
-        if (compressor := images.engine.config.compressor) != "voco":
+        if not (c := images.engine.config).has_memory:
             for name, value in (("tokens", tokens), ("cache", directory)):
                 if value is not None:
-                    expected = f"has no memories (compressor {compressor!r}): expected none, found {value}"
+                    expected = f"has no memories (compressor {c.compressor!r}): expected none, found {value}"
                     raise UserError(f"{name}: {images.name} {expected}")
         check_tokens("tokens", tokens, images.num_voco_tokens)
         self.images, self.compressed = images, 0

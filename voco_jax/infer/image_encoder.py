@@ -108,8 +108,8 @@ class ImageEncoder:
 
     def require_memories(self) -> None:
         """UserError for a model without VoCo tokens."""
-        if (compressor := self.engine.config.compressor) != "voco":
-            raise UserError(f"{self.name}: a model with compressor {compressor!r} has no memories: expected 'voco'")
+        if not (c := self.engine.config).has_memory:
+            raise UserError(f"{self.name}: a model with compressor {c.compressor!r} has no memories: expected 'voco'")
 
     def memories(self, images: EncodedImages) -> MemoryBank:
         """The images as memories; UserError for a model without VoCo tokens."""
