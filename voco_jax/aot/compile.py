@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -48,7 +49,7 @@ def compile_step(
 
 def hbm_bytes(compiled: Compiled) -> dict[str, int]:
     """Bytes of each device's HBM that a compiled step takes, by kind."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()  # the type depends on the backend
     return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # not written over arguments

@@ -1,6 +1,5 @@
 """The programs of a run as shapes: what `python -m voco_jax.aot` compiles for machines that are not there."""
 
-from collections.abc import Callable
 import dataclasses
 import os
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from voco_jax.config import typed
@@ -37,7 +37,7 @@ class Program:
     the images' segments; padding is in neither. `model_flops` is by the formula of `models/flops.py`.
     """
 
-    function: Callable
+    function: Wrapped
     arguments: tuple[Any, ...]
     model_flops: float
     tokens: int

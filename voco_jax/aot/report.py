@@ -24,7 +24,7 @@ def make_report(program: Program, compiled: Compiled, chip: Chip, num_chips: int
     hbm = hbm_bytes(compiled)
     hbm["total"] = sum(hbm.values())
     try:
-        cost = estimate(compiled.as_text(), chip)
+        cost = estimate(compiled.as_text() or "", chip)
     except HLOError as error:
         raise UserError(f"the compiled program: {error}") from error
     seconds = [cost.seconds_b, cost.seconds_a]

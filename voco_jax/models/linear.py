@@ -73,7 +73,7 @@ class LoRALinear(nnx.LinearGeneral):
     def __init__(self, in_features: int | tuple[int, int], out_features: int | tuple[int, int], **kwargs: Any):
         axis = (-2, -1) if isinstance(in_features, tuple) else -1
         super().__init__(in_features, out_features, axis=axis, use_bias=False, dot_general=dot_general, **kwargs)
-        self.lora = nnx.data(None)
+        self.lora: nnx.LoRA | None = nnx.data(None)
 
     def add_lora(self, config: LoRAConfig, rngs: nnx.Rngs) -> None:
         """A is drawn as in Hugging Face's PEFT, uniform within 1/√inputs; B is zeros: at first nothing changes."""

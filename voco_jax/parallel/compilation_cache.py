@@ -24,7 +24,8 @@ def use_compilation_cache(directory: str = DIRECTORY) -> None:
     features included, so hosts may share a directory. Where it cannot be written, a line on standard error says so
     and programs are compiled as without it.
     """
-    if not directory or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if not directory or settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
     try:
         path = as_path(directory)
