@@ -39,19 +39,19 @@ def scan_layers(
     layers: nnx.Module,
     xs: Any = None,
     *,
-    dtype,
+    dtype: Any,
     count: int | None = None,
     last: Callable | None = None,
     unroll: bool = False,
     remat: str = "none",
-):
+) -> tuple[Any, Any]:
     """Run `carry, y = body(layer, carry, x)` over the layers; returns the last carry and the stacked ys.
 
-    `xs` is a pytree with a leading layer axis. Of the layers the first `count` are run (None: all), the last of them
-    by the function `last` if there is one. `unroll` makes straight-line code of them: longer to compile, faster for
-    the few small layers of a CPU model, and the only way for layers that `part_layers` has parted. `remat` is 'none'
-    (the backward pass finds every value kept) or a line of `REMAT`. Kernels that are spread over devices are gathered
-    in `dtype`, a layer at a time.
+    `xs` is a pytree with a leading layer axis. Only the first `count` layers are run (None: all); if `last` is given,
+    it is the body of the last of them. `unroll` makes straight-line code: it compiles longer, runs faster for the few
+    small layers of a CPU model, and is the only way for layers that `part_layers` has parted. `remat` is 'none' (all
+    values are kept for the backward pass) or a line of `REMAT`. Kernels that are spread over devices are gathered in
+    `dtype`, one layer at a time.
     """
     graphdef, stacked = nnx.split(layers)
     params = nnx.to_pure_dict(stacked)
@@ -75,8 +75,8 @@ def scan_layers(
             lambda x: x[index], xs
         )
 
-    # A layer that differs stands after the loop. A conditional inside would cost more than it saves: its weights'
-    # gradients would be summed over devices by themselves, and again with those of the layer's other uses.
+    # A layer that differs comes after the loop. A conditional inside it would cost more than it saves: the gradients of
+    # its weights would be summed over devices separately, and again with those of the layer's other uses.
     looped = count if last is None else count - 1
     ys = []
     if unroll:
@@ -94,10 +94,10 @@ def scan_layers(
 
 
 def part_layers(params: Any) -> Any:
-    """Stacked parameters of one CPU as `scan_layers` takes them too: a tuple of the layers' arrays for each leaf.
+    """Stacked parameters on one CPU, in the other form that `scan_layers` takes: each leaf a tuple of layers' arrays.
 
-    They are views, and take no memory. Out of a stack, XLA gets a layer's weights by copying them: decoding, of which a
-    step is little more than one reading of all weights, would take three times as long.
+    They are views and take no memory. XLA copies a layer's weights out of a stack: decoding, where a step does little
+    more than read all weights once, would take three times as long.
     """
 
     def views(stacked: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,7 +1,8 @@
-"""Where every array lives: one table for parameters, by path, and one for batches."""
+"""How every array is spread over the mesh: one table for parameters, by path, and one for batches."""
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def _in_layers(path: str) -> bool:
     return re.search(r"\blayers\.", path) is not None
 
 
-def param_shardings(mesh: Mesh, params, *, for_use: bool = False):
+def param_shardings(mesh: Mesh, params: Any, *, for_use: bool = False) -> Any:
     """A tree of `NamedSharding` for a tree of parameters, or of anything with parameters' paths at its leaves' ends.
 
     Optimizer state holds trees like the parameters' (moments), scalars (counts), and Adafactor's rows and columns,
@@ -106,7 +107,7 @@ def batch_spec(name: str) -> tuple:
     return BATCH.get(name, (ROWS,))
 
 
-def batch_shardings(mesh: Mesh, batch: dict):
+def batch_shardings(mesh: Mesh, batch: dict) -> dict[str, NamedSharding]:
     """A `NamedSharding` for each array of a batch; UserError where rows or images do not divide."""
 
     def sharding(name, array):
@@ -158,12 +159,12 @@ def whole_shapes(batch: dict, batch_size: int) -> dict:
     }
 
 
-def with_shardings(abstract, shardings):
+def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes with shardings, for restoring into place and for compiling ahead of time."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
-def gather_layer(layer: dict, dtype) -> dict:
+def gather_layer(layer: dict, dtype: Any) -> dict:
     """A layer's parameters as its matrix products want them: kernels and LoRA's cast, then gathered from `PARAMS`.
 
     Cast first: half the bytes travel. A kernel's gradient is summed and spread again in one reduce-scatter.
@@ -180,7 +181,7 @@ def gather_layer(layer: dict, dtype) -> dict:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_param(param: jax.Array, spec: P, dtype) -> jax.Array:
+def gather_param(param: jax.Array, spec: P, dtype: Any) -> jax.Array:
     """`param`, stored as `spec` says, in `dtype` and complete along `PARAMS`.
 
     The barriers keep one gather for both streams, and one reduce-scatter of the sum of their gradients; XLA would
