@@ -23,7 +23,7 @@ class DoesNotFit(Exception):
 
 
 def compile_step(
-    program: Program, mesh: Mesh, chip: Chip, compiler_options: dict[str, str] | None = None
+    program: Program, mesh: Mesh, chip: Chip, compiler_options: dict[str, str | bool] | None = None
 ) -> tuple[Compiled, float]:
     """Compile a Program for a mesh of a topology's devices: (compiled, seconds that it took).
 
