@@ -32,18 +32,7 @@ _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core
 
 
 class Goodput:
-    """The account of a run, kept in a file; for one thread.
-
-        with Goodput(workdir / "goodput.json", start) as goodput, goodput.during("steps"):
-            for step …:
-                with goodput.during("data"):
-                    batch = next(batches)
-                metrics = …                          # the step is under way
-                goodput.started(metrics)
-                if step % … == 0:
-                    with goodput.during("checkpoint"):
-                        …
-                    goodput.mark(step)
+    """The account of a run, kept in a file; for one thread. `train/loop.py` shows how it is used.
 
     Of blocks inside of one another the innermost counts. What jax compiles is 'compile', wherever it happens.
     """
