@@ -249,7 +249,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(capsys):
         assert len(meant[key]) > 4, f"config.{key} has no comment"
         assert f"--config.{key}=" in text and meant[key].split()[-1] in text
     assert "--config.optim.learning_rate=0.001" in text and meant["optim.learning_rate"].endswith("after the warm-up")
-    assert meant["train.compress_gradients"].startswith("Whether gradients go through the compress stream. False: im")
+    assert meant["train.compress_gradients"].startswith("whether gradients go through the compress stream; False: mem")
     assert all(template in text for template in CHAT_TEMPLATES) and all(kind in text for kind in SOURCE_KEYS)
     assert max(map(len, text.splitlines())) <= 120
 

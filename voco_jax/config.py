@@ -20,7 +20,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import as_path
-from voco_jax.keys import DEFAULT, Earlier, all_keys, build, in_one_line, problem_of
+from voco_jax.keys import DEFAULT, all_keys, build, in_one_line, problem_of
 from voco_jax.models import presets
 from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.llama import RopeScaling
@@ -33,7 +33,7 @@ KEYS = {name: key for name, key in GROUPS_AND_KEYS.items() if not dataclasses.is
 ADDED_LATER = {
     name: key.default if key.rules.earlier is DEFAULT else key.rules.earlier
     for name, key in KEYS.items()
-    if key.rules.earlier is not Earlier.NONE
+    if key.rules.earlier is not None
 }
 # Keys, and groups of keys, by the names that earlier runs have them under.
 RENAMED = {key.rules.was: name for name, key in GROUPS_AND_KEYS.items() if key.rules.was}
@@ -334,5 +334,4 @@ def one_line(error: Exception) -> str:
     if text[:1] in "'\"" and text[-1:] == text[:1]:
         with contextlib.suppress(ValueError, SyntaxError):
             text = str(ast.literal_eval(text))
-    text = re.sub(r"Other fields present: .*?(?=Did you mean |$)", "", text, flags=re.DOTALL)  # a whole group's values
     return " ".join(text.split())

@@ -100,11 +100,9 @@ class DataConfig:
         "voco_v1", "text around questions and answers, by name (chat_templates.py), or 'custom'", on_load="told"
     )
     custom_template: TemplateConfig = key(
-        TemplateConfig(),
-        "exact text, spaces too; '{eos}' is the end-of-sequence token",
-        on_load="told",
-        earlier=DEFAULT,
-    )
+        TemplateConfig(), "exact text, spaces too; '{eos}' is the end-of-sequence token",
+        on_load="told", earlier=DEFAULT,
+    )  # fmt: skip
     aspect_ratio: str = key(
         "pad", "to a square with the mean colour; or 'crop' its middle, or 'stretch' it", on_load="told"
     )
@@ -113,11 +111,9 @@ class DataConfig:
         on_load="told", earlier="drop",
     )  # fmt: skip
     processor: ProcessorConfig = key(
-        ProcessorConfig(),
-        "the rest of what makes pixel values: voco_jax/data/images.py",
-        on_load="told",
-        earlier=DEFAULT,
-    )
+        ProcessorConfig(), "the rest of what makes pixel values: voco_jax/data/images.py",
+        on_load="told", earlier=DEFAULT,
+    )  # fmt: skip
     limits: LimitsConfig = key(LimitsConfig(), "what is larger is not read", earlier=DEFAULT)
 
     layout: str = key("pack", "conversations to packs by best fit, or 'group': one a pack, by modality and length")
@@ -194,11 +190,9 @@ class TrainConfig:
 
     freeze: tuple[str, ...] = key((), "parts that stay as they are, for example ('vision_tower',) or ('llama.layers',)")
     compress_gradients: bool = key(
-        True,
-        "Whether gradients go through the compress stream. False: images' memories are constants, which the language "
-        "model learns to read; vision tower and projector, which act through them alone, are frozen as if `freeze` "
-        "named them.",
-    )
+        True, "whether gradients go through the compress stream; False: memories of images are constants that the "
+        "language model learns to read, and vision tower and projector are frozen",
+    )  # fmt: skip
     loss: str = key(
         "cross_entropy", "what is minimised, by name (train/losses.py): 'cross_entropy' of the answers' tokens",
         earlier="cross_entropy",

@@ -2,15 +2,15 @@
 
 `config_keys.py` lists all keys. One line there, or in a dataclass that it names, is all that a new key needs:
 
-    log_every: int = key(20, "steps between lines of metrics.jsonl", low=1, on_resume="free")
+    log_every: int = key(20, "steps between lines of metrics.jsonl", low=1, on_resume="free", earlier=DEFAULT)
 
-The default config, `--help`, the checks of values, stored configs of earlier runs and the rules for resuming all read
-that line.
+The default config, `--help`, the checks of values, stored configs and the rules for resuming all read that line.
+`earlier` says what runs did that were trained before the key was added: without it their config.json is refused. A key
+that gets another name has its old one in `was`, and `VERSION` in `config.py` goes up.
 """
 
 from collections.abc import Mapping
 import dataclasses
-import enum
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -28,23 +28,16 @@ OnResume = Literal["refused", "free", "schedule", "content"]
 OnLoad = Literal["refused", "told", "free"]
 
 
-class Earlier(enum.Enum):
-    """What stands for a value in `earlier`."""
-
-    DEFAULT = "default"  # runs without the key did what the default does
-    NONE = "none"  # no run is without it: all have had the key
-
-
-DEFAULT = Earlier.DEFAULT
+DEFAULT: Any = object()  # in `earlier`: runs without the key did what the default does
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What is known of a key, or of a group of keys, beside its type and default. None: as the group around it.
 
-    low, high, below: of a number; `high` is the largest value allowed, `below` the smallest that is not.
-    earlier: what runs written before the key was added did, as a value.
-    was: dotted name that earlier runs have it under.
+    low, high, below: the range of a number; `high` is the largest value allowed, `below` the smallest that is not.
+    earlier: the value that means what runs without the key did; None: every run has the key.
+    was: the dotted name that earlier runs have it under.
     """
 
     explanation: str
@@ -57,21 +50,10 @@ class Rules:
     was: str = ""
 
 
-def key(
-    default: T,
-    explanation: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    on_resume: OnResume | None = None,
-    on_load: OnLoad | None = None,
-    earlier: Any = None,
-    was: str = "",
-) -> T:
-    """A field of a dataclass that is a config key, or a group of keys where `default` is a dataclass's instance."""
-    rules = Rules(explanation, low, high, below, on_resume, on_load, earlier, was)
-    return dataclasses.field(default_factory=lambda: default, metadata={"rules": rules})
+def key(default: T, explanation: str, **rules: Any) -> T:
+    """A field of a dataclass that is a config key, with its `Rules`; a group of keys where `default` is a dataclass's
+    instance."""
+    return dataclasses.field(default_factory=lambda: default, metadata={"rules": Rules(explanation, **rules)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +68,7 @@ class Key:
 
 def all_keys(config: Any, prefix: str = "", around: Rules | None = None) -> dict[str, Key]:
     """Dotted name → key, for every key of a dataclass's instance and, before its keys, every group; in their order."""
-    around = around or Rules("", on_resume="refused", on_load="free", earlier=Earlier.NONE)
+    around = around or Rules("", on_resume="refused", on_load="free")
     found, hints = {}, typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         rules = field.metadata.get("rules", Rules(""))
