@@ -10,6 +10,7 @@ write them. Started again, it goes on where it stopped.
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from voco_jax.api import Model
 from voco_jax.arguments import add_model_arguments
 from voco_jax.checkpoint.run import Run, load_run
-from voco_jax.config import sources_to_score
+from voco_jax.config import sources_to_score, typed
 from voco_jax.data.records import Record, Source
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
@@ -162,7 +163,7 @@ def _load(run: Run, key: str, names: list[str]) -> list[Record]:
 
 
 def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
-    found, _ = open_sources(ConfigDict({"data": {key: by_name, "limits": run.config.data.limits}}), key)
+    found, _ = open_sources(dataclasses.replace(typed(run.config).data, **{key: by_name}), key)
     return dict(zip(sorted(by_name), found, strict=True))
 
 

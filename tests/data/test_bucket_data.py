@@ -151,7 +151,7 @@ def test_what_is_read_from_local_files_only(key, made):
         config.data.train = sources(a=made)
     message = f"^config.data.train.a: {key}: {ADDRESS}[^\n]* from local files only; copy them first[^\n]*$"
     with pytest.raises(UserError, match=message):
-        open_sources(config, "train")
+        open_sources(config.data, "train")
 
 
 @pytest.mark.parametrize(

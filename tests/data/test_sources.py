@@ -144,13 +144,13 @@ def test_the_limit_of_a_row_is_a_key(tmp_path):
     with config.unlocked():
         config.data.train = by_name
     config.data.limits.row_bytes = 900
-    for rows in open_sources(config, "train")[0]:
+    for rows in open_sources(config.data, "train")[0]:
         with pytest.raises(BadRecord, match=r"900 bytes at most \(config.data.limits.row_bytes\), found 9"):
             rows[1]
-    index = open_sources(config, "train")[0][0].fingerprint()
+    index = open_sources(config.data, "train")[0][0].fingerprint()
     config.data.limits.row_bytes = 2**21
-    assert open_sources(config, "train")[0][0].fingerprint() != index
-    assert open_sources(config, "train")[0][1][1].video is not None
+    assert open_sources(config.data, "train")[0][0].fingerprint() != index
+    assert open_sources(config.data, "train")[0][1][1].video is not None
 
 
 def test_the_configs_keys_are_the_sources_parameters():
@@ -643,7 +643,7 @@ def of(**by_name):
     config = default_config()
     with config.unlocked():
         config.data.train = sources(**by_name)
-    return open_sources(config, "train")
+    return open_sources(config.data, "train")
 
 
 def test_a_mixture(tmp_path):

@@ -77,7 +77,7 @@ def config_of(workdir: Path, questions: Path, changes: dict) -> ConfigDict:
 
 def accuracy(run: Path, questions: Path) -> float:
     """Exact answers to all questions of a file, greedily, as `evaluate` has them."""
-    (found,), _ = open_sources(config_of(run, questions, {}), "train")
+    (found,), _ = open_sources(config_of(run, questions, {}).data, "train")
     answers = answer_all(
         Model(load_run(run)).image_encoder, [found[i] for i in range(len(found))], batch_size=64, max_new_tokens=0
     )

@@ -61,7 +61,7 @@ def open_training_data(
     """
     data = typed(config).data
     _check(data)
-    sources, weights = open_sources(config, "train")
+    sources, weights = open_sources(data, "train")
     tokenizer = make_tokenizer(config, sources, run)
     model_config = make_model_config(config, tokenizer)
     maker = _sample_maker(data, make_encoder(config, tokenizer, model_config))
@@ -141,7 +141,7 @@ def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], N
     data = typed(config).data
     if not data.test:
         raise UserError("config.eval.every: expected sources in config.data.test to evaluate with, found none")
-    sources, weights = open_sources(config, "test")
+    sources, weights = open_sources(data, "test")
     loader, shape = training.loader, training.loader.plan.shape
     maker = dataclasses.replace(loader.maker, row_length=shape.row_length)
     indices = _make_indices(data, "test", sources, maker, log)

@@ -116,7 +116,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     )
     config.data.rows_per_pack = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
-        open_sources(config, "test")  # a wrong name should not show itself after training
+        open_sources(typed(config).data, "test")  # a wrong name should not show itself after training
     _check_lengths(longest, batches.loader.plan.shape.row_length, model_config)
 
     # Model and step, as shapes with their places on the mesh

@@ -6,8 +6,7 @@ A kind of source is a class (`records.Source`) whose constructor's parameters ar
 from collections.abc import Callable
 import inspect
 import math
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from voco_jax.data.records import Source
 from voco_jax.data.sources.array_records import ArrayRecordSource
@@ -15,6 +14,9 @@ from voco_jax.data.sources.easyvqa import EasyVqaSource
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.sources.tfds import TfdsSource
 from voco_jax.errors import UserError
+
+if TYPE_CHECKING:  # worker processes import this module, and need no flax
+    from voco_jax.config_keys import DataConfig
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "easyvqa": EasyVqaSource,
@@ -31,13 +33,13 @@ def keys_of(kind: str) -> list[str]:
     return [key for key in inspect.signature(SOURCES[kind]).parameters if key not in _LIMITS]
 
 
-def open_sources(config: ConfigDict, key: str) -> tuple[list[Source], list[float]]:
+def open_sources(data: "DataConfig", key: str) -> tuple[list[Source], list[float]]:
     """The sources of `config.data.<key>` (train or test), by name, and their weights; UserError names what is wrong.
 
-    Of the rest of the config `data.limits` is read.
+    Of the rest of `config.data` only `limits` is read.
     """
     sources, weights = [], []
-    for name, keys in sorted(config.data[key].items()):
+    for name, keys in sorted(getattr(data, key).items()):
         where = f"config.data.{key}.{name}"
         if keys.kind not in SOURCES:
             raise UserError(f"{where}.kind: expected one of {', '.join(SOURCES)}; found {keys.kind!r}")
@@ -48,7 +50,7 @@ def open_sources(config: ConfigDict, key: str) -> tuple[list[Source], list[float
         if {*arguments} != {*expected}:
             found = ", ".join(sorted(arguments))
             raise UserError(f"{where}: a {keys.kind} has the keys {', '.join(expected)}; found {found}")
-        limits = {k: config.data.limits[k] for k in _LIMITS if k in inspect.signature(SOURCES[keys.kind]).parameters}
+        limits = {k: getattr(data.limits, k) for k in _LIMITS if k in inspect.signature(SOURCES[keys.kind]).parameters}
         try:
             sources.append(SOURCES[keys.kind](**arguments, **limits))
         except UserError as error:
