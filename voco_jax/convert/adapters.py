@@ -29,7 +29,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB]|magnitude_vector)(\.default)?(\.weight)?")
 _WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")  # that PEFT may leave in a name
-_FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
+# Fields of a configuration that do not change what a model computes; its rows are compared as tensors
+FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
 # PEFT's adapter_config.json.
 _KEYS = keys_of(
     "r lora_alpha alpha_pattern rank_pattern use_rslora use_dora base_model_name_or_path",
@@ -94,7 +95,7 @@ def check_same_model(model: LlamaConfig, file: Path, base: Path) -> None:
     other = llama.from_hf(section(fields, "text_config", base) or fields, base, llava.KEYS)
     for field in dataclasses.fields(LlamaConfig):
         ours, theirs = getattr(model, field.name), getattr(other, field.name)
-        if field.name not in _FREE and ours != theirs:
+        if field.name not in FREE and ours != theirs:
             raise UserError(
                 f"{base}: {field.name}: expected {ours!r}, as {file} has it, found {theirs!r}: another base?"
             )

@@ -38,7 +38,7 @@ def _merge(run: Path, config: ConfigDict, stored: StoredParams, destination: Pat
     config.model.lora.rank = 0
     config.workdir = str(destination)
     _, plain = abstract_model(make_model_config(config, tokenizer))
-    parameters = jax.tree_util.tree_map_with_path(lambda path, leaf: _parameter(stored, _name(path), leaf, lora), plain)
+    parameters = jax.tree_util.tree_map_with_path(lambda path, leaf: _parameter(stored, path, leaf, lora), plain)
     total = sum(parameter.nbytes for parameter in jax.tree.leaves(parameters))
     check_space(destination, total)
     with new_directory(destination) as directory, tqdm(total=total, unit="B", unit_scale=True, desc="merge") as bar:
@@ -48,7 +48,8 @@ def _merge(run: Path, config: ConfigDict, stored: StoredParams, destination: Pat
         stored.check()
 
 
-def _parameter(stored: StoredParams, name: str, leaf, lora: LoRAConfig) -> Parameter:
+def _parameter(stored: StoredParams, path, leaf, lora: LoRAConfig) -> Parameter:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
     dtype, stacked = stored.dtype(name), ".layers." in name
     matrices = [name.removesuffix("kernel") + f"lora.{matrix}" for matrix in ("lora_a", "lora_b")]
 
@@ -61,7 +62,3 @@ def _parameter(stored: StoredParams, name: str, leaf, lora: LoRAConfig) -> Param
         return (values.astype(np.float32) + lora.scale * (a @ b).reshape(values.shape)).astype(dtype)
 
     return Parameter(leaf.shape, dtype, stacked, read)
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -6,7 +6,7 @@ from pathlib import Path
 import re
 
 from voco_jax.convert import processors
-from voco_jax.convert.adapters import apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
+from voco_jax.convert.adapters import Key, apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
 from voco_jax.convert.config_keys import section
 from voco_jax.convert.families import LANGUAGE_MODELS, RULES, clip, language_family, llava, vision_family
 from voco_jax.convert.formats import (
@@ -33,8 +33,6 @@ from voco_jax.io.tensors import Tensor
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.terminal import shortened
-
-Key = tuple[str, int | None]  # (our parameter's path, layer)
 
 
 @dataclasses.dataclass

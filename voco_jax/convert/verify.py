@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.config import load_config
-from voco_jax.convert.adapters import is_adapter
+from voco_jax.convert.adapters import FREE, is_adapter
 from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
@@ -25,9 +25,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
 from voco_jax.models.build import abstract_model
 
-# Of the configurations; these do not change what a model computes, and rows, but for padding, are compared as tensors.
 _ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add
-_FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _flat(**configs) -> dict[str, object]:
         for part, config in configs.items()
         if config is not None
         for key, value in dataclasses.asdict(config).items()
-        if key not in _FREE
+        if key not in FREE
     }
 
 
