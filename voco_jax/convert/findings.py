@@ -11,7 +11,7 @@ from voco_jax.errors import UserError
 class Findings:
     """An error for values that are not finite, a warning for those that overflowed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._nonfinite: set[str] = set()
         self._overflowed: dict[str, int] = {}
 

@@ -121,8 +121,10 @@ def _kind(array: np.ndarray) -> str:
 
 def _model(model: VoCoLlama, prefix_ids: tuple, suffix_ids: tuple, num_voco_tokens: int) -> VoCoLlama:
     """The model in float32, with the rows' own tokens around the image and number of VoCo tokens."""
-    of_rows = {"num_voco_tokens": num_voco_tokens, "prefix_ids": prefix_ids, "suffix_ids": suffix_ids}
-    config = dataclasses.replace(model.config, dtype="float32", compressor="voco", **of_rows)
+    config = dataclasses.replace(
+        model.config, dtype="float32", compressor="voco", num_voco_tokens=num_voco_tokens,
+        prefix_ids=prefix_ids, suffix_ids=suffix_ids,
+    )  # fmt: skip
     _, state = nnx.split(model)
     return nnx.merge(abstract_model(config)[0], state)
 

@@ -3,8 +3,8 @@
 docs/converting.md says how to add one.
 """
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from voco_jax.convert.config_keys import Keys
 from voco_jax.convert.families import clip, llama, llava
@@ -20,8 +20,14 @@ class Family(Protocol[Config]):
 
     RULES: tuple[Rule, ...]
     KEYS: Keys
-    from_hf: Callable[..., Config]  # of config.json's fields; UserError for what this package does not compute
-    to_hf: Callable[[Config], dict]
+
+    def from_hf(self, fields: dict, file: Path, *args: Any, **kwargs: Any) -> Config:
+        """Of the fields of config.json. UserError for what this package does not compute."""
+        ...
+
+    def to_hf(self, config: Config) -> dict:
+        """The fields of config.json."""
+        ...
 
 
 # By `model_type` of config.json
@@ -29,8 +35,8 @@ LANGUAGE_MODELS: dict[str, Family[LlamaConfig]] = {"llama": llama}
 VISION_TOWERS: dict[str, Family[ViTConfig]] = {"clip_vision_model": clip, "clip": clip}
 
 # Of all families; several may have one rule
-_RULES = [family.RULES for family in (*LANGUAGE_MODELS.values(), *VISION_TOWERS.values(), llava)]
-RULES = tuple(dict.fromkeys(rule for rules in _RULES for rule in rules))
+_RULES = [family.RULES for family in LANGUAGE_MODELS.values()] + [family.RULES for family in VISION_TOWERS.values()]
+RULES = tuple(dict.fromkeys(rule for rules in (*_RULES, llava.RULES) for rule in rules))
 BY_OURS = {rule.ours: rule for rule in RULES}
 
 
