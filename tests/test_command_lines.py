@@ -97,7 +97,7 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
         (["--image", "{clip}", "what?"], "clip.png: expected a picture, found a video; --video takes its frames"),
         (["--video", "{picture}", "what?"], "chelsea.png: expected a video, found a picture (PNG)"),
         (["--video", "{clip}", "--max-frames", "4", "what?"], "--max-frames: expected --fps with it: 8 frames are"),
-        (["--each", "what?"], "--each: expected pictures, found none"),
+        (["--each", "what?"], "--each: expected images, found none"),
         (["--image", "{picture}", "what? " * 5000], "question: expected at most "),
         (["--run", "nowhere", "what?"], "nowhere/config.json: not found; a run directory holds"),
     ],

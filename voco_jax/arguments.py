@@ -1,4 +1,4 @@
-"""Options that the commands share: which model over which devices, how answers are chosen, what they are about."""
+"""Options that several commands share: the model and its devices, how answers are chosen, images and videos."""
 
 import argparse
 import dataclasses
@@ -18,10 +18,12 @@ from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run, which of its checkpoints, and by which kernel."""
+    """`--run`, `--step`, `--attention`."""
     parser.add_argument("--run", type=as_path, required=True, help="run directory (training's workdir), or gs://…")
-    parser.add_argument("--step", type=_step, help="checkpoint: a step, or 'best' by evaluation loss (default: newest)")
-    parser.add_argument("--attention", choices=ADAPTERS, help="another kernel than it was trained with")
+    parser.add_argument(
+        "--step", type=_step, help="checkpoint: a step, or 'best' (lowest evaluation loss); default: newest"
+    )
+    parser.add_argument("--attention", choices=ADAPTERS, help="attention kernel (default: the one of the training)")
 
 
 def _step(text: str) -> int | str:
@@ -34,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """`--run`, `--step`, `--attention`, `--mesh`."""
     add_run_arguments(parser)
     parser.add_argument(
-        "--mesh", help="devices as data=N,fsdp=N,tensor=N (default: all of this host along data, each with the model)"
+        "--mesh", help="devices as data=N,fsdp=N,tensor=N (default: all devices of this host along data)"
     )
 
 
@@ -67,13 +69,13 @@ def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 
         help=f"longest answer, in tokens (default {max_new_tokens})",
     )  # fmt: skip
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: the likeliest token (default); above 0: sampled"
+        "--temperature", type=float, default=0.0, help="0: take the most likely token (default); above 0: sample"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that sum to this share"
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens whose probabilities sum to P"
     )
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of what is sampled")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens (0 = all)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -91,34 +93,39 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """`--image`, `--video`, `--memory`, `--tokens`, and those of `add_frame_arguments`."""
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
     parser.add_argument("--video", metavar="FILE", help="video file")
-    parser.add_argument("--memory", metavar="FILE", help="a memory file of voco_jax.compress")
-    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
+    parser.add_argument("--memory", metavar="FILE", help="memory file, made by voco_jax.compress")
+    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of each image")
     add_frame_arguments(parser)
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
     """`--frames`, `--fps`, `--max-frames`, `--incomplete`."""
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="of a video: so many, evenly spread (default: the run's)"
+        "--frames", type=int, metavar="N", help="number of frames of a video, evenly spread (default: as in training)"
     )
-    parser.add_argument("--fps", type=float, metavar="F", help="of a video: so many a second")
+    parser.add_argument("--fps", type=float, metavar="F", help="frames per second of a video")
     parser.add_argument(
-        "--max-frames", type=int, metavar="N", help="of a video, by fps: at most so many; 0: any (default: the run's)"
+        "--max-frames",
+        type=int,
+        metavar="N",
+        help="at most so many frames with --fps; 0 = no limit (default: as in training)",
     )
-    parser.add_argument("--incomplete", action="store_true", help="of a video that is cut off: take what is there")
+    parser.add_argument(
+        "--incomplete", action="store_true", help="of a video that is cut off, use the frames that are there"
+    )
 
 
 def frame_sampling(args: argparse.Namespace, model: Model) -> FrameSampling:
-    """Of a video, as the arguments say, or the run's config."""
+    """Which frames of a video to take: as the arguments say, else as the run's config says."""
     return change_sampling(model.image_encoder.sampling, args.frames, args.fps, args.max_frames)
 
 
 def change_sampling(
     own: FrameSampling, frames: int | None, fps: float | None, max_frames: int | None, prefix: str = "--"
 ) -> FrameSampling:
-    """A run's own sampling with what was asked for (None: nothing); UserError for what cannot be, by option.
+    """A run's `own` sampling, changed by what was asked for (None: not given). UserError names the wrong option.
 
-    `fps` takes the place of a number of frames, and keeps the run's `max_frames` where no other is given.
+    `fps` replaces a number of frames, and keeps the run's `max_frames` unless another is given.
     """
     if frames is not None and fps is not None:
         raise UserError(f"{prefix}frames, {prefix}fps: expected one of them, found both")

@@ -1,7 +1,7 @@
-"""`python -m voco_jax.ask --run DIR --image FILE "question"`: look at pictures once, answer one or more questions.
+"""`python -m voco_jax.ask --run DIR --image FILE "question"`: answers questions about images, a video or a memory file.
 
-Pictures and videos themselves (--image, --video), or a memory file of them (--memory). Pictures of a memory file are
-asked about one by one, those that --image names, and a video's frames, together; --together and --each say otherwise.
+Images are encoded once for all questions. Those of a memory file are asked about one by one; those of --image, and the
+frames of a video, together. --together and --each change that.
 """
 
 import argparse
@@ -37,11 +37,11 @@ def main() -> None:
     add_image_arguments(parser)
     parser.add_argument(
         "--picture", action="append", default=[], metavar="NAME",
-        help="of a memory file: only images whose path ends with NAME; repeat for several",
+        help="only images of the memory file whose path ends with NAME; repeat for several",
     )  # fmt: skip
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--together", action="store_true", help="all pictures in one prompt")
-    how.add_argument("--each", action="store_true", help="every picture by itself")
+    how.add_argument("--together", action="store_true", help="ask about all images together")
+    how.add_argument("--each", action="store_true", help="ask about each image by itself")
     add_answer_arguments(parser)
     parser.add_argument("question", nargs="+", help="each question is asked on its own")
     args = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
     images = encode_arguments(model, args)
     each = args.each or (args.memory is not None and not args.together and images is not None and not images.is_video)
     if each and images is None:
-        raise UserError("--each: expected pictures, found none")
+        raise UserError("--each: expected images, found none")
     warn_of_none(model, images)
     if not each and images is not None:
         warn_of_more(model, len(images))
@@ -86,7 +86,7 @@ def check_image_arguments(args: argparse.Namespace) -> None:
         if kind == VIDEO:
             raise UserError(f"--image {file}: expected a picture, found a video; --video takes its frames")
         if kind == ANIMATION:
-            note = f"note: {file}: animated; of it the first picture is taken; --video takes more"
+            note = f"note: {file}: animated; only its first picture is used; --video uses more"
             print(printable(note), file=sys.stderr)
     if args.video:
         probe(Clip(as_path(args.video), incomplete=args.incomplete))

@@ -23,14 +23,20 @@ from voco_jax.terminal import printable
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.compress", description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="what to compress; see above")
     parser.add_argument(
-        "--out", type=path_here, required=True, metavar="FILE", help="memory file to make, or to add to"
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="pictures, videos, directories, patterns or lists; see above",
     )
-    parser.add_argument("--tokens", type=int, metavar="K", help="keep only the first K tokens of every picture")
-    parser.add_argument("--int8", action="store_true", help="store in int8: half of bfloat16's size")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default 32)")
-    parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="that decode pictures")
+    parser.add_argument(
+        "--out", type=path_here, required=True, metavar="FILE", help="memory file to write, or to add to"
+    )
+    parser.add_argument("--tokens", type=int, metavar="K", help="keep only the first K tokens of each image")
+    parser.add_argument("--int8", action="store_true", help="store in int8: half the size of bfloat16")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default 32)")
+    parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="threads that decode pictures")
     add_frame_arguments(parser)
     args = parser.parse_args()
     for name in ("batch_size", "threads"):

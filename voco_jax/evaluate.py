@@ -176,9 +176,11 @@ def main() -> None:
     parser.add_argument(
         "--compressor",
         choices=COMPRESSORS,
-        help="run the model as another kind than it was trained as ('voco': lower bound)",
+        help="run the model with another compressor than it was trained with ('voco': the lower bound)",
     )
-    parser.add_argument("--max-records", type=int, help="only the first so many pictures, or clips, of a test source")
+    parser.add_argument(
+        "--max-records", type=int, metavar="N", help="only the first N pictures or clips of each test source"
+    )
     parser.add_argument(
         "--baselines", action="store_true",
         help="video_qa: also ask with the frames shuffled, one frame, and none; and guess as the training set answers",

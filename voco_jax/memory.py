@@ -1,4 +1,4 @@
-"""`python -m voco_jax.memory list FILE`: what memory files hold; `check` reads all of it, `merge` joins several."""
+"""`python -m voco_jax.memory list FILE`: what memory files contain; `check` verifies them, `merge` joins several."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ _HELD = 256  # files that are kept open at once: a process may have a thousand o
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m voco_jax.memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="what files hold")
+    listing = commands.add_parser("list", help="list what files contain")
     listing.add_argument("file", nargs="+", type=path_here)
-    checking = commands.add_parser("check", help="that every byte of files is as it was written")
+    checking = commands.add_parser("check", help="read files completely and compare all checksums")
     checking.add_argument("file", nargs="+", type=path_here)
-    merging = commands.add_parser("merge", help="files of one model into one; what is in several is taken once")
+    merging = commands.add_parser("merge", help="join files of one model into one, each image once")
     merging.add_argument("file", nargs="+", type=path_here)
     merging.add_argument("--out", type=path_here, required=True, metavar="FILE")
     args = parser.parse_args()

@@ -115,12 +115,16 @@ def answer_questions(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, beside those of the model."""
-    parser.add_argument("--questions", type=path_here, metavar="FILE", help="LLaVA's questions, JSONL or a JSON array")
-    parser.add_argument("--images", type=path_here, metavar="DIR", help="that its pictures' paths start from")
     parser.add_argument(
-        "--answers", type=path_here, metavar="OUT", help="LLaVA's answers to it; goes on where it stopped"
+        "--questions", type=path_here, metavar="FILE", help="LLaVA's question file, JSONL or a JSON array"
     )
-    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of every picture")
+    parser.add_argument(
+        "--images", type=path_here, metavar="DIR", help="directory that the paths of the pictures start from"
+    )
+    parser.add_argument(
+        "--answers", type=path_here, metavar="OUT", help="answer file to write; an interrupted one is continued"
+    )
+    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of each image")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at once (default 64)")
     add_answer_arguments(parser, MAX_NEW_TOKENS)
 

@@ -270,7 +270,7 @@ Part = MemoryBank | tuple[MemoryFile, Sequence[int]]  # a bank, or some pictures
 
 
 def save_memory(file: str | os.PathLike, bank: MemoryBank) -> None:
-    """Write a memory file; one that is there is replaced when the new one is whole. As `join_files`."""
+    """Write a memory file. An existing one is replaced when the new one is complete. TryAgain as in `join_files`."""
     join_files(file, [bank])
 
 
@@ -300,7 +300,10 @@ def writing(file: str | os.PathLike, patience: float | None = None):
 
 
 def write_memory(real: Path, parts: Sequence[Part]) -> None:
-    """As `join_files`, inside of `writing`, which gives the path."""
+    """Write a memory file of banks and of pictures of other files, within `writing`, which gives the path `real`.
+
+    UserError where they do not go together.
+    """
     if not parts:
         raise UserError(f"{real}: expected memories, found none")
     model, (shape, dtype) = _kind(parts)
