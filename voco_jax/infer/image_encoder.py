@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import itertools
 import os
 from typing import cast
 
@@ -76,14 +77,9 @@ class ImageEncoder:
         self, squares: Iterable[np.ndarray], items: Sequence[Item], batch_size: int = 32
     ) -> EncodedImages:  # fmt: skip
         """Of images as `square` returns them, uint8 [size, size, 3], one for each item."""
+        remaining = iter(squares)
         encoded: list[EncodedImages] = []
-        batch: list[np.ndarray] = []
-        for square in squares:
-            batch.append(square)
-            if len(batch) == batch_size:
-                encoded.append(self._encode_batch(batch, batch_size))
-                batch = []
-        if batch:
+        while batch := list(itertools.islice(remaining, batch_size)):
             encoded.append(self._encode_batch(batch, min(batch_size, bucket(len(batch), 1))))
         if not encoded:
             raise UserError("images: expected at least one, found none")

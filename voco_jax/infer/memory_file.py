@@ -23,7 +23,6 @@ from voco_jax.infer.memory_format import (
     OF_MEMORIES,
     Contents,
     Damaged,
-    Items,
     Layout,
     begun,
     checksums,
@@ -46,10 +45,13 @@ _PICTURES = 1 << 14  # at most in a piece
 
 
 class MemoryFile:
-    """A memory file, opened for reading: what it holds is read and checked at once, memories as they are asked for.
+    """A memory file, opened for reading: the header and the items are read and checked at once, memories on request.
 
-    UserError for what is no memory file, is cut off, or is not as it was written. TryAgain where another program writes
-    into the file while it is read.
+    `items` says what each memory is of, `model` is the fingerprint of the model that made them, `version` that of the
+    format, `shape` [N, K, L, G, H] and `dtype` those of keys and of values, `size` the bytes of the file.
+
+    UserError for what is not a memory file, is cut off, or differs from what was written. TryAgain where another
+    program writes into the file while it is read.
     """
 
     def __init__(self, file: str | os.PathLike):
@@ -60,49 +62,20 @@ class MemoryFile:
             self._opened: _Opened | None = opened
             self._state = opened.state
             self._close = weakref.finalize(self, stack.pop_all().close)
+        layout = self._contents.layout
+        self.items, self.model, self.version = self._contents.items, self._contents.model, self._contents.version
+        self.shape, self.dtype = layout.shape, layout.dtype
+        self.num_tokens = self.shape[1]
+        self.size = self._contents.head_bytes + layout.size
 
     def __len__(self) -> int:
-        return len(self._contents.items)
+        return len(self.items)
 
     def __enter__(self) -> "MemoryFile":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    @property
-    def items(self) -> Items:
-        """What each memory is of."""
-        return self._contents.items
-
-    @property
-    def model(self) -> str:
-        """The fingerprint of the model that made them."""
-        return self._contents.model
-
-    @property
-    def version(self) -> str:
-        """Of the format."""
-        return self._contents.version
-
-    @property
-    def num_tokens(self) -> int:
-        """K, tokens of a picture."""
-        return self.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[N, K, L, G, H] of keys and of values."""
-        return self._contents.layout.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._contents.layout.dtype
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self._contents.head_bytes + self._contents.layout.size
 
     def close(self) -> None:
         """Keep no descriptor: what is read afterwards opens the file again. UserError then where it is another."""
