@@ -25,7 +25,7 @@ class Answer:
 SHORTEST_LIMIT, LONGEST_LIMIT = 8, 256  # tokens, where the test set chooses
 
 
-def longest_answer(given: int, truths: Iterable[str], tokenizer) -> int:
+def longest_answer(given: int, truths: Iterable[str], tokenizer: Callable) -> int:
     """`config.eval.max_new_tokens` if it is not 0; else room for the longest of the expected answers, and its end."""
     if given:
         return given

@@ -19,6 +19,8 @@ from voco_jax.errors import UserError
 from voco_jax.models.voco import Memory, VoCoConfig
 from voco_jax.terminal import printable
 
+Index = int | slice | Sequence[int] | np.ndarray  # one picture, or several
+
 
 @dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Item:
@@ -73,19 +75,11 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, which) -> "MemoryBank":
-        """Some of the pictures: an index, a slice, or a sequence of indices."""
-        if isinstance(which, int | np.integer):
-            if not -len(self) <= which < len(self):
-                raise IndexError(f"picture {which} of {len(self)}")
-            which = slice(which, which + 1 or None)
-        if isinstance(which, slice):
-            items = self.items[which]
-        else:
-            which = np.asarray(which, np.intp)
-            items = tuple(self.items[i] for i in which)
-        scales = None if self.scales is None else self.scales[:, which]
-        return dataclasses.replace(self, keys=self.keys[which], values=self.values[which], items=items, scales=scales)
+    def __getitem__(self, which: Index) -> "MemoryBank":
+        """Some of the pictures."""
+        chosen, items = _chosen(which, self.items)
+        scales = None if self.scales is None else self.scales[:, chosen]
+        return dataclasses.replace(self, keys=self.keys[chosen], values=self.values[chosen], items=items, scales=scales)
 
     def __add__(self, other: "MemoryBank") -> "MemoryBank":
         return join([self, other])
@@ -119,7 +113,7 @@ class MemoryBank:
         rounded, scales = zip(*map(_quantize, (self.keys, self.values)), strict=True)
         return dataclasses.replace(self, keys=rounded[0], values=rounded[1], scales=np.stack(scales))
 
-    def astype(self, dtype) -> "MemoryBank":
+    def astype(self, dtype: np.typing.DTypeLike) -> "MemoryBank":
         """In another dtype; of int8 the numbers that it stands for."""
         if self.keys.dtype == dtype:
             return self
@@ -191,12 +185,24 @@ class Embeddings:
     def is_video(self) -> bool:
         return len(self) > 0 and all(item.is_frame for item in self.items)
 
-    def __getitem__(self, which) -> "Embeddings":
-        which = [which] if isinstance(which, int) else range(len(self))[which] if isinstance(which, slice) else which
-        return Embeddings(self.features[np.asarray(which, np.intp)], tuple(self.items[i] for i in which))
+    def __getitem__(self, which: Index) -> "Embeddings":
+        chosen, items = _chosen(which, self.items)
+        return Embeddings(self.features[np.arange(len(self))[chosen]], items)
 
 
 EncodedImages = MemoryBank | Embeddings
+
+
+def _chosen(which: Index, items: tuple[Item, ...]) -> tuple[slice | np.ndarray, tuple[Item, ...]]:
+    """Indices into an array, and the items at these."""
+    if isinstance(which, int | np.integer):
+        if not -len(items) <= which < len(items):
+            raise IndexError(f"picture {which} of {len(items)}")
+        which = slice(int(which), int(which) + 1 or None)
+    if isinstance(which, slice):
+        return which, items[which]
+    indices = np.asarray(which, np.intp)
+    return indices, tuple(items[i] for i in indices.tolist())
 
 
 def check_tokens(name: str, count: int | None, there: int) -> None:

@@ -5,13 +5,14 @@ memory. A file is written apart and renamed when it is whole, by one writer at a
 file, whatever is renamed to its place meanwhile.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import errno
 import functools
 import itertools
 import os
 from pathlib import Path
+from typing import TypeVar
 import weakref
 
 import numpy as np
@@ -42,6 +43,8 @@ SUFFIX = ".voco"
 PATIENCE = 10.0  # seconds that one writer waits for another
 _PIECE = 64 << 20  # bytes that are read and checked, or copied, at once
 _PICTURES = 1 << 14  # at most in a piece
+
+T = TypeVar("T")
 
 
 class MemoryFile:
@@ -82,7 +85,9 @@ class MemoryFile:
         self._opened = None
         self._close()
 
-    def read(self, which: Sequence[int] | None = None, tokens: int | None = None, model: str | None = None):
+    def read(
+        self, which: Sequence[int] | None = None, tokens: int | None = None, model: str | None = None
+    ) -> MemoryBank:
         """The memories of some pictures, or all, with their first `tokens` tokens, or all, as a `MemoryBank`.
 
         UserError where a checksum says that they are not as they were written, or they are of another model than
@@ -189,7 +194,7 @@ class _Opened:
     def __exit__(self, *_) -> None:
         self._stream.close()
 
-    def checked(self, read):
+    def checked(self, read: Callable[[], T]) -> T:
         """What `read()` gives; what is wrong with the file's bytes is a UserError."""
         try:
             try:
@@ -267,7 +272,7 @@ def join_files(file: str | os.PathLike, parts: Iterable[Part]) -> None:
         write_memory(real, parts)
 
 
-def writing(file: str | os.PathLike, patience: float | None = None):
+def writing(file: str | os.PathLike, patience: float | None = None) -> contextlib.AbstractContextManager[Path]:
     """`locked` for a memory file: a block that reads what is there and then replaces it, while no other writes it."""
     return locked(_path(file), PATIENCE if patience is None else patience)
 

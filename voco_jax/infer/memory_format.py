@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from pathlib import Path
 import re
 import struct
 import zlib
@@ -98,7 +99,7 @@ def is_shape(shape: Sequence) -> bool:
 class Items:
     """What each picture of a file is, decoded when it is asked for; UserError then for what is no item."""
 
-    def __init__(self, file, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool):
+    def __init__(self, file: Path, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool):
         self._file, self._text, self._starts, self._ends, self._escaped = file, text, starts, ends, escaped
 
     def __len__(self) -> int:
@@ -121,7 +122,7 @@ class Items:
         return bytes(self._text[self._starts[i] : self._ends[i]])
 
 
-def item_of(fields) -> Item:
+def item_of(fields: object) -> Item:
     """Of a JSON value; ValueError for what is none."""
     if not isinstance(fields, dict) or "source" not in fields or not fields.keys() <= {"source", "sha256", "time"}:
         raise ValueError("expected source, sha256 and time, found other fields")
@@ -217,7 +218,7 @@ def _header(layout: Layout, model: str, items: str, version: str = VERSION, chec
 _BEGINNING = re.compile(rb'\{"__metadata__": \{"format": "%s", "version": "([^"\\]{1,20})", ' % _FORMAT.encode())
 
 
-def read_contents(file, read: Read, size: int) -> Contents:
+def read_contents(file: Path, read: Read, size: int) -> Contents:
     """Of a file of `size` bytes. Damaged where it is no memory file, cut off, or not as it was written."""
     length = struct.unpack("<Q", read(0, 8))[0] if size >= 8 else 0
     if not 2 <= length <= size - 8:
@@ -238,7 +239,7 @@ def read_contents(file, read: Read, size: int) -> Contents:
 _CHANGED = "the memory file is damaged: its header is not as it was written"
 
 
-def _read_2(file, read: Read, length: int, size: int) -> Contents:
+def _read_2(file: Path, read: Read, length: int, size: int) -> Contents:
     if length > _LONGEST_HEADER:
         raise Damaged(_CHANGED)
     text = bytes(read(8, length))
@@ -261,7 +262,7 @@ _ITEMS_1, _AFTER_ITEMS_1 = b', "items": "', b'", "checksum": "'
 _BETWEEN_ITEMS_1 = re.compile(rb'\}, (?=\{\\"source\\": )')  # in a name the quotation marks have more backslashes
 
 
-def _read_1(file, read: Read, length: int, size: int) -> Contents:
+def _read_1(file: Path, read: Read, length: int, size: int) -> Contents:
     """Version 1: the items are a text of JSON inside the header's, which is not parsed as a whole."""
     if length > _LONGEST_ITEMS_1:
         raise Damaged(_CHANGED)
@@ -335,7 +336,7 @@ def _read_text(read: Read, begin: int, length: int) -> bytearray:
     return text
 
 
-def _items(file, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool) -> Items:
+def _items(file: Path, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool) -> Items:
     if len(starts) and (ends - starts).max() > _LONGEST_ITEM:
         raise Damaged("the memory file is damaged: the name of a picture is longer than any")
     return Items(file, text, starts, ends, escaped)
