@@ -36,3 +36,10 @@ def test_lower_bounds_are_tested():
         bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
         assert oldest[name] == bounds, requirement
         assert all(requirement.specifier.contains(version) for version in newest[name]), requirement
+
+
+def test_everything_that_tests_install_is_pinned():
+    newest = pinned("constraints.txt")
+    for requirement in required("test", "test-all"):
+        name = canonicalize_name(requirement.name)
+        assert all(requirement.specifier.contains(version) for version in newest[name]), requirement

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tests.conftest import DATA
 from tests.helpers import reference
 from tests.helpers.commands import run_main
+from tests.helpers.shared import make_once
 from tests.models.test_two_streams import CONFIG
 from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_command_line
@@ -38,12 +39,14 @@ def convert(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def golden_run(tmp_path_factory):
     """The golden checkpoint, converted. Tests must not write into it."""
-    run = tmp_path_factory.mktemp("converted") / "run"
-    arguments = ["tool", "to-jax", reference.DIRECTORY, run, "--num-voco-tokens", 2, *TOKENIZER]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(map(str, arguments)))
-        convert_weights.main()
-    return run
+
+    def make(run: Path) -> None:
+        arguments = ["tool", "to-jax", reference.DIRECTORY, run, "--num-voco-tokens", 2, *TOKENIZER]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, arguments)))
+            convert_weights.main()
+
+    return make_once(tmp_path_factory, "golden_run", make)
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:

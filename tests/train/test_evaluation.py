@@ -7,7 +7,6 @@ import shutil
 
 from flax import nnx
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 from PIL import Image
 import pytest
@@ -299,19 +298,8 @@ def lines(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in clock} for line in found]
 
 
-@pytest.fixture
-def compiled_once(tmp_path):
-    """What one training has compiled the next need not."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
-
-
 @pytest.mark.slow
-def test_it_changes_nothing_and_comes_again(test_set, tmp_path, compiled_once):
+def test_it_changes_nothing_and_comes_again(test_set, tmp_path):
     """Parameters bit for bit those of a training without; a run that goes on from its first checkpoint says the
     same."""
     length = dict(train__steps=6, train__checkpoint_every=3, train__log_every=2, optim__name="adamw")
