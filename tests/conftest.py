@@ -4,13 +4,15 @@ from pathlib import Path
 import platform
 import re
 import resource
+import shutil
 import sys
 
 # Before jax is imported. Most of a test's time is compilation, and nothing here runs long enough to repay optimizing.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["MPLBACKEND"] = "Agg"
 # What one test, process or run of the tests has compiled, the others load
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
@@ -28,6 +30,12 @@ TESTS = Path(__file__).parent
 DATA = TESTS / "fixtures"
 # Files that take longest begin first, so that the workers end together
 LONGEST: tuple[str, ...] = ()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs of earlier code go, where they are many: no worker has begun yet."""
+    if not hasattr(config, "workerinput") and sum(file.stat().st_size for file in COMPILED.glob("*")) > 2**30:
+        shutil.rmtree(COMPILED)
 
 
 # ---- What is collected, and in which order -----------------------------------------------------------------------
