@@ -30,25 +30,25 @@ help:
 	@echo "make table1      the paper's Table 1 on easy-VQA"
 	@echo "make aot         which run fits which TPU slice"
 	@echo "make clean       delete $(VENV) and what was built"
-	@echo "PYTHON=… chooses the interpreter, VENV=… where packages go; python -m voco_jax lists the commands"
+	@echo "PYTHON=… chooses the interpreter, VENV=… where packages go; voco --help lists the commands"
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m voco_jax.train --config=configs/easyvqa.py --config.workdir=$(RUN)
-	$(BIN)/python -m voco_jax.evaluate --run $(RUN)
-	$(BIN)/python -m voco_jax.ask --run $(RUN) --image docs/pictures/question.png \
+	$(BIN)/voco train --config=configs/easyvqa.py --config.workdir=$(RUN)
+	$(BIN)/voco evaluate --run $(RUN)
+	$(BIN)/voco ask --run $(RUN) --image docs/pictures/question.png \
 	  "what shape is in the image?" "what color is the shape?" "is there a circle?" "does the image not contain a red shape?"
 
 # An image model, and how it goes on with clips: 65 minutes on 2 cores.
 video-demo: $(VENV)/.demo,video $(CLIPS)
-	$(BIN)/python -m voco_jax.train --config=configs/video_demo_images.py --config.workdir=$(VIDEO_IMAGES)
-	$(BIN)/python -m voco_jax.train --config=configs/video_demo.py --config.init_from=$(VIDEO_IMAGES) --config.workdir=$(VIDEO_RUN)
-	$(BIN)/python -m voco_jax.evaluate --run $(VIDEO_IMAGES)
-	$(BIN)/python -m voco_jax.evaluate --run $(VIDEO_RUN) --baselines
-	$(BIN)/python -m voco_jax.ask --run $(VIDEO_RUN) --video $(CLIPS)/clips/test_00000.mp4 \
+	$(BIN)/voco train --config=configs/video_demo_images.py --config.workdir=$(VIDEO_IMAGES)
+	$(BIN)/voco train --config=configs/video_demo.py --config.init_from=$(VIDEO_IMAGES) --config.workdir=$(VIDEO_RUN)
+	$(BIN)/voco evaluate --run $(VIDEO_IMAGES)
+	$(BIN)/voco evaluate --run $(VIDEO_RUN) --baselines
+	$(BIN)/voco ask --run $(VIDEO_RUN) --video $(CLIPS)/clips/test_00000.mp4 \
 	  "what color is first, red or green?" "what shape is at second 3?"
 
 $(CLIPS): | $(VENV)/.demo,video
-	$(BIN)/python tools/make_video_questions.py $(CLIPS)
+	$(BIN)/voco make-video-questions $(CLIPS)
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not ($(REST))"

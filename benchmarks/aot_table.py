@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot_table --out docs/aot        (two minutes a case; what is there already is kept)
 
-Each case (`benchmarks/aot_cases.py`) is one `python -m voco_jax.aot --json` in a process of its own; its answer stays
+Each case (`benchmarks/aot_cases.py`) is one `voco aot --json` in a process of its own; its answer stays
 beside the tables as JSON, with the command that gave it, and a second call runs only what is missing. After a change of
 code or configs, or with another libtpu, begin with an empty folder.
 """
@@ -54,7 +54,7 @@ def run(out: Path, case: Case) -> None:
         process = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     if process.returncode not in (0, 1) or not process.stdout.startswith("{"):  # 1: it does not fit, an answer too
         last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{case.name}: {last} (python -m voco_jax.aot {' '.join(case.arguments)}; see {log})")
+        raise UserError(f"{case.name}: {last} (voco aot {' '.join(case.arguments)}; see {log})")
     temporary = file.with_suffix(".new")
     result = json.loads(process.stdout)
     temporary.write_text(json.dumps({"arguments": case.arguments, "result": result}, indent=1) + "\n")
@@ -207,7 +207,7 @@ def page(results: dict[str, dict]) -> str:
         "Made by `python -m benchmarks.aot_table --out docs/aot` with "
         f"jax {any_result['jax']} and libtpu {any_result['libtpu']}. Nothing was run: HBM is what the compiler "
         "assigns, times are estimates from its cycles; [pods.md](../pods.md) says how to read them. Each line is one "
-        "`python -m voco_jax.aot`; the JSON files here have its arguments and its whole answer.",
+        "`voco aot`; the JSON files here have its arguments and its whole answer.",
     ]
     if fits := rows(aot_cases.FITS):
         parts += ["## Does it fit", fits_table(fits)]

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.evaluate` and `ask` on a real run; and what they say to bad input."""
+"""`voco evaluate` and `ask` on a real run; and what they say to bad input."""
 
 import io
 import json
@@ -149,15 +149,13 @@ def test_scores_literally():
 def test_what_a_complete_run_can_do():
     """Commands that work for it alone."""
     config = default_config()
-    evaluate_it = "score it on its test set: python -m voco_jax.evaluate --run 'runs/a b'"
-    ask_it = "ask it: python -m voco_jax.ask --run 'runs/a b' --image FILE \"QUESTION\""
+    evaluate_it = "score it on its test set: voco evaluate --run 'runs/a b'"
+    ask_it = "ask it: voco ask --run 'runs/a b' --image FILE \"QUESTION\""
     assert train_main.next_commands("runs/a b", config) == [evaluate_it, ask_it]
     config.data.train = sources(mine=source("llava", file="a.json"))
     assert train_main.next_commands("runs/a b", config) == [ask_it]
     config.data.train = sources(mine=source("video_qa", file="a.json"))
-    assert train_main.next_commands("runs/a", config) == [
-        'ask it: python -m voco_jax.ask --run runs/a --video FILE "QUESTION"'
-    ]
+    assert train_main.next_commands("runs/a", config) == ['ask it: voco ask --run runs/a --video FILE "QUESTION"']
 
 
 def test_asked_about_no_picture(tiny_run, monkeypatch, capsys):

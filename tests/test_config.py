@@ -237,11 +237,9 @@ def test_a_line_of_the_file_that_a_config_begins_with(tmp_path, monkeypatch):
 
 def test_help_lists_every_key_with_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_arguments(
-            ["train", "--config=nothing.py", "-h"], lambda parser: None, "python -m voco_jax.train\n\nTrains."
-        )
+        parse_arguments(["train", "--config=nothing.py", "-h"], lambda parser: None, "voco train\n\nTrains.")
     text = capsys.readouterr().out
-    assert not end.value.code and text.startswith("usage: python -m voco_jax.train\n\nTrains.\n\noptions:")
+    assert not end.value.code and text.startswith("usage: voco train\n\nTrains.\n\noptions:")
     meant = {name: key.rules.explanation for name, key in GROUPS_AND_KEYS.items()}
     keys = {key for key in flatten(default_config()) if not key.startswith("data.train.")}
     assert {"optim.learning_rate", "model.llama.hidden_size", "model.vision.patch_size"} < keys

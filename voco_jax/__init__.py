@@ -1,7 +1,7 @@
 """VoCo-LLaMA in JAX: vision-language models that compress an image into a few tokens of their own.
 
 `models/voco.py` is where to begin reading; `train`, `evaluate`, `compress`, `ask` and `chat` are the commands
-(`python -m voco_jax.…`), and `voco_jax.load` is the Python API (`api.py`).
+(`voco …`), and `voco_jax.load` is the Python API (`api.py`).
 """
 
 import importlib

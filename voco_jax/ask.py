@@ -1,4 +1,4 @@
-"""`python -m voco_jax.ask --run DIR --image FILE "question"`: answers questions about images, a video or a memory file.
+"""`voco ask --run DIR --image FILE "question"`: answers questions about images, a video or a memory file.
 
 Images are encoded once for all questions. Those of a memory file are asked about one by one; those of --image, and the
 frames of a video, together. --together and --each change that.
@@ -31,7 +31,7 @@ from voco_jax.terminal import printable
 @one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="voco ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
     add_image_arguments(parser)

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.chat --run DIR --image a.png --image b.png`: a conversation about pictures, answers as they come.
+"""`voco chat --run DIR --image a.png --image b.png`: a conversation about pictures, answers as they come.
 
 A line is a turn. These lines are not:
 
@@ -26,7 +26,7 @@ from voco_jax.terminal import printable
 @one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="voco chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
     add_image_arguments(parser)

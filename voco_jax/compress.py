@@ -1,4 +1,4 @@
-"""`python -m voco_jax.compress --run DIR --images album/ --out album.voco`: pictures and videos into a memory file.
+"""`voco compress --run DIR --images album/ --out album.voco`: pictures and videos into a memory file.
 
 What --images names is a picture, a video, a directory, a pattern ("shots/*.png") or a list (a .txt with a path a line);
 all into one file. The same command again adds what is new, and goes on where it was interrupted.
@@ -21,7 +21,7 @@ from voco_jax.terminal import printable
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m voco_jax.compress", description=__doc__)
+    parser = argparse.ArgumentParser(prog="voco compress", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
         "--images",

@@ -226,7 +226,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`config.eval`: looks at the test set, while training and by `python -m voco_jax.evaluate`."""
+    """`config.eval`: looks at the test set, while training and by `voco evaluate`."""
 
     batch_size: int = key(64, "records, or questions, at once", low=1)
     max_new_tokens: int = key(0, "longest answer, in tokens; 0: room for the test set's longest, from 8 to 256", low=0)

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at.
+"""`voco evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at.
 
 Each source of the run's config.data.test has a table and files of its own: easyvqa results.json and answers.png;
 video_qa results.NAME.json, kinds.NAME.png (accuracy by kind) and strip.NAME.png (clips with answers); all others
@@ -170,7 +170,7 @@ def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
 @one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="voco evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.memory list FILE`: what memory files contain; `check` verifies them, `merge` joins several."""
+"""`voco memory list FILE`: what memory files contain; `check` verifies them, `merge` joins several."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _HELD = 256  # files that are kept open at once: a process may have a thousand o
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m voco_jax.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="voco memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="list what files contain")
     listing.add_argument("file", nargs="+", type=path_here)

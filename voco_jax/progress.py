@@ -62,7 +62,7 @@ def interrupted(workdir: str, saved: int, step: int, arguments: Sequence[str]) -
     """What Ctrl-C is answered with after `step` steps, the last checkpoint being that of step `saved` (0: none yet).
 
     >>> interrupted("runs/a", 500, 523, ["--config=a.py"])
-    'interrupted: saved at step 500 in runs/a, 23 steps are lost; goes on: python -m voco_jax.train --config=a.py'
+    'interrupted: saved at step 500 in runs/a, 23 steps are lost; goes on: voco train --config=a.py'
     """
     lost = f"{step - saved} step{'s are' if step - saved != 1 else ' is'} lost" if step > saved else "nothing is lost"
     kept = f"saved at step {saved} in {workdir}" if saved else "no checkpoint yet"

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.aot` as a person or a program reads it, on programs small enough to compile in seconds."""
+"""`voco aot` as a person or a program reads it, on programs small enough to compile in seconds."""
 
 from dataclasses import dataclass, replace
 import json

@@ -264,7 +264,7 @@ def test_killed_and_run_again(sent, built_slowly, tmp_path, run):
         assert not [name for name in os.listdir(out) if name.startswith(".")]
     (out / ".data-00008-of-00010.array_record.0123abcd.new").write_bytes(b"left over")
     (out / "data-00009-of-00010.array_record.0123abcd.partial").write_bytes(b"left over")
-    with pytest.raises(UserError, match="out: not complete; run tools/build_records.py again"):
+    with pytest.raises(UserError, match="out: not complete; run voco build-records again"):
         ArrayRecordSource(str(out))
     status, problems, _ = run("check", out)
     assert status == 1 and "manifest.json: the build is not complete" in problems

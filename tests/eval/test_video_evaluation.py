@@ -34,7 +34,7 @@ FRAMES = 4
 
 @pytest.fixture(scope="module")
 def shape_clips(tmp_path_factory) -> Path:
-    """As tools/make_video_questions.py leaves it: 8 clips a split, two of each story."""
+    """As voco make-video-questions leaves it: 8 clips a split, two of each story."""
     root = tmp_path_factory.mktemp("data") / "shape_clips"
     (root / "clips").mkdir(parents=True)
     for split in ("train", "test"):

@@ -26,7 +26,7 @@ OVERRIDES = {
 
 
 def arguments(workdir: Path, **changes) -> list[str]:
-    """Arguments of `python -m voco_jax.train`; changes are written with __ for the dot."""
+    """Arguments of `voco train`; changes are written with __ for the dot."""
     keys = OVERRIDES | {"workdir": workdir} | {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--config={CONFIG_FILE}", *(f"--config.{key}={value}" for key, value in keys.items())]
 

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.compress` and what reads its files, on real pictures and clips; and really killed."""
+"""`voco compress` and what reads its files, on real pictures and clips; and really killed."""
 
 import dataclasses
 import errno

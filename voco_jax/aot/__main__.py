@@ -1,9 +1,9 @@
-"""python -m voco_jax.aot --config=FILE --topology=CHIP:SHAPE [--config.KEY=VALUE …]
+"""voco aot --config=FILE --topology=CHIP:SHAPE [--config.KEY=VALUE …]
 
 Does this run fit that TPU slice, and how fast should it be? Asked of the TPU compiler, on a machine without a TPU.
 
-    python -m voco_jax.aot --config=configs/voco_7b.py --topology=v5e:8x8
-    python -m voco_jax.aot --config=… --config.data.batch_size=256 --topology=v5p:2x2x4 --step=compress --json
+    voco aot --config=configs/voco_7b.py --topology=v5e:8x8
+    voco aot --config=… --config.data.batch_size=256 --topology=v5p:2x2x4 --step=compress --json
 
 The whole step is compiled as it would be for the real slice; nothing is run. HBM is what the compiler assigns. Times
 are estimates from its cycles; `voco_jax/aot/hlo_cost.py` says how they come about. What does not fit ends with

@@ -1,4 +1,4 @@
-"""The programs of a run as shapes: what `python -m voco_jax.aot` compiles for machines that are not there."""
+"""The programs of a run as shapes: what `voco aot` compiles for machines that are not there."""
 
 import dataclasses
 import os

@@ -49,7 +49,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="voco convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -137,7 +137,7 @@ def main() -> None:
         options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
         warn(to_jax(source, destination, args.tokenizer, options))
         run = shlex.quote(str(destination))
-        print(f"written: {destination} (ask it: python -m voco_jax.ask --run {run} --image FILE QUESTION)")
+        print(f"written: {destination} (ask it: voco ask --run {run} --image FILE QUESTION)")
     elif args.command == "to-hf":
         warn(to_hf(args.run, args.destination, args.format, args.dtype, parse_size(args.max_shard_size)))
         print(f"written: {args.destination}")

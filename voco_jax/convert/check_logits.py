@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does a converted checkpoint compute what the released code computes? Compare with recorded values.
 
-    python tools/check_logits.py --checkpoint RUN --golden golden.npz [--tolerance 1e-4]
+    voco check-logits --checkpoint RUN --golden golden.npz [--tolerance 1e-4]
 
 The golden file holds, for rows i = 0, 1, …: `rows{i}`, token ids in the released layout (-200 for the image); `images`
 [rows, 3, size, size], pixel values; `logits{i}`, the logits from the first token after the image on; and `gen`

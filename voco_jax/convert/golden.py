@@ -1,4 +1,4 @@
-"""Recorded values of the released code against a run of ours (`tools/check_logits.py`)."""
+"""Recorded values of the released code against a run of ours (`voco check-logits`)."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A video question set about time: mp4 clips of easy-VQA's shapes, and questions that need the order of what is shown.
 
-    python tools/make_video_questions.py data/shape_clips
+    voco make-video-questions data/shape_clips
 
 A clip lasts 8 seconds and shows one thing a second, or nothing. Shapes are cut out of easy-VQA's pictures: those of its
 train split in training clips, those of its test split in test clips. Written are

@@ -1,6 +1,6 @@
 """Several processes, usually one a host, that work as one: how they find each other, before any device is used.
 
-    python -m voco_jax.train --config=… --coordinator=HOST:PORT --num_processes=N --process_id=I
+    voco train --config=… --coordinator=HOST:PORT --num_processes=N --process_id=I
 
 or the same in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (jax itself reads the first of them alone),
 or nothing at all where jax finds out by itself: TPU pods, SLURM, Kubernetes, Open MPI. Elsewhere a process is alone.

@@ -1,4 +1,4 @@
-"""python -m voco_jax.preview --config=FILE --out=preview.html [--config.KEY=VALUE …]
+"""voco preview --config=FILE --out=preview.html [--config.KEY=VALUE …]
 
 Shows a training batch as a web page, to look at before a pod spends hours on it.
 

@@ -1,4 +1,4 @@
-"""The page of `python -m voco_jax.preview`: one HTML file with everything in it. The browser wraps and colours."""
+"""The page of `voco preview`: one HTML file with everything in it. The browser wraps and colours."""
 
 import base64
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A packed batch as text to look at: what `python -m voco_jax.preview` shows, before it is a page."""
+"""A packed batch as text to look at: what `voco preview` shows, before it is a page."""
 
 from collections.abc import Callable, Mapping, Sequence
 import itertools

@@ -1,4 +1,4 @@
-"""python -m voco_jax.train --config=FILE [--config.KEY=VALUE …]
+"""voco train --config=FILE [--config.KEY=VALUE …]
 
 Trains a model into the directory config.workdir, for example --config=configs/easyvqa.py. The same command again goes
 on from the newest checkpoint. Several processes are all given the same command, and --coordinator, --num_processes and
@@ -36,9 +36,9 @@ def next_commands(run: str, config: ConfigDict) -> list[str]:
     run = shlex.quote(run)
     video = {keys.kind for keys in config.data.train.values()} == {"video_qa"}
     about = "--video FILE" if video else "--image FILE" if config.data.images_per_pack else ""
-    lines = [f"ask it: python -m voco_jax.ask --run {run} {about}".rstrip() + ' "QUESTION"']
+    lines = [f"ask it: voco ask --run {run} {about}".rstrip() + ' "QUESTION"']
     if sources_to_score(config.data):
-        lines.insert(0, f"score it on its test set: python -m voco_jax.evaluate --run {run}")
+        lines.insert(0, f"score it on its test set: voco evaluate --run {run}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`python -m voco_jax.train.curves --run runs/a [--run runs/b …]`: how runs went, as one picture; several are compared.
+"""`voco curves --run runs/a [--run runs/b …]`: how runs went, as one picture; several are compared.
 
 Loss (with the evaluations'), accuracy, gradient norm, learning rate, speed, MFU and goodput over the steps, as far as
 `metrics.jsonl` has them, and below where the time went (`goodput.json`).
@@ -171,7 +171,7 @@ def _colour(i: int) -> str:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m voco_jax.train.curves", description=__doc__)
+    parser = argparse.ArgumentParser(prog="voco curves", description=__doc__)
     parser.add_argument("--run", type=Path, action="append", required=True, help="run directory; again for more")
     parser.add_argument("--out", type=Path, help="picture (default: curves.png in the run's directory)")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Question sets with their pictures or videos into ArrayRecord shards, which are read in any order; and check shards.
 
-    python tools/build_records.py llava mix665k.json --images DIR [--videos DIR] OUT
-    python tools/build_records.py video questions.json --videos DIR OUT
-    python tools/build_records.py check OUT
+    voco build-records llava mix665k.json --images DIR [--videos DIR] OUT
+    voco build-records video questions.json --videos DIR OUT
+    voco build-records check OUT
 
 Every picture is decoded once, to know that it can be; records that cannot be used are skipped, counted, and named in
 OUT/report.json. A build that was stopped goes on where it was when it is run again with the same arguments.

@@ -107,7 +107,7 @@ def left_over(names: list[str]) -> list[str]:
 def read_manifest(directory: Path) -> dict:
     """The manifest of a directory of shards; UserError where there is none, or one of another format."""
     file = directory / MANIFEST
-    manifest = read_object(file, "it stands beside the shards that tools/build_records.py writes")
+    manifest = read_object(file, "it stands beside the shards that voco build-records writes")
     kinds = {"arguments": dict, "complete": bool, "num_shards": int}
     if manifest.get("complete"):
         kinds |= {"shards": list, "records": int, "rows": int}
@@ -129,7 +129,7 @@ def check_complete(directory: Path) -> None:
         return
     manifest = read_manifest(directory)
     if not manifest["complete"]:
-        raise UserError(f"{directory}: not complete; run tools/build_records.py again with the same arguments")
+        raise UserError(f"{directory}: not complete; run voco build-records again with the same arguments")
     for name, shard in zip(shard_names(manifest["num_shards"]), manifest["shards"], strict=False):
         file = directory / f"{name}{SHARD}"
         size = file.stat().st_size if file.exists() else None

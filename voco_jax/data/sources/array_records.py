@@ -1,4 +1,4 @@
-"""ArrayRecord shards: records with their encoded pictures inside, read in any order (`tools/build_records.py`).
+"""ArrayRecord shards: records with their encoded pictures inside, read in any order (`voco build-records`).
 
 A record is MessagePack, plain values only (nothing in it can be code):
 
