@@ -1,4 +1,4 @@
-"""Questions in, answers out: prompts and pictures in arrays of few sizes, and the compiled programs for them."""
+"""The engine: compiled programs that encode images and answer questions about them, for inputs of a few sizes."""
 
 from collections.abc import Callable, Generator, Sequence
 import contextlib
@@ -24,10 +24,10 @@ from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 from voco_jax.parallel.mesh import ROWS, axis_size
 
-# What is kept of pictures: a memory, or without VoCo compression embeddings [B, I, P, D]; None: there are none
+# Encoded images as the model reads them: a memory, or without VoCo compression embeddings [B, I, P, D]; None: no images
 Visual = Memory | jax.Array | None
 GREEDY = Sampling()
-PIECE = 16  # tokens after which a batch looks for the texts that end an answer
+PIECE = 16  # tokens that are decoded before a batch is searched for the texts that end an answer
 
 
 class Prompts(NamedTuple):
@@ -43,8 +43,8 @@ class Prompts(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How likely an answer is: the sum of its tokens' log-probabilities (nats), their number, whether each of them is
-    the likeliest where it stands. The end-of-sequence token is one of them."""
+    """How likely an answer is: the sum of its tokens' log-probabilities (nats), their number, and whether greedy
+    decoding would choose each of them. The end-of-sequence token counts as one."""
 
     log_probability: float
     num_tokens: int
@@ -105,9 +105,9 @@ class Engine:
         return self._by_tokens[tokens]
 
     def encode_images(self, pixel_values: np.ndarray | jax.Array) -> Memory | jax.Array:
-        """What is kept of pictures [B, I, height, width, 3]: their memory (or embeddings, without VoCo tokens).
+        """Encode images [B, I, height, width, 3]: to their memory, or without VoCo tokens to embeddings.
 
-        Over a mesh B and I are multiples of the devices along the rows' axes and the frame axis.
+        Over a mesh, B and I must be multiples of the devices along the rows' axes and along the frame axis.
         """
         return self._encode_images(self._parted, pixel_values)
 
@@ -197,11 +197,10 @@ class Engine:
         return self._decode(self._parted, state, np.int32(limit))
 
     def stream(self, state: DecodeState, keep: Callable[[DecodeState, int], None]) -> Generator[str, None, None]:
-        """The text of one answer, as it comes: each piece as soon as no later token can change it. Together they are
-        the text of the whole answer.
+        """The text of one answer in pieces, each as soon as no later token can change it. Joined, they are the answer.
 
-        `keep` is given the state at its end (or where nobody reads on, or it is interrupted) and how many tokens of it
-        have been read: the state is one ahead.
+        At the end, or where the caller stops or is interrupted, `keep` is called with the state and the number of its
+        tokens that were read: the state is one token ahead.
         """
         length, said, read = state.output.shape[1], "", 0
         stop_ids = np.asarray(state.stop.ids)
@@ -226,7 +225,7 @@ class Engine:
         return self._detokenizer.text(self._until_end(ids))
 
     def sure_text(self, ids: Sequence[int]) -> str:
-        """What an answer that begins with these tokens begins with, whatever comes next."""
+        """The text that an answer with these first tokens begins with, whatever tokens follow."""
         return self._detokenizer.sure(self._until_end(ids))
 
     @functools.cached_property
@@ -237,7 +236,7 @@ class Engine:
         return trim(ids, [self.encoder.ids.eos_token_id])  # which stands in the place of any stop token
 
     def check_length(self, tokens: int, max_new_tokens: int) -> None:
-        """UserError for more than the model has positions."""
+        """UserError where a prompt and its answer are longer than the model has positions."""
         positions = self.config.llama.max_position_embeddings
         if tokens + max_new_tokens > positions:
             raise UserError(

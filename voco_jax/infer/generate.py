@@ -1,7 +1,7 @@
-"""Decoding: what comes after prompts, token by token, over a cache of fixed size.
+"""Prefill and decoding of answers, token by token, over a cache of fixed size.
 
-All of it is one loop on the devices, which goes on for as many tokens as it is told: to the end for a batch of answers,
-a few at a time where somebody reads along. What a row gets does not depend on the rows beside it.
+Decoding is one loop on the devices that runs for as many tokens as it is told: to the end for a batch of answers, a few
+at a time for a stream. The answer of a row does not depend on the other rows of the batch.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest (greedy).
+    """How the next token is chosen. Temperature 0 takes the most likely one (greedy).
 
-    Above, it is drawn from softmax(logits / temperature), of the `top_k` likeliest tokens (0: all) and of those the
-    fewest whose probabilities sum to `top_p`. The same seed gives the same answers.
+    Above 0, it is sampled from softmax(logits / temperature), among the `top_k` most likely tokens (0: all) and, of
+    those, among the fewest whose probabilities sum to `top_p`. The same seed gives the same answers.
     """
 
     temperature: float = 0.0

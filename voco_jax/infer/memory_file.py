@@ -1,8 +1,8 @@
-"""Memory files: a `MemoryBank` on disk (`memory_format.py`), of which nothing wrong is ever read.
+"""Memory files: a `MemoryBank` on disk (`memory_format.py`). All that is read is checked against checksums.
 
-Some of the pictures, or fewer tokens of each, are read without the others, and files are joined without holding them in
-memory. A file is written apart and renamed when it is whole, by one writer at a time. Who has opened one reads that
-file, whatever is renamed to its place meanwhile.
+Some of the pictures, or fewer tokens of each, can be read without the others, and files are joined without holding them
+in memory. One process at a time writes a file, under another name, and renames it when it is complete. An opened file
+stays readable when another one replaces it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
