@@ -28,7 +28,8 @@ class Augmentation:
         if self.random_crop < 1:
             share = rng.uniform(self.random_crop, 1)
             width, height = (max(1, round(side * share)) for side in image.size)
-            left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+            left = int(rng.integers(image.width - width + 1))
+            top = int(rng.integers(image.height - height + 1))
             image = image.crop((left, top, left + width, top + height))
         if self.color_jitter > 0:
             for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):

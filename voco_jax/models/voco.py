@@ -5,7 +5,7 @@ That sequence falls apart, exactly, into two ordinary causal ones:
 
     compress   BOS  V₁ … V_P  ▁ \\n  VoCo₁ … VoCo_K         one segment an image; images never see each other
                                         │ keys (before rotary positions) and values, at every layer
-    read                              slot₁ … slot_K  \\n  A chat between … USER: … ASSISTANT: …
+    read                              slot₁ … slot_K  \\n  system prompt  question  answer
 
 At every layer the keys and values of a slot are taken from the compress stream's VoCo tokens, its key rotated to the
 slot's own position; all else is causal attention with segment ids. Rotary positions are relative, so this is the
