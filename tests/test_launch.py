@@ -309,7 +309,7 @@ def test_a_worker_runs_the_trainer(bench):
     assert lines(bench.tmp / "arguments") == [*told, *others]
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_workers_train(tmp_path):
     """Two hosts of a cluster, here on this machine, and the trainer itself."""
     environment = os.environ | {

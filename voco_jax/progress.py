@@ -66,7 +66,7 @@ def interrupted(workdir: str, saved: int, step: int, arguments: Sequence[str]) -
     """
     lost = f"{step - saved} step{'s are' if step - saved != 1 else ' is'} lost" if step > saved else "nothing is lost"
     kept = f"saved at step {saved} in {workdir}" if saved else "no checkpoint yet"
-    again = shlex.join(["python", "-m", "voco_jax.train", *arguments])
+    again = shlex.join(["voco", "train", *arguments])
     return f"interrupted: {kept}, {lost}; {'goes on' if saved else 'begins again'}: {again}"
 
 

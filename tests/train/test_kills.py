@@ -131,7 +131,7 @@ def test_ctrl_c_says_what_is_saved_and_how_it_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     last = Path(f"{run}.log").read_text().splitlines()[-1]
-    again = shlex.join(["python", "-m", "voco_jax.train", *tiny.arguments(run, **long)])
+    again = shlex.join(["voco", "train", *tiny.arguments(run, **long)])
     lost = "nothing is lost|1 step is lost|[0-9]+ steps are lost"
     found = re.fullmatch(f"interrupted: saved at step ([0-9]+) in {re.escape(str(run))}, ({lost}); goes on: (.*)", last)
     assert found is not None, last
