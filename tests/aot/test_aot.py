@@ -165,7 +165,7 @@ def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
 
 def test_a_shape_that_the_data_choose(tmp_path, capsys):
     """As training has it; without the data the keys are named."""
-    config = tiny.config(tmp_path / "run", data__rows_per_bin=0)
+    config = tiny.config(tmp_path / "run", data__rows_per_pack=0)
     shape = open_training_data(config, log=lambda line: None).batches.loader.plan.shape
     found = aot.with_shape(config).data
     assert (found.row_length, found.rows_per_pack) == (shape.row_length, shape.rows) and config.data.row_length == 0

@@ -248,7 +248,7 @@ def test_the_loss_alone_of_fewer_batches(test_set, tmp_path):
             "config.eval.num_answers: no question of config.data.test can be asked: .* and 9000",
         ),
         (
-            dict(data__template="plain", data__max_bad_share=1.0),
+            dict(data__template="plain", data__max_skipped_fraction=1.0),
             "config.eval.num_answers: no question .* plain template",
         ),
     ],

@@ -304,7 +304,7 @@ def test_a_kernel_for_other_devices(tiny_run):
 
 def test_how_data_is_loaded_may_change(tiny_run):
     """A run goes on with other workers; batches are the same (test_pipeline.py)."""
-    changes = dict(data__num_workers=3, data__prefetch=9, data__cache_dir="/elsewhere", data__max_bad_share=0.5)
+    changes = dict(data__num_workers=3, data__prefetch=9, data__cache_dir="/elsewhere", data__max_skipped_fraction=0.5)
     assert check_workdir(tiny_run, tiny.config(tiny_run, **changes))
     with pytest.raises(UserError, match="holds a run with data.layout = 'pack', this config has 'group'"):
         check_workdir(tiny_run, tiny.config(tiny_run, data__layout="group"))

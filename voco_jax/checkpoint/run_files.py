@@ -109,7 +109,7 @@ def check_run(run: AnyPath, step: int, about: dict, sums: Callable[[], dict[str,
 
 def _check_config(file: AnyPath, written: dict, checkpoint: AnyPath) -> None:
     here, there = load_config(file), parse_config(written, checkpoint)
-    for key in KEYS.values():
+    for _, key in sorted(KEYS.items()):
         found, expected = value_of(here, key.name), value_of(there, key.name)
         if found == expected or key.rules.on_load == "free":
             continue
