@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -163,7 +163,8 @@ def _load(run: Run, key: str, names: list[str]) -> list[Record]:
 
 
 def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
-    found, _ = open_sources(dataclasses.replace(typed(run.config).data, **{key: by_name}), key)
+    changed: dict[str, Any] = {key: by_name}
+    found, _ = open_sources(dataclasses.replace(typed(run.config).data, **changed), key)
     return dict(zip(sorted(by_name), found, strict=True))
 
 
