@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
+from types import SimpleNamespace
 
 from flax import nnx
 import jax
@@ -36,8 +37,11 @@ from voco_jax.infer.engine import Engine
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Read
 from voco_jax.parallel.mesh import make_mesh
+from voco_jax.train.actions import StepDone
 from voco_jax.train.evaluation import Evaluator
+from voco_jax.train.goodput import Goodput
 from voco_jax.train.loop import train
+from voco_jax.train.periodic import Evaluate
 
 LONG = "a picture of one thing and no other, as far as can be seen"
 
@@ -228,8 +232,16 @@ def test_the_same_again(evaluated):
     assert again.sheet.name == "step_000010.png"
 
 
-def test_when(evaluated):
-    assert [step for step in range(1, 41) if evaluated[3].due(step)] == [5, 10, 15, 20, 25, 30, 35, 40]
+def test_when():
+    """Every so many steps and at the end, but not when the run is preempted."""
+    steps = []
+    log = SimpleNamespace(settle=lambda: None, evaluated=lambda step, values, sheet: steps.append(step))
+    evaluate = Evaluate(lambda step, params: ({"eval_loss": float(step)}, None), 5, log, Goodput(None))
+    for step in range(1, 18):
+        done = StepDone(step, {}, last=step == 17, preempted=step == 15)
+        evaluate.after_step(done)
+        assert done.evaluation == ({"eval_loss": float(step)} if step in (5, 10, 17) else None)
+    assert steps == [5, 10, 17]
 
 
 def test_the_loss_alone_of_fewer_batches(test_set, tmp_path):
