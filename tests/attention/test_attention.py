@@ -131,7 +131,7 @@ with jax.set_mesh(mesh):
 
 @pytest.mark.multiprocess
 def test_splash_sharded_over_every_axis_of_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", MESHES], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

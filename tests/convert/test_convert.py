@@ -325,7 +325,8 @@ assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 16)} and le
 embedding = restored["llama"]["embed_tokens"]["embedding"]  # 32,001 rows would not shard
 assert {s.data.shape for s in embedding.addressable_shards} == {(32128 // 2, 32 // 4)}
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags}
     result = subprocess.run([sys.executable, "-c", script, golden_run], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -23,7 +23,7 @@ def run_checks(checks: Mapping[str, Callable[[], None]], names: Sequence[str]) -
 
 def failures_of(module: str) -> dict[str, str]:
     """Tracebacks by name of a test module's checks, which it runs as a program."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

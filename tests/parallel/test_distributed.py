@@ -1,6 +1,7 @@
 """Starting several processes, for real: two on this machine, two simulated devices each."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def free_port() -> int:
 
 def environment(**variables) -> dict[str, str]:
     """Two devices, and nothing that would be found in a cluster."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "SLURM_", "OMPI_", "KUBERNETES_"))}
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    others = re.compile("(JAX_(?!COMPILATION|PERSISTENT)|SLURM_|OMPI_|KUBERNETES_)")
+    kept = {name: value for name, value in os.environ.items() if not others.match(name)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     return kept | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | {name: str(value) for name, value in variables.items()}
 
 
