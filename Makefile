@@ -26,7 +26,7 @@ help:
 	@echo "make test-all    all tests: real processes, compilation for TPUs, comparison with PyTorch and lmms-eval too"
 	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
 	@echo "make fuzz        damaged and hostile input, some 20,000 cases"
-	@echo "make lint        ruff, import-linter and shellcheck"
+	@echo "make lint        ruff, import-linter, mypy and shellcheck"
 	@echo "make table1      the paper's Table 1 on easy-VQA"
 	@echo "make aot         which run fits which TPU slice"
 	@echo "make clean       delete $(VENV) and what was built"
@@ -71,6 +71,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh
 
 # The paper's Table 1 on easy-VQA: seven trainings, 50 minutes on 2 cores.

@@ -156,6 +156,7 @@ def greedy(
     is_prompt = places < lengths[:, None]
     capacity = [(0, 0), (0, max_new_tokens)]
     if isinstance(visual, Memory):
+        assert read.slot_index is not None, "a memory is read through slots"
         slots = jnp.where(is_prompt, read.slot_index, -1)
         cache = model.fill(visual, jnp.pad(slots, capacity, constant_values=-1))
         positions, features = jnp.where(is_prompt & (slots < 0), places, -1), None
