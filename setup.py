@@ -72,6 +72,7 @@ setup(
         ],
         "test-all": [  # what `make test-all` and `make fuzz` need beside that
             "torch>=2.6",
+            "wandb>=0.19",
             # libtpu, which compiles for TPUs and needs none
             'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"',
             # what lmms-eval imports; itself, whose other packages are 2 GB, `make test-all` installs without them
