@@ -30,7 +30,7 @@ from voco_jax.models.voco import VoCoConfig
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "convert_weights.py"
-TOKENIZER = ROOT / "tests" / "data" / "llama_tokenizer"
+TOKENIZER = ROOT / "tests" / "fixtures" / "llama_tokenizer"
 
 
 def make_checkpoint(directory: Path, num_layers: int, vocab_size: int) -> list[Tensor]:

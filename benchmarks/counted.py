@@ -27,7 +27,7 @@ from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import Cache, Memory, VoCoConfig
 from voco_jax.parallel.mesh import AXES
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "llama_tokenizer"
+TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "llama_tokenizer"
 NO_CACHE, FULL, HIT, MISS = WAYS = ("no cache", "full cache", "VoCo, hit", "VoCo, miss")
 QUESTION = "What is in the image?"
 PROMPTS = {  # what stands in the table: template, and question

@@ -35,7 +35,7 @@ from voco_jax.data.training_data import open_training_data
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "tests" / "data" / "llama_tokenizer"
+TOKENIZER = ROOT / "tests" / "fixtures" / "llama_tokenizer"
 BATCH, WORKERS, SIZE = 32, 2, 336
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 
