@@ -33,7 +33,27 @@ from voco_jax.train.loop import train  # noqa: E402
 TESTS = Path(__file__).parent
 DATA = TESTS / "fixtures"
 # Files that take longest begin first, so that the workers end together
-LONGEST: tuple[str, ...] = ()
+LONGEST = [
+    "parallel/test_watch",
+    "parallel/test_meshes",
+    "parallel/test_mesh_steps",
+    "train/test_training_processes",
+    "train/test_kills",
+    "train/test_overfit",
+    "train/test_evaluation",
+    "infer/test_compress",
+    "infer/test_video_memory",
+    "eval/test_lmms",
+    "models/test_two_streams",
+    "models/test_cache",
+    "models/test_lora",
+    "checkpoint/test_checkpoint",
+    "checkpoint/test_going_on",
+    "convert/test_convert",
+    "convert/test_convert_errors",
+    "train/test_training",
+    "test_api",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,7 +74,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(LONGEST)}
+    order = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(str(item.path.relative_to(TESTS.parent)), len(order)))
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         for item in items:

@@ -227,6 +227,7 @@ def test_a_clock_that_jumps(tmp_path, monkeypatch):
     assert resume(tmp_path).step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before the log is opened", "in the steps"])
 def test_a_workdir_that_goes_away(tiny_run, tmp_path, monkeypatch, moment):
     """While a training runs in it: one line, and no half of a run under its name."""

@@ -106,6 +106,7 @@ def stopped(world, tmp_path: Path, step: int = 2, **changes) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_everything_has_moved_and_the_run_is_what_it_would_have_been(world, tmp_path, capsys):
     """Base, data and the run itself are elsewhere, it was to end at step 4; all bits are as if nothing had been."""
     run = stopped(world, tmp_path, **{"train.steps": 4, "init_from": str(tmp_path / "gone")})
