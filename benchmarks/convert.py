@@ -50,7 +50,7 @@ def make_checkpoint(directory: Path, num_layers: int, vocab_size: int) -> list[T
         tensors.append((FORMATS[0].their_name(rule, layer), tensor(rule.transform.their_shape(shape))))
     directory.mkdir(parents=True)
     write_shards(directory, tensors, 5 * 10**9, lambda _: None)
-    write_json(directory / "config.json", llava.to_released(llama, vision, "float16", {}))
+    write_json(directory / "config.json", llava.to_released(llama, vision, "float16", {}, "pad"))
     tower = directory / "vision_tower"  # its dimensions; its tensors are inside
     tower.mkdir()
     write_json(tower / "config.json", clip.to_hf(vision))
