@@ -5,7 +5,7 @@
 
 program=${0##*/}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-trainer=() # arguments of voco_jax.train
+trainer=() # arguments of `voco train`
 dry_run=false
 
 say() {
@@ -107,7 +107,7 @@ config_file() {
   if [[ $file == *.py:* ]]; then printf .py; fi
 }
 
-# What `python -m voco_jax.train` would say minutes later, and on every host at once.
+# What `voco train` would say minutes later, and on every host at once.
 check_trainer_arguments() {
   local argument
   if [[ -z $(config_file "$@") ]]; then

@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """`--run`, `--step`, `--attention`, `--mesh`."""
     add_run_arguments(parser)
     parser.add_argument(
-        "--mesh", help="devices as data=N,fsdp=N,tensor=N (default: all devices of this host along data)"
+        "--mesh", help="devices as data=N,fsdp=N,frame=N,tensor=N (default: all devices of this host along data)"
     )
 
 
@@ -93,7 +93,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """`--image`, `--video`, `--memory`, `--tokens`, and those of `add_frame_arguments`."""
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
     parser.add_argument("--video", metavar="FILE", help="video file")
-    parser.add_argument("--memory", metavar="FILE", help="memory file, made by voco_jax.compress")
+    parser.add_argument("--memory", metavar="FILE", help="memory file, made by `voco compress`")
     parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of each image")
     add_frame_arguments(parser)
 

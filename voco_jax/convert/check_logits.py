@@ -27,7 +27,7 @@ from voco_jax.terminal import printable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, as to-jax writes")
-    parser.add_argument("--golden", type=Path, required=True, metavar="FILE.npz")
+    parser.add_argument("--golden", type=Path, required=True, metavar="FILE.npz", help="recorded values; see above")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default 1e-4)")
     args = parser.parse_args()
     try:

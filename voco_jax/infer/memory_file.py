@@ -321,7 +321,7 @@ def _kind(parts: Sequence[Part]) -> tuple[str, tuple[tuple[int, ...], np.dtype]]
     for kind in kinds[1:]:
         for what, expected, found in zip(("model", "shape of a picture", "dtype"), kinds[0], kind, strict=False):
             if expected != found:
-                way = "; voco_jax.compress --int8, or MemoryBank.to_int8() in Python, makes int8 of the others"
+                way = "; `voco compress --int8`, or MemoryBank.to_int8() in Python, makes int8 of the others"
                 way = way if what == "dtype" and "int8" in (expected, found) else ""
                 raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}{way}")
     model, shape, dtype, name = kinds[0]

@@ -8,7 +8,7 @@ may stand for it:
         {"from": "gpt", "value": "The bus in the image is white and red."}, …]}
 
 Video questions: `{"video": "clips/a.mp4", "question": "…", "answer": "…"}`, or Video-ChatGPT's `video_id` (without an
-ending), `q` and `a`. A `kind` of question ("order", "count") is what `voco_jax.evaluate` splits its table by.
+ending), `q` and `a`. A `kind` of question ("order", "count") is what `voco evaluate` splits its table by.
 """
 
 from collections.abc import Mapping
