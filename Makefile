@@ -24,6 +24,7 @@ help:
 	@echo "make video-demo  an image model, and how it goes on with clips"
 	@echo "make test        the tests to run while you work: 6 minutes on 2 cores"
 	@echo "make test-all    all tests: real processes, compilation for TPUs, comparison with PyTorch and lmms-eval too"
+	@echo "make test-rest   what make test leaves out of them"
 	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
 	@echo "make fuzz        damaged and hostile input, some 20,000 cases"
 	@echo "make lint        ruff, import-linter, mypy and shellcheck"

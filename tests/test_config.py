@@ -1,6 +1,7 @@
 """Config files and command lines: what they set, and one line for what they cannot."""
 
 import ast
+import dataclasses
 import json
 from pathlib import Path
 import re
@@ -43,10 +44,11 @@ def test_the_command_line_sets_keys():
     assert (config.train.tensorboard, config.optim.b1, config.model.llama.head_dim) == (False, 0.0, 32)
     assert parse(FILE, "--config.model.unroll_layers").model.unroll_layers is True
     assert parse(FILE, "--noconfig.model.unroll_layers").model.unroll_layers is False
-    assert parse(FILE, "--config.train.freeze=['projector']").train.freeze == ("projector",)
-    assert parse(FILE, "--config.data.train.easyvqa.weight=0.5").data.train.easyvqa.weight == 0.5
+    for text in ("['projector']", "('projector',)", "'projector'", "projector"):
+        assert parse(FILE, f"--config.train.freeze={text}").train.freeze == ("projector",)
     scaling = parse(FILE, "--config.model.llama.rope_scaling={'factor': 2.0}").model.llama.rope_scaling
-    assert scaling.to_dict() == {"factor": 2.0}
+    assert scaling.to_dict() == dataclasses.asdict(RopeScaling(factor=2.0))  # as a run will store it
+    assert parse(FILE, "--config.data.train.easyvqa.weight=0.5").data.train.easyvqa.weight == 0.5
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_the_command_line_sets_keys():
         ("--config.data.train={'mine': {'file': 'x'}}", "--config.data.train.mine: expected a source"),
         ("--config.train.steps=many", "--config.train.steps: expected an integer, found 'many'"),
         ("--config.train.steps=1e3", "--config.train.steps: expected an integer, found '1e3'"),
-        ("--config.train.freeze=llama", r"--config.train.freeze: expected a tuple, found 'llama'"),
+        ("--config.train.freeze=llama vit", r"--config.train.freeze: expected a tuple, found 'llama vit'"),
         ("--config.train.freeze=(1,)", "--config.train.freeze: expected a tuple of texts, found 1 in it"),
         ("--config.train.tensorboard=maybe", "--config.train.tensorboard: expected true or false, found 'maybe'"),
         ("--config.train.steps=0", "config.train.steps: expected at least 1, found 0"),

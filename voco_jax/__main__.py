@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from voco_jax import interrupts
+from voco_jax.errors import one_line_errors
 
 # Name: what runs it, and one line for --help
 COMMANDS = {
@@ -29,10 +30,15 @@ def help_text() -> str:
     return "\n".join(["usage: voco COMMAND …", "", *lines, "", "voco COMMAND --help explains one of them."])
 
 
+@one_line_errors
+def show_help() -> None:
+    print(help_text())
+
+
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(help_text())
+        show_help()
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

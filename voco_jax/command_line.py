@@ -33,6 +33,7 @@ from voco_jax.config import (
     one_line,
     unknown_key,
     value_of,
+    with_all_fields,
 )
 from voco_jax.config_keys import SOURCE_KEYS
 from voco_jax.errors import UserError
@@ -71,6 +72,7 @@ def parse_arguments(
         key, text = problem
         on_command_line = any(key == other or key.startswith(f"{other}.") for other in arguments.changes)
         raise UserError(f"{'--' if on_command_line else _where(arguments.config, key)}config.{key}: {text}")
+    config.model.llama.rope_scaling = with_all_fields(config.model.llama.rope_scaling)
     return config, arguments
 
 
@@ -146,7 +148,12 @@ def _value(text: str, expected: Any) -> Any:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if expected in (int, float):
         return expected(text)
-    value = ast.literal_eval(text)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        if "tuple[str" not in str(expected) or not re.fullmatch(r"[\w.]+", text):
+            raise
+        value = text  # --config.train.freeze=vision_tower is a tuple of one
     return value if value is None or isinstance(value, tuple | list) or "None" in str(expected) else (value,)
 
 

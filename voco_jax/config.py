@@ -1,7 +1,7 @@
 """Configs: made from the list of keys (`config_keys.py`), checked, compared, and stored in run directories."""
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
 import difflib
@@ -173,16 +173,24 @@ def _by_key(stored: dict, group: str = "") -> dict[str, Any]:
         key = RENAMED.get(group + part, group + part)
         if key not in GROUPS_AND_KEYS or "." in part:
             raise UserError(f"config.{group}{part}: {unknown_key(group + part, KEYS)}")
-        values |= {key: value} if key in KEYS or not isinstance(value, dict) else _by_key(value, f"{key}.")
+        found = {key: value} if key in KEYS or not isinstance(value, dict) else _by_key(value, f"{key}.")
+        if twice := sorted(values.keys() & found.keys()):
+            raise UserError(f"config.{twice[0]}: expected it once, found it under its old name too")
+        values |= found
     return values
+
+
+def with_all_fields(rope_scaling: Mapping[str, Any] | None) -> ConfigDict | None:
+    """A rope_scaling, of which a user may give a few fields, with the defaults of the others."""
+    return None if rope_scaling is None else ConfigDict(dataclasses.asdict(RopeScaling(**rope_scaling)))
 
 
 def _from_json(key: str, value: Any) -> Any:
     """The value that JSON has: sources, rotary positions and tuples are other types in a config."""
     if key in SOURCES:
         return sources(**{name: source(**keys) for name, keys in value.items()})
-    if key == "model.llama.rope_scaling" and value is not None:
-        return ConfigDict(dataclasses.asdict(RopeScaling(**value)))  # which fills in the keys that the first had not
+    if key == "model.llama.rope_scaling":
+        return with_all_fields(value)
     if isinstance(value, list):
         return tuple(value)
     return float(value) if type(value) is int and KEYS[key].type is float else value

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import os
 import signal
 import sys
 
@@ -44,6 +45,19 @@ def exit_status(error: BaseException) -> int:
     return known or (TryAgain if isinstance(error, OSError) and passing(error) else UserError).status
 
 
+_PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit status of commands that end by it
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads the standard output has gone, as in `voco … | head`; then nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorator for the `main` of a command: an error that the user can mend is shown as one line, and the exit status
     is 2, or 75 where the same command may succeed later."""
@@ -52,8 +66,12 @@ def one_line_errors(main: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         try:
             with interrupts.at_once(False, signal.SIGINT):  # here it is caught, and what was begun tidied up
-                return main(*args, **kwargs)
+                result = main(*args, **kwargs)
+                sys.stdout.flush()
+                return result
         except (UserError, OSError) as error:  # OSError: disk full, no permission …; its text names the file
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(_PIPE_CLOSED)
             print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(exit_status(error))
         except KeyboardInterrupt:

@@ -95,8 +95,9 @@ def may_be_of_another(error: BaseException) -> bool:
 
     Such an error is passed on unchanged: the watchdog knows which process has gone, and how to end.
     """
-    jax = sys.modules.get("jax")  # which the processes that read data never load
-    if jax is None or jax.process_count() == 1:
+    jax = sys.modules.get("jax")
+    # Asked in this order: counting processes starts the accelerators, which the processes that read data must not
+    if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return False
     link: BaseException | None = error
     while link is not None:

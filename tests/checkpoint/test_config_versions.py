@@ -34,6 +34,10 @@ def test_a_config_with_the_keys_old_names(earlier):
     stored = json.loads((earlier / "config.json").read_text())
     assert "version" not in stored
     assert all(name.rpartition(".")[2] in stored[name.partition(".")[0]] for name in RENAMED)
+    both = stored | {"optim": stored["optim"] | {"min_lr_ratio": 0.0}}
+    (earlier / "both.json").write_text(json.dumps(both))
+    with pytest.raises(UserError, match="both.json: config.optim.min_lr_ratio: expected it once, found it under"):
+        load_config(earlier / "both.json")
     config = load_config(earlier / "config.json")
     assert (config.data.images_per_pack, config.data.rows_per_pack, config.data.max_skipped_fraction) == (1, 2, 0.25)
     assert (config.optim.lr_multiplier.projector, config.optim.lr_multiplier.llama) == (0.5, 1.0)

@@ -24,6 +24,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular, read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, bucket_errors, in_bucket, list_files
+from voco_jax.keys import in_one_line
 from voco_jax.terminal import log_once
 
 ABOUT = "run"  # the item's name in a checkpoint
@@ -113,9 +114,10 @@ def _check_config(file: AnyPath, written: dict, checkpoint: AnyPath) -> None:
         found, expected = value_of(here, key.name), value_of(there, key.name)
         if found == expected or key.rules.on_load == "free":
             continue
+        said = f"{file}: {key.name}: {checkpoint} was written with"
         if key.rules.on_load == "refused":
-            raise UserError(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, found {found!r}")
-        _log_once(f"{file}: {key.name}: {checkpoint} was written with {expected!r}, {found!r} is taken")
+            raise UserError(f"{said} {in_one_line(expected)}, found {in_one_line(found)}")
+        _log_once(f"{said} {in_one_line(expected)}, {in_one_line(found)} is taken")
 
 
 def _check_tokenizer(directory: AnyPath, expected: dict[str, str], found: dict[str, str], checkpoint: AnyPath) -> None:

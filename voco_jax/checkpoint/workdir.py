@@ -185,8 +185,9 @@ def _check_kinds(workdir: Path) -> None:
 
 def _fetch_logs(workdir: AnyPath, logs: Path) -> None:
     """What is gone on with; TensorBoard has a file of its own for each time that a run is started."""
-    for name in ("metrics.jsonl", "goodput.json"):
+    for name in ("metrics.jsonl", "goodput.json", "wandb/id"):
         if (workdir / name).exists():
+            (logs / name).parent.mkdir(exist_ok=True)
             (logs / name).write_bytes((workdir / name).read_bytes())
 
 

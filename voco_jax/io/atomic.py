@@ -29,13 +29,13 @@ def temporary_name(file: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(file: AnyPath, *, shared: bool = False) -> Iterator[Path]:
+def replacing(file: AnyPath, *, shared: bool = False, synced: bool = True) -> Iterator[Path]:
     """Gives a path to write to. After the block what was written there takes the place of `file`; if the block raises,
     it is deleted, and `file` is as it was.
 
     The path is `temporary_name(file)`, or, of a file in a bucket, in a temporary directory of this machine. A link at
     `file` is replaced, not followed. `shared`: several processes may write `file` at once, each under a name of its own
-    (`.<name>.<8 hex digits>.new`); what killed ones leave, nobody overwrites.
+    (`.<name>.<8 hex digits>.new`); what killed ones leave, nobody overwrites. `synced`: wait for the disk.
 
     An OSError names a file, also that of a full disk. UserError where a directory is in the way.
     """
@@ -52,9 +52,11 @@ def replacing(file: AnyPath, *, shared: bool = False) -> Iterator[Path]:
     try:
         temporary.unlink(missing_ok=True)
         yield temporary
-        sync(temporary)
+        if synced:
+            sync(temporary)
         temporary.replace(file)
-        sync(file.parent)
+        if synced:
+            sync(file.parent)
     except OSError as error:
         if error.filename is None:  # as of write(2)
             error.filename = str(file)
@@ -70,18 +72,18 @@ def open_for_writing(file: AnyPath, *, shared: bool = False) -> Iterator[BinaryI
         yield stream
 
 
-def write_bytes(file: AnyPath, content: bytes, *, shared: bool = False) -> None:
+def write_bytes(file: AnyPath, content: bytes, *, shared: bool = False, synced: bool = True) -> None:
     """Write a whole file, as `replacing`; to a bucket in one piece."""
     if in_bucket(file):
         file.write_bytes(content)
         return
-    with open_for_writing(file, shared=shared) as stream:
-        stream.write(content)
+    with replacing(file, shared=shared, synced=synced) as temporary:
+        temporary.write_bytes(content)
 
 
-def write_text(file: AnyPath, text: str, *, shared: bool = False) -> None:
+def write_text(file: AnyPath, text: str, *, shared: bool = False, synced: bool = True) -> None:
     """Write a whole file in UTF-8, as `write_bytes`."""
-    write_bytes(file, text.encode(), shared=shared)
+    write_bytes(file, text.encode(), shared=shared, synced=synced)
 
 
 def sync(path: Path) -> None:

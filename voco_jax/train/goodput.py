@@ -128,7 +128,7 @@ class Goodput:
         marks = {str(step): round(value, 3) for step, value in self._marks.items()}
         content = {"version": _VERSION, "seconds": seconds, "step": self._step, "kept": marks}
         try:
-            write_text(self._path, json.dumps(content) + "\n")
+            write_text(self._path, json.dumps(content) + "\n", synced=False)  # training does not wait for the disk
         except (OSError, UserError) as error:
             self._log(f"goodput: not written: {error}")
 

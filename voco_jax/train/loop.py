@@ -27,6 +27,7 @@ from voco_jax.data.sources import open_sources
 from voco_jax.data.training_data import open_test_data, open_training_data
 from voco_jax.errors import UserError
 from voco_jax.interrupts import set_interrupt_line
+from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
@@ -223,7 +224,7 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
         params, step = load_initial_params(config.init_from, config.seed, run.model_config, state, log)
         if step is not None and jax.process_index() == 0:
             with bucket_errors(run.workdir):
-                (run.workdir / BASE).write_text(json.dumps(base_of(as_path(config.init_from), step)) + "\n")
+                write_text(run.workdir / BASE, json.dumps(base_of(as_path(config.init_from), step)) + "\n")
         return 0, params, init_opt_state(run.optimizer, params, state)
     run.batches.set_state(restored.about["data"])
     progress = "complete" if restored.step == config.train.steps else "resuming"

@@ -6,16 +6,16 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+import secrets
 import socket
 import struct
 import sys
 import time
 from typing import Any, Protocol
-import zlib
 
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
-from voco_jax.io.files import read_bytes
+from voco_jax.io.files import read_bytes, read_text
 from voco_jax.io.paths import exists
 from voco_jax.terminal import log
 
@@ -138,6 +138,9 @@ def _tensorboardx() -> tuple[Any, Any]:
     return event_pb2, masked_crc32c
 
 
+WANDB_ID = "wandb/id"  # in a run directory
+
+
 class WandB:
     """A run of Weights & Biases, the same one each time that a run directory goes on.
 
@@ -148,7 +151,11 @@ class WandB:
     def __init__(self, project: str, directory: Path, run: str, config: Any):
         import wandb
 
-        identity = f"{zlib.crc32(run.encode()):08x}"
+        kept = directory / WANDB_ID
+        if not kept.exists():  # a random one: other people have runs of this name too
+            kept.parent.mkdir(exist_ok=True)
+            write_text(kept, secrets.token_hex(8))
+        identity = read_text(kept, most=64)
         try:
             self._run = wandb.init(
                 project=project, dir=directory, name=Path(run).name, id=identity, resume="allow", config=config
