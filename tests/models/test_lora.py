@@ -205,7 +205,7 @@ def test_a_run_with_lora_goes_on(lora_run, tmp_path, capsys):
     [
         (dict(model__lora__targets="('q_proj', 'head')"), "config.model: lora.targets: expected .*; found 'head'"),
         (dict(model__lora__targets="()"), "config.model: lora.targets: expected some of q_proj, .*; found none"),
-        (dict(model__lora__rank=-1), "config.model.lora.rank: expected at least 0, found -1"),
+        (dict(model__lora__rank=-1), "config.model.lora.rank: expected at least 0 and below 1048576, found -1"),
     ],
 )  # fmt: skip
 def test_configs_that_cannot_be(tmp_path, changes, message):
