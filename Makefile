@@ -22,7 +22,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --d
 help:
 	@echo "make demo        train the small model on easy-VQA, score it and ask it"
 	@echo "make video-demo  an image model, and how it goes on with clips"
-	@echo "make test        the tests to run while you work: 6 minutes on 2 cores"
+	@echo "make test        the tests to run while you work"
 	@echo "make test-all    all tests: real processes, compilation for TPUs, comparison with PyTorch and lmms-eval too"
 	@echo "make test-rest   what make test leaves out of them"
 	@echo "make test-oldest some of them with the oldest packages that setup.py admits"
