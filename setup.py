@@ -22,6 +22,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "huggingface-hub>=1.3",
+        "jinja2>=3.1",  # chat templates; transformers leaves it out
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.9",
         "ml-collections>=1.1,<2",
