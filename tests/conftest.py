@@ -1,3 +1,4 @@
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -87,11 +88,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _few_programs():
-    """A process keeps every program that it compiles: gigabytes, by the end of the tests."""
+    """A process keeps every program that it compiles: gigabytes, by the end of the tests. glibc keeps what is freed
+    too, until it is told to return it: without that, every later test would find too much and trace its programs again.
+    """
     yield
-    if resident_bytes() > 1.25 * 2**30:
-        jax.clear_caches()
-        gc.collect()
+    for free in (lambda: None, jax.clear_caches):
+        if resident_bytes() > 1.25 * 2**30:
+            free()
+            gc.collect()
+            _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim:
+        trim(0)
 
 
 def resident_bytes() -> int:
