@@ -1,11 +1,12 @@
 """Recorded values of the released code against a run of ours (`voco check-logits`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 from pathlib import Path
 
 from flax import nnx
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from voco_jax.checkpoint.run import load_run
@@ -39,28 +40,40 @@ def check(run_directory: Path, golden: Mapping[str, np.ndarray], name: str) -> I
     _check_shapes(golden, rows, model.config, name)
     config, count = model.config, len(rows)
     images = golden["images"].astype(np.float32).transpose(0, 2, 3, 1)[:, None]
-    features = model.encode_images(jnp.asarray(images))
+    graphdef, params = nnx.split(model)
+    features = np.asarray(_run(VoCoLlama.encode_images, graphdef, params, images))
     if "features" in golden:
         yield Line("features", _worst(features[:, 0], golden["features"]))
     after = len(config.suffix_ids) + config.num_voco_tokens
     before = len(config.prefix_ids) + 1 + len(config.suffix_ids)
-    compressed = model.compress_logits(features)[:, 0, -after:]
+    compressed = np.asarray(_run(VoCoLlama.compress_logits, graphdef, params, features))[:, 0, -after:]
     samples = [_sample(row[before:], config.num_voco_tokens) for row in rows]
     for i, sample in enumerate(samples):
         read = _read([sample], len(sample))
-        logits = model.forward(read, features[i : i + 1])[0, config.num_voco_tokens :]
+        logits = np.asarray(_run(VoCoLlama.forward, graphdef, params, read, features[i : i + 1]))[0]
         expected = golden[f"logits{i}"]
-        ours = np.concatenate([compressed[i], logits])[:, : expected.shape[1]]  # rows for added tokens may follow
+        ours = np.concatenate([compressed[i], logits[config.num_voco_tokens :]])
+        ours = ours[:, : expected.shape[1]]  # rows for added tokens may follow
         yield Line(f"row {i}: logits", _worst(ours, expected))
     if "gen" in golden:
         length, total = max(map(len, samples)), golden["gen"].shape[1]
         read = _read(samples, length)
-        read = read._replace(positions=jnp.broadcast_to(jnp.arange(length), (count, length)))
-        lengths = jnp.array([len(sample) for sample in samples])
-        tokens = greedy(model, read, lengths, model.compress(features), total, eos_token_id=-1)
+        read = read._replace(positions=np.broadcast_to(np.arange(length), (count, length)))
+        lengths = np.array([len(sample) for sample in samples])
+        tokens = _run(_greedy_tokens, graphdef, params, features, read, lengths, golden["gen"])
         same = (np.asarray(tokens) == golden["gen"]).cumprod(axis=1).sum(axis=1)
         for i in range(count):
             yield Line(f"row {i}: {same[i]} of {total} greedy tokens agree", agrees=bool(same[i] == total))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(function: Callable, graphdef: nnx.GraphDef, params: nnx.State, *arguments) -> jax.Array:
+    """`function` of the model and the arguments, compiled as one program."""
+    return function(nnx.merge(graphdef, params), *arguments)
+
+
+def _greedy_tokens(model: VoCoLlama, features, read: Read, lengths, expected) -> jax.Array:
+    return greedy(model, read, lengths, model.compress(features), expected.shape[1], eos_token_id=-1)
 
 
 def _rows(golden: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
@@ -137,7 +150,7 @@ def _sample(tokens: np.ndarray, num_voco_tokens: int) -> Sample:
 
 def _read(samples: list[Sample], length: int) -> Read:
     rows = [pack_row([sample], length) for sample in samples]
-    return Read(*(jnp.stack([getattr(row, name) for row in rows]) for name in Read._fields))
+    return Read(*(np.stack([getattr(row, name) for row in rows]) for name in Read._fields))
 
 
 def _worst(ours, expected) -> float:

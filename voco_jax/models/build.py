@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -67,8 +68,13 @@ def resolve_dtype(name: str, key: str = "dtype") -> str:
 
 def abstract_model(model_config: VoCoConfig) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, parameters as shapes and dtypes) of a model; nothing is allocated."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VoCoLlama(model_config, rngs=nnx.Rngs(0))))
+    graphdef, state = _abstract(model_config)
     return graphdef, nnx.to_pure_dict(state)
+
+
+@functools.lru_cache(maxsize=16)  # making a model takes half a second, and loading or converting one asks several times
+def _abstract(model_config: VoCoConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: VoCoLlama(model_config, rngs=nnx.Rngs(0))))
 
 
 def init_params(
