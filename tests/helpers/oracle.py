@@ -67,13 +67,13 @@ def logits(params: dict, config, sequence: Sequence, features) -> jax.Array:
     inside = (sequence.segment[:, None] == sequence.segment[None]) & (sequence.segment >= 0)[:, None]
     allowed = sequence.allowed()
     groups = c.num_attention_heads // c.num_key_value_heads
-    for i in range(c.num_hidden_layers):
-        w = jax.tree.map(lambda p, i=i: p[i], llama["layers"])
+
+    def layer(x, w):
         y = rms_norm(x, w["input_layernorm"]["scale"])
         q, k, v = (jnp.einsum("nd,dhk->nhk", y, w[f"{name}_proj"]["kernel"]) for name in "qkv")
         k, v = (jnp.repeat(m, groups, axis=1) for m in (k, v))
 
-        def scores(positions, q=q, k=k):
+        def scores(positions):
             return jnp.einsum("ihk,jhk->hij", rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta))
 
         s = jnp.where(inside, scores(sequence.compress_position), scores(sequence.read_position))
@@ -81,7 +81,9 @@ def logits(params: dict, config, sequence: Sequence, features) -> jax.Array:
         x = x + jnp.einsum("hij,jhk,hkd->id", jax.nn.softmax(s, -1), v, w["o_proj"]["kernel"])
         y = rms_norm(x, w["post_attention_layernorm"]["scale"])
         gate = y @ w["gate_proj"]["kernel"]
-        x = x + (gate / (1 + jnp.exp(-gate)) * (y @ w["up_proj"]["kernel"])) @ w["down_proj"]["kernel"]
+        return x + (gate / (1 + jnp.exp(-gate)) * (y @ w["up_proj"]["kernel"])) @ w["down_proj"]["kernel"], None
+
+    x, _ = jax.lax.scan(layer, x, llama["layers"])
     x = rms_norm(x, llama["norm"]["scale"])
     head = llama["embed_tokens"]["embedding"].T if c.tie_word_embeddings else llama["lm_head"]["kernel"]
     return x @ head

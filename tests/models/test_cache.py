@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import oracle
-from tests.models.test_two_streams import CONFIG, PATCHES, VOCAB, make
+from tests.models.test_two_streams import CONFIG, PATCHES, VOCAB, make, make_model
 from voco_jax.infer.generate import Sampling, SamplingState, StopIds, choose, decode, prefill
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 
 IMAGES, NEW, LATER, PLACES = 3, 64, 8, 128
+# As one program: operation by operation, each test would compile a hundred
+compress = nnx.jit(VoCoLlama.compress)
 STOP = StopIds(jnp.array([-1]), jnp.int32(0))  # an id that never comes: all rows go on
 # What each row of the batch says: texts of so many random words, and images by number
 ROWS = [
@@ -30,6 +32,10 @@ CASES = {
     ),
     "uncompressed": dict(compressor="none"),
 }
+
+
+def make_features(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(1, IMAGES, PATCHES, 32)).astype(np.float32)
 
 
 class Conversation:
@@ -91,9 +97,9 @@ def test_tokens_and_logits_over_two_turns(case):
     config = dataclasses.replace(CONFIG, **CASES[case])
     graphdef, params = make(config)
     rng = np.random.default_rng(1)
-    features = jnp.array(rng.normal(size=(IMAGES, PATCHES, 32)), jnp.float32)
+    features = make_features(1)
     compressed = config.compressor == "voco"
-    memory = jax.jit(lambda p, f: nnx.merge(graphdef, p).compress(f[None]))(params, features) if compressed else None
+    memory = compress(nnx.merge(graphdef, params), features) if compressed else None
     conversations = [Conversation(config) for _ in ROWS]
 
     @jax.jit
@@ -102,7 +108,7 @@ def test_tokens_and_logits_over_two_turns(case):
         if compressed:
             cache = model.fill(memory, slots, cache)
         state, first = prefill(
-            model, tokens, positions, cache, NEW, STOP, None, slot_index, None if compressed else features[None]
+            model, tokens, positions, cache, NEW, STOP, None, slot_index, None if compressed else features
         )
         return decode(model, state, jnp.int32(NEW)), first
 
@@ -112,7 +118,7 @@ def test_tokens_and_logits_over_two_turns(case):
         hidden, cache = model.extend(token[:, None], position[:, None], cache)
         return model.llama.logits(hidden)[:, 0], cache
 
-    dense = jax.jit(lambda params, sequence: oracle.logits(params, config, sequence, features))
+    dense = jax.jit(lambda params, sequence: oracle.logits(params, config, sequence, jnp.array(features[0])))
     cache, width = nnx.merge(graphdef, params).empty_cache(len(ROWS), PLACES), 24
     for turn_number, parts_of_rows in enumerate((ROWS, TURNS)):
         parts_of_rows = [parts if isinstance(parts, list) else [parts] for parts in parts_of_rows]
@@ -143,24 +149,27 @@ def test_tokens_and_logits_over_two_turns(case):
 def test_long_prompts_of_fused_kernels_are_read_as_whole_rows(monkeypatch):
     """Slots in between, padding, and a second prompt after what is in the cache: as the other way, to rounding."""
     config = dataclasses.replace(CONFIG, num_voco_tokens=2, attention="splash")
-    graphdef, params = make(config)
-    model, rng = nnx.merge(graphdef, params), np.random.default_rng(3)
+    model, rng = make_model(config), np.random.default_rng(3)
     assert [model._reads_whole_rows(*sizes) for sizes in ((1, 64), (511, 512), (512, 640), (512, 641))] == [
         False, False, True, False,
     ]  # fmt: skip
-    plain = nnx.merge(make(dataclasses.replace(config, attention="xla"))[0], params)
+    plain = make_model(dataclasses.replace(config, attention="xla"))
     assert not plain._reads_whole_rows(2048, 2048)
-    memory = plain.compress(jnp.array(rng.normal(size=(1, IMAGES, PATCHES, 32)), jnp.float32))
+    memory = compress(plain, make_features(3))
     conversations = [Conversation(config) for _ in ROWS]
     monkeypatch.setattr(VoCoLlama, "_reads_whole_rows", lambda self, *sizes: self.config.attention == "splash")
-    caches = [None, None]
+
+    @nnx.jit
+    def read(model, memory, tokens, positions, slot_index, slots, cache):
+        return model.extend(tokens, positions, model.fill(memory, slots, cache), slot_index)
+
+    caches = [model.empty_cache(len(ROWS), PLACES)] * 2
     for rows in (ROWS, [parts if isinstance(parts, list) else [parts] for parts in TURNS]):
         said = [c.say(parts, rng) for c, parts in zip(conversations, rows, strict=True)]
         tokens, positions, slot_index, slots = batch(said, 24)
         found = []
         for i, of in enumerate((model, plain)):
-            caches[i] = of.fill(memory, slots, caches[i])
-            hidden, caches[i] = of.extend(tokens, positions, caches[i], slot_index)
+            hidden, caches[i] = jax.device_get(read(of, memory, tokens, positions, slot_index, slots, caches[i]))
             found.append(np.where(positions[..., None] >= 0, hidden, 0))
         np.testing.assert_allclose(*found, atol=2e-5)
         filled = np.arange(PLACES) < np.array([c.length for c in conversations])[:, None]
@@ -171,20 +180,21 @@ def test_long_prompts_of_fused_kernels_are_read_as_whole_rows(monkeypatch):
 def test_padding_batch_mates_and_room_change_nothing():
     """A row's tokens do not depend on the rows beside it, the padding, or how long the cache is."""
     config = dataclasses.replace(CONFIG, num_voco_tokens=2)
-    graphdef, params = make(config)
-    model, rng = nnx.merge(graphdef, params), np.random.default_rng(2)
-    memory = model.compress(jnp.array(rng.normal(size=(1, IMAGES, PATCHES, 32)), jnp.float32))
+    model, rng = make_model(config), np.random.default_rng(2)
+    memory = compress(model, make_features(2))
     said = [Conversation(config).say(parts, rng) for parts in ROWS]
+
+    @nnx.jit
+    def generate(model, tokens, positions, slot_index, slots, sampling):
+        cache = model.fill(memory, slots)
+        state, _ = prefill(model, tokens, positions, cache, 6, STOP, sampling, slot_index, None)
+        return decode(model, state, jnp.int32(6)).output
 
     def answer(rows, width, places, sampling):
         tokens, positions, slot_index, slots = batch([said[i] for i in rows], width)
-        sampling = None
-        if sampling:
-            sampling = SamplingState(*map(np.float32, (1.0, 0, 1.0)), np.uint32(7), np.array(rows, np.uint32))
-        state, _ = prefill(
-            model, tokens, positions, model.fill(memory, slots[:, :places]), 6, STOP, sampling, slot_index, None
-        )
-        return np.asarray(decode(model, state, jnp.int32(6)).output)
+        drawn = SamplingState(*map(np.float32, (1.0, 0, 1.0)), np.uint32(7), np.array(rows, np.uint32))
+        slots = slots[:, :places]
+        return np.asarray(generate(model, tokens, positions, slot_index, slots, drawn if sampling else None))
 
     for sampling in (False, True):
         together = answer([0, 1, 2, 3], 24, 64, sampling)
@@ -194,26 +204,21 @@ def test_padding_batch_mates_and_room_change_nothing():
 
 def test_a_memory_of_k_tokens_holds_those_of_fewer():
     """The first k of K tokens' keys and values are those of compressing to k."""
-    _, params = make(CONFIG)
-    features = jnp.array(np.random.default_rng(0).normal(size=(1, IMAGES, PATCHES, 32)), jnp.float32)
     of = {}
     for k in (1, 2, 3):
-        graphdef, _ = make(dataclasses.replace(CONFIG, num_voco_tokens=k))
-        memory = nnx.merge(graphdef, params).compress(features)
-        of[k] = [m.reshape(*m.shape[:2], IMAGES, k, *m.shape[3:]) for m in memory]
+        memory = compress(make_model(dataclasses.replace(CONFIG, num_voco_tokens=k)), make_features(0))
+        of[k] = [np.reshape(m, (*m.shape[:2], IMAGES, k, *m.shape[3:])) for m in memory]
     for k in (1, 2):
         for few, many in zip(of[k], of[3], strict=True):
             np.testing.assert_allclose(few, many[:, :, :, :k], atol=1e-5)
 
 
 def test_filling_keeps_what_is_there():
-    graphdef, params = make(dataclasses.replace(CONFIG, num_voco_tokens=2))
-    model, rng = nnx.merge(graphdef, params), np.random.default_rng(0)
-    shape = (3, 1, 8, 2, 8)
-    old = Cache(*(jnp.array(rng.normal(size=shape), jnp.float32) for _ in range(2)))
-    memory = Memory(*(jnp.array(rng.normal(size=(3, 1, 2, 2, 8)), jnp.float32) for _ in range(2)))
-    slots = jnp.array([[-1, -1, 1, -1, 0, -1, -1, -1]])
-    filled = model.fill(memory, slots, old)
+    model, rng = make_model(dataclasses.replace(CONFIG, num_voco_tokens=2)), np.random.default_rng(0)
+    old = Cache(*(rng.normal(size=(3, 1, 8, 2, 8)).astype(np.float32) for _ in range(2)))
+    memory = Memory(*(rng.normal(size=(3, 1, 2, 2, 8)).astype(np.float32) for _ in range(2)))
+    slots = np.array([[-1, -1, 1, -1, 0, -1, -1, -1]])
+    filled = jax.device_get(nnx.jit(VoCoLlama.fill)(model, memory, slots, old))
     kept = [0, 1, 3, 5, 6, 7]
     for new, before in zip(filled, old, strict=True):
         np.testing.assert_array_equal(new[:, :, kept], before[:, :, kept])
@@ -223,7 +228,9 @@ def test_filling_keeps_what_is_there():
 
 def test_sampling_draws_from_what_it_should():
     """Shares of 20,000 draws against the probabilities by hand."""
-    logits = jnp.log(jnp.array([0.05, 0.4, 0.3, 0.2, 0.05]))
+    logits = np.log(np.array([0.05, 0.4, 0.3, 0.2, 0.05], np.float32))
+
+    draw = jax.jit(choose)
 
     def shares(**kwargs):
         s = Sampling(**{"temperature": 1.0} | kwargs)
@@ -231,7 +238,7 @@ def test_sampling_draws_from_what_it_should():
         sampling = SamplingState(
             *map(np.float32, (s.temperature, s.top_k, s.top_p)), np.uint32(s.seed), np.arange(rows)
         )
-        drawn = choose(jnp.broadcast_to(logits, (rows, 5)), sampling, jnp.int32(3))
+        drawn = draw(np.broadcast_to(logits, (rows, 5)), sampling, np.int32(3))
         return np.bincount(drawn, minlength=5) / rows
 
     np.testing.assert_allclose(shares(), [0.05, 0.4, 0.3, 0.2, 0.05], atol=0.015)
