@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from tests.models.test_two_streams import CONFIG
 from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_command_line
 from voco_jax.convert.families import RULES
+from voco_jax.convert.golden import check
 from voco_jax.convert.to_jax import layers_of
 from voco_jax.errors import UserError
 from voco_jax.models.build import abstract_model
@@ -94,17 +96,15 @@ def test_round_trip(golden_run, tmp_path, convert, format_name, monkeypatch, cap
     assert first.keys() == second.keys() == index["weight_map"].keys()
     for name in first:
         assert first[name].dtype == second[name].dtype and first[name].tobytes() == second[name].tobytes(), name
-    for a, b in (reference.DIRECTORY, there), (there, back), (golden_run, again):
-        status, out, _ = convert("verify", a, b, "--allow-more-rows")
+    more = ["--allow-more-rows"]
+    for a, b, *options in (reference.DIRECTORY, there), (there, back), (golden_run, again), (golden_run, there, *more):
+        status, out, _ = convert("verify", a, b, *options)
         assert status == 0 and "96 of 96 tensors are identical" in out
         # Hugging Face's has a row for <image>, which makes no other model
         one_has_more = format_name == "llava-hf" and (a, b) != (there, back)
         assert ("32001 and 32002 rows, the first 32001 compared; the others are of <image>" in out) == one_has_more
-        assert convert("verify", a, b)[0] == 0
-    status, _, _ = run_main(
-        check_logits, monkeypatch, capsys, "--checkpoint", back, "--golden", reference.DIRECTORY / "golden.npz"
-    )
-    assert status == 0
+    golden = ["--checkpoint", back, "--golden", reference.DIRECTORY / "golden.npz"]
+    assert run_main(check_logits, monkeypatch, capsys, *golden)[0] == 0
     if format_name == "voco":
         original = load_file(reference.DIRECTORY / "model.safetensors")
         assert original.keys() == first.keys()
@@ -115,18 +115,19 @@ def test_round_trip(golden_run, tmp_path, convert, format_name, monkeypatch, cap
         )
 
 
-@pytest.mark.parametrize("multiple", [1, 8, 128])
-def test_a_padded_vocabulary(multiple, golden_run, tmp_path, convert, monkeypatch, capsys):
+def test_a_padded_vocabulary(golden_run, tmp_path, convert, monkeypatch, capsys):
     """Zeros in our checkpoint, nothing of them in what is written: values and shapes are the original's, to the bit."""
-    run, voco, hf = tmp_path / "run", tmp_path / "voco", tmp_path / "hf"
-    arguments = ["--num-voco-tokens", 2, "--vocab-multiple", multiple, *TOKENIZER]
-    assert convert("to-jax", reference.DIRECTORY, run, *arguments)[0] == 0
-    llama, rows = load_run(run).model.llama, {1: 32001, 8: 32008, 128: 32128}[multiple]
-    embedding, head = np.asarray(llama.embed_tokens.embedding[...]), np.asarray(llama.lm_head.kernel[...])
-    assert embedding.shape == head.shape[::-1] == (rows, 32)
-    assert embedding[:32001].any(axis=1).all() and not embedding[32001:].any() and not head[:, 32001:].any()
-    config = json.loads((run / "config.json").read_text())["model"]["llama"]
-    assert (config["vocab_size"], config["vocab_multiple"]) == (32001, multiple)
+    unpadded, run, voco, hf = (tmp_path / name for name in ("unpadded", "run", "voco", "hf"))
+    for multiple, rows, made in (1, 32001, unpadded), (8, 32008, run), (128, 32128, golden_run):
+        if made != golden_run:
+            arguments = ["--num-voco-tokens", 2, "--vocab-multiple", multiple, *TOKENIZER]
+            assert convert("to-jax", reference.DIRECTORY, made, *arguments)[0] == 0
+        llama = load_run(made).model.llama
+        embedding, head = np.asarray(llama.embed_tokens.embedding[...]), np.asarray(llama.lm_head.kernel[...])
+        assert embedding.shape == head.shape[::-1] == (rows, 32)
+        assert embedding[:32001].any(axis=1).all() and not embedding[32001:].any() and not head[:, 32001:].any()
+        config = json.loads((made / "config.json").read_text())["model"]["llama"]
+        assert (config["vocab_size"], config["vocab_multiple"]) == (32001, multiple)
 
     assert convert("to-hf", run, voco, "--format", "voco")[0] == 0
     assert convert("to-hf", run, hf, "--format", "llava-hf")[0] == 0
@@ -140,7 +141,7 @@ def test_a_padded_vocabulary(multiple, golden_run, tmp_path, convert, monkeypatc
     known = original["lm_head.weight"]  # <image> is one row more: the mean of those that are there
     assert theirs["language_model.lm_head.weight"].shape == (32002, 32)
     np.testing.assert_allclose(theirs["language_model.lm_head.weight"][-1], known.mean(0, np.float32), atol=1e-4)
-    for other in voco, reference.DIRECTORY, golden_run:  # the last is padded to 128
+    for other in voco, reference.DIRECTORY, golden_run, unpadded:
         status, out, _ = convert("verify", run, other)
         assert status == 0 and "96 of 96 tensors are identical" in out
     golden = ["--checkpoint", run, "--golden", reference.DIRECTORY / "golden.npz"]
@@ -257,13 +258,17 @@ def test_golden_files_that_are_not_as_described(golden_run, tmp_path, monkeypatc
         "logits1: expected": {"logits1": golden["logits1"][:-1]},
         "images: expected [2, 3, 42, 42]": {"images": golden["images"].astype(str)},
     }
+    run, file = load_run(golden_run), tmp_path / "golden.npz"
     for message, changes in bad.items():
-        file = tmp_path / "golden.npz"
-        np.savez(file, **{key: value for key, value in (golden | changes).items() if value is not None})
-        status, _, err = run_main(check_logits, monkeypatch, capsys, "--checkpoint", golden_run, "--golden", file)
-        assert status == 2 and message in err and len(err.splitlines()) == 1, err
+        values = {key: value for key, value in (golden | changes).items() if value is not None}
+        with pytest.raises(UserError, match=re.escape(message)):
+            list(check(run, values, "golden.npz"))
+    np.savez(file, **values)
+    arguments = ["--checkpoint", golden_run, "--golden", file]
+    status, _, err = run_main(check_logits, monkeypatch, capsys, *arguments)
+    assert status == 2 and message in err and len(err.splitlines()) == 1, err
     file.write_bytes(b"PK")
-    assert run_main(check_logits, monkeypatch, capsys, "--checkpoint", golden_run, "--golden", file)[0] == 2
+    assert run_main(check_logits, monkeypatch, capsys, *arguments)[0] == 2
 
 
 @pytest.mark.parametrize("init", ["normal", "mean"])

@@ -17,6 +17,7 @@ import zlib
 
 import numpy as np
 
+from voco_jax.checkpoint.run import load_run
 from voco_jax.convert.golden import check
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.files import open_regular
@@ -45,7 +46,7 @@ def main() -> None:
     ) as error:
         raise UserError(f"{args.golden}: not a readable npz file: {error}") from None
     worst, greedy = 0.0, []
-    for line in check(args.checkpoint, golden, str(args.golden)):
+    for line in check(load_run(args.checkpoint), golden, str(args.golden)):
         worst_of = "" if line.worst is None else f": worst difference {line.worst:.3g}"
         print(f"{printable(line.what)}{worst_of}")
         if line.worst is not None:

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
-from pathlib import Path
 
 from flax import nnx
 import jax
 import numpy as np
 
-from voco_jax.checkpoint.run import load_run
+from voco_jax.checkpoint.run import Run
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.errors import UserError
@@ -29,11 +28,11 @@ class Line:
     agrees: bool = True
 
 
-def check(run_directory: Path, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Line]:
+def check(run: Run, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Line]:
     """Compare features, logits and greedy tokens, in float32. UserError for a file that is not as described."""
-    model = load_run(run_directory).model
+    model = run.model
     if not model.config.compressor_class.has_voco_tokens:
-        raise UserError(f"{run_directory}: expected compressor voco or none, found {model.config.compressor}")
+        raise UserError(f"{run.directory}: expected compressor voco or none, found {model.config.compressor}")
     rows = _rows(golden, name)
     layout = _layout(rows, model.config, name)
     model = _model(model, *layout)
