@@ -49,7 +49,7 @@ def test_different_prompts_and_numbers_of_pictures(either):
     requests = [Request(q, about) for q in QUESTIONS for about in abouts]
     together = model.answers(requests, max_new_tokens=4)
     assert model.answers(requests, max_new_tokens=4, batch_size=15) == together
-    some = [1, 2, 9, 23]
+    some = [1, 23]
     assert [model.answers([requests[i]], max_new_tokens=4)[0] for i in some] == [together[i] for i in some]
     assert len(set(together)) > 1  # or the comparison would say little
 

@@ -4,7 +4,6 @@ import json
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from voco_jax.data.conversations import Encoder, Sample
 from voco_jax.data.images import ImageProcessor, load_image
 from voco_jax.data.packing import pack_row
 from voco_jax.infer.generate import greedy
-from voco_jax.models.voco import Read
+from voco_jax.models.voco import Read, VoCoLlama
 
 TOLERANCE = 1e-4
 
@@ -32,7 +31,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def features(model):
-    return jax.jit(model.encode_images)(reference.pixel_values())
+    return np.asarray(jax.jit(model.encode_images)(reference.pixel_values()))
+
+
+# As one program: operation by operation, each test would compile a hundred
+forward = nnx.jit(VoCoLlama.forward)
 
 
 def read_stream(row: np.ndarray, label_from: int | None = None) -> Sample:
@@ -45,7 +48,7 @@ def read_stream(row: np.ndarray, label_from: int | None = None) -> Sample:
 
 
 def as_read(rows) -> Read:
-    return Read(*(jnp.stack([getattr(row, name) for row in rows]) for name in Read._fields))
+    return Read(*(np.stack([getattr(row, name) for row in rows]) for name in Read._fields))
 
 
 def test_projected_features(golden, features):
@@ -54,17 +57,17 @@ def test_projected_features(golden, features):
 
 def test_logits_of_each_row_alone(model, golden, features):
     """The golden logits begin at the newline after the image: three are the compress stream's, the rest are read."""
-    compressed = model.compress_logits(features)
+    compressed = np.asarray(nnx.jit(VoCoLlama.compress_logits)(model, features))
     for i in range(2):
         sample = read_stream(golden[f"rows{i}"])
-        logits = model.forward(as_read([pack_row([sample], len(sample))]), features[i : i + 1])
+        logits = np.asarray(forward(model, as_read([pack_row([sample], len(sample))]), features[i : i + 1]))
         ours = np.concatenate([compressed[i, 0, -3:], logits[0, 2:]])
         np.testing.assert_allclose(ours, golden[f"logits{i}"], atol=TOLERANCE)
 
 
 def test_logits_in_a_padded_batch(model, golden, features):
     samples = [read_stream(golden[f"rows{i}"]) for i in range(2)]
-    logits = model.forward(as_read([pack_row([sample], 20) for sample in samples]), features)
+    logits = np.asarray(forward(model, as_read([pack_row([sample], 20) for sample in samples]), features))
     for i, sample in enumerate(samples):
         np.testing.assert_allclose(logits[i, 2 : len(sample)], golden[f"logits{i}"][3:], atol=TOLERANCE)
 
@@ -72,7 +75,7 @@ def test_logits_in_a_padded_batch(model, golden, features):
 def test_logits_packed_in_one_row(model, golden, features):
     samples = [read_stream(golden[f"rows{i}"]) for i in range(2)]
     row = pack_row(samples, 30, first_slot=[0, 2])
-    logits = model.forward(as_read([row]), features.reshape(1, 2, *features.shape[2:]))
+    logits = np.asarray(forward(model, as_read([row]), features.reshape(1, 2, *features.shape[2:])))
     for i in range(2):
         ours = logits[0][row.segment_ids == i + 1][2:]
         np.testing.assert_allclose(ours, golden[f"logits{i}"][3:], atol=TOLERANCE)
@@ -82,7 +85,8 @@ def test_positions_of_the_released_code_or_from_zero_make_no_difference(model, g
     sample = read_stream(golden["rows0"])
     read = as_read([pack_row([sample], len(sample))])
     shifted = read._replace(positions=read.positions + 11)  # BOS, 9 patches, newline stand before the first VoCo token
-    np.testing.assert_allclose(model.forward(shifted, features[:1]), model.forward(read, features[:1]), atol=TOLERANCE)
+    found, expected = (forward(model, positioned, features[:1]) for positioned in (shifted, read))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -97,7 +101,7 @@ def test_loss(model, golden, packed):
         rows = [pack_row([sample], 20) for sample in samples]
     batch = {name: np.stack([getattr(row, name) for row in rows]) for name in rows[0].arrays()}
     assert batch["weights"].sum() == sum(len(golden[f"rows{i}"]) - label_from for i in range(2))
-    loss = label_loss(*nnx.split(model), batch | {"pixel_values": pixel_values})
+    loss = jax.jit(label_loss, static_argnums=0)(*nnx.split(model), batch | {"pixel_values": pixel_values})
     assert abs(loss - golden["loss"]) < TOLERANCE
 
 
@@ -105,11 +109,16 @@ def test_greedy_tokens_with_a_cache(model, golden, features):
     """Both prompts, of different lengths, in one batch; the released code recomputed everything at every token."""
     samples = [read_stream(golden[f"rows{i}"]) for i in range(2)]
     read = as_read([pack_row([sample], 16) for sample in samples])
-    read = read._replace(positions=jnp.broadcast_to(jnp.arange(16), (2, 16)))
-    memory = model.compress(features)
-    assert memory.keys.shape == (2, 2, 2, 4, 8)  # layers, rows, VoCo tokens, heads, head size
-    lengths = jnp.array([len(sample) for sample in samples])
-    tokens = greedy(model, read, lengths, memory, golden["gen"].shape[1], eos_token_id=-1)
+    read = read._replace(positions=np.broadcast_to(np.arange(16), (2, 16)))
+    lengths = np.array([len(sample) for sample in samples])
+
+    @jax.jit
+    def answered(features):
+        memory = model.compress(features)
+        assert memory.keys.shape == (2, 2, 2, 4, 8)  # layers, rows, VoCo tokens, heads, head size
+        return greedy(model, read, lengths, memory, golden["gen"].shape[1], eos_token_id=-1)
+
+    tokens = answered(features)
     np.testing.assert_array_equal(tokens, golden["gen"])
 
 

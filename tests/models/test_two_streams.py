@@ -99,7 +99,7 @@ def make(config: VoCoConfig):
     rng = np.random.default_rng(0)
 
     def draw(path, p):
-        return jnp.array((("scale" in str(path)) + 0.2 * rng.normal(size=p.shape)).astype(p.dtype))
+        return jnp.asarray((("scale" in str(path)) + 0.2 * rng.normal(size=p.shape)).astype(p.dtype))
 
     return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
 

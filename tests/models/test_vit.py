@@ -24,7 +24,7 @@ def params():
 def features(params, pixels=PIXELS, unroll=False, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: ViT(config, unroll=unroll, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, params)(pixels)
+    return np.asarray(jax.jit(lambda params, pixels: nnx.merge(graphdef, params)(pixels))(params, pixels))
 
 
 def first_layers(params, n: int):
@@ -68,8 +68,7 @@ def test_positions_of_sines_and_cosines():
     """Near patches' positions are more alike than those of others; by columns as by rows."""
     config = ViTConfig(image_size=64, patch_size=8, hidden_size=128, num_attention_heads=2, num_hidden_layers=1)
     config = dataclasses.replace(config, position_init="sincos")
-    vit = ViT(config, rngs=nnx.Rngs(0))
-    positions = np.asarray(vit.position_embedding[...])
+    positions = np.asarray(jax.jit(lambda: ViT(config, rngs=nnx.Rngs(0)).position_embedding[...])())
     assert positions.shape == (65, 128) and not positions[0].any()
     grid = positions[1:].reshape(8, 8, 128)
     alike = np.einsum("rcd,d->rc", grid, grid[0, 0])
