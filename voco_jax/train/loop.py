@@ -36,7 +36,7 @@ from voco_jax.parallel.compilation_cache import use_compilation_cache
 from voco_jax.parallel.distributed import check_same, together
 from voco_jax.parallel.mesh import find_devices, make_mesh
 from voco_jax.parallel.peaks import peak_flops
-from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes
+from voco_jax.parallel.sharding import batch_shardings, local_rows, put_batch, whole_shapes, with_shardings
 from voco_jax.progress import interrupted
 from voco_jax.terminal import log as log_to_stderr
 from voco_jax.terminal import printable
@@ -310,7 +310,8 @@ def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: Ab
     batch = batches.peek()
     batch["pixel_values"] = batch["pixel_values"].astype(np.float32)
     batch = whole_shapes(batch, config.data.batch_size)
-    batch_shardings(jax.sharding.get_mesh(), batch)
+    # Placed as the batches that come will be: the first step takes this trace, and does not make it again
+    batch = with_shardings(batch, batch_shardings(jax.sharding.get_mesh(), batch))
     try:
         jax.eval_shape(train_step, state.params, state.opt_state, batch)
     except (ValueError, NotImplementedError) as error:  # the second where a kernel has no gradient for these shapes
