@@ -35,6 +35,7 @@ import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+import functools
 import json
 import multiprocessing
 import os
@@ -114,6 +115,7 @@ class Story(NamedTuple):
         return [shape.picture() for shape in self.order]
 
 
+@functools.cache  # workers make many parts
 def load_shapes(split: str) -> list[Shape]:
     """All pictures of a split whose questions tell their shape."""
     found = []
@@ -122,10 +124,9 @@ def load_shapes(split: str) -> list[Shape]:
         shape = answers.intersection(SHAPES)
         if not shape:
             continue
-        picture = np.asarray(load_image(record.images[0], transparency="drop"))
-        colors, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
-        by_count = sorted(zip(counts.tolist(), map(tuple, colors.tolist()), strict=True), reverse=True)
-        (_, background), (_, color) = by_count[:2]
+        image = load_image(record.images[0], transparency="drop")
+        picture = np.asarray(image)
+        (_, background), (_, color) = sorted(image.getcolors(image.width * image.height), reverse=True)[:2]
         if color not in COLORS:  # so small that its edges are more than itself
             continue
         rows, columns = (np.flatnonzero((picture != background).any(axis=(2, axis))) for axis in (1, 0))
