@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.losses import CROSS_ENTROPY, cross_entropy
+from tests.helpers.losses import cross_entropy
 from tests.models.test_two_streams import make
 from tests.parallel.test_meshes import BASE, assert_close, random_batch
+from tests.train.test_losses import with_z_loss
 from voco_jax.config import default_config
 from voco_jax.errors import UserError
 from voco_jax.train.from_config import make_optimizer
@@ -28,30 +29,39 @@ def test_pieces_keep_rows_with_their_images():
         np.testing.assert_array_equal(np.concatenate(pieces[name]), array)
 
 
-def test_loss_and_gradients_are_the_whole_batchs():
-    batch = random_batch(SCANNED)
-    labels = batch["weights"].reshape(4, -1).sum(1)
-    assert len(set(labels)) == 4  # a mean of means would be another
+@pytest.fixture(scope="module")
+def computed() -> dict:
+    """(LossOutput, gradients) of a batch as a whole and in 4 pieces, of a loss with metrics of its own."""
     graphdef, params = make(SCANNED)
-    loss_of = functools.partial(cross_entropy, graphdef)
-    whole, pieces = (jax.jit(lambda p, b, n=n: loss_and_gradients(loss_of, p, b, n))(params, batch) for n in (1, 4))
-    np.testing.assert_allclose(pieces[0].sum, whole[0].sum, rtol=1e-6)
-    assert pieces[0].weight == whole[0].weight == labels.sum()
-    difference = jax.tree.map(lambda a, b: a - b, pieces[1], whole[1])
-    assert global_norm(difference) <= 1e-6 * global_norm(whole[1])
-    assert_close(jax.device_get(pieces[1]), jax.device_get(whole[1]), 3e-6)
+    loss_of = functools.partial(cross_entropy, graphdef, loss=with_z_loss(None))
+    batch = random_batch(SCANNED)
+    return {
+        n: jax.device_get(jax.jit(lambda p, b, n=n: loss_and_gradients(loss_of, p, b, n))(params, batch))
+        for n in (1, 4)
+    }
 
 
-def test_a_training_step_in_pieces():
+def test_loss_and_gradients_are_the_whole_batchs(computed):
+    labels = random_batch(SCANNED)["weights"].reshape(4, -1).sum(1)
+    assert len(set(labels)) == 4  # a mean of means would be another
+    (whole, whole_gradients), (pieces, gradients) = computed[1], computed[4]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), pieces, whole)
+    assert pieces.weight == whole.weight == labels.sum()
+    difference = jax.tree.map(lambda a, b: a - b, gradients, whole_gradients)
+    assert global_norm(difference) <= 1e-6 * global_norm(whole_gradients)
+    assert_close(gradients, whole_gradients, 3e-6)
+
+
+def test_a_training_step_in_pieces(computed):
     graphdef, params = make(SCANNED)
     optimizer = make_optimizer(default_config())
-    found = []
-    for pieces in 1, 4:
-        step = make_train_step(graphdef, CROSS_ENTROPY, optimizer, accumulate=pieces)
-        copy = jax.tree.map(lambda x: x.copy(), params)
-        metrics = step(copy, optimizer.init(params), random_batch(SCANNED))[2]
-        found.append({name: float(value) for name, value in metrics.items()})
-    assert found[0]["grad_norm"] > 0 and found[1] == pytest.approx(found[0], rel=1e-6)
+    step = make_train_step(graphdef, with_z_loss(None), optimizer, accumulate=4)
+    metrics = step(jax.tree.map(lambda x: x.copy(), params), optimizer.init(params), random_batch(SCANNED))[2]
+    whole, gradients = computed[1]
+    expected = whole.means() | {"grad_norm": global_norm(gradients), "bad": 0.0}
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
 
 
 def test_packs_that_do_not_divide():

@@ -30,23 +30,25 @@ def config_of(*freeze: str):
     return config
 
 
-def loss_and_gradient(model, **options):
-    graphdef, params = make(model)
-    found = jax.jit(jax.value_and_grad(lambda p, batch: label_loss(graphdef, p, batch, **options)))
-    batch = random_batch(model)
-    batch["weights"][batch["slot_index"] >= 0] = 0  # what follows a slot is never a label (data/conversations.py)
-    loss, gradient = jax.device_get(found(params, batch))
-    return loss, flatten_dict(gradient)
-
-
 @pytest.mark.parametrize("model", [BASE, ADAPTED], ids=["unrolled", "scanned, remat, LoRA"])
 def test_the_gradient_is_the_read_streams(model, monkeypatch):
     """That of both streams side by side with the slots' keys and values stopped on their way from one to the other."""
-    loss, found = loss_and_gradient(model, compress_gradients=False)
-    whole_loss, whole = loss_and_gradient(model)
+    graphdef, params = make(model)
+    batch = random_batch(model)
+    batch["weights"][batch["slot_index"] >= 0] = 0  # what follows a slot is never a label (data/conversations.py)
     fill = voco.fill_slots
-    monkeypatch.setattr(voco, "fill_slots", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
-    stopped_loss, stopped = loss_and_gradient(model)
+
+    @jax.jit
+    def computed(params, batch):
+        def loss_and_gradient(**options):
+            return jax.value_and_grad(lambda p: label_loss(graphdef, p, batch, **options))(params)
+
+        found, whole = loss_and_gradient(compress_gradients=False), loss_and_gradient()
+        monkeypatch.setattr(voco, "fill_slots", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
+        return found, whole, loss_and_gradient()
+
+    results = jax.device_get(computed(params, batch))
+    (loss, found), (whole_loss, whole), (stopped_loss, stopped) = ((x, flatten_dict(g)) for x, g in results)
     np.testing.assert_allclose([loss, stopped_loss], whole_loss, rtol=1e-6)
     for keys, gradient in found.items():
         np.testing.assert_allclose(gradient, stopped[keys], rtol=1e-4, atol=1e-5 * np.abs(stopped[keys]).max())

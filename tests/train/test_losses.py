@@ -30,7 +30,8 @@ def with_z_loss(config):
         at_target = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         weights = batch["weights"]
         entropy, z = ((log_z - at_target) * weights).sum(), (log_z**2 * weights).sum()
-        return LossOutput(2 * entropy + 0.5 * z, weights.sum(), {"z_loss": (z, weights.sum())})
+        metrics = {"z_loss": (z, weights.sum()), "cross_entropy": (entropy, weights.sum())}
+        return LossOutput(2 * entropy + 0.5 * z, weights.sum(), metrics)
 
     return loss
 
@@ -43,39 +44,35 @@ def registered(monkeypatch):
 def test_its_numbers():
     """Against numpy, from the model's logits."""
     batch, (graphdef, params) = random_batch(BASE), make(BASE)
-    found = cross_entropy(graphdef, params, batch, make_loss(LossConfig("with_z_loss"))).means()
-    plain = cross_entropy(graphdef, params, batch).means()["loss"]
-    model = nnx.merge(graphdef, params)
-    logits = np.asarray(model(Read(*(batch[name] for name in Read._fields)), batch["pixel_values"]), np.float64)
-    log_z = np.log(np.exp(logits).sum(-1))
+
+    @jax.jit
+    def computed(params, batch):
+        found = cross_entropy(graphdef, params, batch, make_loss(LossConfig("with_z_loss"))).means()
+        logits = nnx.merge(graphdef, params)(Read(*(batch[name] for name in Read._fields)), batch["pixel_values"])
+        return found, cross_entropy(graphdef, params, batch).means()["loss"], logits
+
+    found, plain, logits = jax.device_get(computed(params, batch))
+    log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     z_loss = (log_z**2)[batch["weights"] > 0].mean()
-    assert float(found["z_loss"]) == pytest.approx(z_loss, rel=1e-5)
-    assert float(found["loss"]) == pytest.approx(2 * float(plain) + 0.5 * z_loss, rel=1e-5)
-
-
-def lines_of(workdir, **changes) -> list[dict]:
-    changes = (
-        dict(train__steps=2, train__log_every=1, eval__every=2, eval__num_answers=0, eval__num_batches=2) | changes
-    )
-    run = train(tiny.config(workdir, optim__warmup_steps=0, optim__learning_rate=1e-3, **changes))
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found["z_loss"] == pytest.approx(z_loss, rel=1e-5)
+    assert found["cross_entropy"] == pytest.approx(plain, rel=1e-5)
+    assert found["loss"] == pytest.approx(2 * plain + 0.5 * z_loss, rel=1e-5)
 
 
 def test_a_run_trains_accumulates_and_evaluates_with_it(tmp_path):
-    plain = lines_of(tmp_path / "plain")
-    whole = lines_of(tmp_path / "whole", train__loss="with_z_loss")
-    pieces = lines_of(tmp_path / "pieces", train__loss="with_z_loss", train__accumulate=2)
-    # Before the first update the parameters are the same
-    assert whole[0]["loss"] == pytest.approx(2 * plain[0]["loss"] + 0.5 * whole[0]["z_loss"], rel=1e-5)
-    assert whole[0]["z_loss"] > 1 and "z_loss" not in plain[0]
-    for one, other in zip(whole, pieces, strict=True):
-        for name in {"loss", "z_loss", "grad_norm", "eval_loss", "eval_z_loss"} & one.keys():
-            assert one[name] == pytest.approx(other[name], rel=1e-4), name
-    *_, last = whole
-    assert last["step"] == 2 and last.keys() == {"step", "eval_loss", "eval_z_loss"} and plain[-1].keys() == {
-        "step", "eval_loss",
-    }  # fmt: skip
-    assert last["eval_loss"] > 0.5 * last["eval_z_loss"] > 1
+    """Sums and metrics of pieces and of batches add up alike, or the loss would not be that of its metrics."""
+    run = train(
+        tiny.config(
+            tmp_path / "run", train__loss="with_z_loss", train__accumulate=2, train__steps=2, optim__warmup_steps=0,
+            train__log_every=1, eval__every=2, eval__num_answers=0, eval__num_batches=2,
+        )
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    for line, prefix in zip(lines, ("", "", "eval_"), strict=True):
+        loss, cross_entropy, z_loss = (line[prefix + name] for name in ("loss", "cross_entropy", "z_loss"))
+        assert loss == pytest.approx(2 * cross_entropy + 0.5 * z_loss, rel=1e-4) and min(cross_entropy, z_loss) > 1
+    assert lines[-1].keys() == {"step", "eval_loss", "eval_cross_entropy", "eval_z_loss"}
 
 
 def test_a_name_that_is_not_there():

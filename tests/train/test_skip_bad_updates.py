@@ -1,6 +1,7 @@
 """Bad steps are seen, and leave no trace where they are to be skipped."""
 
 import contextlib
+import functools
 import shutil
 
 import jax
@@ -25,6 +26,7 @@ GRADIENTS = jax.tree.map(lambda p: jnp.full_like(p, 0.1), PARAMS)
 NO_NUMBERS = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), PARAMS)
 
 
+@functools.cache  # and with it what jax has compiled of it
 def optimizer_of(name="adamw", action="skip", spike_factor=0.0):
     config = default_config()
     config.optim.name, config.optim.warmup_steps, config.optim.weight_decay = name, 0, 0.1
