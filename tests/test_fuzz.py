@@ -9,7 +9,7 @@ from tests.fuzz import TARGETS, target
 from tests.fuzz.harness import HANG, OVER, REFUSED, SILENT, SOUND, TRACEBACK, Target, run
 from voco_jax.errors import UserError
 
-SHARE = 0.02
+SHARE = 0.01
 
 
 class Faulty(Target):

@@ -292,6 +292,7 @@ def unknown_key(key: str, known: Iterable[str], prefix: str = "config.") -> str:
     if any(other.startswith(f"{key}.") for other in known):
         return f"is a group of keys, for example {prefix}{next(k for k in known if k.startswith(f'{key}.'))}"
     groups = {other[: dot.start()] for other in known for dot in re.finditer(r"\.", other)}
+    key = key[:200]  # a file's may be of any length, and comparing takes its square
     nearest = max([*known, *sorted(groups)], key=functools.partial(_nearness, key), default="")
     if _nearness(key, nearest) < 0.7:
         return "no such key; --help lists all"
