@@ -44,12 +44,13 @@ def test_a_target_that_cannot_be_made_ends_the_suite():
         run("tests.test_fuzz:Unmade", range(5))
 
 
-NEED_TORCH = ("safetensors", "bin")  # whose values are compared with what PyTorch reads
+MARKS = {
+    **dict.fromkeys(("safetensors", "bin"), pytest.mark.peer),  # whose values are compared with what PyTorch reads
+    **dict.fromkeys(("runs", "checkpoints", "tokenizers"), pytest.mark.slow),
+}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.peer if name in NEED_TORCH else ()) for name in TARGETS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in TARGETS])
 def test_hostile_input_is_a_line_or_a_result(name):
     report = run(name, range(max(5, round(target(name).count * SHARE))), seed=1, seconds=30)  # others run beside
     assert not report.bad, "\n".join([str(report), *(f"case {bad.case}: {bad}" for bad in report.bad[:5])])

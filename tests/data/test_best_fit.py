@@ -164,7 +164,7 @@ def test_the_plan_is_the_same_everywhere():
 
 
 def test_suggested_images(mix):
-    items = unshared(Mix(*(values[:10_000] for values in mix)))
+    items = unshared(Mix(*(values[:4000] for values in mix)))
     assert suggest_images(*items, 1, 2048) == 5
     assert suggest_images(*items, 2, 2048) == 10
     assert suggest_images(*items, 4, 2048) in (19, 20)

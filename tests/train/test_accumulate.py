@@ -4,17 +4,17 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.helpers.losses import cross_entropy
 from tests.models.test_two_streams import make
 from tests.parallel.test_meshes import BASE, assert_close, random_batch
 from tests.train.test_losses import with_z_loss
-from voco_jax.config import default_config
 from voco_jax.errors import UserError
-from voco_jax.train.from_config import make_optimizer
-from voco_jax.train.skip_bad_updates import global_norm
+from voco_jax.train.skip_bad_updates import global_norm, skip_bad_updates
 from voco_jax.train.step import loss_and_gradients, make_train_step, split_batch
 
 SCANNED = dataclasses.replace(BASE, unroll_layers=False)
@@ -29,39 +29,26 @@ def test_pieces_keep_rows_with_their_images():
         np.testing.assert_array_equal(np.concatenate(pieces[name]), array)
 
 
-@pytest.fixture(scope="module")
-def computed() -> dict:
-    """(LossOutput, gradients) of a batch as a whole and in 4 pieces, of a loss with metrics of its own."""
-    graphdef, params = make(SCANNED)
-    loss_of = functools.partial(cross_entropy, graphdef, loss=with_z_loss(None))
-    batch = random_batch(SCANNED)
-    return {
-        n: jax.device_get(jax.jit(lambda p, b, n=n: loss_and_gradients(loss_of, p, b, n))(params, batch))
-        for n in (1, 4)
-    }
-
-
-def test_loss_and_gradients_are_the_whole_batchs(computed):
-    labels = random_batch(SCANNED)["weights"].reshape(4, -1).sum(1)
+def test_a_step_in_pieces_is_that_of_the_whole_batch():
+    """Loss, its metrics and every gradient, which the momentum's first value is."""
+    loss, batch = with_z_loss(None), random_batch(SCANNED)
+    labels = batch["weights"].reshape(4, -1).sum(1)
     assert len(set(labels)) == 4  # a mean of means would be another
-    (whole, whole_gradients), (pieces, gradients) = computed[1], computed[4]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), pieces, whole)
-    assert pieces.weight == whole.weight == labels.sum()
-    difference = jax.tree.map(lambda a, b: a - b, gradients, whole_gradients)
-    assert global_norm(difference) <= 1e-6 * global_norm(whole_gradients)
-    assert_close(gradients, whole_gradients, 3e-6)
-
-
-def test_a_training_step_in_pieces(computed):
     graphdef, params = make(SCANNED)
-    optimizer = make_optimizer(default_config())
-    step = make_train_step(graphdef, with_z_loss(None), optimizer, accumulate=4)
-    metrics = step(jax.tree.map(lambda x: x.copy(), params), optimizer.init(params), random_batch(SCANNED))[2]
-    whole, gradients = computed[1]
-    expected = whole.means() | {"grad_norm": global_norm(gradients), "bad": 0.0}
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
+    whole = jax.jit(lambda p, b: loss_and_gradients(functools.partial(cross_entropy, graphdef, loss=loss), p, b))
+    output, expected = jax.device_get(whole(params, batch))
+    assert output.weight == labels.sum()
+    optimizer = skip_bad_updates(optax.sgd(0.1, momentum=0.9))
+    step = make_train_step(graphdef, loss, optimizer, accumulate=4)
+    _, state, metrics = jax.device_get(step(jax.tree.map(jnp.copy, params), optimizer.init(params), batch))
+    expected_metrics = output.means() | {"grad_norm": global_norm(expected), "bad": 0.0}
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+    (gradients,) = [part.trace for part in state.inner if hasattr(part, "trace")]
+    difference = jax.tree.map(lambda a, b: a - b, gradients, expected)
+    assert global_norm(difference) <= 1e-6 * global_norm(expected)
+    assert_close(gradients, expected, 3e-6)
 
 
 def test_packs_that_do_not_divide():

@@ -30,7 +30,13 @@ def config_of(*freeze: str):
     return config
 
 
-@pytest.mark.parametrize("model", [BASE, ADAPTED], ids=["unrolled", "scanned, remat, LoRA"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(BASE, id="unrolled"),
+        pytest.param(ADAPTED, id="scanned, remat, LoRA", marks=pytest.mark.slow),
+    ],
+)
 def test_the_gradient_is_the_read_streams(model, monkeypatch):
     """That of both streams side by side with the slots' keys and values stopped on their way from one to the other."""
     graphdef, params = make(model)

@@ -1,5 +1,6 @@
 """Training as its users meet it: it learns, survives being killed, and refuses what does not fit together."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,8 +24,12 @@ from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.checkpoint.run import load_run
 from voco_jax.checkpoint.workdir import check_workdir
 from voco_jax.config import default_config, load_config, save_config, source, sources, sources_to_score
+from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
+from voco_jax.train.actions import StepDone
+from voco_jax.train.goodput import Goodput
 from voco_jax.train.loop import _set_up, train
+from voco_jax.train.periodic import SaveCheckpoint
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -113,12 +120,12 @@ def test_rows_that_the_data_choose(tiny_run, tmp_path, capsys):
     assert load_run(again).config.data.rows_per_pack == tiny.OVERRIDES["data.rows_per_pack"]
 
 
-def test_what_is_mostly_padding_is_told(tmp_path, capsys):
-    _set_up(tiny.config(tmp_path / "run", data__rows_per_pack=8, data__conversations_per_record=1))
-    said = re.search(
-        r"most of that is padding; config.data.rows_per_pack=1 would need (\S+) times", capsys.readouterr().out
-    )
-    assert float(said[1]) > 2
+def test_what_is_mostly_padding_is_told(tmp_path):
+    said = []
+    config = tiny.config(tmp_path / "run", data__rows_per_pack=8, data__conversations_per_record=1)
+    open_training_data(config, log=said.append)
+    found = re.search(r"most of that is padding; config.data.rows_per_pack=1 would need (\S+) times", "\n".join(said))
+    assert float(found[1]) > 2
 
 
 def test_the_test_set_is_that_of_the_training_set(tmp_path):
@@ -237,18 +244,23 @@ def test_a_run_that_begins_with_another(tiny_run, tmp_path):
     assert train(config) == run  # complete: the config that was stored is the one that is asked for
 
 
-@pytest.mark.parametrize(
-    ("checkpoint_every", "message"),
-    [
-        (10, r"training: loss is nan at step \d+ \(batch \d+: .*\); a lower optim.learning_rate may help"),
-        # The loss of the step that spoils them is still a number
-        (1, "training: parameters are not finite after step 1; a lower"),
-    ],
-)
-def test_numbers_that_are_not_finite(tmp_path, checkpoint_every, message):
-    changes = dict(optim__learning_rate=1e39, optim__warmup_steps=0, train__checkpoint_every=checkpoint_every)
-    with pytest.raises(UserError, match=message):
-        train(tiny.config(tmp_path / "run", **changes))
+def test_a_loss_that_is_not_finite(tmp_path):
+    with pytest.raises(
+        UserError, match=r"training: loss is nan at step \d+ \(batch \d+: .*\); a lower optim.learning_rate may help"
+    ):
+        train(tiny.config(tmp_path / "run", optim__learning_rate=1e39, optim__warmup_steps=0))
+    assert Checkpointer(tmp_path / "run").steps() == []
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss of the step that spoils them is still a number."""
+    (tmp_path / "run").mkdir()
+    with contextlib.closing(Checkpointer(tmp_path / "run", create=True)) as checkpointer:
+        log = SimpleNamespace(settle=lambda: None)
+        save = SaveCheckpoint(checkpointer, None, 1, lambda step: {}, log, Goodput(None))
+        params = {"scale": jnp.ones(3), "kernel": jnp.ones(3).at[1].set(jnp.inf)}
+        with pytest.raises(UserError, match="training: parameters are not finite after step 1; a lower optim.learning"):
+            save.after_step(StepDone(1, {}, params, {}))
     assert Checkpointer(tmp_path / "run").steps() == []
 
 
