@@ -183,7 +183,7 @@ class Deadly(ListSource):
 def test_a_process_that_is_killed(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "WORTH_WORKERS", 0)
     source = Deadly([Record(conversations=[turns("what is it?", "a cat")])])
-    with pytest.raises(TryAgain, match="data: a loader process ended too early; the same command goes on"):
+    with pytest.raises(TryAgain, match=r"data: a worker process ended too early \(out of memory\?\); the same"):
         make_index(source, maker(encoder), tmp_path, 1, "test")
 
 

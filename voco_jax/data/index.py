@@ -5,23 +5,24 @@ depends on these lengths alone, so it is the same on every host and in every wor
 are found here, by their text and their videos' headers.
 """
 
-from collections.abc import Iterable
-import concurrent.futures.process
+from collections.abc import Callable
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 from pathlib import Path
 import struct
 import time
+from typing import Any
 import zipfile
 import zlib
 
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.data.processes import begin_worker, ended, uninterrupted
+from voco_jax.data.processes import run_tasks
 from voco_jax.data.records import DAMAGED, MISSING, UNREADABLE_VIDEO, BadRecord, Picture, Record, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
@@ -101,11 +102,13 @@ def make_index(source: Source, maker: SampleMaker, cache_dir: str | os.PathLike,
     start = time.monotonic()
     chunks = [range(at, min(at + CHUNK, len(source))) for at in range(0, len(source), CHUNK)]
     with tqdm(total=len(source), unit="record", desc=f"indexing {label}", mininterval=0.5, delay=2) as bar:
-        parts = []
-        for chunk, part in zip(chunks, _scan_all(source, maker, chunks, num_workers), strict=True):
-            parts.append(part)
-            bar.update(len(chunk))
-    index = _join(parts)
+        scan = functools.partial(_scan, source, maker)
+        if num_workers == 0 or len(source) < WORTH_WORKERS:
+            parts = {chunk: scan(chunk, bar.update) for chunk in chunks}
+        else:
+            with contextlib.closing(run_tasks(scan, chunks, num_workers, bar.update)) as found:
+                parts = dict(found)
+    index = _join([parts[chunk] for chunk in chunks])
     # Files that may come, or were not read for an error of the disk: shards say no more than that it failed
     passing = {MISSING, UNREADABLE_VIDEO, DAMAGED} & index.report.skipped.keys()
     if time.monotonic() - start > KEPT_FROM and not passing:
@@ -113,36 +116,7 @@ def make_index(source: Source, maker: SampleMaker, cache_dir: str | os.PathLike,
     return index
 
 
-def _scan_all(source: Source, maker: SampleMaker, chunks: list[range], num_workers: int) -> Iterable[Index]:
-    if num_workers == 0 or len(source) < WORTH_WORKERS:
-        yield from (_scan(source, maker, chunk) for chunk in chunks)
-        return
-    context = multiprocessing.get_context("spawn")  # jax has threads, which a fork would cut
-    workers = min(num_workers, len(chunks))
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (source, maker)) as pool:
-        with uninterrupted():
-            parts = pool.map(_scan_in_worker, chunks)
-        try:
-            yield from parts
-        except concurrent.futures.process.BrokenProcessPool:
-            raise ended(None) from None
-
-
-_worker: tuple[Source, SampleMaker] | None = None  # of a worker process
-
-
-def _begin_worker(source: Source, maker: SampleMaker) -> None:
-    global _worker
-    begin_worker()
-    _worker = source, maker
-
-
-def _scan_in_worker(chunk: range) -> Index:
-    assert _worker is not None
-    return _scan(*_worker, chunk)
-
-
-def _scan(source: Source, maker: SampleMaker, chunk: range) -> Index:
+def _scan(source: Source, maker: SampleMaker, chunk: range, step: Callable[[], Any]) -> Index:
     records: list[int] = []
     num_images: list[int] = []
     pictures: list[int] = []
@@ -152,6 +126,7 @@ def _scan(source: Source, maker: SampleMaker, chunk: range) -> Index:
     digests: list[int] = []
     report = Report()
     for i in chunk:
+        step()
         if (read := maker.read(source, i, report)) is None:
             continue
         record, times = read

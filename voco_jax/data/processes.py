@@ -1,7 +1,10 @@
-"""Processes that load data: they end with the one that started them, and where one dies, one line tells it."""
+"""Processes that load data: they end with the process that started them; where one dies, there is a one-line error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+import concurrent.futures
+from concurrent.futures.process import BrokenProcessPool
 import contextlib
+import itertools
 import multiprocessing
 from multiprocessing import resource_tracker
 import multiprocessing.process
@@ -9,12 +12,14 @@ import os
 from pathlib import Path
 import signal
 import threading
+from typing import Any, TypeVar
 
 from voco_jax import interrupts
 from voco_jax.errors import TryAgain
 
 _SHARED_MEMORY = Path("/dev/shm")
 _TICK = 1.0  # seconds between two looks at the processes
+_PROGRESS = 0.1  # seconds between two reports of progress
 _PATIENCE = 10.0  # seconds until what a dead process had written must have been read
 
 
@@ -53,10 +58,70 @@ def begin_worker(*_) -> None:
     threading.Thread(target=follow, daemon=True, name="parent").start()
 
 
-def ended(status: int | None) -> TryAgain:
-    """The error for a worker that ended before its work was done; `status` as in `multiprocessing`."""
-    if status is None or status >= 0:
-        how = "ended too early" + ("" if status is None else f", with status {status}")
+Task, Result = TypeVar("Task"), TypeVar("Result")
+
+
+def run_tasks(
+    work: Callable[[Task, Callable[[], None]], Result],
+    tasks: Sequence[Task],
+    num_workers: int,
+    on_steps: Callable[[int], Any],
+) -> Iterator[tuple[Task, Result]]:
+    """Each task with the result of `work(task, step)` in a worker process, in the order in which they are finished.
+
+    `work` is sent to each process once, and calls `step()` for every step; `on_steps` gets the numbers of new steps.
+    An error of `work` is raised here, and TryAgain where a process dies. Then, as after Ctrl-C, all workers are killed.
+    """
+    context = multiprocessing.get_context("spawn")  # jax has threads, which a fork would cut
+    others, left = set(multiprocessing.active_children()), iter(tasks)
+    waiting: dict[concurrent.futures.Future, Task] = {}
+    with uninterrupted():
+        steps, counted = context.Value("q", 0), 0
+        num_workers = max(1, min(num_workers, len(tasks)))
+        pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _begin_tasks, (work, steps))
+    try:
+        with uninterrupted():
+            waiting.update((pool.submit(_run_task, task), task) for task in itertools.islice(left, 2 * num_workers))
+            pool.submit(int)  # else the pool may not notice the death of the process that it started last
+        while waiting:
+            done, _ = concurrent.futures.wait(waiting, _PROGRESS, concurrent.futures.FIRST_COMPLETED)
+            on_steps((now := steps.value) - counted)
+            counted = now
+            for future in done:
+                yield waiting.pop(future), future.result()
+                waiting.update((pool.submit(_run_task, task), task) for task in itertools.islice(left, 1))
+    except BrokenProcessPool:
+        raise TryAgain("data: a worker process ended too early (out of memory?); the same command goes on") from None
+    finally:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+_work: Callable | None = None  # of a worker process
+_steps: Any = None
+
+
+def _begin_tasks(work: Callable, steps) -> None:
+    global _work, _steps
+    begin_worker()
+    _work, _steps = work, steps
+
+
+def _run_task(task):
+    assert _work is not None
+    return _work(task, _count_step)
+
+
+def _count_step() -> None:
+    with _steps.get_lock():
+        _steps.value += 1
+
+
+def ended(status: int) -> TryAgain:
+    """The error for a loader that ended before its work was done; `status` as in `multiprocessing`."""
+    if status >= 0:
+        how = f"ended too early, with status {status}"
     elif status == -signal.SIGBUS:
         how = f"was ended by SIGBUS: {_SHARED_MEMORY} is full (give it more room, or config.data.num_workers=0)"
     else:

@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import fcntl
 from functools import partial
 import json
 import os
@@ -36,6 +35,7 @@ from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_cache import ImageCache
 from voco_jax.infer.prompts import encode_prompt
 from voco_jax.io.files import check_regular
+from voco_jax.io.locks import lock
 from voco_jax.terminal import shortened
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
@@ -192,10 +192,8 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
     """The answer file, for this process alone, to be read and appended to."""
     with open(file, "a+b") as stream:
         check_regular(file, os.fstat(stream.fileno()))
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{file}: another process is writing answers into it") from None
+        if not lock(stream.fileno(), file):
+            raise UserError(f"{file}: another process is writing answers into it")
         yield stream
 
 

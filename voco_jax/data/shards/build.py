@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 import warnings
 
+from voco_jax.data.processes import run_tasks
 from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, begin, shard_names, write_json
 from voco_jax.data.shards.record_packer import RecordPacker
-from voco_jax.data.shards.workers import run_tasks
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import replacing
 from voco_jax.io.json_files import read_object
@@ -33,17 +33,16 @@ class ShardWriter:
     ranges: Sequence[range]  # the records of the source that each shard takes
     packer: RecordPacker
 
-    def __call__(self, task: int, tick: Callable[[], Any]) -> int:
+    def __call__(self, task: int, step: Callable[[], Any]) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # large pictures, damaged EXIF: the report has what matters
         name = shard_names(len(self.ranges))[task]
         file = self.directory / f"{name}{SHARD}"
         with replacing(file, shared=True) as temporary:
             temporary.touch(exist_ok=False)  # OSError here; ArrayRecord would say nothing until there is much to write
-            result = self._write(temporary, self.ranges[task], tick)
+            result = self._write(temporary, self.ranges[task], step)
             write_json(self.directory / f"{name}.json", result)
-        return task
 
-    def _write(self, temporary: Path, records: range, tick: Callable[[], Any]) -> dict:
+    def _write(self, temporary: Path, records: range, step: Callable[[], Any]) -> dict:
         report, written = Report(), 0
         with _open_writer(temporary) as write:
             for i in records:
@@ -58,7 +57,7 @@ class ShardWriter:
                     written += 1
                     for kind, picture in warned:
                         report.add_warned(kind, f"{self.packer.source.where(i)}: {picture}")
-                tick()
+                step()
         return {"records": written, **file_digest(temporary), "report": report.to_dict()}
 
 
@@ -129,7 +128,7 @@ def build(
         missing = sorted(set(range(len(ranges))) - set(done))
         writer = ShardWriter(directory, ranges, packer)
         with contextlib.closing(run_tasks(writer, missing, num_workers, on_records)) as written:
-            for shard in written:
+            for shard, _ in written:
                 add(shard)
         results = [_read_result(directory, name) for name in names]
         report = Report()  # in the order of the shards, whatever the order they were made in

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from voco_jax.data.images import load_image
+from voco_jax.data.processes import run_tasks
 from voco_jax.data.records import BadRecord, Clip, Frames, Record
 from voco_jax.data.reports import Report, one_line
 from voco_jax.data.shards.build import file_digest
 from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, foreign_files, left_over, read_manifest, shard_names
 from voco_jax.data.shards.record_packer import check_clip, check_conversations
-from voco_jax.data.shards.workers import run_tasks
 from voco_jax.data.sources.array_records import unpack_record
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError
@@ -27,11 +27,9 @@ def check(directory: Path, num_workers: int, on_records: Callable[[int], Any]) -
     names = shard_names(manifest["num_shards"])
     incomplete = bool(manifest["arguments"].get("incomplete"))
     work = ShardCheck(directory, manifest["shards"] if manifest["complete"] else [], incomplete)
-    found: dict[int, list[str]] = {}
     shards = [i for i, name in enumerate(names) if (directory / f"{name}{SHARD}").exists()]
     with contextlib.closing(run_tasks(work, shards, num_workers, on_records)) as results:
-        for shard, lines in results:
-            found[shard] = lines
+        found = dict(results)
     return problems + [line for shard in sorted(found) for line in found[shard]]
 
 
@@ -90,7 +88,7 @@ class ShardCheck:
     listed: list[dict]  # of the manifest; empty where the build is not complete
     incomplete: bool = False  # clips may be cut off
 
-    def __call__(self, task: int, tick: Callable[[], Any]) -> tuple[int, list[str]]:
+    def __call__(self, task: int, step: Callable[[], Any]) -> list[str]:
         num_shards = len(self.listed) or read_manifest(self.directory)["num_shards"]
         file = self.directory / f"{shard_names(num_shards)[task]}{SHARD}"
         expected = self.listed[task] if self.listed else {}
@@ -98,12 +96,10 @@ class ShardCheck:
         for key, found in file_digest(file).items():
             if expected and found != expected.get(key):
                 problems.append(f"{file.name}: expected {key} = {expected.get(key)}, found {found}")
-        return task, problems + [
-            f"{file.name}: {line}" for line in _check_records(file, expected, tick, self.incomplete)
-        ]
+        return problems + [f"{file.name}: {line}" for line in _check_records(file, expected, step, self.incomplete)]
 
 
-def _check_records(file: Path, expected: dict, tick, incomplete: bool) -> list[str]:
+def _check_records(file: Path, expected: dict, step, incomplete: bool) -> list[str]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -124,7 +120,7 @@ def _check_records(file: Path, expected: dict, tick, incomplete: bool) -> list[s
             check_record(record, incomplete)
         except (BadRecord, RuntimeError) as error:
             problems.append(one_line(f"record {i}{name}: {error}"))
-        tick()
+        step()
     return problems
 
 

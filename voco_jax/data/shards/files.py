@@ -10,7 +10,6 @@ Every file is written under a temporary name, a new one at each attempt, and ren
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ import re
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
+from voco_jax.io.locks import holding
 
 MANIFEST, REPORT = "manifest.json", "report.json"
 MOST_SHARDS = 10**6
@@ -54,19 +54,12 @@ def begin(directory: Path, arguments: dict, num_shards: int) -> Iterator[dict]:
     is left over of a killed attempt goes. UserError, and nothing changed, for any other.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another process is writing there") from None
+    with holding(directory, f"{directory}: another process is writing there"):
         manifest = _begin(directory, arguments, num_shards)
         try:
             yield manifest
         finally:
             _remove_left_over(directory)  # of processes that were killed
-    finally:
-        os.close(descriptor)
 
 
 def _begin(directory: Path, arguments: dict, num_shards: int) -> dict:
