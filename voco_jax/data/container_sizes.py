@@ -37,10 +37,10 @@ def what_is_missing(file: BinaryIO, container: str, most: int) -> str:
 
 # ---- Matroska, WebM ------------------------------------------------------------------------------------------------
 
-_FILE, _SEGMENT, _INFO, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x1F43B675
+_FILE, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 _ANYWHERE = {0xEC, 0xBF}  # void, CRC-32
-_OF_SEGMENT = {  # seek head, info, tracks, cues, tags, chapters, attachments, signature
-    _CLUSTER, _INFO, 0x114D9B74, 0x1654AE6B, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469, 0x1B538667,
+_OF_SEGMENT = {  # info, seek head, tracks, cues, tags, chapters, attachments, signature
+    _CLUSTER, 0x1549A966, 0x114D9B74, 0x1654AE6B, 0x1C53BB6B, 0x1254C367, 0x1043A770, 0x1941A469, 0x1B538667,
 }  # fmt: skip
 _OF_CLUSTER = {0xE7, 0xA3, 0xA0, 0xA7, 0xAB, 0xAF, 0xA2, 0x5854}  # time stamp, blocks, position, …
 
@@ -103,29 +103,6 @@ def _element(headers: Headers, at: int) -> tuple[int | None, int, int | None]:
     length = int.from_bytes(rest[:width_of_length]) & ((1 << 7 * width_of_length) - 1)
     unknown = length == (1 << 7 * width_of_length) - 1
     return found, at + width + width_of_length, None if unknown else length
-
-
-def matroska_duration(file: BinaryIO) -> float:
-    """Seconds that a Matroska file declares; 0.0 where it declares none. The file is left where it stood."""
-    stood, headers, at, end, scale, ticks = file.tell(), Headers(file, 256), 0, 2**63, 10**6, 0.0
-    try:
-        while at < min(end, headers.size):
-            found, start, length = _element(headers, at)
-            if found is None or found == _CLUSTER or (length is None and found != _SEGMENT):
-                break
-            length = length or 0  # of a segment that goes on to the end of the file
-            at = start if found in (_SEGMENT, _INFO) else start + length
-            if found == _INFO:
-                end = start + length
-            elif found == 0x2AD7B1:
-                scale = int.from_bytes(headers.read(start, min(length, 8)))
-            elif found == 0x4489 and length in (4, 8):
-                ticks = struct.unpack(">f" if length == 4 else ">d", headers.read(start, length).ljust(length))[0]
-    except Enough:
-        pass
-    finally:
-        file.seek(stood)
-    return ticks * scale / 1e9
 
 
 # ---- RIFF: avi -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.container_sizes import matroska_duration
 from voco_jax.data.images import load_image
 from voco_jax.data.records import MISSING, UNREADABLE_VIDEO, BadRecord, Clip, Frames
 from voco_jax.data.video_file import LOOKAHEAD, VideoFile, open_video
@@ -109,7 +108,7 @@ def probe(clip: Clip | Frames) -> VideoInfo:
         # An mp4 has durations between decoding times; of the packets only the last has one that reordering leaves.
         end = max(starts) + (packets[-1][1] or video.step)
         if video.is_a("matroska") and len(video.container.streams) == 1:  # of sound and pictures, either is the longer
-            declared, gap = matroska_duration(video.file), max(np.diff(sorted(starts)), default=0)
+            declared, gap = (video.container.duration or 0) / 1e6, max(np.diff(sorted(starts)), default=0)
             found = float(end * video.tick)  # as is declared: not from when the first frame is shown
             if found + max(0.1, float(2 * int(gap) * video.tick)) < declared:
                 video.not_whole(f"expected {declared:.2f} s, found {found:.2f}")
