@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.machine import machine
 from tests.helpers.mix665k import mix665k, shared, unshared
 from voco_jax.config import default_config, source, sources
-from voco_jax.data.best_fit import PackShape, pack_items, suggest_images, usage
+from voco_jax.data.best_fit import Packs, PackShape, pack_items
 from voco_jax.data.images import pad_to_square
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.records import Clip
@@ -41,6 +41,7 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "moto
 
 # docs/aot/tables.md: a step of configs/voco_7b.py on v5e:8x8 takes 1.76 to 1.91 s; eight hosts of eight chips.
 STEP_SECONDS, STEP_PICTURES, HOSTS, HOST_CORES = 1.76, 128, 8, 224
+SAMPLE = 20_000  # items from which a shape is judged
 
 
 def main() -> None:
@@ -253,19 +254,50 @@ def time_packing() -> list[dict]:
             start = time.perf_counter()
             packs = pack_items(*items, shape)
             spent = time.perf_counter() - start
-            use = usage(packs, items[0], items[2], shape)
+            tokens, images = usage(packs, items[0], items[2], shape)
             figures.append(
                 {
                     "records_of_a_picture": name,
                     "rows_per_pack": rows,
                     "images_per_pack": shape.images,
                     "packs": len(packs.offsets) - 1,
-                    "tokens_used": round(use.tokens, 4),
-                    "image_slots_used": round(use.images, 4),
+                    "tokens_used": round(tokens, 4),
+                    "image_slots_used": round(images, 4),
                     "seconds": round(spent, 1),
                 }
             )
     return figures
+
+
+def usage(packs: Packs, num_images: np.ndarray, lengths: np.ndarray, shape: PackShape) -> tuple[float, float]:
+    """Shares of all packs' tokens and image slots, the last pack's included, that are used."""
+    count = len(packs.offsets) - 1
+    return int(lengths.sum()) / (count * shape.rows * shape.row_length), int(num_images.sum()) / (count * shape.images)
+
+
+def suggest_images(
+    num_images: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, rows: int, row_length: int, slot_cost: int = 600
+) -> int:
+    """The number of image slots a pack with which packing these items costs least; 0 where they have no images.
+
+    Arguments as `pack_items`'s. More slots than the items' mix needs stand empty; with fewer, tokens do. What is better
+    depends on `slot_cost`, the work of a slot in read tokens (to compress 576 patches is to read as many). Numbers of
+    slots near the mix's are tried on the first items. ValueError as `pack_items`, where one of those does not fit.
+    """
+    num_images, offsets = np.asarray(num_images), np.asarray(offsets)
+    if not num_images.any():
+        return 0
+    sample = num_images[:SAMPLE], offsets[: SAMPLE + 1], np.asarray(lengths)[: offsets[: SAMPLE + 1][-1]]
+    images, tokens = int(sample[0].sum()), max(int(sample[2].sum()), 1)
+    least = int(num_images.max())
+    # 3/4 to 5/4 of the slots with which both budgets would fill up
+    tried = {max(least, rows * row_length * images * part // (100 * tokens) + 1) for part in range(75, 126, 5)}
+
+    def cost(images: int) -> int:
+        packs = len(pack_items(*sample, PackShape(rows, row_length, images)).offsets) - 1
+        return packs * (rows * row_length + images * slot_cost)
+
+    return min(sorted(tried), key=cost)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from voco_jax.config import default_config
 from voco_jax.data.from_config import make_processor
 from voco_jax.data.images import ImageProcessor, is_picture, load_image, pad_to_square
 from voco_jax.data.picture_headers import asks_too_much
-from voco_jax.data.pipeline import stack_images
 from voco_jax.data.records import TOO_LARGE, BadRecord, Picture
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import fingerprint
@@ -252,13 +251,6 @@ def test_unreadable_pictures(tmp_path, picture):
     (tmp_path / "half.png").write_bytes(picture.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"half.png: not a readable picture \(.*\)$"):
         load_image(tmp_path / "half.png")
-
-
-def test_places_without_a_picture_are_zero(picture):
-    pixels = stack_images([load_image(picture)], 3, ImageProcessor(16))
-    assert pixels.shape == (3, 16, 16, 3) and (pixels[1:] == 0).all() and (pixels[0] != 0).any()
-    with pytest.raises(UserError, match=r"images_per_pack: expected at least 2, found 1"):
-        stack_images([load_image(picture)] * 2, 1, ImageProcessor(16))
 
 
 # ---- Headers that ask for gigabytes, or minutes ---------------------------------------------------------------------

@@ -9,7 +9,6 @@ import numpy as np
 from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.images import load_image
-from voco_jax.data.pipeline import stack_images
 from voco_jax.data.sources import easyvqa
 from voco_jax.eval.answering import answer_all
 from voco_jax.infer.engine import Engine
@@ -30,7 +29,7 @@ def test_batches_change_nothing(tiny_run):
     engine = Engine(run.model, run.encoder)
 
     def ask(picture, record):
-        visual = engine.encode_images(stack_images([load_image(picture.images[0])], 1, run.processor)[None])
+        visual = engine.encode_images(run.processor(load_image(picture.images[0]))[None, None])
         for turns in record.conversations:
             question = turns[0]["value"].removeprefix("<image>\n")
             (text,) = engine.generate([engine.encoder.encode_question(question)], visual, [[0]], 6)

@@ -19,7 +19,6 @@ import numpy as np
 
 POOL_SIZE = 2048  # items to choose from: enough to have nearly every length, and few beside an epoch's
 LOOK = 8  # items compared at a time
-SAMPLE = 20_000  # items from which a shape is judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +36,6 @@ class Packs(NamedTuple):
     offsets: np.ndarray  # [packs + 1]
     items: np.ndarray  # [n], each item once, in the order of the packs
     rows: np.ndarray  # [m], the row of every conversation within its pack, in the order of `pack_items`'s `lengths`
-
-
-class Usage(NamedTuple):
-    """Parts of all packs' budgets that hold something, from 0 to 1."""
-
-    tokens: float
-    images: float
 
 
 def pack_items(
@@ -68,41 +60,6 @@ def pack_items(
             rows[items.offsets[item] : items.offsets[item + 1]] = item_rows
         pack_offsets.append(len(order))
     return Packs(*(np.array(values, np.int64) for values in (pack_offsets, order, rows)))
-
-
-def usage(packs: Packs, num_images: np.ndarray, lengths: np.ndarray, shape: PackShape) -> Usage:
-    """How much of the budgets of all packs, the last included, is used; a budget of nothing counts as used."""
-    count = len(packs.offsets) - 1
-    tokens, images = count * shape.rows * shape.row_length, count * shape.images
-    return Usage(int(np.sum(lengths)) / tokens if tokens else 1.0, int(np.sum(num_images)) / images if images else 1.0)
-
-
-def suggest_images(
-    num_images: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, rows: int, row_length: int, slot_cost: int = 600
-) -> int:
-    """The number of image slots a pack with which packing these items costs least; 0 where they have no images.
-
-    Arguments as `pack_items`'s. More slots than the items' mix needs stand empty; with fewer, tokens do. What is better
-    depends on `slot_cost`, the work of a slot in read tokens (to compress 576 patches is to read as many). Numbers of
-    slots near the mix's are tried on the first items. ValueError as `pack_items`, where one of those does not fit.
-
-    >>> suggest_images([1, 1, 0, 1], [0, 1, 2, 3, 4], [6, 7, 4, 3], rows=1, row_length=10)
-    2
-    """
-    num_images, offsets = np.asarray(num_images), np.asarray(offsets)
-    if not num_images.any():
-        return 0
-    sample = num_images[:SAMPLE], offsets[: SAMPLE + 1], np.asarray(lengths)[: offsets[: SAMPLE + 1][-1]]
-    images, tokens = int(sample[0].sum()), max(int(sample[2].sum()), 1)
-    least = int(num_images.max())
-    # 3/4 to 5/4 of the slots with which both budgets would fill up
-    tried = {max(least, rows * row_length * images * part // (100 * tokens) + 1) for part in range(75, 126, 5)}
-
-    def cost(images: int) -> int:
-        packs = len(pack_items(*sample, PackShape(rows, row_length, images)).offsets) - 1
-        return packs * (rows * row_length + images * slot_cost)
-
-    return min(sorted(tried), key=cost)
 
 
 def first_fit(lengths: Sequence[int], left: Sequence[int]) -> list[int] | None:

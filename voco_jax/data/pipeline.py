@@ -313,13 +313,3 @@ def _join(packs: Sequence[dict]) -> dict[str, Any]:
     batch = {name: np.stack([arrays[name] for arrays in packs]) for name in packs[0] if name != "report"}
     rows = {name: x if name == "pixel_values" else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
     return rows | {"report": [arrays["report"] for arrays in packs]}
-
-
-def stack_images(images: Sequence[Image.Image], count: int, processor: ImageProcessor) -> np.ndarray:
-    """`pixel_values` [count, size, size, 3], float32; places without a picture are zero, and never read."""
-    if len(images) > count:
-        raise UserError(f"config.data.images_per_pack: expected at least {len(images)}, found {count}")
-    pixels = np.zeros((count, processor.size, processor.size, 3), np.float32)
-    for i, image in enumerate(images):
-        pixels[i] = processor(image)
-    return pixels
