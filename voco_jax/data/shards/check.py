@@ -10,9 +10,9 @@ from typing import Any
 from voco_jax.data.images import load_image
 from voco_jax.data.processes import run_tasks
 from voco_jax.data.records import BadRecord, Clip, Frames, Record
-from voco_jax.data.reports import Report, one_line
+from voco_jax.data.reports import one_line
 from voco_jax.data.shards.build import file_digest
-from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, foreign_files, left_over, read_manifest, shard_names
+from voco_jax.data.shards.files import MANIFEST, SHARD, foreign_files, left_over, read_manifest, shard_names
 from voco_jax.data.shards.record_packer import check_clip, check_conversations
 from voco_jax.data.sources.array_records import unpack_record
 from voco_jax.data.video import probe
@@ -23,80 +23,54 @@ from voco_jax.io.json_files import read_object
 def check(directory: Path, num_workers: int, on_records: Callable[[int], Any]) -> list[str]:
     """What is wrong with a directory of `build`, a line each: shard, record, what. UserError without a manifest."""
     manifest = read_manifest(directory)
-    problems = check_manifest(directory, manifest)
     names = shard_names(manifest["num_shards"])
-    incomplete = bool(manifest["arguments"].get("incomplete"))
-    work = ShardCheck(directory, manifest["shards"] if manifest["complete"] else [], incomplete)
-    shards = [i for i, name in enumerate(names) if (directory / f"{name}{SHARD}").exists()]
-    with contextlib.closing(run_tasks(work, shards, num_workers, on_records)) as results:
+    listed = dict(zip(names, manifest["shards"], strict=True)) if manifest["complete"] else {}
+    problems = _check_files(directory, manifest, names, listed)
+    work = ShardCheck(directory, listed, bool(manifest["arguments"].get("incomplete")))
+    there = [name for name in names if (directory / f"{name}{SHARD}").exists()]
+    with contextlib.closing(run_tasks(work, there, num_workers, on_records)) as results:
         found = dict(results)
-    return problems + [line for shard in sorted(found) for line in found[shard]]
+    return problems + [line for name in there for line in found[name]]
 
 
-def check_manifest(directory: Path, manifest: dict) -> list[str]:
-    """What is missing or too much, and sums that are not right."""
-    names = sorted(os.listdir(directory))
-    expected = shard_names(manifest["num_shards"])
-    problems = [f"{name}: not of this build" for name in foreign_files(names, manifest["num_shards"])]
-    problems += [f"{name}: left over of a build that was killed" for name in left_over(names)]
-    problems += [f"{n}{SHARD}: missing" for n in expected if f"{n}{SHARD}" not in names]
+def _check_files(directory: Path, manifest: dict, names: list[str], listed: dict[str, dict]) -> list[str]:
+    """What is missing or too much, and shards whose reports are not the manifest's."""
+    there = sorted(os.listdir(directory))
+    problems = [f"{name}: not of this build" for name in foreign_files(there, len(names))]
+    problems += [f"{name}: left over of a build that was killed" for name in left_over(there)]
+    problems += [f"{name}{SHARD}: missing" for name in names if f"{name}{SHARD}" not in there]
     if not manifest["complete"]:
         return [*problems, f"{MANIFEST}: the build is not complete; run it again with the same arguments"]
-    listed = manifest["shards"]
-    if len(listed) != len(expected) or not all(isinstance(shard, dict) for shard in listed):
-        problems.append(f"{MANIFEST}: expected {len(expected)} shards, found {len(listed)}")
-    elif sum(shard.get("records", 0) for shard in listed) != manifest["records"]:
+    if sum(shard["records"] for shard in listed.values()) != manifest["records"]:
         problems.append(f"{MANIFEST}: expected as many records as the shards have, found {manifest['records']}")
-    return problems + _check_reports(directory, manifest, expected)
-
-
-def _check_reports(directory: Path, manifest: dict, names: list[str]) -> list[str]:
-    """The reports' counts: of each shard and of all, as the manifest has them."""
-    problems, total = [], Report()
-    for i, name in enumerate(names):
-        file = f"{name}.json"
+    for name, expected in listed.items():
         try:
-            result = read_object(directory / file)
-            report = Report.from_dict(result.pop("report"))
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            problems.append(f"{file}: {error}" if isinstance(error, UserError) else f"{file}: not a shard's report")
-            continue
-        total.merge(report)
-        if i < len(manifest["shards"]) and result != manifest["shards"][i]:
-            problems.append(f"{file}: is not what {MANIFEST} says")
-        if result.get("records") != report.seen - report.num_skipped:
-            problems.append(f"{file}: expected records = seen - skipped, found {result.get('records')}")
-    if not problems:
-        try:
-            same = Report.from_dict(read_object(directory / REPORT)) == total
+            result = read_object(directory / f"{name}.json")
         except UserError as error:
-            return [str(error)]
-        except (KeyError, TypeError, ValueError):
-            same = False
-        if not same:
-            problems.append(f"{REPORT}: is not the sum of the shards' reports")
-        if total.seen != manifest["rows"]:
-            problems.append(f"{MANIFEST}: expected rows = {total.seen}, found {manifest['rows']}")
+            problems.append(str(error))
+            continue
+        if {key: value for key, value in result.items() if key != "report"} != expected:
+            problems.append(f"{name}.json: is not what {MANIFEST} says")
     return problems
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardCheck:
-    """What a worker process does: reads the shard with the number `task`."""
+    """What a worker process does: reads the shard of this name."""
 
     directory: Path
-    listed: list[dict]  # of the manifest; empty where the build is not complete
-    incomplete: bool = False  # clips may be cut off
+    listed: dict[str, dict]  # of the manifest; empty where the build is not complete
+    incomplete: bool  # clips may be cut off
 
-    def __call__(self, task: int, step: Callable[[], Any]) -> list[str]:
-        num_shards = len(self.listed) or read_manifest(self.directory)["num_shards"]
-        file = self.directory / f"{shard_names(num_shards)[task]}{SHARD}"
-        expected = self.listed[task] if self.listed else {}
-        problems = []
-        for key, found in file_digest(file).items():
-            if expected and found != expected.get(key):
-                problems.append(f"{file.name}: expected {key} = {expected.get(key)}, found {found}")
-        return problems + [f"{file.name}: {line}" for line in _check_records(file, expected, step, self.incomplete)]
+    def __call__(self, name: str, step: Callable[[], Any]) -> list[str]:
+        file, expected = self.directory / f"{name}{SHARD}", self.listed.get(name, {})
+        problems = [
+            f"expected {key} = {expected.get(key)}, found {found}"
+            for key, found in file_digest(file).items()
+            if expected and found != expected.get(key)
+        ]
+        problems += _check_records(file, expected, step, self.incomplete)
+        return [f"{file.name}: {problem}" for problem in problems]
 
 
 def _check_records(file: Path, expected: dict, step, incomplete: bool) -> list[str]:
@@ -110,8 +84,8 @@ def _check_records(file: Path, expected: dict, step, incomplete: bool) -> list[s
     if not reader.ok():
         return ["not readable as ArrayRecord, or cut off"]
     problems = []
-    if expected and num_records != expected.get("records"):
-        problems.append(f"expected {expected.get('records')} records, found {num_records}")
+    if expected and num_records != expected["records"]:
+        problems.append(f"expected {expected['records']} records, found {num_records}")
     for i in range(num_records):
         name = ""
         try:

@@ -105,14 +105,18 @@ def read_manifest(directory: Path) -> dict:
     if manifest.get("complete"):
         kinds |= {"shards": list, "records": int, "rows": int}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    if not wrong and not 1 <= manifest["num_shards"] <= MOST_SHARDS:
-        raise UserError(f"{file}: num_shards: expected 1 … {MOST_SHARDS}, found {manifest['num_shards']}")
-    listed = manifest.get("shards", []) if manifest.get("complete") and not wrong else []
-    if not all(isinstance(shard, dict) and isinstance(shard.get("bytes"), int) for shard in listed):
-        raise UserError(f"{file}: shards: expected for each its bytes, found another form")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION or wrong:
         what = f"of {FORMAT}, version {VERSION}" + (f"; {wrong[0]} is missing" if wrong else "")
         raise UserError(f"{file}: expected the manifest {what}")
+    count = manifest["num_shards"]
+    if not 1 <= count <= MOST_SHARDS:
+        raise UserError(f"{file}: num_shards: expected 1 … {MOST_SHARDS}, found {count}")
+    shards = manifest["shards"] if manifest["complete"] else []
+    if len(shards) != count * manifest["complete"] or not all(
+        isinstance(shard, dict) and all(isinstance(shard.get(key), int) for key in ("bytes", "records"))
+        for shard in shards
+    ):
+        raise UserError(f"{file}: shards: expected bytes and records of {count} shards, found another form")
     return manifest
 
 
@@ -123,7 +127,7 @@ def check_complete(directory: Path) -> None:
     manifest = read_manifest(directory)
     if not manifest["complete"]:
         raise UserError(f"{directory}: not complete; run voco build-records again with the same arguments")
-    for name, shard in zip(shard_names(manifest["num_shards"]), manifest["shards"], strict=False):
+    for name, shard in zip(shard_names(manifest["num_shards"]), manifest["shards"], strict=True):
         file = directory / f"{name}{SHARD}"
         size = file.stat().st_size if file.exists() else None
         if size != shard["bytes"]:
