@@ -36,6 +36,15 @@ def shortened(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def counted(number: int, plural: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "records"), counted(1, "batches"), counted(0, "shards")
+    ('1 record', '1 batch', '0 shards')
+    """
+    return f"{number} {plural if number != 1 else re.sub('(?<=ch)es$|s$', '', plural)}"
+
+
 def log(line: str) -> None:
     """A line on standard error, above the progress bar if there is one."""
     tqdm.write(printable(line), file=sys.stderr)

@@ -85,7 +85,7 @@ def test_the_same_batches_as_from_a_disk(server, files, small_tokenizer, tmp_pat
 def test_what_is_not_there_is_one_line(server):
     with pytest.raises(UserError, match=f"^{ADDRESS}/none.json: not found; expected a .json or .jsonl file$"):
         LlavaSource(f"{ADDRESS}/none.json", f"{ADDRESS}/img")
-    with pytest.raises(UserError, match=f"^{ADDRESS}/none: expected a directory .the source's key 'images'"):
+    with pytest.raises(UserError, match=f"^{ADDRESS}/none: expected a directory .--images, or the source's"):
         LlavaSource(f"{ADDRESS}/mix.json", f"{ADDRESS}/none")
     for read in (load_image, lambda file: probe(Clip(as_path(file)))):
         with pytest.raises(BadRecord, match=f"^{ADDRESS}/img/none.png: not found$") as error:

@@ -411,7 +411,12 @@ def test_bad_arguments(images, tmp_path, run):
         ("--max-frames: expected --fps", "llava", rows, "--video", "frames", "--max-frames", 4, out),
         ("--shards: expected at most 1", "llava", rows, "--images", images, "--shards", 2, out),
         ("manifest.json: not found", "check", images),
-        ("rows.json: has pictures", "llava", rows, tmp_path / "text"),
+        (
+            "rows.json: has images: expected their directory (--images, or",
+            "llava",
+            rows,
+            tmp_path / "text",
+        ),
         (
             "no record that can be used",
             "llava",

@@ -432,7 +432,7 @@ def test_too_many_bad_rows(tmp_path, tokenizer_dir):
         open_training_data(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.029), log=lambda line: None)
     assert str(error.value) == (
         "data: 3 of the first 100 records cannot be used, more than config.data.max_skipped_fraction = 0.029 allows; "
-        "2× broken JSON: set.jsonl[7]: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+        "2× broken JSON: set.jsonl[7]: Expecting property name enclosed in double quotes at character 2"
     )
     epoch = Epoch(dirty_config(tmp_path, tokenizer_dir, max_skipped_fraction=0.03))
     assert len(epoch.arrived) == 97 and epoch.indexed.num_skipped == 3

@@ -67,7 +67,7 @@ def test_literally(encoder, tmp_path):
     lost = len(encoder.encode(records[0].conversations[2], 1)) - 40
     assert index.report.lines("conversations") == [
         f"7 conversations: 4 good (1 cut by {lost} tokens), 3 skipped",
-        "  2 skipped: does not fit; list[1]: expected at most config.data.images_per_pack = 2 images, found 3 | "
+        "  2 skipped: does not fit; list[1]: images: expected at most config.data.images_per_pack = 2, found 3 | "
         f"list[2]: conversation of {len(encoder.encode(records[2].conversations[0], 1))} tokens: an image or every "
         "answer beyond config.data.row_length = 40 tokens",
         "  1 skipped: no answer; list[0]: turn 1 (gpt): expected text, found none",

@@ -175,7 +175,7 @@ def test_drawn_answers_go_on_alike(model, album, uninterrupted, tmp_path):
     [
         (b"a shopping list", {}, "a.jsonl, line 1: expected an answer, or half of one; found 'a shopping list'"),
         (b"a shopping list\n", {}, "a.jsonl, line 1: expected an answer, found 'a shopping list'"),
-        (b"[]\n", {}, "questions.jsonl, row 1, found None; another --answers file begins anew"),
+        (b"[]\n", {}, "questions.jsonl, line 1, found None; another --answers file begins anew"),
         ("second line first", {}, "a.jsonl, line 1: expected the answer to question 'q0' of "),
         ("all", {"max_new_tokens": 7}, "a.jsonl, line 1: metadata.max_new_tokens: expected 7, found 6; another"),
         ("all", {"sampling": Sampling(1.0)}, "a.jsonl, line 1: metadata.temperature: expected 1.0, found 0.0; another"),
@@ -203,31 +203,31 @@ def test_answers_to_other_questions(model, album, uninterrupted, tmp_path, writt
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question_id": 1, "text": ', "row 2: broken JSON"),
-        ("[1]", "row 2: expected an object, found [1]"),
-        ('{"text": "what?"}', "row 2: question_id: expected a number or text, found None"),
-        ('{"question_id": 1}', "row 2: text: expected a question, found None"),
-        ('{"question_id": 1, "text": "<image>"}', "row 2: text: expected a question, found '<image>'"),
-        ('{"question_id": 1, "text": "what?", "image": "no.png"}', "row 2: image: {images}/no.png: not found"),
+        ('{"question_id": 1, "text": ', "line 3: broken JSON"),
+        ("[1]", "line 3: expected an object, found [1]"),
+        ('{"text": "what?"}', "line 3: question_id: expected a number or text, found None"),
+        ('{"question_id": 1}', "line 3: text: expected a question, found None"),
+        ('{"question_id": 1, "text": "<image>"}', "line 3: text: expected a question, found '<image>'"),
+        ('{"question_id": 1, "text": "what?", "image": "no.png"}', "line 3: image: {images}/no.png: not found"),
         ('{"question_id": 1, "text": "what?", "image": "../0.png"}', "image: expected a path inside {images}, found"),
         ('{"question_id": 1, "text": "what?", "image": "/etc/hosts"}', "image: expected a path inside {images}, found"),
-        ('{"question_id": 1, "text": "what?", "image": 7}', "row 2: image: expected the path of a file, found 7"),
-        ('{"question_id": 1, "text": "what?", "image": "bad.png"}', "row 2: {images}/bad.png: not a readable picture"),
-        ('{"id": 1, "conversations": []}', "row 2: conversations: expected a question, found []"),
-        ('{"id": [], "conversations": []}', "row 2: id: expected a number or text, found []"),
-        ('{"question_id": 1, "text": "\\ud800?"}', "row 2: turn 0 (human): half of a surrogate pair"),
-        ('{"question_id": 1, "text": "' + "what? " * 5000 + '"}', "row 2: question: expected at most "),
+        ('{"question_id": 1, "text": "what?", "image": 7}', "line 3: image: expected the path of a file, found 7"),
+        ('{"question_id": 1, "text": "what?", "image": "bad.png"}', "line 3: {images}/bad.png: not a readable picture"),
+        ('{"id": 1, "conversations": []}', "line 3: conversations: expected a question, found []"),
+        ('{"id": [], "conversations": []}', "line 3: id: expected a number or text, found []"),
+        ('{"question_id": 1, "text": "\\ud800?"}', "line 3: turn 0 (human): half of a surrogate pair"),
+        ('{"question_id": 1, "text": "' + "what? " * 5000 + '"}', "line 3: question: expected at most "),
     ],
 )
 def test_questions_that_cannot_be_asked(tiny_run, album, tmp_path, monkeypatch, capsys, line, message):
     images = tmp_path / "images"
     shutil.copytree(album / "images", images)
     (images / "bad.png").write_bytes(b"no picture")
-    (tmp_path / "questions.jsonl").write_text('{"question_id": 0, "text": "what?", "image": "0.png"}\n' + line + "\n")
+    (tmp_path / "questions.jsonl").write_text('\n{"question_id": 0, "text": "what?", "image": "0.png"}\n' + line + "\n")
     status, out, err = answer(tiny_run, tmp_path, tmp_path / "a.jsonl", monkeypatch, capsys)
     error = err.splitlines()[-1]
     assert status == 2 and out == ""
-    assert error.startswith(f"error: {tmp_path}/questions.jsonl, row 2: ")
+    assert error.startswith(f"error: {tmp_path}/questions.jsonl, line 3: ")
     assert message.format(images=images) in error
     assert not (tmp_path / "a.jsonl").exists() or not (tmp_path / "a.jsonl").read_bytes()
 

@@ -5,7 +5,7 @@ import dataclasses
 
 from voco_jax.data.records import BadRecord
 from voco_jax.errors import UserError
-from voco_jax.terminal import printable
+from voco_jax.terminal import counted, printable
 
 EXAMPLES = 3  # that are named of each kind
 _STORED_AS = {"bad": "skipped", "odd": "warned"}  # keys of reports that earlier versions stored
@@ -77,9 +77,9 @@ class Report:
 
     def lines(self, unit: str = "records") -> list[str]:
         """`665298 records: 665290 good, 8 skipped` and a line for each kind with its first examples."""
-        head = f"{self.seen} {unit}: {self.seen - self.num_skipped} good"
+        head = f"{counted(self.seen, unit)}: {self.seen - self.num_skipped} good"
         if self.cut:
-            head += f" ({self.cut} cut by {self.tokens_cut} tokens)"
+            head += f" ({self.cut} cut by {counted(self.tokens_cut, 'tokens')})"
         if self.skipped:
             head += f", {self.num_skipped} skipped"
         lines = [head]
@@ -92,15 +92,14 @@ class Report:
         self,
         max_skipped_fraction: float,
         total: int,
-        least: int = 1000,
         option: str = "config.data.max_skipped_fraction",
     ) -> None:
         """UserError when more than `max_skipped_fraction` of the records are skipped; the user calls it `option`.
 
-        The fraction is of at least `least` records (or of `total`, all that there are): the first skipped record of a
-        run must not end it.
+        The fraction is of at least 1,000 records (or of `total`, all that there are): the first skipped record of a run
+        must not end it.
         """
-        allowed = max_skipped_fraction * max(self.seen, min(total, least))
+        allowed = max_skipped_fraction * max(self.seen, min(total, 1000))
         if self.num_skipped > allowed:
             worst, n = self.skipped.most_common(1)[0]
             raise UserError(

@@ -84,7 +84,7 @@ class SampleMaker:
         num_images = len(record.images) if times is None else len(times)
         if num_images > self.max_images:
             limit = f"config.data.images_per_pack = {self.max_images}"
-            raise BadRecord(TOO_LONG, f"expected at most {limit} images, found {num_images}")
+            raise BadRecord(TOO_LONG, f"images: expected at most {limit}, found {num_images}")
         key = (num_images, _text_of(turns), None if times is None or not self.timestamps else times.tobytes())
         found = self._encoded.get(key)  # other threads are here too, and one of them may clear it
         if found is None:

@@ -34,6 +34,7 @@ from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_to
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
+from voco_jax.terminal import counted
 
 MOSTLY_PADDING = 0.5  # share of the tokens used, below which `log` gets a line about what would be better
 
@@ -114,11 +115,11 @@ def _make_plan(
     if not data.rows_per_pack:
         rows, _ = cheapest_rows(indices, weights, shape, compress_length, **options)
         shape = dataclasses.replace(shape, rows=rows)
-        log(f"data: {rows} row{'s' * (rows > 1)} a pack, which costs least (config.data.rows_per_pack)")
+        log(f"data: {counted(rows, 'rows')} a pack, which costs least (config.data.rows_per_pack)")
     plan = Plan(indices, weights, shape, **options)
     use = plan.use()
     log(
-        f"data: {use.packs} packs, {math.ceil(use.packs / data.batch_size)} batches an epoch; "
+        f"data: {counted(use.packs, 'packs')}, {counted(math.ceil(use.packs / data.batch_size), 'batches')} an epoch; "
         f"{use.tokens:.1%} of the tokens and {use.images:.1%} of the image slots used"
     )
     if data.rows_per_pack and use.tokens < MOSTLY_PADDING:
@@ -176,7 +177,7 @@ def _report(indices: Sequence[Index], names: Sequence[str], log: Callable[[str],
     whole = Report()
     for index, name in zip(indices, names, strict=True):
         head, *kinds = index.report.lines("conversations")
-        log(f"data: {name}: {head}, {len(index)} records")
+        log(f"data: {name}: {head}, {counted(len(index), 'records')}")
         for line in kinds:
             log(line)
         whole.merge(index.report)

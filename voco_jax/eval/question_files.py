@@ -51,7 +51,7 @@ class QuestionRow:
     id: int | str
     text: str
     picture: Path | None
-    where: str  # file and row, for messages
+    where: str  # file and line (or row), for messages
 
     @property
     def asked(self) -> str:
@@ -60,10 +60,10 @@ class QuestionRow:
 
 
 def read_questions(file: Path, images: Path | None) -> list[QuestionRow]:
-    """All questions of a file; UserError names the row of one that cannot be asked, or whose picture is not there."""
+    """All questions of a file; UserError names the place of one that cannot be asked, or whose picture is not there."""
     rows, questions = JsonRows(file), []
-    for n in range(len(rows)):
-        where = f"{file}, row {n + 1}"
+    for n, place in enumerate(rows.places()):
+        where = f"{file}, {place}"
         try:
             row = rows[n]
         except BadRecord as error:

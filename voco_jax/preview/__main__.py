@@ -23,6 +23,7 @@ from voco_jax.data.training_data import TrainingData, open_training_data
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.preview.page import render
 from voco_jax.preview.text import count_conversations, make_decoder, pack_arrays, used_images
+from voco_jax.terminal import counted
 
 
 def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report) -> list[str]:
@@ -38,8 +39,9 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
         here += f" and {images:,} of {packs * slots:,} image slots"
         there += f" and {epoch.images:.1%} of the slots"
     lines = [
-        f"{packs} packs × {len(tokens) // packs} rows × {tokens.shape[1]:,} tokens; "
-        f"{count_conversations(batch['segment_ids'])} conversations; longest in the data: {data.longest:,} tokens",
+        f"{counted(packs, 'packs')} × {counted(len(tokens) // packs, 'rows')} × {tokens.shape[1]:,} tokens; "
+        f"{counted(count_conversations(batch['segment_ids']), 'conversations')}; "
+        f"longest in the data: {data.longest:,} tokens",
         f"used: {here}; in a whole epoch {there}",
         f"trained on: {trained_on:.1%} of the used tokens, weighted by {data.batches.loader.weighting}",
     ]
@@ -81,7 +83,7 @@ def main() -> None:
     page = render(batch, data.model_config.num_visual_tokens, decode, header, args.packs)
     out.write_text(page, encoding="utf-8")
     total = len(batch["pixel_values"])
-    print(f"written: {out} ({min(args.packs, total)} of {total} packs of batch {number})")
+    print(f"written: {out} ({min(args.packs, total)} of {counted(total, 'packs')} of batch {number})")
 
 
 if __name__ == "__main__":

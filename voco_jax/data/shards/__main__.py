@@ -11,6 +11,8 @@ OUT/report.json. A build that was stopped goes on where it was when it is run ag
 """
 
 import argparse
+from collections.abc import Callable
+import contextlib
 import math
 import os
 import signal
@@ -29,7 +31,7 @@ from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.paths import absolute, as_path
-from voco_jax.terminal import printable
+from voco_jax.terminal import counted, printable
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -61,31 +63,21 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=whole, default=os.cpu_count(), metavar="N", help="processes (default: CPUs)")
 
 
-def whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
+def number_in(kind: type, low: float, most: float, expected: str) -> Callable[[str], Any]:
+    """A type for argparse: a number from `low` to `most`."""
+
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if low <= (number := kind(text)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+
+    return parse
 
 
-def rate(text: str) -> float:
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
-
-
-def share(text: str) -> float:
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected 0 … 1, found {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+whole = number_in(int, 1, math.inf, "a whole number above 0")
+rate = number_in(float, sys.float_info.min, sys.float_info.max, "a number above 0")
+share = number_in(float, 0, 1, "a number from 0 to 1")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -146,7 +138,7 @@ def run_build(args) -> None:
     with tqdm(total=len(source), unit=" records", desc=args.out.name, delay=0.5, file=sys.stderr) as bar:
         report = build(packer, args.out, arguments, ranges, args.workers, args.max_skipped_fraction, bar.update)
     print("\n".join(report.lines()))
-    print(f"written: {args.out} ({len(ranges)} shards)")
+    print(f"written: {args.out} ({counted(len(ranges), 'shards')})")
 
 
 def run_check(args) -> None:
@@ -156,7 +148,8 @@ def run_check(args) -> None:
     if problems:
         print("\n".join(map(printable, problems)))
         sys.exit(1)
-    print(f"{args.out}: {manifest['records']} records in {manifest['num_shards']} shards, all well")
+    records, shards = counted(manifest["records"], "records"), counted(manifest["num_shards"], "shards")
+    print(f"{args.out}: {records} in {shards}, all well")
 
 
 @one_line_errors

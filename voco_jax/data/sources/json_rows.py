@@ -20,7 +20,7 @@ import numpy as np
 from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, TOO_LONG, BadRecord
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.io.files import open_regular
-from voco_jax.io.paths import AnyPath, as_path, bucket_errors, in_bucket
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors, in_bucket, state_of
 from voco_jax.outages import passing
 
 MOST_ROW = 2**20  # bytes, by default
@@ -37,18 +37,18 @@ class JsonRows:
 
     The rows of a JSONL file are its lines but for empty ones. A JSON array has to be whole: where its syntax breaks
     nobody can tell where the next row begins, so that is a UserError with the place. A row of more than `most` bytes is
-    a BadRecord.
+    a BadRecord, whose message says that `option` sets the limit.
     """
 
-    def __init__(self, file: str | os.PathLike, most: int = MOST_ROW):
+    def __init__(self, file: str | os.PathLike, most: int = MOST_ROW, option: str = ""):
         if not file:
             raise UserError("file: expected a .json or .jsonl file, found none")
-        self.file, self.most = as_path(file), most
+        self.file, self.most, self._option = as_path(file), most, option
         try:
             with bucket_errors(self.file, but=FileNotFoundError):
                 self._local = _copy_of(self.file) if in_bucket(self.file) else self.file
                 with open_regular(self._local) as stream:
-                    self._status = _status(stream.fileno())
+                    self._status = state_of(os.fstat(stream.fileno()))
                     self.spans = _row_spans(stream, self.file)
         except OSError as error:
             kind = TryAgain if passing(error) else UserError
@@ -63,8 +63,9 @@ class JsonRows:
     def __getitem__(self, i: int):
         start, end = self.spans[i].tolist()
         if end - start > self.most:
-            expected = f"expected a row of {self.most} bytes at most (config.data.limits.row_bytes)"
-            raise BadRecord(TOO_LONG, f"{expected}, found {end - start}")
+            hint = f"set {self._option}, or " if self._option else ""
+            message = f"expected a row of {self.most} bytes at most, found {end - start}: {hint}shorten the row"
+            raise BadRecord(TOO_LONG, message)
         try:
             content = os.pread(self._fd(), end - start, start)
         except OSError as error:  # of the disk: it is no fault of this row
@@ -77,13 +78,21 @@ class JsonRows:
         except UnicodeDecodeError as error:
             raise BadRecord(NOT_UTF8, f"expected UTF-8, found byte {content[error.start]:#x}") from None
         except (ValueError, RecursionError) as error:
-            raise BadRecord(BROKEN_JSON, f"{error}") from None
+            place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+            raise BadRecord(BROKEN_JSON, f"{getattr(error, 'msg', error)}{place}") from None
+
+    def places(self) -> list[str]:
+        """Where each row is, for messages: the line that it begins in, or its number where rows share a line."""
+        ends = np.flatnonzero(np.frombuffer(self._local.read_bytes(), np.uint8) == ord("\n"))
+        lines = np.searchsorted(ends, self.spans[:, 0])
+        what, numbers = ("line", lines) if len(np.unique(lines)) == len(self) else ("row", np.arange(len(self)))
+        return [f"{what} {number + 1}" for number in numbers.tolist()]
 
     def _fd(self) -> int:
         """Of this process: after a fork or in a worker the file is opened anew."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
             with open_regular(self._local) as stream:
-                if _status(stream.fileno()) != self._status:
+                if state_of(os.fstat(stream.fileno())) != self._status:
                     raise UserError(f"{self.file}: was replaced while it was read; start again")
                 self._descriptor = os.getpid(), os.dup(stream.fileno())
         return self._descriptor[1]
@@ -100,12 +109,6 @@ class JsonRows:
         file = Path(self.file)
         status = file.stat()
         return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}{most}"
-
-
-def _status(descriptor: int) -> tuple[int, ...]:
-    """Values that change when a file is replaced or written into: device, inode, bytes, time of change."""
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _copy_of(file: AnyPath) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from voco_jax.data.endings import VIDEOS, has_ending
 from voco_jax.data.records import MISSING, WRONG_FORM, BadRecord, Clip, Picture, Record
-from voco_jax.data.sources.json_rows import MOST_ROW, JsonRows
+from voco_jax.data.sources.json_rows import JsonRows
 from voco_jax.data.sources.roots import inside
 from voco_jax.errors import UserError
 from voco_jax.io.paths import AnyPath, absolute, as_path, bucket_errors, list_files
@@ -29,8 +29,8 @@ VIDEO = "<video>"
 class LlavaSource:
     """Rows of a LLaVA file as records; `images` and `videos` are the directories its paths start from."""
 
-    def __init__(self, file: str, images: str = "", videos: str = "", row_bytes: int = MOST_ROW):
-        self._rows = JsonRows(file, row_bytes)
+    def __init__(self, file: str, images: str = "", videos: str = "", row_bytes: int | None = None):
+        self._rows = _rows(file, row_bytes)
         self._images, self._videos = _root(images, "images"), _root(videos, "videos")
 
     def __len__(self):
@@ -47,9 +47,9 @@ class LlavaSource:
             raise BadRecord(WRONG_FORM, "expected 'image' or 'video', found both")
         root = self._images or self._videos
         if images and root is None:
-            raise UserError(f"{self._rows.file}: has pictures; the source's key 'images' names their directory")
+            raise UserError(_no_root(self._rows.file, "images"))
         if video is not None and (self._videos or self._images) is None:
-            raise UserError(f"{self._rows.file}: has videos; the source's key 'videos' names their directory")
+            raise UserError(_no_root(self._rows.file, "videos"))
         return Record(
             images=[Picture(inside(root, name)) for name in images],
             video=None if video is None else Clip(inside(self._videos or self._images, video)),
@@ -66,11 +66,11 @@ class LlavaSource:
 class VideoQuestionSource:
     """Rows of video, question and answer as records; `videos` is the directory their files are in."""
 
-    def __init__(self, file: str, videos: str, row_bytes: int = MOST_ROW):
-        self._rows = JsonRows(file, row_bytes)
+    def __init__(self, file: str, videos: str, row_bytes: int | None = None):
+        self._rows = _rows(file, row_bytes)
         root = _root(videos, "videos")
         if root is None:
-            raise UserError(f"{file}: the source's key 'videos' names the directory of the videos; found none")
+            raise UserError(_no_root(file, "videos"))
         self._videos: AnyPath = root
         # By name without ending, because Video-ChatGPT's rows have none. One listing, not a look for each ending.
         found = [Path(name) for name, *_ in list_files(root) if has_ending(Path(name), VIDEOS)]
@@ -111,13 +111,22 @@ def question_turns(question: str, answer: str, marker: str) -> list[dict]:
     return [{"from": "human", "value": f"{marker}\n{question}"}, {"from": "gpt", "value": answer}]
 
 
+def _rows(file: str, row_bytes: int | None) -> JsonRows:
+    """`row_bytes` is the config's; None of what has no config."""
+    return JsonRows(file) if row_bytes is None else JsonRows(file, row_bytes, "config.data.limits.row_bytes")
+
+
+def _no_root(file: str | AnyPath, key: str) -> str:
+    return f"{file}: has {key}: expected their directory (--{key}, or the source's key {key!r}), found none"
+
+
 def _root(directory: str, key: str) -> AnyPath | None:
     if not directory:
         return None
     path = absolute(as_path(directory))
     with bucket_errors(path):
         if not path.is_dir():
-            raise UserError(f"{directory}: expected a directory (the source's key '{key}'), found none")
+            raise UserError(f"{directory}: expected a directory (--{key}, or the source's key {key!r}), found none")
     return path
 
 
