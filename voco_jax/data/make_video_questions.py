@@ -66,8 +66,10 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 LEAST_WAY = 28  # pixels that a moving shape goes at least
 SIDES = (("left", "right"), ("top", "bottom"))
 LESSON = "lesson"  # the kind of what is not tested
-WHATS = ("color", "shape", "side 0", "side 1")  # what is asked of a second
+ON_SIDES = {"side 0": "is it left or right", "side 1": "is it top or bottom"}  # by axis
+WHATS = {"color": "what color is", "shape": "what shape is"} | ON_SIDES  # what is asked of a second
 SHOWN = 4  # seconds that a blinking shape is there
+PART = 50  # clips that a worker process makes in one go
 
 
 class Shape(NamedTuple):
@@ -78,10 +80,6 @@ class Shape(NamedTuple):
     background: tuple[int, int, int]
     pixels: np.ndarray
     at: tuple[int, int]  # left, top
-
-    def moved(self, at: tuple[int, int]) -> "Shape":
-        """The same at another place."""
-        return self._replace(at=at)
 
     def gone(self) -> "Shape":
         """Its background alone."""
@@ -98,9 +96,13 @@ class Shape(NamedTuple):
         """Pixels from the picture's middle to its own, to the right (axis 0) or downwards (1)."""
         return self.at[axis] + self.pixels.shape[1 - axis] / 2 - SIZE / 2
 
-    def side(self, axis: int) -> str | None:
-        """Of the picture, on which its middle is: left or right (axis 0), top or bottom (1); None in the middle."""
-        return None if abs(self.middle(axis)) < 4 else SIDES[axis][self.middle(axis) > 0]
+    def tell(self, what: str) -> str:
+        """One of `WHATS`: its colour, its shape, or the side of the picture on which its middle is."""
+        return SIDES[int(what[-1])][self.middle(int(what[-1])) > 0] if what in ON_SIDES else getattr(self, what)
+
+    def is_sure(self, what: str) -> bool:
+        """False for the side of a shape in the middle."""
+        return what not in ON_SIDES or abs(self.middle(int(what[-1]))) >= 4
 
 
 class Story(NamedTuple):
@@ -141,7 +143,10 @@ def load_shapes(split: str) -> list[Shape]:
 
 def parade(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     """Four shapes of different colours; for 1, 2, 2 and 3 seconds in any order, so that no length tells a place."""
-    chosen = distinct_colors(rng, shapes, 4)
+    chosen = []
+    for color in rng.choice(list(COLORS.values()), 4, replace=False):
+        same = [shape for shape in shapes if shape.color == color]
+        chosen.append(same[rng.integers(len(same))])
     order = [shape for shape, length in zip(chosen, rng.permutation([1, 2, 2, 3]), strict=True) for _ in range(length)]
     questions = []
     for word in ("first", "last", "first", "last"):
@@ -193,7 +198,7 @@ def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     end = rng.integers(start + LEAST_WAY, free[axis] + 1)
     places = np.tile(rng.integers(0, free + 1), (SECONDS, 1))
     places[:, axis] = np.linspace(start, end, SECONDS).round()[::sign]
-    order = [shape.moved((int(left), int(top))) for left, top in places]
+    order = [shape._replace(at=(int(left), int(top))) for left, top in places]
     questions = [
         ("which way does the shape move?", word, "direction"),
         (f"which way does the {shape.shape} move?", word, "direction"),
@@ -204,7 +209,9 @@ def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
 
 def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     """Two shapes by turns, one of which has another colour from some second on."""
-    before, other = two_shapes(rng, shapes)
+    before = shapes[int(rng.integers(len(shapes)))]
+    others = [s for s in shapes if s.shape != before.shape and s.color != before.color]
+    other = others[rng.integers(len(others))]
     same = [s for s in shapes if s.shape == before.shape and s.color not in (before.color, other.color)]
     after = same[rng.integers(len(same))]
     turns = rng.permutation([True] * 4 + [False] * 4)  # seconds in which the changing one is shown
@@ -223,45 +230,21 @@ def change(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
 STORIES = (parade, blinking, motion, change)
 
 
-def distinct_colors(rng: np.random.Generator, shapes: Sequence[Shape], count: int) -> list[Shape]:
-    chosen = []
-    for color in rng.choice(list(COLORS.values()), count, replace=False):
-        same = [shape for shape in shapes if shape.color == color]
-        chosen.append(same[rng.integers(len(same))])
-    return chosen
-
-
-def two_shapes(rng: np.random.Generator, shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
-    """Of different colours and different shapes."""
-    first = shapes[int(rng.integers(len(shapes)))]
-    others = [s for s in shapes if s.shape != first.shape and s.color != first.color]
-    return first, others[rng.integers(len(others))]
-
-
 def at_second(
-    rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = WHATS
+    rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = tuple(WHATS)
 ) -> list[tuple[str, str, str]]:
-    """Questions about different seconds: colour, shape, or the side that it is on (of axis 0 or 1: `SIDES`)."""
+    """Questions about different seconds."""
     asked: list[tuple[str, str, str]] = []
     for second in rng.permutation(SECONDS):
         shape, what = order[second], str(rng.choice(whats))
-        if what.startswith("side"):
-            axis = int(what.split()[1])
-            question, answer = f"is it {' or '.join(SIDES[axis])} at second {second}?", shape.side(axis)
-        else:
-            question, answer = f"what {what} is at second {second}?", getattr(shape, what)
-        if answer is not None and len(asked) < count:
-            asked.append((question, answer, "at second"))
+        if shape.is_sure(what) and len(asked) < count:
+            asked.append((f"{WHATS[what]} at second {second}?", shape.tell(what), "at second"))
     return asked
 
 
 def in_each_second(order: Sequence[Shape], what: str) -> tuple[str, str, str]:
     """All seconds' answers in one."""
-    if not what.startswith("side"):
-        return f"what {what} is in each second?", " ".join(getattr(shape, what) for shape in order), LESSON
-    axis = int(what.split()[1])
-    sides = [SIDES[axis][shape.middle(axis) > 0] for shape in order]
-    return f"is it {' or '.join(SIDES[axis])} in each second?", " ".join(sides), LESSON
+    return f"{WHATS[what]} in each second?", " ".join(shape.tell(what) for shape in order), LESSON
 
 
 def one_after_the_other(order: Sequence[Shape]) -> tuple[str, str, str]:
@@ -320,11 +303,10 @@ def make_pictures(root: Path, count: int, seed: int) -> None:
         rng = np.random.default_rng([seed, len(easyvqa.SPLITS), i])
         shape = shapes[int(rng.integers(len(shapes)))]
         height, width, _ = shape.pixels.shape
-        shape = shape.moved((int(rng.integers(SIZE - width + 1)), int(rng.integers(SIZE - height + 1))))
+        shape = shape._replace(at=(int(rng.integers(SIZE - width + 1)), int(rng.integers(SIZE - height + 1))))
         asked = [("what color is the shape?", shape.color), ("what shape is in the image?", shape.shape)]
         asked = [asked[rng.integers(2)]]
-        sides = ((SIDES[axis], shape.side(axis)) for axis in (0, 1))
-        asked += [(f"is it {' or '.join(names)}?", side) for names, side in sides if side]
+        asked += [(f"{question}?", shape.tell(what)) for what, question in ON_SIDES.items() if shape.is_sure(what)]
         name = f"{i:05d}.png"
         Image.fromarray(shape.picture()).save(root / "pictures" / name)
         shuffled = (asked[k] for k in rng.permutation(len(asked)))
@@ -335,23 +317,20 @@ def make_pictures(root: Path, count: int, seed: int) -> None:
     write_rows(root / "pictures.json", rows)
 
 
-def make_tokenizer(root: Path, vocab_size: int = 768) -> None:
+def make_tokenizer(root: Path) -> None:
     """Of what is asked and answered in training, easy-VQA's questions and time stamps."""
-    said = {row[key] for row in read_rows(root / "train.json") for key in ("question", "answer")}
-    conversations = [row["conversations"] for row in read_rows(root / "pictures.json")]
+    train, pictures = (json.loads((root / name).read_text()) for name in ("train.json", "pictures.json"))
+    said = {row[key] for row in train for key in ("question", "answer")}
+    conversations = [row["conversations"] for row in pictures]
     conversations += [turns for record in easyvqa.load("train") for turns in record.conversations]
     said |= {turn["value"].rpartition("\n")[2] for turns in conversations for turn in turns}
     said |= {format_time(tenths / 10) for tenths in range(10 * SECONDS)}
     prompts = (CHAT_TEMPLATES["bare"].exchange(text, text) for text in sorted(said))
-    save_tokenizer(train_tokenizer(prompts, vocab_size), root / "tokenizer")
+    save_tokenizer(train_tokenizer(prompts, vocab_size=768), root / "tokenizer")
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     file.write_text(json.dumps(rows, indent=0) + "\n")
-
-
-def read_rows(file: Path) -> list[dict]:
-    return json.loads(file.read_text())
 
 
 @one_line_errors
@@ -375,18 +354,13 @@ def main() -> None:
     print(f"written: {args.out}: {args.train} training clips, {args.test} test clips, {args.pictures} pictures")
 
 
-def make(root: Path, counts: dict[str, int], seed: int, workers: int, part: int = 50) -> None:
-    parts = [
-        (split, range(start, min(start + part, count)))
-        for split, count in counts.items()
-        for start in range(0, count, part)
-    ]
+def make(root: Path, counts: dict[str, int], seed: int, workers: int) -> None:
+    parts = [(split, range(i, min(i + PART, count))) for split, count in counts.items() for i in range(0, count, PART)]
     rows: dict[str, list] = {split: [] for split in counts}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=sum(counts.values()), unit="clip") as bar:
-        made = [(split, clips, pool.submit(make_part, root, split, clips, seed)) for split, clips in parts]
-        for split, clips, part_rows in made:
-            rows[split] += part_rows.result()
+        for (split, clips), made in [(part, pool.submit(make_part, root, *part, seed)) for part in parts]:
+            rows[split] += made.result()
             bar.update(len(clips))
     for split, of_split in rows.items():
         write_rows(root / f"{split}.json", of_split)
