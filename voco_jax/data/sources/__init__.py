@@ -1,10 +1,9 @@
 """Where records come from, the beginning of sources → index → plan → pipeline → batches.
 
-A kind of source is a class (`records.Source`) whose constructor's parameters are its keys in the config.
+A kind of source is a class (`records.Source`) whose constructor takes its keys of `config_keys.SOURCE_KEYS`.
 """
 
 from collections.abc import Callable
-import inspect
 import math
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.sources.tfds import TfdsSource
 from voco_jax.errors import UserError
 
-if TYPE_CHECKING:  # worker processes import this module, and need no flax
+if TYPE_CHECKING:
     from voco_jax.config_keys import DataConfig
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -25,12 +24,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "array_record": ArrayRecordSource,
     "tfds": TfdsSource,
 }
-_LIMITS = ("row_bytes",)  # parameters that all sources of a config take from `data.limits`
-
-
-def keys_of(kind: str) -> list[str]:
-    """The config's keys of a kind of source, beside `kind` and `weight`."""
-    return [key for key in inspect.signature(SOURCES[kind]).parameters if key not in _LIMITS]
+_OF_JSON_ROWS = ("llava", "video_qa")  # which take `data.limits.row_bytes` too
 
 
 def open_sources(data: "DataConfig", key: str) -> tuple[list[Source], list[float]]:
@@ -38,6 +32,8 @@ def open_sources(data: "DataConfig", key: str) -> tuple[list[Source], list[float
 
     Of the rest of `config.data` only `limits` is read.
     """
+    from voco_jax.config_keys import SOURCE_KEYS  # here, as worker processes import this module, and need no flax
+
     sources, weights = [], []
     for name, keys in sorted(getattr(data, key).items()):
         where = f"config.data.{key}.{name}"
@@ -46,11 +42,11 @@ def open_sources(data: "DataConfig", key: str) -> tuple[list[Source], list[float
         if not 0 <= keys.weight < math.inf:
             raise UserError(f"{where}.weight: expected a number of 0 or more, found {keys.weight!r}")
         arguments = {k: v for k, v in keys.items() if k not in ("kind", "weight")}
-        expected = keys_of(keys.kind)
-        if {*arguments} != {*expected}:
+        expected = SOURCE_KEYS[keys.kind]
+        if arguments.keys() != expected.keys():
             found = ", ".join(sorted(arguments))
             raise UserError(f"{where}: a {keys.kind} has the keys {', '.join(expected)}; found {found}")
-        limits = {k: getattr(data.limits, k) for k in _LIMITS if k in inspect.signature(SOURCES[keys.kind]).parameters}
+        limits = {"row_bytes": data.limits.row_bytes} if keys.kind in _OF_JSON_ROWS else {}
         try:
             sources.append(SOURCES[keys.kind](**arguments, **limits))
         except UserError as error:
