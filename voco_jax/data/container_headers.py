@@ -1,17 +1,17 @@
-"""What the checks of containers read of a file: headers here and there, a bounded number of them."""
+"""Reading single headers of a file, a limited number of them: the checks of video containers use it."""
 
 import io
 from typing import BinaryIO
 
-MOST_BEHIND = 1024  # bytes that are not of a container, behind its end: a line of text, say
+MOST_BEHIND = 1024  # bytes that may follow the end of a container without being part of it: a line of text, say
 
 
 class Enough(Exception):
-    """As many headers were read as may be."""
+    """The limit on the number of headers was reached."""
 
 
 class Headers:
-    """A file's bytes, a few at a time and no more than `most` times; shorter where it ends."""
+    """Reads a few bytes at a time, at most `most` times (`Enough` after that); fewer bytes at the end of the file."""
 
     def __init__(self, file: BinaryIO, most: int):
         self.file, self.left = file, most
@@ -27,7 +27,7 @@ class Headers:
         return self.file.read(length)
 
     def beyond(self, end: int) -> str:
-        """'' where the file reaches to `end`."""
+        """An error for a file that ends before byte `end`; '' for any other."""
         return f"expected {end} bytes or more, found {self.size}" if end > self.size else ""
 
 

@@ -133,7 +133,7 @@ def _avi(headers: Headers) -> str:
 
 
 def _more_parts(headers: Headers) -> bool:
-    """Whether the header counts more frames in the file than in its first part."""
+    """Whether the header says that the file has more frames than its first part."""
     data = headers.read(0, 2**14)
     first, every = data.find(b"avih"), data.find(b"dmlh")
     if first < 0 or every < 0:
@@ -144,7 +144,7 @@ def _more_parts(headers: Headers) -> bool:
 
 
 def _avi_chunks(headers: Headers, at: int, end: int, kinds: set[bytes], deep: bool) -> str:
-    """What is wrong with the chunks of a list, if `deep` with those of frames too. `kinds` gets those found."""
+    """What is wrong with the chunks of a list; with `deep`, those of frames too. The kinds go into `kinds`."""
     while at + 8 <= min(end, headers.size):
         kind, size = _chunk(headers, at)
         kinds.add(kind)
@@ -196,7 +196,7 @@ def _flv(headers: Headers) -> str:
 
 
 def _number_in_script(script: bytes, name: bytes) -> float:
-    """A number of a FLV's first tag, 0.0 where it has none."""
+    """A number in the first tag of an FLV file; 0.0 where it has none."""
     at = script.find(len(name).to_bytes(2) + name + b"\0") + len(name) + 3
     if at < len(name) + 3 or len(script) < at + 8:
         return 0.0
@@ -205,7 +205,7 @@ def _number_in_script(script: bytes, name: bytes) -> float:
 
 
 def _asf(headers: Headers) -> str:
-    """Where the file properties are not those of a broadcast, they have the file's size, and that of its packets."""
+    """The file properties hold the sizes of the file and of its packets, except for a broadcast."""
     data = headers.read(0, 2**16)
     at = data.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
     if at < 0 or len(data) < at + 92 or data[at + 88] & 1:
@@ -224,7 +224,7 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg(headers: Headers) -> str:
-    """Pages follow each other, with no number left out; the last one is whole. A live recording has no last one."""
+    """Pages are numbered without gaps, and the last is whole. A live recording has no page marked as the last."""
     at, last = 0, 0
     numbers: dict[bytes, int] = {}
     try:
@@ -311,7 +311,7 @@ def _apng(headers: Headers) -> str:
 
 
 def _mpegts(headers: Headers) -> str:
-    """Packets of one size, each with a byte by which it is known. A recording stops anywhere in a packet."""
+    """Packets of one size, each with a sync byte. A recording may stop in the middle of a packet."""
     head = headers.read(0, 5 * 204)
     for size, first in ((188, 0), (192, 4), (204, 0)):
         if all(head[i : i + 1] == b"G" for i in range(first, len(head) - size + first + 1, size)):
@@ -323,7 +323,7 @@ def _mpegts(headers: Headers) -> str:
 
 
 def _mpeg(headers: Headers) -> str:
-    """From the last pack on, every packet is there, and has something in it."""
+    """Every packet after the last pack header is there and not empty."""
     length = min(headers.size, 2**18)
     tail, start = headers.read(headers.size - length, length), headers.size - length
     if not any(tail[-64:]):
@@ -345,7 +345,7 @@ def _mpeg(headers: Headers) -> str:
 
 
 def _mxf(headers: Headers) -> str:
-    """Keys, lengths and values, one after the other; what is declared closed has a footer."""
+    """Keys, lengths and values follow each other; a file that says it is closed has a footer."""
     at = headers.read(0, 2**16).find(bytes.fromhex("060e2b34020501010d0102010102"))
     while 0 <= at < headers.size:
         data = headers.read(at, 64)

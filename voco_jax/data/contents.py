@@ -59,7 +59,7 @@ def difference(before: dict, now: dict, source: Source) -> str:
 
 
 def _visual_checksum(source: Source, i: int) -> str:
-    """Of a record's pictures or clip; '' where it has none, or one cannot be read."""
+    """A checksum of a record's pictures or clip; '' where it has none, or one cannot be read."""
     with contextlib.suppress(BadRecord, OSError):
         record = source[i]
         seen: Sequence[Encoded] = record.images

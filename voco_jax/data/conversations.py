@@ -171,26 +171,20 @@ class Encoder:
         labels: list[bool] = []
         slot_index: list[int] = []
         for i, chunk in enumerate(chunks):
-            if i == 0:
-                # Compressed, an image at the very front has its own BOS in the compress stream: text sees no other.
-                if any(piece.text for piece in chunk) or num_images == 0 or not self.compressed:
-                    ids, is_label = self._control_tokens.encode(chunk)
-                    tokens += [*self.ids.prefix_ids, *ids]
-                    labels += [False] * len(self.ids.prefix_ids) + is_label
-                    slot_index += [-1] * (len(tokens) - len(slot_index))
+            # Compressed, an image at the very front has its own BOS in the compress stream: text sees no other.
+            if i == 0 and self.compressed and num_images and not any(piece.text for piece in chunk):
                 continue
             ids, is_label = self._control_tokens.encode(chunk)
-            indices = range((i - 1) * self.num_visual_tokens, i * self.num_visual_tokens)
-            if self.compressed:
+            before = [*self.ids.prefix_ids]
+            if i > 0:
+                before = [] if self.compressed else [self.ids.pad_token_id] * self.num_visual_tokens
+                slot_index += range((i - 1) * self.num_visual_tokens, i * self.num_visual_tokens)
+            if i > 0 and self.compressed:
                 first = ids.index(self.ids.voco_token_id)
                 ids, is_label = ids[first:], is_label[first:]
-                slot_index += [*indices] + [-1] * (len(ids) - self.num_visual_tokens)
-            else:
-                ids = [self.ids.pad_token_id] * self.num_visual_tokens + ids
-                is_label = [False] * self.num_visual_tokens + is_label
-                slot_index += [*indices] + [-1] * (len(ids) - self.num_visual_tokens)
-            tokens += ids
-            labels += is_label
+            tokens += before + ids
+            labels += [False] * len(before) + is_label
+            slot_index += [-1] * (len(tokens) - len(slot_index))
         return Sample(np.array(tokens, np.int32), np.array(labels, bool), np.array(slot_index, np.int32), num_images)
 
     def _tokenize_verbatim(self, pieces: list[Piece | Marker], num_images: int) -> Sample:

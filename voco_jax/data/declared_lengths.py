@@ -1,6 +1,6 @@
-"""Is a video's file whole? Of small containers, whose header or frames have a length or a count: ivf, rm, swf, y4m.
+"""Is a video file whole? Checks for ivf, rm, swf and y4m, whose headers or frames declare a length or a count.
 
-Where a live recording was written the length is 0 or one that stands for unknown; then what is there counts.
+Live recordings declare 0 or a value that means unknown; then nothing is compared.
 """
 
 import re
@@ -37,7 +37,7 @@ def ivf(headers: Headers) -> str:
 
 
 def swf(headers: Headers) -> str:
-    """Tags until one of kind 0; of a compressed file nothing can be told."""
+    """Tags end with one of kind 0. Compressed files are not checked."""
     head = headers.read(0, 9)
     declared = int.from_bytes(head[4:8], "little")
     if head[:3] != b"FWS":
@@ -86,7 +86,7 @@ _PLANES = {"420": (1, 2, 2, 2), "422": (1, 2, 2, 1), "411": (1, 2, 4, 1), "444":
 
 
 def yuv4mpeg(headers: Headers) -> str:
-    """Frames of one size, each behind a line."""
+    """Frames of one size, each after a header line."""
     head, end, _ = headers.read(0, 1024).partition(b"\n")
     fields = {field[:1]: field[1:] for field in head.decode("latin-1").split()[1:]}
     space = re.fullmatch(r"(420|422|411|444|mono)(alpha)?(?:p?(\d+)|jpeg|mpeg2|paldv)?", fields.get("C", "420"))

@@ -1,4 +1,4 @@
-"""The boxes of an mp4 (ISO/IEC 14496-12): whether one in fragments is whole."""
+"""The boxes of an mp4 (ISO/IEC 14496-12): is a fragmented file whole, and do headers count more than the file has?"""
 
 import re
 import struct
@@ -60,7 +60,7 @@ def _check_fragments(headers: Headers) -> str:
 
 
 def _box(headers: Headers, at: int) -> tuple[bytes, int, int]:
-    """Kind, where its content begins and where it ends; it ends before it begins where it is none."""
+    """(kind, start of the content, end). Where there is no box, the end is before the start."""
     data = headers.read(at, 16)
     if len(data) < 8:
         return b"", at, -1
@@ -71,7 +71,7 @@ def _box(headers: Headers, at: int) -> tuple[bytes, int, int]:
 
 
 def _end_of_segments(sidx: bytes, end: int) -> int:
-    """Where the last of the segments ends that an index names, which stands right before them."""
+    """The end of the last segment in an index that stands right before the segments."""
     width = 4 if sidx[:1] == b"\0" else 8
     at = 12 + 2 * width
     if len(sidx) < at + 4:
@@ -97,7 +97,7 @@ def _moofs_of_index(mfra: bytes) -> set[int]:
 
 
 def _ends_early(movie: bytes, moofs: list[bytes]) -> str:
-    """By the duration that a fragmented movie declares, and the end of its last fragments."""
+    """Compares the duration that a fragmented movie declares with the end of its last fragments."""
     declared, header = movie.find(b"mehd"), movie.find(b"mvhd")
     if declared < 0 or header < 0 or not moofs:
         return ""
@@ -112,7 +112,7 @@ def _ends_early(movie: bytes, moofs: list[bytes]) -> str:
 
 
 def _ends_of_tracks(moof: bytes, movie: bytes) -> list[float]:
-    """Seconds at which the fragments of a `moof` end, as far as they say when they begin."""
+    """Seconds at which the fragments of a `moof` end; fragments without a start time are left out."""
     ends = []
     for traf in moof.split(b"traf")[1:]:
         tfhd, tfdt = traf.find(b"tfhd"), traf.find(b"tfdt")
@@ -138,7 +138,7 @@ def _ends_of_tracks(moof: bytes, movie: bytes) -> list[float]:
 
 
 def _track(movie: bytes, track: int) -> tuple[int, int]:
-    """Ticks a second of a track, and the duration of a frame where fragments say none."""
+    """(ticks per second of a track, default duration of a frame)."""
     scale = default = 0
     for trak in movie.split(b"trak")[1:]:
         tkhd, mdhd = trak.find(b"tkhd"), trak.find(b"mdhd")
@@ -186,7 +186,7 @@ def check_counts(headers: Headers, fragments: bool = True) -> str:
 
 
 class _Counts:
-    """How many frames the boxes of a file count: what `box` and `boxes` give is wrong with them, or ''."""
+    """Adds up the frames that boxes count. `box` and `boxes` return what is wrong, or ''."""
 
     def __init__(self, headers: Headers):
         self.headers, self.in_fragments = headers, 0

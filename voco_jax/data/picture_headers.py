@@ -1,7 +1,7 @@
-"""What an encoded picture would have its decoder do, by headers alone: few bytes may ask for gigabytes, or minutes.
+"""Refuses pictures that are small files but would take gigabytes or minutes to decode, by their headers alone.
 
-Pillow looks at width and height. Here is what its decoders take without a question: scans that a JPEG has on and on,
-TIFF's tiles that are larger than the picture, JPEG 2000's millions of parts, text that Python would read bit by bit.
+Pillow checks width and height only. Its decoders accept JPEGs with thousands of scans, TIFF tiles larger than the
+picture, JPEG 2000 images of millions of parts, and long plain-text pixmaps. These are checked here.
 """
 
 import io
@@ -26,9 +26,9 @@ _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
 
 
 def asks_too_much(file: BinaryIO, whole: bool = True) -> str:
-    """'expected …, found …' for a picture that would; '' for all others. The file stands at its beginning afterwards.
+    """'expected …, found …' for a picture that would take too much; '' for any other. Rewinds the file.
 
-    `whole` looks behind the header too, where pixels are.
+    `whole` also looks at what follows the header.
     """
     file.seek(0)
     head = file.read(16)
@@ -86,10 +86,8 @@ def _jpeg(file: BinaryIO, whole: bool) -> str:
 
 
 def _scans(data: bytes) -> int | None:
-    """Of a JPEG from its first scan on, up to the end of the picture: a video or another picture may be behind it.
-
-    None for too many segments.
-    """
+    """The number of scans of a JPEG, from the first on; None for too many segments. What follows the picture, such as a
+    video, is not looked at."""
     scans, at = 0, 0
     for _ in range(MOST_SEGMENTS):
         found = _MARKER.search(data, at)
@@ -114,7 +112,7 @@ def _png(file: BinaryIO) -> str:
 
 
 def _tiff(file: BinaryIO, head: bytes) -> str:
-    """Of the first picture."""
+    """Looks at the first picture of the file."""
     head = head.ljust(16, b"\0")  # of a file that is cut off
     order, large = "<" if head[:1] == b"I" else ">", b"+" in head[:4]
     place = struct.unpack_from(order + "Q", head, 8)[0] if large else struct.unpack_from(order + "I", head, 4)[0]
@@ -139,7 +137,7 @@ def _tiff(file: BinaryIO, head: bytes) -> str:
 
 
 def _jpeg_2000(file: BinaryIO) -> str:
-    """Of every code stream in the file, as a wrapped one has boxes before it."""
+    """Looks at every code stream of the file; boxes may stand before it."""
     data = file.read() if file.seek(0) == 0 else b""
     for start in re.finditer(rb"\xff\x4f\xff\x51", data):
         sizes = data[start.end() + 2 : start.end() + 38]
@@ -165,7 +163,7 @@ def _jpeg_2000(file: BinaryIO) -> str:
 
 
 def _code_styles(data: bytes, at: int) -> list[bytes]:
-    """Levels, blocks and precincts, as the main header and those of tiles have them: SPcod of COD and COC."""
+    """The levels, blocks and precincts in the main header and in those of tiles (SPcod of COD and COC)."""
     styles, tile = [], None
     for _ in range(2**17):
         marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4])
@@ -189,7 +187,7 @@ def _code_styles(data: bytes, at: int) -> list[bytes]:
 
 
 def _parts(style: bytes, width: int, height: int) -> int:
-    """Precincts and blocks of a component, from the style of a COD marker without its progression."""
+    """The number of precincts and blocks of a component; `style` is that of a COD marker without its progression."""
     if len(style) < 4:
         return 0
     levels = min(style[1], 32)

@@ -216,7 +216,7 @@ class Batches(Iterator):
         return dataset.mp_prefetch(workers, begin_worker)
 
     def _fits_shared_memory(self) -> bool:
-        """Whether shared memory has room for all batches that Grain may hold at a time. If not, a line tells so."""
+        """Whether shared memory has room for all batches that Grain may hold at a time. If not, prints a line."""
         how, free = self.loading, free_shared_memory()
         # Of each worker: those that wait on its side and on this one, and one that is being written
         needed = how.num_workers * (2 * max(1, how.prefetch) + 2) * int(1.1 * self._batch_bytes())
@@ -230,11 +230,11 @@ class Batches(Iterator):
         return False
 
     def _batch_bytes(self) -> int:
-        """Of the pictures of a batch, as far as it is loaded here."""
+        """Bytes of the pictures in this host's part of a batch."""
         return len(self.shard) * self.loader.plan.shape.images * self.loader.processor.size**2 * 3
 
     def amount(self, batch: int) -> Amount:
-        """What stands in a batch by its number, in the packs of all hosts."""
+        """What a batch of this number holds, in the packs of all hosts."""
         return self.loader.plan.amount(range(batch * self.batch_size, (batch + 1) * self.batch_size))
 
     def describe(self, batch: int) -> str:
@@ -246,7 +246,7 @@ class Batches(Iterator):
         return f"batch {batch}: {told}{more}"
 
     def peek(self) -> dict[str, np.ndarray]:
-        """The next batch, made here and now; it still comes next."""
+        """The next batch; the position does not change."""
         batch = self.dataset()[0]
         batch.pop("report")
         return batch
@@ -261,11 +261,11 @@ class Batches(Iterator):
         return batch
 
     def get_state(self) -> dict:
-        """Where the iterator is: small, and the same on all hosts."""
+        """The position of the iterator, for JSON; the same on all hosts."""
         return self.state_at(self._next)
 
     def state_at(self, batches: int) -> dict:
-        """Where the iterator is after so many batches."""
+        """The position after so many batches."""
         return {"batches": batches, "plan": self._fingerprint, "contents": self._contents}
 
     def set_state(self, state: dict) -> None:

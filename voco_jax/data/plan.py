@@ -50,7 +50,7 @@ class Use(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """What stands in some packs: conversations, tokens of the read rows (no padding), images."""
+    """What some packs hold: conversations, tokens of the read rows (no padding), images."""
 
     conversations: int
     tokens: int
@@ -135,11 +135,10 @@ class Plan:
 
     @property
     def num_conversations(self) -> int:
-        """Of all records together."""
         return len(self._lengths)
 
     def amount(self, packs: range) -> Amount:
-        """What stands in packs that follow one another. As planned: a record that later cannot be loaded counts too."""
+        """What consecutive packs hold, as planned: a record that later cannot be loaded counts too."""
         total, i = np.zeros(3, np.int64), packs.start
         while i < packs.stop:
             epoch, first = self.locate(i)

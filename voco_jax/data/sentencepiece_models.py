@@ -46,19 +46,10 @@ class SentencePiece:
         return sentencepiece_model_pb2.ModelProto.FromString(self._content)
 
     @property
-    def is_unigram(self) -> bool:
-        return self.proto.trainer_spec.model_type == self.proto.trainer_spec.UNIGRAM
-
-    @property
     def named_tokens(self) -> dict[str, str]:
-        """The tokens that the model itself knows by role."""
+        """The model's own special tokens, by role."""
         ids = {key: getattr(self.proto.trainer_spec, f"{key}_id") for key in ("bos", "eos", "unk")}
         return {f"{key}_token": self.processor.id_to_piece(i) for key, i in ids.items() if i >= 0}
-
-    @functools.cached_property
-    def _own(self) -> dict[str, int]:
-        """Pieces that no tokenizer gives another use."""
-        return self.of_type("NORMAL", "BYTE")
 
     def of_type(self, *names: str) -> dict[str, int]:
         """Pieces of these types (NORMAL, CONTROL, …) and their ids."""
@@ -76,7 +67,8 @@ class SentencePiece:
 
         spec = self.proto.normalizer_spec
         prefix = prefix and spec.add_dummy_prefix
-        backend = tokenizers.Tokenizer(self._unigram() if self.is_unigram else self._byte_pairs())
+        is_unigram = self.proto.trainer_spec.model_type == self.proto.trainer_spec.UNIGRAM
+        backend = tokenizers.Tokenizer(self._unigram() if is_unigram else self._byte_pairs())
         steps: list[normalizers.Normalizer] = []
         if spec.precompiled_charsmap:
             steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -100,9 +92,10 @@ class SentencePiece:
         """UserError unless the `other` tokenizer has the same pieces, and the same ids for some texts and `also` this
         one; `prefix` as for `to_backend`."""
         processor = self.processor if prefix else self._without_prefix()
+        own = self.of_type("NORMAL", "BYTE")  # pieces that no tokenizer gives another use
         for i, piece in enumerate(self._pieces):
             token = backend.id_to_token(i)
-            if token != piece and piece in self._own:
+            if token != piece and piece in own:
                 raise UserError(
                     f"{self.name}: {other} expected to have the same tokens: {i} is {piece!r}, found {token!r}"
                 )

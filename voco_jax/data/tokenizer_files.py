@@ -175,7 +175,7 @@ def write(directory: Path, backend, named: dict[str, str | None], origin: Origin
 
 
 def _content(file: Path) -> bytes | None:
-    """None where there is no such file."""
+    """The bytes of a file; None where it is not there."""
     try:
         content = read_bytes(file, MOST)
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def _content(file: Path) -> bytes | None:
 
 
 def _is_tiktoken(content: bytes) -> bool:
-    """Whether it is lines of a token in base64 and its rank: Llama 3's file of that name."""
+    """Whether a `tokenizer.model` is Llama 3's: lines of a token in base64 and its rank."""
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content) is not None
 
 

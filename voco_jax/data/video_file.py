@@ -69,7 +69,7 @@ def open_video(clip: Clip, thorough: bool = False) -> Iterator["VideoFile"]:
 
 
 def _picture_format(file: BinaryIO) -> str:
-    """' a picture (PNG)' where the file is one."""
+    """' a picture (PNG)' for a picture, else ''."""
     try:
         if asks_too_much(file, whole=False):
             return ""
@@ -99,7 +99,8 @@ class VideoFile:
             if end > self.container.size:
                 self.not_whole(f"expected {end} bytes or more, found {self.container.size}")
                 self.indexed = False  # of what is not there too
-        self._check_whole(THOROUGH_LOOK if thorough else LOOK)
+        if missing := what_is_missing(self.file, self.container.format.name, THOROUGH_LOOK if thorough else LOOK):
+            self.not_whole(missing)
         first: list[int] = []  # time stamps of the first packet
         starts: list[int] = []
         for packet in self.packets():
@@ -164,15 +165,10 @@ class VideoFile:
         return BadRecord(UNREADABLE_VIDEO, f"{self.clip}: {message}")
 
     def not_whole(self, message: str) -> None:
-        """BadRecord, unless what is there is wanted."""
+        """BadRecord, unless incomplete clips are wanted."""
         if not self.clip.incomplete:
             hint = "--incomplete or config.data.video.incomplete takes what is there"
             raise self.error(f"{message}: the file is cut off or damaged; {hint}")
-
-    def _check_whole(self, most: int) -> None:
-        """BadRecord for a file that has less than its container says, as far as `most` of its headers show."""
-        if missing := what_is_missing(self.file, self.container.format.name, most):
-            self.not_whole(missing)
 
     def packets(self) -> Iterator:
         """The stream's packets from where the container stands, without the empty one at the end."""
@@ -222,7 +218,7 @@ class VideoFile:
         return True
 
     def rewind(self):
-        """To the clip's first packet, also where there is no index to find it by."""
+        """To the clip's first packet; a file without an index is opened again."""
         if not self.indexed or not self.seek(self.start):
             self.container.close()
             self.open()

@@ -39,7 +39,7 @@ def open_regular(path: str | AnyPath) -> BinaryIO:
 
 
 def check_regular(path: str | os.PathLike, status: os.stat_result) -> None:
-    """UserError unless it is the status of a regular file."""
+    """UserError for the status of anything but a regular file."""
     if not stat.S_ISREG(status.st_mode):
         found = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise UserError(f"{path}: expected a file, found {found}")
@@ -73,13 +73,13 @@ class SourceFile:
             self.size = os.fstat(self.stream.fileno()).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        """UserError where there are not so many bytes."""
+        """`length` bytes at `offset`; UserError for a file that is shorter."""
         content = bytearray(length)
         self.read_into(memoryview(content), offset)
         return bytes(content)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill a view of bytes; several threads may. UserError as above."""
+        """Fill a view of bytes, in any thread; UserError as `read`."""
         done = 0
         while done < len(view):
             with readable(self.path):

@@ -95,7 +95,7 @@ def _acquire(file: Path, beside: Path, deadline: float) -> int:
 
 
 def _lock_file(descriptor: int, path: Path) -> bool:
-    """Whether it is locked now, and still the file of this path: who had it before has deleted it."""
+    """Whether it could be locked and is still the file at this path (the process that held it before deletes it)."""
     try:
         return lock(descriptor, path) and os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

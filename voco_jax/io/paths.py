@@ -57,7 +57,7 @@ def as_path(address: str | AnyPath) -> AnyPath:
 
 
 def _check_online(address: str) -> None:
-    """TryAgain where the name of the buckets' server is not known: gcsfs would try for a minute."""
+    """TryAgain where the name of the bucket server cannot be resolved; gcsfs would try for a minute."""
     if os.environ.get("STORAGE_EMULATOR_HOST") or getproxies():  # then it is not asked, or not by this machine
         return
     try:
@@ -148,7 +148,7 @@ def matching(pattern: Path) -> list[Path]:
 
 
 def absolute(path: AnyPath) -> AnyPath:
-    """The same path from wherever it is read; a bucket's is that already."""
+    """The absolute path; a bucket's is that already."""
     return path if in_bucket(path) else path.absolute()
 
 
@@ -217,7 +217,7 @@ def files_below(directory: AnyPath) -> list[AnyPath]:
 
 
 def _entries(directory: AnyPath, recursive: bool) -> list[dict]:
-    """What fsspec says of the files in a bucket's directory: a request for a thousand, and none for each."""
+    """fsspec's entries of the files in a bucket's directory, with one request per thousand files."""
     import fsspec
 
     with bucket_errors(directory):

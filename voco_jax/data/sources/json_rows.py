@@ -89,7 +89,7 @@ class JsonRows:
         return [f"{what} {number + 1}" for number in numbers.tolist()]
 
     def _fd(self) -> int:
-        """Of this process: after a fork or in a worker the file is opened anew."""
+        """The descriptor of this process; after a fork or in a worker the file is opened again."""
         if self._descriptor is None or self._descriptor[0] != os.getpid():
             with open_regular(self._local) as stream:
                 if state_of(os.fstat(stream.fileno())) != self._status:
@@ -129,7 +129,7 @@ def _remove(file: str, made_by: int) -> None:
 
 
 def _row_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
-    """[n, 2], where the rows of a file begin and end; UserError for a broken array, and for rows that are too small."""
+    """[n, 2], the bytes at which rows begin and end. UserError for a broken array, and for rows that are too small."""
     head = stream.read(4096).removeprefix(_BOM).lstrip()
     stream.seek(0)
     lines = file.suffix == ".jsonl" or not head.startswith(b"[")  # of .jsonl the first row may be the broken one
@@ -137,13 +137,13 @@ def _row_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
 
 
 def _check_sizes(rows: int, size: int, file: AnyPath) -> None:
-    """Of some thousands of rows: where they hold next to nothing, there would be more to keep of them than they are."""
+    """UserError for rows that are so small that their places would take more memory than the file."""
     if size < LEAST_ROW * rows:
         raise UserError(f"{file}: expected rows of questions, found {rows} rows of {size / rows:.1f} bytes")
 
 
 def _line_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
-    """Of lines that are not empty."""
+    """`_row_spans` of a JSONL file: its lines, without blank ones."""
     found, start, at = [], 0, 0
     while piece := stream.read(_PIECE):
         ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + at
@@ -167,7 +167,7 @@ def _line_spans(stream: BinaryIO, file: AnyPath) -> np.ndarray:
 
 
 def array_spans(text: str, file: AnyPath) -> np.ndarray:
-    """Of an array's elements.
+    """`_row_spans` of a JSON array.
 
     JSON's syntax is ASCII, so Latin-1, whose characters are the bytes, does for finding it.
     """

@@ -92,7 +92,7 @@ class VideoQuestionSource:
         return Record(video=Clip(file), conversations=[question_turns(question, answer, VIDEO)])
 
     def kind(self, i: int) -> str:
-        """Of a row's question; '' where it has none."""
+        """The kind of a row's question; '' where it has none."""
         return _first({"kind": "", **_object(self._rows[i])}, "kind")
 
     def where(self, i: int) -> str:
@@ -112,7 +112,7 @@ def question_turns(question: str, answer: str, marker: str) -> list[dict]:
 
 
 def _rows(file: str, row_bytes: int | None) -> JsonRows:
-    """`row_bytes` is the config's; None of what has no config."""
+    """`row_bytes` is a config's limit; None where there is no config."""
     return JsonRows(file) if row_bytes is None else JsonRows(file, row_bytes, "config.data.limits.row_bytes")
 
 
