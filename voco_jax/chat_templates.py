@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from voco_jax.errors import UserError
-
 EOS = "{eos}"  # in a template: the tokenizer's end-of-sequence token
 CUSTOM = "custom"  # the template of `config.data.custom_template`
 
@@ -65,9 +63,5 @@ CHAT_TEMPLATES = {
 
 
 def get_chat_template(name: str, custom: Mapping[str, Any] | None = None) -> ChatTemplate:
-    """A template by name; `custom` are the texts of the one named 'custom'. UserError for an unknown name."""
-    if name == CUSTOM and custom is not None:
-        return ChatTemplate(**custom)
-    if name not in CHAT_TEMPLATES:
-        raise UserError(f"template: expected one of {', '.join((*CHAT_TEMPLATES, CUSTOM))}; found {name!r}")
-    return CHAT_TEMPLATES[name]
+    """A template by name; `custom` are the texts of the one named 'custom'."""
+    return ChatTemplate(**custom) if name == CUSTOM and custom is not None else CHAT_TEMPLATES[name]

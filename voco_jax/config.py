@@ -50,10 +50,7 @@ def typed(config: ConfigDict) -> Config:
 
     UserError for a language model, a vision tower or LoRA that cannot be.
     """
-    try:
-        return build(Config, config)
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from None
+    return build(Config, config)
 
 
 def source(kind: str, **keys) -> ConfigDict:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from voco_jax.chat_templates import ChatTemplate
+from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, ChatTemplate
 from voco_jax.keys import DEFAULT, key
 from voco_jax.models.config import ModelConfig
 from voco_jax.parallel.compilation_cache import DIRECTORY
@@ -97,8 +97,9 @@ class DataConfig:
         {}, "sources by name; empty: none, or easy-VQA's own where it alone is trained on", on_resume="free"
     )
     template: str = key(
-        "voco_v1", "text around questions and answers, by name (chat_templates.py), or 'custom'", on_load="told"
-    )
+        "voco_v1", "text around questions and answers, by name (chat_templates.py), or 'custom'",
+        one_of=(*CHAT_TEMPLATES, CUSTOM), on_load="told",
+    )  # fmt: skip
     custom_template: TemplateConfig = key(
         TemplateConfig(), "exact text, spaces too; '{eos}' is the end-of-sequence token",
         on_load="told", earlier=DEFAULT,
@@ -164,7 +165,10 @@ class OptimConfig:
         "stochastic", "of bfloat16 parameters and moments; 'nearest' loses small updates", earlier="nearest"
     )
     learning_rate: float = key(1e-3, "highest learning rate, reached after the warm-up", low=1e-12)
-    schedule: str = key("cosine", "'cosine', 'linear', 'wsd' (constant, then down) or 'constant'", on_resume="schedule")
+    schedule: str = key(
+        "cosine", "of the learning rate; 'wsd': constant, then down",
+        one_of=("cosine", "linear", "wsd", "constant"), on_resume="schedule",
+    )  # fmt: skip
     warmup_steps: int = key(100, "steps in which the learning rate rises from 0", low=0)
     decay_fraction: float = key(
         0.2, "share of the steps, at their end, in which 'wsd' goes down",

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
 
+from voco_jax.errors import UserError
+
 T = TypeVar("T")
 
 # What another value means where a training goes on:
@@ -36,6 +38,7 @@ class Rules:
     """What is known of a key, or of a group of keys, beside its type and default. None: as the group around it.
 
     low, high, below: the range of a number; `high` is the largest value allowed, `below` the smallest that is not.
+    one_of: all values that there are, where they are few and have names.
     earlier: the value that means what runs without the key did; None: every run has the key.
     was: the dotted name that earlier runs have it under.
     """
@@ -44,6 +47,7 @@ class Rules:
     low: float | None = None
     high: float | None = None
     below: float | None = None
+    one_of: tuple[str, ...] = ()
     on_resume: OnResume | None = None
     on_load: OnLoad | None = None
     earlier: Any = None
@@ -81,16 +85,23 @@ def all_keys(config: Any, prefix: str = "", around: Rules | None = None) -> dict
     return found
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass of a group of keys and their values, and of the groups in it."""
+def build(cls: type[T], values: Mapping[str, Any], group: str = "config") -> T:
+    """The dataclass of a group of keys and their values, and of the groups in it.
+
+    UserError for values that do not fit together; the ValueError of a dataclass begins with the field's name.
+    """
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _built(hints[name], value) for name, value in values.items()})
+    fields = {name: _built(hints[name], value, f"{group}.{name}") for name, value in values.items()}
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        raise UserError(f"{group}.{error}") from None
 
 
-def _built(annotation: Any, value: Any) -> Any:
+def _built(annotation: Any, value: Any, name: str) -> Any:
     for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and dataclasses.is_dataclass(option) and value is not None:
-            return build(option, value)
+            return build(option, value, name)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -117,6 +128,8 @@ def problem_of(key: Key, value: Any) -> str:
         if wrong := [x for x in value if not _is_of(x, element)]:
             return f"expected a tuple of {_ELEMENTS[element]}, found {in_one_line(wrong[0])} in it"
     rules = key.rules
+    if rules.one_of and value not in rules.one_of:
+        return f"expected one of {', '.join(rules.one_of)}; found {value!r}"
     if rules.low is None or value is None:
         return ""
     if rules.high is not None:

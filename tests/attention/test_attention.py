@@ -260,7 +260,7 @@ def test_what_cudnn_refuses_is_one_line_at_set_up(monkeypatch):
             with pytest.raises(ValueError, match=f"compress stream, 581 tokens.*{reason}.*'xla'") as error:
                 cudnn.check(size=size, **shapes)
             assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="^attention 'cudnn' needs an NVIDIA GPU, found platform 'cpu'; [^;]*$"):
+    with pytest.raises(ValueError, match="^attention: 'cudnn' needs an NVIDIA GPU, found platform 'cpu'; [^;]*$"):
         cudnn.check(size=64, **shapes | dict(segment_length=0))
 
 

@@ -181,6 +181,6 @@ def test_two_streams_with_yarn_are_one_sequence(monkeypatch):
 
 
 def test_head_and_scaling_that_cannot_be():
-    for wrong, message in ({"rope_type": "longer"}, "rope_type must be one of linear"), ({"factor": 0.0}, "above 0"):
+    for wrong, message in ({"rope_type": "longer"}, "rope_type: expected one of linear"), ({"factor": 0.0}, "above 0"):
         with pytest.raises(ValueError, match=message):
             LlamaConfig(rope_scaling=RopeScaling(**wrong))

@@ -221,8 +221,8 @@ def test_a_run_with_lora_goes_on(lora_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model__lora__targets="('q_proj', 'head')"), "config.model: lora.targets: expected .*; found 'head'"),
-        (dict(model__lora__targets="()"), "config.model: lora.targets: expected some of q_proj, .*; found none"),
+        (dict(model__lora__targets="('q_proj', 'head')"), "config.model.lora.targets: expected .*; found 'head'"),
+        (dict(model__lora__targets="()"), "config.model.lora.targets: expected some of q_proj, .*; found none"),
         (dict(model__lora__rank=-1), "config.model.lora.rank: expected at least 0 and below 1048576, found -1"),
     ],
 )  # fmt: skip

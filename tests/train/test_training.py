@@ -173,49 +173,64 @@ def test_a_directory_held_by_another_process(tmp_path):
     ("changes", "message"),
     [
         (dict(optim__name="sgd"), "optim.name: expected adamw, muon or adafactor; found 'sgd'"),
-        (dict(optim__schedule="step"), "optim.schedule: expected one of cosine, linear, wsd, constant; found 'step'"),
+        (
+            dict(optim__schedule="step"),
+            "^--config.optim.schedule: expected one of cosine, .*constant; found 'step'",
+        ),
         (dict(optim__decayed="('kernels',)"), "config.optim.decayed: expected some of .*embedding.*; found 'kernels'"),
         (dict(optim__warmup_steps=40), r"optim.warmup_steps: expected 0 to 39 \(train.steps is 40\); found 40"),
         (dict(data__row_length=5), "data: 38575 of the first 38575 records cannot be used.*× does not fit: .*= 5 tok"),
-        (dict(data__template="chat"), "template: expected one of"),
+        (dict(data__template="chat"), "^--config.data.template: expected one of voco_v1, .*custom; found 'chat'"),
         (dict(data__train__easyvqa__kind="coco"), "config.data.train.easyvqa.kind: expected one of .*; found 'coco'"),
         (dict(data__layout="heap"), "config.data.layout: expected pack or group, found 'heap'"),
         (dict(data__loss_weighting="word"), "config.data.loss_weighting: expected token or conversation, found 'word'"),
         (dict(data__video__num_frames=0), "config.data.video: expected num_frames or fps above 0, found neither"),
         (dict(data__train__easyvqa__weight=0.0), "config.data.train: expected at least one record an epoch"),
         (dict(data__aspect_ratio="squash"), "config.data.aspect_ratio: expected pad, crop or stretch, found 'squash'"),
-        (dict(model__compressor="pool"), "config.model: compressor must be one of voco, none, average_pool, qformer"),
-        (dict(model__llama__num_attention_heads=3), r"config.model: num_attention_heads \(3\) must be a multiple"),
-        (dict(model__attention="flash"), "attention 'flash' is unknown; there are: cudnn, splash, xla"),
+        (
+            dict(model__compressor="pool"),
+            "^--config.model.compressor: expected one of voco, .*; found 'pool'",
+        ),
+        (
+            dict(model__llama__num_attention_heads=3),
+            r"^config.model.llama.num_attention_heads: .* \(2\), found 3",
+        ),
+        (
+            dict(model__attention="flash"),
+            "^--config.model.attention: expected one of xla, .*; found 'flash'",
+        ),
         (
             dict(model__dtype="float33"),
-            "config.model.dtype: expected auto, .* or float16; found 'float33'",
+            "config.model.dtype: expected one of auto, .*, float16; found 'float33'",
         ),
         (
             dict(model__param_dtype="int8"),
-            "config.model.param_dtype: expected auto, .* found 'int8'",
+            "config.model.param_dtype: expected one of auto, .* found 'int8'",
         ),
         (
             dict(model__compressor="qformer", model__llama__hidden_size=33),
-            "config.model: qformer: hidden_size 33 is",
+            "config.model.llama.hidden_size: expected a multiple .*; found 33",
         ),
         (dict(model__llama__max_position_embeddings=10), "max_position_embeddings: a conversation has .* for 10"),
         (dict(model__llama__max_position_embeddings=60), "max_position_embeddings: a compressed image has .* for 60"),
         (dict(optim__learning_rate="nan"), "config.optim.learning_rate: expected at least 1e-12, found nan"),
         (dict(model__num_voco_tokens=0), "config.model.num_voco_tokens: expected at least 1, found 0"),
-        (dict(model__compressor="average_pool", model__num_compressed_tokens=5), "config.model: average pooling: 64 "),
+        (
+            dict(model__compressor="average_pool", model__num_compressed_tokens=5),
+            "model.num_compressed_tokens: .* 64 patches, found 5",
+        ),
         (
             dict(data__test__easyvqa__split="validation"),
             "config.data.test.easyvqa: easyvqa: expected a split of train, test; found 'validation'",
         ),
         (dict(optim__b2=1.0), "config.optim.b2: expected at least 0 and below 1, found 1.0"),
         (dict(train__log_every=0), "config.train.log_every: expected at least 1, found 0"),
-        (dict(tokenizer__source="./nowhere"), "tokenizer './nowhere': directory not found"),
+        (dict(tokenizer__source="./nowhere"), "tokenizer './nowhere': not found"),
         (
             dict(mesh__tensor=2),
             "config.mesh: expected sizes whose product is 1, the devices there are; found data 1, .*2",
         ),
-        (dict(model__remat="some"), "config.model: remat must be one of none, full, .*; found 'some'"),
+        (dict(model__remat="some"), "config.model.remat: expected one of none, full, .*; found 'some'"),
         (dict(train__freeze="('vision',)"), "train.freeze: expected parts such as .*vision_tower; found 'vision'"),
     ],
 )
@@ -307,7 +322,7 @@ def test_a_run_without_checkpoint(tiny_run, tmp_path):
 
 def test_a_kernel_for_other_devices(tiny_run):
     assert load_run(tiny_run, attention="xla").model.config.attention == "xla"
-    with pytest.raises(UserError, match=r"attention 'splash' needs a tpu, found cpu; 'xla' .* \(--attention\)$"):
+    with pytest.raises(UserError, match=r"attention: 'splash' needs a tpu, found cpu; 'xla' .* \(--attention\)$"):
         load_run(tiny_run, attention="splash")
 
 

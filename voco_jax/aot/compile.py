@@ -11,6 +11,7 @@ from jax.stages import Compiled
 
 from voco_jax.aot.programs import Program
 from voco_jax.errors import UserError
+from voco_jax.models.config import model_error
 from voco_jax.parallel.chips import Chip
 
 
@@ -34,7 +35,7 @@ def compile_step(
         try:
             lowered = program.function.lower(*program.arguments)
         except ValueError as error:  # an attention adapter, or a compressor without what the step asks of it
-            raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
+            raise model_error(error) from error
         try:
             compiled = lowered.compile(compiler_options=compiler_options)
         except jax.errors.JaxRuntimeError as error:

@@ -78,7 +78,7 @@ ADAPTERS: dict[str, Adapter] = {"xla": xla, "splash": splash, "cudnn": cudnn}
 def get_adapter(name: str) -> Adapter:
     """The adapter of that name; ValueError lists the names there are."""
     if name not in ADAPTERS:
-        raise ValueError(f"attention {name!r} is unknown; there are: {', '.join(sorted(ADAPTERS))}")
+        raise ValueError(f"attention: expected one of {', '.join(ADAPTERS)}; found {name!r}")
     return ADAPTERS[name]
 
 
@@ -86,7 +86,7 @@ def check_platform(name: str) -> None:
     """ValueError where an adapter is not for this machine's devices (splash on a CPU, interpreted, is for tests)."""
     needed, found = get_adapter(name).PLATFORM, jax.default_backend()
     if needed not in (None, found):
-        raise ValueError(f"attention {name!r} needs a {needed}, found {found}; 'xla' computes the same anywhere")
+        raise ValueError(f"attention: {name!r} needs a {needed}, found {found}; 'xla' computes the same anywhere")
 
 
 def interpreted(name: str) -> str:

@@ -32,13 +32,13 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     """
     _check_platform()
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, found {q.dtype}: set model.dtype")
+        raise ValueError(f"attention: 'cudnn' computes in bfloat16 or float16, found {q.dtype}: set model.dtype")
     if q.shape[-1] % 8:
-        raise ValueError(f"attention 'cudnn' needs heads of a multiple of 8 dimensions, found {q.shape[-1]}")
+        raise ValueError(f"attention: 'cudnn' needs heads of a multiple of 8 dimensions, found {q.shape[-1]}")
     try:
         return evenly(_fused)(q, k, v, segment_ids)
     except (NotImplementedError, RuntimeError) as error:  # what depends on the GPU and on cuDNN's version
-        raise ValueError(f"attention 'cudnn': {first_line(error)}") from error
+        raise ValueError(f"attention: 'cudnn': {first_line(error)}") from error
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
@@ -68,9 +68,9 @@ def check(
         try:
             jax.jit(jax.grad(attend, (0, 1, 2)) if training else attend).lower(*arrays, ids).compile()
         except Exception as error:  # jax's, XLA's and cuDNN's own kinds
-            reason = first_line(error).removeprefix("attention 'cudnn'").removeprefix(": ").strip()
+            reason = first_line(error).removeprefix("attention: 'cudnn'").removeprefix(": ").strip()
             raise ValueError(
-                f"attention 'cudnn': {stream}, {length} tokens, {heads} and {kv_heads} heads of {size} in {dtype}: "
+                f"attention: 'cudnn': {stream}, {length} tokens, {heads} and {kv_heads} heads of {size} in {dtype}: "
                 f"{reason}; model.attention = 'xla' computes the same"
             ) from error
 
@@ -78,7 +78,7 @@ def check(
 def _check_platform() -> None:
     if (found := platform()) != "gpu":
         raise ValueError(
-            f"attention 'cudnn' needs an NVIDIA GPU, found platform {found!r}; "
+            f"attention: 'cudnn' needs an NVIDIA GPU, found platform {found!r}; "
             "model.attention = 'xla' computes the same"
         )
 

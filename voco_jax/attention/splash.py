@@ -70,7 +70,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
     ValueError: C less than a segment, or what `_attend` refuses.
     """
     if (length := q.shape[1]) < chunk:
-        raise ValueError(f"attention 'splash': a row of {length} places does not hold a segment of {chunk} tokens")
+        raise ValueError(f"attention: 'splash': a row of {length} places does not hold a segment of {chunk} tokens")
     return _attend(q, k, v, None, chunk, ("data", "fsdp", "frame"))
 
 
@@ -202,7 +202,7 @@ class _Chunks(masks.ChunkedCausalMask):
 def _kernel(length: int, chunk: int | None, interpret: bool) -> kernels.SplashAttentionKernel:
     """For any number of heads: all have the same mask."""
     if length >= 1 << 15:
-        raise ValueError(f"attention 'splash' takes rows of less than {1 << 15} places, found {length}")
+        raise ValueError(f"attention: 'splash' takes rows of less than {1 << 15} places, found {length}")
     blocks = choose_blocks(length, chunk)
     (bq, bk), (bq_back, bk_back) = blocks.forward, blocks.backward
     sizes = kernels.BlockSizes(
@@ -246,10 +246,10 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     into groups.
     """
     if (found := platform()) not in ("tpu", "cpu"):
-        raise ValueError(f"attention 'splash' needs a TPU (or a CPU, to test), found platform {found!r}")
+        raise ValueError(f"attention: 'splash' needs a TPU (or a CPU, to test), found platform {found!r}")
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:
-        raise ValueError(f"attention 'splash' needs a multiple of the {kv_heads} key-value heads, found {heads} heads")
+        raise ValueError(f"attention: 'splash' needs a multiple of the {kv_heads} key-value heads, found {heads} heads")
     length = q.shape[1]
     places = padded_length(length, chunk)
     kernel = _kernel(places, chunk, interpret=found == "cpu")
@@ -270,11 +270,11 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     shards = int(np.prod([mesh.shape[axis] for axis in row_axes]))
     if len(q) % shards:
         raise ValueError(
-            f"attention 'splash': {len(q)} rows do not divide over mesh axes {', '.join(row_axes)} ({shards} shards)"
+            f"attention: 'splash': {len(q)} rows do not divide over mesh axes {', '.join(row_axes)} ({shards} shards)"
         )
     if heads % mesh.shape["tensor"] or kv_heads % mesh.shape["tensor"]:
         raise ValueError(
-            f"attention 'splash': {heads} heads with {kv_heads} key-value heads do not divide over mesh.tensor = "
+            f"attention: 'splash': {heads} heads with {kv_heads} key-value heads do not divide over mesh.tensor = "
             f"{mesh.shape['tensor']}"
         )
     P = jax.sharding.PartitionSpec

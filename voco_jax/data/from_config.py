@@ -10,6 +10,7 @@ from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models import build
 from voco_jax.models.compressors import COMPRESSORS
+from voco_jax.models.config import model_error
 from voco_jax.models.voco import VoCoConfig
 
 
@@ -25,7 +26,7 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
     try:
         return build.make_model_config(typed(config).model, facts)
     except ValueError as error:
-        raise UserError(f"config.model: {error}") from None
+        raise model_error(error) from None
 
 
 # Keys of `config.data.processor` whose names in ImageProcessor are others

@@ -8,7 +8,6 @@ from typing import Any
 from flax import nnx
 import jax
 
-from voco_jax.errors import UserError
 from voco_jax.models.config import ModelConfig, VoCoConfig
 from voco_jax.models.voco import VoCoLlama
 
@@ -39,31 +38,9 @@ def make_model_config(m: ModelConfig, tokenizer: TokenizerFacts | None) -> VoCoC
         if llama.vocab_size < tokenizer.size or tokenizer.sets_vocabulary:
             llama = dataclasses.replace(llama, vocab_size=tokenizer.size)
         prompt = {name: getattr(tokenizer, name) for name in ("voco_token_id", "prefix_ids", "suffix_ids")}
-    return VoCoConfig(
-        llama=llama,
-        vision=m.vision,
-        compressor=m.compressor,
-        num_voco_tokens=m.num_voco_tokens,
-        **prompt,
-        num_compressed_tokens=m.num_compressed_tokens,
-        num_qformer_layers=m.num_qformer_layers,
-        projector_layers=m.projector_layers,
-        dtype=resolve_dtype(m.dtype),
-        param_dtype=resolve_dtype(m.param_dtype, "param_dtype"),
-        attention=m.attention,
-        remat=m.remat,
-        unroll_layers=m.unroll_layers,
-        lora=m.lora if m.lora.rank else None,
-    )
-
-
-def resolve_dtype(name: str, key: str = "dtype") -> str:
-    """The dtype that `config.model.<key>` names; 'auto' is bfloat16, but float32 on a CPU (which has no fast bf16)."""
-    if name == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"config.model.{key}: expected auto, float32, bfloat16 or float16; found {name!r}")
-    return name
+    fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # a CPU has no fast bfloat16
+    dtypes = {name: fast if (dtype := getattr(m, name)) == "auto" else dtype for name in ("dtype", "param_dtype")}
+    return VoCoConfig(**(vars(m) | dtypes | prompt | {"llama": llama, "lora": m.lora if m.lora.rank else None}))
 
 
 def abstract_model(model_config: VoCoConfig) -> tuple[nnx.GraphDef, dict]:

@@ -61,7 +61,7 @@ class VoCo(Compressor):
     @classmethod
     def check(cls, config: "VoCoConfig") -> None:
         if config.num_voco_tokens < 1:
-            raise ValueError(f"num_voco_tokens must be at least 1, found {config.num_voco_tokens}")
+            raise ValueError(f"num_voco_tokens: expected at least 1, found {config.num_voco_tokens}")
 
     @classmethod
     def num_visual_tokens(cls, config: "VoCoConfig") -> int:
@@ -92,7 +92,8 @@ class AveragePool(Compressor):
     def __call__(self, features: jax.Array) -> jax.Array:
         *lead, num_patches, hidden_size = features.shape
         if num_patches % self.num_tokens:
-            raise ValueError(f"average pooling: {num_patches} patches do not divide into {self.num_tokens} tokens")
+            expected = f"expected a divisor of the {num_patches} patches"
+            raise ValueError(f"num_compressed_tokens: {expected}, found {self.num_tokens}")
         runs = features.reshape(*lead, self.num_tokens, num_patches // self.num_tokens, hidden_size)
         return self.linear(runs.mean(axis=-2))
 
@@ -148,10 +149,8 @@ class QFormer(Compressor):
     @classmethod
     def check(cls, config: "VoCoConfig") -> None:
         if config.llama.hidden_size % config.llama.num_attention_heads:
-            raise ValueError(
-                f"qformer: hidden_size {config.llama.hidden_size} is no multiple of num_attention_heads "
-                f"{config.llama.num_attention_heads}"
-            )
+            expected = f"expected a multiple of num_attention_heads ({config.llama.num_attention_heads}), for 'qformer'"
+            raise ValueError(f"llama.hidden_size: {expected}; found {config.llama.hidden_size}")
 
 
 COMPRESSORS: dict[str, type[Compressor]] = {

@@ -2,14 +2,17 @@
 
 import dataclasses
 
-from voco_jax.attention import get_adapter
-from voco_jax.keys import key
+from voco_jax.attention import ADAPTERS, get_adapter
+from voco_jax.errors import UserError
+from voco_jax.keys import all_keys, key
 from voco_jax.models import presets
 from voco_jax.models.compressors import COMPRESSORS, Compressor
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.stack import REMAT
 from voco_jax.models.vit import ViTConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,9 @@ class ModelConfig:
 
     llama: LlamaConfig = key(presets.LLAMA["demo"], "language model; presets: voco_jax/models/presets.py")
     vision: ViTConfig = key(presets.VIT["demo"], "vision tower; presets: voco_jax/models/presets.py")
-    compressor: str = key("voco", "'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'")
+    compressor: str = key(
+        "voco", "what makes few tokens of an image; 'none': all patches are read (LLaVA)", one_of=(*COMPRESSORS,)
+    )
     num_voco_tokens: int = key(
         1, "VoCo tokens per image (K); with 'none' they are plain text, and 0 is plain LLaVA", low=0, below=2**20
     )
@@ -28,17 +33,18 @@ class ModelConfig:
         2, "linear layers with GELU between (2: LLaVA-1.5's mlp2x_gelu; 1: the first LLaVA's)",
         low=1, below=2**6, earlier=2,
     )  # fmt: skip
-    param_dtype: str = key("float32", "dtype in which parameters are stored and updated; or 'bfloat16'", on_load="free")
+    param_dtype: str = key("float32", "dtype in which parameters are stored and updated", one_of=DTYPES, on_load="free")
     dtype: str = key(
-        "auto", "dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU", on_load="free"
-    )
+        "auto", "dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU",
+        one_of=DTYPES, on_load="free",
+    )  # fmt: skip
     attention: str = key(
         "xla", "attention kernel: 'xla' (any platform), 'splash' (TPU) or 'cudnn' (NVIDIA GPU)",
-        on_resume="free", on_load="free",
+        one_of=(*ADAPTERS,), on_resume="free", on_load="free",
     )  # fmt: skip
     remat: str = key(
         "none", "what the backward pass computes again to save memory: 'none' to 'full' (models/stack.py)",
-        on_resume="free", on_load="free",
+        one_of=("none", *REMAT), on_resume="free", on_load="free",
     )  # fmt: skip
     unroll_layers: bool = key(
         False, "no loop over layers: faster for few and small ones", on_resume="free", on_load="free"
@@ -47,41 +53,24 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VoCoConfig:
+class VoCoConfig(ModelConfig):
     """Everything that fixes the function a checkpoint computes, and how to compute it.
 
     prefix_ids and suffix_ids are what the tokenizer makes of the text before and between image and VoCo tokens
-    (Llama's: BOS, and `▁ \\n`); voco_token_id is the one id that all K VoCo tokens share.
+    (Llama's: BOS, and `▁ \\n`); voco_token_id is the one id that all K VoCo tokens share. dtypes are never 'auto'.
     """
 
-    llama: LlamaConfig
-    vision: ViTConfig
-    compressor: str = "voco"
-    num_voco_tokens: int = 1
+    dtype: str = "float32"
+    lora: LoRAConfig | None = None  # type: ignore[assignment]  # none, where the key has rank 0
     voco_token_id: int = 32000
     prefix_ids: tuple[int, ...] = (1,)
     suffix_ids: tuple[int, ...] = (28705, 13)
-    num_compressed_tokens: int = 1
-    num_qformer_layers: int = 2
-    projector_layers: int = 2
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    attention: str = "xla"
-    remat: str = "none"
-    unroll_layers: bool = False
-    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
-        get_adapter(self.attention)
-        if self.remat != "none" and self.remat not in REMAT:
-            raise ValueError(f"remat must be one of none, {', '.join(REMAT)}; found {self.remat!r}")
-        if self.compressor not in COMPRESSORS:
-            raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; found {self.compressor!r}")
-        if self.projector_layers < 1:
-            raise ValueError(f"projector_layers must be at least 1, found {self.projector_layers}")
         self.compressor_class.check(self)
         if not 0 <= self.voco_token_id < self.llama.vocab_size:
-            raise ValueError(f"voco_token_id {self.voco_token_id} is outside a vocabulary of {self.llama.vocab_size}")
+            vocabulary = f"of a vocabulary of {self.llama.vocab_size}"
+            raise ValueError(f"voco_token_id: expected an id {vocabulary}, found {self.voco_token_id}")
 
     @property
     def compressor_class(self) -> type[Compressor]:
@@ -123,3 +112,11 @@ class VoCoConfig:
         last = 2 * self.llama.layer_params(self.lora, ("k_proj", "v_proj"))
         all_layers = self.llama.layers_flops(tokens, self.compress_length, self.lora)
         return all_layers / layers * (layers - 1) + tokens * last
+
+
+def model_error(error: Exception) -> UserError:
+    """The error to raise where a model cannot be made or traced. Our own messages begin with the key in `config.model`;
+    others are jax's."""
+    line = str(error).splitlines()[0]
+    is_ours = line.partition(":")[0] in all_keys(ModelConfig())
+    return UserError(f"config.model.{line}" if is_ours else f"config.model: {line}")

@@ -53,11 +53,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        for target in self.targets:
-            if target not in self.TARGETS:
-                raise ValueError(f"lora.targets: expected some of {', '.join(self.TARGETS)}; found {target!r}")
-        if not self.targets:
-            raise ValueError(f"lora.targets: expected some of {', '.join(self.TARGETS)}; found none")
+        wrong = [repr(target) for target in self.targets if target not in self.TARGETS]
+        if wrong or not self.targets:
+            raise ValueError(f"targets: expected some of {', '.join(self.TARGETS)}; found {(wrong or ['none'])[0]}")
 
     @property
     def scale(self) -> float:

@@ -45,9 +45,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}; found {self.rope_type!r}")
+            raise ValueError(f"rope_type: expected one of {', '.join(ROPE_TYPES)}; found {self.rope_type!r}")
         if not 0 < self.factor < math.inf:
-            raise ValueError(f"rope_scaling: factor must be above 0, found {self.factor}")
+            raise ValueError(f"factor: expected a number above 0, found {self.factor}")
         if self.attention_factor is None:
             is_longer = self.rope_type == "yarn" and self.factor > 1
             object.__setattr__(self, "attention_factor", 0.1 * math.log(self.factor) + 1 if is_longer else 1.0)
@@ -80,12 +80,10 @@ class LlamaConfig:
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+            expected = f"expected a multiple of num_key_value_heads ({self.num_key_value_heads})"
+            raise ValueError(f"num_attention_heads: {expected}, found {self.num_attention_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, found {self.head_dim}")
+            raise ValueError(f"head_dim: expected an even number, for rotary positions; found {self.head_dim}")
 
     @property
     def padded_vocab_size(self) -> int:

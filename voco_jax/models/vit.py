@@ -17,6 +17,8 @@ from voco_jax.models.linear import Linear, LinearGeneral
 from voco_jax.models.stack import scan_layers, stack_layers
 from voco_jax.parallel.mesh import IMAGES, constrain
 
+FEATURES = ("patch", "cls_patch")
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -35,26 +37,24 @@ class ViTConfig:
     layer_norm_eps: float = key(1e-5, "added to the variance in norms", low=0)
     initializer_range: float = key(0.02, "standard deviation of random first weights", low=0, on_load="free")
     position_init: str = key(
-        "normal", "what position embeddings begin as: CLIP's noise, or 'sincos' (`sincos_positions`)"
+        "normal",
+        "what position embeddings begin as: CLIP's noise, or 'sincos' (`sincos_positions`)",
+        one_of=("normal", "sincos"),
     )
     select_layer: int = key(-2, "hidden states that are features: -1 the last layer's, -2 those before it (LLaVA)")
-    select_feature: str = key("patch", "'patch', or 'cls_patch' with the class token")
+    select_feature: str = key("patch", "'patch', or 'cls_patch' with the class token", one_of=FEATURES)
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.position_init not in ("normal", "sincos"):
-            raise ValueError(f"position_init must be 'normal' or 'sincos', found {self.position_init!r}")
+        for name, divisor in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
+            if (found := getattr(self, name)) % getattr(self, divisor):
+                raise ValueError(f"{name}: expected a multiple of {divisor} ({getattr(self, divisor)}), found {found}")
         if self.position_init == "sincos" and self.hidden_size % 4:
-            raise ValueError(f"position_init 'sincos' needs a hidden_size in fours, found {self.hidden_size}")
-        if self.select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"select_feature must be 'patch' or 'cls_patch', found {self.select_feature!r}")
-        if not -self.num_hidden_layers - 1 <= self.select_layer <= self.num_hidden_layers:
-            raise ValueError(f"select_layer {self.select_layer} does not exist with {self.num_hidden_layers} layers")
+            raise ValueError(f"hidden_size: expected a multiple of 4, for 'sincos'; found {self.hidden_size}")
+        if self.select_feature not in FEATURES:
+            raise ValueError(f"select_feature: expected one of {', '.join(FEATURES)}; found {self.select_feature!r}")
+        layers = self.num_hidden_layers
+        if not -layers - 1 <= self.select_layer <= layers:
+            raise ValueError(f"select_layer: expected {-layers - 1} to {layers}, found {self.select_layer}")
 
     @property
     def num_patches(self) -> int:

@@ -161,7 +161,7 @@ class VoCoLlama(nnx.Module):
 
     def _require_memory(self, what: str) -> None:
         if not self.config.has_memory:
-            raise ValueError(f"{what}: a model with compressor {self.config.compressor!r} has no compress stream")
+            raise ValueError(f"compressor: {what} needs 'voco', found {self.config.compressor!r}")
 
     # ---- The two streams ---------------------------------------------------------------------------------------
 

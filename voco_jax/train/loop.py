@@ -29,6 +29,7 @@ from voco_jax.errors import UserError
 from voco_jax.interrupts import set_interrupt_line
 from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
+from voco_jax.models.config import model_error
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.optim import learning_rates
@@ -286,7 +287,7 @@ def _check_lengths(conversation: int, row_length: int, model_config: VoCoConfig)
     try:
         model_config.check_kernels(row_length, training=True)
     except ValueError as error:
-        raise UserError(f"config.model: {error}") from None
+        raise model_error(error) from None
 
 
 def _describe_model(config: ConfigDict, model_config: VoCoConfig, state: AbstractState) -> None:
@@ -315,4 +316,4 @@ def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: Ab
     try:
         jax.eval_shape(train_step, state.params, state.opt_state, batch)
     except (ValueError, NotImplementedError) as error:  # the second where a kernel has no gradient for these shapes
-        raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
+        raise model_error(error) from error
