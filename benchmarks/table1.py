@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 from voco_jax.config import typed
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.optim import make_schedule
@@ -132,7 +132,7 @@ def main() -> None:
     if not 1 <= jobs <= len(all_cpus):
         raise UserError(f"--jobs: expected 1 to {len(all_cpus)}, found {jobs}")
     common = {"train.steps": args.steps, "seed": args.seed}
-    config = parse_command_line(["", f"--config={CONFIG}", *(f"--config.{key}={v}" for key, v in common.items())])
+    config = parse_arguments(["", f"--config={CONFIG}", *(f"--config.{key}={v}" for key, v in common.items())])[0]
     make_schedule(typed(config).optim, args.steps)  # steps that cannot be show themselves here, not in seven logs
     args.out.mkdir(parents=True, exist_ok=True)
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.helpers import tiny
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("local_pod.sh", "gpu_host.sh", "tpu_pod.sh", "worker.sh")
@@ -540,4 +540,4 @@ def test_the_configs_of_the_help_texts_exist():
     for script in SCRIPTS:
         for word in (ROOT / "launch" / script).read_text().split():
             if word.startswith("--config=configs/"):
-                parse_command_line(["train", word.rstrip(",;")])
+                parse_arguments(["train", word.rstrip(",;")])[0]

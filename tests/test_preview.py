@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
 from voco_jax.data.training_data import open_training_data
@@ -180,7 +180,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     )
     assert "the first 2 of 6 packs" in header and page.of("h2") == ["pack 1 ", "pack 2 "]
     assert len(page.of("h3")) == 8 and len(page.pictures) == 2 and page.pictures[0].shape == (64, 64, 3)
-    data = open_training_data(parse_command_line(["", f"--config={tiny.CONFIG_FILE}", *changes]), log=lambda line: None)
+    data = open_training_data(parse_arguments(["", f"--config={tiny.CONFIG_FILE}", *changes])[0], log=lambda line: None)
     batch = next(itertools.islice(data.batches, 7, None))
     seen = [
         data.tokenizer.decode(tokens[used > 0])

@@ -45,6 +45,7 @@ from voco_jax.infer.memory import EncodedImages, MemoryBank, fingerprint, join_i
 from voco_jax.infer.memory_file import SUFFIX, load_memory, save_memory
 from voco_jax.infer.prompts import Prompt, encode_prompt, generate, score
 from voco_jax.io.paths import as_path
+from voco_jax.terminal import count_of
 
 # What a question may be about: see `Model.encode`
 ImageInput = EncodedImages | PictureLike | Sequence[EncodedImages | PictureLike]
@@ -93,7 +94,7 @@ class Model:
 
     def __repr__(self) -> str:
         kind = self.config.compressor
-        tokens = f"{self.run.encoder.num_visual_tokens} tokens an image"
+        tokens = f"{count_of(self.run.encoder.num_visual_tokens, 'token')} per image"
         return f"Model({str(self.run.directory)!r}, step {self.run.step}, compressor {kind!r}, {tokens})"
 
     # ---- Encoding images ---------------------------------------------------------------------------------------

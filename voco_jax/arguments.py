@@ -14,6 +14,7 @@ from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.generate import Sampling
 from voco_jax.io.paths import as_path
+from voco_jax.options import at_least_1
 from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
 
 
@@ -65,7 +66,7 @@ def mesh_of(text: str | None) -> Mesh | None:
 def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> None:
     """`--max-new-tokens`, `--temperature`, `--top-p`, `--top-k`, `--seed`."""
     parser.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+        "--max-new-tokens", type=at_least_1, default=max_new_tokens, metavar="N",
         help=f"longest answer, in tokens (default {max_new_tokens})",
     )  # fmt: skip
     parser.add_argument(
@@ -80,8 +81,6 @@ def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """UserError for values that cannot be."""
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
     try:
         return Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     except UserError as error:
@@ -105,11 +104,9 @@ def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fps", type=float, metavar="F", help="frames per second of a video")
     parser.add_argument(
-        "--max-frames",
-        type=int,
-        metavar="N",
+        "--max-frames", type=int, metavar="N",
         help="at most so many frames with --fps; 0 = no limit (default: as in training)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--incomplete", action="store_true", help="of a video that is cut off, use the frames that are there"
     )

@@ -25,14 +25,13 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.memory import EncodedImages, MemoryBank, check_tokens
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.io.paths import as_path
-from voco_jax.terminal import printable
+from voco_jax.options import Parser
+from voco_jax.terminal import count_of, printable
 
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="voco ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="voco ask", description=__doc__)
     add_model_arguments(parser)
     add_image_arguments(parser)
     parser.add_argument(
@@ -115,7 +114,7 @@ def warn_of_more(model: Model, count: int) -> None:
     """On standard error, where a model is asked about more pictures together than it has seen."""
     trained = model.run.config.data.images_per_pack
     if count > trained:
-        note = f"note: {count} images together: {model.run.directory} was trained with at most {trained}"
+        note = f"note: {count_of(count, 'image')} together: {model.run.directory} was trained with at most {trained}"
         print(note, file=sys.stderr)
 
 

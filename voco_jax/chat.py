@@ -7,7 +7,6 @@ A line is a turn. These lines are not:
     /quit    end; so do an empty line, and the end of the input
 """
 
-import argparse
 import re
 import sys
 
@@ -20,14 +19,13 @@ from voco_jax.arguments import (
 )
 from voco_jax.ask import check_image_arguments, encode_arguments, saw_single_questions, warn_of_more, warn_of_none
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="voco chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="voco chat", description=__doc__)
     add_model_arguments(parser)
     add_image_arguments(parser)
     add_answer_arguments(parser, max_new_tokens=256)

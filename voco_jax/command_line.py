@@ -16,7 +16,7 @@ import sys
 import textwrap
 import traceback
 import types
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_collections
 from ml_collections import ConfigDict
@@ -38,32 +38,29 @@ from voco_jax.config import (
 from voco_jax.config_keys import SOURCE_KEYS
 from voco_jax.errors import UserError
 from voco_jax.keys import Key, in_one_line, type_in_words
+from voco_jax.options import Parser
 
 _CONFIG, _KEY = "--config", "--config."
 _LEFT = 44  # columns of a name in --help
 
 
-def parse_command_line(argv: Sequence[str]) -> ConfigDict:
-    """The config of `--config=FILE --config.key=value …`; UserError says what is wrong, and names the nearest key."""
-    return parse_arguments(argv, lambda parser: None)[0]
-
-
 def parse_arguments(
-    argv: Sequence[str], add_arguments: Callable[[argparse.ArgumentParser], None], about: str = ""
+    argv: Sequence[str], add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None, about: str = ""
 ) -> tuple[ConfigDict, argparse.Namespace]:
-    """`parse_command_line` for a command with arguments of its own, which `add_arguments` adds to those for the config.
+    """The config of `--config=FILE --config.key=value …`, and a command's own arguments, which `add_arguments` adds.
 
-    In the namespace `config` is the file, and `changes` has the text of each key that the command line sets. `--help`
-    prints `about` (the command's docstring), the arguments and all config keys, and ends with status 0.
+    UserError says what is wrong, and names the nearest key. In the namespace `config` is the file, and `changes` has
+    the text of each key that the command line sets. `--help` prints `about` (the command's docstring), the arguments
+    and all config keys, and ends with status 0.
     """
     parser = _Parser(about)
     add_arguments(parser)
     arguments, others = parser.parse_known_args(argv[1:])
     arguments.changes = _changes(others, parser)
     if len(files := arguments.config or []) > 1:
-        raise UserError(f"command line: {_CONFIG} is given twice: {files[0]!r} and {files[1]!r}")
+        raise UserError(f"{_CONFIG} is given twice: {files[0]!r} and {files[1]!r}")
     if not files:
-        raise UserError(f"command line: {_CONFIG}=FILE is missing, for example {_CONFIG}=easyvqa")
+        raise UserError(f"{_CONFIG}=FILE is missing, for example {_CONFIG}=easyvqa")
     arguments.config = files[0]
     config = load_file(arguments.config)
     for key, text in arguments.changes.items():
@@ -79,8 +76,8 @@ def parse_arguments(
 # ---- What stands on the command line ---------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError instead of ending the process; `--help` lists the config keys too."""
+class _Parser(Parser):
+    """`--help` lists the config keys too."""
 
     def __init__(self, about: str):
         width = max(72, min(120, shutil.get_terminal_size((110, 24)).columns))
@@ -97,8 +94,8 @@ class _Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.add_argument(f"{_KEY}KEY", metavar="VALUE", help="changes one key; `('a', 'b')` for several values")
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message.removeprefix('argument ')}")
+    def check_names(self, arguments: Sequence[str]) -> None:
+        """Left to `_changes`: what is none of the parser's options may be a config key."""
 
 
 def _changes(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -112,15 +109,13 @@ def _changes(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[
                 text = "false" if match[1] else "true" if is_switch else next(rest, "")
             changes[match[2]] = text
             continue
-        common = ("--help", _CONFIG, f"{_KEY}KEY")
-        own = [option for option in parser._option_string_actions if option[:2] == "--" and option not in common]
+        options = [option for option in parser._option_string_actions if option[:2] == "--"]
         if argument.startswith("-"):
-            known = [*(option[2:] for option in own), *(f"config.{key}" for key in KEYS)]
+            known = [*(option[2:] for option in options), *(f"config.{key}" for key in KEYS)]
             likely = unknown_key(name.lstrip("-"), known, "--")
-            raise UserError(f"command line: {name}: {likely.replace('key', 'option', 1)}")
-        options = ", ".join([f"{_CONFIG}=FILE {_KEY}KEY=VALUE", *own])
-        hint = f"did you mean {_CONFIG}={argument}?" if argument.endswith(".py") else f"use {options}"
-        raise UserError(f"command line: {argument!r} is not an option; {hint}")
+            raise UserError(f"{name}: {likely.replace('key', 'option', 1)}")
+        hint = f"did you mean {_CONFIG}={argument}?" if argument.endswith(".py") else f"options: {', '.join(options)}"
+        raise UserError(f"{argument!r} is not an option; {hint}")
     return changes
 
 
@@ -129,12 +124,12 @@ def _change(config: ConfigDict, key: str, text: str) -> None:
     known = flatten(config)
     is_literal = key in (*SOURCES, "model.llama.rope_scaling") and text.startswith("{")
     if key not in known and not is_literal:
-        raise UserError(f"command line: {_KEY}{key}: {unknown_key(key, known)}")
+        raise UserError(f"{_KEY}{key}: {unknown_key(key, known)}")
     expected = KEYS[key].type if key in KEYS else type(known[key])  # of a source
     try:
         value = ConfigDict(ast.literal_eval(text), convert_dict=True) if is_literal else _value(text, expected)
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError):
-        raise UserError(f"command line: {_KEY}{key}: expected {type_in_words(expected)}, found {text!r}") from None
+        raise UserError(f"{_KEY}{key}: expected {type_in_words(expected)}, found {text!r}") from None
     group, _, name = key.rpartition(".")
     with config.ignore_type():
         (value_of(config, group) if group else config)[name] = value
@@ -202,7 +197,7 @@ def _find(path: str) -> tuple[Path, list[str]]:
     name, *parameter = [path] if Path(path).exists() else path.split(":", 1)
     file = Path(name) if Path(name).is_file() else configs.find(name)
     if file is None:
-        found = "a directory" if Path(name).is_dir() else "no such file"
+        found = "a directory" if Path(name).is_dir() else "none"
         raise UserError(
             f"{_CONFIG}={path}: expected a Python file or one of {', '.join(configs.names())}; found {found}"
         )

@@ -4,7 +4,6 @@ What --images names is a picture, a video, a directory, a pattern ("shots/*.png"
 all into one file. The same command again adds what is new, and goes on where it was interrupted.
 """
 
-import argparse
 import sys
 
 from tqdm import tqdm
@@ -16,32 +15,29 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory import check_tokens
 from voco_jax.infer.memory_file import MemoryFile
+from voco_jax.options import Parser, at_least_1
 from voco_jax.terminal import printable
 
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="voco compress", description=__doc__)
+    parser = Parser(prog="voco compress", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
-        "--images",
-        nargs="+",
-        required=True,
-        metavar="PATH",
+        "--images", nargs="+", required=True, metavar="PATH",
         help="pictures, videos, directories, patterns or lists; see above",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=path_here, required=True, metavar="FILE", help="memory file to write, or to add to"
     )
     parser.add_argument("--tokens", type=int, metavar="K", help="keep only the first K tokens of each image")
     parser.add_argument("--int8", action="store_true", help="store in int8: half the size of bfloat16")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default 32)")
-    parser.add_argument("--threads", type=int, default=usable_cores(), metavar="N", help="threads that decode pictures")
+    parser.add_argument("--batch-size", type=at_least_1, default=32, metavar="N", help="images at once (default 32)")
+    parser.add_argument(
+        "--threads", type=at_least_1, default=usable_cores(), metavar="N", help="threads that decode pictures"
+    )
     add_frame_arguments(parser)
     args = parser.parse_args()
-    for name in ("batch_size", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: expected a file in a directory that is there")
     entries = find_entries(args.images)  # first: what is wrong with them shows itself at once
@@ -56,10 +52,7 @@ def main() -> None:
     file = MemoryFile(args.out)
     counts = [f"{outcome.new} new", f"{outcome.known} known"]
     counts += [f"{n} {what}" for n, what in ((outcome.skipped, "left out"), (outcome.dropped, "replaced")) if n]
-    print(
-        f"{printable(str(args.out))}: {len(file)} pictures of {file.num_tokens} tokens, {file.dtype.name}, "
-        f"{file.size / 2**20:.1f} MiB ({', '.join(counts)})"
-    )
+    print(f"{printable(file.summary())} ({', '.join(counts)})")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def one_line_errors(main: Callable) -> Callable:
         except (UserError, OSError) as error:  # OSError: disk full, no permission …; its text names the file
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 sys.exit(_PIPE_CLOSED)
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            about = isinstance(error, OSError) and error.filename
+            print(f"error: {printable(f'{about}: {reason(error)}' if about else str(error))}", file=sys.stderr)
             sys.exit(exit_status(error))
         except KeyboardInterrupt:
             if interrupts.listening():

@@ -8,7 +8,6 @@ With --questions FILE.jsonl --images DIR --answers OUT.jsonl: the answers to LLa
 write them. Started again, it goes on where it stopped.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
@@ -37,7 +36,8 @@ from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import files_for
 from voco_jax.models.compressors import COMPRESSORS
-from voco_jax.terminal import printable
+from voco_jax.options import Parser, at_least_1
+from voco_jax.terminal import count_of, printable
 
 
 class Scored(NamedTuple):
@@ -114,18 +114,19 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             results, answers, report = score_conversations(
                 model, opened[name], options, name=name, max_records=max_records
             )
-            notes = [line.strip() for line in report.lines("conversations")] if report.skipped else []
+            notes = [line.strip() for line in report.lines("conversation")] if report.skipped else []
             draw = functools.partial(draw_conversations, answers)
             yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
             continue
         results, found, report = score_clips(
             model, clips[name], options, name=name, max_clips=max_records, baselines=baselines, guesser=guesser
         )
-        notes = [line.strip() for line in report.lines("questions")] if report.skipped else []
+        notes = [line.strip() for line in report.lines("question")] if report.skipped else []
         if baselines and guesser is None:
             notes.append(f"{GUESS}: config.data.train has no video_qa source to guess from")
         right, total = results["counts"][THIS_RUN][OVERALL]
-        title = f"{right:,} of {total:,} questions right about {results['clips']:,} clips, step {run.step:,}"
+        about = f"about {count_of(results['clips'], 'clip')}, step {run.step:,}"
+        title = f"{right:,} of {count_of(total, 'question')} right {about}"
         pictures = {
             "kinds": functools.partial(draw_kinds, results["counts"], title=title),
             "strip": functools.partial(draw_strip, found, title=title),
@@ -145,7 +146,8 @@ def options_of(run: Run) -> Options:
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:
     """The first ones, those with longer answers grey: these are hardly ever given word by word."""
     shown, overall = answers[: SHEET_COLUMNS * SHEET_ROWS], conversations.scores(answers)[OVERALL]
-    title = f"{len(answers):,} answers: exact match {overall['exact_match']:.1%}, token F1 {overall['token_f1']:.1%}"
+    shares = f"exact match {overall['exact_match']:.1%}, token F1 {overall['token_f1']:.1%}"
+    title = f"{count_of(len(answers), 'answer')}: {shares}"
     judged = [answer.kind == conversations.SHORT for answer in shown]
     draw_sheet(shown, [answer.picture for answer in shown], path, title, judged=judged)
 
@@ -170,17 +172,14 @@ def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="voco evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="voco evaluate", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
-        "--compressor",
-        choices=COMPRESSORS,
+        "--compressor", choices=COMPRESSORS,
         help="run the model with another compressor than it was trained with ('voco': the lower bound)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--max-records", type=int, metavar="N", help="only the first N pictures or clips of each test source"
+        "--max-records", type=at_least_1, metavar="N", help="only the first N pictures or clips of each test source"
     )
     parser.add_argument(
         "--baselines", action="store_true",
@@ -196,8 +195,6 @@ def main() -> None:
     if args.questions is not None:
         question_files.run_command(args)
         return
-    if args.max_records is not None and args.max_records < 1:
-        raise UserError(f"--max-records: expected at least 1, found {args.max_records}")
     run = load_run(args.run, step=args.step, compressor=args.compressor, attention=args.attention)
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""

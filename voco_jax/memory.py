@@ -1,6 +1,5 @@
 """`voco memory list FILE`: what memory files contain; `check` verifies them, `merge` joins several."""
 
-import argparse
 from collections.abc import Sequence
 import hashlib
 from pathlib import Path
@@ -12,6 +11,7 @@ from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.infer.memory_format import tensors_of
+from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
 _HELD = 256  # files that are kept open at once: a process may have a thousand or so
@@ -19,7 +19,7 @@ _HELD = 256  # files that are kept open at once: a process may have a thousand o
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="voco memory", description=__doc__)
+    parser = Parser(prog="voco memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="list what files contain")
     listing.add_argument("file", nargs="+", type=path_here, help="memory file")
@@ -41,20 +41,11 @@ def show(path: Path, command: str) -> None:
         if command == "check":
             for _ in file.pieces(range(len(file))):
                 pass
-        print(printable(summary(file)) + (": every byte as it was written" if command == "check" else ""))
+        print(printable(file.summary()) + (": every byte as it was written" if command == "check" else ""))
         if command == "list":
             for item in file.items:
                 time = "" if item.time is None else f"  {format_time(item.time)}"
                 print(printable(f"  {item.source}{time}  {item.sha256[:12]}"))
-
-
-def summary(file: MemoryFile) -> str:
-    """In a line."""
-    _, tokens, layers, heads, size = file.shape
-    return (
-        f"{file.file}: {len(file)} pictures, {tokens} tokens each, {file.dtype.name}, {layers} layers × {heads} × "
-        f"{size}, {file.size / 2**20:.1f} MiB, model {file.model}"
-    )
 
 
 def merge(files: Sequence[Path], out: Path) -> None:

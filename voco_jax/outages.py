@@ -76,7 +76,7 @@ def reason(error: BaseException) -> str:
     """Why, in one line, without the file."""
     for link in chain(error):
         if number := error_number(link):
-            return os.strerror(number)
+            return "not found" if number == errno.ENOENT else os.strerror(number)
     lines = [line.strip() for line in str(_root(error)).splitlines() if line.strip()]
     if not lines:
         return type(_root(error)).__name__

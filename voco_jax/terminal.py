@@ -36,13 +36,14 @@ def shortened(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def counted(number: int, plural: str) -> str:
-    """A number of things in words.
+def count_of(number: int, noun: str) -> str:
+    """A number of things.
 
-    >>> counted(1, "records"), counted(1, "batches"), counted(0, "shards")
-    ('1 record', '1 batch', '0 shards')
+    >>> count_of(1, "image"), count_of(2000, "image"), count_of(3, "batch")
+    ('1 image', '2,000 images', '3 batches')
     """
-    return f"{number} {plural if number != 1 else re.sub('(?<=ch)es$|s$', '', plural)}"
+    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{plural}"
 
 
 def log(line: str) -> None:

@@ -25,7 +25,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
     ("arguments", "message"),
     [
         ([], "--topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8"),
-        (["--topology=v5e:8"], "topology: expected chip:shape, for example v5e:2x2,"),
+        (["--topology=v5e:8"], "--topology: expected chip:shape, for example v5e:2x2,"),
         (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
         (["--topology=v5e:2x2", "--fast"], "fast"),
         (["--topology=v5e:2x2", "more"], "'more' is not an option; use --config=FILE --config.KEY=VALUE, --topology"),
@@ -171,9 +171,7 @@ def test_a_shape_that_the_data_choose(tmp_path, capsys):
     assert (found.row_length, found.rows_per_pack) == (shape.row_length, shape.rows) and config.data.row_length == 0
     assert capsys.readouterr().err == f"from the data: row_length {shape.row_length}, rows_per_pack {shape.rows}\n"
     config.data.train = sources(mine=source("llava", file=str(tmp_path / "gone.json")))
-    with pytest.raises(
-        UserError, match=r"gone.json: No such file .*give --config.data.row_length=… --config.data.rows_"
-    ):
+    with pytest.raises(UserError, match=r"gone.json: not found.*give --config.data.row_length=… --config.data.rows_"):
         aot.with_shape(config)
 
 

@@ -137,14 +137,14 @@ def test_a_name_of_the_hub_is_said(made, tmp_path, offline, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     for name in "runs/tokenizer", "./tokenizer", "runs/mini/tokenizer":
-        with pytest.raises(UserError, match=f"^tokenizer '{name}': directory not found$"):
+        with pytest.raises(UserError, match=f"^tokenizer '{name}': not found$"):
             load_tokenizer(name)
     fetched = tmp_path / "snapshots" / "0123abcd"
     shutil.copytree(made / "tokenizer", fetched)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(fetched))
     load_tokenizer("someone/tokenizer")
     assert capsys.readouterr().err.splitlines() == [
-        "tokenizer someone/tokenizer: no such directory; Hugging Face's hub is asked for it",
+        "tokenizer someone/tokenizer: not found here; Hugging Face's hub is asked for it",
         "tokenizer someone/tokenizer: from Hugging Face's hub, revision 0123abcd",
     ]
 
@@ -159,7 +159,7 @@ def test_what_is_on_this_machine_is_no_name_of_the_hub(tmp_path, offline, monkey
             load_tokenizer(name)
     with pytest.raises(UserError, match="^link: a link to nowhere, which is not there"):
         load_tokenizer("link")
-    with pytest.raises(UserError, match="^tokenizer 'file/tokenizer': directory not found$"):
+    with pytest.raises(UserError, match="^tokenizer 'file/tokenizer': not found$"):
         load_tokenizer("file/tokenizer")
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="the network was asked"):

@@ -17,7 +17,7 @@ from tests.helpers.commands import run_main
 from tests.helpers.shared import make_once
 from tests.models.test_two_streams import CONFIG
 from voco_jax.checkpoint.run import load_run
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 from voco_jax.convert.families import RULES
 from voco_jax.convert.golden import check
 from voco_jax.convert.to_jax import layers_of
@@ -345,7 +345,7 @@ def test_training_goes_on_from_a_converted_checkpoint(golden_run, tmp_path):
         "--config.data.batch_size=2", "--config.data.conversations_per_record=1", "--config.data.rows_per_pack=1",
         "--config.optim.warmup_steps=1",
     ]  # fmt: skip
-    config = parse_command_line(["train", *arguments])
+    config = parse_arguments(["train", *arguments])[0]
     run = load_run(train(config))
     first = json.loads((run.directory / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1 and abs(first["loss"] - np.log(32001)) < 1
@@ -357,4 +357,4 @@ def test_training_goes_on_from_a_converted_checkpoint(golden_run, tmp_path):
     assert run.config.model.llama.vocab_multiple == 128 and not np.asarray(after)[32001:].any()
     assert run.encoder.tokenizer.get_vocab() == load_run(golden_run).encoder.tokenizer.get_vocab()
     with pytest.raises(UserError, match=r"llama.hidden_size: .*run has 32, found 64; with init_from it need not"):
-        train(parse_command_line(["train", *arguments, "--config.model.llama.hidden_size=64"]))
+        train(parse_arguments(["train", *arguments, "--config.model.llama.hidden_size=64"])[0])

@@ -403,7 +403,7 @@ def test_bad_arguments(images, tmp_path, run):
     two.write_text('[{"a": 1}]\n[{"a": 2}]')
     out = tmp_path / "out"
     for message, *command in (
-        ("nothing.json: No such file", "llava", tmp_path / "nothing.json", out),
+        ("nothing.json: not found", "llava", tmp_path / "nothing.json", out),
         ("nowhere: expected a directory", "llava", rows, "--images", tmp_path / "nowhere", out),
         ("broken.json: not readable as a JSON array", "llava", broken, out),
         ("two.json: not readable as a JSON array: expected nothing after the array", "llava", two, out),

@@ -65,7 +65,7 @@ def test_literally(encoder, tmp_path):
     expected = [len(encoder.encode(r.conversations[0], len(r.images))) for r in (records[0], records[3], records[4])]
     assert index.lengths.tolist() == [expected[0], 40, *expected[1:]]
     lost = len(encoder.encode(records[0].conversations[2], 1)) - 40
-    assert index.report.lines("conversations") == [
+    assert index.report.lines("conversation") == [
         f"7 conversations: 4 good (1 cut by {lost} tokens), 3 skipped",
         "  2 skipped: does not fit; list[1]: images: expected at most config.data.images_per_pack = 2, found 3 | "
         f"list[2]: conversation of {len(encoder.encode(records[2].conversations[0], 1))} tokens: an image or every "

@@ -81,7 +81,7 @@ def test_by_name_from_the_hub(byte_json, tmp_path, monkeypatch):
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     assert_ends_whole(load_tokenizer("some/model"))
     for name in ("some/other", "no name"):
-        with pytest.raises(UserError, match=f"^tokenizer '{name}': no such directory, and cannot be fetched") as error:
+        with pytest.raises(UserError, match=f"^tokenizer '{name}': not found here, and cannot be fetched") as error:
             load_tokenizer(name)
         assert "\n" not in str(error.value)
 

@@ -145,7 +145,7 @@ def test_killed_again_and_again(tiny_run, album, uninterrupted, tmp_path):
     assert done.returncode == 0 and "of which " in done.stdout
     assert answers.read_bytes() == uninterrupted
     done = subprocess.run(command, cwd=tiny.CONFIG_FILE.parents[1], capture_output=True, text=True)
-    assert "30 answers, of which 30 were there" in done.stdout
+    assert "30 answers, 30 of them already in the file" in done.stdout
     assert answers.read_bytes() == uninterrupted
 
 
@@ -240,7 +240,7 @@ def test_questions_that_cannot_be_asked(tiny_run, album, tmp_path, monkeypatch, 
         (["--top-p", 0], "--top-p: expected more than 0 and at most 1, found 0.0"),
         (["--max-records", 3], "--max-records: does not go with --questions"),
         (["--images", "nowhere"], "--images: nowhere: expected a directory"),
-        (["--questions", "nothing.jsonl"], "nothing.jsonl: No such file or directory; expected a .json or .jsonl file"),
+        (["--questions", "nothing.jsonl"], "nothing.jsonl: not found; expected a .json or .jsonl file"),
     ],
 )
 def test_options_that_cannot_be(tiny_run, album, tmp_path, monkeypatch, capsys, more, message):

@@ -355,14 +355,14 @@ def test_a_broken_clip(tiny_run, shape_clips, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("test", "arguments", "message"),
     [
-        (dict(a=source("llava", file="a.json")), [], "config.data.test.a: a.json: No such file"),
+        (dict(a=source("llava", file="a.json")), [], "config.data.test.a: a.json: not found"),
         (
             {},
             [],
             "config.data.test: expected a test set, found none; set it in the config file and give the command of",
         ),
         (dict(a=source("easyvqa", split="test")), ["--baselines"], "--baselines: expected a video_qa source in "),
-        (dict(a=source("video_qa", file="a.json", videos="")), [], "config.data.test.a: a.json: No such file"),
+        (dict(a=source("video_qa", file="a.json", videos="")), [], "config.data.test.a: a.json: not found"),
         ({}, ["--baselines", "--questions", "a.jsonl"], "--baselines: does not go with --questions"),
     ],
 )

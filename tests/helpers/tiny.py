@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 
 CONFIG_FILE = Path(__file__).parents[2] / "configs" / "easyvqa.py"
 OVERRIDES = {
@@ -32,4 +32,4 @@ def arguments(workdir: Path, **changes) -> list[str]:
 
 
 def config(workdir: Path, **changes):
-    return parse_command_line(["train", *arguments(workdir, **changes)])
+    return parse_arguments(["train", *arguments(workdir, **changes)])[0]

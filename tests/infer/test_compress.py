@@ -56,7 +56,7 @@ def test_an_album(run, model, album, tmp_path, monkeypatch, capsys):
     """Made, read, added to, one picture replaced; each picture's memory is that of the picture alone."""
     out = tmp_path / "album.voco"
     status, said, _ = command(monkeypatch, capsys, run, "--images", album, "--out", out, "--batch-size", 4)
-    assert status == 0 and "7 pictures of 2 tokens, float32" in said and "(7 new, 0 known)" in said
+    assert status == 0 and "7 pictures, 2 tokens each, float32" in said and "(7 new, 0 known)" in said
     bank = model.open(out)
     assert [Path(item.source).name for item in bank.items] == sorted(p.name for p in album.iterdir())
     for i in (0, 5):
@@ -114,9 +114,9 @@ def test_lists_patterns_and_names(tmp_path, album):
     assert [e.is_video for e in find_entries([str(CLIP), str(PICTURES[0])])] == [True, False]
     assert find_entries([PICTURES[0].absolute().as_uri()]) == find_entries([str(PICTURES[0].absolute())])
     for arguments, message in (
-        ([tmp_path / "nothing.png"], "nothing.png: expected a picture or a video, found no such file"),
+        ([tmp_path / "nothing.png"], "nothing.png: not found"),
         ([tmp_path / "*.gif"], "expected pictures or videos, found none"),
-        ([tmp_path / "other.txt"], "other.txt: the list cannot be read: No such file"),
+        ([tmp_path / "other.txt"], "other.txt: the list cannot be read: not found"),
     ):
         with pytest.raises(UserError, match=message.replace("*", r"\*")):
             find_entries(list(map(str, arguments)))
@@ -204,7 +204,7 @@ def test_another_model_and_other_forms(run, album, tmp_path, tiny_run, monkeypat
     assert out.read_bytes() == before and not Path(f"{out}.parts").exists()
     shutil.copy(PICTURES[60], album / "new.png")
     said = command(monkeypatch, capsys, run, "--images", album, "--out", out)[1]
-    assert "8 pictures of 1 tokens, int8" in said  # as the file has it
+    assert "8 pictures, 1 token each, int8" in said  # as the file has it
 
 
 def test_saved_and_loaded_answers_are_the_same(model, tmp_path):
@@ -480,7 +480,7 @@ def test_a_file_keeps_its_dtype(run, model, album, tmp_path, monkeypatch, capsys
     bank = model.compress(names)
     model.save(bank[:3].astype(ml_dtypes.bfloat16), out)
     said = command(monkeypatch, capsys, run, "--images", *names[3:], "--out", out)[1]
-    assert "7 pictures of 2 tokens, bfloat16" in said
+    assert "7 pictures, 2 tokens each, bfloat16" in said
     np.testing.assert_array_equal(model.open(out).keys, bank.keys.astype(ml_dtypes.bfloat16))
     kinds = [bank[0], bank[1].astype(ml_dtypes.bfloat16), bank[2].to_int8()]
     assert model.answers([Request("is it red?", one) for one in kinds]) == [model.ask("is it red?", o) for o in kinds]

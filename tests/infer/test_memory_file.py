@@ -297,7 +297,7 @@ def test_other_files(tmp_path, content, message):
     (tmp_path / "b.voco").write_bytes(content)
     with pytest.raises(UserError, match=f"b.voco: {message}"):
         MemoryFile(tmp_path / "b.voco")
-    with pytest.raises(UserError, match="nowhere.voco: the memory file cannot be read: No such file"):
+    with pytest.raises(UserError, match="nowhere.voco: the memory file cannot be read: not found"):
         MemoryFile(tmp_path / "nowhere.voco")
 
 
@@ -338,7 +338,7 @@ def test_what_does_not_go_together(tmp_path, other, message):
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     save_memory(tmp_path / "a.voco", make_bank())
-    with pytest.raises(UserError, match="/nowhere/a.voco: cannot be written: No such file"):
+    with pytest.raises(UserError, match="/nowhere/a.voco: cannot be written: not found"):
         save_memory("/nowhere/a.voco", make_bank())
     (tmp_path / "a.voco").rename(tmp_path / "b.voco")
     assert same(load_memory(tmp_path / "b.voco"), make_bank())

@@ -209,7 +209,7 @@ def test_any_clip_is_compressed_and_asked_about(run, model, tmp_path, monkeypatc
     assert {"bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"} <= {path.name for path in paths}
     status, said, err = run_main(compress, monkeypatch, capsys, "--run", run, "--images", *paths, "--out", out)
     counts = {path: 1 if path.name == "one.mp4" else 6 if path.name == "variable.mp4" else 8 for path in paths}
-    assert status == 0 and f"{sum(counts.values())} pictures of 2 tokens" in said and "left out" not in err
+    assert status == 0 and f"{sum(counts.values())} pictures, 2 tokens each" in said and "left out" not in err
     bank = model.open(out)
     monkeypatch.setattr(ask, "load_model", lambda args: model)  # once
     for path, count in counts.items():

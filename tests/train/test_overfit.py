@@ -10,7 +10,7 @@ import pytest
 
 from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 from voco_jax.config import source, sources
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.eval.answering import answer_all
@@ -67,7 +67,7 @@ def write_questions(file: Path, split: str, num_pictures: int, per_picture: int)
 def config_of(workdir: Path, questions: Path, changes: dict) -> ConfigDict:
     keys = COMMON | changes | {"workdir": workdir}
     arguments = [f"--config={CONFIG_FILE}", *(f"--config.{key}={value}" for key, value in keys.items())]
-    config = parse_command_line(["train", *arguments])
+    config = parse_arguments(["train", *arguments])[0]
     images = Path(easyvqa.load(questions.stem)[0].images[0].file).parent
     config.data.train = sources(questions=source("llava", file=str(questions), images=str(images)))
     config.data.test = sources()

@@ -8,7 +8,7 @@ import pytest
 
 import voco_jax
 from voco_jax.api import Request
-from voco_jax.command_line import parse_command_line
+from voco_jax.command_line import parse_arguments
 from voco_jax.config import source
 from voco_jax.data import make_video_questions as made
 from voco_jax.data.sources import easyvqa
@@ -73,7 +73,7 @@ def clips(tmp_path_factory) -> Path:
 
 def trained(name: str, changes: dict, clips: Path) -> Path:
     arguments = [f"--config={CONFIGS / name}.py", *(f"--config.{key}={value}" for key, value in changes.items())]
-    config = parse_command_line(["train", *arguments])
+    config = parse_arguments(["train", *arguments])[0]
     images = Path(easyvqa.load("test")[0].images[0].file).parent
     with config.unlocked():
         for pictures in ("easyvqa", "places"):

@@ -59,7 +59,7 @@ def main() -> None:
     config, args = parse_arguments(sys.argv, add_arguments, __doc__)
     topology, step = args.topology, args.step
     if topology is None:
-        raise UserError("command line: --topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
+        raise UserError("--topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8")
     options: dict[str, str | bool] = dict(option.split("=", 1) for option in args.xla if "=" in option)
     if wrong := [option for option in args.xla if "=" not in option]:
         raise UserError(f"--xla: expected NAME=VALUE, found {wrong[0]!r}")

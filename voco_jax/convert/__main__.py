@@ -30,6 +30,7 @@ from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.tensors import DTYPES
 from voco_jax.models.compressors import COMPRESSORS
+from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
 
@@ -60,9 +61,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="voco convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="voco convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="format, configuration, tensors, and what is missing or unknown")

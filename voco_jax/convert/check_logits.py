@@ -9,7 +9,6 @@ The golden file holds, for rows i = 0, 1, …: `rows{i}`, token ids in the relea
 Exit status 1 beyond the tolerance or where greedy tokens differ.
 """
 
-import argparse
 from pathlib import Path
 import sys
 import zipfile
@@ -21,12 +20,13 @@ from voco_jax.checkpoint.run import load_run
 from voco_jax.convert.golden import check
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.files import open_regular
+from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, as to-jax writes")
     parser.add_argument("--golden", type=Path, required=True, metavar="FILE.npz", help="recorded values; see above")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default 1e-4)")

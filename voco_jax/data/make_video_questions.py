@@ -31,7 +31,6 @@ Training asks more than is tested (`lesson`): what is shown in each second, what
 times the shape has appeared by some second.
 """
 
-import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -54,6 +53,7 @@ from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.atomic import new_directory
+from voco_jax.options import Parser
 
 TEMPORAL = ("order", "at second", "count", "direction", "becomes")
 SECONDS, RATE, SIZE = 8, 5, 64  # of a clip; its frames a second; pixels of a side
@@ -335,7 +335,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training clips (default 4000)")
     parser.add_argument("--test", type=int, default=400, metavar="N", help="test clips (default 400)")

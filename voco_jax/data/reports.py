@@ -5,7 +5,7 @@ import dataclasses
 
 from voco_jax.data.records import BadRecord
 from voco_jax.errors import UserError
-from voco_jax.terminal import counted, printable
+from voco_jax.terminal import count_of, printable
 
 EXAMPLES = 3  # that are named of each kind
 _STORED_AS = {"bad": "skipped", "odd": "warned"}  # keys of reports that earlier versions stored
@@ -75,11 +75,11 @@ class Report:
         values = {_STORED_AS.get(key, key): value for key, value in values.items()}
         return cls(**values | {key: Counter(values[key]) for key in ("skipped", "warned")})
 
-    def lines(self, unit: str = "records") -> list[str]:
+    def lines(self, unit: str = "record") -> list[str]:
         """`665298 records: 665290 good, 8 skipped` and a line for each kind with its first examples."""
-        head = f"{counted(self.seen, unit)}: {self.seen - self.num_skipped} good"
+        head = f"{count_of(self.seen, unit)}: {self.seen - self.num_skipped} good"
         if self.cut:
-            head += f" ({self.cut} cut by {counted(self.tokens_cut, 'tokens')})"
+            head += f" ({self.cut} cut by {count_of(self.tokens_cut, 'token')})"
         if self.skipped:
             head += f", {self.num_skipped} skipped"
         lines = [head]

@@ -71,15 +71,15 @@ def find(name: str) -> Path:
         raise UserError(f"tokenizer {name!r}: expected a directory, found {other}")
     # A name of the hub is OWNER/NAME or NAME; where an OWNER is here, it is a path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" in name and os.path.lexists(directory.parent):
-        raise UserError(f"tokenizer {name!r}: directory not found")
+        raise UserError(f"tokenizer {name!r}: not found")
     import huggingface_hub
 
-    log(f"tokenizer {name}: no such directory; Hugging Face's hub is asked for it")
+    log(f"tokenizer {name}: not found here; Hugging Face's hub is asked for it")
     try:
         found = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # those of the network, of the name and of access have no common type
         raise UserError(
-            f"tokenizer {name!r}: no such directory, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
+            f"tokenizer {name!r}: not found here, and cannot be fetched from Hugging Face's hub: {first_line(error)}"
         ) from error
     log(f"tokenizer {name}: from Hugging Face's hub, revision {found.name}")
     return found

@@ -34,7 +34,7 @@ from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_to
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
-from voco_jax.terminal import counted
+from voco_jax.terminal import count_of
 
 MOSTLY_PADDING = 0.5  # share of the tokens used, below which `log` gets a line about what would be better
 
@@ -115,11 +115,11 @@ def _make_plan(
     if not data.rows_per_pack:
         rows, _ = cheapest_rows(indices, weights, shape, compress_length, **options)
         shape = dataclasses.replace(shape, rows=rows)
-        log(f"data: {counted(rows, 'rows')} a pack, which costs least (config.data.rows_per_pack)")
+        log(f"data: {count_of(rows, 'row')} a pack, which costs least (config.data.rows_per_pack)")
     plan = Plan(indices, weights, shape, **options)
     use = plan.use()
     log(
-        f"data: {counted(use.packs, 'packs')}, {counted(math.ceil(use.packs / data.batch_size), 'batches')} an epoch; "
+        f"data: {count_of(use.packs, 'pack')}, {count_of(math.ceil(use.packs / data.batch_size), 'batch')} an epoch; "
         f"{use.tokens:.1%} of the tokens and {use.images:.1%} of the image slots used"
     )
     if data.rows_per_pack and use.tokens < MOSTLY_PADDING:
@@ -176,8 +176,8 @@ def _make_indices(
 def _report(indices: Sequence[Index], names: Sequence[str], log: Callable[[str], None]) -> Report:
     whole = Report()
     for index, name in zip(indices, names, strict=True):
-        head, *kinds = index.report.lines("conversations")
-        log(f"data: {name}: {head}, {counted(len(index), 'records')}")
+        head, *kinds = index.report.lines("conversation")
+        log(f"data: {name}: {head}, {count_of(len(index), 'record')}")
         for line in kinds:
             log(line)
         whole.merge(index.report)

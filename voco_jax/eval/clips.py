@@ -104,7 +104,7 @@ def score_clips(
     check()
     found = answer_clips(model.image_encoder, clips, report, check, options, BASELINES if baselines else (), name)
     if not found.kinds:
-        reason = report.lines("questions")[-1].strip()
+        reason = report.lines("question")[-1].strip()
         raise UserError(f"{key}: expected questions, found none that can be asked: {reason}")
     counts = {column: count_by_kind(answers, found.kinds) for column, answers in found.answers.items()}
     if guesser is not None:

@@ -92,7 +92,7 @@ def score_conversations(
             ScoredAnswer(asked.name, asked.text, asked.truth, answered.text, loss, num_tokens, asked.picture)
         )
     if not answers:
-        reason = report.lines("conversations")[-1].strip()
+        reason = report.lines("conversation")[-1].strip()
         raise UserError(f"{key}: expected conversations, found none that can be asked: {reason}")
     results = {
         "step": model.run.step,

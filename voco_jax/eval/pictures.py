@@ -13,6 +13,7 @@ import numpy as np
 
 from voco_jax.data.images import load_image
 from voco_jax.eval.scoring import Answer
+from voco_jax.terminal import count_of
 
 SHEET_COLUMNS, SHEET_ROWS = 4, 3
 RIGHT, WRONG, UNJUDGED = "#1a7f37", "#cf222e", "#57606a"
@@ -28,7 +29,7 @@ def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> Non
     others = np.setdiff1d(np.arange(len(answers)), shown_mistakes)
     chosen = [*rng.permutation(others)[: SHEET_COLUMNS * SHEET_ROWS - len(shown_mistakes)], *shown_mistakes]
     shown = [answers[i] for i in chosen]
-    title = f"{len(answers) - len(mistakes):,} of {len(answers):,} answers right"
+    title = f"{len(answers) - len(mistakes):,} of {count_of(len(answers), 'answer')} right"
     draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title, rows=SHEET_ROWS)
 
 

@@ -36,7 +36,8 @@ from voco_jax.infer.image_cache import ImageCache
 from voco_jax.infer.prompts import encode_prompt
 from voco_jax.io.files import check_regular
 from voco_jax.io.locks import lock
-from voco_jax.terminal import shortened
+from voco_jax.options import at_least_1
+from voco_jax.terminal import count_of, shortened
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
 OPTIONS = (  # that go with --questions alone
@@ -125,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answers", type=path_here, metavar="OUT", help="answer file to write; an interrupted one is continued"
     )
     parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of each image")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at once (default 64)")
+    parser.add_argument("--batch-size", type=at_least_1, default=64, metavar="N", help="questions at once (default 64)")
     add_answer_arguments(parser, MAX_NEW_TOKENS)
 
 
@@ -134,8 +135,6 @@ def run_command(args: argparse.Namespace) -> None:
     sampling = sampling_of(args)
     if args.answers is None:
         raise UserError("--questions: expected --answers with it, the file to write")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size: expected at least 1, found {args.batch_size}")
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"--images: {args.images}: expected a directory")
     questions = read_questions(args.questions, args.images)  # first: what is wrong with them shows itself at once
@@ -143,7 +142,8 @@ def run_command(args: argparse.Namespace) -> None:
         load_model(args), questions, args.answers, tokens=args.tokens, max_new_tokens=args.max_new_tokens,
         sampling=sampling, batch_size=args.batch_size,
     )  # fmt: skip
-    print(f"{args.answers}: {len(questions)} answers" + (f", of which {had} were there" if had else ""))
+    before = f", {had} of them already in the file" if had else ""
+    print(f"{args.answers}: {count_of(len(questions), 'answer')}{before}")
 
 
 def _question(row: object, where: str, images: Path | None) -> QuestionRow:

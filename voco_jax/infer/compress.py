@@ -87,7 +87,7 @@ def find_entries(arguments: Sequence[str]) -> list[Entry]:
             raise UserError(f"{argument}: expected pictures or videos, found none")
         for entry in entries:
             if entry.named and not entry.path.is_file():
-                raise BadRecord(MISSING, f"{entry.path}: expected a picture or a video, found no such file")
+                raise BadRecord(MISSING, f"{entry.path}: not found")
             found.setdefault(entry.path, entry)
     return list(found.values())
 
@@ -349,9 +349,10 @@ def _is_known(file: Path) -> bool:
 def _lines(file: Path) -> list[str]:
     try:
         lines = read_text(file).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise UserError(f"{file}: the list cannot be read: {reason}") from None
+    except OSError as error:
+        raise cannot(f"{file}: the list cannot be read", error) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: expected a list of files, found no text") from None
     return [line.strip() for line in lines if line.strip()]
 
 

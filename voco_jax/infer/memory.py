@@ -17,7 +17,7 @@ import numpy as np
 from voco_jax.data.images import MAX_PIXELS, MAX_SIDE, ImageProcessor
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Memory, VoCoConfig
-from voco_jax.terminal import printable
+from voco_jax.terminal import count_of, printable
 
 Index = int | slice | Sequence[int] | np.ndarray  # one picture, or several
 
@@ -70,7 +70,8 @@ class MemoryBank:
 
     def __repr__(self) -> str:
         size = f"{self.nbytes / 2**20:.1f} MiB" if self.nbytes >= 2**20 else f"{self.nbytes / 2**10:.1f} KiB"
-        return f"MemoryBank({_shown(self.items)}, {self.num_tokens} tokens each, {self.keys.dtype.name}, {size})"
+        tokens = count_of(self.num_tokens, "token")
+        return f"MemoryBank({_shown(self.items)}, {tokens} each, {self.keys.dtype.name}, {size})"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -271,7 +272,7 @@ def _shown(items: Sequence[Item]) -> str:
     ('1 picture: a.png', '9 pictures: 0.png, 1.png, 2.png, …')
     """
     names = [printable(item.source) or "(no name)" for item in items[:3]] + ["…"] * (len(items) > 3)
-    return f"{len(items)} picture{'s' * (len(items) != 1)}: {', '.join(names)}"
+    return f"{count_of(len(items), 'picture')}: {', '.join(names)}"
 
 
 @jax.jit

@@ -38,6 +38,7 @@ from voco_jax.io.atomic import open_for_writing
 from voco_jax.io.files import open_regular
 from voco_jax.io.locks import locked
 from voco_jax.io.paths import as_path, file_state, state_of
+from voco_jax.terminal import count_of
 
 SUFFIX = ".voco"
 PATIENCE = 10.0  # seconds that one writer waits for another
@@ -73,6 +74,14 @@ class MemoryFile:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def summary(self) -> str:
+        """What it holds, in a line."""
+        pictures, tokens, layers, heads, size = self.shape
+        return (
+            f"{self.file}: {count_of(pictures, 'picture')}, {count_of(tokens, 'token')} each, {self.dtype.name}, "
+            f"{layers} layers × {heads} × {size}, {self.size / 2**20:.1f} MiB, model {self.model}"
+        )
 
     def __enter__(self) -> "MemoryFile":
         return self

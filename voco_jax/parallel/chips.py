@@ -93,7 +93,7 @@ def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     shape = tuple(map(int, match[2].split("x"))) if match else ()
     if chip is None or len(shape) != chip.dimensions or math.prod(shape) == 0:
         forms = ", ".join(example for chip in CHIPS.values() for example in chip.examples)
-        raise UserError(f"topology: expected chip:shape, for example {forms}; found {topology!r}")
+        raise UserError(f"--topology: expected chip:shape, for example {forms}; found {topology!r}")
     return chip, shape
 
 
@@ -127,5 +127,5 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
             platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, num_slices=1
         )
     except Exception as error:  # jaxlib raises its own kinds, with libtpu's words
-        raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
     return chip, list(description.devices)

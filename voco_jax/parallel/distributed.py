@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from voco_jax.errors import TryAgain, UserError, exit_status
+from voco_jax.terminal import count_of
 
 _FLAGS = ("--coordinator", "--num_processes", "--process_id")
 _HINT = "--coordinator, --num_processes and --process_id set it by hand"
@@ -79,8 +80,8 @@ def start(
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise TryAgain(f"distributed: {who}: {reason}{hint}") from error
     if jax.process_index() == 0:
-        count, local = jax.device_count(), jax.local_device_count()
-        print(f"distributed: process 0 of {jax.process_count()}, {count} devices, {local} local", flush=True)
+        devices, local = count_of(jax.device_count(), "device"), jax.local_device_count()
+        print(f"distributed: process 0 of {jax.process_count()}, {devices}, {local} local", flush=True)
 
 
 @contextlib.contextmanager

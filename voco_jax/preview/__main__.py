@@ -21,9 +21,10 @@ from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.reports import Report
 from voco_jax.data.training_data import TrainingData, open_training_data
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.options import at_least_1
 from voco_jax.preview.page import render
 from voco_jax.preview.text import count_conversations, make_decoder, pack_arrays, used_images
-from voco_jax.terminal import counted
+from voco_jax.terminal import count_of
 
 
 def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report) -> list[str]:
@@ -38,14 +39,14 @@ def describe(batch: Mapping[str, np.ndarray], data: TrainingData, report: Report
     if slots:
         here += f" and {images:,} of {packs * slots:,} image slots"
         there += f" and {epoch.images:.1%} of the slots"
+    conversations = count_of(count_conversations(batch["segment_ids"]), "conversation")
     lines = [
-        f"{counted(packs, 'packs')} × {counted(len(tokens) // packs, 'rows')} × {tokens.shape[1]:,} tokens; "
-        f"{counted(count_conversations(batch['segment_ids']), 'conversations')}; "
-        f"longest in the data: {data.longest:,} tokens",
+        f"{count_of(packs, 'pack')} × {count_of(len(tokens) // packs, 'row')} × {tokens.shape[1]:,} tokens; "
+        f"{conversations}; longest in the data: {data.longest:,} tokens",
         f"used: {here}; in a whole epoch {there}",
         f"trained on: {trained_on:.1%} of the used tokens, weighted by {data.batches.loader.weighting}",
     ]
-    return lines + ([line.strip() for line in report.lines("conversations")] if report.skipped or report.warned else [])
+    return lines + ([line.strip() for line in report.lines("conversation")] if report.skipped or report.warned else [])
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=0, metavar="N", help="which batch (default 0: that of the first step)"
     )
     parser.add_argument(
-        "--packs", "--bins", type=int, default=4, metavar="N", help="how many of its packs at most (default 4)"
+        "--packs", type=at_least_1, default=4, metavar="N", help="how many of its packs at most (default 4)"
+    )
+    parser.add_argument(  # its old name
+        "--bins", dest="packs", type=at_least_1, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
 
 
@@ -66,8 +70,6 @@ def main() -> None:
     out, number = Path(args.out), args.batch
     if not 0 <= number < config.train.steps:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
-    if args.packs < 1:
-        raise UserError(f"--packs: expected at least 1, found {args.packs}")
     if out.suffix != ".html":
         raise UserError(f"--out: expected a file ending in .html, found {args.out}")
     if not out.parent.is_dir() or out.is_dir():  # now, not when the data have been read
@@ -83,7 +85,7 @@ def main() -> None:
     page = render(batch, data.model_config.num_visual_tokens, decode, header, args.packs)
     out.write_text(page, encoding="utf-8")
     total = len(batch["pixel_values"])
-    print(f"written: {out} ({min(args.packs, total)} of {counted(total, 'packs')} of batch {number})")
+    print(f"written: {out} ({min(args.packs, total)} of {count_of(total, 'pack')} of batch {number})")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 
 from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.preview.text import count_conversations, pack_arrays, row_runs, used_images
-from voco_jax.terminal import printable
+from voco_jax.terminal import count_of, printable
 
 _COLOURS = 5  # of conversations, taken in turn
 _STYLE = """
@@ -50,7 +50,7 @@ def render(
     """
     total = len(batch["pixel_values"])
     shown = min(num_packs, total)
-    of_picture = f"{_span('image', f'▣1×{visual_tokens}')} the {visual_tokens} tokens of picture 1"
+    of_picture = f"{_span('image', f'▣1×{visual_tokens}')} the {count_of(visual_tokens, 'token')} of picture 1"
     legend = of_picture if visual_tokens > 1 else f"{_span('image', '▣1')} picture 1"
     legend += f" · {_span('label', 'trained on')} · {_span('text', 'read only')} · ↵ new line"
     lines = [f"<p>{_text(line)}</p>" for line in header]

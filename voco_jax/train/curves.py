@@ -4,7 +4,6 @@ Loss (with the evaluations'), accuracy, gradient norm, learning rate, speed, MFU
 `metrics.jsonl` has them, and below where the time went (`goodput.json`).
 """
 
-import argparse
 from collections.abc import Sequence
 import json
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.files import read_bytes
+from voco_jax.options import Parser
 from voco_jax.progress import duration, short
 from voco_jax.train.goodput import CATEGORIES, LABELS, read_seconds, share
 
@@ -171,7 +171,7 @@ def _colour(i: int) -> str:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="voco curves", description=__doc__)
+    parser = Parser(prog="voco curves", description=__doc__)
     parser.add_argument("--run", type=Path, action="append", required=True, help="run directory; again for more")
     parser.add_argument("--out", type=Path, help="picture (default: curves.png in the run's directory)")
     args = parser.parse_args()

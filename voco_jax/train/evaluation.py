@@ -31,6 +31,7 @@ from voco_jax.infer.prompts import Gathered, Prompt
 from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS, axis_size
 from voco_jax.parallel.sharding import put_batch
+from voco_jax.terminal import count_of
 from voco_jax.train.losses import Batch, Loss, LossOutput
 
 SHORT = 5  # words; longer answers are shown and not judged: nobody says the same in the same words
@@ -100,7 +101,7 @@ class Evaluator:
             truths = {question.truth for question in self._questions}
             self._max_new_tokens = longest_answer(config.max_new_tokens, truths, encoder.tokenizer)
             judged = sum(question.judged for question in self._questions)
-            log(f"evaluation: {len(self._questions)} questions, {judged} with a short answer")
+            log(f"evaluation: {count_of(len(self._questions), 'question')}, {judged} with a short answer")
 
     def fingerprint(self) -> str:
         """Of all that is looked at: it has to be the same in all processes (`check_same`)."""

@@ -184,7 +184,7 @@ def _train(run: _Setup, begun: float) -> None:
             log(f"{run.workdir}: preempted, saved at step {step} of {steps[-1]}; the same command goes on from there")
             raise Preempted
     if batches.report.skipped or batches.report.warned:
-        for line in batches.report.lines("conversations"):
+        for line in batches.report.lines("conversation"):
             log(f"data, this process's since step {start}: {line}")
 
 

@@ -31,7 +31,8 @@ from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.paths import absolute, as_path
-from voco_jax.terminal import counted, printable
+from voco_jax.options import Parser
+from voco_jax.terminal import count_of, printable
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +82,7 @@ share = number_in(float, 0, 1, "a number from 0 to 1")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("llava", help="LLaVA's conversations about pictures or videos")
     command.add_argument("file", type=as_path, metavar="FILE", help=".json or .jsonl; or gs://…")
@@ -138,7 +139,7 @@ def run_build(args) -> None:
     with tqdm(total=len(source), unit=" records", desc=args.out.name, delay=0.5, file=sys.stderr) as bar:
         report = build(packer, args.out, arguments, ranges, args.workers, args.max_skipped_fraction, bar.update)
     print("\n".join(report.lines()))
-    print(f"written: {args.out} ({counted(len(ranges), 'shards')})")
+    print(f"written: {args.out} ({count_of(len(ranges), 'shard')})")
 
 
 def run_check(args) -> None:
@@ -148,7 +149,7 @@ def run_check(args) -> None:
     if problems:
         print("\n".join(map(printable, problems)))
         sys.exit(1)
-    records, shards = counted(manifest["records"], "records"), counted(manifest["num_shards"], "shards")
+    records, shards = count_of(manifest["records"], "record"), count_of(manifest["num_shards"], "shard")
     print(f"{args.out}: {records} in {shards}, all well")
 
 

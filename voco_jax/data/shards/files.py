@@ -19,6 +19,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
 from voco_jax.io.locks import holding
+from voco_jax.outages import reason
 
 MANIFEST, REPORT = "manifest.json", "report.json"
 MOST_SHARDS = 10**6
@@ -43,7 +44,7 @@ def write_json(file: Path, content: dict) -> None:
     try:
         write_text(file, json.dumps(content, indent=1) + "\n", shared=True)
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {reason(error)}") from None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from voco_jax.data.records import BROKEN_JSON, NOT_UTF8, TOO_LONG, BadRecord
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.io.files import open_regular
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors, in_bucket, state_of
-from voco_jax.outages import passing
+from voco_jax.outages import passing, reason
 
 MOST_ROW = 2**20  # bytes, by default
 LEAST_ROW = 16  # bytes of a row on average: a question and its answer are more
@@ -52,7 +52,7 @@ class JsonRows:
                     self.spans = _row_spans(stream, self.file)
         except OSError as error:
             kind = TryAgain if passing(error) else UserError
-            raise kind(f"{file}: {error.strerror or 'not found'}; expected a .json or .jsonl file") from None
+            raise kind(f"{file}: {reason(error)}; expected a .json or .jsonl file") from None
         if not len(self.spans):
             raise UserError(f"{file}: expected a JSON array or a row a line, found none")
         self._descriptor: tuple[int, int] | None = None

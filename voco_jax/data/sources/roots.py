@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from voco_jax.data.records import MISSING, OUTSIDE, BadRecord
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular, open_regular
 from voco_jax.io.paths import AnyPath, file_state, in_bucket
+from voco_jax.outages import reason
 from voco_jax.terminal import shortened
 
 
@@ -104,5 +105,5 @@ def _reading(file: AnyPath) -> Iterator[None]:
 def unread(file: AnyPath, error: Exception) -> Exception:
     """The BadRecord of an error in reading; of a bucket's clients, which have a kind each, of any."""
     if in_bucket(file) or isinstance(error, OSError | ValueError):
-        return BadRecord(MISSING, f"{file}: {getattr(error, 'strerror', None) or first_line(error)}")
+        return BadRecord(MISSING, f"{file}: {reason(error)}")
     return error

@@ -1,0 +1,43 @@
+"""The parser of every command's options: what is wrong is one line, and names the nearest option."""
+
+import argparse
+from collections.abc import Sequence
+import difflib
+import itertools
+import sys
+from typing import Any, NoReturn
+
+from voco_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a UserError for what it refuses. Docstrings are descriptions: their line breaks are kept."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        arguments = sys.argv[1:] if args is None else list(args)
+        self.check_names(arguments)
+        return super().parse_known_args(arguments, namespace)
+
+    def check_names(self, arguments: Sequence[str]) -> None:
+        """UserError for an option that there is not. argparse would first ask for what is missing beside it."""
+        if self._subparsers is not None:  # what follows the command is for its own parser
+            arguments = list(itertools.takewhile(lambda argument: argument.startswith("-"), arguments))
+        for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+            name = argument.partition("=")[0]
+            is_name = name.startswith("--") and " " not in name
+            if is_name and not any(option.startswith(name) for option in self._option_string_actions):
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                raise UserError(f"{name}: no such option; {f'did you mean {near[0]}?' if near else '--help lists all'}")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def at_least_1(text: str) -> int:
+    """The type of an option that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
+    return int(text)
