@@ -99,6 +99,8 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
         (["--video", "{clip}", "--max-frames", "4", "what?"], "--max-frames: expected --fps with it: 8 frames are"),
         (["--each", "what?"], "--each: expected images, found none"),
         (["--image", "{picture}", "what? " * 5000], "question: expected at most "),
+        (["--hepl"], "error: --hepl: no such option; did you mean --help?"),
+        (["--pciture=a.png"], "error: --pciture: no such option; did you mean --picture?"),
         (["--run", "nowhere", "what?"], "nowhere/config.json: not found; a run directory holds"),
     ],
 )
@@ -110,6 +112,13 @@ def test_ask_about_what_cannot_be(tiny_run, picture, tmp_path, monkeypatch, caps
     status, out, err = run_main(ask, monkeypatch, capsys, "--run", tiny_run, *arguments)
     assert status == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_compressor_that_a_run_was_not_trained_with(tiny_run, monkeypatch, capsys):
+    status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", tiny_run, "--compressor", "qformer")
+    assert (status, err) == (
+        2, f"error: --compressor qformer: {tiny_run} was trained with 'voco'; run it so\n"
+    )  # fmt: skip
 
 
 def test_a_question_is_text_whatever_stands_in_it(tiny_run, picture, monkeypatch, capsys):

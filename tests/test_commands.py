@@ -1,6 +1,7 @@
 """`voco`, from a checkout and from the built wheel, installed far from it."""
 
 import importlib
+import importlib.metadata
 import os
 from pathlib import Path
 import re
@@ -26,6 +27,7 @@ def test_commands_are_listed_and_the_nearest_is_named():
     voco = (sys.executable, "-m", "voco_jax")
     assert run(*voco).stdout == run(*voco, "--help").stdout == help_text() + "\n"
     assert all(f"  {name} " in help_text() for name in COMMANDS)
+    assert run(*voco, "--version").stdout == f"voco_jax {importlib.metadata.version('voco_jax')}\n"
     wrong = run(*voco, "trian", "--config=easyvqa")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: 'trian' is not a command of voco; did you mean 'voco train'?\n"

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+from importlib.metadata import version
 import sys
 
 from voco_jax import interrupts
@@ -27,18 +28,26 @@ COMMANDS = {
 
 def help_text() -> str:
     lines = [f"  {name:<22}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: voco COMMAND …", "", *lines, "", "voco COMMAND --help explains one of them."])
+    return "\n".join(
+        [
+            "usage: voco COMMAND … | voco --version",
+            "",
+            *lines,
+            "",
+            "voco COMMAND --help explains one of them.",
+        ]
+    )
 
 
 @one_line_errors
-def show_help() -> None:
-    print(help_text())
+def show(text: str) -> None:
+    print(text)
 
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        show_help()
+    if name in ("-h", "--help", "--version"):
+        show(f"voco_jax {version('voco_jax')}" if name == "--version" else help_text())
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -108,7 +108,7 @@ class Model:
         """
         self.image_encoder.require_memories()
         images = self.encode_images(pictures, batch_size=batch_size)
-        return self.image_encoder.memories(images).first_tokens(tokens)
+        return cast(MemoryBank, images).first_tokens(tokens)
 
     def compress_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, tokens: int | None = None,
@@ -120,7 +120,7 @@ class Model:
         """
         self.image_encoder.require_memories()
         images = self.encode_video(video, sampling=sampling, batch_size=batch_size, incomplete=incomplete)
-        return self.image_encoder.memories(images).first_tokens(tokens)
+        return cast(MemoryBank, images).first_tokens(tokens)
 
     def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> LiveVideo:
         """A video whose frames come one by one, to be asked about at any time."""
@@ -197,10 +197,10 @@ class Model:
         sampling: Sampling = GREEDY,
     ) -> str | list[str]:  # fmt: skip
         """The answer to a question about all of `images` together (see `Request`); a list for several questions."""
-        questions = [question] if isinstance(question, str) else list(question)
-        requests = [Request(q, images) for q in questions]
+        several = isinstance(question, list | tuple)
+        requests = [Request(q, images) for q in (question if several else [question])]
         given = self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
-        return given[0] if isinstance(question, str) else given
+        return given if several else given[0]
 
     def ask_each(
         self, question: str, images: ImageInput, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY

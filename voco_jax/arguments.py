@@ -18,27 +18,22 @@ from voco_jax.options import at_least_1
 from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--run`, `--step`, `--attention`."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_model` takes."""
     parser.add_argument("--run", type=as_path, required=True, help="run directory (training's workdir), or gs://…")
     parser.add_argument(
         "--step", type=_step, help="checkpoint: a step, or 'best' (lowest evaluation loss); default: newest"
     )
     parser.add_argument("--attention", choices=ADAPTERS, help="attention kernel (default: the one of the training)")
+    parser.add_argument(
+        "--mesh", help="devices as data=N,fsdp=N,frame=N,tensor=N (default: all devices of this host along data)"
+    )
 
 
 def _step(text: str) -> int | str:
     if text != "best" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a step or 'best', found {text!r}")
     return text if text == "best" else int(text)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--run`, `--step`, `--attention`, `--mesh`."""
-    add_run_arguments(parser)
-    parser.add_argument(
-        "--mesh", help="devices as data=N,fsdp=N,frame=N,tensor=N (default: all devices of this host along data)"
-    )
 
 
 def load_model(args: argparse.Namespace) -> Model:
@@ -64,7 +59,7 @@ def mesh_of(text: str | None) -> Mesh | None:
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> None:
-    """`--max-new-tokens`, `--temperature`, `--top-p`, `--top-k`, `--seed`."""
+    """What `sampling_of` takes, and `--max-new-tokens`."""
     parser.add_argument(
         "--max-new-tokens", type=at_least_1, default=max_new_tokens, metavar="N",
         help=f"longest answer, in tokens (default {max_new_tokens})",
@@ -89,7 +84,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--image`, `--video`, `--memory`, `--tokens`, and those of `add_frame_arguments`."""
+    """What a question is about."""
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
     parser.add_argument("--video", metavar="FILE", help="video file")
     parser.add_argument("--memory", metavar="FILE", help="memory file, made by `voco compress`")
@@ -98,7 +93,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--frames`, `--fps`, `--max-frames`, `--incomplete`."""
+    """What `frame_sampling` takes, and `--incomplete`."""
     parser.add_argument(
         "--frames", type=int, metavar="N", help="number of frames of a video, evenly spread (default: as in training)"
     )

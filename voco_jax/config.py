@@ -156,7 +156,8 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
         with config.unlocked(), config.ignore_type():
             for key, value in (ADDED_LATER | values).items():
                 _set(config, key, _from_json(key, value))
-        _check(config)
+        if problem := find_problem(config):
+            raise UserError(f"config.{problem[0]}: {problem[1]}")
         typed(config)
     except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError, UserError) as error:
         raise UserError(f"{name}: {one_line(error):.500}") from None
@@ -265,11 +266,6 @@ def _rope_problem(scaling: ConfigDict | None) -> str:
     except ValueError as error:
         return one_line(error)
     return ""
-
-
-def _check(config: ConfigDict) -> None:
-    if problem := find_problem(config):
-        raise UserError(f"config.{problem[0]}: {problem[1]}")
 
 
 def unknown_key(key: str, known: Iterable[str], prefix: str = "config.") -> str:

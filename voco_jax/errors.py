@@ -26,13 +26,6 @@ class TryAgain(UserError):
     status = 75  # EX_TEMPFAIL of sysexits.h; launch scripts start again on it
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the message of an error's root cause; its type where the message is empty."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def cannot(line: str, error: BaseException) -> UserError:
     """The error to raise after a file system or a bucket has refused: `line` and the reason. `TryAgain` where the same
     may succeed later although nobody mends anything."""

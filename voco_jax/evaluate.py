@@ -24,14 +24,15 @@ from voco_jax.config import sources_to_score, typed
 from voco_jax.data.records import Record, Source
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
+from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval import conversations, question_files
-from voco_jax.eval.answering import answer_all, question_of
+from voco_jax.eval.answering import answer_all
 from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
 from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
 from voco_jax.eval.conversations import score_conversations
 from voco_jax.eval.options import Options
-from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_answers, draw_sheet
+from voco_jax.eval.pictures import draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
 from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import files_for
@@ -66,7 +67,7 @@ def score_easyvqa(run: Run, max_records: int | None = None, name: str | None = N
         max_new_tokens=options.max_new_tokens,
     )  # fmt: skip
     known = [
-        (question_of(turns), turns[1]["value"])
+        (text_of(turns[0]["value"]), turns[1]["value"])
         for record in _load(run, "train", _names(run, "train", "easyvqa"))
         for turns in record.conversations
     ]
@@ -145,7 +146,7 @@ def options_of(run: Run) -> Options:
 
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:
     """The first ones, those with longer answers grey: these are hardly ever given word by word."""
-    shown, overall = answers[: SHEET_COLUMNS * SHEET_ROWS], conversations.scores(answers)[OVERALL]
+    shown, overall = answers[: conversations.SHOWN], conversations.scores(answers)[OVERALL]
     shares = f"exact match {overall['exact_match']:.1%}, token F1 {overall['token_f1']:.1%}"
     title = f"{count_of(len(answers), 'answer')}: {shares}"
     judged = [answer.kind == conversations.SHORT for answer in shown]

@@ -19,11 +19,6 @@ _PASSING_NUMBERS = {
     errno.ENOTEMPTY,  # a directory is deleted while somebody still writes into it
 }  # fmt: skip
 _PASSING_HTTP = {408, 425, 429}  # and 500 to 599
-_STATUSES = {
-    "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
-    "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-    "INTERNAL", "UNAVAILABLE", "DATA_LOSS",
-}  # fmt: skip
 _PASSING_STATUS = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"}
 # Of aiohttp, google.auth and requests, which are imported only where there are buckets
 _PASSING_NAMES = {"ClientConnectionError", "ClientPayloadError", "TransportError", "ConnectionError", "Timeout"}
@@ -68,8 +63,8 @@ def http_code(error: BaseException) -> int | None:
 
 def status_of(error: BaseException) -> str:
     """The status with which the message of a C++ library's error begins (`DATA_LOSS`); '' for other errors."""
-    word = str(error).partition(": ")[0] if isinstance(error, ValueError | RuntimeError) else ""
-    return word if word in _STATUSES else ""
+    found = re.match(r"[A-Z_]+(?=: )", str(error)) if isinstance(error, ValueError | RuntimeError) else None
+    return found[0] if found else ""
 
 
 def reason(error: BaseException) -> str:
@@ -77,17 +72,16 @@ def reason(error: BaseException) -> str:
     for link in chain(error):
         if number := error_number(link):
             return "not found" if number == errno.ENOENT else os.strerror(number)
-    lines = [line.strip() for line in str(_root(error)).splitlines() if line.strip()]
-    if not lines:
-        return type(_root(error)).__name__
-    line = re.sub(r" \[[a-z_]+='.*", "", lines[0])
-    return line.rsplit(": ", 1)[-1] if line != lines[0] else line  # TensorStore tells all of the request around it
+    first = first_line(error)
+    line = re.sub(r" \[[a-z_]+='.*", "", first)
+    return line.rsplit(": ", 1)[-1] if line != first else line  # TensorStore tells all of the request around it
 
 
-def _root(error: BaseException) -> BaseException:
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error's root cause; its type where the message is empty."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return error
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def may_be_of_another(error: BaseException) -> bool:

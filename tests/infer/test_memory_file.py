@@ -16,7 +16,7 @@ from tests.helpers.commands import run_main
 from voco_jax import memory as memory_command
 from voco_jax.errors import UserError
 from voco_jax.infer.memory import Item, MemoryBank, join
-from voco_jax.infer.memory_file import MemoryFile, join_files, load_memory, save_memory
+from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory
 from voco_jax.infer.memory_format import Layout, header
 
 VERSION_1 = Path(__file__).parents[1] / "fixtures" / "memory_v1"
@@ -125,7 +125,7 @@ def test_version_1(tmp_path, dtype):
         with pytest.raises(UserError, match="a.voco"):
             load_memory(file)
     file.write_bytes(content)
-    join_files(file, [(MemoryFile(file), range(7)), expected[:2]])
+    save_memory(file, (MemoryFile(file), range(7)), expected[:2])
     assert MemoryFile(file).version == "2" and same(load_memory(file), expected + expected[:2])
 
 
@@ -265,7 +265,7 @@ def test_arrays_of_other_dtypes_are_no_bank():
 def test_none_at_all(tmp_path):
     save_memory(tmp_path / "a.voco", make_bank()[[]])
     assert same(load_memory(tmp_path / "a.voco"), make_bank()[[]])
-    for none in (lambda: join([]), lambda: join_files(tmp_path / "b.voco", [])):
+    for none in (lambda: join([]), lambda: save_memory(tmp_path / "b.voco")):
         with pytest.raises(UserError, match="expected (memories|at least one), found none"):
             none()
 
@@ -314,9 +314,9 @@ def test_files_are_joined(tmp_path):
     for name, bank in (("a", first), ("b", second)):
         save_memory(tmp_path / f"{name}.voco", bank)
     a, b = (MemoryFile(tmp_path / f"{name}.voco") for name in "ab")
-    join_files(tmp_path / "c.voco", [(b, [4, 0]), first, (a, [2])])
+    save_memory(tmp_path / "c.voco", (b, [4, 0]), first, (a, [2]))
     assert same(load_memory(tmp_path / "c.voco"), join([second[[4, 0]], first, first[2]]))
-    join_files(tmp_path / "a.voco", [(a, [0]), (b, [0])])  # into itself
+    save_memory(tmp_path / "a.voco", (a, [0]), (b, [0]))  # into itself
     assert same(load_memory(tmp_path / "a.voco"), first[0] + second[0])
 
 
@@ -330,7 +330,7 @@ def test_files_are_joined(tmp_path):
 )
 def test_what_does_not_go_together(tmp_path, other, message):
     with pytest.raises(UserError, match=message):
-        join_files(tmp_path / "c.voco", [make_bank(), make_bank(**other)])
+        save_memory(tmp_path / "c.voco", make_bank(), make_bank(**other))
     with pytest.raises(UserError, match="memories: expected the same"):
         join([make_bank(), make_bank(**other)])
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from tests.infer.test_memory_file import make_bank, same
 from voco_jax import memory as memory_command
 from voco_jax.errors import TryAgain, UserError
 from voco_jax.infer.memory import Item, MemoryBank
-from voco_jax.infer.memory_file import MemoryFile, join_files, load_memory, save_memory, writing
+from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory, writing
 from voco_jax.io.locks import locked
 
 SHAPE = (2, 2, 2, 4)
@@ -48,7 +48,7 @@ import sys
 from pathlib import Path
 from tests.infer.test_memory_writers import numbered
 from voco_jax import memory
-from voco_jax.infer.memory_file import MemoryFile, join_files, save_memory
+from voco_jax.infer.memory_file import MemoryFile, save_memory
 file, count = Path(sys.argv[1]), int(sys.argv[2])
 spare = file.with_name(f"spare.{sys.argv[3]}.voco")
 print("ready", flush=True)
@@ -59,7 +59,7 @@ for number in range(1, count + 1):
         continue
     save_memory(spare, bank)
     if number % 3 == 1:
-        join_files(file, [(MemoryFile(spare), range(len(bank)))])
+        save_memory(file, (MemoryFile(spare), range(len(bank))))
     else:
         memory.merge([spare, spare], file)
 """
@@ -186,8 +186,6 @@ def test_what_was_opened_is_what_is_read(tmp_path):
     assert same(opened.read(), numbered(1))
     with pytest.raises(TryAgain, match="a.voco: the memory file was replaced while it was read"):
         closed.read()
-    with pytest.raises(TryAgain, match="a.voco: the memory file was replaced since it was opened"):
-        join_files(file, [(opened, [0]), numbered(1)])  # it would undo what another has written
     assert same(load_memory(file), numbered(2))
 
 

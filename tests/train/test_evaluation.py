@@ -179,6 +179,19 @@ def test_scores_of_own_data(test_set, evaluated, tmp_path):
     assert table(of).splitlines()[-1].startswith(f"| overall | {len(given)} | {100 * right / len(given):.1f} % | ")
 
 
+def test_the_sheet_has_pictures_however_many_questions_are_too_long(test_set, evaluated, tmp_path):
+    _, model, data, *_ = evaluated
+    maker, row = data.batches.loader.maker, next(row for row in test_set[1] if "image" in row)
+    question = {"from": "human", "value": "<image>\n" + "what? " * 9000}
+    rows = [row | {"conversations": [question, row["conversations"][1]]}] * 30 + [row] * 14
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    config = config_of(tmp_path / "run", test_set, data__max_skipped_fraction=1.0, eval__batch_size=4)
+    run = Run(tmp_path / "run", config, model, maker.encoder, data.batches.loader.processor, 5, {"all": 1})
+    source = LlavaSource(str(tmp_path / "long.json"), test_set[0]["images"])
+    _, answers, report = score_conversations(Model(run), source, evaluate.options_of(run))
+    assert report.num_skipped == 30 and [a.picture is not None for a in answers] == [True] * 12 + [False] * 2
+
+
 def test_evaluate_on_own_data(tiny_run, test_set, tmp_path, monkeypatch, capsys):
     """As a user has it: a table, results, a sheet; and what cannot be used is named."""
     run = shutil.copytree(tiny_run, tmp_path / "run")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from voco_jax.attention.platform import platform
 from voco_jax.attention.xla import cached, each_chunk, full, row_shape
-from voco_jax.errors import first_line
+from voco_jax.outages import first_line
 
 __all__ = ["FUSED", "PLATFORM", "cached", "causal", "check", "chunked", "evenly", "full", "row_shape"]
 

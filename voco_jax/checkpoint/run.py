@@ -19,6 +19,7 @@ from voco_jax.data.tokenizer import load_run_tokenizer, vocabulary_sum
 from voco_jax.errors import UserError
 from voco_jax.io.paths import AnyPath, as_path
 from voco_jax.models.build import abstract_model
+from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.voco import LONG_PROMPT, VoCoLlama
 from voco_jax.parallel.compilation_cache import use_compilation_cache
 from voco_jax.parallel.mesh import find_devices
@@ -64,6 +65,11 @@ def load_run(
     directory = as_path(directory)
     config = load_config(directory / "config.json")
     if compressor is not None:
+        trained = config.model.compressor
+        if compressor != trained and any(COMPRESSORS[kind].has_weights for kind in (compressor, trained)):
+            raise UserError(
+                f"--compressor {compressor}: {directory} has compressor {trained!r}, which cannot be run so"
+            )
         config.model.compressor = compressor
     if attention is not None:
         config.model.attention = attention

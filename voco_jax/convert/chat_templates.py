@@ -17,9 +17,10 @@ from voco_jax.data.control_tokens import ControlTokens
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.tokenizer import VOCO_TOKEN
 from voco_jax.data.turns import IMAGE, Marker
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import UserError
 from voco_jax.io.files import read_text
 from voco_jax.io.json_files import read_object
+from voco_jax.outages import first_line
 
 _MOST = 2**20  # bytes of a template
 WORDS = "Which is it", "A hen", "And how many", "Two hens", "Where are they"  # alternately asked and answered

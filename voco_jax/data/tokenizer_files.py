@@ -20,10 +20,11 @@ from typing import Any
 import warnings
 
 from voco_jax.data.sentencepiece_models import SentencePiece
-from voco_jax.errors import UserError, cannot, first_line
+from voco_jax.errors import UserError, cannot
 from voco_jax.io.files import read_bytes
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import check_link
+from voco_jax.outages import first_line
 from voco_jax.terminal import log
 
 VOCO_TOKEN = "<voco>"

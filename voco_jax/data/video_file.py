@@ -20,7 +20,8 @@ from voco_jax.data.mp4_boxes import check_counts
 from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import UNREADABLE_VIDEO, BadRecord, Clip
 from voco_jax.data.sources.roots import in_bucket, open_file
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import UserError
+from voco_jax.outages import first_line
 
 # FFmpeg's names of what may be opened (mov is mp4 and 3gp too, matroska webm, mpeg mpg and vob, asf wmv, apng animated
 # PNG). All hold their frames themselves. Sound is opened too, to be told for what it is.

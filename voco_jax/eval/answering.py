@@ -34,10 +34,5 @@ def answer_all(
     with tqdm(total=len(asked), unit="question", desc="evaluating", mininterval=0.5) as bar:
         for answered in runner.run((question(*of) for of in asked), bar):
             record, turns = answered.id
-            answers.append(Answer(str(record.images[0]), question_of(turns), turns[1]["value"], answered.text))
+            answers.append(Answer(str(record.images[0]), text_of(turns[0]["value"]), turns[1]["value"], answered.text))
     return answers
-
-
-def question_of(turns: Sequence[dict]) -> str:
-    """The text of a conversation's first turn, without image markers."""
-    return text_of(turns[0]["value"])

@@ -27,6 +27,7 @@ from voco_jax.infer.image_cache import ImageCache
 from voco_jax.infer.prompts import Prompt
 
 SHORT, LONG = "short answers (up to 5 words)", "longer answers"
+SHOWN = SHEET_COLUMNS * SHEET_ROWS  # answers on a sheet, the first ones
 SHORT_WORDS = 5  # nobody says more than that in the same words
 _MOST_IMAGES = 2**31  # of a record: here it need not fit a pack
 
@@ -69,11 +70,9 @@ def score_conversations(
 
     def questions() -> Iterator[Question[_Asked]]:
         with tqdm(total=count, unit="record", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
-            number = 0
             for i in range(count):
-                is_shown = number < 2 * SHEET_COLUMNS * SHEET_ROWS  # some may be too long to be asked
-                of_record = _read(maker, source, i, images.processor.load, report, is_shown)
-                number += len(of_record)
+                # Questions are read before those that are asked with them are answered
+                of_record = _read(maker, source, i, images.processor.load, report, len(answers) < SHOWN)
                 options.check(report, key, count)
                 yield from of_record
                 bar.update()
@@ -88,9 +87,8 @@ def score_conversations(
             options.check(report, key, count)
             continue
         loss, num_tokens = -answered.score.log_probability, answered.score.num_tokens
-        answers.append(
-            ScoredAnswer(asked.name, asked.text, asked.truth, answered.text, loss, num_tokens, asked.picture)
-        )
+        picture = asked.picture if len(answers) < SHOWN else None
+        answers.append(ScoredAnswer(asked.name, asked.text, asked.truth, answered.text, loss, num_tokens, picture))
     if not answers:
         reason = report.lines("conversation")[-1].strip()
         raise UserError(f"{key}: expected conversations, found none that can be asked: {reason}")

@@ -7,7 +7,7 @@ batches of like length, and the answers come in the questions' order.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import itertools
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -16,17 +16,11 @@ from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.errors import UserError
 from voco_jax.infer.engine import GREEDY, Engine, Score
 from voco_jax.infer.generate import Sampling
+from voco_jax.infer.image_cache import ImageCache
 from voco_jax.infer.prompts import Gathered, Prompt, gather, generate, score
 
 Id = TypeVar("Id")
 MakePrompt = Callable[[Any], Prompt]  # of the encoded images; may raise UserError
-
-
-class Encodes(Protocol):
-    """What encodes the images of a window: `ImageCache`, or another that knows the caller's views."""
-
-    def encode(self, views: Sequence) -> Sequence:
-        """For each question its encoded images, None where it has none, or a BadRecord."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Runner:
     """
 
     engine: Engine
-    images: Encodes | None
+    images: ImageCache | None
     batch_size: int
     max_new_tokens: int = 0
     sampling: Sampling = GREEDY

@@ -7,7 +7,6 @@ import numpy as np
 
 from voco_jax.data.conversations import Sample
 from voco_jax.data.turns import IMAGE
-from voco_jax.errors import UserError
 from voco_jax.infer.engine import Engine, bucket, grow_cache
 from voco_jax.infer.generate import DecodeState, Sampling
 from voco_jax.infer.memory import EncodedImages
@@ -36,8 +35,6 @@ class Chat:
         UserError for a question without text, and where the model has too few positions: the conversation is then as it
         was.
         """
-        if not question.strip():
-            raise UserError("question: expected text, found none")
         engine, is_first = self._engine, not self.turns
         sample = encode_prompt(engine, question, self._images).sample if is_first else self._later_turn(question)
         needed = self._filled + len(sample) + self._max_new_tokens

@@ -17,7 +17,7 @@ import hashlib
 import os
 from pathlib import Path
 import re
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,7 @@ from voco_jax.data.sources.roots import local_path, open_file, state
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.infer.image_encoder import ImageEncoder
-from voco_jax.infer.memory import Item
+from voco_jax.infer.memory import Item, MemoryBank
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.io.files import read_text
 from voco_jax.io.paths import AnyPath, as_path, files_below, in_bucket, matching
@@ -131,7 +131,7 @@ def compress_to_file(
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
             for items, squares in _batches(jobs, images.processor.square, batch_size, threads, outcome, bar, log):
-                bank = images.memories(images.encode_pixels(squares, items, batch_size)).first_tokens(tokens)
+                bank = cast(MemoryBank, images.encode_pixels(squares, items, batch_size)).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
                 parts.append(_part(file))

@@ -107,13 +107,6 @@ class ImageEncoder:
         if not (c := self.engine.config).has_memory:
             raise UserError(f"{self.name}: a model with compressor {c.compressor!r} has no memories: expected 'voco'")
 
-    def memories(self, images: EncodedImages) -> MemoryBank:
-        """The images as memories; UserError for a model without VoCo tokens."""
-        if not isinstance(images, MemoryBank):
-            self.require_memories()
-            raise UserError(f"images: expected memories, found {type(images).__name__}")
-        return images
-
     def check(self, images: EncodedImages) -> None:
         """UserError for encoded images that are not this model's."""
         c = self.engine.config

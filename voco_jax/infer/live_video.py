@@ -1,6 +1,7 @@
 """Video as it comes: frames are compressed in small batches and join the memory; a question can come at any time."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -60,5 +61,5 @@ class LiveVideo:
         squares, times = zip(*self._waiting, strict=True)
         items = [Item(self._source, time=time) for time in times]
         images = self._images.encode_pixels(squares, items, self._batch_size)
-        self._banks.append(self._images.memories(images).first_tokens(self._tokens))
+        self._banks.append(cast(MemoryBank, images).first_tokens(self._tokens))
         self._waiting = []

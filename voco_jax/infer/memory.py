@@ -163,12 +163,6 @@ def join(banks: Iterable[MemoryBank]) -> MemoryBank:
     )
 
 
-def of_one_dtype(banks: Sequence[MemoryBank]) -> Sequence[MemoryBank]:
-    """To be read together: in float32 where they differ, as one made on a CPU and one on a GPU do, or one in int8."""
-    alike = len({bank.keys.dtype for bank in banks}) == 1
-    return banks if alike else [bank.astype(np.float32) for bank in banks]
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class Embeddings:
     """What a model without VoCo compression keeps of N pictures: their embeddings [N, P, D], on the devices."""
@@ -214,10 +208,13 @@ def check_tokens(name: str, count: int | None, there: int) -> None:
 
 
 def join_images(images: Sequence[EncodedImages]) -> EncodedImages:
-    """One of several of the same kind, in their order; memories of different dtypes in float32."""
+    """One of several of the same kind, in their order. Memories of different dtypes, as a CPU and a GPU make them, or
+    int8, in float32."""
     embeddings = [one for one in images if isinstance(one, Embeddings)]
     if not embeddings:
-        return join(of_one_dtype([one for one in images if isinstance(one, MemoryBank)]))
+        banks = [one for one in images if isinstance(one, MemoryBank)]
+        alike = len({bank.keys.dtype for bank in banks}) == 1
+        return join(banks if alike else [bank.astype(np.float32) for bank in banks])
     arrays = [one.features for one in embeddings]
     concatenate = np.concatenate if all(isinstance(array, np.ndarray) for array in arrays) else jnp.concatenate
     return Embeddings(concatenate(arrays), tuple(item for one in embeddings for item in one.items))

@@ -5,7 +5,7 @@ in memory. One process at a time writes a file, under another name, and renames 
 stays readable when another one replaces it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import errno
 import functools
@@ -37,7 +37,7 @@ from voco_jax.infer.memory_format import (
 from voco_jax.io.atomic import open_for_writing
 from voco_jax.io.files import open_regular
 from voco_jax.io.locks import locked
-from voco_jax.io.paths import as_path, file_state, state_of
+from voco_jax.io.paths import as_path, state_of
 from voco_jax.terminal import count_of
 
 SUFFIX = ".voco"
@@ -124,13 +124,6 @@ class MemoryFile:
         with self._open() as opened:
             for start in range(0, len(which), count):
                 yield self._read(opened, which[start : start + count], self.num_tokens)
-
-    def is_at(self, real: Path) -> bool:
-        """Whether it is the file that stands at a path, and has not been replaced there."""
-        try:
-            return file_state(real) == self._state
-        except FileNotFoundError:
-            return False
 
     @contextlib.contextmanager
     def _open(self) -> Iterator["_Opened"]:
@@ -256,29 +249,19 @@ def _runs(which: Sequence[int], whole: bool) -> Iterator[tuple[int, int]]:
 Part = MemoryBank | tuple[MemoryFile, Sequence[int]]  # a bank, or some pictures of a file
 
 
-def save_memory(file: str | os.PathLike, bank: MemoryBank) -> None:
-    """Write a memory file. An existing one is replaced when the new one is complete. TryAgain as in `join_files`."""
-    join_files(file, [bank])
+def save_memory(file: str | os.PathLike, *parts: Part) -> None:
+    """Write a memory file, mostly of one bank. An existing one is replaced when the new one is complete.
+
+    TryAgain where another process writes the same file for long.
+    """
+    with writing(file) as real:
+        write_memory(real, parts)
 
 
 def load_memory(file: str | os.PathLike, model: str | None = None, tokens: int | None = None) -> MemoryBank:
     """All of a memory file; `model` and `tokens` as `MemoryFile.read`'s."""
     with MemoryFile(file) as opened:
         return opened.read(tokens=tokens, model=model)
-
-
-def join_files(file: str | os.PathLike, parts: Iterable[Part]) -> None:
-    """Write a memory file of banks and of some pictures of other files, in their order.
-
-    The others are read a piece at a time, and checked. UserError where they do not go together. TryAgain where another
-    process writes the same file for long, or has replaced it since it was opened to be one of the parts.
-    """
-    parts = list(parts)
-    with writing(file) as real:
-        for part in parts:
-            if isinstance(part, tuple) and os.path.realpath(part[0].file) == str(real) and not part[0].is_at(real):
-                raise TryAgain(f"{part[0].file}: the memory file was replaced since it was opened")
-        write_memory(real, parts)
 
 
 def writing(file: str | os.PathLike, patience: float | None = None) -> contextlib.AbstractContextManager[Path]:
@@ -289,7 +272,7 @@ def writing(file: str | os.PathLike, patience: float | None = None) -> contextli
 def write_memory(real: Path, parts: Sequence[Part]) -> None:
     """Write a memory file of banks and of pictures of other files, within `writing`, which gives the path `real`.
 
-    UserError where they do not go together.
+    The others are read a piece at a time, and checked. UserError where they do not go together.
     """
     if not parts:
         raise UserError(f"{real}: expected memories, found none")

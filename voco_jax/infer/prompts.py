@@ -39,8 +39,8 @@ def encode_prompt(
 
     UserError for a question without text.
     """
-    if not question.strip():
-        raise UserError("question: expected text, found none")
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"question: expected text, found {type(question).__name__ if question else 'none'}")
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
     turns: list[dict]
     if interleaved:

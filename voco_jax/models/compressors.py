@@ -28,6 +28,7 @@ class Compressor(nnx.Module):
     """What lies between the projector and the language model; as a class, what there is to know of it in advance."""
 
     has_memory: ClassVar[bool] = False  # a compress stream makes the images' keys and values (`Memory`), to be kept
+    has_weights: ClassVar[bool] = False  # it has parameters of its own, which only its own training makes
     has_voco_tokens: ClassVar[bool] = False  # VoCo tokens are in the text; their embedding trains, frozen or not
 
     def __init__(self, config: "VoCoConfig", **kwargs: Any):
@@ -85,6 +86,8 @@ class Uncompressed(Compressor):
 class AveragePool(Compressor):
     """Mean over M equal runs of patches (M = 1: the whole image), then Linear: [..., P, D] to [..., M, D]."""
 
+    has_weights = True
+
     def __init__(self, config: "VoCoConfig", **kwargs: Any):
         self.num_tokens = config.num_compressed_tokens
         self.linear = Linear(config.llama.hidden_size, config.llama.hidden_size, **kwargs)
@@ -123,6 +126,8 @@ class QFormerLayer(nnx.Module):
 
 class QFormer(Compressor):
     """BLIP-2's: M learned queries read the image's features: [..., P, D] to [..., M, D]."""
+
+    has_weights = True
 
     def __init__(self, config: "VoCoConfig", *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

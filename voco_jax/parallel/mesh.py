@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import UserError
+from voco_jax.outages import first_line
 
 AXES = ("data", "fsdp", "frame", "tensor")
 ROWS = ("data", "fsdp")  # read rows, and the images of a row

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from voco_jax import interrupts
-from voco_jax.errors import TryAgain, UserError, exit_status, first_line
+from voco_jax.errors import TryAgain, UserError, exit_status
+from voco_jax.outages import first_line
 
 _BEAT = 2.0  # seconds between two signs of life
 _ROOM = "voco_jax"  # of keys

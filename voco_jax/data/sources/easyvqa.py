@@ -11,8 +11,9 @@ from pathlib import Path
 import re
 
 from voco_jax.data.records import Picture, Record
-from voco_jax.errors import UserError, first_line
+from voco_jax.errors import UserError
 from voco_jax.io.files import read_text
+from voco_jax.outages import first_line
 
 SPLITS = ("train", "test")
 KINDS = ("shape", "color", "yes/no")
