@@ -1,5 +1,6 @@
 """`voco evaluate` and `ask` on a real run; and what they say to bad input."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from voco_jax import ask, chat, evaluate
 from voco_jax.config import default_config, source, sources
-from voco_jax.eval.scoring import Answer, accuracy_by_kind, table
+from voco_jax.eval.scoring import Answer, count_by_kind, table
 from voco_jax.train import __main__ as train_main
 
 
@@ -142,10 +143,11 @@ def test_scores_literally():
         Answer("0.png", "what color?", "red", "blue"),
         Answer("1.png", "is it?", "yes", " yes "),
     ]
-    kind = lambda question: "color" if "color" in question else "yes/no"  # noqa: E731
-    counts = accuracy_by_kind(answers, kind)
+    kinds = ["color", "color", "yes/no"]
+    counts = count_by_kind(answers, kinds)
     assert counts == {"overall": (2, 3), "color": (1, 2), "yes/no": (1, 1)}
-    guessed = accuracy_by_kind(answers, kind, ["red", "red", "no"])
+    guesses = [dataclasses.replace(a, given=text) for a, text in zip(answers, ["red", "red", "no"], strict=True)]
+    guessed = count_by_kind(guesses, kinds)
     assert table({"run": counts, "guess": guessed}).splitlines() == [
         "| questions | number | run | guess |",
         "|---|---:|---:|---:|",

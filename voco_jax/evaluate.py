@@ -9,19 +9,18 @@ write them. Started again, it goes on where it stopped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from voco_jax.api import Model
 from voco_jax.arguments import add_model_arguments
 from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import sources_to_score, typed
-from voco_jax.data.records import Record, Source
+from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.data.turns import text_of
@@ -29,11 +28,11 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval import conversations, question_files
 from voco_jax.eval.answering import answer_all
 from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
-from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips, training_answers
+from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips
 from voco_jax.eval.conversations import score_conversations
 from voco_jax.eval.options import Options
 from voco_jax.eval.pictures import draw_answers, draw_sheet
-from voco_jax.eval.scoring import OVERALL, accuracy_by_kind, table
+from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind, table
 from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import files_for
 from voco_jax.models.compressors import COMPRESSORS
@@ -51,46 +50,35 @@ class Scored(NamedTuple):
     pictures: Mapping[str, Callable[[Path], None]]
 
 
-def score_easyvqa(run: Run, max_records: int | None = None, name: str | None = None) -> dict:
-    """Score a run on an easyvqa source of config.data.test, by its name (None: the only one); returns what
-    `results.json` says, with the answers under 'answers'.
-
-    Guesses are from the easyvqa sources that it was trained on; without one there are none.
-    """
-    names = _names(run, "test", "easyvqa") if name is None else [name]
-    if len(names) != 1:
-        found = ", ".join(names) or "none"
-        raise UserError(f"{run.directory}: config.data.test: expected one easyvqa source, found {found}")
-    options = options_of(run)
+def score_easyvqa(
+    model: Model, source: Source, guesser: easyvqa.Guesser | None = None, max_records: int | None = None
+) -> tuple[dict, list[Answer]]:
+    """What `results.json` says of an easyvqa source, and the answers."""
+    options = options_of(model.run)
+    records = [source[i] for i in range(len(source))][:max_records]
     answers = answer_all(
-        Model(run).image_encoder, _load(run, "test", names)[:max_records], batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )  # fmt: skip
-    known = [
-        (text_of(turns[0]["value"]), turns[1]["value"])
-        for record in _load(run, "train", _names(run, "train", "easyvqa"))
-        for turns in record.conversations
-    ]
-    columns = {THIS_RUN: accuracy_by_kind(answers, easyvqa.question_kind)}
-    if known:
-        guesser = easyvqa.Guesser(known)
+        model.image_encoder, records, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
+    )
+    kinds = [easyvqa.question_kind(answer.question) for answer in answers]
+    columns = {THIS_RUN: count_by_kind(answers, kinds)}
+    if guesser is not None:
         for column, guess in ((GUESS, guesser), ("most frequent answer", lambda question: guesser.majority)):
-            guesses = [guess(answer.question) for answer in answers]
-            columns[column] = accuracy_by_kind(answers, easyvqa.question_kind, guesses)
+            guessed = [dataclasses.replace(answer, given=guess(answer.question)) for answer in answers]
+            columns[column] = count_by_kind(guessed, kinds)
     right, total = columns[THIS_RUN][OVERALL]
-    return {
-        "step": run.step,
-        "compressor": run.config.model.compressor,
+    results = {
+        "step": model.run.step,
+        "compressor": model.config.compressor,
         "accuracy": right / total,
         "counts": columns,
-        "answers": answers,
     }
+    return results, answers
 
 
 def score_sources(run: Run, max_records: int | None = None, baselines: bool = False) -> Iterator[tuple[str, Scored]]:
     """Every source of the run's config.data.test by its name, in turn. UserError for a run without any, and for files
     that are not there, before the first is scored."""
-    by_name = _by_name(run, "test")
+    by_name = sources_to_score(run.config.data)
     if not by_name:
         raise UserError(
             f"{run.directory}: config.data.test: expected a test set, found none; set it in the config file and give "
@@ -100,15 +88,12 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
     clips = {name: source for name, source in opened.items() if isinstance(source, VideoQuestionSource)}
     if baselines and not clips:
         raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
-    names = _names(run, "train", "video_qa") if baselines else []
-    trained_on = _open(run, "train", {name: run.config.data.train[name] for name in names}) if names else {}
-    known = training_answers([s for s in trained_on.values() if isinstance(s, VideoQuestionSource)])
-    guesser = easyvqa.Guesser(known) if known else None
+    guesser = _guesser(run, "video_qa") if baselines else None
     model, options = Model(run), options_of(run)
     for name in sorted(by_name):
         if by_name[name].kind == "easyvqa":
-            results = score_easyvqa(run, max_records, name)
-            draw = functools.partial(draw_answers, results.pop("answers"))
+            results, given = score_easyvqa(model, opened[name], _guesser(run, "easyvqa"), max_records)
+            draw = functools.partial(draw_answers, given)
             yield name, Scored(results, table(results["counts"]), [], {"answers": draw})
             continue
         if name not in clips:
@@ -153,16 +138,15 @@ def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) ->
     draw_sheet(shown, [answer.picture for answer in shown], path, title, judged=judged)
 
 
-def _names(run: Run, key: str, kind: str) -> list[str]:
-    return sorted(name for name, keys in _by_name(run, key).items() if keys.kind == kind)
-
-
-def _by_name(run: Run, key: str) -> ConfigDict:
-    return sources_to_score(run.config.data) if key == "test" else run.config.data[key]
-
-
-def _load(run: Run, key: str, names: list[str]) -> list[Record]:
-    return [record for name in names for record in easyvqa.load(_by_name(run, key)[name].split)]
+def _guesser(run: Run, kind: str) -> easyvqa.Guesser | None:
+    """Guesses as the sources of a kind answer that the run was trained on; None where it was trained on none."""
+    by_name = {name: keys for name, keys in run.config.data.train.items() if keys.kind == kind}
+    known = []
+    for source in _open(run, "train", by_name).values() if by_name else ():
+        for i in range(len(source)):
+            with contextlib.suppress(BadRecord):  # training has counted it
+                known += [(text_of(turns[0]["value"]), turns[1]["value"]) for turns in source[i].conversations]
+    return easyvqa.Guesser(known) if known else None
 
 
 def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
@@ -200,13 +184,14 @@ def main() -> None:
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
-    several, one_easyvqa = len(_by_name(run, "test")) > 1, len(_names(run, "test", "easyvqa")) == 1
+    kinds = {name: keys.kind for name, keys in sources_to_score(run.config.data).items()}
+    several, one_easyvqa = len(kinds) > 1, [*kinds.values()].count("easyvqa") == 1
     for name, scored in score_sources(run, args.max_records, args.baselines):
         if several:
             print(f"## {printable(name)}\n")
         # First, whatever becomes of the files
         print("\n".join([printable(scored.table, keep="\n"), *map(printable, scored.notes)]))
-        of_source = suffix if one_easyvqa and _by_name(run, "test")[name].kind == "easyvqa" else f".{name}{suffix}"
+        of_source = suffix if one_easyvqa and kinds[name] == "easyvqa" else f".{name}{suffix}"
         written = [f"results{of_source}.json", *(f"{picture}{of_source}.png" for picture in scored.pictures)]
         with files_for(args.run) as directory:
             write_text(directory / written[0], json.dumps(scored.results, indent=2) + "\n")

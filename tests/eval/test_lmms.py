@@ -24,6 +24,7 @@ from voco_jax.checkpoint import run_files
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.images import load_image
 from voco_jax.data.sources import easyvqa
+from voco_jax.data.sources.easyvqa import EasyVqaSource
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.eval.lmms import model as lmms_model
@@ -44,7 +45,7 @@ PICTURES = [record.images[0].file for record in easyvqa.load("test")[:4]]
 
 def test_the_command_scores_as_evaluate_does(tiny_run, tmp_path):
     """On two simulated devices, in a process that knows of the adapter by its entry point alone."""
-    results = score_easyvqa(load_run(tiny_run), 4)
+    results, answers = score_easyvqa(Model(load_run(tiny_run)), EasyVqaSource("test"), max_records=4)
     counts = results["counts"]["this run"]["overall"]
     command = [
         sys.executable, "-m", "lmms_eval", "--model", "voco_jax", "--model_args", f"run={tiny_run},tokens=1",
@@ -60,7 +61,7 @@ def test_the_command_scores_as_evaluate_does(tiny_run, tmp_path):
     assert found["easyvqa"]["accuracy,none"] == counts[0] / counts[1] == results["accuracy"]
     (samples,) = tmp_path.rglob("*samples_easyvqa.jsonl")
     given = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
-    assert given == [answer.given for answer in results["answers"]]
+    assert given == [answer.given for answer in answers]
     # The likeliest of 13 answers is the one that is given freely, where that is one of them
     assert abs(found["easyvqa_choices"]["acc,none"] - results["accuracy"]) < 0.2
 

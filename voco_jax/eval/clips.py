@@ -5,7 +5,6 @@ answers right then needs no more than that.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import contextlib
 import dataclasses
 from functools import partial
 import itertools
@@ -123,17 +122,6 @@ def score_clips(
         "left_out": dict(report.skipped),
     }
     return results, found, report
-
-
-def training_answers(sources: Iterable[VideoQuestionSource]) -> list[tuple[str, str]]:
-    """(question, answer) of all rows that can be used."""
-    found = []
-    for source in sources:
-        for i in range(len(source)):
-            with contextlib.suppress(BadRecord):  # training has counted it
-                _, question = _read(source, i)
-                found.append((question.text, question.truth))
-    return found
 
 
 # ---- Reading and asking ----------------------------------------------------------------------------------------

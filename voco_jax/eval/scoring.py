@@ -57,15 +57,6 @@ def normalize(text: str) -> str:
     return text.strip().rstrip(".").strip().lower()
 
 
-def accuracy_by_kind(
-    questions: Sequence[Answer], kind: Callable[[str], str], answers: Iterable[str] | None = None
-) -> dict[str, tuple[int, int]]:
-    """(right, all) for each kind of question and 'overall', of the answers given or of others in their place."""
-    if answers is not None:
-        questions = [dataclasses.replace(q, given=text) for q, text in zip(questions, answers, strict=True)]
-    return count_by_kind(questions, [kind(question.question) for question in questions])
-
-
 def count_by_kind(answers: Sequence[Answer], kinds: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(right, all) for each kind and 'overall', of answers with the kinds of their questions ('': of none)."""
     counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -129,25 +129,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for rows in slices for row in range(*rows.indices(batch_size))})
 
 
-def put_batch(mesh: Mesh, batch: dict, rows: list[int] | None = None, batch_size: int = 0) -> dict[str, jax.Array]:
-    """A batch of numpy arrays on the devices. In several processes each has only the elements `rows` (see
-    `local_rows`) of the `batch_size` that the whole batch has."""
-    if rows is None:
-        rows, batch_size = list(range(len(batch["pixel_values"]))), len(batch["pixel_values"])
-    shapes = whole_shapes(batch, batch_size)
-    shardings = batch_shardings(mesh, shapes)
-
-    def place(name, array):
-        per_element = len(array) // len(rows)
-
-        def part(index):
-            start, stop, _ = index[0].indices(shapes[name].shape[0])
-            at = rows.index(start // per_element) * per_element
-            return array[(slice(at, at + stop - start), *index[1:])]
-
-        return jax.make_array_from_callback(shapes[name].shape, shardings[name], part)
-
-    return {name: place(name, array) for name, array in batch.items()}
+def put_batch(mesh: Mesh, batch: dict, batch_size: int = 0) -> dict[str, jax.Array]:
+    """A batch of numpy arrays on the devices. With `batch_size`, the elements of the whole batch, each process has its
+    `local_rows` alone."""
+    shapes = whole_shapes(batch, batch_size) if batch_size else batch
+    return {
+        name: jax.make_array_from_process_local_data(sharding, batch[name], shapes[name].shape)
+        for name, sharding in batch_shardings(mesh, shapes).items()
+    }
 
 
 def whole_shapes(batch: dict, batch_size: int) -> dict:

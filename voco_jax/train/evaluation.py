@@ -150,12 +150,12 @@ class Evaluator:
             for _ in range(batches.num_batches):
                 with together():  # what one process cannot load, none waits for
                     batch = next(batches)
-                yield self._put(batch, batches.shard, batches.batch_size)
+                yield self._put(batch, batches.batch_size)
         finally:
             batches.close()
 
-    def _put(self, batch: dict, rows: list[int] | None = None, batch_size: int = 0) -> dict:
-        batch = put_batch(self._mesh, batch, rows, batch_size)
+    def _put(self, batch: dict, batch_size: int = 0) -> dict:
+        batch = put_batch(self._mesh, batch, batch_size)
         return batch | {"pixel_values": self._normalize(batch["pixel_values"])}
 
     # ---- Answers -----------------------------------------------------------------------------------------------

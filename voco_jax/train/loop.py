@@ -251,7 +251,7 @@ def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Itera
     normalize = jax.jit(make_processor(config).normalize)
 
     def on_devices(batch):
-        batch = put_batch(mesh, batch, batches.shard, config.data.batch_size)
+        batch = put_batch(mesh, batch, config.data.batch_size)
         return batch | {"pixel_values": normalize(batch["pixel_values"])}
 
     coming: dict | None = None
