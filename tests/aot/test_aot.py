@@ -25,7 +25,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
     ("arguments", "message"),
     [
         ([], "--topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8"),
-        (["--topology=v5e:8"], "--topology: expected chip:shape, for example v5e:2x2,"),
+        (["--topology=v5e:8"], "--topology: expected a chip of v5e, v5p, v6e and a shape, for example v5e:2x2,"),
         (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
         (["--topology=v5e:2x2", "--fast"], "fast"),
         (["--topology=v5e:2x2", "more"], "'more' is not an option; use --config=FILE --config.KEY=VALUE, --topology"),

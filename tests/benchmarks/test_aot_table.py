@@ -87,7 +87,7 @@ def test_a_case_that_fails_is_named_and_the_rest_stays(few, monkeypatch, capsys,
     wrong_before.write_text(wrong_before.read_text().replace("v5e:17", "v5e:2x2"))  # another command's answer
     status, output, error = run_main(aot_table, monkeypatch, capsys, "--out", tmp_path)
     assert status == 2 and "| small |" in output and "wrong" not in output
-    assert "wrong: error: topology: expected chip:shape" in error and "wrong.log" in error
+    assert "wrong: error: --topology: expected a chip" in error and "wrong.log" in error
 
 
 def test_the_tables_in_docs_are_what_the_answers_there_say():

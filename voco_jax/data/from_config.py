@@ -13,18 +13,22 @@ from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.config import model_error
 from voco_jax.models.voco import VoCoConfig
 
+_OF_TOKENIZER = ("voco_token_id", "prefix_ids", "suffix_ids")
+
 
 def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
     """The model that a config and a tokenizer describe, as `models/build.py` makes it; UserError names a wrong value.
 
     Without a tokenizer (None), for estimates, the vocabulary is the config's, and Llama's tokens are around an image.
     """
-    facts = None
+    model, prompt = typed(config).model, {}
     if tokenizer is not None:
-        ids, is_trained = prompt_ids(tokenizer), config.tokenizer.source == "train"
-        facts = build.TokenizerFacts(len(tokenizer), is_trained, ids.voco_token_id, ids.prefix_ids, ids.suffix_ids)
+        ids, size = prompt_ids(tokenizer), len(tokenizer)
+        if config.tokenizer.source != "train":  # a pretrained model only gets rows for added tokens
+            size = max(size, model.llama.vocab_size)
+        prompt = dict(vocab_size=size, **{name: getattr(ids, name) for name in _OF_TOKENIZER})
     try:
-        return build.make_model_config(typed(config).model, facts)
+        return build.make_model_config(model, **prompt)
     except ValueError as error:
         raise model_error(error) from None
 

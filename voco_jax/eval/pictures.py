@@ -21,50 +21,39 @@ WIDTH = 40  # letters of a line of text
 _CELL, _SIDE, _LINE, _TITLE, _GAP = 3.1, 2.2, 0.18, 0.42, 0.22  # inches: of a column, a picture, a line, …
 
 
-def draw_answers(answers: Sequence[Answer], path: Path, *, seed: int = 0) -> None:
+def draw_answers(answers: Sequence[Answer], path: Path) -> None:
     """Rows of randomly chosen answers, right ones green and wrong ones red; the last row is of mistakes, if any."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     mistakes = [i for i, answer in enumerate(answers) if not answer.correct]
     shown_mistakes = rng.permutation(mistakes)[:SHEET_COLUMNS].astype(int)
     others = np.setdiff1d(np.arange(len(answers)), shown_mistakes)
     chosen = [*rng.permutation(others)[: SHEET_COLUMNS * SHEET_ROWS - len(shown_mistakes)], *shown_mistakes]
     shown = [answers[i] for i in chosen]
     title = f"{len(answers) - len(mistakes):,} of {count_of(len(answers), 'answer')} right"
-    draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title, rows=SHEET_ROWS)
+    draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title)
 
 
 def draw_sheet(
-    answers: Sequence[Answer],
-    pictures: Sequence,
-    path: Path,
-    title: str,
-    *,
-    judged: Sequence[bool] | None = None,
-    rows: int = 0,
+    answers: Sequence[Answer], pictures: Sequence, path: Path, title: str, judged: Sequence[bool] | None = None
 ) -> None:
     """Answers in their order, four in a row, each under its picture (None: there is none).
 
-    Those that are not `judged` are grey, neither right nor wrong. `rows` are those of the sheet, 0: as many as needed.
+    Those that are not `judged` are grey, neither right nor wrong.
     """
-    rows = rows or -(-len(answers) // SHEET_COLUMNS)
+    rows = -(-len(answers) // SHEET_COLUMNS)
     texts = [(_wrapped(answer.question, 3), _below(answer)) for answer in answers]
     by_row = [texts[r * SHEET_COLUMNS : (r + 1) * SHEET_COLUMNS] for r in range(rows)]
     # Lines above and below the pictures of a row: each has the room that its texts need
     lines = [[max((text[i].count("\n") + 1 for text in row), default=1) for i in (0, 1)] for row in by_row]
     height = _TITLE + sum((above + below) * _LINE + _SIDE + _GAP for above, below in lines)
-    figure = plt.figure(figsize=(_CELL * SHEET_COLUMNS, height))
+    width = _CELL * SHEET_COLUMNS
+    figure = plt.figure(figsize=(width, height))
     top = _TITLE
     for r, (above, below) in enumerate(lines):
         top += above * _LINE
         for column, i in enumerate(range(r * SHEET_COLUMNS, min((r + 1) * SHEET_COLUMNS, len(answers)))):
             left = (column + 0.5) * _CELL - _SIDE / 2
-            place = (
-                left / (_CELL * SHEET_COLUMNS),
-                1 - (top + _SIDE) / height,
-                _SIDE / (_CELL * SHEET_COLUMNS),
-                _SIDE / height,
-            )
-            axis = figure.add_axes(place)
+            axis = figure.add_axes((left / width, 1 - (top + _SIDE) / height, _SIDE / width, _SIDE / height))
             axis.axis("off")
             colour = UNJUDGED if judged is not None and not judged[i] else RIGHT if answers[i].correct else WRONG
             if pictures[i] is not None:

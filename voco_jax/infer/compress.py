@@ -20,7 +20,6 @@ import re
 from typing import NamedTuple, NoReturn, cast
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
@@ -51,11 +50,11 @@ class Entry:
 
 
 class Job(NamedTuple):
-    """A picture, or some frames of a video. `load()` returns each item with its RGB picture (None: it is known)."""
+    """A picture, or some frames of a video. `load()` returns each item with its pixels (None: it is known)."""
 
     entry: Entry
     size: int
-    load: Callable[[], list[tuple[Item, Image.Image | None]]]
+    load: Callable[[], list[tuple[Item, np.ndarray | None]]]
 
 
 @dataclasses.dataclass
@@ -125,12 +124,12 @@ def compress_to_file(
         tokens, dtype = _form(images.fingerprint, [old, *parts], tokens, int8)
         have = {item.identity for file in [old, *parts] if file is not None for item in file.items}
         sampling = sampling or images.sampling
-        wanted = _Wanted(have, images.processor.load, sampling, batch_size, incomplete)
+        wanted = _Wanted(have, images, sampling, batch_size, incomplete)
         outcome = Outcome()
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
-            for items, squares in _batches(jobs, images.processor.square, batch_size, threads, outcome, bar, log):
+            for items, squares in _batches(jobs, batch_size, threads, outcome, bar, log):
                 bank = cast(MemoryBank, images.encode_pixels(squares, items, batch_size)).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
@@ -177,11 +176,8 @@ def _write(real: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: 
 class _Wanted:
     """What the entries come to: keys of items by source, and the jobs that load them."""
 
-    def __init__(
-        self, have: set[bytes], load: Callable[[Picture], Image.Image], sampling: FrameSampling, chunk: int,
-        incomplete: bool,
-    ):  # fmt: skip
-        self._have, self._load, self._sampling, self._chunk = have, load, sampling, chunk
+    def __init__(self, have: set[bytes], images: ImageEncoder, sampling: FrameSampling, chunk: int, incomplete: bool):
+        self._have, self._images, self._sampling, self._chunk = have, images, sampling, chunk
         self._incomplete = incomplete
         self.keys: dict[str, set] = {}
         self.total = 0
@@ -202,14 +198,14 @@ class _Wanted:
         self.total = sum(job.size for job in jobs)
         return jobs
 
-    def _picture(self, entry: Entry) -> list[tuple[Item, Image.Image | None]]:
+    def _picture(self, entry: Entry) -> list[tuple[Item, np.ndarray | None]]:
         with open_file(entry.path, whole=True) as stream:
             data = stream.read()
         item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
         known = item.identity in self._have
-        image = None if known else self._load(Picture(data=data, name=str(entry.path)))
+        square = None if known else self._images.square(Picture(data=data, name=str(entry.path)))
         self.keys[item.source] = {item.identity}  # only now: where it cannot be read the old one is not replaced
-        return [(item, image)]
+        return [(item, square)]
 
     def _frames(self, entry: Entry) -> Iterator[Job]:
         clip, source = Clip(file=entry.path, incomplete=self._incomplete), str(entry.path)
@@ -229,11 +225,12 @@ class _Wanted:
         time_of = dict(zip(items, times.tolist(), strict=True))
         self.keys[source] = {item.identity for item in items}
 
-        def load(some: list[Item]) -> list[tuple[Item, Image.Image | None]]:
+        def load(some: list[Item]) -> list[tuple[Item, np.ndarray | None]]:
             new = [item for item in some if item.identity not in self._have]
-            frames = dict(zip(new, read_frames(clip, [time_of[item] for item in new]), strict=True)) if new else {}
+            frames = read_frames(clip, [time_of[item] for item in new]) if new else []
+            squares = dict(zip(new, map(self._images.processor.square, frames), strict=True))
             check()
-            return [(item, frames.get(item)) for item in some]
+            return [(item, squares.get(item)) for item in some]
 
         for start in range(0, len(items), self._chunk):
             some = items[start : start + self._chunk]
@@ -241,23 +238,18 @@ class _Wanted:
 
 
 def _batches(
-    jobs: Sequence[Job], square: Callable[[Image.Image], np.ndarray], batch_size: int, threads: int, outcome: Outcome,
-    bar: tqdm, log: Callable[[str], None],
+    jobs: Sequence[Job], batch_size: int, threads: int, outcome: Outcome, bar: tqdm, log: Callable[[str], None]
 ) -> Iterator[tuple[list[Item], list[np.ndarray]]]:  # fmt: skip
     """(items, squares) of so many new pictures at a time, loaded ahead by threads, in the jobs' order."""
     items, squares = [], []
     with ThreadPoolExecutor(threads) as pool:
         coming: deque[tuple[Job, Future]] = deque()
-
-        def load(job: Job) -> list[tuple[Item, np.ndarray | None]]:
-            return [(item, None if p is None else square(p)) for item, p in job.load()]
-
         waiting = iter(jobs)
         try:
             while True:
                 # As many ahead as fill the next batch while one computes
                 while sum(job.size for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
-                    coming.append((job, pool.submit(load, job)))
+                    coming.append((job, pool.submit(job.load)))
                 if not coming:
                     break
                 job, future = coming.popleft()

@@ -12,32 +12,14 @@ from voco_jax.models.config import ModelConfig, VoCoConfig
 from voco_jax.models.voco import VoCoLlama
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerFacts:
-    """What a model has to know of its tokenizer; the last three fields are those of `VoCoConfig`.
+def make_model_config(m: ModelConfig, vocab_size: int | None = None, **prompt: Any) -> VoCoConfig:
+    """The model of `config.model`, for a tokenizer's vocabulary and its voco_token_id, prefix_ids and suffix_ids.
 
-    Where the tokenizer was trained with the model (`sets_vocabulary`), its size is the vocabulary; a pretrained model
-    only gets rows for added tokens.
+    Without these, for estimates, the vocabulary is the config's, and Llama's tokens are around an image. ValueError for
+    values that do not fit together.
     """
-
-    size: int
-    sets_vocabulary: bool
-    voco_token_id: int
-    prefix_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
-
-
-def make_model_config(m: ModelConfig, tokenizer: TokenizerFacts | None) -> VoCoConfig:
-    """The model that `config.model` and a tokenizer describe; ValueError for values that do not fit together.
-
-    Without a tokenizer, for estimates, the vocabulary is the config's, and Llama's tokens are around an image.
-    """
-    llama = m.llama
-    prompt: dict[str, Any] = {"voco_token_id": llama.vocab_size - 1}
-    if tokenizer is not None:
-        if llama.vocab_size < tokenizer.size or tokenizer.sets_vocabulary:
-            llama = dataclasses.replace(llama, vocab_size=tokenizer.size)
-        prompt = {name: getattr(tokenizer, name) for name in ("voco_token_id", "prefix_ids", "suffix_ids")}
+    llama = m.llama if vocab_size is None else dataclasses.replace(m.llama, vocab_size=vocab_size)
+    prompt = {"voco_token_id": llama.vocab_size - 1} | prompt
     fast = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # a CPU has no fast bfloat16
     dtypes = {name: fast if (dtype := getattr(m, name)) == "auto" else dtype for name in ("dtype", "param_dtype")}
     return VoCoConfig(**(vars(m) | dtypes | prompt | {"llama": llama, "lora": m.lora if m.lora.rank else None}))

@@ -19,16 +19,9 @@ def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **kwargs
     product too, where XLA would contract over two axes at a third of the speed. Elsewhere tokens keep their axes,
     which may be sharded.
     """
-    (lhs_axes, rhs_axes), batch = dimension_numbers
-    n = len(lhs_axes)
-    if (
-        batch != ((), ())
-        or tuple(lhs_axes) != tuple(range(lhs.ndim - n, lhs.ndim))
-        or tuple(rhs_axes) != tuple(range(n))
-    ):
-        raise ValueError(
-            f"dot_general: expected tokens [..., inputs] and a kernel [inputs, ...], found {dimension_numbers}"
-        )
+    n = len(dimension_numbers[0][0])
+    if dimension_numbers != ((tuple(range(lhs.ndim - n, lhs.ndim)), tuple(range(n))), ((), ())):
+        raise ValueError(f"expected tokens [..., inputs] and a kernel [inputs, ...], found axes {dimension_numbers}")
 
     def flat(lhs, rhs):
         inputs = math.prod(rhs.shape[:n])

@@ -31,7 +31,6 @@ class Chip:
     accelerator_type: str  # TPU_ACCELERATOR_TYPE, {} is the number of cores as the name counts them
     cores_per_chip: int  # in that name
     chips_per_host: tuple[int, int, int]
-    examples: tuple[str, ...]
 
 
 CHIPS = {
@@ -50,7 +49,6 @@ CHIPS = {
             accelerator_type="v5litepod-{}",
             cores_per_chip=1,
             chips_per_host=(2, 2, 1),
-            examples=("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
         ),
         Chip(
             name="v5p",
@@ -65,7 +63,6 @@ CHIPS = {
             accelerator_type="v5p-{}",
             cores_per_chip=2,
             chips_per_host=(2, 2, 1),
-            examples=("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4"),
         ),
         Chip(
             name="v6e",
@@ -80,7 +77,6 @@ CHIPS = {
             accelerator_type="v6e-{}",
             cores_per_chip=1,
             chips_per_host=(2, 2, 1),
-            examples=("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
         ),
     )
 }
@@ -92,8 +88,8 @@ def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     chip = CHIPS.get(match[1]) if match else None
     shape = tuple(map(int, match[2].split("x"))) if match else ()
     if chip is None or len(shape) != chip.dimensions or math.prod(shape) == 0:
-        forms = ", ".join(example for chip in CHIPS.values() for example in chip.examples)
-        raise UserError(f"--topology: expected chip:shape, for example {forms}; found {topology!r}")
+        known = f"a chip of {', '.join(CHIPS)} and a shape, for example v5e:2x2, v5e:16x16 or v5p:2x2x4"
+        raise UserError(f"--topology: expected {known}; found {topology!r}")
     return chip, shape
 
 
