@@ -12,7 +12,8 @@ from voco_jax.errors import UserError
 from voco_jax.models.voco import Read, VoCoLlama
 from voco_jax.train.cross_entropy import label_cross_entropy
 
-Batch = dict[str, jax.Array]  # as `data/pipeline.py` makes it, on the devices
+# tokens, positions, segment_ids, slot_index, targets and weights [rows, T]; pixel_values [packs, I, size, size, 3]
+Batch = dict[str, jax.Array]
 
 
 class LossOutput(NamedTuple):
