@@ -67,9 +67,7 @@ def load_run(
     if compressor is not None:
         trained = config.model.compressor
         if compressor != trained and any(COMPRESSORS[kind].has_weights for kind in (compressor, trained)):
-            raise UserError(
-                f"--compressor {compressor}: {directory} has compressor {trained!r}, which cannot be run so"
-            )
+            raise UserError(f"--compressor {compressor}: {directory} was trained with {trained!r}; run it so")
         config.model.compressor = compressor
     if attention is not None:
         config.model.attention = attention
