@@ -146,9 +146,9 @@ class Model:
         UserError where there is no image, and for memories of another model.
         """
         images = self._encode(about)
-        if images is not None and not len(images):
-            raise UserError("images: expected at least one to ask about, found none")
         if images is not None:
+            if not len(images):
+                raise UserError("images: expected at least one to ask about, found none")
             self.image_encoder.check(images)
         return images
 

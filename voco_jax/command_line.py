@@ -31,8 +31,8 @@ from voco_jax.config import (
     find_problem,
     flatten,
     one_line,
+    set_value,
     unknown_key,
-    value_of,
     with_all_fields,
 )
 from voco_jax.config_keys import SOURCE_KEYS
@@ -130,9 +130,8 @@ def _change(config: ConfigDict, key: str, text: str) -> None:
         value = ConfigDict(ast.literal_eval(text), convert_dict=True) if is_literal else _value(text, expected)
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError):
         raise UserError(f"{_KEY}{key}: expected {type_in_words(expected)}, found {text!r}") from None
-    group, _, name = key.rpartition(".")
     with config.ignore_type():
-        (value_of(config, group) if group else config)[name] = value
+        set_value(config, key, value)
 
 
 def _value(text: str, expected: Any) -> Any:

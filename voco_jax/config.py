@@ -155,7 +155,7 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
             raise UserError(f"key {missing[0]!r} is missing")
         with config.unlocked(), config.ignore_type():
             for key, value in (ADDED_LATER | values).items():
-                _set(config, key, _from_json(key, value))
+                set_value(config, key, _from_json(key, value))
         if problem := find_problem(config):
             raise UserError(f"config.{problem[0]}: {problem[1]}")
         typed(config)
@@ -199,7 +199,8 @@ def value_of(config: ConfigDict, key: str) -> Any:
     return functools.reduce(operator.getitem, key.split("."), config)
 
 
-def _set(config: ConfigDict, key: str, value: Any) -> None:
+def set_value(config: ConfigDict, key: str, value: Any) -> None:
+    """Of a key by its dotted name."""
     group, _, name = key.rpartition(".")
     (value_of(config, group) if group else config)[name] = value
 

@@ -30,7 +30,6 @@ from voco_jax.eval.answering import answer_all
 from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
 from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips
 from voco_jax.eval.conversations import score_conversations
-from voco_jax.eval.options import Options
 from voco_jax.eval.pictures import draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind, table
 from voco_jax.io.atomic import write_text
@@ -54,10 +53,10 @@ def score_easyvqa(
     model: Model, source: Source, guesser: easyvqa.Guesser | None = None, max_records: int | None = None
 ) -> tuple[dict, list[Answer]]:
     """What `results.json` says of an easyvqa source, and the answers."""
-    options = options_of(model.run)
+    limits = model.run.config.eval
     records = [source[i] for i in range(len(source))][:max_records]
     answers = answer_all(
-        model.image_encoder, records, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
+        model.image_encoder, records, batch_size=limits.batch_size, max_new_tokens=limits.max_new_tokens
     )
     kinds = [easyvqa.question_kind(answer.question) for answer in answers]
     columns = {THIS_RUN: count_by_kind(answers, kinds)}
@@ -89,7 +88,7 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
     if baselines and not clips:
         raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
     guesser = _guesser(run, "video_qa") if baselines else None
-    model, options = Model(run), options_of(run)
+    model = Model(run)
     for name in sorted(by_name):
         if by_name[name].kind == "easyvqa":
             results, given = score_easyvqa(model, opened[name], _guesser(run, "easyvqa"), max_records)
@@ -97,15 +96,13 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             yield name, Scored(results, table(results["counts"]), [], {"answers": draw})
             continue
         if name not in clips:
-            results, answers, report = score_conversations(
-                model, opened[name], options, name=name, max_records=max_records
-            )
+            results, answers, report = score_conversations(model, opened[name], name=name, max_records=max_records)
             notes = [line.strip() for line in report.lines("conversation")] if report.skipped else []
             draw = functools.partial(draw_conversations, answers)
             yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
             continue
         results, found, report = score_clips(
-            model, clips[name], options, name=name, max_clips=max_records, baselines=baselines, guesser=guesser
+            model, clips[name], name=name, max_clips=max_records, baselines=baselines, guesser=guesser
         )
         notes = [line.strip() for line in report.lines("question")] if report.skipped else []
         if baselines and guesser is None:
@@ -118,15 +115,6 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             "strip": functools.partial(draw_strip, found, title=title),
         }
         yield name, Scored(results, table(results["counts"]), notes, pictures)
-
-
-def options_of(run: Run) -> Options:
-    """What the run's config says of evaluation."""
-    limits, data = run.config.eval, run.config.data
-    return Options(
-        limits.batch_size, limits.max_new_tokens, data.max_skipped_fraction, data.video.incomplete,
-        data.video.timestamps,
-    )  # fmt: skip
 
 
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:

@@ -1,6 +1,5 @@
 """`voco_jax.evaluate` on questions about videos: what is asked, about which frames, and what is said of the answers."""
 
-import dataclasses
 import json
 from pathlib import Path
 import re
@@ -120,12 +119,10 @@ def asked(monkeypatch) -> list[tuple]:
     return found
 
 
-def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked):
+def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked, monkeypatch):
     """In batches over several clips, of whole clips and of parts of them; whole, and as each baseline has it."""
-    options = dataclasses.replace(evaluate.options_of(model.run), batch_size=10)
-    results, found, report = score_clips(
-        model, source_of(shape_clips), options, name="clips", max_clips=4, baselines=True
-    )
+    monkeypatch.setattr(model.run.config.eval, "batch_size", 10)
+    results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=4, baselines=True)
     rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00003.mp4"]
     assert 20 < len(rows) < 30 and report.seen == len(rows) and not report.skipped
     said = {column: [asked[int(answer.given)] for answer in answers] for column, answers in found.answers.items()}
@@ -201,9 +198,7 @@ def test_counts_by_kind_and_guesses(model, shape_clips, asked, monkeypatch):
     monkeypatch.setattr(runner, "generate", answers)
     known = next(row for row in rows if row["kind"] == "what changes")
     guesser = easyvqa.Guesser([(known["question"], known["answer"])] + 2 * [("is it late?", "no")])
-    results, _, _ = score_clips(
-        model, source_of(shape_clips), evaluate.options_of(model.run), baselines=True, guesser=guesser
-    )
+    results, _, _ = score_clips(model, source_of(shape_clips), baselines=True, guesser=guesser)
     kinds = {row["kind"] for row in rows}
     assert kinds == {"order", "at second", "count", "direction", "becomes", "ever shown", "what changes"}
     numbers = {kind: sum(row["kind"] == kind for row in rows) for kind in kinds}

@@ -154,9 +154,7 @@ def test_scores_of_own_data(test_set, evaluated, tmp_path):
     config = config_of(tmp_path / "run", test_set, eval__max_new_tokens=0, eval__batch_size=5)
     maker = loader.maker
     run = Run(tmp_path / "run", config, model, maker.encoder, loader.processor, 5, {"all": 1})
-    results, answers, report = score_conversations(
-        Model(run), LlavaSource(**test_set[0]), evaluate.options_of(run), name="all"
-    )
+    results, answers, report = score_conversations(Model(run), LlavaSource(**test_set[0]), name="all")
     length = max(len(maker.encoder.tokenizer(a.truth, add_special_tokens=False).input_ids) for a in answers)
     assert results["max_new_tokens"] == length + 1 > 8 and not report.skipped  # room for the longest, and its end
     engine = Engine(model, maker.encoder)
@@ -188,7 +186,7 @@ def test_the_sheet_has_pictures_however_many_questions_are_too_long(test_set, ev
     config = config_of(tmp_path / "run", test_set, data__max_skipped_fraction=1.0, eval__batch_size=4)
     run = Run(tmp_path / "run", config, model, maker.encoder, data.batches.loader.processor, 5, {"all": 1})
     source = LlavaSource(str(tmp_path / "long.json"), test_set[0]["images"])
-    _, answers, report = score_conversations(Model(run), source, evaluate.options_of(run))
+    _, answers, report = score_conversations(Model(run), source)
     assert report.num_skipped == 30 and [a.picture is not None for a in answers] == [True] * 12 + [False] * 2
 
 

@@ -93,8 +93,10 @@ class Report:
         max_skipped_fraction: float,
         total: int,
         option: str = "config.data.max_skipped_fraction",
+        name: str = "data",
     ) -> None:
-        """UserError when more than `max_skipped_fraction` of the records are skipped; the user calls it `option`.
+        """UserError when more than `max_skipped_fraction` of the records are skipped; the user calls it `option`, and
+        the records `name`.
 
         The fraction is of at least 1,000 records (or of `total`, all that there are): the first skipped record of a run
         must not end it.
@@ -103,6 +105,6 @@ class Report:
         if self.num_skipped > allowed:
             worst, n = self.skipped.most_common(1)[0]
             raise UserError(
-                f"data: {self.num_skipped} of the first {self.seen} records cannot be used, more than {option} = "
+                f"{name}: {self.num_skipped} of the first {self.seen} records cannot be used, more than {option} = "
                 f"{max_skipped_fraction:g} allows; {n}× {worst}: {self.examples[worst][0]}"
             )

@@ -1,6 +1,6 @@
 """What a video question set shows of a model, for people to look at: accuracy by kind, and a strip of clips."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import itertools
 from pathlib import Path
 
@@ -58,7 +58,9 @@ def draw_strip(found: ClipAnswers, path: Path, title: str) -> None:
     red with the truth. BadRecord for a clip that can no longer be read."""
     rows = []
     for file, answers in choose_clips(found):
-        times = _spread(found.times[file], FRAMES)
+        all_times = found.times[file]
+        count = min(len(all_times), FRAMES)
+        times = [all_times[i * len(all_times) // count] for i in range(count)]
         frames = read_frames(Clip(as_path(file), incomplete=True), times)  # as they were asked about
         tall = _FRAME * min(1.0, frames[0].height / frames[0].width)
         answers = answers[:QUESTIONS]
@@ -115,9 +117,3 @@ def _write(figure, x: float, y: float, answer: Answer, width: int) -> None:
 def _told(answer: Answer) -> str:
     given = one_line(answer.given, WIDTH // 2) or "(nothing)"
     return given if answer.correct else f"{given}   truth: {one_line(answer.truth, WIDTH // 2)}"
-
-
-def _spread(times: Sequence[float], most: int) -> list[float]:
-    """Evenly chosen, at most so many."""
-    count = min(len(times), most)
-    return [times[i * len(times) // count] for i in range(count)]

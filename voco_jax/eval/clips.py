@@ -15,13 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.api import Model
+from voco_jax.config import typed
+from voco_jax.config_keys import EvalConfig
 from voco_jax.data.records import NO_ANSWER, WRONG_FORM, BadRecord, Clip
 from voco_jax.data.reports import Report
 from voco_jax.data.sources.easyvqa import Guesser
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.data.turns import VIDEO
 from voco_jax.errors import UserError
-from voco_jax.eval.options import Options
 from voco_jax.eval.runner import Answered, Question, Runner
 from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind, longest_answer
 from voco_jax.infer.image_cache import ImageCache
@@ -86,22 +87,25 @@ VIEWS: dict[str, View] = {THIS_RUN: lambda images, number: images} | BASELINES
 
 
 def score_clips(
-    model: Model, source: VideoQuestionSource, options: Options, *, name: str = "", max_clips: int | None = None,
+    model: Model, source: VideoQuestionSource, *, name: str = "", max_clips: int | None = None,
     baselines: bool = False, guesser: Guesser | None = None,
 ) -> tuple[dict, ClipAnswers, Report]:  # fmt: skip
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
     UserError where more than `max_skipped_fraction` of the questions cannot be used, or none can.
     """
-    report = Report()
+    report, config = Report(), typed(model.run.config)
     key = f"config.data.test.{name}"
 
     def check() -> None:
-        options.check(report, key, len(source), len(source))
+        report.check(config.data.max_skipped_fraction, len(source), len(source), name=key)
 
     clips = read_clips(source, report, max_clips)
     check()
-    found = answer_clips(model.image_encoder, clips, report, check, options, BASELINES if baselines else (), name)
+    found = answer_clips(
+        model.image_encoder, clips, report, check, config.eval, BASELINES if baselines else (), name,
+        incomplete=config.data.video.incomplete,
+    )  # fmt: skip
     if not found.kinds:
         reason = report.lines("question")[-1].strip()
         raise UserError(f"{key}: expected questions, found none that can be asked: {reason}")
@@ -148,8 +152,8 @@ def read_clips(source: VideoQuestionSource, report: Report, max_clips: int | Non
 
 
 def answer_clips(
-    images: ImageEncoder, clips: Sequence[AskedClip], report: Report, check: Callable[[], None], options: Options,
-    baselines: Iterable[str] = (), name: str = "",
+    images: ImageEncoder, clips: Sequence[AskedClip], report: Report, check: Callable[[], None], limits: EvalConfig,
+    baselines: Iterable[str] = (), name: str = "", incomplete: bool = False,
 ) -> ClipAnswers:  # fmt: skip
     """Greedy answers to all questions of the clips, with the run's frames; also with what `baselines` show.
 
@@ -158,8 +162,8 @@ def answer_clips(
     engine, found = images.engine, ClipAnswers({}, [], {})
     asked = [(clip, question) for clip in clips for question in clip.questions]
     truths = {question.truth for _, question in asked}
-    limit = longest_answer(options.max_new_tokens, truths, engine.encoder.tokenizer)
-    runner = Runner(engine, ImageCache(images), options.batch_size, limit)
+    limit = longest_answer(limits.max_new_tokens, truths, engine.encoder.tokenizer)
+    runner = Runner(engine, ImageCache(images), limits.batch_size, limit)
 
     def ask(column: str, asked: Sequence[tuple[AskedClip, ClipQuestion]]) -> Iterator[Answered]:
         view = VIEWS[column]
@@ -172,7 +176,7 @@ def answer_clips(
             return encode_prompt(engine, question.text, shown[2])
 
         questions = (
-            Question((clip, q), [Clip(clip.file, incomplete=options.incomplete)], q.where, partial(prompt, clip, q))
+            Question((clip, q), [Clip(clip.file, incomplete=incomplete)], q.where, partial(prompt, clip, q))
             for clip, q in asked
         )
         with tqdm(total=len(asked), unit="question", desc=f"evaluating {name} ({column})", mininterval=0.5) as bar:

@@ -19,7 +19,6 @@ from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
-from voco_jax.eval.options import Options
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS
 from voco_jax.eval.runner import Question, Runner
 from voco_jax.eval.scoring import OVERALL, Answer, longest_answer, token_f1
@@ -55,17 +54,17 @@ class _Asked(NamedTuple):
 
 
 def score_conversations(
-    model: Model, source: Source, options: Options, *, name: str = "", max_records: int | None = None
+    model: Model, source: Source, *, name: str = "", max_records: int | None = None
 ) -> tuple[dict, list[ScoredAnswer], Report]:
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
     UserError where more than `max_skipped_fraction` of the records cannot be used, or none can.
     """
     images, encoder, report = model.image_encoder, model.run.encoder, Report()
-    key = f"config.data.test.{name}"
+    data, limits, key = model.run.config.data, model.run.config.eval, f"config.data.test.{name}"
     count = len(source) if max_records is None else min(max_records, len(source))
-    maker = SampleMaker(encoder, 0, _MOST_IMAGES, images.sampling, options.timestamps, options.incomplete)
-    limit = longest_answer(options.max_new_tokens, _truths(source, count), encoder.tokenizer)
+    maker = SampleMaker(encoder, 0, _MOST_IMAGES, images.sampling, data.video.timestamps, data.video.incomplete)
+    limit = longest_answer(limits.max_new_tokens, _truths(source, count), encoder.tokenizer)
     answers: list[ScoredAnswer] = []
 
     def questions() -> Iterator[Question[_Asked]]:
@@ -73,18 +72,18 @@ def score_conversations(
             for i in range(count):
                 # Questions are read before those that are asked with them are answered
                 of_record = _read(maker, source, i, images.processor.load, report, len(answers) < SHOWN)
-                options.check(report, key, count)
+                report.check(data.max_skipped_fraction, count, name=key)
                 yield from of_record
                 bar.update()
 
-    runner = Runner(model.engine, ImageCache(images), options.batch_size, limit)
+    runner = Runner(model.engine, ImageCache(images), limits.batch_size, limit)
     for answered in runner.run(questions()):
         asked = answered.id
         if answered.score is None:
             if not isinstance(answered.error, BadRecord):
                 raise answered.error or AssertionError(asked)
             report.add_skipped(answered.error, asked.name)
-            options.check(report, key, count)
+            report.check(data.max_skipped_fraction, count, name=key)
             continue
         loss, num_tokens = -answered.score.log_probability, answered.score.num_tokens
         picture = asked.picture if len(answers) < SHOWN else None

@@ -49,7 +49,8 @@ class Chat:
             visual, indices = gather([self._images if is_first else None])
             state = engine.prefill([sample], visual, indices, self._max_new_tokens, sampling, [0], past)
         said: list[str] = []
-        turn = {"from": "human", "value": _turn_text(question, self._images if is_first else None)}
+        markers = IMAGE.value * len(self._images) + "\n" if is_first and self._images is not None else ""
+        turn = {"from": "human", "value": markers + question}
 
         def keep(state: DecodeState, count: int) -> None:
             self._keep(state, count)
@@ -86,8 +87,3 @@ class Chat:
         end = np.flatnonzero(sample.labels)[-1]
         tokens = np.concatenate([np.array(self._pending, np.int32), sample.tokens[end + 1 :]])
         return Sample(tokens, np.zeros(len(tokens), bool), np.full(len(tokens), -1, np.int32), 0)
-
-
-def _turn_text(question: str, images: EncodedImages | None) -> str:
-    """A first turn in LLaVA's form: a marker for each image, then the question."""
-    return question if images is None else IMAGE.value * len(images) + "\n" + question

@@ -166,8 +166,9 @@ class Engine:
         self.check_length(max(map(len, prompts)) + (past[1] if past else 0), max_new_tokens)
         cache, filled = past or (None, 0)
         # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
-        count = 0 if visual is None else self._images_of_a_row(visual)
-        apart = visual is not None and count > 0 and _rows_of(visual) == len(prompts) and cache is None
+        shape = visual.keys.shape[1:] if isinstance(visual, Memory) else (0, 0) if visual is None else visual.shape
+        rows, count = shape[0], shape[1] // (self.encoder.num_visual_tokens if isinstance(visual, Memory) else 1)
+        apart = count > 0 and rows == len(prompts) and cache is None
         apart = apart and len(prompts) % axis_size(*ROWS) == 0  # else rows are added, as for every later turn
         apart = apart and all(p // count == row for row, of_prompt in enumerate(pictures) for p in of_prompt)
         batch = len(prompts) if apart else self._batch_size(len(prompts))
@@ -240,9 +241,6 @@ class Engine:
                 f"question: expected at most {positions} tokens with the answer (max_position_embeddings), "
                 f"found {tokens} and {max_new_tokens} for the answer"
             )
-
-    def _images_of_a_row(self, visual: Memory | jax.Array) -> int:
-        return visual.keys.shape[2] // self.encoder.num_visual_tokens if isinstance(visual, Memory) else visual.shape[1]
 
     # ---- Shapes ------------------------------------------------------------------------------------------------
 
@@ -358,10 +356,6 @@ def _score(graphdef, text_alone, params, visual, prompts: Prompts, before, label
 
 def _decode(graphdef, params, state, limit):
     return decode(nnx.merge(graphdef, params), state, limit)
-
-
-def _rows_of(visual: Memory | jax.Array) -> int:
-    return visual.keys.shape[1] if isinstance(visual, Memory) else visual.shape[0]
 
 
 def _in_one_row(visual: Visual) -> Visual:
