@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]  # overloads
         arguments = sys.argv[1:] if args is None else list(args)
         self.check_names(arguments)
         return super().parse_known_args(arguments, namespace)

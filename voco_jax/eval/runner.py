@@ -80,7 +80,7 @@ class Runner:
                     bar.update()
 
     def _ask(self, window: Sequence[Question[Id]]) -> Iterator[Answered[Id]]:
-        views = [question.views for question in window]
+        views: list[Any] = [question.views for question in window]
         encoded: Sequence = views if self.images is None else self.images.encode(views)
         prompts: dict[int, Prompt] = {}
         conversations: dict[int, Prompt] = {}

@@ -129,7 +129,7 @@ class VoCoJax(lmms):
                 )  # fmt: skip
                 outputs[i] = list(outputs[i] if said is None else said)
                 if not is_over:
-                    asked[i] = _Asked(context, lambda given=visuals: given, asked[i].where)
+                    asked[i] = _Asked(context, partial(_itself, visuals), asked[i].where)
                     on.append(i)
             going = on
         return outputs
@@ -221,3 +221,7 @@ def _batch_size(text: int | str) -> int:
     if not str(text).isdecimal() or int(text) < 1:
         raise UserError(f"--batch_size: expected auto or a number, found {text!r}")
     return int(text)
+
+
+def _itself(value):
+    return value
