@@ -166,7 +166,7 @@ class OptimConfig:
     )
     learning_rate: float = key(1e-3, "highest learning rate, reached after the warm-up", low=1e-12)
     schedule: str = key(
-        "cosine", "of the learning rate; 'wsd': constant, then down",
+        "cosine", "'cosine', 'linear', 'wsd' (constant, then down) or 'constant'",
         one_of=("cosine", "linear", "wsd", "constant"), on_resume="schedule",
     )  # fmt: skip
     warmup_steps: int = key(100, "steps in which the learning rate rises from 0", low=0)

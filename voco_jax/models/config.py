@@ -22,7 +22,7 @@ class ModelConfig:
     llama: LlamaConfig = key(presets.LLAMA["demo"], "language model; presets: voco_jax/models/presets.py")
     vision: ViTConfig = key(presets.VIT["demo"], "vision tower; presets: voco_jax/models/presets.py")
     compressor: str = key(
-        "voco", "what makes few tokens of an image; 'none': all patches are read (LLaVA)", one_of=(*COMPRESSORS,)
+        "voco", "'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'", one_of=(*COMPRESSORS,)
     )
     num_voco_tokens: int = key(
         1, "VoCo tokens per image (K); with 'none' they are plain text, and 0 is plain LLaVA", low=0, below=2**20
@@ -33,7 +33,9 @@ class ModelConfig:
         2, "linear layers with GELU between (2: LLaVA-1.5's mlp2x_gelu; 1: the first LLaVA's)",
         low=1, below=2**6, earlier=2,
     )  # fmt: skip
-    param_dtype: str = key("float32", "dtype in which parameters are stored and updated", one_of=DTYPES, on_load="free")
+    param_dtype: str = key(
+        "float32", "dtype in which parameters are stored and updated; or 'bfloat16'", one_of=DTYPES, on_load="free"
+    )
     dtype: str = key(
         "auto", "dtype of the computation; 'auto': bfloat16 on accelerators, float32 on a CPU",
         one_of=DTYPES, on_load="free",
