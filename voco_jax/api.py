@@ -127,14 +127,14 @@ class Model:
         return LiveVideo(self.image_encoder, source, tokens, batch_size)
 
     def encode_images(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> EncodedImages:
-        """As `compress`, for a model of any kind: without VoCo compression embeddings, good for asking alone."""
+        """Memories of images, or embeddings where the model has no VoCo tokens: to ask about, not to store."""
         return self.image_encoder.encode_images(pictures, batch_size=batch_size)
 
     def encode_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,
         incomplete: bool = False,
     ) -> EncodedImages:  # fmt: skip
-        """As `compress_video`, for a model of any kind."""
+        """Memories of a video's frames, or embeddings where the model has no VoCo tokens."""
         return self.image_encoder.encode_video(
             video, sampling=sampling, batch_size=batch_size, incomplete=incomplete
         )  # fmt: skip

@@ -19,7 +19,7 @@ from voco_jax.parallel.mesh import AXES, find_devices, make_mesh
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `load_model` takes."""
+    """The run, its checkpoint, the attention kernel and the devices."""
     parser.add_argument("--run", type=as_path, required=True, help="run directory (training's workdir), or gs://…")
     parser.add_argument(
         "--step", type=_step, help="checkpoint: a step, or 'best' (lowest evaluation loss); default: newest"
@@ -59,7 +59,7 @@ def mesh_of(text: str | None) -> Mesh | None:
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> None:
-    """What `sampling_of` takes, and `--max-new-tokens`."""
+    """How long answers may be, and how their tokens are chosen."""
     parser.add_argument(
         "--max-new-tokens", type=at_least_1, default=max_new_tokens, metavar="N",
         help=f"longest answer, in tokens (default {max_new_tokens})",
@@ -93,7 +93,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `frame_sampling` takes, and `--incomplete`."""
+    """Which frames of a video are taken."""
     parser.add_argument(
         "--frames", type=int, metavar="N", help="number of frames of a video, evenly spread (default: as in training)"
     )

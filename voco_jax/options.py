@@ -11,7 +11,7 @@ from voco_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with a UserError for what it refuses. Docstrings are descriptions: their line breaks are kept."""
+    """argparse's parser, which raises a UserError instead of ending the process, and keeps a description's lines."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(arguments, namespace)
 
     def check_names(self, arguments: Sequence[str]) -> None:
-        """UserError for an option that there is not. argparse would first ask for what is missing beside it."""
+        """UserError for an unknown option. argparse alone would first ask for the required options that are missing."""
         if self._subparsers is not None:  # what follows the command is for its own parser
             arguments = list(itertools.takewhile(lambda argument: argument.startswith("-"), arguments))
         for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
