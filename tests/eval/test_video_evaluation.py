@@ -1,5 +1,6 @@
 """`voco_jax.evaluate` on questions about videos: what is asked, about which frames, and what is said of the answers."""
 
+import dataclasses
 import json
 from pathlib import Path
 import re
@@ -119,9 +120,11 @@ def asked(monkeypatch) -> list[tuple]:
     return found
 
 
-def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked, monkeypatch):
+def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked):
     """In batches over several clips, of whole clips and of parts of them; whole, and as each baseline has it."""
-    monkeypatch.setattr(model.run.config.eval, "batch_size", 10)
+    config = model.run.config.copy_and_resolve_references()
+    config.eval.batch_size = 10
+    model = Model(dataclasses.replace(model.run, config=config))
     results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=4, baselines=True)
     rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00003.mp4"]
     assert 20 < len(rows) < 30 and report.seen == len(rows) and not report.skipped
