@@ -55,9 +55,7 @@ def main() -> None:
     each = args.each or (args.memory is not None and not args.together and images is not None and not images.is_video)
     if each and images is None:
         raise UserError("--each: expected images, found none")
-    warn_of_none(model, images)
-    if not each and images is not None:
-        warn_of_more(model, len(images))
+    note_images(model, images, together=not each)
     about = [images[i] for i in range(len(images))] if each and images is not None else [images]
     names = [f"{describe(one)}: " if each and one is not None else "" for one in about]
     for question in args.question:
@@ -110,19 +108,15 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
     return images.first_tokens(args.tokens) if isinstance(images, MemoryBank) else images
 
 
-def warn_of_more(model: Model, count: int) -> None:
-    """On standard error, where a model is asked about more pictures together than it has seen."""
-    trained = model.run.config.data.images_per_pack
-    if count > trained:
-        note = f"note: {count_of(count, 'image')} together: {model.run.directory} was trained with at most {trained}"
-        print(note, file=sys.stderr)
-
-
-def warn_of_none(model: Model, images: EncodedImages | None) -> None:
-    """On standard error, where a model is asked without an image."""
+def note_images(model: Model, images: EncodedImages | None, together: bool = True) -> None:
+    """On standard error, where a model is asked without an image, or about more together than it has seen."""
+    directory, trained = model.run.directory, model.run.config.data.images_per_pack
     if images is None:
-        known = f", and {model.run.directory} was trained with an image in every conversation"
+        known = f", and {directory} was trained with an image in every conversation"
         print(f"note: no image is given{known if saw_single_questions(model) else ''}", file=sys.stderr)
+    elif together and len(images) > trained:
+        note = f"note: {count_of(len(images), 'image')} together: {directory} was trained with at most {trained}"
+        print(note, file=sys.stderr)
 
 
 def saw_single_questions(model: Model) -> bool:

@@ -17,7 +17,7 @@ from voco_jax.arguments import (
     load_model,
     sampling_of,
 )
-from voco_jax.ask import check_image_arguments, encode_arguments, saw_single_questions, warn_of_more, warn_of_none
+from voco_jax.ask import check_image_arguments, encode_arguments, note_images, saw_single_questions
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.options import Parser
 from voco_jax.terminal import printable
@@ -34,9 +34,7 @@ def main() -> None:
     check_image_arguments(args)
     model = load_model(args)
     images = encode_arguments(model, args)
-    if images is not None:
-        warn_of_more(model, len(images))
-    warn_of_none(model, images)
+    note_images(model, images)
     chat = model.chat(images, max_new_tokens=args.max_new_tokens, sampling=sampling)
     asking = sys.stdin.isatty()
     if asking:
