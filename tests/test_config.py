@@ -46,6 +46,8 @@ def test_the_command_line_sets_keys():
     assert parse(FILE, "--noconfig.model.unroll_layers").model.unroll_layers is False
     for text in ("['projector']", "('projector',)", "'projector'", "projector"):
         assert parse(FILE, f"--config.train.freeze={text}").train.freeze == ("projector",)
+    with pytest.raises(UserError, match="config.model: head_dim must be even .* and at least 2; found 0"):
+        typed(parse(FILE, "--config.model.llama.head_dim=0", "--config.model.llama.hidden_size=1"))
     scaling = parse(FILE, "--config.model.llama.rope_scaling={'factor': 2.0}").model.llama.rope_scaling
     assert scaling.to_dict() == dataclasses.asdict(RopeScaling(factor=2.0))  # as a run will store it
     assert parse(FILE, "--config.data.train.easyvqa.weight=0.5").data.train.easyvqa.weight == 0.5
@@ -82,6 +84,7 @@ def test_the_command_line_sets_keys():
         ("--config.seed=-1", r"config.seed: expected at least 0 and below 2147483648, found -1"),
         ("train", "'train' is not an option; options: --help, --config, --config.KEY"),
         ("mine.py", "'mine.py' is not an option; did you mean --config=mine.py?"),
+        ("easyvqa", "'easyvqa' is not an option; did you mean --config=easyvqa?"),
     ],
 )
 def test_wrong_keys_and_values(argument, message):

@@ -114,7 +114,8 @@ def _changes(arguments: Sequence[str], parser: argparse.ArgumentParser) -> dict[
             known = [*(option[2:] for option in options), *(f"config.{key}" for key in KEYS)]
             likely = unknown_key(name.lstrip("-"), known, "--")
             raise UserError(f"{name}: {likely.replace('key', 'option', 1)}")
-        hint = f"did you mean {_CONFIG}={argument}?" if argument.endswith(".py") else f"options: {', '.join(options)}"
+        is_config = argument.endswith(".py") or configs.find(argument)
+        hint = f"did you mean {_CONFIG}={argument}?" if is_config else f"options: {', '.join(options)}"
         raise UserError(f"{argument!r} is not an option; {hint}")
     return changes
 

@@ -152,7 +152,10 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
             )
         values = _by_key({key: value for key, value in stored.items() if key != "version"})
         if missing := sorted(KEYS.keys() - values.keys() - ADDED_LATER.keys()):
-            raise UserError(f"key {missing[0]!r} is missing")
+            raise UserError(
+                f"key {missing[0]!r} is missing; if the key is new, its line in config_keys.py needs `earlier`: what "
+                "runs without it did"
+            )
         with config.unlocked(), config.ignore_type():
             for key, value in (ADDED_LATER | values).items():
                 set_value(config, key, _from_json(key, value))

@@ -18,7 +18,8 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     rate, warmup = optim.learning_rate, optim.warmup_steps
     if not 0 <= warmup < steps:
         raise UserError(
-            f"config.optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {warmup}"
+            f"config.optim.warmup_steps: expected 0 to {steps - 1} (train.steps is {steps}); found {warmup}; "
+            "set a smaller optim.warmup_steps or more train.steps"
         )
     pieces = [(0, optax.linear_schedule(0.0, rate, warmup))]  # (first step, schedule from there on)
     rest = steps - warmup

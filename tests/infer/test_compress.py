@@ -194,7 +194,7 @@ def test_another_model_and_other_forms(run, album, tmp_path, tiny_run, monkeypat
     assert file.dtype == np.int8 and file.num_tokens == 1
     before = out.read_bytes()
     for arguments, message in (
-        ((tiny_run, "--images", album), "a memory can only be read by the model that made it"),
+        ((tiny_run, "--images", album), "; give another --out, or delete this file first"),
         ((run, "--images", album, "--tokens", 2), "holds 1 tokens a picture, expected the 2 asked for"),
     ):
         status, _, err = command(monkeypatch, capsys, *arguments, "--out", out)

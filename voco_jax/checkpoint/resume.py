@@ -92,11 +92,12 @@ def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, st
     same = int(differ[0])  # steps
     earlier = max((step for step in steps if step <= same), default=None)
     rates = f"{before[same]:.4g}, not {now[same]:.4g}"
-    hint = f", or remove the checkpoints after that of step {earlier}" if earlier else ""
+    ways = [f"keep {was!r}", f"begin another run with --config.init_from={shlex.quote(str(workdir))}"]
+    if earlier:
+        ways.append(f"remove the checkpoints after that of step {earlier}")
     raise UserError(
         f"config.{changed}: {workdir} has {was!r}, this config {wanted!r}; step {same + 1}, which is done, had "
-        f"a learning rate of {rates} (schedule {config.optim.schedule!r}): keep {was!r}, begin another run with "
-        f"--config.init_from={shlex.quote(str(workdir))}{hint}"
+        f"a learning rate of {rates} (schedule {config.optim.schedule!r}): {', '.join(ways[:-1])}, or {ways[-1]}"
     )
 
 

@@ -286,7 +286,7 @@ def _form(
     for file in files:
         if file is None:
             continue
-        file.check_model(model)
+        file.check_model(model, "give another --out, or delete this file first")
         if tokens is not None and tokens != file.num_tokens:
             raise UserError(f"{file.file}: holds {file.num_tokens} tokens a picture, expected the {tokens} asked for")
         if int8 and file.dtype != np.int8:

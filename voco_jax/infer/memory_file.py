@@ -110,12 +110,12 @@ class MemoryFile:
         with self._open() as opened:
             return self._read(opened, which, self.num_tokens if tokens is None else tokens)
 
-    def check_model(self, model: str) -> None:
-        """UserError where another model's fingerprint stands in the file."""
+    def check_model(self, model: str, hint: str = "compress the pictures again") -> None:
+        """UserError where another model's fingerprint stands in the file; `hint` says what to do."""
         if self.model != model:
             raise UserError(
                 f"{self.file}: a memory can only be read by the model that made it: expected model {model}, "
-                f"found {self.model}; compress the pictures again"
+                f"found {self.model}; {hint}"
             )
 
     def pieces(self, which: Sequence[int]) -> Iterator[MemoryBank]:
