@@ -162,11 +162,11 @@ def test_what_a_complete_run_can_do():
     config = default_config()
     evaluate_it = "score it on its test set: voco evaluate --run 'runs/a b'"
     ask_it = "ask it: voco ask --run 'runs/a b' --image FILE \"QUESTION\""
-    assert train_main.next_commands("runs/a b", config) == [evaluate_it, ask_it]
+    assert train_main.next_commands("runs/a b", config.data) == [evaluate_it, ask_it]
     config.data.train = sources(mine=source("llava", file="a.json"))
-    assert train_main.next_commands("runs/a b", config) == [ask_it]
+    assert train_main.next_commands("runs/a b", config.data) == [ask_it]
     config.data.train = sources(mine=source("video_qa", file="a.json"))
-    assert train_main.next_commands("runs/a", config) == ['ask it: voco ask --run runs/a --video FILE "QUESTION"']
+    assert train_main.next_commands("runs/a", config.data) == ['ask it: voco ask --run runs/a --video FILE "QUESTION"']
 
 
 def test_asked_about_no_picture(tiny_run, monkeypatch, capsys):

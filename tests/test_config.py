@@ -46,7 +46,7 @@ def test_the_command_line_sets_keys():
     assert parse(FILE, "--noconfig.model.unroll_layers").model.unroll_layers is False
     for text in ("['projector']", "('projector',)", "'projector'", "projector"):
         assert parse(FILE, f"--config.train.freeze={text}").train.freeze == ("projector",)
-    with pytest.raises(UserError, match="config.model: head_dim must be even .* and at least 2; found 0"):
+    with pytest.raises(UserError, match="head_dim: expected an even number from 2, .* found 0"):
         typed(parse(FILE, "--config.model.llama.head_dim=0", "--config.model.llama.hidden_size=1"))
     scaling = parse(FILE, "--config.model.llama.rope_scaling={'factor': 2.0}").model.llama.rope_scaling
     assert scaling.to_dict() == dataclasses.asdict(RopeScaling(factor=2.0))  # as a run will store it

@@ -37,8 +37,9 @@ from voco_jax.config import (
 )
 from voco_jax.config_keys import SOURCE_KEYS
 from voco_jax.errors import UserError
-from voco_jax.keys import Key, in_one_line, type_in_words
+from voco_jax.keys import Key, type_in_words
 from voco_jax.options import Parser
+from voco_jax.terminal import shortened
 
 _CONFIG, _KEY = "--config", "--config."
 _LEFT = 44  # columns of a name in --help
@@ -176,7 +177,7 @@ def load_file(path: str) -> ConfigDict:
         config = get_config(*parameter)
         if not isinstance(config, ConfigDict):
             raise UserError(
-                f"{file}: get_config() returned {in_one_line(config)}; expected default_config() with changes"
+                f"{file}: get_config() returned {shortened(config)}; expected default_config() with changes"
             )
         return config.lock()
     except SyntaxError as error:
@@ -236,7 +237,7 @@ def _key_error(error: Exception) -> str | None:
     if isinstance(error, TypeError) and "value" in frame.f_locals:
         expected_type = GROUPS_AND_KEYS[key].type if key in GROUPS_AND_KEYS else type(group[name])  # of a source
         expected = "sources(NAME=source(…))" if key in SOURCES else type_in_words(expected_type)
-        return f"config.{key}: expected {expected}, found {in_one_line(frame.f_locals['value'])}"
+        return f"config.{key}: expected {expected}, found {shortened(frame.f_locals['value'])}"
     return None
 
 

@@ -20,10 +20,11 @@ from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import as_path
-from voco_jax.keys import DEFAULT, all_keys, build, in_one_line, problem_of
+from voco_jax.keys import DEFAULT, all_keys, build, problem_of
 from voco_jax.models import presets
 from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.llama import RopeScaling
+from voco_jax.terminal import shortened
 
 VERSION = 2  # of config.json; version 1 says none
 GROUPS_AND_KEYS = all_keys(Config())
@@ -148,7 +149,7 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
         version = stored.get("version", 1)
         if type(version) is not int or not 1 <= version <= VERSION:
             raise UserError(
-                f"version: expected {VERSION} at most, found {in_one_line(version)}; it needs a newer voco_jax"
+                f"version: expected {VERSION} at most, found {shortened(version)}; it needs a newer voco_jax"
             )
         values = _by_key({key: value for key, value in stored.items() if key != "version"})
         if missing := sorted(KEYS.keys() - values.keys() - ADDED_LATER.keys()):
@@ -246,12 +247,12 @@ def find_problem(config: ConfigDict) -> tuple[str, str] | None:
 def _sources_problem(config: ConfigDict, part: str) -> tuple[str, str] | None:
     by_name = config.data[part.removeprefix("data.")]
     if not isinstance(by_name, ConfigDict):
-        return part, f"expected sources(NAME=source(…)), found {in_one_line(by_name)}"
+        return part, f"expected sources(NAME=source(…)), found {shortened(by_name)}"
     if isinstance(by_name.get("kind"), str):
         return part, f"expected sources(NAME=source({by_name.kind!r}, …)), found a source without a name"
     for name, keys in by_name.items():
         if not isinstance(keys, ConfigDict) or "kind" not in keys:
-            found = f"the keys {', '.join(keys)}" if isinstance(keys, ConfigDict) else in_one_line(keys)
+            found = f"the keys {', '.join(keys)}" if isinstance(keys, ConfigDict) else shortened(keys)
             return f"{part}.{name}", f"expected a source, as source() makes it; found {found}"
     return None
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from ml_collections import ConfigDict
 
 from voco_jax.errors import UserError
+from voco_jax.terminal import shortened
 
 T = TypeVar("T")
 
@@ -122,11 +123,11 @@ def type_in_words(annotation: Any) -> str:
 def problem_of(key: Key, value: Any) -> str:
     """What is wrong with a value, by the key's type and range; '' for nothing."""
     if not _is_of(value, key.type):
-        return f"expected {type_in_words(key.type)}, found {in_one_line(value)}"
+        return f"expected {type_in_words(key.type)}, found {shortened(value)}"
     elements = typing.get_args(key.type)[:1] if typing.get_origin(key.type) is tuple else ()
     for element in elements:
         if wrong := [x for x in value if not _is_of(x, element)]:
-            return f"expected a tuple of {_ELEMENTS[element]}, found {in_one_line(wrong[0])} in it"
+            return f"expected a tuple of {_ELEMENTS[element]}, found {shortened(wrong[0])} in it"
     rules = key.rules
     if rules.one_of and value not in rules.one_of:
         return f"expected one of {', '.join(rules.one_of)}; found {value!r}"
@@ -151,8 +152,3 @@ def _is_of(value: Any, annotation: Any) -> bool:
         return isinstance(value, ConfigDict)
     wider = {float: (int, float), tuple: (tuple, list)}
     return isinstance(value, wider.get(annotation, annotation))
-
-
-def in_one_line(value: Any) -> str:
-    """A value as code, at most 80 characters of it, without line breaks."""
-    return f"{' '.join(repr(value).split()):.80}"

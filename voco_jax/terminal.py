@@ -46,6 +46,16 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{plural}"
 
 
+def one_line(text: str, most: int = 500) -> str:
+    """Text with names from data in it, which may hold anything: printable, on one line, of at most `most` characters.
+
+    >>> one_line("a\\nb\\x1b[2J.jpg: not found")
+    'a b\\\\x1b[2J.jpg: not found'
+    """
+    text = printable(" ".join(text[: 2 * most].split()))
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def log(line: str) -> None:
     """A line on standard error, above the progress bar if there is one."""
     tqdm.write(printable(line), file=sys.stderr)

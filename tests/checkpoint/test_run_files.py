@@ -20,7 +20,7 @@ from tests.fuzz.runs import OPT_STATE, make_run
 from tests.helpers import tiny
 import voco_jax
 from voco_jax import terminal
-from voco_jax.checkpoint import run_files
+from voco_jax.checkpoint import errors, run_files
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.checksums import as_earlier
 from voco_jax.checkpoint.errors import Damaged
@@ -430,8 +430,8 @@ def test_checkpoints_that_lead_everywhere(run, tmp_path, monkeypatch):
     for entry in run.iterdir():
         (linked / entry.name).symlink_to(entry)
     assert load_run(linked).step == 2
-    monkeypatch.setattr(run_files, "_MOST_FILES", 50)
-    with pytest.raises(UserError, match="checkpoints: expected 50 files at most, found more"):
+    monkeypatch.setattr(errors, "_MOST_FILES", 50)
+    with pytest.raises(UserError, match="checkpoints/2: expected 50 files at most, found more"):
         load_run(linked)
 
 

@@ -241,7 +241,7 @@ def test_training_goes_on_with_a_runs_pixels(tmp_path, small_tokenizer):
     config.init_from = str(run)
     begun = begin_with_run(config)
     assert begun.data.processor.image_mean == (0.4,) * 3 and begun.data.aspect_ratio == "stretch"
-    assert first_difference(begun.data, given.data) is None and not other_pixels(begun)
+    assert first_difference(begun.data, given.data) is None and not other_pixels(begun.init_from, begun.data)
     config.data.processor.image_mean = (0.3,) * 3
     with pytest.raises(UserError, match=r"config.data.processor.image_mean: .*run has \(0.4, .* found \(0.3, "):
         begin_with_run(config)
@@ -252,7 +252,9 @@ def test_training_goes_on_with_a_runs_pixels(tmp_path, small_tokenizer):
     save_config(given, run / "config.json")
     begun = begin_with_run(config)
     assert begun.data.aspect_ratio == "pad"
-    assert other_pixels(begun).endswith("run has 'crop', this config 'pad': the weights know other pictures")
+    assert other_pixels(begun.init_from, begun.data).endswith(
+        "run has 'crop', this config 'pad': the weights were trained on other pixels"
+    )
 
 
 def test_memories_of_before_a_field_was_there_stay_readable():

@@ -92,7 +92,6 @@ class Checkpointer:
                 self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
             elif not create and not is_directory(self.directory):
                 raise UserError(f"{self.directory}: no checkpoint found")
-            run_files.check_tree(self.directory)
         self._tokenizer_sums = functools.cache(lambda: run_files.tokenizer_sums(self._run))
         self._orbax_directory = epath.Path(plain_path(self.directory))
         if create:
@@ -434,8 +433,6 @@ class Checkpointer:
                     except OSError as error:
                         line = f"{self.directory / str(step)}: the checkpoint is damaged, and cannot be renamed"
                         raise cannot(f"{line} {target.name}", error) from error
-        if steps and self._manager is not None:
-            self._manager.reload()
 
 
 def newest_saved(checkpoints: AnyPath) -> int:

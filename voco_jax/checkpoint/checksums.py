@@ -1,14 +1,12 @@
-"""A checksum of every array of a state, the same on any mesh: what comes back from a disk is what went there, or an
-error.
+"""A 64-bit checksum of every array, the same on any mesh. It finds arrays that are not read as they were written.
 
-A file that was cut off, lost or overwritten, or whose parts have changed places, may read as numbers like any others;
-shapes do not tell. The checksum is of an array's 32-bit words (of 16- and 8-bit numbers: of the numbers), and has 64
-bits in two halves:
+A truncated, lost or overwritten file, or one with exchanged parts, can still be read as an array of the right shape.
+The checksum is over the array's 32-bit words (of 16- and 8-bit numbers: over the numbers). Its two halves:
 
     upper   1 + the sum of all words, each mixed with its place in the array
-    lower   the exclusive or of all words; in small arrays, which may be constant, also what all words have in common
+    lower   the xor of all words; in small arrays, which may be constant, also their or and and
 
-Both are the same however the array is split. Earlier versions wrote the lower half alone, which does not see places.
+Neither depends on how the array is split. Earlier versions wrote only the lower half, which does not depend on places.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,14 +21,14 @@ import numpy as np
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _REDUCE = (np.bitwise_xor, np.bitwise_or, np.bitwise_and, np.add)
 _OF_NOTHING = (0, 0, 2**32 - 1, 0)
-_SMALL = 2**20  # numbers: of more, the exclusive or alone in the lower half
-_CHUNK = 2**16  # words that are mixed at once: they stay in the cache
+_SMALL = 2**20  # numbers; in larger arrays the lower half is the xor alone
+_CHUNK = 2**16  # words mixed at once, which stay in the processor's cache
 # Multipliers of Fibonacci hashing and of MurmurHash3's finalizer, by which any bit changes half of the others
 _PLACE, _FIRST, _SECOND = (np.uint32(n) for n in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))
 
 
 def checksums(tree) -> dict[str, int]:
-    """Checksum by dotted path of a tree of arrays; all processes call it together and get the same."""
+    """The checksum of each array of a tree, by dotted path. All processes call it together and get the same."""
     leaves = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)}
     own = np.array(jax.device_get([_of_own_shards(x) for x in leaves.values()]), np.uint32).reshape(-1, 1, 4)
     if jax.process_count() > 1:
@@ -39,26 +37,24 @@ def checksums(tree) -> dict[str, int]:
 
 
 def as_earlier(checksum: int) -> int:
-    """The checksum that earlier versions wrote of the same array."""
+    """The checksum of an array as earlier versions wrote it."""
     return checksum % 2**32
 
 
 def is_same(expected: int, found: int) -> bool:
-    """Whether a checksum that was written, by this version or an earlier one, is that of what was read."""
+    """Whether what was read has the checksum that this version, or an earlier one, wrote."""
     return expected == (found if expected >= 2**32 else as_earlier(found))
 
 
 class PartedSum:
-    """The checksum of an array that is read or written on the host as a whole, or part by part along its first axis:
-    layers of a stack, say."""
+    """The checksum of an array of a shape that comes as a whole, or in parts along its first axis, in host memory."""
 
     def __init__(self, shape: Sequence[int]):
-        """`shape`: of the whole array."""
         self._shape = tuple(shape)
         self._parts: dict[int | None, np.ndarray] = {}
 
     def add(self, key: int | None, values: np.ndarray) -> bool:
-        """Take in the whole, or the part of this place on the first axis; False where there was another one before."""
+        """Add the whole array (key None), or part `key` of the first axis; False if it differs from the one before."""
         is_part = values.shape != self._shape
         place = (key or 0) if is_part else 0
         values = values[None] if is_part else values
@@ -69,12 +65,12 @@ class PartedSum:
         return key in self._parts
 
     def value(self) -> int:
-        """As `checksums` has it, once all parts were added."""
+        """The checksum, once all parts were added."""
         return _value(_joined(self._parts.values()))
 
 
 def _joined(parts) -> np.ndarray:
-    """[exclusive or, or, and, sum] of a whole, from those of its parts."""
+    """[xor, or, and, sum] of a whole array, from those of its parts."""
     whole = np.array(_OF_NOTHING, np.uint32)
     for part in parts:
         whole = np.array([f(a, b) for f, a, b in zip(_REDUCE, whole, part, strict=True)], np.uint32)
@@ -87,7 +83,7 @@ def _value(words: np.ndarray) -> int:
 
 
 def _of_own_shards(array: jax.Array):
-    """[exclusive or, or, and, sum] of the words that this process has; of copies, one counts."""
+    """[xor, or, and, sum] of the words that this process holds; of several copies one counts."""
     of_each = []
     for shard in array.addressable_shards:
         if shard.replica_id == 0 and shard.data.size:
@@ -98,12 +94,12 @@ def _of_own_shards(array: jax.Array):
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
-    """What a step along each axis adds to a number's place in an array."""
+    """By how much a step along each axis raises a number's place in the flattened array."""
     return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 def _on_cpu(part: jax.Array | np.ndarray, shape: Sequence[int], starts: Sequence[int]) -> np.ndarray:
-    """Of a part that begins at `starts` of an array of a shape. By numpy: XLA is slow at this on a CPU."""
+    """The same for a part of an array of a shape, which begins at `starts`. In numpy: on a CPU, XLA is slow at it."""
     if not part.size:
         return np.array(_OF_NOTHING, np.uint32)
     numbers = np.ascontiguousarray(np.asarray(part)).reshape(part.shape or (1,))
@@ -119,7 +115,7 @@ def _on_cpu(part: jax.Array | np.ndarray, shape: Sequence[int], starts: Sequence
 
 
 def _placed(rows: np.ndarray, part: Sequence[int], shape: Sequence[int], starts: Sequence[int]) -> Iterator:
-    """(words, their places in the whole array, modulo 2³²) of a part's rows [rows, last axis], some at a time."""
+    """(words, their places in the whole array modulo 2³²) of a part's rows [rows, last axis], chunk by chunk."""
     *outer, inner = _strides(shape) or [1]
     base: np.ndarray = np.zeros((), np.uint32)
     for length, start, stride in zip(part[:-1], starts[:-1], outer, strict=True):
@@ -135,7 +131,7 @@ def _placed(rows: np.ndarray, part: Sequence[int], shape: Sequence[int], starts:
 
 
 def _mixed(words, places):
-    """Words of 32 bits, each changed by its place; arrays of numpy or of jax."""
+    """32-bit words, each mixed with its place; for arrays of numpy and of jax."""
     mixed = words ^ places * _PLACE
     mixed = (mixed ^ mixed >> 16) * _FIRST
     mixed = (mixed ^ mixed >> 13) * _SECOND
@@ -147,14 +143,13 @@ def _is_small(shape: Sequence[int]) -> bool:
 
 
 def _on_device(part: jax.Array, shape: Sequence[int], starts: Sequence[int]) -> jax.Array:
-    """The same of one device's shard."""
+    """The same for one device's shard."""
     strides = [np.uint32(stride % 2**32) for stride in _strides(shape)]
     return _reduced(part, _is_small(shape), strides, [np.uint32(start) for start in starts])
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _reduced(part: jax.Array, small: bool, strides: list, starts: list) -> jax.Array:
-    # XLA has no reduction of bits over devices everywhere
     words = jax.lax.bitcast_convert_type(part, _WORDS[part.dtype.itemsize]).astype(jnp.uint32)
     places = jnp.zeros(part.shape, jnp.uint32)
     for axis, (stride, start) in enumerate(zip(strides, starts, strict=True)):

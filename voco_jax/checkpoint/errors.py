@@ -1,5 +1,4 @@
-"""What Orbax, TensorStore and the file system raise where a checkpoint is written or read, each in kinds of its own:
-one line, and whether the checkpoint is damaged or only cannot be reached."""
+"""Errors of Orbax, TensorStore and the file system, as one line each: is a checkpoint damaged, or only unreachable?"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -8,32 +7,36 @@ import inspect
 import logging
 import os
 from pathlib import Path
+import stat
 import sys
 import threading
 import time
 import traceback
-from typing import NoReturn
 
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.io.files import check_regular
 from voco_jax.io.paths import AnyPath, check_link, in_bucket
 from voco_jax.outages import chain, error_number, http_code, may_be_of_another, passing, reason, status_of
 
-# Of what was read and is not what was written: it is not there, cannot be decoded, or has another form. All else keeps
-# a checkpoint from being read, and leaves open what is in it.
+# Errors that mean damage: something is missing, cannot be decoded, or has another form. All other errors only say that
+# the checkpoint cannot be read now.
 _DAMAGE_NUMBERS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _DAMAGE_STATUS = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT"}
 _DAMAGE_KINDS = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RecursionError, EOFError)
 
+_MOST_FILES = 100_000  # of a checkpoint
+_MOST_JSON = 2**24  # bytes of a file that Orbax reads as JSON
+_JSON = ("_METADATA", "_CHECKPOINT_METADATA", "_sharding", "metadata", "metrics")
+
 
 class Damaged(UserError):
-    """A checkpoint that is not as it was written."""
+    """What is read of a checkpoint is not what was written."""
 
 
 @contextlib.contextmanager
 def read_errors(checkpoint: AnyPath, orbax_name: AnyPath) -> Iterator[None]:
-    """A block that reads a checkpoint, which Orbax knows by another name: `Damaged` where it is not as it was written,
-    UserError or TryAgain where it cannot be read."""
+    """For a block that reads a checkpoint: any error becomes `Damaged`, or UserError or TryAgain where the checkpoint
+    cannot be read. `orbax_name` is the checkpoint's path in Orbax's messages."""
     try:
         with _quiet_rest(), _without_logs():
             yield
@@ -42,36 +45,42 @@ def read_errors(checkpoint: AnyPath, orbax_name: AnyPath) -> Iterator[None]:
     except Exception as error:  # Orbax raises all kinds
         if may_be_of_another(error):
             raise
-        damaged = is_damage(error)
         why = reason(error).replace(str(orbax_name.parent), str(checkpoint.parent))
-        if damaged:
+        if is_damage(error):
             raise Damaged(f"{checkpoint}: the checkpoint is damaged: {why:.300}") from error
-        raise (TryAgain if passing(error) else UserError)(
-            f"{checkpoint}: the checkpoint cannot be read: {why:.300}"
-        ) from error
+        kind = TryAgain if passing(error) else UserError
+        raise kind(f"{checkpoint}: the checkpoint cannot be read: {why:.300}") from error
 
 
 def check_files(checkpoint: AnyPath) -> None:
-    """UserError where something else stands for one of its files (Orbax would wait for a pipe's writer) or a link leads
-    nowhere, OSError where something in it cannot be looked up (Orbax takes it for missing)."""
+    """UserError for what Orbax would wait for (a pipe), read without end (a device, gigabytes of JSON, links to all
+    directories) or take for missing (a broken link); OSError for what cannot be looked up."""
     if in_bucket(checkpoint):
         return
     check_link(checkpoint)
-
-    def refuse(error: OSError) -> NoReturn:
-        raise error
-
-    for directory, directories, files in os.walk(checkpoint, onerror=refuse):
-        for name in files:
-            path = Path(directory, name)
+    left, seen, count = [Path(checkpoint)], set(), 0
+    while left:
+        here = left.pop()
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for path in here.iterdir():
             check_link(path)
-            check_regular(path, os.stat(path))
-        for name in directories:
-            os.stat(os.path.join(directory, name))
+            status, count = os.stat(path), count + 1
+            if count > _MOST_FILES:
+                raise UserError(f"{checkpoint}: expected {_MOST_FILES} files at most, found more, also in {here}")
+            if stat.S_ISDIR(status.st_mode):
+                left.append(path)
+                continue
+            check_regular(path, status)
+            is_json = path.name in _JSON or here.name == "array_metadatas"
+            if is_json and status.st_size > _MOST_JSON:
+                raise UserError(f"{path}: expected {_MOST_JSON} bytes at most, found {status.st_size}")
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether it says that what was read is not what was written, and nothing about it that it could not be read."""
+    """Whether an error, with those that caused it, means that what was read is not what was written."""
     for link in chain(error):
         if (number := error_number(link)) is not None or isinstance(link, OSError):
             if number not in _DAMAGE_NUMBERS and not isinstance(link, FileNotFoundError):
@@ -85,16 +94,15 @@ def is_damage(error: BaseException) -> bool:
 
 
 def write_error(checkpoint: AnyPath, error: Exception) -> UserError:
-    """What to raise where a checkpoint cannot be written: UserError, or TryAgain if the next attempt may succeed.
-    Raises the error itself where it is one of these, or another process's."""
+    """The error to raise where a checkpoint cannot be written: UserError, or TryAgain if the next attempt may succeed.
+    Raises the given error itself where it is one of these or comes from another process."""
     if isinstance(error, UserError) or may_be_of_another(error):
         raise error
     return cannot(f"{checkpoint}: the checkpoint cannot be written", error)
 
 
 def await_writers(seconds: float = 10.0) -> None:
-    """Until the threads of a save that has failed have come to their end, which takes them no time but for a disk that
-    does not answer."""
+    """Wait for the threads of a failed save to end. Only a disk that does not answer keeps them."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(
         thread.name == "async_save" or type(thread).__module__.startswith("orbax") for thread in threading.enumerate()
@@ -103,13 +111,13 @@ def await_writers(seconds: float = 10.0) -> None:
 
 
 class FailedSave(logging.Filter):
-    """Hears of a save that fails while the loop goes on.
+    """Notices at once, by hooks, that a save in the background has failed.
 
-    Orbax's log has it at once. Its methods say so only after waiting for the other processes, which wait for this one.
+    Of several processes, Orbax's own methods report it only after waiting for the others, which wait for this one.
     """
 
     error: BaseException | None = None
-    _before: Callable | None = None  # what took care of errors of threads until `listen`
+    _before: Callable | None = None  # the hook for errors of threads before `listen`
 
     def listen(self) -> None:
         self._quiet = contextlib.ExitStack()
@@ -118,7 +126,7 @@ class FailedSave(logging.Filter):
         self._before, threading.excepthook = threading.excepthook, self._end_of_thread
 
     def close(self) -> None:
-        if self._before is not None and self.error is None:  # or its threads still have to come to their end
+        if self._before is not None and self.error is None:  # after an error, its threads have still to end
             logging.getLogger("absl").removeFilter(self)
             threading.excepthook = self._before
             self._quiet.close()
@@ -133,13 +141,13 @@ class FailedSave(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1] is not None and "orbax" in record.pathname:
             self.error = self.error or record.exc_info[1]
-            return False  # instead of its stack trace there will be a line
+            return False  # no stack trace: the error is shown as one line
         return True
 
 
 @contextlib.contextmanager
 def _without_logs() -> Iterator[None]:
-    """Orbax logs some of what it raises."""
+    """Without Orbax's own log of what it raises."""
 
     def is_ours(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
@@ -154,7 +162,7 @@ def _without_logs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_rest():
-    """Where one array cannot be read or written, Orbax drops the others, which end later with a stack trace each."""
+    """Without the stack traces of arrays that Orbax drops after the first one that cannot be read or written."""
     before, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
     def hook(unraisable):
@@ -170,6 +178,6 @@ def _quiet_rest():
     sys.unraisablehook = hook
     logger.addFilter(is_news)
     yield
-    if sys.unraisablehook is hook:  # and not that of a block inside of this one, which has failed
-        sys.unraisablehook = before  # only if all went well: nobody knows when the last of them ends
+    if sys.unraisablehook is hook:  # not where a block inside this one has failed
+        sys.unraisablehook = before  # not after a failure: the dropped arrays may end at any later time
     logger.removeFilter(is_news)

@@ -51,14 +51,14 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigD
     return config
 
 
-def other_pixels(config: ConfigDict) -> str:
-    """A line where pictures are prepared otherwise than in the run that `init_from` names; '' where they are not."""
-    if not config.init_from:
+def other_pixels(init_from: str, data: ConfigDict) -> str:
+    """A warning where `data` prepares images otherwise than the run `init_from` did; '' where it does not."""
+    if not init_from:
         return ""
-    there, here = load_config(as_path(config.init_from) / "config.json").data, config.data
-    differing = [key for key in ("aspect_ratio", "transparency") if there[key] != here[key]]
-    said = [f"config.data.{key}: {config.init_from} has {there[key]!r}, this config {here[key]!r}" for key in differing]
-    return f"{'; '.join(said)}: the weights know other pictures" if said else ""
+    there = load_config(as_path(init_from) / "config.json").data
+    differing = [key for key in ("aspect_ratio", "transparency") if there[key] != data[key]]
+    said = [f"config.data.{key}: {init_from} has {there[key]!r}, this config {data[key]!r}" for key in differing]
+    return f"{'; '.join(said)}: the weights were trained on other pixels" if said else ""
 
 
 def _take_over(config, run, default, keys, name, where: str = "config.model") -> None:

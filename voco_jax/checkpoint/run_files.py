@@ -1,16 +1,13 @@
-"""The JSON beside a checkpoint's arrays, `about`: it describes the checkpoint and the run that it belongs to.
+"""`about`, the JSON beside a checkpoint's arrays, describes the checkpoint and its run.
 
-It has the step, the place in the data, the config, versions, and checksums of every array, of the tokenizer's files,
-and of itself. Whoever opens a checkpoint compares them with what is there (`check_run`).
+It holds the step, the place in the data, the config, versions, and checksums of every array, of the tokenizer's files,
+and of itself. Opening a checkpoint compares them with what is there (`check_run`).
 """
 
 from collections.abc import Callable
 import hashlib
 import importlib.metadata
 import json
-import os
-from pathlib import Path
-import stat
 import zlib
 
 from etils import epath
@@ -21,26 +18,20 @@ import orbax.checkpoint as ocp
 from voco_jax.config import KEYS, load_config, parse_config, stored_form, value_of
 from voco_jax.data import tokenizer_files
 from voco_jax.errors import UserError
-from voco_jax.io.files import check_regular, read_bytes
+from voco_jax.io.files import read_bytes
 from voco_jax.io.json_files import read_object
-from voco_jax.io.paths import AnyPath, bucket_errors, in_bucket, list_files
-from voco_jax.keys import in_one_line
-from voco_jax.terminal import log_once
+from voco_jax.io.paths import AnyPath, bucket_errors, list_files
+from voco_jax.terminal import log_once, shortened
 
 ABOUT = "run"  # the item's name in a checkpoint
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES}  # written into every checkpoint
 
-_MOST_FILES = 200_000  # of all checkpoints of a run
-_MOST_JSON = 2**24  # bytes of a file that Orbax reads as JSON
-_JSON = ("_METADATA", "_CHECKPOINT_METADATA", "_sharding", "metadata", "metrics")
-
 
 def describe(
     step: int, config: ConfigDict | None, tokenizer: dict[str, str], sums: dict[str, dict], data: dict, metrics=None
 ) -> dict:  # fmt: skip
-    """The `about` of a checkpoint. `tokenizer`: its `tokenizer_sums`; `sums`: checksums by item and dotted path;
-    `data`: where the iterator stands."""
+    """The `about` of a checkpoint. `sums`: checksums by item and dotted path; `data`: the place in the data."""
     about = {
         "step": step,
         "data": data,
@@ -55,8 +46,8 @@ def describe(
 
 
 def tokenizer_sums(run: AnyPath) -> dict[str, str]:
-    """SHA-256 by name of the files in a run's `tokenizer/` that the tokenizer is read from: of what text and JSON say,
-    whose line ends Git and Windows change."""
+    """SHA-256 of each file in a run's `tokenizer/` that the tokenizer is read from. Line ends do not count in text and
+    JSON: Git and Windows change them."""
     directory = run / "tokenizer"
     with bucket_errors(directory):
         if not directory.is_dir():
@@ -73,9 +64,9 @@ def _content(file: AnyPath) -> bytes:
 
 
 def check_about(about: dict, step: int) -> None:
-    """Any error where `about` is not what was written. Only its own checksum tells, for it is text."""
+    """Raises any error where `about` is not what was written."""
     sums = about["checksums"]
-    is_first = ABOUT not in sums and "tokenizer" not in about  # the first runs have no such checksum
+    is_first = ABOUT not in sums and "tokenizer" not in about  # the first runs have no checksum of it
     if not is_first and sums[ABOUT] != _checksum(about):
         raise ValueError(f"{ABOUT}: its checksum")
     if about["step"] != step or sums.keys() - {ABOUT} not in ({"params", "opt_state"}, {"params"}):
@@ -84,17 +75,17 @@ def check_about(about: dict, step: int) -> None:
 
 
 def _checksum(about: dict) -> int:
-    """CRC-32 of all that is in it but this number."""
-    about = json.loads(json.dumps(about))  # as it will come back
+    """CRC-32 of `about` without this number."""
+    about = json.loads(json.dumps(about))  # as it will be read
     about["checksums"].pop(ABOUT, None)
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def check_run(run: AnyPath, step: int, about: dict, sums: Callable[[], dict[str, str]]) -> None:
-    """Compare a run's config and tokenizer with what a checkpoint of it says; `sums` gives its `tokenizer_sums`.
+    """Compare a run's config and tokenizer with those that a checkpoint of it was written with.
 
-    UserError for another model's config or another tokenizer. A line on standard error says which input of the model is
-    prepared in another way than in training, and what has no checksum; each line is printed once.
+    `sums` returns the run's `tokenizer_sums`. UserError for another model's config or another tokenizer. A line on
+    standard error, once each, for other changes that a user should know, and for what has no checksum.
     """
     checkpoint = run / "checkpoints" / str(step)
     if not about:
@@ -116,8 +107,8 @@ def _check_config(file: AnyPath, written: dict, checkpoint: AnyPath) -> None:
             continue
         said = f"{file}: {key.name}: {checkpoint} was written with"
         if key.rules.on_load == "refused":
-            raise UserError(f"{said} {in_one_line(expected)}, found {in_one_line(found)}")
-        _log_once(f"{said} {in_one_line(expected)}, {in_one_line(found)} is taken")
+            raise UserError(f"{said} {shortened(expected)}, found {shortened(found)}")
+        _log_once(f"{said} {shortened(expected)}, {shortened(found)} is taken")
 
 
 def _check_tokenizer(directory: AnyPath, expected: dict[str, str], found: dict[str, str], checkpoint: AnyPath) -> None:
@@ -133,44 +124,8 @@ def _log_once(line: str) -> None:
         log_once(line)
 
 
-def check_tree(directory: AnyPath) -> None:
-    """UserError where Orbax would wait for a pipe or a device among the checkpoints, or read gigabytes of JSON.
-
-    Orbax opens whatever lies there. Links are followed.
-    """
-    if in_bucket(directory):
-        return
-    left, seen, count = [Path(directory)], set(), 0
-    while left:
-        here = left.pop()
-        try:
-            status = os.stat(here)
-            entries = () if (status.st_dev, status.st_ino) in seen else [*os.scandir(here)]
-        except OSError:  # a training removes what it does not keep; and who needs it will say why it cannot be read
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        count += len(entries)
-        if count > _MOST_FILES:  # a link leads out, to the root directory perhaps
-            raise UserError(f"{directory}: expected {_MOST_FILES} files at most, found more, in {here} among others")
-        for entry in entries:
-            try:
-                status = entry.stat()
-            except OSError:  # removed since, or a link to nothing: whoever needs it will say so
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                left.append(Path(entry.path))
-                continue
-            check_regular(entry.path, status)
-            is_json = entry.name in _JSON or here.name == "array_metadatas"
-            if is_json and status.st_size > _MOST_JSON:
-                raise UserError(f"{entry.path}: expected {_MOST_JSON} bytes at most, found {status.st_size}")
-
-
-# What Orbax reads of a checkpoint, under its names
-
-
 def check_listing(checkpoint: epath.Path) -> None:
-    """Any error with which Orbax's manager would end: it reads these of every checkpoint when it starts."""
+    """Reads what Orbax's manager reads of every checkpoint when it starts, and raises whatever would end it."""
     found = ocp.path.step.standard_name_format().find_step(checkpoint.parent, int(checkpoint.name))
     found.commit_timestamp  # noqa: B018
     if (checkpoint / "metrics").exists():
@@ -180,7 +135,7 @@ def check_listing(checkpoint: epath.Path) -> None:
 
 
 def check_chunks(arrays: dict) -> None:
-    """ValueError for an array, as Orbax describes it, in chunks larger than itself, which reading it would allocate."""
+    """ValueError for an array (Orbax's metadata) with chunks larger than itself: reading would allocate a chunk."""
     for name, array in arrays.items():
         chunk = array.storage.chunk_shape if array.storage is not None else None
         if chunk is not None and any(c > max(1, n) for c, n in zip(chunk, array.shape, strict=True)):

@@ -5,20 +5,10 @@ import dataclasses
 
 from voco_jax.data.records import BadRecord
 from voco_jax.errors import UserError
-from voco_jax.terminal import count_of, printable
+from voco_jax.terminal import count_of, one_line
 
 EXAMPLES = 3  # that are named of each kind
 _STORED_AS = {"bad": "skipped", "odd": "warned"}  # keys of reports that earlier versions stored
-
-
-def one_line(text: str, most: int = 500) -> str:
-    """Text with names from data in it, which may hold anything: printable, on one line, of at most `most` characters.
-
-    >>> one_line("a\\nb\\x1b[2J.jpg: not found")
-    'a b\\\\x1b[2J.jpg: not found'
-    """
-    text = printable(" ".join(text[: 2 * most].split()))
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 @dataclasses.dataclass

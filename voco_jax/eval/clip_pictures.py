@@ -13,9 +13,10 @@ import numpy as np
 from voco_jax.data.records import Clip
 from voco_jax.data.video import format_time, read_frames
 from voco_jax.eval.clips import THIS_RUN, ClipAnswers
-from voco_jax.eval.pictures import RIGHT, WRONG, one_line
+from voco_jax.eval.pictures import RIGHT, WRONG
 from voco_jax.eval.scoring import Answer, by_kind
 from voco_jax.io.paths import as_path
+from voco_jax.terminal import one_line
 
 BARS = ("#2563eb", "#93c5fd", "#57606a", "#9ca3af", "#d0d7de")  # this run, frames shuffled, one frame, …
 CLIPS, FRAMES, QUESTIONS = 4, 8, 12  # of a strip, at most: clips, of each frames, evenly, and the first questions

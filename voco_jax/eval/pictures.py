@@ -13,7 +13,7 @@ import numpy as np
 
 from voco_jax.data.images import load_image
 from voco_jax.eval.scoring import Answer
-from voco_jax.terminal import count_of
+from voco_jax.terminal import count_of, one_line
 
 SHEET_COLUMNS, SHEET_ROWS = 4, 3
 RIGHT, WRONG, UNJUDGED = "#1a7f37", "#cf222e", "#57606a"
@@ -72,19 +72,10 @@ def draw_sheet(
 
 
 def _below(answer: Answer) -> str:
-    given, truth = (_printable(text) or "(nothing)" for text in (answer.given, answer.truth))
+    given, truth = (one_line(text) or "(nothing)" for text in (answer.given, answer.truth))
     line = f"answer: {given}    truth: {truth}"
     return line if len(line) <= WIDTH else f"{_wrapped(f'answer: {given}', 2)}\n{_wrapped(f'truth: {truth}', 2)}"
 
 
 def _wrapped(text: str, lines: int) -> str:
-    return "\n".join(textwrap.wrap(_printable(text), WIDTH, max_lines=lines, placeholder=" …"))
-
-
-def one_line(text: str, most: int) -> str:
-    """Text of any origin as part of a picture: on one line, of at most about `most` letters."""
-    return textwrap.shorten(_printable(text), most, placeholder=" …")
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return "\n".join(textwrap.wrap(one_line(text), WIDTH, max_lines=lines, placeholder=" …"))

@@ -83,7 +83,7 @@ class LlamaConfig:
             expected = f"expected a multiple of num_key_value_heads ({self.num_key_value_heads})"
             raise ValueError(f"num_attention_heads: {expected}, found {self.num_attention_heads}")
         if self.head_dim < 2 or self.head_dim % 2:  # 0: fewer dimensions than heads
-            raise ValueError(f"head_dim: expected an even number of at least 2, for rotary positions; found {self.head_dim}")
+            raise ValueError(f"head_dim: expected an even number from 2, for rotary positions; found {self.head_dim}")
 
     @property
     def padded_vocab_size(self) -> int:

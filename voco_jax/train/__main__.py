@@ -28,16 +28,16 @@ def main() -> None:
     with watch():
         run = train(config)
     if jax.process_index() == 0:
-        print("\n".join([f"trained: {run}", *(f"  {line}" for line in next_commands(str(run), config))]))
+        print("\n".join([f"trained: {run}", *(f"  {line}" for line in next_commands(str(run), config.data))]))
 
 
-def next_commands(run: str, config: ConfigDict) -> list[str]:
+def next_commands(run: str, data: ConfigDict) -> list[str]:
     """What can be done with a run that is complete."""
     run = shlex.quote(run)
-    video = {keys.kind for keys in config.data.train.values()} == {"video_qa"}
-    about = "--video FILE" if video else "--image FILE" if config.data.images_per_pack else ""
+    video = {keys.kind for keys in data.train.values()} == {"video_qa"}
+    about = "--video FILE" if video else "--image FILE" if data.images_per_pack else ""
     lines = [f"ask it: voco ask --run {run} {about}".rstrip() + ' "QUESTION"']
-    if sources_to_score(config.data):
+    if sources_to_score(data):
         lines.insert(0, f"score it on its test set: voco evaluate --run {run}")
     return lines
 

@@ -5,7 +5,6 @@ Loss (with the evaluations'), accuracy, gradient norm, learning rate, speed, MFU
 """
 
 from collections.abc import Sequence
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 import numpy as np
 
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.io.files import read_bytes
 from voco_jax.options import Parser
 from voco_jax.progress import duration, short
 from voco_jax.train.goodput import CATEGORIES, LABELS, read_seconds, share
+from voco_jax.train.writers import read_metrics
 
 # Key of a line and title of its panel; a key that no run has gets no panel
 PANELS = {
@@ -62,14 +61,10 @@ def read_history(run: Path) -> History:
     if not file.exists():
         raise UserError(f"{file}: not found; a run directory has it once training has begun")
     lines = []
-    texts = read_bytes(file).decode(errors="replace").split("\n")[:-1]  # the last may be half written
-    for i, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            numbers = {key: value for key, value in line.items() if _is_number(value)}
-            lines.append(numbers | {"step": int(numbers["step"])})
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            raise UserError(f"{file}:{i}: expected an object with a step, found {text!r:.80}") from None
+    for i, (text, values) in enumerate(read_metrics(file), start=1):
+        lines.append({key: value for key, value in values.items() if _is_number(value)})
+        if "step" not in lines[-1]:
+            raise UserError(f"{file}:{i}: expected an object with a step, found {text!r:.80}")
     if not lines:
         raise UserError(f"{file}: nothing has been logged yet")
     account = run / "goodput.json"
@@ -80,13 +75,9 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300  # what can be drawn; a file may say anything
 
 
+@plt.rc_context({"text.parse_math": False})  # a run may be called `a$b$`
 def draw_curves(histories: Sequence[History], path: Path) -> None:
     """Draw all runs into one PNG, or another kind of file by the name's ending."""
-    with plt.rc_context({"text.parse_math": False}):  # a run may be called `a$b$`
-        _draw(histories, path)
-
-
-def _draw(histories: Sequence[History], path: Path) -> None:
     keys = [key for key in PANELS if any(history.series(key)[0] for history in histories)]
     timed = [history for history in histories if history.seconds]
     columns = 4 if len(keys) in (4, 7, 8) else 3

@@ -21,7 +21,7 @@ from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.checkpoint.workdir import Workdir, check_workdir, checkpointed_steps, open_workdir, workdir_path
 from voco_jax.config import sources_to_score, typed
-from voco_jax.data.from_config import make_processor
+from voco_jax.config_keys import EvalConfig, OptimConfig, TrainConfig
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
 from voco_jax.data.training_data import open_test_data, open_training_data
@@ -43,7 +43,7 @@ from voco_jax.terminal import log as log_to_stderr
 from voco_jax.terminal import printable
 from voco_jax.train.actions import Action, StepDone
 from voco_jax.train.evaluation import Evaluator
-from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer
+from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of
 from voco_jax.train.goodput import Goodput, summary
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.metrics import MetricsLog, Speed
@@ -52,7 +52,6 @@ from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, init_opt_state
-from voco_jax.train.step import make_train_step
 from voco_jax.train.writers import Writer, check_wandb, open_writers
 
 
@@ -103,12 +102,12 @@ def _set_up(config: ConfigDict) -> _Setup:
     config = config.copy_and_resolve_references()
     config.data.test = sources_to_score(config.data)
     resuming = check_workdir(workdir, config)
-    if note := kept_values(asked, config, workdir) if resuming else other_pixels(config):
+    if note := kept_values(asked, config, workdir) if resuming else other_pixels(config.init_from, config.data):
         log(note)
     mesh = make_mesh(config.mesh)
     # Whatever can be wrong with these shows itself before data is read, which may take minutes
     optimizer, loss = make_optimizer(config), loss_of(config)
-    _check_best(config)
+    _check_best(typed(config).eval, typed(config).train)
     check_wandb(config.train.wandb)
 
     # Data: every process loads the rows of its own devices
@@ -124,12 +123,10 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Model and step, as shapes with their places on the mesh
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
-        train_step = make_train_step(
-            state.graphdef, loss, optimizer, state.trainable, state.shardings, config.train.accumulate
-        )
-        _describe_model(config, model_config, state)
+        train_step = train_step_of(config, state, optimizer)
+        _describe_model(typed(config).optim, model_config, state)
         if not resuming:  # before there is a directory
-            _try_first_batch(config, batches, train_step, state)
+            _try_first_batch(batches, train_step, state)
     evaluator = None
     if config.eval.every:
         test = open_test_data(config, batches, log)
@@ -160,7 +157,7 @@ def _train(run: _Setup, begun: float) -> None:
             _actions(run, steps, workdir, checkpointer, goodput) as actions,
             goodput.during("steps"),
         ):
-            feed = _feed(config, run.mesh, batches, len(steps))
+            feed = _feed(run.mesh, batches, len(steps))
             for step in steps:
                 with goodput.during("data"):
                     batch = next(feed)
@@ -246,12 +243,12 @@ def _speed(run: _Setup) -> Speed:
     return Speed(flops, peak_flops(run.mesh.devices.flat), run.model_config.compress_length)
 
 
-def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:
+def _feed(mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:
     """Batches on the devices, pictures normalised there, the next one always on its way while a step computes."""
-    normalize = jax.jit(make_processor(config).normalize)
+    normalize = jax.jit(batches.loader.processor.normalize)
 
     def on_devices(batch):
-        batch = put_batch(mesh, batch, config.data.batch_size)
+        batch = put_batch(mesh, batch, batches.batch_size)
         return batch | {"pixel_values": normalize(batch["pixel_values"])}
 
     coming: dict | None = None
@@ -268,11 +265,10 @@ def _feed(config: ConfigDict, mesh: Mesh, batches: Batches, count: int) -> Itera
         yield coming
 
 
-def _check_best(config: ConfigDict) -> None:
+def _check_best(eval: EvalConfig, train: TrainConfig) -> None:
     """UserError where `train.keep_best` would find checkpoints that were not evaluated."""
-    every, num_batches = config.eval.every, config.eval.num_batches
-    if config.train.keep_best and not (every and num_batches and config.train.checkpoint_every % every == 0):
-        found = f"found config.eval.every {every}, num_batches {num_batches}"
+    if train.keep_best and not (eval.every and eval.num_batches and train.checkpoint_every % eval.every == 0):
+        found = f"found config.eval.every {eval.every}, num_batches {eval.num_batches}"
         raise UserError(f"config.train.keep_best: expected every checkpoint to be evaluated; {found}")
 
 
@@ -290,14 +286,14 @@ def _check_lengths(conversation: int, row_length: int, model_config: VoCoConfig)
         raise model_error(error) from None
 
 
-def _describe_model(config: ConfigDict, model_config: VoCoConfig, state: AbstractState) -> None:
+def _describe_model(optim: OptimConfig, model_config: VoCoConfig, state: AbstractState) -> None:
     trained_params = state.trainable.trained(state.params)
     total, trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, trained_params))
     some = f", {trained:,} of them trained" if trained != total else ""
     log(f"model: {total:,} parameters{some}, compressor {model_config.compressor}, {model_config.dtype}")
     if note := interpreted(model_config.attention):
         log(f"model: {note}")
-    if lost := lost_updates(config.optim.rounding, config.optim.learning_rate, trained_params):
+    if lost := lost_updates(optim.rounding, optim.learning_rate, trained_params):
         log(lost)
 
 
@@ -306,11 +302,11 @@ def log(line: str) -> None:
         print(printable(line), flush=True)
 
 
-def _try_first_batch(config: ConfigDict, batches: Batches, train_step, state: AbstractState) -> None:
+def _try_first_batch(batches: Batches, train_step: Callable, state: AbstractState) -> None:
     """Make a batch and trace the step with it, computing nothing; what cannot be done raises here."""
     batch = batches.peek()
     batch["pixel_values"] = batch["pixel_values"].astype(np.float32)
-    batch = whole_shapes(batch, config.data.batch_size)
+    batch = whole_shapes(batch, batches.batch_size)
     # Placed as the batches that come will be: the first step takes this trace, and does not make it again
     batch = with_shardings(batch, batch_shardings(jax.sharding.get_mesh(), batch))
     try:

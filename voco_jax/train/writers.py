@@ -180,26 +180,28 @@ def check_wandb(project: str) -> None:
         raise UserError(f"config.train.wandb: found {project!r}, but wandb is not installed: pip install wandb")
 
 
+def read_metrics(path: Path) -> list[tuple[str, dict]]:
+    """(line, its values) of the lines of `metrics.jsonl`; without values where a line is not an object with a step."""
+
+    def parse(line: str) -> dict:
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                return values
+        return {}
+
+    # What stands after the last newline was being written when the run was killed
+    return [(line, parse(line)) for line in read_bytes(path).decode(errors="replace").split("\n")[:-1]]
+
+
 def drop_after(path: Path, step: int) -> None:
     """Keep the lines of `metrics.jsonl` of steps up to `step`."""
     if not exists(path):
         return
-    # Only a killed run leaves something after the last newline
-    *lines, unfinished = read_bytes(path).decode(errors="replace").split("\n")
-    steps = [_step_of(line) for line in lines]
-    if None in steps:
-        log(f"{path}: {steps.count(None)} lines are no metrics, the first is line {steps.index(None) + 1}; left out")
-    kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
-    if unfinished or len(kept) < len(lines):
-        write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        step = json.loads(line)["step"]
-        return step if isinstance(step, int) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+    lines = read_metrics(path)
+    if damaged := [number for number, (_, values) in enumerate(lines, start=1) if not values]:
+        log(f"{path}: {len(damaged)} lines are not metrics, the first is line {damaged[0]}; left out")
+    write_text(path, "".join(f"{line}\n" for line, values in lines if values and values["step"] <= step))
 
 
 def _write_all(file, data: bytes) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from voco_jax.data.images import load_image
 from voco_jax.data.processes import run_tasks
 from voco_jax.data.records import BadRecord, Clip, Frames, Record
-from voco_jax.data.reports import one_line
 from voco_jax.data.shards.build import file_digest
 from voco_jax.data.shards.files import MANIFEST, SHARD, foreign_files, left_over, read_manifest, shard_names
 from voco_jax.data.shards.record_packer import check_clip, check_conversations
@@ -18,6 +17,7 @@ from voco_jax.data.sources.array_records import unpack_record
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
+from voco_jax.terminal import one_line
 
 
 def check(directory: Path, num_workers: int, on_records: Callable[[int], Any]) -> list[str]:
