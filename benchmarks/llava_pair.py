@@ -219,7 +219,7 @@ class Ours:
 def take_over(model: torch.nn.Module, params: dict) -> dict:
     """Our parameters, in their places, from a model of transformers, by the converter's table."""
     theirs = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    format = recognise(theirs, FORMATS, ("llm", "projector", "vision"))
+    format = recognise(theirs, FORMATS, ("llm", "projector", "vision"), "transformers", "a LLaVA's tensors")
     sources: dict[str, list[tuple]] = {}
     for path, rule, layer, shape in layers_of(params):
         sources.setdefault(path, []).append((rule, layer, shape))

@@ -271,10 +271,10 @@ FILES = {
     "a tensor in the header": (lambda f: offset(f, 0, -64), "token_embd.weight: expected at byte"),
     "a tensor beyond the end": (lambda f: offset(f, 2, 2**40), "output.weight: expected at byte"),
     "a tensor that is not aligned": (lambda f: offset(f, 1, 1), "output_norm.weight: expected at byte"),
-    "a tensor twice": (lambda f: dataclasses.replace(f, tensors=[*f.tensors, f.tensors[-1]]), "is there twice"),
+    "a tensor twice": (lambda f: dataclasses.replace(f, tensors=[*f.tensors, f.tensors[-1]]), "appears twice"),
     "a key twice": (
         lambda f: dataclasses.replace(f, keys=[*f.keys, f.keys[3]]),
-        "'llama.context_length' is there twice",
+        "'llama.context_length' appears twice",
     ),
     "another version": (lambda f: dataclasses.replace(f, version=4), "expected version 2 or 3 of GGUF"),
     "counts of nothing": (lambda f: dataclasses.replace(f, num_keys=10**18), "expected at most 65536 tensors and keys"),
@@ -331,7 +331,12 @@ def test_hostile_gguf(kind, sound, tmp_path):
             (K.STRING, ["a b c"]),
             "merges: expected two tokens that make a third, found ('a', 'b', 'c')",
         ),
-        ("tokens", K.ARRAY, (K.STRING, ["a"] * 398), "tokens: expected one text a token, found one twice, or none"),
+        (
+            "tokens",
+            K.ARRAY,
+            (K.STRING, ["a"] * 398),
+            "tokens: expected a different text for each token, found duplicates",
+        ),
         ("model", K.STRING, "llama", "model: expected 'gpt2', found 'llama'; use --tokenizer DIR"),
     ],
 )

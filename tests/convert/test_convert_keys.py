@@ -244,7 +244,7 @@ def test_projector_of_one_layer(llava, convert):  # noqa: F811
     status, out, _ = convert("verify", llava, llava.parent / "back")
     assert status == 0 and "94 of 94 tensors are identical" in out
     status, _, err = convert("to-hf", llava.parent / "run", llava.parent / "hf", "--format", "llava-hf")
-    assert status == 2 and "projector_layers 1: format llava-hf has no place for it" in err
+    assert status == 2 and "projector_layers 1: format llava-hf cannot store it" in err
 
     projector = Projector(3, 5, 1, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)

@@ -116,7 +116,9 @@ def processor_of(directory):
 def encoder_of(directory) -> tuple[Encoder, list[str]]:
     """As `to_jax` makes a run's of such a directory; and its warnings."""
     config, tokenizer = default_config(), load_tokenizer(directory)
-    warnings = set_template(config, Source("llava-hf", directory, LlamaConfig()), tokenizer, Options(compressor="none"))
+    warnings = set_template(
+        config.data, Source("llava-hf", directory, LlamaConfig()), tokenizer, Options(compressor="none")
+    )
     return Encoder(tokenizer, template_of(config), 0, PATCHES, compressed=False, verbatim=True), warnings
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import shlex
 import signal
 import sys
+from typing import Any
 
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.convert.inspect import describe, describe_run
@@ -34,30 +35,23 @@ from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
 
+def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, help: str, **more: Any) -> None:
+    parser.add_argument(name, type=path_here, metavar=metavar, help=help, **more)
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
+    add_path(parser, "--vision-tower", "DIR", "CLIP directory, needed if SRC names its vision tower but lacks it")
+    add_path(parser, "--base", "DIR", "the checkpoint that SRC, a LoRA adapter or a projector, was trained on")
     parser.add_argument(
-        "--vision-tower",
-        type=path_here,
-        metavar="DIR",
-        help="CLIP directory, needed if SRC names its vision tower but does not hold it",
-    )
-    parser.add_argument(
-        "--base",
-        type=path_here,
-        metavar="DIR",
-        help="the checkpoint that SRC, a LoRA adapter or a projector, was trained on",
-    )
-    parser.add_argument(
-        "--ignore-key",
-        action="append",
-        default=[],
-        metavar="KEY",
+        "--ignore-key", action="append", default=[], metavar="KEY",
         help="accept this unknown config key as harmless; repeat for several",
-    )
-    parser.add_argument("--llm", type=path_here, metavar="PATH", help="Llama directory or GGUF file, in place of SRC")
-    parser.add_argument(
-        "--projector", type=path_here, metavar="FILE", help="the projector (mm_projector.bin), with --llm"
-    )
+    )  # fmt: skip
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    add_source_options(parser)
+    add_path(parser, "--llm", "PATH", "Llama directory or GGUF file, in place of SRC")
+    add_path(parser, "--projector", "FILE", "the projector (mm_projector.bin), with --llm")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,64 +59,50 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="format, configuration, tensors, and what is missing or unknown")
-    command.add_argument("paths", nargs="*", metavar="SRC", type=path_here, help="checkpoint to look at")
-    add_source_options(command)
+    add_path(command, "paths", "SRC", "checkpoint to look at", nargs="*")
+    add_parts(command)
 
     command = commands.add_parser("to-jax", help="a run directory from a PyTorch or Hugging Face checkpoint")
-    command.add_argument(
-        "paths", nargs="+", metavar="[SRC] DST", type=path_here,
-        help="checkpoint to convert (none with --llm), and the run directory to make",
-    )  # fmt: skip
-    add_source_options(command)
-    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
-    command.add_argument(
-        "--voco-init", choices=("normal", "mean"), default="mean", help="how new <voco> rows begin (default mean)"
-    )
-    command.add_argument(
-        "--num-voco-tokens",
-        type=int,
-        metavar="K",
+    described = "checkpoint to convert (none with --llm), and the run directory to make"
+    add_path(command, "paths", "[SRC] DST", described, nargs="+")
+    add_parts(command)
+    dtype: dict[str, Any] = dict(choices=DTYPES, help="dtype of the weights (default: as stored)")
+    option = command.add_argument
+    option("--dtype", **dtype)
+    option("--voco-init", choices=("normal", "mean"), default="mean", help="how new <voco> rows begin (default mean)")
+    option(
+        "--num-voco-tokens", type=int, metavar="K",
         help="VoCo tokens an image (default 1; the released code has 2; 0 with --compressor none)",
-    )
-    command.add_argument("--compressor", choices=("voco", "none"), default="voco", help="'none' makes plain LLaVA")
-    command.add_argument(
-        "--template", choices=tuple(CHAT_TEMPLATES), help="chat template (default: see docs/converting.md)"
-    )
-    command.add_argument("--tokenizer", type=path_here, metavar="DIR", help="tokenizer (default: the one in SRC)")
-    command.add_argument(
-        "--init-missing", action="store_true", help="draw a missing projector or vision tower at random"
-    )
-    command.add_argument("--seed", type=int, default=0, help="random seed of what is drawn")
-    command.add_argument(
-        "--vocab-multiple",
-        type=int,
-        default=128,
-        metavar="N",
+    )  # fmt: skip
+    option("--compressor", choices=("voco", "none"), default="voco", help="'none' makes plain LLaVA")
+    option("--template", choices=tuple(CHAT_TEMPLATES), help="chat template (default: see docs/converting.md)")
+    add_path(command, "--tokenizer", "DIR", "tokenizer (default: the one in SRC)")
+    option("--init-missing", action="store_true", help="draw a missing projector or vision tower at random")
+    option("--seed", type=int, default=0, help="random seed of what is drawn")
+    option(
+        "--vocab-multiple", type=int, default=128, metavar="N",
         help="pad the vocabulary to a multiple of N (default 128; 1: no padding)",
-    )
+    )  # fmt: skip
 
     command = commands.add_parser("to-hf", help="a PyTorch checkpoint from a run directory")
-    command.add_argument("run", type=path_here, metavar="RUN", help="run directory to convert")
-    command.add_argument("destination", type=path_here, metavar="DST", help="directory to make")
-    command.add_argument(
+    add_path(command, "run", "RUN", "run directory to convert")
+    add_path(command, "destination", "DST", "directory to make")
+    option = command.add_argument
+    option(
         "--format", choices=WRITTEN, required=True,
         help="llava-hf: for transformers' LlavaForConditionalGeneration; voco: for the released code",
     )  # fmt: skip
-    command.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
-    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a file (default 5GB)")
+    option("--dtype", **dtype)
+    option("--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a file (default 5GB)")
 
     command = commands.add_parser("merge", help="a plain run from a run that was trained with LoRA")
-    command.add_argument("run", type=path_here, metavar="RUN", help="run that was trained with LoRA")
-    command.add_argument("destination", type=path_here, metavar="DST", help="run directory to make")
+    add_path(command, "run", "RUN", "run that was trained with LoRA")
+    add_path(command, "destination", "DST", "run directory to make")
 
     command = commands.add_parser("verify", help="compare two checkpoints of any formats tensor by tensor")
-    command.add_argument("a", type=path_here, metavar="A", help="run or checkpoint")
-    command.add_argument("b", type=path_here, metavar="B", help="run or checkpoint to compare it with")
-    command.add_argument(
-        "--vision-tower", type=path_here, metavar="DIR", help="CLIP directory, for the one that lacks it"
-    )
-    command.add_argument("--base", type=path_here, metavar="DIR", help="base of the one that is a LoRA adapter")
-    command.add_argument("--ignore-key", action="append", default=[], metavar="KEY", help="as for to-jax")
+    add_path(command, "a", "A", "run or checkpoint")
+    add_path(command, "b", "B", "run or checkpoint to compare it with")
+    add_source_options(command)  # each for the one of the two that needs it
     command.add_argument(
         "--allow-more-rows", action="store_true", help="one may have rows for added tokens that the other lacks"
     )

@@ -1,7 +1,7 @@
-"""LoRA adapters as PEFT saves them, and as LLaVA's training leaves them: added to their base's weights when read.
+"""LoRA adapters of PEFT and of LLaVA's training: they are added to their base's weights when these are read.
 
-`adapter_config.json` says how, `adapter_model.safetensors` (or `.bin`) holds the matrices, and LLaVA's
-`non_lora_trainables.bin` (or `mm_projector.bin`, where the projector alone was trained) what was trained whole.
+`adapter_config.json` says how, and `adapter_model.safetensors` (or `.bin`) holds the matrices. Parameters that LLaVA
+trained without LoRA are in `non_lora_trainables.bin`, or `mm_projector.bin` if it trained the projector alone.
 W + scale · B A is computed in float32 and rounded once to W's dtype, one tensor at a time.
 """
 
@@ -28,8 +28,8 @@ from voco_jax.terminal import shortened
 ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB]|magnitude_vector)(\.default)?(\.weight)?")
-_WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")  # that PEFT may leave in a name
-# Fields of a configuration that do not change what a model computes; its rows are compared as tensors
+_WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")  # parts that PEFT adds to names
+# Fields that do not change what a model computes (the size of the vocabulary shows in the tensors)
 FREE = ("vocab_size", "vocab_multiple", "initializer_range", "max_position_embeddings")
 # PEFT's adapter_config.json.
 _KEYS = keys_of(
@@ -39,7 +39,7 @@ _KEYS = keys_of(
         "bias": ("none",),
         "fan_in_fan_out": OFF,
         "lora_bias": OFF,
-        # Others change the base's own weights when training begins
+        # Other values change the base's weights at the beginning of training
         "init_lora_weights": (True, False, "gaussian", "orthogonal", None),
         "layer_replication": (None, []),
         "trainable_token_indices": NONE,
@@ -67,18 +67,18 @@ Key = tuple[str, int | None]  # (our parameter's path, layer)
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter, and not only the leftover config of one."""
+    """Whether a directory holds an adapter: config and weights."""
     names = ("adapter_model.safetensors", "adapter_model.bin")
     return (path / ADAPTER_CONFIG).exists() and any((path / name).exists() for name in names)
 
 
 def base_of(path: Path) -> str | None:
-    """What an adapter names as its base: a hub name, or a path of the machine it was trained on."""
+    """The name of an adapter's base: on the hub, or a path on the machine that trained it."""
     return read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
 
 
 def trained_beside(path: Path) -> dict[str, Tensor]:
-    """Tensors that were trained whole, under the names of the model without PEFT."""
+    """Tensors that were trained without LoRA, under their names without PEFT."""
     tensors: dict[str, Tensor] = {}
     for name in ("mm_projector.bin", "non_lora_trainables.bin"):
         found = read_torch(path / name) if (path / name).exists() else {}
@@ -102,7 +102,7 @@ def check_same_model(model: LlamaConfig, file: Path, base: Path) -> None:
 
 
 def replace(tensors: dict[Key, Tensor], names: dict[Key, str], trained: Mapping[str, Tensor], path: Path) -> None:
-    """Tensors that were trained whole take the place of the base's; UserError for a name that the base has not."""
+    """Replace tensors of the base by those trained without LoRA. UserError for a name that the base does not have."""
     unknown = []
     for name, tensor in trained.items():
         key = key_of_name(name)
@@ -115,7 +115,7 @@ def replace(tensors: dict[Key, Tensor], names: dict[Key, str], trained: Mapping[
 
 
 def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path, ignored: Collection[str] = ()) -> None:
-    """Put the merged tensors in the place of the base's. UserError for what is not computed, and for another base."""
+    """Replace tensors of the base by merged ones. UserError for an unknown kind of adapter, and for another base."""
     file = path / ADAPTER_CONFIG
     config = read_object(file)
     _KEYS.check(config, file, ignored=ignored)
@@ -129,10 +129,12 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
         place, kind = (whole, _WRAPPED.sub("", plain))
         if found is not None:
             place, kind = modules.setdefault(found["module"], {}), found["kind"]
-            if kind.startswith("embedding_"):  # an embedding lies as the transpose of a linear layer's weight
+            if kind.startswith("embedding_"):  # an embedding is the transpose of a linear layer's weight
                 kind, tensor = {"embedding_A": "B", "embedding_B": "A"}[kind], _transposed(tensor)
         if kind in place:
-            raise UserError(f"{tensor.file}: {name}: found a second tensor that stands for the same")
+            raise UserError(
+                f"{tensor.file}: {name}: expected one such tensor, found two, apart from what PEFT adds to names"
+            )
         place[kind] = tensor
     replace(tensors, names, whole, path)
     problems = []
@@ -150,7 +152,7 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
 
 
 def _merged(base: Tensor, matrices: dict[str, Tensor], config: dict, module: str, file: Path) -> Tensor:
-    """W + scale · B A; with DoRA its rows scaled to the lengths learnt. ValueError for shapes that do not fit."""
+    """W + scale · B A; with DoRA, its rows are scaled to the learnt lengths. ValueError for shapes that do not fit."""
     kinds = ["A", "B", "magnitude_vector"] if config.get("use_dora") else ["A", "B"]
     if sorted(matrices) != kinds:
         raise ValueError(f"expected lora_{', lora_'.join(kinds)}; found {', '.join(sorted(matrices))}")
@@ -185,9 +187,9 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 
 def _by_pattern(patterns: Mapping, module: str, default):
-    """A number that PEFT gives to some modules: to those whose names end so, by a regular expression.
+    """The number of the first pattern (regular expression) that matches the end of a module's name, or the default.
 
-    ValueError for one that could search for ages, with a repeated group or many repetitions.
+    ValueError for a pattern that could take ages: with a repeated group, or many repetitions.
     """
     for pattern, number in patterns.items():
         if len(pattern) > 1000 or len(re.findall(r"[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):

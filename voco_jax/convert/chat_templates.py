@@ -1,8 +1,8 @@
-"""A checkpoint's chat template (Jinja, as transformers has them) as one of ours.
+"""A checkpoint's chat template (Jinja, as in transformers) as one of ours, and back.
 
-transformers renders it, in its sandbox and in a process of its own, for a few conversations; what stands around their
-words is the template's text. That text must then give the same renderings of other conversations, or it is refused:
-templates can compute anything.
+transformers renders the template for a few conversations, in its sandbox and in a process of its own. The text around
+the conversations' words becomes our template. It must render other conversations alike; a template that computes
+something else is refused.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from voco_jax.io.json_files import read_object
 from voco_jax.outages import first_line
 
 _MOST = 2**20  # bytes of a template
-WORDS = "Which is it", "A hen", "And how many", "Two hens", "Where are they"  # alternately asked and answered
+WORDS = "Which is it", "A hen", "And how many", "Two hens", "Where are they"  # questions and answers in turn
 
 
 def chat_template_of(directory: Path, tokenizer) -> tuple[str, str] | None:
-    """(the template, the file it is from) of a checkpoint's directory or its tokenizer; None where there is none.
+    """(template, name of its file) of a checkpoint's directory or tokenizer; None where there is none.
 
-    A processor's template stands in a file of its own; older tokenizers have theirs in their config.
+    A processor's template is a file of its own; older tokenizers have it in their config.
     """
     own, older = directory / "chat_template.jinja", directory / "chat_template.json"
     try:
@@ -46,16 +46,16 @@ def chat_template_of(directory: Path, tokenizer) -> tuple[str, str] | None:
 
 
 def image_token_of(directory: Path) -> str:
-    """What stands for an image in the chat template of a checkpoint's directory."""
+    """The text that stands for an image in a checkpoint's chat template."""
     file = directory / "processor_config.json"
     token = read_object(file).get("image_token") if file.exists() else None
     return token if isinstance(token, str) and token else IMAGE.value
 
 
 def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> ChatTemplate:
-    """The template that gives what a chat template does; UserError says what in it ours has no place for.
+    """Our template that renders as a chat template does. UserError says what ours cannot express.
 
-    `image_token` is what stands for an image in the chat template.
+    `image_token` stands for an image in the chat template.
     """
     render = _Renderer(text, tokenizer, image_token)
     asked, answered, again = WORDS[:3]
@@ -90,8 +90,7 @@ def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> 
 
 
 def write_chat_template(encoder: Encoder) -> str:
-    """A chat template that renders the conversations of a plain LLaVA as its prompt is, for a tokenizer with a token
-    for an image."""
+    """A chat template that renders a plain LLaVA's conversations as its prompt, for a tokenizer with an image token."""
     t, tokenizer = encoder.template, encoder.tokenizer
     after = t.after_images
     if IMAGE.value not in ControlTokens(tokenizer).ids:  # text after an image begins as a text does, or a word more
@@ -112,12 +111,12 @@ def write_chat_template(encoder: Encoder) -> str:
 
 
 class _Renderer:
-    """transformers' rendering of turns, images before the first: all that is ever asked for, by one process."""
+    """transformers' renderings of all conversations that are needed, made at once by one process."""
 
     def __init__(self, text: str, tokenizer, image_token: str):
         self._tokenizer, self._image_token = tokenizer, image_token
         asked = [(count, images, True) for count in (1, 3, 5) for images in (0, 1, 2)] + [(2, 0, False)]
-        # A processor's template takes parts; a language model's takes text, in which LLaVA's marker stands
+        # A processor's template takes a list of parts; a language model's takes text, here with LLaVA's image marker
         calls = [(*call, in_parts) for call in asked for in_parts in (True, False)]
         conversations = [[_messages(count, images, in_parts), asks] for count, images, asks, in_parts in calls]
         self._rendered = dict(zip(calls, _render(text, tokenizer.special_tokens_map, conversations), strict=True))
@@ -135,7 +134,7 @@ class _Renderer:
         raise UserError(problem or "the turns' texts are not in what it renders")
 
     def images(self, asked: str, begin: str, assistant: str) -> tuple[str, str]:
-        """What stands for each of several images before a question, and what after all of them."""
+        """The text for each image before a question, and the text after all of them."""
         one, two = (self([asked], n).removeprefix(begin).removesuffix(asked + assistant) for n in (1, 2))
         if one.count(IMAGE.value) != 1 or two.count(IMAGE.value) != 2:
             raise UserError(f"an image before a question: expected {IMAGE.value}, found {one!r}")
@@ -147,7 +146,7 @@ class _Renderer:
 
 
 def _messages(count: int, images: int, in_parts: bool) -> list[dict]:
-    """The first so many turns as transformers takes them."""
+    """The first `count` turns, in transformers' form."""
     messages = []
     for i, said in enumerate(WORDS[:count]):
         marks = 0 if i else images
@@ -159,11 +158,11 @@ def _messages(count: int, images: int, in_parts: bool) -> list[dict]:
 
 
 def _render(text: str, special_tokens: dict, conversations: list) -> list[tuple[str | None, str | None]]:
-    """(text, None) or (None, an error) of each conversation; UserError for a template that does not come to an end."""
+    """(text, None) or (None, error) for each conversation. UserError for a template that takes too long."""
     program = Path(__file__).with_name("template_process.py")
     asked = {"template": text, "special_tokens": special_tokens, "conversations": conversations}
     try:
-        # -P: the modules beside the program are none of Python's
+        # -P: the program must not import the modules beside it
         process = subprocess.run(
             [sys.executable, "-P", program], input=json.dumps(asked), capture_output=True, text=True, timeout=60
         )

@@ -23,6 +23,11 @@ from voco_jax.io.files import open_regular
 from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
+# What numpy raises for a damaged file
+_UNREADABLE = (
+    OSError, EOFError, RuntimeError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
+
 
 @one_line_errors
 def main() -> None:
@@ -34,16 +39,7 @@ def main() -> None:
     try:
         with open_regular(args.golden) as stream, np.load(stream, allow_pickle=False) as file:
             golden = dict(file)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        MemoryError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{args.golden}: not a readable npz file: {error}") from None
     worst, greedy = 0.0, []
     for line in check(load_run(args.checkpoint), golden, str(args.golden)):

@@ -1,9 +1,8 @@
-"""Keys of other projects' configs: which are computed, which are harmless, and how all others are refused.
+"""Keys of other projects' configs: those that are computed, those that are harmless; all others are errors.
 
-Each kind of file has one `Keys`. Its `computed` keys are read where the model's dimensions are made. `expected` keys
-may only have the values listed, with which the model computes what ours does. `harmless` keys cannot change what it
-computes. A key that is null is not set. Any other key is an error; with `--ignore-key` the user says that it is
-harmless.
+Each kind of file has one `Keys`. `computed` keys are read by the code that makes our config. `expected` keys may only
+have the listed values, with which the model computes what ours does. `harmless` keys do not change what it computes.
+Null means that a key is not set. The user can accept an unknown key with `--ignore-key`.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -14,28 +13,29 @@ import re
 
 from voco_jax.convert.findings import listing
 from voco_jax.errors import UserError
+from voco_jax.keys import all_keys
+from voco_jax.models.llama import LlamaConfig
+from voco_jax.models.vit import ViTConfig
 from voco_jax.terminal import shortened
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """What is known of one kind of file. `harmless` are patterns of whole names."""
+    """The known keys of one kind of file. `harmless`: a pattern of whole names."""
 
     computed: frozenset[str]
     expected: Mapping[str, tuple]
     harmless: re.Pattern
 
     def __or__(self, other: "Keys") -> "Keys":
-        """The keys of both; where they differ, as the other has it."""
+        """The keys of both; `other` decides where they differ."""
         harmless = re.compile(f"{self.harmless.pattern}|{other.harmless.pattern}")
         expected = {key: values for key, values in self.expected.items() if key not in other.computed}
         return Keys(self.computed | other.computed, {**expected, **other.expected}, harmless)
 
     def problems(self, fields: Mapping, prefix: str = "", ignored: Collection[str] = ()) -> list[str]:
-        """A phrase for each key that is refused; `prefix` is what stands before their names.
-
-        Another model has other keys: of it only its type is named.
-        """
+        """A phrase for each key that is refused, with `prefix` before its name."""
+        # Another model_type explains all other unknown keys
         if fields.get("model_type") and "model_type" in self.expected and len(fields) > 1:
             wrong = self.problems({"model_type": fields["model_type"]}, prefix)
             if wrong:
@@ -54,14 +54,14 @@ class Keys:
         return found
 
     def check(self, fields: Mapping, file: Path, prefix: str = "", ignored: Collection[str] = ()) -> None:
-        """UserError, one line, for all keys that are refused."""
+        """UserError that names all keys that are refused."""
         problems = self.problems(fields, prefix, ignored)
         if problems:
             raise UserError(f"{file}: {listing(problems)}")
 
 
 def section(fields: Mapping, key: str, file: Path) -> dict:
-    """An object inside a config; an empty one where it is missing or null."""
+    """An object inside a config; {} where it is missing or null."""
     value = fields.get(key) or {}
     if not isinstance(value, dict):
         raise UserError(f"{file}: {key}: expected an object, found {value!r}")
@@ -69,22 +69,18 @@ def section(fields: Mapping, key: str, file: Path) -> dict:
 
 
 def given(fields: dict) -> dict:
-    """The keys that are set: null is not."""
+    """The keys that are not null."""
     return {key: value for key, value in fields.items() if value is not None}
 
 
 # The largest dimensions that a run's config takes
 _MOST = {
-    key: below - 1
-    for below, keys in {
-        2**12: "num_hidden_layers",
-        2**14: "num_attention_heads num_key_value_heads head_dim image_size patch_size",
-        2**20: "hidden_size intermediate_size",
-        2**24: "vocab_size",
-    }.items()
-    for key in keys.split()
+    name: key.rules.below - 1
+    for config in (LlamaConfig(), ViTConfig())
+    for name, key in all_keys(config).items()
+    if key.rules.below is not None
 }
-_LEAST = 1e-30  # of fractions, which are float32 in the end
+_LEAST = 1e-30  # smallest fraction: they become float32
 _FRACTIONS = (
     "rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor",
     "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "r", "lora_alpha",
@@ -92,8 +88,8 @@ _FRACTIONS = (
 
 
 def check_numbers(file: Path, values: dict, what: str) -> None:
-    """UserError unless dimensions are whole numbers above 0 and all others numbers above 0, none of them larger than
-    any model's: a layer count of 10⁹ would never end. `what` stands before the keys in the message."""
+    """UserError unless dimensions are whole numbers and fractions numbers, above 0 and within the limits of a run's
+    config (10⁹ layers would take for ever). `what` is written before the keys."""
     for key, value in values.items():
         if isinstance(value, bool) and key == "tie_word_embeddings":
             continue
@@ -115,7 +111,7 @@ OFF = (False, None)
 NONE = (None,)
 ONE = (1, None)
 
-# What transformers' PretrainedConfig writes, or wrote, of any model: bookkeeping, what is returned, how text is drawn.
+# Keys that transformers' PretrainedConfig writes, or wrote, for any model: bookkeeping, outputs, sampling
 ANY = keys_of(
     "model_type",
     {

@@ -1,4 +1,4 @@
-"""What is seen in the values while they pass: errors and warnings for the end."""
+"""Errors and warnings about tensors' values, collected while they are converted."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from voco_jax.errors import UserError
 
 
 class Findings:
-    """An error for values that are not finite, a warning for those that overflowed."""
+    """Collects tensors with values that are not finite (an error), and casts that overflowed (a warning)."""
 
     def __init__(self) -> None:
         self._nonfinite: set[str] = set()
         self._overflowed: dict[str, int] = {}
 
     def check(self, name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """The values in the dtype wanted."""
+        """The values in another dtype."""
         if has_nonfinite(values):
             self._nonfinite.add(name)
         values, overflowed = cast(values, dtype)
@@ -25,7 +25,7 @@ class Findings:
         return values
 
     def finish(self, path: Path) -> list[str]:
-        """Warnings; UserError for values that are not finite."""
+        """The warnings. UserError for values that are not finite."""
         if self._nonfinite:
             raise UserError(f"{path}: values that are not finite in {listing(sorted(self._nonfinite))}")
         return [f"{name}: {count} values became infinite" for name, count in sorted(self._overflowed.items())]

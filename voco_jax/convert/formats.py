@@ -1,17 +1,19 @@
-"""The formats a checkpoint comes in: what each puts before the families' names, and what may be passed over."""
+"""The formats of checkpoints: the prefixes of their tensors' names, and tensors that need not be read."""
 
 from collections.abc import Collection, Iterable
 import dataclasses
 import functools
+from pathlib import Path
 import re
 
 from voco_jax.convert.families import BY_OURS, RULES, clip
 from voco_jax.convert.rules import Rule
+from voco_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Prefixes by part. `projector_names` are the linear layers': a Sequential numbers them 0 and 2; one has none."""
+    """Prefixes of each part's tensors. `projector_names`: of its linear layers (in a Sequential, '0.' and '2.')."""
 
     name: str
     llm: str
@@ -19,6 +21,11 @@ class Format:
     projector: str
     vision: str
     projector_names: tuple[str, str] = ("linear_1.", "linear_2.")
+
+    @property
+    def num_projector_layers(self) -> int:
+        """Linear layers of the projector, as its tensors' names tell."""
+        return 1 if self.projector_names == _SINGLE else 2
 
     def their_name(self, rule: Rule, layer: int | None = None) -> str:
         """The tensor's whole name in this format."""
@@ -32,7 +39,7 @@ class Format:
 _LLAVA_VISION = "model.vision_tower.vision_tower.vision_model."
 _SEQUENTIAL, _SINGLE = ("0.", "2."), ("", "linear_2.")
 
-# The first of each name is the one that is written.
+# The first format of each name is the one that is written
 FORMATS = (
     Format("voco", "model.", "", "model.mm_projector.", _LLAVA_VISION, _SEQUENTIAL),
     Format(
@@ -54,22 +61,17 @@ PROJECTOR = (
     Format("projector", "", "", "multi_modal_projector.", ""),
 )
 
-# Buffers that are computed, not trained
+# Buffers, which are computed
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?embeddings\.position_ids")
 
 
 def passed_over(name: str, format: Format) -> bool:
-    """Whether a tensor is rightly left out."""
+    """Whether a tensor need not be read."""
     return bool(_BUFFERS.fullmatch(name) or format.name == "clip" and re.fullmatch(clip.NOT_READ, name))
 
 
-def num_projector_layers(format: Format) -> int:
-    """Linear layers of a projector by its tensors' names, where no config says so."""
-    return 1 if format.projector_names == _SINGLE else 2
-
-
 def key_of_name(name: str) -> tuple[str, int | None] | None:
-    """(our parameter's path, layer) of a tensor's name in any of the formats; None for a name of none."""
+    """(our parameter's path, layer) of a tensor's name in any format; None for an unknown name."""
     found = re.fullmatch(r"(.*\.layers\.)(0|[1-9]\d{0,8})(\..*)", name)
     ours = _all_names().get(f"{found[1]}{{}}{found[3]}" if found else name)
     return None if ours is None else (ours, int(found[2]) if found else None)
@@ -77,12 +79,12 @@ def key_of_name(name: str) -> tuple[str, int | None] | None:
 
 @functools.cache
 def _all_names() -> dict[str, str]:
-    """Our parameter by its name in any of the formats, in which `{}` is for the layer."""
+    """Our parameter's path by its name in any format, with `{}` for the layer."""
     formats = (*FORMATS, LLAVA_LINEAR, LLAMA)
     return {format.their_name(rule): rule.ours for format in formats for rule in RULES}
 
 
-# A parameter of each part by which a format is recognised; all families have it
+# A parameter of each part that all families have, by which a format is recognised
 _TOLD_BY = {
     "llm": "llama.embed_tokens.embedding",
     "projector": "projector.linear_1.kernel",
@@ -90,7 +92,12 @@ _TOLD_BY = {
 }
 
 
-def recognise(names: Collection[str], formats: Iterable[Format], parts: Iterable[str]) -> Format | None:
-    """The first format under whose names all the parts are found; None where no format has them."""
+def recognise(
+    names: Collection[str], formats: Iterable[Format], parts: Iterable[str], where: Path | str, expected: str
+) -> Format:  # fmt: skip
+    """The first format in which all these parts are found. UserError if there is none: `where` … `expected` …"""
     told_by = [BY_OURS[_TOLD_BY[part]] for part in parts]
-    return next((format for format in formats if all(format.their_name(rule) in names for rule in told_by)), None)
+    for format in formats:
+        if all(format.their_name(rule) in names for rule in told_by):
+            return format
+    raise UserError(f"{where}: expected {expected}, found {min(names, default='none')}")

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp's) of Llama-architecture models, through the `gguf` package; quantized tensors are expanded."""
+"""GGUF files (llama.cpp's format) of Llama models. Quantized tensors are expanded by the `gguf` package."""
 
 from collections.abc import Collection
 import dataclasses
@@ -18,7 +18,7 @@ from voco_jax.io.tensors import Tensor, raw_tensor
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.terminal import shortened
 
-_NAMES = {  # llama.cpp's to Hugging Face's
+_NAMES = {  # llama.cpp's name → Hugging Face's
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -34,11 +34,10 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BYTES = np.dtype(np.uint8)
-# Keys that are one character off from others, and not damaged
+# Known keys that differ from another known key by one character
 _OTHERS = {f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")}
-_PRE_TOKENIZERS = ("smollm",)  # how text is split before byte pairs are merged: digits one by one, then as GPT-2
-# Tensors of blocks, as llama.cpp calls them
+_PRE_TOKENIZERS = ("smollm",)  # splits text before byte pairs are merged: digits one by one, then as GPT-2
+# Names of a layer's tensors
 _OF_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
 
 
@@ -56,8 +55,8 @@ def _read_header(file: Path):
 
 
 def _check_key(file: Path, key: str, value: object) -> None:
-    """UserError for a value of another type than the format gives to a key that counts here; and for a name that is
-    such a key's but for one character, which no file has that is sound."""
+    """UserError for a value of the wrong type, and for a name that differs from a known key by one character: there
+    are no such keys, so the file is damaged."""
     if key in KINDS:
         expected, is_one = KINDS[key]
         if not is_one(value):
@@ -69,7 +68,7 @@ def _check_key(file: Path, key: str, value: object) -> None:
 
 
 def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """(dimensions, tensors in float32 under Hugging Face's names); `ignored`: unknown keys that are passed over."""
+    """(dimensions, tensors in float32 under Hugging Face's names). `ignored`: unknown keys to accept."""
     header = _read_header(file)
 
     def field(key: str, default=None):
@@ -81,7 +80,7 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     architecture = field("general.architecture")
     if architecture != "llama":
         raise UserError(f"{file}: general.architecture: expected 'llama', found {shortened(architecture)}")
-    # The values of the others, a tokenizer's, may be long
+    # Without the tokenizer's keys, whose values may be long
     names = [key for key in header.fields if key in KEYS.expected or not KEYS.harmless.fullmatch(key)]
     KEYS.check({key: field(key) for key in names}, file, ignored=ignored)
     embedding = next((entry for entry in header.tensors if entry.name == "token_embd.weight"), None)
@@ -140,26 +139,27 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
 
 
 def _tensor(file: SourceFile, entry, config: LlamaConfig) -> Tensor:
-    """A tensor as float32. UserError for a type whose values are not expanded, and for heads that it does not have."""
+    """A tensor as float32. UserError for a type that `gguf` cannot expand, and for another number of heads."""
     from gguf import GGML_QUANT_SIZES, quants
 
     of_block, block_bytes = GGML_QUANT_SIZES[entry.type]
     try:
         quants.dequantize(np.zeros((1, block_bytes), np.uint8), entry.type)
     except NotImplementedError:
-        raise UserError(f"{file.path}: {entry.name}: values of type {entry.type.name} are not read") from None
+        raise UserError(f"{file.path}: {entry.name}: type {entry.type.name} cannot be read") from None
     shape, found = entry.shape, _OF_BLOCK.fullmatch(entry.name)
     kind = found[2] if found and found[3] == "weight" else ""
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(kind)
     if heads and (len(shape) != 2 or shape[0] != heads * config.head_dim):
         expected = f"{heads} heads of {config.head_dim} rows"
         raise UserError(f"{file.path}: {entry.name}: expected {expected}, found {list(shape)}")
-    raw = raw_tensor(file, entry.begin, (math.prod(shape[:-1]), entry.nbytes // math.prod(shape[:-1])), _BYTES)
+    rows = math.prod(shape[:-1])
+    raw = raw_tensor(file, entry.begin, (rows, entry.nbytes // rows), np.dtype(np.uint8))
 
     def read() -> np.ndarray:
-        with np.errstate(all="ignore"):  # values that are not finite are found later
+        with np.errstate(all="ignore"):  # `Findings` reports values that are not finite
             values = quants.dequantize(raw.read(), entry.type).astype(np.float32, copy=False).reshape(shape)
-        if heads:  # llama.cpp pairs neighbours for rotary positions, Hugging Face the two halves of a head
+        if heads:  # rotary positions pair neighbours in llama.cpp, the two halves of a head in Hugging Face
             values = values.reshape(heads, -1, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
         return np.ascontiguousarray(values)
 
@@ -172,7 +172,7 @@ def _hf_name(name: str) -> str:
     found = _OF_BLOCK.fullmatch(name)
     if found and found[2] in _LAYER_NAMES:
         return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.{found[3]}"
-    return f"gguf:{name}"  # unknown, and reported as that: Hugging Face's own names are no names here
+    return f"gguf:{name}"  # unknown; the prefix keeps it from passing for one of Hugging Face's names
 
 
 def gguf_tokenizer(file: Path):
@@ -194,7 +194,9 @@ def gguf_tokenizer(file: Path):
     tokens, types = content["tokens"], content["token_type"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or "" in vocabulary:
-        raise UserError(f"{file}: tokenizer.ggml.tokens: expected one text a token, found one twice, or none")
+        raise UserError(
+            f"{file}: tokenizer.ggml.tokens: expected a different text for each token, found duplicates or ''"
+        )
     if len(types) != len(tokens) or not set(types) <= {int(kind) for kind in TokenType}:
         raise UserError(f"{file}: tokenizer.ggml.token_type: expected one of {[*map(int, TokenType)]} for every token")
     merges = [tuple(merge.split(" ")) for merge in content["merges"]]

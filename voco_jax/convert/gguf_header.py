@@ -1,7 +1,7 @@
-"""GGUF's header: metadata by key, and where the tensors lie, with all that the format promises about both compared.
+"""The header of a GGUF file: metadata by key, and where the tensors are; everything is checked against the format.
 
-The `gguf` package names types and expands quantized values. Its reader is not used: it makes an array of each number
-and believes all counts. There are no checksums; what a header cannot contradict (a number, a word) is taken as it is.
+The reader of the `gguf` package is not used: it is slow and trusts all counts in the file. The format has no checksums,
+so a damaged number or word that fits the rest goes unnoticed.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 from voco_jax.errors import UserError
 from voco_jax.io.files import SourceFile
 
-# No honest file comes near these: a vocabulary of 256,000 tokens and its merges take less than half.
-_LONGEST = 2**25  # bytes of metadata and descriptions of tensors
-_MOST = 2**16  # keys, and tensors
+# Limits far above real files: a vocabulary of 256,000 tokens with its merges needs less than half
+_LONGEST = 2**25  # bytes of the whole header
+_MOST = 2**16  # keys; tensors
 _LONGEST_KEY = 1000  # bytes
 _LONGEST_NAME = 63  # bytes of a tensor's name, as llama.cpp allows
 
@@ -32,7 +32,7 @@ _FORMATS: dict[int, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: `shape` is row-major, as numpy's; `begin` and `nbytes` are its bytes in the file."""
+    """Where a tensor is. `shape` is row-major, as in numpy; `begin` and `nbytes` locate its bytes in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """UserError for a file that is damaged or truncated, and for what is not of this format."""
+    """UserError for a damaged or truncated file, and for other formats."""
     file = SourceFile(path)
     cursor = _Cursor(file)
     if file.size < 24 or cursor.bytes(4) != b"GGUF":
@@ -65,7 +65,7 @@ def read_header(path: Path) -> Header:
     for _ in range(num_keys):
         key = cursor.name("a key", _LONGEST_KEY)
         if key in fields:
-            raise UserError(f"{path}: key {key!r} is there twice")
+            raise UserError(f"{path}: key {key!r} appears twice")
         (kind,) = cursor.unpack("<I")
         fields[key] = cursor.value(key, kind)
     described = [_describe(cursor) for _ in range(num_tensors)]
@@ -92,19 +92,21 @@ def _describe(cursor: "_Cursor") -> tuple[str, tuple[int, ...], gguf.GGMLQuantiz
 
 
 def _placed(file: SourceFile, described: list[tuple], data: int, alignment: int) -> list[Entry]:
-    """The tensors, which lie behind each other in the order of the header, from byte `data` to the end of the file."""
+    """The tensors. They follow each other in the header's order, from byte `data` to the end of the file."""
     entries, end, names = [], data, set()
     for name, shape, kind, offset in described:
         if name in names:
-            raise UserError(f"{file.path}: tensor {name} is there twice")
+            raise UserError(f"{file.path}: tensor {name} appears twice")
         names.add(name)
         of_block, nbytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % of_block:
-            raise UserError(f"{file.path}: {name}: rows of {shape[-1]} are not made of {kind.name}'s blocks")
+            raise UserError(f"{file.path}: {name}: rows of {shape[-1]} do not divide into blocks of {kind.name}")
         nbytes *= math.prod(shape) // of_block
         begin = -(-end // alignment) * alignment
         if data + offset != begin:
-            raise UserError(f"{file.path}: {name}: expected at byte {begin}, behind the last; found at {data + offset}")
+            raise UserError(
+                f"{file.path}: {name}: expected at byte {begin}, after the tensor before; found at {data + offset}"
+            )
         end = begin + nbytes
         if end > file.size:
             raise UserError(f"{file.path}: truncated: {name} ends at byte {end}, the file has {file.size}")
@@ -115,14 +117,14 @@ def _placed(file: SourceFile, described: list[tuple], data: int, alignment: int)
 
 
 class _Cursor:
-    """Where in the header is read. UserError where it goes on behind the end of the file, or for too long."""
+    """Reads the header from front to back. UserError beyond the end of the file, or beyond `_LONGEST` bytes."""
 
     def __init__(self, file: SourceFile):
         self.file, self.at = file, 0
         self._data = file.read(0, min(file.size, _LONGEST))
 
     def _skip(self, length: int) -> int:
-        """Where the next `length` bytes begin, which are passed."""
+        """Move `length` bytes on; returns the old position."""
         at, self.at = self.at, self.at + length
         if self.at > len(self._data):
             if self.at > self.file.size:
@@ -138,7 +140,7 @@ class _Cursor:
         return struct.unpack_from(form, self._data, self._skip(struct.calcsize(form)))
 
     def name(self, what: str, most: int) -> str:
-        """A name in ASCII without spaces, of at most so many bytes."""
+        """A name in ASCII without spaces, of at most `most` bytes."""
         (length,) = self.unpack("<Q")
         if not 0 < length <= most:
             raise UserError(f"{self.file.path}: {what} expected to have 1 to {most} bytes, found {length}")
@@ -148,7 +150,6 @@ class _Cursor:
         return name.decode()
 
     def value(self, key: str, kind: int) -> object:
-        """The value of a key, of this type."""
         if kind == _Kind.STRING:
             return self._texts(key, 1)[0]
         if kind != _Kind.ARRAY:
@@ -159,12 +160,12 @@ class _Cursor:
         return self._numbers(key, kind, count)
 
     def _numbers(self, key: str, kind: int, count: int) -> list:
-        if kind not in _FORMATS:  # an array of arrays among them, which no key has
+        if kind not in _FORMATS:  # arrays of arrays too: no known key has one
             raise UserError(f"{self.file.path}: {key}: unknown type {kind}")
         dtype = np.dtype(_FORMATS[kind])
         at = self._skip(count * dtype.itemsize)
         if kind == _Kind.BOOL and not set(self._data[at : self.at]) <= {0, 1}:
-            raise UserError(f"{self.file.path}: {key}: expected 0 or 1, found another number for true or false")
+            raise UserError(f"{self.file.path}: {key}: expected 0 or 1 (true or false), found another number")
         return np.frombuffer(self._data, dtype, count, at).tolist()
 
     def _texts(self, key: str, count: int) -> list[str]:

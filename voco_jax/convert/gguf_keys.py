@@ -1,39 +1,10 @@
-"""The keys of GGUF's metadata: which are computed, which are harmless, and of what type each is."""
+"""Keys of GGUF's metadata: the types of their values, and the values that the model computes."""
 
 from collections.abc import Callable, Mapping
 import math
+import re
 
-from voco_jax.convert.config_keys import keys_of
-
-# `general.architecture` is checked first.
-KEYS = keys_of(
-    "general.architecture llama.context_length llama.embedding_length llama.feed_forward_length llama.block_count "
-    "llama.attention.head_count llama.attention.head_count_kv llama.attention.layer_norm_rms_epsilon "
-    "llama.attention.key_length llama.attention.value_length llama.attention.scale llama.rope.freq_base "
-    "llama.rope.dimension_count llama.rope.scale_linear llama.rope.scaling.type llama.rope.scaling.factor "
-    "llama.rope.scaling.original_context_length llama.rope.scaling.yarn_beta_fast llama.rope.scaling.yarn_beta_slow",
-    {
-        "general.type": ("model",),
-        "split.count": (0, 1),
-        "llama.expert_count": (0,),
-        "llama.expert_used_count": (0,),
-        "llama.attention.sliding_window": (0,),
-        "llama.attention.causal": (True,),
-        "llama.attention.clamp_kqv": (0,),
-        "llama.attention.max_alibi_bias": (0,),
-        "llama.use_parallel_residual": (False,),
-        "llama.pooling_type": (0,),
-        "llama.rope.scaling.attn_factor": (1,),
-        "llama.rope.scaling.yarn_log_multiplier": (0,),
-        "llama.logit_scale": (1,),
-        "llama.residual_scale": (1,),
-        "llama.embedding_scale": (1,),
-    },
-    (
-        r"(?!llama\.).+",  # of a model, llama.cpp reads the keys under its architecture's name only
-        r"llama\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned|leading_dense_block_count)",
-    ),
-)
+from voco_jax.convert.config_keys import Keys
 
 
 def _is_list_of(kind: type) -> Callable[[object], bool]:
@@ -45,7 +16,7 @@ _NUMBER = "a number", lambda value: type(value) is float and math.isfinite(value
 _FLAG = "true or false", lambda value: type(value) is bool
 _TEXT = "text", lambda value: type(value) is str
 
-# What GGUF's keys that count are, as the format's description has them: in words, and whether a value is one.
+# Types of the keys that are read, from the format's description: in words, and as a test of a value
 KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     key: kind
     for kind, keys in (
@@ -78,3 +49,25 @@ KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     )
     for key in keys.split()
 }
+
+KEYS = Keys(
+    frozenset(KINDS),
+    {
+        "general.type": ("model",),
+        "split.count": (0, 1),
+        "llama.expert_count": (0,),
+        "llama.expert_used_count": (0,),
+        "llama.attention.sliding_window": (0,),
+        "llama.attention.causal": (True,),
+        "llama.attention.clamp_kqv": (0,),
+        "llama.attention.max_alibi_bias": (0,),
+        "llama.use_parallel_residual": (False,),
+        "llama.pooling_type": (0,),
+        "llama.rope.scaling.attn_factor": (1,),
+        "llama.rope.scaling.yarn_log_multiplier": (0,),
+        "llama.logit_scale": (1,),
+        "llama.residual_scale": (1,),
+        "llama.embedding_scale": (1,),
+    },
+    re.compile(r"(?!llama\.).+"),  # llama.cpp reads only keys under the architecture's name
+)

@@ -1,4 +1,4 @@
-"""Recorded values of the released code against a run of ours (`voco check-logits`)."""
+"""Compares a run of ours with recorded values of the released code (`voco check-logits`)."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -29,7 +29,7 @@ class Line:
 
 
 def check(run: Run, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Line]:
-    """Compare features, logits and greedy tokens, in float32. UserError for a file that is not as described."""
+    """Compare features, logits and greedy tokens, in float32. UserError for a golden file of another form."""
     model = run.model
     if not model.config.compressor_class.has_voco_tokens:
         raise UserError(f"{run.directory}: expected compressor voco or none, found {model.config.compressor}")
@@ -76,7 +76,7 @@ def _greedy_tokens(model: VoCoLlama, features, read: Read, lengths, expected) ->
 
 
 def _rows(golden: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
-    """`rows0`, `rows1` …, all that there are and no gap between them."""
+    """`rows0`, `rows1` …: all of them, without a gap."""
     count = sum(key.removeprefix("rows").isdigit() for key in golden if key.startswith("rows"))
     for key in ["images", *(f"{key}{i}" for i in range(max(count, 1)) for key in ("rows", "logits"))]:
         if key not in golden:
@@ -110,7 +110,7 @@ def _layout(rows: list[np.ndarray], config: VoCoConfig, name: str) -> tuple[tupl
 
 
 def _check_shapes(golden: Mapping[str, np.ndarray], rows: list[np.ndarray], config: VoCoConfig, name: str) -> None:
-    """UserError for an array of another shape than the rows and the model give it, or of another kind of values."""
+    """UserError for arrays whose shapes or dtypes do not fit the rows and the model."""
     count, size = len(rows), config.vision.image_size
     expected: dict[str, tuple[int, ...]] = {"images": (count, 3, size, size)}
     if "features" in golden:
@@ -132,7 +132,7 @@ def _kind(array: np.ndarray) -> str:
 
 
 def _model(model: VoCoLlama, prefix_ids: tuple, suffix_ids: tuple, num_voco_tokens: int) -> VoCoLlama:
-    """The model in float32, with the rows' own tokens around the image and number of VoCo tokens."""
+    """The model in float32, with the rows' tokens around the image and their number of VoCo tokens."""
     config = dataclasses.replace(
         model.config, dtype="float32", compressor="voco", num_voco_tokens=num_voco_tokens,
         prefix_ids=prefix_ids, suffix_ids=suffix_ids,

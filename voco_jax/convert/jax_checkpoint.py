@@ -1,20 +1,20 @@
-"""Our Orbax checkpoints, written and read a layer at a time.
+"""Our Orbax checkpoints, written and read one layer at a time.
 
-Orbax writes whole arrays, and our stacked layers make arrays of gigabytes. Its type handlers are the place to say
-otherwise: a `Parameter` is announced by shape and dtype, and written layer by layer as it is computed. What comes out
-is an ordinary checkpoint, chunked by layers, that trainers restore like any other.
+Orbax by itself writes whole arrays, and stacked layers are arrays of gigabytes. The type handler here announces a
+`Parameter` by shape and dtype and writes it layer by layer, as it is computed. The result is an ordinary checkpoint,
+with one chunk per layer, and training restores it like any other.
 """
 
 import asyncio
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
 import json
 import math
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 from ml_collections import ConfigDict
@@ -22,21 +22,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 import tensorstore as ts
+from transformers import PreTrainedTokenizerFast
 
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.checksums import PartedSum
 from voco_jax.checkpoint.errors import read_errors
 from voco_jax.checkpoint.run_files import ABOUT, describe, tokenizer_sums
+from voco_jax.config import load_config
+from voco_jax.convert.families import BY_OURS
+from voco_jax.convert.vocabulary import VOCABULARY
+from voco_jax.data.from_config import make_model_config
+from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.errors import cannot
 from voco_jax.io.paths import plain_path
 from voco_jax.io.tensors import read_ahead
+from voco_jax.models.build import abstract_model
+from voco_jax.models.voco import VoCoConfig
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """An array to be written. `read(i)` gives layer i of a stacked one; `read(0)` the whole of any other."""
+    """An array to write. `read(i)` computes layer i of a stacked array; `read(0)` computes any other array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -52,32 +60,32 @@ _IN_FLIGHT = 2**28  # bytes being written while the next are computed; many smal
 
 
 class _ParameterHandler(type_handlers.TypeHandler):
-    """Writes; what it wrote is read as the `jax.Array`s that it says it is, by Orbax's own handler."""
+    """Only writes. Orbax's own handler reads what it wrote, as `jax.Array`s."""
 
     def __init__(self, progress: Callable[[int], None]):
         self._progress = progress
-        self.sums: dict[str, int] = {}  # of what was written
+        self.sums: dict[str, int] = {}  # checksums of what was written, by dotted path
 
     def typestr(self) -> str:
-        return "jax.Array"  # what it is to whoever restores it
+        return "jax.Array"  # names the handler that restores it
 
     async def metadata(self, infos):
-        raise NotImplementedError("written only")
+        raise NotImplementedError
 
     async def deserialize(self, infos, args=None):
-        raise NotImplementedError("written only")
+        raise NotImplementedError
 
     async def serialize(self, parameters, infos, args=None):
         pending = collections.deque()  # (write under way, bytes)
         try:
             return await self._serialize(parameters, infos, pending)
-        except ValueError as error:  # TensorStore's only one: a full disk, no permission …
+        except ValueError as error:  # TensorStore raises no other: a full disk, no permission …
             raise cannot(f"{infos[0].parent_dir}: cannot be written", error) from error
-        finally:  # also after a failure: nobody can tidy up while files are still coming
+        finally:  # also after a failure: the directory cannot be deleted while files are still being written
             await asyncio.gather(*(write for write, _ in pending), return_exceptions=True)
 
     async def _serialize(self, parameters, infos, pending):
-        context = ts.Context({"file_io_sync": False})  # whoever gives the directory its name syncs it before, once
+        context = ts.Context({"file_io_sync": False})  # `new_directory` syncs all files once, before the rename
         for parameter, info in zip(parameters, infos, strict=True):
             await info.await_path_creation()
             chunks = [1, *parameter.shape[1:]] if parameter.stacked else list(parameter.shape)
@@ -110,13 +118,15 @@ class _ParameterHandler(type_handlers.TypeHandler):
 
 
 def write_checkpoint(run: Path, params: dict, config: ConfigDict, progress: Callable[[int], None]) -> None:
-    """`<run>/checkpoints/0` from a nested dict of `Parameter`s, with their checksums and what else it says of the run,
-    whose config is given and whose tokenizer is written; `progress(bytes)` after each array. UserError where it cannot
-    be written, or not be read afterwards."""
+    """Write `<run>/checkpoints/0` from a nested dict of `Parameter`s, with checksums of them and of the run's config
+    and tokenizer, which is in the run already; calls `progress(bytes)` after each layer.
+
+    UserError where the checkpoint cannot be written, or cannot be read afterwards.
+    """
     ours = _ParameterHandler(progress)
     registry = type_handlers.create_type_handler_registry(
         (Parameter, ours),
-        (jax.Array, type_handlers.ArrayHandler()),  # unused, but Orbax warns where it is not known
+        (jax.Array, type_handlers.ArrayHandler()),  # unused, but Orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, type_handler_registry=registry)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -127,7 +137,7 @@ def write_checkpoint(run: Path, params: dict, config: ConfigDict, progress: Call
     ) as manager:
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
     about = describe(0, config, tokenizer_sums(run), {"params": ours.sums}, data={})
-    item = run / "checkpoints" / "0" / ABOUT  # after the arrays, for only now their checksums are known
+    item = run / "checkpoints" / "0" / ABOUT  # after the arrays: only now are their checksums known
     item.mkdir()
     (item / "metadata").write_text(json.dumps(about))
     with contextlib.closing(Checkpointer(run)) as written:
@@ -135,19 +145,52 @@ def write_checkpoint(run: Path, params: dict, config: ConfigDict, progress: Call
 
 
 def of_newest(run: Path, use: Callable[["StoredParams"], T]) -> T:
-    """What `use` gives of a run's newest checkpoint that it does not find `Damaged`; a line names newer ones."""
+    """`use` of a run's newest checkpoint for which it does not raise `Damaged`; damaged ones are named in a line."""
     with contextlib.closing(Checkpointer(run)) as checkpointer:
         return checkpointer.newest(lambda step: use(StoredParams(checkpointer, step)))
+
+
+class StoredRun(NamedTuple):
+    """A run with one of its checkpoints, whose parameters have the shapes that the config gives them."""
+
+    path: Path
+    config: ConfigDict
+    tokenizer: PreTrainedTokenizerFast
+    model_config: VoCoConfig
+    stored: "StoredParams"
+
+    def their_shape(self, path: str, layer: int | None) -> tuple[int, ...]:
+        """The shape of what `read_theirs` reads."""
+        shape = BY_OURS[path].transform.their_shape(self.stored.shapes[path][layer is not None :])
+        return (self.model_config.llama.vocab_size, *shape[1:]) if path in VOCABULARY else shape
+
+    def read_theirs(self, path: str, layer: int | None) -> np.ndarray:
+        """A parameter, or a layer of it, in PyTorch's layout, and without rows that only pad the vocabulary."""
+        theirs = BY_OURS[path].transform.to_theirs(self.stored.read(path, layer))
+        return theirs[: self.model_config.llama.vocab_size] if path in VOCABULARY else theirs
+
+
+def of_run(path: Path, use: Callable[[StoredRun], T]) -> T:
+    """`of_newest`, with the run's config and tokenizer. UserError where the parameters have other shapes."""
+    config = load_config(path / "config.json")
+
+    def use_stored(stored: StoredParams) -> T:
+        tokenizer = load_run_tokenizer(path)
+        model_config = make_model_config(config, tokenizer)
+        stored.check_shapes(abstract_model(model_config)[1])
+        return use(StoredRun(path, config, tokenizer, model_config, stored))
+
+    return of_newest(path, use_stored)
 
 
 class StoredParams:
     """The arrays of a checkpoint, by dotted path; nothing is read yet.
 
-    Once all that is needed was read, `check` compares it with the checksums: before, it may be anything.
+    What is read is not verified until `check` has compared it with the checksums.
     """
 
     def __init__(self, checkpointer: Checkpointer, step: int):
-        """`Damaged` and UserError as `Checkpointer.about` says."""
+        """`Damaged` or UserError as in `Checkpointer.about`."""
         self.step, self._sums = step, checkpointer.about(step).get("checksums", {}).get("params")
         self.shapes = {path: tuple(leaf.shape) for path, leaf in checkpointer.stored(step).items()}
         self._checkpointer = checkpointer
@@ -157,15 +200,19 @@ class StoredParams:
         self._found: dict[str, PartedSum] = {}
 
     def check_shapes(self, params) -> None:
-        """UserError where they are not those of a model, whose parameters are given as shapes."""
+        """UserError where names or shapes are not those of a model's parameters."""
         self._checkpointer.check_shapes(self.step, params)
 
-    def check(self) -> None:
-        """`Damaged` unless all parameters are as they were written; those that were not read yet are read."""
+    def layers(self) -> Iterator[tuple[str, int | None]]:
+        """(path, layer) of every layer of stacked arrays, and (path, None) of all others."""
         for path, shape in self.shapes.items():
-            for layer in range(shape[0]) if _is_stacked(path) else (None,):
-                if layer not in self._found.get(path, ()):
-                    self.read(path, layer)
+            yield from ((path, layer) for layer in (range(shape[0]) if _is_stacked(path) else (None,)))
+
+    def check(self) -> None:
+        """`Damaged` unless all parameters are as they were written. Reads those that were not read yet."""
+        for path, layer in self.layers():
+            if layer not in self._found.get(path, ()):
+                self.read(path, layer)
         if self._sums is not None:
             found = {path: sum_.value() for path, sum_ in self._found.items()}
             self._checkpointer.compare_sums(self.step, "params", self._sums, found)
@@ -174,7 +221,7 @@ class StoredParams:
         return self._array(path).dtype.numpy_dtype
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter, or a layer of one; `Damaged` where it is not there, or another time was another."""
+        """A parameter, or a layer of it. `Damaged` where it is missing, or differs from what was read before."""
         array = self._array(path)
         with self._read_errors():
             values = (array if layer is None else array[layer]).read().result()
@@ -192,7 +239,7 @@ class StoredParams:
                 if array.shape != shape or any((c or 0) > max(1, s) for c, s in zip(chunk, shape, strict=True)):
                     raise ValueError(f"{path}: expected shape {shape}, found {array.shape} in chunks of {chunk}")
                 if _is_stacked(path) and chunk[0] != 1:
-                    # Not written by layers: a chunk stays in memory while its layers are read in turn
+                    # Chunks of several layers: one stays in memory while its layers are read
                     context = ts.Context({"cache_pool": {"total_bytes_limit": 2**30}})
                     array = ts.open(array.spec(), open=True, context=context).result()
                 self._open[path] = array
@@ -203,7 +250,8 @@ class StoredParams:
         try:
             yield
         except (ValueError, OSError):  # TensorStore's
-            with read_errors(self._directory.parent, self._plain_directory.parent):  # not around what threads do
+            # Entered only now: `read_errors` changes global hooks, and several threads read
+            with read_errors(self._directory.parent, self._plain_directory.parent):
                 raise
 
 

@@ -1,8 +1,8 @@
-"""Image processors' files, to our `ImageProcessor` and back: the same pixels, or a line that names the key.
+"""Image processors' files, to our `ImageProcessor` and back: the same pixels, or an error that names the key.
 
-transformers keeps a processor in `preprocessor_config.json`, and from version 5 on in `processor_config.json` under
-`image_processor`. The pixels are those of its Pillow classes, which the released LLaVA code has used too. Its
-torchvision classes ("Fast" before version 5) have the same fields; their resized grey levels differ a little.
+transformers stores a processor in `preprocessor_config.json`, and from version 5 on in `processor_config.json` under
+`image_processor`. The pixels are those of its Pillow classes, which the released LLaVA code uses too. Its torchvision
+classes ("Fast" before version 5) have the same fields; their resized values differ slightly.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -27,11 +27,10 @@ _ALL = {
     "use_square_size": False,
 }  # fmt: skip
 
-# The fields that are computed, with their defaults, by `image_processor_type` (also with 'Fast' or 'Pil' behind it).
-# Null stands for the default.
+# Fields that are computed, with their defaults (also for null), by `image_processor_type` without 'Fast' or 'Pil'
 DEFAULTS = {
     "CLIPImageProcessor": _ALL,
-    "LlavaImageProcessor": _ALL,  # its do_pad makes squares of the mean colour, before all else
+    "LlavaImageProcessor": _ALL,  # its do_pad pads to a square with the mean colour, before all else
     "SiglipImageProcessor": _ALL
     | {
         "do_center_crop": False, "size": {"height": 224, "width": 224}, "image_mean": (0.5,) * 3,
@@ -39,22 +38,22 @@ DEFAULTS = {
     },
 }  # fmt: skip
 
-# What changes no pixel. Pictures are RGB: without do_convert_rgb the others fit no model of transformers.
+# Fields that change no pixel. do_convert_rgb is one: our images are always RGB.
 _HARMLESS = re.compile(
     "image_processor_type|feature_extractor_type|_?processor_class|do_convert_rgb|(input_)?data_format|return_tensors|"
     "device|disable_grouping|image_seq_length|use_fast|backend|model_input_names|_valid_(processor_keys|kwargs_names)|"
     "_?name_or_path|transformers_version|_commit_hash"
 )
 _KEYS = Keys(frozenset(_ALL), {}, _HARMLESS)
-# Of processor_config.json itself: what makes texts, not pixels
+# Fields of processor_config.json itself, which are about text
 _TEXT_KEYS = frozenset({"image_processor", "image_token", "chat_template", "num_additional_image_tokens"})
 
 
 def processor_of_llava_hf(directory: Path, vision: ViTConfig, ignored: Collection[str] = ()) -> ImageProcessor:
-    """Of a Hugging Face LLaVA; without an image processor pictures are padded, as LLaVA-1.5 was trained.
+    """The processor of a Hugging Face LLaVA. Where it has none, images are padded, as in LLaVA-1.5's training.
 
-    `ignored`: unknown keys to be passed over. UserError for what is not computed here, and for pictures of another size
-    than the vision tower takes.
+    `ignored`: unknown keys to accept. UserError for what is not computed here, and for another image size than the
+    vision tower's.
     """
     file = directory / "processor_config.json"
     if file.exists():
@@ -70,9 +69,9 @@ def processor_of_llava_hf(directory: Path, vision: ViTConfig, ignored: Collectio
 def processor_of_llava(
     fields: Mapping, file: Path, tower: Path | None, vision: ViTConfig, ignored: Collection[str] = ()
 ) -> ImageProcessor:
-    """Of a released LLaVA's config.json: it pads or not, before the image processor of its vision tower.
+    """The processor of a released LLaVA: config.json says whether to pad; the vision tower's processor follows.
 
-    That is in the `tower`'s directory, if there is one, or beside the config; else it is CLIP's. UserError as above.
+    That one is in the `tower`'s directory, or beside the config; else it is CLIP's. UserError as above.
     """
     ratio = fields.get("image_aspect_ratio")
     if ratio not in ("pad", "square", None):
@@ -88,14 +87,14 @@ def processor_of_tower(
     transparency: str = "white",
     ignored: Collection[str] = (),
 ) -> ImageProcessor:
-    """The first image processor in the directories, or CLIP's, with padding before it; UserError as above."""
+    """The first image processor in the directories, or CLIP's, after padding. UserError as above."""
     found = next(filter(None, (_find(directory) for directory in directories if directory)), None)
     fields, where = found or ({"size": vision.image_size, "crop_size": vision.image_size}, "")
     return processor_from_hf(fields, where, vision.image_size, pad=pad, transparency=transparency, ignored=ignored)
 
 
 def _find(directory: Path) -> tuple[dict, str] | None:
-    """(fields, what stands before a key in messages) of a directory's image processor, where transformers 5 looks."""
+    """(fields, what to write before a key in messages) of a directory's image processor, if there is one."""
     file = directory / "processor_config.json"
     if file.exists() and "image_processor" in (outer := read_object(file)):
         if not isinstance(fields := outer["image_processor"], dict):
@@ -109,14 +108,14 @@ def processor_from_hf(
     fields: Mapping, where: str, image_size: int, kind: str = "CLIPImageProcessor", *, pad: bool = False,
     transparency: str = "white", ignored: Collection[str] = (),
 ) -> ImageProcessor:  # fmt: skip
-    """Of an image processor's fields. `kind`: what they are of where they do not say; `pad`: whatever they say.
+    """The processor that has these fields. `kind`: its type, if they do not name it; `pad`: pad whatever they say.
 
-    UserError, with `where` before the key, as above.
+    UserError as above, with `where` before the key.
     """
     read = _Fields(fields, where, kind, ignored)
     square, shown = (image_size, image_size), f"{image_size} × {image_size} pixels, as the vision tower takes"
     resized = read.sides("size", square=False) if read.flag("do_resize") else ()
-    if read.flag("default_to_square") and isinstance(read.values["size"], int):  # not all versions heed it
+    if read.flag("default_to_square") and isinstance(read.values["size"], int):  # versions of transformers differ
         read.refuse("default_to_square", "false, or a size with height and width")
     if read.flag("do_pad"):
         if read.kind == "LlavaImageProcessor":
@@ -133,22 +132,22 @@ def processor_from_hf(
     elif resized not in (square, square[:1]):
         read.refuse("size", shown)
 
-    mean, std = read.channels("image_mean"), read.channels("image_std")
+    mean, std = read.numbers("image_mean", 3), read.numbers("image_std", 3)
     colour = tuple(int(value * 255) for value in mean)
     if not read.flag("do_normalize"):
-        mean, std = (0.0,) * 3, (1.0,) * 3
+        mean, std = [0.0] * 3, [1.0] * 3
     if pad and len(resized) == 2 and resized[0] == resized[1]:
         resized = resized[:1]
     try:
         return ImageProcessor(
             image_size,
             "pad" if pad else "stretch" if len(resized) == 2 else "crop",
-            mean,
-            std,
+            (mean[0], mean[1], mean[2]),
+            (std[0], std[1], std[2]),
             resize_to=() if resized in (square, square[:1]) else resized,
             do_resize=read.flag("do_resize"),
             resample=read.filter(),
-            rescale_factor=read.number("rescale_factor") if read.flag("do_rescale") else 1.0,
+            rescale_factor=read.numbers("rescale_factor", 1)[0] if read.flag("do_rescale") else 1.0,
             pad_color=colour if pad and colour != tuple(int(value * 255) for value in mean) else (),
             transparency=transparency,
         )
@@ -157,7 +156,7 @@ def processor_from_hf(
 
 
 class _Fields:
-    """An image processor's fields with its defaults; UserError names one whose value cannot be, or is not known."""
+    """An image processor's fields, with defaults. UserError for unknown fields and wrong values."""
 
     def __init__(self, fields: Mapping, where: str, kind: str, ignored: Collection[str]):
         self._where = where
@@ -179,30 +178,24 @@ class _Fields:
             self.refuse(key, "true or false")
         return self.values[key]
 
-    def number(self, key: str) -> float:
-        if not _is_number(self.values[key]):
-            self.refuse(key, "a number")
-        return float(self.values[key])
-
-    def channels(self, key: str) -> tuple[float, float, float]:
-        """A number for each of red, green and blue, or one for all."""
+    def numbers(self, key: str, count: int) -> list[float]:
+        """As many numbers; a single one stands for all."""
         values = self.values[key]
-        values = [values] * 3 if _is_number(values) else values
-        if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_number, values)):
-            self.refuse(key, "3 numbers")
-        red, green, blue = map(float, values)
-        return red, green, blue
+        values = [values] * count if _is_number(values) else values
+        if not isinstance(values, list | tuple) or len(values) != count or not all(map(_is_number, values)):
+            self.refuse(key, f"{count} numbers" if count > 1 else "a number")
+        return [float(value) for value in values]
 
     def filter(self) -> str:
         """Pillow's name of `resample`."""
         value = self.values["resample"]
         names = {filter.value: filter.name.lower() for filter in Image.Resampling}
-        if not isinstance(value, int) or isinstance(value, bool) or value not in names:
+        if type(value) is not int or value not in names:
             self.refuse("resample", f"one of Pillow's filters, {min(names)} … {max(names)}")
         return names[value]
 
     def sides(self, key: str, *, square: bool) -> tuple[int, ...]:
-        """(shortest edge,) or (height, width) in pixels. One number is both sides where `square`."""
+        """(shortest edge,) or (height, width) in pixels. `square`: a single number is both sides."""
         value = self.values[key]
         if isinstance(value, dict):
             given = {name: side for name, side in value.items() if side is not None}
@@ -213,9 +206,7 @@ class _Fields:
             sides = tuple(value)
         else:
             sides = (value, value) if square else (value,)
-        if not sides or not all(
-            isinstance(side, int) and not isinstance(side, bool) and 0 < side < 2**14 for side in sides
-        ):
+        if not sides or not all(type(side) is int and 0 < side < 2**14 for side in sides):
             self.refuse(key, "height and width in pixels" + (", or shortest_edge alone" if key == "size" else ""))
         return sides
 
@@ -228,9 +219,9 @@ def _is_number(value) -> bool:
 
 
 def processor_to_hf(processor: ImageProcessor, run: Path, format_name: str) -> dict:
-    """`preprocessor_config.json`, which all versions of transformers read; UserError for what it has no place for.
+    """`preprocessor_config.json`, which all versions of transformers read; UserError for what it cannot say.
 
-    With format `voco` it is the vision tower's: the released code pads before it by itself.
+    With format `voco` it is that of the vision tower: the released code pads by itself, before it.
     """
     size, pad = processor.size, processor.aspect_ratio == "pad"
     mean, normalize = processor.mean, True

@@ -1,4 +1,4 @@
-"""Rotary positions in other projects' configs: Hugging Face's of all versions, and llama.cpp's."""
+"""Rotary positions in the configs of Hugging Face (all versions) and llama.cpp."""
 
 from collections.abc import Callable, Collection
 import dataclasses
@@ -13,14 +13,14 @@ from voco_jax.errors import UserError
 from voco_jax.models.llama import ROPE_TYPES, LlamaConfig, RopeScaling
 from voco_jax.terminal import shortened
 
-# An entry `rope_scaling` or `rope_parameters`; a type leaves unread what it does not need, as transformers does.
+# Keys of `rope_scaling` or `rope_parameters`. As in transformers, a type does not read keys that it does not need.
 ROPE = keys_of(
     "rope_type type rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor beta_fast "
     "beta_slow attention_factor mscale mscale_all_dim truncate",
     {"partial_rotary_factor": ONE},
     ("finetuned",),
 )
-_NUMBERS = {  # by type; those with a default may be missing
+_NUMBERS = {  # that each type needs
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -31,10 +31,10 @@ _NUMBERS = {  # by type; those with a default may be missing
 def rope_of_hf(
     fields: dict, file: Path, positions: int, prefix: str = "", ignored: Collection[str] = ()
 ) -> tuple[Any, dict | None]:
-    """(theta, arguments of `RopeScaling` or None) as transformers reads a config with so many positions.
+    """(theta, arguments of `RopeScaling` or None) as transformers reads a config with `positions` positions.
 
-    `rope_parameters` is transformers 5's, `rope_scaling` and `rope_theta` what came before. UserError for a type or a
-    key that is not computed, with `prefix` before its name; numbers are not checked yet.
+    `rope_parameters` is of transformers 5, `rope_scaling` and `rope_theta` of earlier versions. UserError for an
+    unknown type or key, with `prefix` before its name; numbers are not checked yet.
     """
     old, new = (section(fields, key, file) for key in ("rope_scaling", "rope_parameters"))
     if old and new and old != new:
@@ -52,7 +52,7 @@ def rope_of_hf(
         raise UserError(
             f"{file}: {where}.rope_type: expected default, {', '.join(ROPE_TYPES)}; found {shortened(kind)}"
         )
-    if given.get("type", kind) != kind:  # versions of transformers differ in which one they heed
+    if given.get("type", kind) != kind:  # versions of transformers differ in which one they read
         found = f"rope_type {shortened(kind)} and type {shortened(given['type'])}"
         raise UserError(f"{file}: {where}: {found}: expected one of them")
     if kind in ("llama3", "yarn"):
@@ -68,7 +68,7 @@ def rope_of_hf(
 
 
 def _yarn(given: dict, positions: int, file: Path, where: str) -> dict:
-    """With transformers' defaults; its `attention_factor` comes from factor and mscale where it is not given."""
+    """With transformers' defaults. `attention_factor`, if it is not given, follows from factor and mscale."""
     numbers = {"beta_fast": 32.0, "beta_slow": 1.0} | {key: value for key, value in given.items() if value}
     try:
         factor = numbers.setdefault("factor", positions / numbers["original_max_position_embeddings"])
@@ -83,9 +83,9 @@ def _yarn(given: dict, positions: int, file: Path, where: str) -> dict:
 
 
 def rope_to_hf(scaling: RopeScaling) -> dict:
-    """`rope_scaling`, as transformers before and after version 5 read it.
+    """`rope_scaling` for transformers before and after version 5.
 
-    'linear' and 'dynamic' are older than the key `rope_type`, and 4.37, the released code's, takes two keys only.
+    For 'linear' and 'dynamic', transformers 4.37 (the released code's) takes exactly the two keys `type` and `factor`.
     """
     if scaling.rope_type in ("linear", "dynamic"):
         return {"type": scaling.rope_type, "factor": scaling.factor}
@@ -94,7 +94,7 @@ def rope_to_hf(scaling: RopeScaling) -> dict:
 
 
 def rope_of_gguf(field: Callable, file: Path) -> RopeScaling | None:
-    """As llama.cpp reads a file whose metadata are `field(key, default)`: a factor without a type is linear."""
+    """As in llama.cpp: a factor without a type is linear. `field(key, default)` gives the file's metadata."""
     kind = field("llama.rope.scaling.type", "linear")
     factor = float(field("llama.rope.scaling.factor", 0.0) or field("llama.rope.scale_linear", 0.0) or 1.0)
     if kind == "none" or kind == "linear" and factor == 1:
@@ -112,9 +112,9 @@ def rope_of_gguf(field: Callable, file: Path) -> RopeScaling | None:
 
 
 def rope_of_factors(factors: np.ndarray, config: LlamaConfig, file: Path) -> RopeScaling | None:
-    """Of `rope_freqs.weight`, by which llama.cpp divides frequencies: Llama 3's scaling, in its only form there is.
+    """The scaling of `rope_freqs.weight`, by which llama.cpp divides frequencies: only Llama 3's is known.
 
-    Its largest factor, with low_freq_factor 1, high_freq_factor 4 and 8,192 positions, must give all the others.
+    Its largest factor must give all others, with low_freq_factor 1, high_freq_factor 4 and 8,192 positions.
     """
     if factors.shape != (config.head_dim // 2,):
         raise UserError(f"{file}: rope_freqs.weight: expected shape [{config.head_dim // 2}], found {factors.shape}")

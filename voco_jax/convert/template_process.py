@@ -1,8 +1,7 @@
-"""A process that renders a chat template, and is ended when it takes too long or too much memory.
+"""The process that renders a chat template, with limits on time and memory; `chat_templates.py` runs this file.
 
-A template is a program: transformers' sandbox keeps it from files and from Python, not from loops without an end.
-JSON comes on standard input: the template, the special tokens and conversations. What each gives, text or an error,
-goes to standard output. `chat_templates.py` runs this file, and nothing else imports it.
+A template is a program. transformers' sandbox protects files and Python, but does not end an endless loop. Standard
+input is JSON: the template, special tokens and conversations. Standard output is JSON: a text or an error for each.
 """
 
 import json
@@ -13,8 +12,8 @@ import resource
 import sys
 import time
 
-SECONDS = 3  # of the processor, and
-MEMORY = 2**28  # bytes, above what the libraries take
+SECONDS = 3  # of processor time
+MEMORY = 2**28  # bytes, beyond what the libraries take
 LONGEST = 2**20  # characters of a conversation
 
 

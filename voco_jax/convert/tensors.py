@@ -1,4 +1,4 @@
-"""Values of tensors: finite or not, compared, cast, transposed. And paths that a checkpoint's files name."""
+"""Helpers for the values of tensors, and for file names in a checkpoint's files."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from voco_jax.io.tensors import BFLOAT16
 
 
 def has_nonfinite(array: np.ndarray) -> bool:
-    """Whether a value is infinite or NaN: its exponent's bits are all ones (no temporary in a wider type)."""
+    """Whether a value is infinite or NaN: all bits of its exponent are 1. (Casting to a wider type takes memory.)"""
     bits, exponent = {
         np.dtype(np.float16): (np.uint16, 0x7C00),
         BFLOAT16: (np.uint16, 0x7F80),
@@ -22,7 +22,7 @@ def has_nonfinite(array: np.ndarray) -> bool:
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """The contiguous transpose of [rows, columns], a few rows at a time: four times as fast as numpy's own copy."""
+    """The contiguous transpose of [rows, columns], a few rows at a time: four times as fast as numpy."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     for start in range(0, len(matrix), 16):
         result[:, start : start + 16] = matrix[start : start + 16].T
@@ -39,7 +39,7 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def worst_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference of two values, in float32; NaN if there is one that both do not have alike."""
+    """The largest difference of two values, in float32; NaN where only one of them is NaN."""
     worst, step = 0.0, 1 << 20
     x, y = a.reshape(-1), b.reshape(-1)
     for i in range(0, len(x), step):
@@ -60,14 +60,14 @@ def cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
 
 
 def name_leads_out(name: str) -> bool:
-    """Whether a file name in some file leads out of that file's directory."""
+    """Whether a file name leads out of its directory."""
     return os.path.isabs(name) or ".." in Path(name).parts
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The file `name` of a directory; UserError for names that lead out of it (an index is data, and may say so).
+    """The file `name` of a directory. UserError for names that lead out of it, which an index may hold.
 
-    Links in the directory are the user's own and are followed: Hugging Face's cache is made of them.
+    Links in the directory are followed: Hugging Face's cache is made of them.
     """
     if name_leads_out(name):
         raise UserError(f"{directory}: {name!r} is named, which is outside of the directory")

@@ -7,26 +7,23 @@ import math
 from pathlib import Path
 import shlex
 
-from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.config import load_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.families import BY_OURS, clip, llava
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
-from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
+from voco_jax.convert.jax_checkpoint import StoredParams, StoredRun, of_run
 from voco_jax.convert.processors import processor_to_hf
-from voco_jax.convert.vocabulary import VOCABULARY, true_shape, with_fresh_rows, without_padding
+from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import Encoder
-from voco_jax.data.from_config import is_llava, make_encoder, make_model_config, make_processor
-from voco_jax.data.tokenizer import load_run_tokenizer, save_tokenizer
+from voco_jax.data.from_config import is_llava, make_encoder, make_processor
+from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
 from voco_jax.io.safetensors import write_safetensors
 from voco_jax.io.tensors import DTYPES, Tensor
-from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
 
 WRITTEN = {format.name: format for format in reversed(FORMATS)}  # the first of each name
@@ -36,16 +33,13 @@ IMAGE_TOKEN = "<image>"
 def to_hf(run: Path, destination: Path, format_name: str, dtype: str | None, max_shard_size: int) -> list[str]:
     """Write a directory with sharded safetensors, config, tokenizer and image processor; returns warnings."""
     check_is_new(destination)
-    config = load_config(run / "config.json")
-    return of_newest(run, lambda stored: _to_hf(run, config, stored, destination, format_name, dtype, max_shard_size))
+    return of_run(run, lambda read: _to_hf(read, destination, format_name, dtype, max_shard_size))
 
 
 def _to_hf(
-    run: Path, config: ConfigDict, stored: StoredParams, destination: Path, format_name: str, dtype: str | None,
-    max_shard_size: int,
+    read: StoredRun, destination: Path, format_name: str, dtype: str | None, max_shard_size: int
 ) -> list[str]:  # fmt: skip
-    tokenizer = load_run_tokenizer(run)
-    model_config = make_model_config(config, tokenizer)
+    run, config, tokenizer, model_config, stored = read
     check_run(run, stored, model_config, format_name)
     aspect_ratio, processor = config.data.aspect_ratio, processor_to_hf(make_processor(config), run, format_name)
     format, num_image_rows, tokens = WRITTEN[format_name], 0, set(tokenizer.get_vocab().values())
@@ -55,11 +49,9 @@ def _to_hf(
         if is_llava(config):
             set_chat_template(tokenizer, make_encoder(config, tokenizer, model_config))
         num_image_rows = add_image_token(tokenizer, model_config)
-    findings, vocab_size = Findings(), model_config.llama.vocab_size
-    tensors = list(
-        named_tensors(stored, format, DTYPES[dtype] if dtype else None, findings, vocab_size, num_image_rows, tokens)
-    )
-    # The released code's vision tower lies inside and, as it reads it, beside
+    findings = Findings()
+    tensors = list(named_tensors(read, format, DTYPES[dtype] if dtype else None, findings, num_image_rows, tokens))
+    # The released code reads the vision tower from a directory of its own
     beside = [(n.removeprefix(format.vision), t) for n, t in tensors if n.startswith(format.vision)]
     beside = [(VISION[0].vision + n, t) for n, t in beside] if format_name == "voco" else []
     total = sum(tensor.nbytes for _, tensor in tensors + beside)
@@ -81,58 +73,52 @@ def _to_hf(
 
 
 def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: str) -> None:
-    """UserError for what the format has no place for, and for a checkpoint that is not its config's."""
+    """UserError for what the format cannot store."""
     if config.lora is not None:
         raise UserError(
-            f"{run}: format {format_name} has no place for LoRA; merge it first: "
+            f"{run}: format {format_name} cannot store LoRA; merge it first: "
             f"voco convert merge {shlex.quote(str(run))} DST"
         )
     if config.projector_layers not in ((1, 2) if format_name == "voco" else (2,)):
-        raise UserError(f"{run}: projector_layers {config.projector_layers}: format {format_name} has no place for it")
+        raise UserError(f"{run}: projector_layers {config.projector_layers}: format {format_name} cannot store it")
     others = sorted(path for path in stored.shapes if path not in BY_OURS)
     if others:
-        raise UserError(f"{run}: {others[0]}: format {format_name} has no place for compressor {config.compressor}")
-    stored.check_shapes(abstract_model(config)[1])
+        raise UserError(f"{run}: {others[0]}: format {format_name} cannot store compressor {config.compressor}")
     llama = config.llama
     if format_name == "voco" and llama.head_dim * llama.num_attention_heads != llama.hidden_size:
         raise UserError(
-            f"{run}: head_dim {llama.head_dim}: the released code has hidden_size / num_attention_heads alone; "
-            "--format llava-hf has a place for it"
+            f"{run}: head_dim {llama.head_dim}: the released code knows only hidden_size / num_attention_heads; "
+            "--format llava-hf can store it"
         )
 
 
 def named_tensors(
-    stored: StoredParams, format: Format, dtype: np.dtype | None, findings: Findings, vocab_size: int,
-    num_image_rows: int, tokens: Collection[int],
+    run: StoredRun, format: Format, dtype: np.dtype | None, findings: Findings, num_image_rows: int,
+    tokens: Collection[int],
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """(name, tensor) in the order of the layers; values are read, and checked, when their turn comes.
+    """(name, tensor) in the order of the layers; values are read and checked when they are written.
 
-    The vocabulary's padding is cut, and rows for `<image>` follow, the mean of the `tokens`' rows.
+    The vocabulary's padding is cut. Rows for `<image>` follow: the mean of the `tokens`' rows.
     """
 
     def tensor(path: str, layer: int | None, name: str) -> Tensor:
-        rule = BY_OURS[path]
-        shape = true_shape(path, rule.transform.their_shape(stored.shapes[path][layer is not None :]), vocab_size)
-        wanted = dtype or stored.dtype(path)
+        shape, wanted = run.their_shape(path, layer), dtype or run.stored.dtype(path)
         rows = num_image_rows if path in VOCABULARY else 0
         shape = (shape[0] + rows, *shape[1:])
 
         def read() -> np.ndarray:
-            values = findings.check(name, stored.read(path, layer), wanted)
-            values = without_padding(path, rule.transform.to_theirs(values), vocab_size)
+            values = findings.check(name, run.read_theirs(path, layer), wanted)
             return with_fresh_rows(values, shape[0], tokens=tokens) if rows else values
 
         return Tensor(shape, wanted, Path(path), read)
 
-    for path in stored.shapes:
-        rule = BY_OURS[path]
-        for layer in range(stored.shapes[path][0]) if rule.stacked else (None,):
-            name = format.their_name(rule, layer)
-            yield name, tensor(path, layer, name)
+    for path, layer in run.stored.layers():
+        name = format.their_name(BY_OURS[path], layer)
+        yield name, tensor(path, layer, name)
 
 
 def set_chat_template(tokenizer, encoder: Encoder) -> None:
-    """The run's prompt as a chat template; the one that it is from stays."""
+    """Give the tokenizer the run's prompt as a chat template, unless its own renders the same."""
     with contextlib.suppress(UserError):
         if tokenizer.chat_template and read_chat_template(tokenizer.chat_template, tokenizer) == encoder.template:
             return
@@ -140,7 +126,7 @@ def set_chat_template(tokenizer, encoder: Encoder) -> None:
 
 
 def add_image_token(tokenizer, model_config: VoCoConfig) -> int:
-    """Rows that `<image>`, which Hugging Face's LLaVA has as a token, needs beyond those of the model."""
+    """Add `<image>`, a token of Hugging Face's LLaVA. Returns how many rows it needs beyond the model's."""
     if IMAGE_TOKEN in tokenizer.get_added_vocab():
         return 0
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -148,7 +134,7 @@ def add_image_token(tokenizer, model_config: VoCoConfig) -> int:
 
 
 def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_size: int, progress) -> None:
-    """`model.safetensors`, or `model-00001-of-….safetensors` and their index; one larger tensor is a shard alone."""
+    """`model.safetensors`, or `model-00001-of-….safetensors` with an index. A larger tensor is a shard by itself."""
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for name, tensor in tensors:
@@ -179,7 +165,7 @@ def write_configs(
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        # As the released code pads: with <unk>, where there is no token for it
+        # Without a padding token, <unk>, as in the released code
         "pad_token_id": tokenizer.unk_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
     if format_name == "voco":

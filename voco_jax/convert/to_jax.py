@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 import dataclasses
 from pathlib import Path
 
-import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
@@ -30,11 +30,10 @@ from voco_jax.models.voco import VoCoConfig
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`dtype` None: as stored. `voco_init`: the rows of added tokens are drawn ('normal') or the mean row ('mean').
+    """`dtype` None: as stored. `voco_init`: rows of added tokens are random ('normal') or the mean of all ('mean').
 
     `num_voco_tokens` None: 1, or 0 with compressor 'none', which makes plain LLaVA. `vocab_multiple`: zeros pad the
-    vocabulary to a multiple of it, which shards over so many devices. `template` None: plain LLaVA is asked as its chat
-    template says.
+    vocabulary to a multiple of it, so that it can be sharded. `template` None: plain LLaVA keeps its chat template.
     """
 
     dtype: str | None = None
@@ -52,7 +51,7 @@ class Options:
 
 
 def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True) -> list[str]:
-    """Everything about the tensors that does not fit the model, before tokens are added; parts not there at all do.
+    """All tensors that do not fit the model before tokens are added; a part that is missing as a whole is no problem.
 
     `same_dtypes`: the layers of a stack must have one dtype.
     """
@@ -80,8 +79,7 @@ def check_source(source: Source, config: VoCoConfig, *, same_dtypes: bool = True
 
 def layers_of(model_params: dict):
     """(path, rule, layer or None, shape of one layer) of every parameter that has a rule, layer by layer."""
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(model_params):
-        path = jax.tree_util.keystr(key_path, simple=True, separator=".")
+    for path, leaf in flatten_dict(model_params, sep=".").items():
         rule = BY_OURS.get(path)
         if rule is None:
             continue
@@ -92,7 +90,7 @@ def layers_of(model_params: dict):
 
 
 def load_source_tokenizer(source: Source, given: Path | None):
-    """(the tokenizer given or of the source, with `<voco>`; the ids that it had before, without `<voco>`)."""
+    """(the given tokenizer or the source's, with `<voco>` added; the ids that it had before)."""
     place = given or source.tokenizer
     if place is None:
         raise UserError(f"{source.path}: no tokenizer inside; give one with --tokenizer DIR")
@@ -103,11 +101,11 @@ def load_source_tokenizer(source: Source, given: Path | None):
 
 
 def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, options: Options) -> list[str]:
-    """Write a run directory with checkpoint 0; returns warnings. UserError for whatever does not fit, all together."""
+    """Write a run directory with checkpoint 0; returns warnings. One UserError names everything that does not fit."""
     check_is_new(destination)
     tokenizer, tokens = load_source_tokenizer(source, tokenizer_dir)
     config = run_config(source, len(tokenizer), options, destination)
-    warnings = set_template(config, source, tokenizer, options)
+    warnings = set_template(config.data, source, tokenizer, options)
     model_config = make_model_config(config, tokenizer)
     _, ours = abstract_model(model_config)
     missing = [part for part in ours if part not in source.parts()]
@@ -122,48 +120,47 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
     if voco not in tokens and not has_voco_row(source, voco):
         fresh = {voco}
     findings = Findings()
-    drawn = init_params(model_config, options.seed, missing)
-    parameters = jax.tree_util.tree_map_with_path(
-        parameter_maker(source, options, findings, drawn, fresh, tokens, model_config.llama.vocab_size), ours
-    )
-    total = sum(parameter.nbytes for parameter in jax.tree.leaves(parameters))
+    drawn = flatten_dict(init_params(model_config, options.seed, missing), sep=".")
+    make = parameter_maker(source, options, findings, drawn, fresh, tokens, model_config.llama.vocab_size)
+    parameters = {path: make(path, leaf.shape) for path, leaf in flatten_dict(ours, sep=".").items()}
+    total = sum(parameter.nbytes for parameter in parameters.values())
     check_space(destination, total)
     with new_directory(destination) as run:
         save_config(config, run / "config.json")
-        load_config(run / "config.json")  # what nobody could load must not be written
+        load_config(run / "config.json")  # raises for a config that could not be loaded later
         save_tokenizer(tokenizer, run / "tokenizer")
         with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
-            write_checkpoint(run, parameters, config, bar.update)
+            write_checkpoint(run, unflatten_dict(parameters, sep="."), config, bar.update)
         return source.notes + warnings + findings.finish(source.path)
 
 
-def set_template(config: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
-    """The prompt of the run: that of VoCo training, or for plain LLaVA what the source was trained with, as its chat
-    template says; returns warnings."""
+def set_template(data: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
+    """Set the run's prompt: that of VoCo training, or for plain LLaVA that of the source's chat template. Returns
+    warnings."""
     found = chat_template_of(source.path, tokenizer)
     if found is not None:
-        tokenizer.chat_template = found[0]  # goes with it, to be exported again
+        tokenizer.chat_template = found[0]  # stored with the tokenizer, for `to-hf`
     if options.template is not None or not options.is_llava:
-        config.data.template = options.template or config.data.template
+        data.template = options.template or data.template
         return []
-    config.data.template = "llava_v1"
+    data.template = "llava_v1"
     if found is None:
         return []
     text, file = found
-    hint = f"the prompt is {config.data.template}'s; --template chooses another"
+    hint = f"the prompt is {data.template}'s; --template chooses another"
     try:
         template = read_chat_template(text, tokenizer, image_token_of(source.path))
     except UserError as error:
         return [f"{file}: a chat template that cannot be followed ({error}): {hint}"]
-    config.data.template = CUSTOM
-    config.data.custom_template.update({key: getattr(template, key) for key in config.data.custom_template})
+    data.template = CUSTOM
+    data.custom_template.update({key: getattr(template, key) for key in data.custom_template})
     return [f"{file}: the chat template has a date in it: today's is kept"] if "strftime_now" in text else []
 
 
 def has_voco_row(source: Source, voco: int) -> bool:
-    """Whether a source has a trained row for `<voco>` though its tokenizer does not know the token.
+    """Whether the last row is a trained one for `<voco>`, though the tokenizer does not know the token.
 
-    A released VoCo-LLaMA has: its last one. Elsewhere a row without a token is padding.
+    So it is in a released VoCo-LLaMA. In other formats a row without a token is padding.
     """
     tensor = source.tensors.get((EMBEDDING, None))
     return source.format == "voco" and tensor is not None and tensor.shape[0] == voco + 1 and tensor.read()[voco].any()
@@ -173,17 +170,16 @@ def parameter_maker(
     source: Source, options: Options, findings: Findings, drawn: dict, fresh: set[int], tokens: Collection[int],
     vocab_size: int,
 ) -> Callable:  # fmt: skip
-    """From (key path, shape and dtype of our parameter) to how it comes out of the source; nothing is read yet.
+    """A function of (path and shape of our parameter) that gives the `Parameter` to read from the source.
 
-    `drawn`: parts that the source does not have; `fresh`: tokens whose rows are new though the source has them;
-    `tokens`: those that it knows; `vocab_size`: rows without padding.
+    `drawn`: random parameters, by path, of parts that the source lacks; `fresh`: tokens that get new rows though the
+    source has some; `tokens`: those that it knows; `vocab_size`: rows without padding.
     """
     dtype = DTYPES[options.dtype] if options.dtype else None
 
-    def parameter(key_path, leaf) -> Parameter:
-        path = jax.tree_util.keystr(key_path, simple=True, separator=".")
-        if path.split(".")[0] in drawn:
-            values = np.asarray(_at(drawn, path))
+    def parameter(path: str, shape: tuple[int, ...]) -> Parameter:
+        if path in drawn:
+            values = np.asarray(drawn[path])
             return Parameter(values.shape, values.dtype, False, lambda _: values)
         rule = BY_OURS[path]
         wanted = dtype or source.tensors[path, 0 if rule.stacked else None].dtype
@@ -192,19 +188,19 @@ def parameter_maker(
             key = path, layer if rule.stacked else None
             values = findings.check(source.names[key], source.tensors[key].read(), wanted)
             if path in VOCABULARY:
-                padded_rows = rule.transform.their_shape(leaf.shape)[0]
+                padded_rows = rule.transform.their_shape(shape)[0]
                 std, seed = source.llama.initializer_range, (options.seed, VOCABULARY.index(path))
                 init = options.voco_init
                 values = with_fresh_rows(values, vocab_size, fresh, init, std, seed, padded_rows, tokens)
-            return rule.transform.to_ours(values, leaf.shape[1:] if rule.stacked else leaf.shape)
+            return rule.transform.to_ours(values, shape[1:] if rule.stacked else shape)
 
-        return Parameter(leaf.shape, wanted, rule.stacked, read)
+        return Parameter(shape, wanted, rule.stacked, read)
 
     return parameter
 
 
 def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> ConfigDict:
-    """The config of the run: dimensions as the source has them, the defaults of VoCo training for the rest."""
+    """The config of the run: the source's dimensions, and defaults of VoCo training for the rest."""
     config = default_config()
     with config.unlocked():
         rows = max(vocabulary, source.llama.vocab_size)
@@ -226,9 +222,3 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
         config.eval.max_new_tokens = 64
         config.eval.batch_size = 8
     return config
-
-
-def _at(tree: dict, path: str):
-    for key in path.split("."):
-        tree = tree[key]
-    return tree

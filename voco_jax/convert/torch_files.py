@@ -1,9 +1,8 @@
-"""PyTorch's `*.bin` checkpoints, read without PyTorch and without running anything.
+"""PyTorch's `*.bin` checkpoints, read without PyTorch and without running any code in them.
 
-Such a file is a zip archive: a pickle that describes the tensors, and their values in one uncompressed member each,
-with a checksum. Python's unpickler is not used: the few operations that describe a dictionary of tensors are carried
-out here, on plain data, and all others are refused.
-https://docs.python.org/3/library/pickletools.html
+Such a file is a zip archive. A pickle in it describes the tensors; their values are uncompressed members, each with a
+checksum. Python's unpickler can run code, so it is not used: this module interprets the few pickle operations that
+build a dictionary of tensors, and refuses all others. https://docs.python.org/3/library/pickletools.html
 """
 
 from collections.abc import Callable
@@ -36,16 +35,16 @@ _DICT, _TENSOR, _PARAMETER = (
 )  # fmt: skip
 _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *(f"torch {name}" for name in _STORAGES)}
 
-# No honest file comes near these: 5,000 tensors take 250,000 operations and one megabyte.
+# Limits far above real files: 5,000 tensors need 250,000 operations and one megabyte
 _LONGEST_PICKLE = 2**24  # bytes
 _MOST_OPERATIONS = 500_000
 _MOST_TENSORS = 2**16
 _LONGEST_NAME = 1000  # characters
-_LONGEST_DIRECTORY = 2**23  # bytes of the archive's own
+_LONGEST_DIRECTORY = 2**23  # bytes of the archive's list of members
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """Tensors by name. UserError for damaged files, and for any object that is not a tensor of plain numbers."""
+    """Tensors by name. UserError for a damaged file, and for anything in it but tensors of plain numbers."""
     file = SourceFile(path)
     try:
         members = _members(file)
@@ -68,7 +67,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     return state
 
 
-# What reading a damaged archive or pickle may raise; UnicodeDecodeError is a ValueError
+# Errors that reading a damaged archive or pickle may raise (UnicodeDecodeError is a ValueError)
 _DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError)
 
 
@@ -76,7 +75,7 @@ _DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EO
 
 
 class _Member(NamedTuple):
-    """Where a member's bytes are; `crc` 0: PyTorch was told to write none."""
+    """Where a member's bytes are. `crc` is 0 where PyTorch was told to write no checksums."""
 
     begin: int
     size: int
@@ -84,7 +83,7 @@ class _Member(NamedTuple):
 
 
 class _Archive:
-    """A file for `zipfile`, which would read an archive's directory at any length."""
+    """A stream for `zipfile` that limits the size of the archive's directory, which `zipfile` reads at once."""
 
     def __init__(self, stream):
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
@@ -96,7 +95,7 @@ class _Archive:
 
 
 def _members(file: SourceFile) -> dict[str, _Member]:
-    """The members of the archive by name. ValueError where two overlap, have one name, or are not plain bytes."""
+    """Members by name. ValueError where two overlap or have one name, and for compressed or encrypted ones."""
     if file.read(0, min(4, file.size)) == b"\x80\x02\x8a\x0a":
         raise ValueError("it has the format of PyTorch before 1.6; load and save it with a later one")
     members, last = {}, 0
@@ -109,7 +108,7 @@ def _members(file: SourceFile) -> dict[str, _Member]:
                 raise ValueError(f"{name} is compressed or encrypted")
             if not last <= info.header_offset <= file.size - 30:
                 raise ValueError(f"{name} overlaps another member, or is not in the file")
-            # Its bytes begin behind its local header, whose extra field may differ from the directory's
+            # The bytes begin after the member's own header, which may be longer than the directory says
             signature, flags, name_length, extra_length = struct.unpack(
                 "<4s2xH18xHH", file.read(info.header_offset, 30)
             )
@@ -134,7 +133,7 @@ def _content(file: SourceFile, member: _Member, most: int) -> bytes:
 
 
 class _Storage:
-    """The values that tensors are views of: a member of the archive, whose checksum is compared when it is read."""
+    """The values that tensors are views of: one member of the archive. Reading a tensor verifies its checksum."""
 
     def __init__(self, file: SourceFile, key: str, dtype: np.dtype, member: _Member):
         self.file, self.key, self.dtype, self.member = file, key, dtype, member
@@ -142,7 +141,7 @@ class _Storage:
         self._sound = not member.crc
 
     def check(self, content: memoryview | None = None) -> None:
-        """UserError for other bytes than were written; `content`: all of them, where they are in memory."""
+        """UserError where the checksum is another; `content`: all bytes, if they are in memory already."""
         if self._sound:
             return
         crc = 0
@@ -159,7 +158,7 @@ class _Storage:
 
     def tensor(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-        if max(reach, math.prod(shape)) + offset > self.size:  # repeated values, too, could be any number
+        if max(reach, math.prod(shape)) + offset > self.size:  # strides of 0 could repeat values without end
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
         begin = self.member.begin + offset * self.dtype.itemsize
         row_major = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -186,13 +185,13 @@ class _Storage:
 
 
 class _Global(str):
-    """The name of something that a pickle wants to use, `module name`; one of `_GLOBALS`."""
+    """The name `module name` of a class or function in the pickle; one of `_GLOBALS`."""
 
 
 class _Machine:
-    """What the operations of a pickle leave, where they make dictionaries, lists, tuples, texts, numbers and tensors.
+    """Interprets a pickle that builds dictionaries, lists, tuples, texts, numbers and tensors.
 
-    Nothing is called: `REDUCE` of the three functions that state dicts have is done here.
+    Nothing named in the pickle is called: `reduce` does itself what the three functions in state dicts do.
     """
 
     def __init__(self, file: SourceFile, prefix: str, members: dict[str, _Member]):
@@ -204,7 +203,7 @@ class _Machine:
         self._num_tensors = 0
 
     def run(self, pickled: bytes) -> object:
-        """ValueError for an operation that is not among those, and for one that has not what it needs."""
+        """The value that the pickle describes. ValueError for an unknown operation or wrong operands."""
         stream = io.BytesIO(pickled)
         for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
             if count > _MOST_OPERATIONS:
@@ -223,7 +222,7 @@ class _Machine:
         self._stack.append(value)
 
     def pop(self, *kinds: type):
-        """The last value, of one of these types exactly."""
+        """The last value on the stack, which must have exactly one of these types."""
         if not self._stack:
             raise ValueError("an operation has too few values")
         value = self._stack.pop()
@@ -268,7 +267,7 @@ class _Machine:
         return [name, value]
 
     def build(self, _) -> None:
-        """State of the dictionary itself, `_metadata`, which says nothing about the tensors."""
+        """Attributes of a dictionary (`_metadata`), which are dropped."""
         self.pop(dict)
         self.push(self.pop(dict))
 
@@ -331,7 +330,7 @@ class _Machine:
         self.push(storage)
 
 
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {  # Any: each has an argument of its own type
+_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {  # Any: the argument's type depends on the operation
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
     **dict.fromkeys(
         ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),

@@ -1,55 +1,51 @@
-"""Two checkpoints compared tensor by tensor, whatever their formats: each is read under our names and layouts."""
+"""Compares two checkpoints of any formats tensor by tensor: both are read under our names, in PyTorch's layouts."""
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from pathlib import Path
 
-from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.config import load_config
 from voco_jax.convert.adapters import FREE, is_adapter
 from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.findings import listing
 from voco_jax.convert.inspect import problems_of
-from voco_jax.convert.jax_checkpoint import StoredParams, of_newest
+from voco_jax.convert.jax_checkpoint import StoredRun, of_run
 from voco_jax.convert.sources import Key, Source, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
 from voco_jax.convert.to_hf import IMAGE_TOKEN
 from voco_jax.convert.to_jax import has_voco_row, load_source_tokenizer
-from voco_jax.convert.vocabulary import VOCABULARY, true_shape, without_padding
-from voco_jax.data.from_config import make_model_config
-from voco_jax.data.tokenizer import VOCO_TOKEN, load_run_tokenizer
+from voco_jax.convert.vocabulary import VOCABULARY
+from voco_jax.data.tokenizer import VOCO_TOKEN
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
-from voco_jax.models.build import abstract_model
 
 _ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A checkpoint: its dimensions, their shape of each tensor, and how to read it in their layout."""
+    """One of the checkpoints. `shapes` and what `read` returns are in PyTorch's layouts."""
 
     path: Path
     config: dict[str, object]
     shapes: dict[Key, tuple[int, ...]]
     read: Callable[[Key], np.ndarray]
-    tokens: Mapping[int, str] | None = None  # by row; None: no tokenizer is there to say
+    tokens: Mapping[int, str] | None = None  # by row; None: there is no tokenizer
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`worst` is the largest difference of two values, in float32, and `where` its tensor."""
+    """`worst`: the largest difference between two values, in float32; `where`: its tensor."""
 
     tensors: int
     identical: int
     worst: float
     where: str
     problems: list[str]
-    notes: list[str]  # rows that differ and make no other model
+    notes: list[str]  # differences that do not change the model
 
     @property
     def equal(self) -> bool:
@@ -59,13 +55,12 @@ class Comparison:
 def open_side(
     path: Path, vision_tower: Path | None = None, base: Path | None = None, ignored: Collection[str] = ()
 ) -> Side:
-    """A run of ours or any checkpoint that `to-jax` reads; `vision_tower` for one that only names its own.
+    """A run of ours, or any checkpoint that `open_source` reads with these arguments.
 
-    `base` and `ignored` as `open_source` takes them. UserError for a checkpoint that is not whole.
+    UserError for a checkpoint that is not whole.
     """
     if (path / "checkpoints").is_dir():
-        config = load_config(path / "config.json")
-        return of_newest(path, lambda stored: _side_of_run(path, config, stored))
+        return of_run(path, _side_of_run)
     if not is_adapter(path):
         base = None
         if path.is_dir() and "mm_vision_tower" not in read_object(path / "config.json"):
@@ -79,30 +74,18 @@ def open_side(
     side = Side(path, configs, shapes, lambda key: source.tensors[key].read())
     try:
         return dataclasses.replace(side, tokens=None if source.tokenizer is None else _tokens_of(source))
-    except UserError as error:  # only what its rows are is not known then
+    except UserError as error:  # only the meaning of rows is unknown then
         return dataclasses.replace(side, notes=[f"tokenizer not read: {error}"])
 
 
-def _side_of_run(path: Path, config: ConfigDict, stored: StoredParams) -> Side:
-    tokenizer = load_run_tokenizer(path)
-    model_config = make_model_config(config, tokenizer)
+def _side_of_run(run: StoredRun) -> Side:
+    stored, model = run.stored, run.model_config
     if others := [name for name in stored.shapes if name not in BY_OURS]:
-        raise UserError(f"{path}: {others[0]}: no format has a place for it; it cannot be compared")
-    stored.check_shapes(abstract_model(model_config)[1])
+        raise UserError(f"{run.path}: {others[0]}: no format can store it, and it cannot be compared")
     stored.check()
-    vocab_size, shapes = model_config.llama.vocab_size, {}
-    for name, shape in stored.shapes.items():
-        rule = BY_OURS[name]
-        for layer in range(shape[0]) if rule.stacked else (None,):
-            theirs = rule.transform.their_shape(shape[layer is not None :])
-            shapes[name, layer] = true_shape(name, theirs, vocab_size)
-
-    def read(key: Key) -> np.ndarray:
-        theirs = BY_OURS[key[0]].transform.to_theirs(stored.read(*key))
-        return without_padding(key[0], theirs, vocab_size)
-
-    configs = _flat(llama=model_config.llama, vision=model_config.vision)
-    return Side(path, configs, shapes, read, _tokens(tokenizer))
+    shapes = {key: run.their_shape(*key) for key in stored.layers()}
+    configs = _flat(llama=model.llama, vision=model.vision)
+    return Side(run.path, configs, shapes, lambda key: run.read_theirs(*key), _tokens(run.tokenizer))
 
 
 def _tokens_of(source: Source) -> dict[int, str]:
@@ -127,10 +110,11 @@ def _flat(**configs) -> dict[str, object]:
 
 
 def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
-    """Compare all tensors. Equal means equal bytes: one dtype, one value.
+    """Compare all tensors. Equal means equal bytes: the same dtype and the same values.
 
-    Rows of the embedding and the head that one has for `<voco>`, `<image>` or as padding, and the other not or without
-    a token, are no difference, but noted. `allow_more_rows`: nor are any rows that only one has, at the end.
+    Some rows of the embedding and the head do not count, and are noted: those that one side has for `<voco>`, `<image>`
+    or padding, where the other has no row, or a row without a token. `allow_more_rows`: nor do any rows at the end that
+    only one side has.
     """
     problems, notes, identical, worst, where = [], a.notes + b.notes, 0, 0.0, ""
     for key in sorted(a.config.keys() & b.config.keys()):
@@ -177,8 +161,8 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
 
 
 def _spare(side: Side, other: Side, rows: range) -> str:
-    """What rows that only one side has are of: padding, our added tokens, or tokens that the other knows without having
-    rows for them. '' where one is of anything else."""
+    """The tokens of rows that only one side has, if all are padding, our added tokens, or tokens that the other side
+    knows without having rows for them; else ''."""
     if side.tokens is None:
         return ""
     tokens = {row: side.tokens[row] for row in rows if row in side.tokens}
@@ -189,7 +173,7 @@ def _spare(side: Side, other: Side, rows: range) -> str:
 
 
 def _new_rows(a: Side, b: Side, rows: int) -> list[int]:
-    """Rows that are one of our added tokens' on one side, and padding on the other."""
+    """Rows that belong to one of our added tokens on one side and are padding on the other."""
     if a.tokens is None or b.tokens is None:
         return []
     known = [*a.tokens.items(), *b.tokens.items()]

@@ -1,4 +1,4 @@
-"""Rows of the embedding and the head for tokens that a checkpoint does not have yet, and rows that only pad them."""
+"""Rows of the embedding and the head: new ones for added tokens, and padding."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,11 +18,10 @@ def with_fresh_rows(
     padded_rows: int = 0,
     tokens: Collection[int] | None = None,
 ) -> np.ndarray:
-    """[vocabulary, D] with `num_rows` rows; new are those at the end and those that `fresh` names.
+    """[vocabulary, D] with `num_rows` rows. Rows at the end, and those in `fresh`, are new.
 
-    `init`: 'mean', each is the mean of the rows that tokens have: of the ids in `tokens` (None: all), but for new rows
-    and rows of zeros, which nobody trained; 'normal', drawn with this standard deviation.
-    `padded_rows`: zeros follow, up to so many rows.
+    `init`: 'mean' of the old rows of `tokens` (None: of all), without rows of zeros, which nobody trained; or 'normal',
+    random with standard deviation `std`. `padded_rows`: zeros follow, up to this number of rows.
     """
     fresh = sorted({*fresh, *range(len(values), num_rows)})
     padded_rows = max(padded_rows, num_rows)
@@ -42,13 +41,3 @@ def with_fresh_rows(
     result[: len(values)] = values
     result[fresh] = new.astype(values.dtype)
     return result
-
-
-def true_shape(path: str, theirs: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """A tensor's shape in their layout, without rows of padding."""
-    return (vocab_size, *theirs[1:]) if path in VOCABULARY else theirs
-
-
-def without_padding(path: str, theirs: np.ndarray, vocab_size: int) -> np.ndarray:
-    """A tensor in their layout, without rows of padding."""
-    return theirs[:vocab_size] if path in VOCABULARY else theirs

@@ -1,7 +1,4 @@
-"""Model families of other projects, a module each: tensors, config keys, and dimensions from a config and back.
-
-docs/converting.md says how to add one.
-"""
+"""Model families of other projects: tensors, config keys and dimensions. docs/converting.md says how to add one."""
 
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,17 +13,17 @@ Config = TypeVar("Config")
 
 
 class Family(Protocol[Config]):
-    """A family's module: which tensor is which parameter, and what config.json may say."""
+    """What a family's module has."""
 
     RULES: tuple[Rule, ...]
     KEYS: Keys
 
     def from_hf(self, fields: dict, file: Path, *args: Any, **kwargs: Any) -> Config:
-        """Of the fields of config.json. UserError for what this package does not compute."""
+        """The config for fields of config.json. UserError for what is not computed here."""
         ...
 
     def to_hf(self, config: Config) -> dict:
-        """The fields of config.json."""
+        """Fields of config.json."""
         ...
 
 
@@ -41,10 +38,10 @@ BY_OURS = {rule.ours: rule for rule in RULES}
 
 
 def language_family(fields: dict) -> Family[LlamaConfig]:
-    """The family that a config's `model_type` names; Llama's, whose keys then say what is wrong, for an unknown one."""
+    """The family of a config's `model_type`. For an unknown one Llama's, whose `KEYS` then refuse it."""
     return LANGUAGE_MODELS.get(str(fields.get("model_type")), llama)
 
 
 def vision_family(fields: dict) -> Family[ViTConfig]:
-    """The family that a config's `model_type` names; CLIP's, whose keys then say what is wrong, for an unknown one."""
+    """The family of a config's `model_type`. For an unknown one CLIP's, whose `KEYS` then refuse it."""
     return VISION_TOWERS.get(str(fields.get("model_type")), clip)
