@@ -15,34 +15,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
-from voco_jax.checkpoint import run_files
+from voco_jax.checkpoint import errors, run_files
 from voco_jax.checkpoint.checksums import as_earlier, checksums, is_same
-from voco_jax.checkpoint.errors import (
-    Damaged,
-    FailedSave,
-    await_writers,
-    check_files,
-    read_errors,
-    write_error,
-)
+from voco_jax.checkpoint.errors import Damaged, FailedSave, check_files, write_error
 from voco_jax.checkpoint.orbax_manager import make_manager
 from voco_jax.checkpoint.run_files import ABOUT
 from voco_jax.config import typed
 from voco_jax.errors import TryAgain, UserError, cannot
+from voco_jax.io import paths
 from voco_jax.io.files import read_text
-from voco_jax.io.paths import (
-    AnyPath,
-    as_path,
-    bucket_errors,
-    check_link,
-    entries,
-    exists,
-    in_bucket,
-    is_dangling,
-    is_directory,
-    plain_path,
-    remove,
-)
+from voco_jax.io.paths import AnyPath, as_path, in_bucket
 from voco_jax.outages import reason
 from voco_jax.parallel.distributed import texts_of_all, together
 from voco_jax.terminal import log
@@ -87,13 +69,13 @@ class Checkpointer:
         # Only saving needs it: what it cannot read, it reports as not there
         self._manager: ocp.CheckpointManager | None = None
         with self._listing():
-            check_link(self.directory)
+            paths.check_link(self.directory)
             if create and not in_bucket(run):
                 self.directory.mkdir(parents=True, exist_ok=True)  # a link to it needs it
-            elif not create and not is_directory(self.directory):
+            elif not create and not paths.is_directory(self.directory):
                 raise UserError(f"{self.directory}: no checkpoint found")
         self._tokenizer_sums = functools.cache(lambda: run_files.tokenizer_sums(self._run))
-        self._orbax_directory = epath.Path(plain_path(self.directory))
+        self._orbax_directory = epath.Path(paths.plain_path(self.directory))
         if create:
             self._failure.listen()
             with self._listing():
@@ -102,7 +84,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _listing(self) -> Iterator[None]:
         try:
-            with bucket_errors(self.directory, but=FileNotFoundError):
+            with paths.bucket_errors(self.directory, but=FileNotFoundError):
                 yield
         except OSError as error:
             raise cannot(f"{self.directory}: the checkpoints cannot be reached", error) from error
@@ -113,11 +95,11 @@ class Checkpointer:
         A broken link counts: reading it is an error, while skipping it would silently take an older step.
         """
         with self._listing():
-            named = [path for path in entries(self.directory) if path.name.isdecimal()]
+            named = [path for path in paths.entries(self.directory) if path.name.isdecimal()]
             if in_bucket(self.directory):
-                whole = [path for path in named if exists(path / _MARK)]
+                whole = [path for path in named if paths.exists(path / _MARK)]
             else:
-                whole = [path for path in named if is_directory(path) or is_dangling(path)]
+                whole = [path for path in named if paths.is_directory(path) or paths.is_dangling(path)]
         return sorted((int(path.name) for path in whole), reverse=True)
 
     # ---- Saving ------------------------------------------------------------------------------------------------
@@ -200,7 +182,7 @@ class Checkpointer:
         line = write_error(self._place(), error)
         alone = jax.process_count() == 1
         if alone:
-            await_writers()  # or their errors would be taken for those of the next attempt
+            errors.await_writers()  # or their errors would be taken for those of the next attempt
         if alone and self._writing is not None and self._is_there(self._writing):
             log(f"{self.directory}: an older checkpoint cannot be deleted: {reason(error)}")
             self._manager, self._failure.error, self._again = None, None, False
@@ -387,7 +369,7 @@ class Checkpointer:
     def _read_about(self, step: int) -> dict:
         directory = self.directory / str(step)
         with self._read_errors(step):
-            if {item for item in ("params", "opt_state", ABOUT) if exists(directory / item)} == {"params"}:
+            if {item for item in ("params", "opt_state", ABOUT) if paths.exists(directory / item)} == {"params"}:
                 return {}
             about = json.loads(read_text(directory / ABOUT / "metadata"))
             run_files.check_about(about, step)
@@ -418,7 +400,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
-        with read_errors(self.directory / str(step), self._orbax_directory / str(step)):
+        with errors.read_errors(self.directory / str(step), self._orbax_directory / str(step)):
             check_files(self.directory / str(step))
             yield
 
@@ -428,16 +410,11 @@ class Checkpointer:
                 for step in steps:
                     target = self.directory / f"{step}.damaged"
                     try:
-                        remove(target)
+                        paths.remove(target)
                         (self.directory / str(step)).rename(target)
                     except OSError as error:
                         line = f"{self.directory / str(step)}: the checkpoint is damaged, and cannot be renamed"
                         raise cannot(f"{line} {target.name}", error) from error
-
-
-def newest_saved(checkpoints: AnyPath) -> int:
-    """The newest step in a directory of checkpoints, 0 without one. A save gets its name when it is complete."""
-    return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=0)
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """Errors of Orbax, TensorStore and the file system, as one line each: is a checkpoint damaged, or only unreachable?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import errno
 import inspect
@@ -11,7 +11,6 @@ import stat
 import sys
 import threading
 import time
-import traceback
 
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.io.files import check_regular
@@ -111,32 +110,25 @@ def await_writers(seconds: float = 10.0) -> None:
 
 
 class FailedSave(logging.Filter):
-    """Notices at once, by hooks, that a save in the background has failed.
+    """Notices at once, in Orbax's log, that a save in the background has failed.
 
     Of several processes, Orbax's own methods report it only after waiting for the others, which wait for this one.
     """
 
     error: BaseException | None = None
-    _before: Callable | None = None  # the hook for errors of threads before `listen`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quiet = contextlib.ExitStack()
 
     def listen(self) -> None:
-        self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(_quiet_rest())
         logging.getLogger("absl").addFilter(self)
-        self._before, threading.excepthook = threading.excepthook, self._end_of_thread
 
     def close(self) -> None:
-        if self._before is not None and self.error is None:  # after an error, its threads have still to end
+        if self.error is None:  # after an error, its threads have still to end
             logging.getLogger("absl").removeFilter(self)
-            threading.excepthook = self._before
             self._quiet.close()
-
-    def _end_of_thread(self, args) -> None:
-        frames = traceback.extract_tb(args.exc_traceback)
-        if any("orbax" in frame.filename for frame in frames):
-            self.error = self.error or args.exc_value
-        elif self._before is not None:
-            self._before(args)
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1] is not None and "orbax" in record.pathname:

@@ -19,20 +19,11 @@ from voco_jax.checkpoint.resume import BASE, check_same_run
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
+from voco_jax.io import paths
 from voco_jax.io.atomic import temporary_name
 from voco_jax.io.files import check_regular
 from voco_jax.io.locks import holding
-from voco_jax.io.paths import (
-    AnyPath,
-    as_path,
-    bucket_errors,
-    check_link,
-    entries,
-    exists,
-    in_bucket,
-    is_directory,
-    upload,
-)
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, in_bucket, upload
 from voco_jax.outages import passing
 from voco_jax.parallel.distributed import together
 
@@ -118,14 +109,14 @@ def checkpointed_steps(workdir: AnyPath) -> list[int]:
     """
     with bucket_errors(workdir):
         directory = workdir / "checkpoints"
-        found = [path for path in entries(directory) if path.name.isdecimal()]
+        found = [path for path in paths.entries(directory) if path.name.isdecimal()]
         for path in (workdir, directory, *found):
-            check_link(path)
+            paths.check_link(path)
         if not exists(workdir):
             return []
         steps = [int(path.name) for path in found]
         if not steps:
-            names = {path.name for path in entries(workdir)} if is_directory(workdir) else {workdir.name}
+            names = {path.name for path in paths.entries(workdir)} if paths.is_directory(workdir) else {workdir.name}
             ours = in_bucket(workdir) or ".lock" in names
             if names - _BEGINNINGS or names and not ours:
                 raise UserError(f"workdir {workdir}: expected a run or an empty directory, found other files")

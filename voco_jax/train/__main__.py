@@ -43,16 +43,16 @@ def next_commands(run: str, data: ConfigDict) -> list[str]:
 
 
 def _farewell_hangs() -> bool:
-    """Whether Python would wait for threads of Orbax: after a failed save ten minutes, for what will not come."""
+    """Whether Python's end would wait for threads of Orbax: after a failed save, ten minutes and in vain."""
     return any(type(thread).__module__.startswith("orbax") for thread in threading.enumerate() if not thread.daemon)
 
 
 def command() -> None:
-    """`main`, and an end of the process that its threads cannot crash."""
+    """`main`, then an end of the process that other threads cannot crash."""
     try:
         main()
     except SystemExit as error:
-        # Alone, nobody misses jax's farewell, which threads of C++ that still run would crash
+        # A process that is alone can skip jax's tidying up, in which running threads of C++ may crash
         alone = not jax.distributed.is_initialized()
         if error.code and (alone or error.code == UserError.status and _farewell_hangs()):
             interrupts.end(int(error.code))

@@ -1,4 +1,4 @@
-"""Looking at the test set while training: the loss, and answers to questions, with a sheet of them for people."""
+"""Evaluation on the test set while training: the loss, and answers to questions, with a picture of some of them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -133,7 +133,7 @@ class Evaluator:
     # ---- The loss ----------------------------------------------------------------------------------------------
 
     def _mean_loss(self, params: dict) -> dict[str, float]:
-        """The loss and its metrics over all batches, whatever the weight of each."""
+        """The loss and its metrics over all batches, which may have different weights."""
         total: dict[str, np.ndarray] = {}
         for batch in self._load():
             output = jax.device_get(self._loss(params, batch))
@@ -210,7 +210,7 @@ class Evaluator:
         return questions
 
     def _load_question(self, example: PackedExample) -> EvalQuestion:
-        """BadRecord for one that cannot be asked."""
+        """BadRecord for an example that cannot be asked about."""
         loader = self._batches.loader
         record = loader.sources[example.source][example.record]
         times = loader.maker.frame_times(record)
@@ -235,7 +235,7 @@ class Evaluator:
         return EvalQuestion(prompt, pixels, text, truth, judged, picture)
 
     def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:
-        """The first answers, the same questions every time: sheets can be compared."""
+        """Draw the first answers. The questions are the same every time, so that sheets can be compared."""
         shown = SHEET_COLUMNS * SHEET_ROWS
         title = f"step {step:,}"
         if right:

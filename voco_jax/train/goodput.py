@@ -1,10 +1,10 @@
-"""Where the wall time of a run went: steps, and what took the rest, over all its restarts.
+"""Where the wall-clock time of a run went: into steps, and into what else, over all its restarts.
 
-Goodput is the share of steps whose result was kept. A step that ran after the last checkpoint before a kill has to run
-again: its time is lost.
+Goodput is the share of steps whose result was kept. A step after the last checkpoint before a kill has to run again:
+its time is lost.
 
-jax computes while Python goes on, so waiting for data costs nothing while a step is under way. A thread notes when each
-step ends, and only what comes after that counts as waiting for data. Waiting for a loss is step time.
+jax computes while Python goes on, so waiting for data costs nothing while a step runs. A thread notes when each step
+ends; only the time after that counts as waiting for data. Waiting for a loss is step time.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,25 +16,24 @@ import threading
 import time
 
 import jax
-import numpy as np
 
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
 from voco_jax.io.json_files import read_object
 from voco_jax.terminal import log
 
-# In the order in which they are told. 'setup' is all that belongs to no other: set-up, restoring, tidying up.
+# In the order of `summary`. 'setup' is all that belongs to no other category: set-up, restoring, the end.
 CATEGORIES = ("steps", "setup", "compile", "data", "checkpoint", "evaluation", "profile", "lost")
 LABELS = {category: category for category in CATEGORIES} | {"setup": "set-up"}
 _VERSION = 1
-_WRITE_EVERY = 10.0  # seconds; a kill loses what was not written, of the account only
+_WRITE_EVERY = 10.0  # seconds; a kill loses at most this much of the account
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 
 
 class Goodput:
-    """The account of a run, kept in a file; for one thread. `train/loop.py` shows how it is used.
+    """The account of a run, kept in a file; for one thread.
 
-    Of blocks inside of one another the innermost counts. What jax compiles is 'compile', wherever it happens.
+    Of nested blocks the innermost counts. What jax compiles is 'compile', wherever it happens.
     """
 
     def __init__(
@@ -46,15 +45,14 @@ class Goodput:
         clock: Callable[[], float] = time.monotonic,
         log: Callable[[str], None] = log,
     ):
-        """Continue the account in `path` where the run continues after step `start`; after 0 it is a new one.
+        """Continue the account in `path`, where the run goes on after step `start`; 0: a new account.
 
-        Without a `path` (processes but the first) nothing is read or written. The account begins at `since`, by the
-        clock (seconds; None: now). A file that cannot be used is told to `log` and never ends a run.
+        Without a `path` (processes but the first) nothing is read or written. The account begins at `since` (seconds
+        of the clock; None: now). A file that cannot be used leads to a line in `log` and never ends a run.
         """
         self._path, self.clock, self._log = path, clock, log
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
-        self._marks = {start: 0.0}  # seconds in steps that were kept, up to and with a step
-        self._step = start
+        self._marks = {start: 0.0}  # seconds in steps, when the checkpoint after a step was made
         if path is not None and start:
             self._go_on(path, start)
         self._blocks = ["setup"]
@@ -68,14 +66,13 @@ class Goodput:
         return self
 
     def __exit__(self, *_) -> None:
-        """The last word to the file."""
         jax.monitoring.unregister_event_duration_listener(self._on_event)
         self._steps.close()
         self.write()
 
     @contextlib.contextmanager
     def during(self, category: str) -> Iterator[None]:
-        """The time of the block is of this category, one of `CATEGORIES` but 'lost'."""
+        """The block's time belongs to this category."""
         assert category in CATEGORIES and category != "lost", category
         self._settle()
         self._blocks.append(category)
@@ -86,19 +83,17 @@ class Goodput:
             self._blocks.pop()
 
     def started(self, result) -> None:
-        """A step has been dispatched whose end is when `result` (arrays that nothing takes away) is there."""
+        """A step has been dispatched. It ends when `result` is there: arrays that are not donated."""
         self._steps.add(result)
 
     def mark(self, step: int) -> None:
         """Steps up to this one are in a checkpoint. Writes the file."""
         self._settle()
         self._marks[step] = self._seconds["steps"]
-        self._step = max(self._step, step)
         self.write()
 
-    def note(self, step: int) -> None:
-        """Steps up to this one have ended. Writes the file now and then."""
-        self._step = max(self._step, step)
+    def step_ended(self) -> None:
+        """Writes the file now and then."""
         if self.clock() - self._written >= _WRITE_EVERY:
             self.write()
 
@@ -119,14 +114,14 @@ class Goodput:
         return share(self.seconds)
 
     def write(self) -> None:
-        """Replace the file. Where that fails (a full disk), `log` is told and training goes on."""
+        """Replace the file. Where that fails (a full disk), a line says so and training goes on."""
         self._settle()
         self._written = self._since
         if self._path is None:
             return
         seconds = {category: round(value, 3) for category, value in self._seconds.items()}
         marks = {str(step): round(value, 3) for step, value in self._marks.items()}
-        content = {"version": _VERSION, "seconds": seconds, "step": self._step, "kept": marks}
+        content = {"version": _VERSION, "seconds": seconds, "kept": marks}
         try:
             write_text(self._path, json.dumps(content) + "\n", synced=False)  # training does not wait for the disk
         except (OSError, UserError) as error:
@@ -136,25 +131,21 @@ class Goodput:
 
     def _go_on(self, path: Path, start: int) -> None:
         try:
-            seconds, last, marks = _read(path)
+            seconds, marks = _read(path)
         except UserError as error:
             self._log(f"goodput: {error}; counted from step {start} on")
             return
+        self._marks = {step: value for step, value in marks.items() if step <= start}
+        kept = max(self._marks.values(), default=0.0)  # a kill may have come before the newest mark was written
         self._seconds |= seconds
-        known = {last: seconds["steps"]} | marks
-        at = sorted(known)
-        kept = float(np.interp(start, at, [known[step] for step in at], left=0.0))  # it may be a step between two
         self._seconds["lost"] += seconds["steps"] - kept
-        self._seconds["steps"] = kept
-        self._marks = {step: value for step, value in marks.items() if step < start} | {start: kept}
+        self._seconds["steps"] = self._marks[start] = kept
 
     # ---- The clock ---------------------------------------------------------------------------------------------
 
     def _settle(self, compiled: float = 0.0) -> None:
-        """Add the time since the last call to the innermost block's category, its last `compiled` seconds to compile's.
-
-        Everything that reads or changes the account comes here first.
-        """
+        """Add the time since the last call to the innermost block's category, and its last `compiled` seconds to
+        'compile'. Everything that reads or changes the account calls this first."""
         now = self.clock()
         passed = now - self._since
         compiled = min(compiled, passed)
@@ -183,7 +174,7 @@ def share(seconds: dict[str, float]) -> float:
 
 
 def summary(seconds: dict[str, float]) -> str:
-    """One line. Profile is told only where there was one.
+    """One line; with 'profile' only where there was a trace.
 
     >>> summary(dict.fromkeys(CATEGORIES, 0.0) | {"steps": 312.4, "compile": 11, "data": 2.2, "checkpoint": 4})
     'goodput 94.8 %: steps 312 s; set-up 0 s, compile 11 s, data 2.2 s, checkpoint 4 s, evaluation 0 s, lost 0 s'
@@ -197,8 +188,8 @@ def _seconds_text(seconds: float) -> str:
     return f"{seconds:,.1f} s".replace(".0 s", " s") if seconds < 10 else f"{seconds:,.0f} s"
 
 
-def _read(path: Path) -> tuple[dict[str, float], int, dict[int, float]]:
-    """(seconds by category, last step, seconds in steps up to the checkpoints); UserError for another file."""
+def _read(path: Path) -> tuple[dict[str, float], dict[int, float]]:
+    """(seconds by category, seconds in steps at each checkpoint). UserError for another file."""
     content = read_object(path)
     try:
         if content["version"] != _VERSION:
@@ -208,7 +199,7 @@ def _read(path: Path) -> tuple[dict[str, float], int, dict[int, float]]:
         numbers = (*seconds.values(), *marks.values())
         if not all(0 <= number < float("inf") for number in numbers):
             raise ValueError("a time that is negative or not finite")
-        return seconds, int(content["step"]), marks
+        return seconds, marks
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not an account of goodput ({error!r:.100})") from None
 

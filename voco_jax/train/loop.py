@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from voco_jax.attention import interpreted
-from voco_jax.checkpoint.checkpointer import Checkpointer, newest_saved
+from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
 from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
@@ -150,8 +150,10 @@ def _train(run: _Setup, begun: float) -> None:
         steps = range(start + 1, config.train.steps + 1)
         if not steps:
             return
-        dispatched, checkpoints = start, run.workdir / "checkpoints"
-        set_interrupt_line(lambda: interrupted(str(run.workdir), newest_saved(checkpoints), dispatched, sys.argv[1:]))
+        dispatched = start
+        set_interrupt_line(
+            lambda: interrupted(str(run.workdir), max(checkpointer.steps(), default=0), dispatched, sys.argv[1:])
+        )
         with (
             Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
             _actions(run, steps, workdir, checkpointer, goodput) as actions,
@@ -189,7 +191,7 @@ def _train(run: _Setup, begun: float) -> None:
 def _actions(
     run: _Setup, steps: range, workdir: Workdir, checkpointer: Checkpointer, goodput: Goodput
 ) -> Iterator[list[Action]]:
-    """What happens beside the steps, in the order in which it does after each."""
+    """The actions beside the steps, in the order in which they run after each step."""
     config, batches, train = run.config, run.batches, run.config.train
     with contextlib.ExitStack() as opened:
         writers: list[Writer] = []
@@ -234,7 +236,7 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
 
 
 def _speed(run: _Setup) -> Speed:
-    """What a step costs, padding included, and what the devices could do."""
+    """The FLOPs of a step, padding included, and the devices' peak."""
     data, train, shape = run.config.data, run.config.train, run.batches.loader.plan.shape
     rows, images = data.batch_size * shape.rows, data.batch_size * shape.images
     flops = training_flops(
@@ -244,7 +246,7 @@ def _speed(run: _Setup) -> Speed:
 
 
 def _feed(mesh: Mesh, batches: Batches, count: int) -> Iterator[dict]:
-    """Batches on the devices, pictures normalised there, the next one always on its way while a step computes."""
+    """Batches on the devices, with normalised pixels; the next one is on its way while a step computes."""
     normalize = jax.jit(batches.loader.processor.normalize)
 
     def on_devices(batch):
@@ -303,7 +305,7 @@ def log(line: str) -> None:
 
 
 def _try_first_batch(batches: Batches, train_step: Callable, state: AbstractState) -> None:
-    """Make a batch and trace the step with it, computing nothing; what cannot be done raises here."""
+    """Make a batch and trace the step with it, without computing. UserError for a step that cannot be computed."""
     batch = batches.peek()
     batch["pixel_values"] = batch["pixel_values"].astype(np.float32)
     batch = whole_shapes(batch, batches.batch_size)

@@ -21,7 +21,7 @@ _HINT = "a lower optim.learning_rate may help"
 
 
 class Speed(NamedTuple):
-    """What a step costs and what it might cost at best, all devices together.
+    """The work of a step and the peak of all devices together.
 
     flops: of a step, by the formula of `models/flops.py`. peak: bfloat16 FLOP/s, None where it is not known.
     compress_length: tokens of an image in the compress stream.
@@ -37,7 +37,7 @@ class MetricsLog(Action):
 
     The numbers of a step are read when the next step is already under way, so the devices never wait.
 
-    A line has the means since the last one of all that the step returns (`loss`, `grad_norm` …), the learning rate of
+    A line has the means since the last one of all that the steps return (`loss`, `grad_norm` …), the learning rate of
     its step, and speeds: of real tokens (padding is not counted), over the time since the last line in which steps
     ran or waited for data. `mfu` is null where the devices' peak is not known. `seconds` and `goodput` are of the
     whole run, all its restarts. What `evaluated` is told is a line of its own.
@@ -99,15 +99,15 @@ class MetricsLog(Action):
             tokens = amount.tokens + amount.images * self._speed.compress_length
             self._work += 1, amount.conversations, tokens, amount.images
         self._progress.step()
-        self._goodput.note(step)
+        self._goodput.step_ended()
         every = (self._config.log_every, self._config.checkpoint_every, self._config.steps)
         if any(step % n == 0 for n in every):
             self._write_line(step, "bad" in values)
 
     def evaluated(self, step: int, values: dict[str, float | None], sheet: Path | None = None) -> None:
-        """What an evaluation of the parameters after a step gave, and a picture of answers (PNG).
+        """Log an evaluation of the parameters after a step, with a picture of answers (PNG).
 
-        Call it before the step's checkpoint is saved: a run that goes on from there does not evaluate again.
+        It comes before the step's checkpoint: a run that goes on from there does not evaluate again.
         """
         for writer in self._writers:
             writer.scalars(step, {name: _rounded(value) for name, value in values.items()})
@@ -132,7 +132,7 @@ class MetricsLog(Action):
         self._progress.show(step, describe(line, self._seconds_left(step)))
 
     def _speeds(self) -> dict[str, float | None]:
-        """Since the last line, the first step left out; null where nothing is left."""
+        """Speeds since the last line, without the run's first step; None where no other step ran."""
         now = self._step_seconds()
         seconds, self._busy = now - self._busy, now
         steps, questions, tokens, images = self._work
@@ -146,7 +146,7 @@ class MetricsLog(Action):
         }
 
     def _seconds_left(self, step: int) -> float | None:
-        """At the pace since the first step, evaluation and checkpoints included, compilation not."""
+        """At the pace since the first step, which includes evaluations and checkpoints."""
         done = step - self._steps.start
         return (self._config.steps - step) * (self._training_seconds() - self._begun) / done if done else None
 
@@ -183,7 +183,7 @@ class MetricsLog(Action):
 
 
 def _rounded(value: float | np.floating | None) -> float | None:
-    """To seven digits, what float32 has; null for NaN and infinities, which JSON does not have."""
+    """With seven digits, as many as float32 has; None for NaN and infinities, which JSON does not have."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.7g}")

@@ -1,9 +1,9 @@
-"""A profiler trace of some steps on demand: from a step that the config names, or when the process gets SIGUSR1.
+"""A profiler trace of some steps: from a step that the config names, or when the process gets SIGUSR1.
 
     kill -USR1 PID
 
-What was traced stands in `<workdir>/profile/step_N/` (of several processes, `process_I/` in it each). A trace that
-cannot be made is one line of warning and never ends a run.
+Traces are in `<workdir>/profile/step_N/` (of several processes, in `process_I/` there). A trace that cannot be made
+leads to a warning and never ends a run.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from voco_jax.train.goodput import Goodput
 
 
 class Profiler(Action):
-    """Traces `length` steps from step `at` on, and as many from the next on at a signal.
+    """Traces `length` steps from step `at` on, and at a signal as many from the next step on.
 
-    The signal is to one process, and traces that one alone; the config's trace is made by all. The handler is there
-    while the context is (in the main thread: others get no signals). A signal during a trace asks for one more.
+    A signal traces only the process that gets it; the config's trace is made by all. The handler is set between `with`
+    and its end, in the main thread (others get no signals). A signal during a trace asks for another one.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Profiler(Action):
         length: int = 5,
         log: Callable[[str], None] = log,
     ):
-        """`steps` are those to come; `at` 0 is none of them. `log` is told what is traced and where it stands."""
+        """`steps`: those to come; `at`: the first to trace, 0 for none. `log` gets a line for each trace."""
         self._directory, self._steps, self._at, self._length = directory, steps, at, length
         self._goodput, self._log = goodput, log
         self._asked = False  # by a signal
@@ -115,8 +115,8 @@ class Profiler(Action):
 
 
 def _forget_trace() -> None:
-    """jax 0.10 takes a trace that could not be written for one under way, and would begin no other."""
-    from jax._src import profiler
+    """After a trace that could not be written, jax believes that it still runs, and starts no other."""
+    from jax._src import profiler  # there is no public way to end it; the same in jax 0.10 to 0.12
 
     state = getattr(profiler, "_profile_state", None)
     if state is not None and state.profile_session is not None:

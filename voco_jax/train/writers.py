@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard's event files and Weights & Biases, behind one interface."""
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard's event files, and Weights & Biases."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -35,9 +35,9 @@ class Writer(Protocol):
 def open_writers(
     directory: Path, start: int, *, tensorboard: bool = True, wandb: str = "", run: str = "", config: Any = None
 ) -> Iterator[list[Writer]]:
-    """Writers of a run that goes on after step `start`: what they have of later steps is forgotten or ignored.
+    """Writers of a run that goes on after step `start`; what they have of later steps is dropped or ignored.
 
-    wandb: project of Weights & Biases, '' for none; `run` and `config` (a nested dict) are what it shows of the run.
+    wandb: project of Weights & Biases, '' for none, which shows the run's name and its config (a nested dict).
     """
     with contextlib.ExitStack() as opened:
 
@@ -68,7 +68,7 @@ def tag(name: str) -> str:
 
 
 class JsonLines:
-    """A JSON object a line. A killed run leaves at most its last line unfinished."""
+    """One JSON object per line. A killed run leaves at most its last line unfinished."""
 
     def __init__(self, path: Path, start: int):
         drop_after(path, start)
@@ -85,9 +85,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    """One file of events in a directory, which TensorBoard shows together with those of earlier starts.
+    """A file of events, which TensorBoard shows together with those of earlier starts in the same directory.
 
-    Events are written at once, so a killed run leaves whole ones up to the last. TensorBoard forgets what earlier files
+    Events are written at once, so that a killed run leaves all up to the last. TensorBoard ignores what earlier files
     have of `first_step` and later steps.
     """
 
@@ -95,7 +95,7 @@ class TensorBoard:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._proto, self._checksum = _tensorboardx()
-        self._file = (directory / name).open("ab", buffering=0)  # closing it has nothing left to write, and to fail at
+        self._file = (directory / name).open("ab", buffering=0)  # nothing is left to write, and to fail, at its close
         self._write(file_version="brain.Event:2")
         start = self._proto.SessionLog(status=self._proto.SessionLog.START)
         self._write(step=first_step, session_log=start)
@@ -205,7 +205,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def _write_all(file, data: bytes) -> None:
-    """All of it to an unbuffered file; OSError names the file."""
+    """Write all of the data to an unbuffered file; an OSError names the file."""
     try:
         while data:
             data = data[file.write(data) :]
