@@ -273,17 +273,14 @@ class Checkpointer:
 
     def restore(self, step: int, params, opt_state) -> Restored:
         """The checkpoint of a step; `Damaged` where it differs from what was written, UserError for another model's."""
-        about = self._read_about(step)
+        about = self.about(step)
         if "opt_state" not in about.get("checksums", {}):
             there = self.directory / str(step)
             raise UserError(f"{there}: holds parameters alone, as converted runs do; begin with it (init_from)")
-        with self._read_errors(step):
-            run_files.check_run(self._run, step, about, self._tokenizer_sums)
         if error := self._damage_of(step):
             raise Damaged(error)
         self.check_shapes(step, params)
-        found = {"params": self._restore(step, "params", params)}
-        found["opt_state"] = self._restore(step, "opt_state", opt_state)
+        found = {name: self._restore(step, name, x) for name, x in (("params", params), ("opt_state", opt_state))}
         for name, tree in found.items():
             self.compare_sums(step, name, about["checksums"][name], checksums(tree))
         return Restored(step, found["params"], found["opt_state"], about, about["checksums"]["params"])

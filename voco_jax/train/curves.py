@@ -75,7 +75,7 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300  # what can be drawn; a file may say anything
 
 
-@plt.rc_context({"text.parse_math": False})  # a run may be called `a$b$`
+@matplotlib.rc_context({"text.parse_math": False})  # a run may be called `a$b$`
 def draw_curves(histories: Sequence[History], path: Path) -> None:
     """Draw all runs into one PNG, or another kind of file by the name's ending."""
     keys = [key for key in PANELS if any(history.series(key)[0] for history in histories)]
