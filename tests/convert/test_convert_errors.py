@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -395,16 +396,19 @@ def test_room_on_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["to-jax", "to-hf"])
-def test_writing_fails(command, source, golden_run, tmp_path):  # noqa: F811
+def test_writing_fails(command, source, golden_run, tmp_path, convert):  # noqa: F811
     """A disk that fills up on the way, here by a limit on the size of files."""
     arguments = {
         "to-jax": [source, tmp_path / "run", *TOKENIZER],
         "to-hf": [golden_run, tmp_path / "run", "--format", "voco"],
     }[command]
-    limited = ["bash", "-c", 'ulimit -f 500; exec "$@"', "-"]
-    command = [*limited, sys.executable, TOOL, command, *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert_one_line(result.returncode, result.stderr, "File too large")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500 * 1024, limits[1]))
+    try:
+        status, _, err = convert(command, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(status, err, "File too large")
     assert os.listdir(tmp_path) == ["source"]
 
 
