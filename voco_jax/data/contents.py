@@ -1,4 +1,4 @@
-"""Checksums of the records of a run, whatever their files are called: a run goes on with data that were moved.
+"""Checksums of the records of a run, without the names of their files: a run can go on with data that were moved.
 
 The plan's fingerprint tells whether text and lengths are the same. This module names the difference, and compares
 pictures and clips, which the plan does not read.

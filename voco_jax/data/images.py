@@ -1,4 +1,4 @@
-"""Pictures: opened from whatever they come as, and made into pixel values as LLaVA-1.5, CLIP and SigLIP do.
+"""Pictures: opened from files, bytes or arrays, and made into pixel values as LLaVA-1.5, CLIP and SigLIP do.
 
 Sizes and rounding are those of transformers' image processors on Pillow (`CLIPImageProcessorPil`,
 `LlavaImageProcessorPil`), which equal the released LLaVA code's.
@@ -22,7 +22,7 @@ from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Pict
 from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.io.paths import as_path
 
-# What is opened, whatever a file is called: Pillow would have Ghostscript run PostScript. JPEG is MPO too.
+# Formats that are opened, by a file's content: Pillow would have Ghostscript run PostScript. JPEG includes MPO.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 # What `load_image` opens: a file's path or its bytes, a file object, a PIL image, or an array (also jax's, torch's).

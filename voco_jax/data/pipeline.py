@@ -253,7 +253,7 @@ class Batches(Iterator):
 
     def _account(self, batch: dict) -> dict[str, np.ndarray]:
         self._next += 1
-        # Shared memory is given back when nobody holds its arrays any more; jax may, until who knows when
+        # Copied, as shared memory is freed only when its arrays are, and jax may keep them for long
         batch = {name: np.array(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
         for said in batch.pop("report"):
             self.report.merge(Report.from_dict(json.loads(said)))

@@ -20,7 +20,6 @@ from voco_jax.config_keys import DataConfig
 from voco_jax.data.augment import Augmentation
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
-from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
@@ -65,8 +64,9 @@ def open_training_data(
     sources, weights = open_sources(data, "train")
     tokenizer = make_tokenizer(config, sources, run)
     model_config = make_model_config(config, tokenizer)
-    maker = _sample_maker(data, make_encoder(config, tokenizer, model_config))
-
+    encoder, video = make_encoder(config, tokenizer, model_config), data.video
+    sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
+    maker = SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, video.timestamps, video.incomplete)
     indices = _make_indices(data, "train", sources, maker, log)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
@@ -88,12 +88,6 @@ def _check(data: DataConfig) -> None:
         raise UserError(f"config.data.loss_weighting: {expected}, found {data.loss_weighting!r}")
     if not data.video.num_frames and not data.video.fps:
         raise UserError("config.data.video: expected num_frames or fps above 0, found neither")
-
-
-def _sample_maker(data: DataConfig, encoder: Encoder) -> SampleMaker:
-    video = data.video
-    sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
-    return SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, video.timestamps, video.incomplete)
 
 
 def _make_plan(
@@ -163,25 +157,17 @@ def _make_indices(
     data: DataConfig, key: str, sources: Sequence[Source], maker: SampleMaker, log: Callable[[str], None]
 ) -> list[Index]:
     """Indices of the sources of `config.data.<key>`; UserError where too many records are skipped."""
-    names = sorted(data.train if key == "train" else data.test)
-    indices = [
-        make_index(source, maker, data.cache_dir, data.num_workers, name)
-        for name, source in zip(names, sources, strict=True)
-    ]
-    report = _report(indices, names if key == "train" else [f"{key}: {name}" for name in names], log)
-    report.check(data.max_skipped_fraction, report.seen)
-    return indices
-
-
-def _report(indices: Sequence[Index], names: Sequence[str], log: Callable[[str], None]) -> Report:
-    whole = Report()
-    for index, name in zip(indices, names, strict=True):
+    indices, report = [], Report()
+    for name, source in zip(sorted(getattr(data, key)), sources, strict=True):
+        index = make_index(source, maker, data.cache_dir, data.num_workers, name)
         head, *kinds = index.report.lines("conversation")
-        log(f"data: {name}: {head}, {count_of(len(index), 'record')}")
+        log(f"data: {'test: ' * (key == 'test')}{name}: {head}, {count_of(len(index), 'record')}")
         for line in kinds:
             log(line)
-        whole.merge(index.report)
-    return whole
+        report.merge(index.report)
+        indices.append(index)
+    report.check(data.max_skipped_fraction, report.seen)
+    return indices
 
 
 def make_tokenizer(config: ConfigDict, sources: Sequence[Source], run: Path | None):

@@ -1,6 +1,6 @@
 """Videos: how long a clip is, at which times to look into it, and the pictures that it shows then.
 
-Clips are read with PyAV, by one thread: whoever wants more reads clips in several processes.
+Clips are read with PyAV in one thread; several processes can read several clips at once.
 """
 
 from collections import deque
@@ -80,7 +80,7 @@ def format_time(seconds: float) -> str:
 def probe(clip: Clip | Frames) -> VideoInfo:
     """Duration and frames of a clip, without decoding: of an mp4 by its index, else by reading through the file.
 
-    BadRecord: MISSING, or UNREADABLE_VIDEO where the file is none, is cut off or has no frames.
+    BadRecord: MISSING, or UNREADABLE_VIDEO for a file that is no video, is cut off or has no frames.
     """
     if isinstance(clip, Frames):
         times = _relative_times(clip)

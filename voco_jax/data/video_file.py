@@ -42,7 +42,7 @@ LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 fr
 
 @contextlib.contextmanager
 def open_video(clip: Clip, thorough: bool = False) -> Iterator["VideoFile"]:
-    """The clip, opened; whatever PyAV finds wrong with it while it is open is a BadRecord.
+    """The clip, opened. Errors of PyAV become BadRecord as long as it is open.
 
     `thorough` looks at all of the container's headers, where the file is not in a bucket, instead of a few.
     """
