@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.sharding import AbstractMesh
 
 from voco_jax.models.config import ModelConfig, VoCoConfig
 from voco_jax.models.voco import VoCoLlama
@@ -27,12 +28,12 @@ def make_model_config(m: ModelConfig, vocab_size: int | None = None, **prompt: A
 
 def abstract_model(model_config: VoCoConfig) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, parameters as shapes and dtypes) of a model; nothing is allocated."""
-    graphdef, state = _abstract(model_config)
+    graphdef, state = _abstract(model_config, jax.sharding.get_abstract_mesh())
     return graphdef, nnx.to_pure_dict(state)
 
 
 @functools.lru_cache(maxsize=16)  # making a model takes half a second, and loading or converting one asks several times
-def _abstract(model_config: VoCoConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(model_config: VoCoConfig, mesh: AbstractMesh) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: VoCoLlama(model_config, rngs=nnx.Rngs(0))))
 
 
