@@ -31,7 +31,7 @@ from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.tensors import DTYPES
 from voco_jax.models.compressors import COMPRESSORS
-from voco_jax.options import Parser
+from voco_jax.options import Parser, at_least_1
 from voco_jax.terminal import printable
 
 
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("--init-missing", action="store_true", help="draw a missing projector or vision tower at random")
     option("--seed", type=int, default=0, help="random seed of what is drawn")
     option(
-        "--vocab-multiple", type=int, default=128, metavar="N",
+        "--vocab-multiple", type=at_least_1, default=128, metavar="N",
         help="pad the vocabulary to a multiple of N (default 128; 1: no padding)",
     )  # fmt: skip
 
@@ -140,8 +140,6 @@ def main() -> None:
         least = 0 if COMPRESSORS[args.compressor].keeps_text(0) else 1
         if args.num_voco_tokens is not None and args.num_voco_tokens < least:
             raise UserError(f"--num-voco-tokens: expected at least {least}, found {args.num_voco_tokens}")
-        if args.vocab_multiple < 1:
-            raise UserError(f"--vocab-multiple: expected at least 1, found {args.vocab_multiple}")
         options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
         warn(to_jax(source, destination, args.tokenizer, options))
         run = shlex.quote(str(destination))

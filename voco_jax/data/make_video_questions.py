@@ -51,9 +51,9 @@ from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import question_turns
 from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from voco_jax.data.video import format_time
-from voco_jax.errors import UserError, one_line_errors
+from voco_jax.errors import one_line_errors
 from voco_jax.io.atomic import new_directory
-from voco_jax.options import Parser
+from voco_jax.options import Parser, at_least_1
 
 TEMPORAL = ("order", "at second", "count", "direction", "becomes")
 SECONDS, RATE, SIZE = 8, 5, 64  # of a clip; its frames a second; pixels of a side
@@ -337,15 +337,14 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
-    parser.add_argument("--train", type=int, default=4000, metavar="N", help="training clips (default 4000)")
-    parser.add_argument("--test", type=int, default=400, metavar="N", help="test clips (default 400)")
-    parser.add_argument("--pictures", type=int, default=4000, metavar="N", help="single pictures (default 4000)")
+    parser.add_argument("--train", type=at_least_1, default=4000, metavar="N", help="training clips (default 4000)")
+    parser.add_argument("--test", type=at_least_1, default=400, metavar="N", help="test clips (default 400)")
+    parser.add_argument("--pictures", type=at_least_1, default=4000, metavar="N", help="single pictures (default 4000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: CPUs)")
+    parser.add_argument(
+        "--workers", type=at_least_1, default=os.cpu_count(), metavar="N", help="processes (default: CPUs)"
+    )
     args = parser.parse_args()
-    for name in ("train", "test", "pictures", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, found {getattr(args, name)}")
     with new_directory(args.out) as temporary:
         (temporary / "clips").mkdir()
         make(temporary, {"train": args.train, "test": args.test}, args.seed, args.workers)
