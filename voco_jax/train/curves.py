@@ -33,13 +33,8 @@ PANELS = {
 }
 SHARES = ("accuracy", "mfu", "goodput")
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
-TIME_COLOURS = dict(
-    zip(
-        CATEGORIES,
-        ("#009e73", "#999999", "#e69f00", "#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#000000"),
-        strict=True,
-    )
-)
+_OF_CATEGORIES = ("#009e73", "#999999", "#e69f00", "#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#000000")
+TIME_COLOURS = dict(zip(CATEGORIES, _OF_CATEGORIES, strict=True))
 
 
 class History(NamedTuple):
