@@ -1,6 +1,6 @@
 """Processes that load data: they end with the process that started them; where one dies, there is a one-line error."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 import concurrent.futures
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
@@ -58,7 +58,8 @@ def begin_worker(*_) -> None:
     threading.Thread(target=follow, daemon=True, name="parent").start()
 
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def run_tasks(
@@ -66,7 +67,7 @@ def run_tasks(
     tasks: Sequence[Task],
     num_workers: int,
     on_steps: Callable[[int], Any],
-) -> Iterator[tuple[Task, Result]]:
+) -> Generator[tuple[Task, Result], None, None]:
     """Each task with the result of `work(task, step)` in a worker process, in the order in which they are finished.
 
     `work` is sent to each process once, and calls `step()` for every step; `on_steps` gets the numbers of new steps.

@@ -82,16 +82,17 @@ class Report:
         self,
         max_skipped_fraction: float,
         total: int,
+        least: int = 1000,
         option: str = "config.data.max_skipped_fraction",
         name: str = "data",
     ) -> None:
         """UserError when more than `max_skipped_fraction` of the records are skipped; the user calls it `option`, and
         the records `name`.
 
-        The fraction is of at least 1,000 records (or of `total`, all that there are): the first skipped record of a run
-        must not end it.
+        The fraction is of at least `least` records (or of `total`, all that there are): the first skipped record of a
+        run must not end it.
         """
-        allowed = max_skipped_fraction * max(self.seen, min(total, 1000))
+        allowed = max_skipped_fraction * max(self.seen, min(total, least))
         if self.num_skipped > allowed:
             worst, n = self.skipped.most_common(1)[0]
             raise UserError(

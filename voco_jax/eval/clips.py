@@ -98,7 +98,7 @@ def score_clips(
     key = f"config.data.test.{name}"
 
     def check() -> None:
-        report.check(config.data.max_skipped_fraction, len(source), name=key)
+        report.check(config.data.max_skipped_fraction, len(source), len(source), name=key)
 
     clips = read_clips(source, report, max_clips)
     check()

@@ -30,6 +30,9 @@ class TfdsSource:
         if bool(question) == bool(prompt):
             raise UserError(f"tfds {name}: expected a feature 'question' or a 'prompt' to ask, one of the two")
         self._length = len(self._open())
+        self._check_features(name)
+
+    def _check_features(self, name: str) -> None:
         for role, key in self._keys.items():
             if key and _find(self._features, key) is None:
                 raise UserError(f"tfds {name}: {role}: expected one of {', '.join(self._features)}; found {key!r}")
