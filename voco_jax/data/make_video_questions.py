@@ -39,7 +39,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -128,7 +128,8 @@ def load_shapes(split: str) -> list[Shape]:
             continue
         image = load_image(record.images[0], transparency="drop")
         picture = np.asarray(image)
-        (_, background), (_, color) = sorted(image.getcolors(image.width * image.height), reverse=True)[:2]
+        counted = cast("list[tuple[int, tuple[int, int, int]]]", image.getcolors(image.width * image.height))  # of RGB
+        (_, background), (_, color) = sorted(counted, reverse=True)[:2]
         if color not in COLORS:  # so small that its edges are more than itself
             continue
         rows, columns = (np.flatnonzero((picture != background).any(axis=(2, axis))) for axis in (1, 0))
