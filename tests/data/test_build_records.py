@@ -432,7 +432,7 @@ def test_bad_arguments(images, tmp_path, run):
     assert not out.exists()
     for option, value in ("--max-skipped-fraction", "nan"), ("--max-side", 0), ("--shards", "x"), ("--fps", "inf"):
         status, _, err = run("llava", rows, out, option, value)
-        assert status == 2 and f"argument {option}: expected " in err
+        assert status == 2 and f"error: {option}: expected " in err
 
 
 def test_writing_fails(images, tmp_path):
