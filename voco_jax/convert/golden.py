@@ -6,6 +6,7 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.checkpoint.run import Run
@@ -57,7 +58,7 @@ def check(run: Run, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Lin
     if "gen" in golden:
         length, total = max(map(len, samples)), golden["gen"].shape[1]
         read = _read(samples, length)
-        read = read._replace(positions=np.broadcast_to(np.arange(length), (count, length)))
+        read = read._replace(positions=jnp.broadcast_to(jnp.arange(length), (count, length)))
         lengths = np.array([len(sample) for sample in samples])
         tokens = _run(_greedy_tokens, graphdef, params, features, read, lengths, golden["gen"])
         same = (np.asarray(tokens) == golden["gen"]).cumprod(axis=1).sum(axis=1)
@@ -149,7 +150,7 @@ def _sample(tokens: np.ndarray, num_voco_tokens: int) -> Sample:
 
 def _read(samples: list[Sample], length: int) -> Read:
     rows = [pack_row([sample], length) for sample in samples]
-    return Read(*(np.stack([getattr(row, name) for row in rows]) for name in Read._fields))
+    return Read(*(jnp.stack([getattr(row, name) for row in rows]) for name in Read._fields))
 
 
 def _worst(ours, expected) -> float:
