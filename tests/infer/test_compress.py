@@ -264,7 +264,7 @@ def test_a_conversation_is_the_one_that_is_read_at_once(model):
     # Read as training would read it, if it is said in the tokens that the answers' texts have
     encoder = model.engine.encoder
     sample = encoder.encode(talk.turns, 1)
-    pixels = model.image_encoder._normalize(model.image_encoder.square(str(PICTURES[0]))[None, None])
+    pixels = model.image_encoder.processor.normalize(model.image_encoder.square(str(PICTURES[0]))[None, None])
     n = len(sample)
     read = Read(sample.tokens[None], np.arange(n)[None], np.ones((1, n), np.int32), sample.slot_index[None])
     logits = np.asarray(jax.jit(lambda p: model.run.model(read, p))(pixels))[0]

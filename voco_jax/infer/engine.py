@@ -67,7 +67,7 @@ class Engine:
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
         self.params = nnx.to_pure_dict(state)
         self._encode_images, self._prefill, self._decode, self._score = _programs(graphdef)
-        self._whole = jax.jit(lambda x: x, out_shardings=None if mesh is None else NamedSharding(mesh, P()))
+        self._whole = np.asarray if mesh is None else jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
     @property
     def params(self) -> dict:

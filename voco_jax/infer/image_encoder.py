@@ -20,6 +20,9 @@ from voco_jax.io.paths import as_path
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 
+# Compiled once for all runs with one processor
+_normalize = jax.jit(ImageProcessor.normalize, static_argnums=0)
+
 
 class ImageEncoder:
     """An engine with the image processor of its run.
@@ -33,7 +36,6 @@ class ImageEncoder:
     ):  # fmt: skip
         self.engine, self.processor, self.sampling = engine, processor, sampling
         self.fingerprint, self.name = fingerprint, name
-        self._normalize = jax.jit(processor.normalize)
 
     @property
     def num_voco_tokens(self) -> int:
@@ -97,7 +99,7 @@ class ImageEncoder:
             pixels[: len(squares)] = squares
             frames = axis_size("frame")  # images of a row are spread over it
             pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
-            visual, items = self.engine.encode_images(self._normalize(pixels)), (Item(""),) * len(squares)
+            visual, items = self.engine.encode_images(_normalize(self.processor, pixels)), (Item(""),) * len(squares)
             if not isinstance(visual, Memory):
                 return Embeddings(visual.reshape(-1, *visual.shape[2:])[: len(squares)], items)
             return from_memory(visual, self.num_voco_tokens, items, self.fingerprint)

@@ -135,7 +135,7 @@ class MemoryBank:
 
 def from_memory(memory: Memory, num_tokens: int, items: Sequence[Item], model: str) -> MemoryBank:
     """The first pictures of a model's memory [L, B, I·K, G, H], B·I of them in the order of the items."""
-    keys, values = jax.device_get(_as_pictures(memory, num_tokens))
+    keys, values = (_as_pictures(x, num_tokens) for x in jax.device_get(memory))
     return MemoryBank(keys[: len(items)], values[: len(items)], tuple(items), model)
 
 
@@ -279,11 +279,10 @@ def _as_slots(keys, values) -> Memory:
     return Memory(*(x.reshape(n * k, layers, *head).swapaxes(0, 1)[:, None] for x in (keys, values)))
 
 
-def _as_pictures(memory: Memory, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+def _as_pictures(x: np.ndarray, num_tokens: int) -> np.ndarray:
     """[L, B, I·K, G, H] to [B·I, K, L, G, H]."""
-    layers, _, _, *head = memory.keys.shape
-    keys, values = (x.reshape(layers, -1, num_tokens, *head).transpose(1, 2, 0, 3, 4) for x in memory)
-    return keys, values
+    layers, _, _, *head = x.shape
+    return np.ascontiguousarray(x.reshape(layers, -1, num_tokens, *head).transpose(1, 2, 0, 3, 4))
 
 
 def _quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
