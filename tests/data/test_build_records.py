@@ -229,7 +229,7 @@ def built_slowly(tmp_path_factory, images) -> Path:
     """As `built`, but after the first eight records it takes so long that it can be killed on the way."""
     root = tmp_path_factory.mktemp("slowly")
     shutil.copytree(images, root / "images", ignore=shutil.ignore_patterns("pipe.jpg"))
-    Image.effect_noise((2000, 2000), 50).convert("RGB").save(root / "images" / "large.jpg")
+    Image.effect_noise((3000, 3000), 50).convert("RGB").save(root / "images" / "large.jpg")
     write_rows(root / "rows.json", [*(GOOD[i] for i in range(8)), *[row("large.jpg")] * 32])
     command = [sys.executable, TOOL, "llava", root / "rows.json", "--images", root / "images", "--records-per-shard", 4]
     subprocess.run(list(map(str, [*command, root / "out"])), check=True, capture_output=True)
