@@ -28,9 +28,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
         (["--topology=v5e:8"], "--topology: expected a chip of v5e, v5p, v6e and a shape, for example v5e:2x2,"),
         (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
         (["--topology=v5e:2x2", "--fast"], "fast"),
-        (["--topology=v5e:2x2", "more"], "'more' is not an option; options: --help, --config, --config.KEY, --topology"),
+        (["--topology=v5e:2x2", "more"], "'more' is not an option; options: --help, --config,"),
         (["--topology=v5e:2x2", "--xla=vmem"], "--xla: expected NAME=VALUE, found 'vmem'"),
-        pytest.param(["--topology=v6e:3x5"], "topology v6e:3x5: ", marks=pytest.mark.tpu_compile),
+        pytest.param(["--topology=v6e:3x5"], "--topology=v6e:3x5: ", marks=pytest.mark.tpu_compile),
     ],
 )
 def test_what_cannot_be_asked(monkeypatch, capsys, arguments, message):
