@@ -70,8 +70,11 @@ def status_of(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """Why, in one line, without the file."""
     for link in chain(error):
-        if number := error_number(link):
-            return "not found" if number == errno.ENOENT else os.strerror(number)
+        number = error_number(link)
+        if number == errno.ENOENT or isinstance(link, FileNotFoundError):  # a bucket's has no number
+            return "not found"
+        if number:
+            return os.strerror(number)
     first = first_line(error)
     line = re.sub(r" \[[a-z_]+='.*", "", first)
     return line.rsplit(": ", 1)[-1] if line != first else line  # TensorStore tells all of the request around it

@@ -329,7 +329,7 @@ def test_examples_name_the_rows(epoch):
             assert "/pictures/" in text or not re.search("picture|video|missing", kind), text
     (line,) = (line for line in epoch.said if "no answer" in line)
     assert line.startswith("  4 skipped: no answer; set.jsonl[") and line.count(" | set.jsonl[") == 2
-    head = "data: dirty: 115 conversations: 43 good (1 cut by 99872 tokens), 72 skipped, 43 records"
+    head = "data: dirty: 115 conversations: 43 good (1 cut by 99,872 tokens), 72 skipped, 43 records"
     assert epoch.said[0] == head
 
 

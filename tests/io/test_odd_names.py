@@ -48,7 +48,7 @@ def test_what_was_written_is_read_before_the_older_one_goes(tmp_path, monkeypatc
     """Under its own name Orbax would leave a checkpoint without its arrays, and say nothing."""
     run = tmp_path / "[a]"
     save(run, 1)
-    monkeypatch.setattr("voco_jax.checkpoint.checkpointer.plain_path", lambda directory: directory)
+    monkeypatch.setattr("voco_jax.io.paths.plain_path", lambda directory: directory)
     with pytest.raises(UserError) as error:
         save(run, 2, keep=1)
     assert str(error.value).startswith(f"{run}/checkpoints/2: the checkpoint cannot be written: "), error.value

@@ -273,10 +273,12 @@ class Checkpointer:
 
     def restore(self, step: int, params, opt_state) -> Restored:
         """The checkpoint of a step; `Damaged` where it differs from what was written, UserError for another model's."""
-        about = self.about(step)
+        about = self._read_about(step)
         if "opt_state" not in about.get("checksums", {}):
             there = self.directory / str(step)
             raise UserError(f"{there}: holds parameters alone, as converted runs do; begin with it (init_from)")
+        with self._read_errors(step):
+            run_files.check_run(self._run, step, about, self._tokenizer_sums)
         if error := self._damage_of(step):
             raise Damaged(error)
         self.check_shapes(step, params)
