@@ -160,8 +160,7 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
         with config.unlocked(), config.ignore_type():
             for key, value in (ADDED_LATER | values).items():
                 set_value(config, key, _from_json(key, value))
-        if problem := find_problem(config):
-            raise UserError(f"config.{problem[0]}: {problem[1]}")
+        check_config(config)
         typed(config)
     except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError, UserError) as error:
         raise UserError(f"{name}: {one_line(error):.500}") from None
@@ -220,6 +219,12 @@ def with_earlier_values(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 
 
 # ---- What can be wrong with a config -------------------------------------------------------------------------------
+
+
+def check_config(config: ConfigDict) -> None:
+    """UserError for a config that no run can have."""
+    if problem := find_problem(config):
+        raise UserError(f"config.{problem[0]}: {problem[1]}")
 
 
 def find_problem(config: ConfigDict) -> tuple[str, str] | None:

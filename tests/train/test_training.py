@@ -23,7 +23,7 @@ from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.checkpoint.run import load_run
 from voco_jax.checkpoint.workdir import check_workdir
-from voco_jax.config import default_config, load_config, save_config, source, sources, sources_to_score
+from voco_jax.config import default_config, load_config, save_config, set_value, source, sources, sources_to_score
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.train.actions import StepDone
@@ -239,6 +239,23 @@ def test_configs_that_cannot_be(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         train(tiny.config(tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.schedule", "step", "config.optim.schedule: expected one of cosine, .*constant; found 'step'"),
+        ("model.compressor", "pool", "config.model.compressor: expected one of voco, .*; found 'pool'"),
+        ("model.vision.position_init", "sin", "config.model.vision.position_init: expected one of .*; found 'sin'"),
+        ("train.steps", 0, "config.train.steps: expected at least 1, found 0"),
+    ],
+)
+def test_a_config_from_python_that_cannot_be(tmp_path, key, value, message):
+    config = tiny.config(tmp_path / "run")
+    set_value(config, key, value)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        train(config)
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
 from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.checkpoint.workdir import Workdir, check_workdir, checkpointed_steps, open_workdir, workdir_path
-from voco_jax.config import sources_to_score, typed
+from voco_jax.config import check_config, sources_to_score, typed
 from voco_jax.config_keys import EvalConfig, OptimConfig, TrainConfig
 from voco_jax.data.pipeline import Batches
 from voco_jax.data.sources import open_sources
@@ -96,6 +96,7 @@ def train(config: ConfigDict) -> AnyPath:
 
 
 def _set_up(config: ConfigDict) -> _Setup:
+    check_config(config)  # which may come from Python, unchecked
     # Config: a run that goes on keeps its own values where the config does not ask for others
     workdir = workdir_path(config.workdir)
     asked, config = config, continued(config, workdir) if checkpointed_steps(workdir) else begin_with_run(config)
