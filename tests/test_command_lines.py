@@ -14,7 +14,9 @@ from tests.data.test_video import write_clip
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from voco_jax import ask, chat, evaluate
+from voco_jax.checkpoint.run import load_run
 from voco_jax.config import default_config, source, sources
+from voco_jax.errors import UserError
 from voco_jax.eval.scoring import Answer, count_by_kind, table
 from voco_jax.train import __main__ as train_main
 
@@ -120,6 +122,8 @@ def test_a_compressor_that_a_run_was_not_trained_with(tiny_run, monkeypatch, cap
     assert (status, err) == (
         2, f"error: --compressor qformer: {tiny_run} was trained with 'voco'; run it so\n"
     )  # fmt: skip
+    with pytest.raises(UserError, match="^compressor: expected one of voco, none, .*; found 'pool'$"):
+        load_run(tiny_run, compressor="pool")
 
 
 def test_a_question_is_text_whatever_stands_in_it(tiny_run, picture, monkeypatch, capsys):

@@ -66,6 +66,8 @@ def load_run(
     config = load_config(directory / "config.json")
     if compressor is not None:
         trained = config.model.compressor
+        if compressor not in COMPRESSORS:
+            raise UserError(f"compressor: expected one of {', '.join(COMPRESSORS)}; found {compressor!r}")
         if compressor != trained and any(COMPRESSORS[kind].has_weights for kind in (compressor, trained)):
             raise UserError(f"--compressor {compressor}: {directory} was trained with {trained!r}; run it so")
         config.model.compressor = compressor
