@@ -289,8 +289,14 @@ def test_what_is_no_picture(model, picture, message):
         model.encode_images(picture)
     with pytest.raises(UserError, match="max_new_tokens: expected at least 1, found 0"):
         model.ask("what?", max_new_tokens=0)
-    for question, found in (3, "int"), ([3], "int"), (None, "none"), (" ", "str"):
+    chat = model.chat()
+    chat.ask("what?")
+    for question, found in (3, "int"), ([3], "int"), (None, "none"), (" ", "none"):
         with pytest.raises(UserError, match=f"^question: expected text, found {found}$"):
             model.ask(question)
+    for question, found in (3, "int"), (None, "none"), (" ", "none"):
+        with pytest.raises(UserError, match=f"^question: expected text, found {found}$"):
+            chat.ask(question)  # a later turn too
+    assert model.ask(question for question in QUESTIONS) == model.ask(QUESTIONS)
     with pytest.raises(UserError, match="images: expected at least one"):
         model.encode_images([])

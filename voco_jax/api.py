@@ -197,8 +197,8 @@ class Model:
         sampling: Sampling = GREEDY,
     ) -> str | list[str]:  # fmt: skip
         """The answer to a question about all of `images` together (see `Request`); a list for several questions."""
-        several = isinstance(question, list | tuple)
-        requests = [Request(q, images) for q in cast(Sequence[str], question if several else [question])]
+        several = isinstance(question, Iterable) and not isinstance(question, str)
+        requests = [Request(q, images) for q in cast(Iterable[str], question if several else [question])]
         given = self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
         return given if several else given[0]
 

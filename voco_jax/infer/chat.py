@@ -10,7 +10,7 @@ from voco_jax.data.turns import IMAGE
 from voco_jax.infer.engine import Engine, bucket, grow_cache
 from voco_jax.infer.generate import DecodeState, Sampling
 from voco_jax.infer.memory import EncodedImages
-from voco_jax.infer.prompts import encode_prompt, gather
+from voco_jax.infer.prompts import check_question, encode_prompt, gather
 from voco_jax.models.voco import Cache
 
 
@@ -35,6 +35,7 @@ class Chat:
         UserError for a question without text, and where the model has too few positions: the conversation is then as it
         was.
         """
+        check_question(question)
         engine, is_first = self._engine, not self.turns
         sample = encode_prompt(engine, question, self._images).sample if is_first else self._later_turn(question)
         needed = self._filled + len(sample) + self._max_new_tokens

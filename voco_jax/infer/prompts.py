@@ -39,8 +39,7 @@ def encode_prompt(
 
     UserError for a question without text.
     """
-    if not isinstance(question, str) or not question.strip():
-        raise UserError(f"question: expected text, found {type(question).__name__ if question else 'none'}")
+    check_question(question)
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
     turns: list[dict]
     if interleaved:
@@ -53,6 +52,13 @@ def encode_prompt(
     if answer is not None:
         turns.append({"from": "gpt", "value": (answer,)})
     return Prompt(encoder.encode(turns, count), images)
+
+
+def check_question(question: object) -> None:
+    """UserError for anything but text, and for text of spaces alone."""
+    if not isinstance(question, str) or not question.strip():
+        found = "none" if question is None or isinstance(question, str) else type(question).__name__
+        raise UserError(f"question: expected text, found {found}")
 
 
 def gather(images: Sequence[EncodedImages | None]) -> Gathered:
