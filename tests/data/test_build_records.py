@@ -280,6 +280,28 @@ def flip(file: Path, at: float) -> None:
     file.write_bytes(content)
 
 
+def test_check_compares_reports(built, tmp_path, run):
+    """Of each shard, of all, and the manifest's count of rows."""
+    out = shutil.copytree(built / "out", tmp_path / "out")
+    report = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps(report | {"seen": 39}))
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"rows": 41}))
+    status, problems, _ = run("check", out)
+    assert status == 1 and problems.splitlines() == [
+        "report.json: is not the sum of the shards' reports",
+        f"manifest.json: expected rows = {report['seen']}, found 41",
+    ]  # fmt: skip
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "report.json").unlink()
+    status, problems, _ = run("check", out)
+    assert status == 1 and problems == f"{out}/report.json: not found\n"
+    file = out / "data-00000-of-00010.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"report": {"seen": 4}}))
+    status, problems, _ = run("check", out)
+    assert status == 1 and problems == f"{file.name}: not the report of a shard\n"
+
+
 def test_check_finds_damage(built, tmp_path, run):
     """One line for each problem, and status 1; training does not read such shards."""
     status, out, err = run("--check", built / "out")

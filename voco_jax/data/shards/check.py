@@ -10,8 +10,9 @@ from typing import Any
 from voco_jax.data.images import load_image
 from voco_jax.data.processes import run_tasks
 from voco_jax.data.records import BadRecord, Clip, Frames, Record
+from voco_jax.data.reports import Report
 from voco_jax.data.shards.build import file_digest
-from voco_jax.data.shards.files import MANIFEST, SHARD, foreign_files, left_over, read_manifest, shard_names
+from voco_jax.data.shards.files import MANIFEST, REPORT, SHARD, foreign_files, left_over, read_manifest, shard_names
 from voco_jax.data.shards.record_packer import check_clip, check_conversations
 from voco_jax.data.sources.array_records import unpack_record
 from voco_jax.data.video import probe
@@ -34,7 +35,7 @@ def check(directory: Path, num_workers: int, on_records: Callable[[int], Any]) -
 
 
 def _check_files(directory: Path, manifest: dict, names: list[str], listed: dict[str, dict]) -> list[str]:
-    """What is missing or too much, and shards whose reports are not the manifest's."""
+    """What is missing or too much, and reports that do not agree with the manifest or with each other."""
     there = sorted(os.listdir(directory))
     problems = [f"{name}: not of this build" for name in foreign_files(there, len(names))]
     problems += [f"{name}: left over of a build that was killed" for name in left_over(there)]
@@ -43,14 +44,31 @@ def _check_files(directory: Path, manifest: dict, names: list[str], listed: dict
         return [*problems, f"{MANIFEST}: the build is not complete; run it again with the same arguments"]
     if sum(shard["records"] for shard in listed.values()) != manifest["records"]:
         problems.append(f"{MANIFEST}: expected as many records as the shards have, found {manifest['records']}")
+    total = Report()
     for name, expected in listed.items():
         try:
             result = read_object(directory / f"{name}.json")
-        except UserError as error:
-            problems.append(str(error))
+            total.merge(Report.from_dict(result.pop("report")))
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            problems.append(str(error) if isinstance(error, UserError) else f"{name}.json: not the report of a shard")
             continue
-        if {key: value for key, value in result.items() if key != "report"} != expected:
+        if result != expected:
             problems.append(f"{name}.json: is not what {MANIFEST} says")
+    return problems or _check_total(directory, manifest["rows"], total)
+
+
+def _check_total(directory: Path, rows: int, total: Report) -> list[str]:
+    """What differs from the sum of the shards' reports: the report of all, or the manifest's number of rows."""
+    problems = []
+    try:
+        if Report.from_dict(read_object(directory / REPORT)) != total:
+            problems.append(f"{REPORT}: is not the sum of the shards' reports")
+    except UserError as error:
+        problems.append(str(error))
+    except (KeyError, TypeError, ValueError):
+        problems.append(f"{REPORT}: not a report")
+    if rows != total.seen:
+        problems.append(f"{MANIFEST}: expected rows = {total.seen}, found {rows}")
     return problems
 
 
