@@ -120,7 +120,7 @@ def test_ask_about_what_cannot_be(tiny_run, picture, tmp_path, monkeypatch, caps
 def test_a_compressor_that_a_run_was_not_trained_with(tiny_run, monkeypatch, capsys):
     status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", tiny_run, "--compressor", "qformer")
     assert (status, err) == (
-        2, f"error: --compressor qformer: {tiny_run} was trained with 'voco'; run it so\n"
+        2, f"error: --compressor: expected 'voco', with which {tiny_run} was trained; found 'qformer'\n"
     )  # fmt: skip
     with pytest.raises(UserError, match="^compressor: expected one of voco, none, .*; found 'pool'$"):
         load_run(tiny_run, compressor="pool")

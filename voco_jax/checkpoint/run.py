@@ -69,7 +69,8 @@ def load_run(
         if compressor not in COMPRESSORS:
             raise UserError(f"compressor: expected one of {', '.join(COMPRESSORS)}; found {compressor!r}")
         if compressor != trained and any(COMPRESSORS[kind].has_weights for kind in (compressor, trained)):
-            raise UserError(f"--compressor {compressor}: {directory} was trained with {trained!r}; run it so")
+            expected = f"expected {trained!r}, with which {directory} was trained"
+            raise UserError(f"--compressor: {expected}; found {compressor!r}")
         config.model.compressor = compressor
     if attention is not None:
         config.model.attention = attention
