@@ -133,7 +133,8 @@ def _guesser(run: Run, kind: str) -> easyvqa.Guesser | None:
     for source in _open(run, "train", by_name).values() if by_name else ():
         for i in range(len(source)):
             with contextlib.suppress(BadRecord):  # training has counted it
-                known += [(text_of(turns[0]["value"]), turns[1]["value"]) for turns in source[i].conversations]
+                pairs = [(text_of(turns[0]["value"]), turns[1]["value"]) for turns in source[i].conversations]
+                known += [(question, answer) for question, answer in pairs if question and answer.strip()]
     return easyvqa.Guesser(known) if known else None
 
 
