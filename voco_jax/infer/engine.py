@@ -166,8 +166,11 @@ class Engine:
         self.check_length(max(map(len, prompts)) + (past[1] if past else 0), max_new_tokens)
         cache, filled = past or (None, 0)
         # Where every prompt has a row of pictures to itself, these stay on the devices that have its row
-        shape = visual.keys.shape[1:] if isinstance(visual, Memory) else (0, 0) if visual is None else visual.shape
-        rows, count = shape[0], shape[1] // (self.encoder.num_visual_tokens if isinstance(visual, Memory) else 1)
+        rows = count = 0  # of pictures, and pictures in a row
+        if isinstance(visual, Memory):
+            rows, count = visual.keys.shape[1], visual.keys.shape[2] // self.encoder.num_visual_tokens
+        elif visual is not None:
+            rows, count = visual.shape[:2]
         apart = count > 0 and rows == len(prompts) and cache is None
         apart = apart and len(prompts) % axis_size(*ROWS) == 0  # else rows are added, as for every later turn
         apart = apart and all(p // count == row for row, of_prompt in enumerate(pictures) for p in of_prompt)

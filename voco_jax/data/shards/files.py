@@ -112,13 +112,15 @@ def read_manifest(directory: Path) -> dict:
     count = manifest["num_shards"]
     if not 1 <= count <= MOST_SHARDS:
         raise UserError(f"{file}: num_shards: expected 1 … {MOST_SHARDS}, found {count}")
-    shards = manifest["shards"] if manifest["complete"] else []
-    if len(shards) != count * manifest["complete"] or not all(
-        isinstance(shard, dict) and all(isinstance(shard.get(key), int) for key in ("bytes", "records"))
-        for shard in shards
+    if manifest["complete"] and not (
+        len(manifest["shards"]) == count and all(_has_sizes(shard) for shard in manifest["shards"])
     ):
         raise UserError(f"{file}: shards: expected bytes and records of {count} shards, found another form")
     return manifest
+
+
+def _has_sizes(shard: object) -> bool:
+    return isinstance(shard, dict) and all(isinstance(shard.get(key), int) for key in ("bytes", "records"))
 
 
 def check_complete(directory: Path) -> None:
