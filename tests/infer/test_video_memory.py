@@ -204,6 +204,7 @@ def odd_clips(directory: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 def test_any_clip_is_compressed_and_asked_about(run, model, tmp_path, monkeypatch, capsys):
     paths, out = [*sorted(REAL.glob("*.mp4")), *odd_clips(tmp_path).values()], tmp_path / "all.voco"
     assert {"bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"} <= {path.name for path in paths}

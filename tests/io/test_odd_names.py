@@ -25,6 +25,7 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_name(tmp_path):
     for name in NAMES:
         run = tmp_path / name / "run"

@@ -64,7 +64,7 @@ def below(run: Path, number: int, kind: Callable[[Call], bool] = lambda call: Tr
     return lambda call: number if call.path.startswith(str(run)) and kind(call) else 0
 
 
-@pytest.mark.parametrize("what", ["go_on", "read"])
+@pytest.mark.parametrize("what", [pytest.param("go_on", marks=pytest.mark.slow), "read"])
 def test_what_cannot_be_read_is_not_damaged(child, tmp_path, what):
     """Each of the calls that reading makes fails in turn: the newest is read all the same, or nothing is."""
     save(tmp_path, 1, 2)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from voco_jax.config import default_config
 from voco_jax.models import presets
@@ -27,6 +28,7 @@ def lowered_step(num_layers: int) -> str:
     return step.lower(params, jax.eval_shape(optimizer.init, params), batch).as_text()
 
 
+@pytest.mark.slow
 def test_32_layers_compile_like_one():
     two, all_layers = lowered_step(2), lowered_step(32)
     assert "tensor<32x4096x11008xf32>" in all_layers  # parameters stacked, in float32 …
