@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from voco_jax.data import processes
 from voco_jax.data.processes import run_tasks
 from voco_jax.errors import TryAgain, UserError
 
@@ -31,6 +32,12 @@ def is_killed(task: int, tick) -> int:
     return task
 
 
+def is_killed_while_it_counts(task: int, tick) -> int:
+    if task == 1:
+        processes._steps.get_lock().acquire()
+    return is_killed(task, tick)
+
+
 def test_results_and_steps():
     steps: list[int] = []
     assert dict(run_tasks(doubled, range(5), 2, steps.append)) == {0: 0, 1: 2, 2: 4, 3: 6, 4: 8}
@@ -40,7 +47,11 @@ def test_results_and_steps():
 
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
-    [(fails, UserError, "task 1 fails"), (is_killed, TryAgain, r"a worker process ended too early \(out of memory")],
+    [
+        (fails, UserError, "task 1 fails"),
+        (is_killed, TryAgain, r"a worker process ended too early \(out of memory"),
+        (is_killed_while_it_counts, TryAgain, "a worker process ended too early"),
+    ],
 )
 def test_one_that_fails_ends_all(work, kind, message):
     """The others, which would sleep on, are killed."""

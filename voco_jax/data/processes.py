@@ -86,7 +86,8 @@ def run_tasks(
             pool.submit(int)  # else the pool may not notice the death of the process that it started last
         while waiting:
             done, _ = concurrent.futures.wait(waiting, _PROGRESS, concurrent.futures.FIRST_COMPLETED)
-            on_steps((now := steps.value) - counted)
+            now = steps.get_obj().value  # without the lock, which a process that was killed may hold
+            on_steps(now - counted)
             counted = now
             for future in done:
                 yield waiting.pop(future), future.result()
