@@ -30,7 +30,7 @@ from voco_jax.config import (
     default_config,
     find_problem,
     flatten,
-    one_line,
+    message_of,
     set_value,
     unknown_key,
     with_all_fields,
@@ -187,7 +187,7 @@ def load_file(path: str) -> ConfigDict:
         place, frames = _place(error.__traceback__, file)
         text = _key_error(error)
         if text is None:
-            text, bare = one_line(error), isinstance(error, KeyError | AssertionError)
+            text, bare = message_of(error), isinstance(error, KeyError | AssertionError)
             text = f"{type(error).__name__}: {text}".rstrip(": ") if bare or not text else text
         prefix = "" if not frames and isinstance(error, UserError) else f"{place}: "
         raise UserError(f"{prefix}{text}") from error

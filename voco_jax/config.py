@@ -153,17 +153,14 @@ def parse_config(stored: dict, name: str | os.PathLike) -> ConfigDict:
             )
         values = _by_key({key: value for key, value in stored.items() if key != "version"})
         if missing := sorted(KEYS.keys() - values.keys() - ADDED_LATER.keys()):
-            raise UserError(
-                f"key {missing[0]!r} is missing; if the key is new, its line in config_keys.py needs `earlier`: what "
-                "runs without it did"
-            )
+            raise UserError(f"key {missing[0]!r} is missing")  # of a new one, `earlier` in config_keys.py
         with config.unlocked(), config.ignore_type():
             for key, value in (ADDED_LATER | values).items():
                 set_value(config, key, _from_json(key, value))
         check_config(config)
         typed(config)
     except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError, UserError) as error:
-        raise UserError(f"{name}: {one_line(error):.500}") from None
+        raise UserError(f"{name}: {message_of(error):.500}") from None
     return config
 
 
@@ -274,7 +271,7 @@ def _rope_problem(scaling: ConfigDict | None) -> str:
     try:
         RopeScaling(**scaling)
     except ValueError as error:
-        return one_line(error)
+        return message_of(error)
     return ""
 
 
@@ -338,7 +335,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def one_line(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """What it says; a KeyError shows its argument as code, and ml_collections nests one in another."""
     while not isinstance(error, OSError) and error.args and isinstance(error.args[0], Exception):
         error = error.args[0]

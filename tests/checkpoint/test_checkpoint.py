@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import resource
 import shutil
+import subprocess
 import sys
 import time
 
@@ -219,6 +220,25 @@ def test_a_full_disk(tmp_path, capfd, caplog):
     # Neither Orbax's own account nor the writes of other arrays, which end later
     assert "Traceback" not in capfd.readouterr().err and not caplog.records
     assert Checkpointer(tmp_path).steps() == [1] and resume(tmp_path).step == 1
+
+
+@pytest.mark.multiprocess
+def test_a_full_disk_ends_a_training(tmp_path):
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "sys.argv = ['train', *eval(sys.argv[1])]; runpy.run_module('voco_jax.train', run_name='__main__')"
+    )
+    arguments = tiny.arguments(tmp_path / "run", train__checkpoint_every=2, train__tensorboard=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, repr(arguments)],
+        capture_output=True, text=True, cwd=tiny.CONFIG_FILE.parents[1],
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # whose programs the limit would cut off
+    )  # fmt: skip
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "checkpoints/2: the checkpoint cannot be written: " in errors[0], done.stderr
+    assert errors[0].endswith("File too large")
+    assert "ERROR:absl" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_clock_that_jumps(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """JSON files that users may have damaged."""
 
 from collections.abc import Callable
+import gc
 import json
 import os
 
@@ -31,10 +32,15 @@ def read_object(path: str | os.PathLike, hint: str = "", most: int = MOST) -> di
 
 def parse(text: str | bytes, object_pairs_hook: Callable | None = None) -> object:
     """The value of a JSON text. ValueError for any other text, and for values that are nested too deep."""
+    collects = gc.isenabled()
+    gc.disable()  # to look through millions of new objects again and again takes longer than to make them
     try:
         value = json.loads(text, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError(f"expected at most {DEEPEST} objects and lists in each other") from None
+    finally:
+        if collects:
+            gc.enable()
     level = [value]
     for _ in range(DEEPEST + 1):
         outer = [item for item in level if isinstance(item, dict | list)]
