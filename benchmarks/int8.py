@@ -8,8 +8,8 @@ import argparse
 import voco_jax
 from voco_jax.api import Request
 from voco_jax.data.sources import easyvqa
+from voco_jax.data.turns import text_of
 from voco_jax.errors import one_line_errors
-from voco_jax.eval.answering import question_of
 from voco_jax.eval.scoring import normalize
 
 
@@ -20,7 +20,9 @@ def main() -> None:
     args = parser.parse_args()
     model, records = voco_jax.load(args.run), easyvqa.load("test")
     bank = model.compress([record.images[0] for record in records])
-    asked = [(i, question_of(turns), turns[1]["value"]) for i, r in enumerate(records) for turns in r.conversations]
+    asked = [
+        (i, text_of(turns[0]["value"]), turns[1]["value"]) for i, r in enumerate(records) for turns in r.conversations
+    ]
     given = {}
     for name, stored in (("as computed", bank), ("int8", bank.to_int8())):
         one = [stored[i] for i in range(len(stored))]

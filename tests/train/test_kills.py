@@ -20,7 +20,6 @@ import pytest
 
 from tests.helpers import tiny
 from tests.train.test_training import params
-from voco_jax.checkpoint.checkpointer import Checkpointer
 
 pytestmark = pytest.mark.multiprocess
 
@@ -109,7 +108,8 @@ def test_killed_inside_of_a_save(uninterrupted, tmp_path):
     check_alike(run, uninterrupted)
 
 
-def test_told_to_end_before_the_first_step(tmp_path):
+def test_told_to_end_before_the_first_step(uninterrupted, tmp_path):
+    """Also while the tokenizer is written, before there is a config."""
     run = tmp_path / "run"
     process = start(run)
     while "model: " not in Path(f"{run}.log").read_text():
@@ -119,7 +119,9 @@ def test_told_to_end_before_the_first_step(tmp_path):
         time.sleep(0.005)
     process.terminate()
     assert process.wait(60) == 75
-    assert Checkpointer(run, create=True).steps()[:1] in ([], [1], [2])
+    assert newest(run) <= 2
+    assert start(run).wait() == 0
+    check_alike(run, uninterrupted)
 
 
 def test_ctrl_c_says_what_is_saved_and_how_it_goes_on(tmp_path):

@@ -6,7 +6,7 @@ from lmms_eval.api.task import ConfigurableTask
 
 from voco_jax.data.images import load_image
 from voco_jax.data.sources import easyvqa
-from voco_jax.eval.answering import question_of
+from voco_jax.data.turns import text_of
 from voco_jax.eval.scoring import normalize
 
 ANSWERS = (
@@ -23,11 +23,12 @@ class EasyVqa(ConfigurableTask):
     def download(self, dataset_kwargs=None) -> None:
         questions = [
             {
-                "picture": str(record.images[0].file), "question": question_of(turns), "answer": turns[1]["value"],
-                "kind": easyvqa.question_kind(question_of(turns)),
+                "picture": str(record.images[0].file), "question": question, "answer": turns[1]["value"],
+                "kind": easyvqa.question_kind(question),
             }
             for record in easyvqa.load("test")
             for turns in record.conversations
+            for question in [text_of(turns[0]["value"])]
         ]  # fmt: skip
         self.dataset = self.dataset_no_image = DatasetDict({"test": Dataset.from_list(questions)})
 
