@@ -103,6 +103,8 @@ def test_ask_as_a_process_says_only_the_answer(tiny_run, picture):
         (["--each", "what?"], "--each: expected images, found none"),
         (["--image", "{picture}", "what? " * 5000], "question: expected at most "),
         (["--hepl"], "error: --hepl: no such option; did you mean --help?"),
+        (["--memory", "", "what?"], "error: --memory: expected a value, found ''"),
+        (["--run=", "what?"], "error: --run: expected a value, found ''"),
         (["--pciture=a.png"], "error: --pciture: no such option; did you mean --picture?"),
         (["--run", "nowhere", "what?"], "nowhere/config.json: not found; a run directory holds"),
     ],

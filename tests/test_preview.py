@@ -4,6 +4,7 @@ import base64
 from html.parser import HTMLParser
 import io
 import itertools
+import json
 import re
 
 import numpy as np
@@ -189,6 +190,23 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     runs = "".join(page.of("text", "label")).removeprefix("read only").removeprefix("trained onread only")
     assert runs.replace("↵\n", "<voco>\n") == "".join(seen[: 2 * 4])
     assert sum(text.endswith("</s>") for text in page.of("label")) == 8
+
+
+def test_records_that_are_skipped_are_told(tmp_path, monkeypatch, capsys):
+    """Pictures are read where the batch is made: who looks at no page sees that nothing is in it."""
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "cat.png", "conversations": turns}]))
+    (tmp_path / "config.py").write_text(
+        "from configs import easyvqa\nfrom voco_jax.config import source, sources\n"
+        "def get_config():\n    config = easyvqa.get_config()\n"
+        f"    config.data.train = sources(a=source('llava', file='{tmp_path}/rows.json', images='{tmp_path}'))\n"
+        "    return config\n"
+    )
+    arguments = [f"--config={tmp_path}/config.py", "--out", tmp_path / "page.html", "--config.data.batch_size=2"]
+    status, said, _ = run_main(preview, monkeypatch, capsys, *arguments)
+    lines = [line for line in said.splitlines() if line.startswith("batch 0: ")]
+    assert status == 0 and lines[0].endswith("conversations: 0 good, 2 skipped"), said
+    assert "skipped: missing file" in lines[1] and "cat.png" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from tqdm import tqdm
 from voco_jax.arguments import add_frame_arguments, add_model_arguments, frame_sampling, load_model
 from voco_jax.data.processes import usable_cores
 from voco_jax.data.sources.roots import path_here
-from voco_jax.errors import UserError, one_line_errors
+from voco_jax.errors import one_line_errors
 from voco_jax.infer.compress import compress_to_file, find_entries
 from voco_jax.infer.memory import check_tokens
 from voco_jax.infer.memory_file import MemoryFile
-from voco_jax.options import Parser, at_least_1
+from voco_jax.options import Parser, at_least_1, check_out
 from voco_jax.terminal import printable
 
 
@@ -38,8 +38,7 @@ def main() -> None:
     )
     add_frame_arguments(parser)
     args = parser.parse_args()
-    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: expected a file in a directory that is there")
+    check_out(args.out)
     entries = find_entries(args.images)  # first: what is wrong with them shows itself at once
     model = load_model(args)
     check_tokens("--tokens", args.tokens, model.config.num_voco_tokens)

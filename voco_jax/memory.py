@@ -11,7 +11,7 @@ from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.infer.memory_format import tensors_of
-from voco_jax.options import Parser
+from voco_jax.options import Parser, check_out
 from voco_jax.terminal import printable
 
 _HELD = 256  # files that are kept open at once: a process may have a thousand or so
@@ -30,6 +30,9 @@ def main() -> None:
     merging.add_argument("--out", type=path_here, required=True, metavar="FILE", help="memory file to write")
     args = parser.parse_args()
     if args.command == "merge":
+        check_out(args.out)
+        if args.out.exists():
+            MemoryFile(args.out).close()  # UserError for what is not a memory: it would be lost
         merge(args.file, args.out)
     for path in [args.out] if args.command == "merge" else args.file:
         show(path, args.command)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
 
@@ -148,6 +149,17 @@ def test_a_padded_vocabulary(golden_run, tmp_path, convert, monkeypatch, capsys)
     assert run_main(check_logits, monkeypatch, capsys, *golden)[0] == 0
 
 
+def test_a_chat_template_that_is_left_behind_is_told(golden_run, tmp_path, convert):
+    run = shutil.copytree(golden_run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["template"] = "bare"
+    (run / "config.json").write_text(json.dumps(config))
+    status, _, err = convert("to-hf", run, tmp_path / "voco", "--format", "voco")
+    line = "chat template 'bare': the format cannot store it; to-jax sets it again with --template bare"
+    assert status == 0 and f"warning: {line}\n" in err
+    assert "chat template" not in convert("to-hf", golden_run, tmp_path / "same", "--format", "voco")[2]
+
+
 def test_verify_finds_one_changed_value(golden_run, tmp_path, convert):
     from safetensors.numpy import save_file
 
@@ -267,8 +279,10 @@ def test_golden_files_that_are_not_as_described(golden_run, tmp_path, monkeypatc
     arguments = ["--checkpoint", golden_run, "--golden", file]
     status, _, err = run_main(check_logits, monkeypatch, capsys, *arguments)
     assert status == 2 and message in err and len(err.splitlines()) == 1, err
-    file.write_bytes(b"PK")
-    assert run_main(check_logits, monkeypatch, capsys, *arguments)[0] == 2
+    for content in (b"PK", b"a text"):
+        file.write_bytes(content)
+        status, _, err = run_main(check_logits, monkeypatch, capsys, *arguments)
+        assert (status, err) == (2, f"error: {file}: expected an npz file of arrays, found another, or a damaged one\n")
 
 
 @pytest.mark.parametrize("init", ["normal", "mean"])

@@ -397,6 +397,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     status, out, _ = run("merge", tmp_path / "a.voco", tmp_path / "b.voco", tmp_path / "a.voco", "--out",
                          tmp_path / "c.voco")  # fmt: skip
     assert status == 0 and "c.voco: 10 pictures, 3 tokens each, float32, 2 layers × 2 × 4" in out
+    assert run("merge", tmp_path / "a.voco", "--out", tmp_path / "c.voco")[0] == 0  # a memory may be written over
+    run("merge", tmp_path / "a.voco", tmp_path / "b.voco", "--out", tmp_path / "c.voco")
+    (tmp_path / "notes.txt").write_text("mine")
+    status, _, err = run("merge", tmp_path / "a.voco", "--out", tmp_path / "notes.txt")
+    assert status == 2 and f"{tmp_path}/notes.txt: not a memory file" in err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     status, out, _ = run("list", tmp_path / "c.voco")
     assert out.splitlines()[2].split() == ["p1.png", "00:00.5", "0" * 12]
     assert len(out.splitlines()) == 11

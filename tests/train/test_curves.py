@@ -52,6 +52,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert run_main(curves, monkeypatch, capsys, "--run", tmp_path) == (0, f"written: {tmp_path}/curves.png\n", "")
     both = run_main(curves, monkeypatch, capsys, "--run", tmp_path, "--run", tmp_path)
     assert both == (2, "", "error: --out: expected a file for the picture of several runs, found none\n")
+    for name, message in ("c.txt", "ending in .png or"), ("none/c.png", "in a directory that is there"):
+        arguments = ("--run", tmp_path, "--out", tmp_path / name)
+        status, _, err = run_main(curves, monkeypatch, capsys, *arguments)
+        assert status == 2 and err.startswith(f"error: --out: expected a file {message}")
 
 
 def test_what_is_no_run(tmp_path):

@@ -18,14 +18,14 @@ import numpy as np
 
 from voco_jax.checkpoint.run import load_run
 from voco_jax.convert.golden import check
-from voco_jax.errors import UserError, one_line_errors
+from voco_jax.errors import UserError, cannot, one_line_errors
 from voco_jax.io.files import open_regular
 from voco_jax.options import Parser
 from voco_jax.terminal import printable
 
 # What numpy raises for a damaged file
 _UNREADABLE = (
-    OSError, EOFError, RuntimeError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error
+    EOFError, RuntimeError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error
 )  # fmt: skip
 
 
@@ -39,8 +39,10 @@ def main() -> None:
     try:
         with open_regular(args.golden) as stream, np.load(stream, allow_pickle=False) as file:
             golden = dict(file)
-    except _UNREADABLE as error:
-        raise UserError(f"{args.golden}: not a readable npz file: {error}") from None
+    except OSError as error:
+        raise cannot(f"{args.golden}: cannot be read", error) from None
+    except _UNREADABLE:  # numpy's own words tell of pickles, which are never read
+        raise UserError(f"{args.golden}: expected an npz file of arrays, found another, or a damaged one") from None
     worst, greedy = 0.0, []
     for line in check(load_run(args.checkpoint), golden, str(args.golden)):
         worst_of = "" if line.worst is None else f": worst difference {line.worst:.3g}"

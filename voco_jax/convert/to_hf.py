@@ -7,9 +7,12 @@ import math
 from pathlib import Path
 import shlex
 
+from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
+from voco_jax.chat_templates import CUSTOM
+from voco_jax.config import default_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.families import BY_OURS, clip, llava
 from voco_jax.convert.findings import Findings
@@ -69,7 +72,16 @@ def _to_hf(
         write_configs(directory, format_name, model_config, aspect_ratio, processor, tokenizer, written_dtype)
         save_tokenizer(tokenizer, directory)
         stored.check()
-        return findings.finish(run)
+        return findings.finish(run) + _lost(config)
+
+
+def _lost(config: ConfigDict) -> list[str]:
+    """What is left out, and how `to-jax` gets it again."""
+    template = config.data.template
+    if is_llava(config) or template == default_config().data.template:
+        return []
+    again = f"--template {template}" if template != CUSTOM else "config.data.custom_template"
+    return [f"chat template {template!r}: the format cannot store it; to-jax sets it again with {again}"]
 
 
 def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: str) -> None:

@@ -43,6 +43,14 @@ class Item:
         return hashlib.blake2b(fields, digest_size=16).digest()
 
 
+def size_of(num_bytes: int) -> str:
+    """
+    >>> size_of(2048), size_of(3 * 2**20)
+    ('2.0 KiB', '3.0 MiB')
+    """
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class MemoryBank:
     """Memories of N pictures, K tokens each.
@@ -69,9 +77,8 @@ class MemoryBank:
             raise ValueError(f"scales {scales} of keys {self.keys.shape} in {self.keys.dtype}")
 
     def __repr__(self) -> str:
-        size = f"{self.nbytes / 2**20:.1f} MiB" if self.nbytes >= 2**20 else f"{self.nbytes / 2**10:.1f} KiB"
         tokens = count_of(self.num_tokens, "token")
-        return f"MemoryBank({_shown(self.items)}, {tokens} each, {self.keys.dtype.name}, {size})"
+        return f"MemoryBank({_shown(self.items)}, {tokens} each, {self.keys.dtype.name}, {size_of(self.nbytes)})"
 
     def __len__(self) -> int:
         return len(self.items)

@@ -19,7 +19,7 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.infer.memory import MemoryBank, check_tokens
+from voco_jax.infer.memory import MemoryBank, check_tokens, size_of
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
     Contents,
@@ -80,7 +80,7 @@ class MemoryFile:
         pictures, tokens, layers, heads, size = self.shape
         return (
             f"{self.file}: {count_of(pictures, 'picture')}, {count_of(tokens, 'token')} each, {self.dtype.name}, "
-            f"{layers} layers × {heads} × {size}, {self.size / 2**20:.1f} MiB, model {self.model}"
+            f"{layers} layers × {heads} × {size}, {size_of(self.size)}, model {self.model}"
         )
 
     def __enter__(self) -> "MemoryFile":

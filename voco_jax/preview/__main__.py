@@ -21,7 +21,7 @@ from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.reports import Report
 from voco_jax.data.training_data import TrainingData, open_training_data
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.options import at_least_1
+from voco_jax.options import at_least_1, check_out
 from voco_jax.preview.page import render
 from voco_jax.preview.text import count_conversations, make_decoder, pack_arrays, used_images
 from voco_jax.terminal import count_of
@@ -70,10 +70,7 @@ def main() -> None:
     out, number = Path(args.out), args.batch
     if not 0 <= number < config.train.steps:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
-    if out.suffix != ".html":
-        raise UserError(f"--out: expected a file ending in .html, found {args.out}")
-    if not out.parent.is_dir() or out.is_dir():  # now, not when the data have been read
-        raise UserError(f"--out: expected a file in a directory that is there, found {args.out}")
+    check_out(out, ".html")
     data = open_training_data(begin_with_run(config))
     batch, report = data.batches.dataset()[number], Report()
     for said in batch.pop("report"):
@@ -85,6 +82,8 @@ def main() -> None:
     page = render(batch, data.model_config.num_visual_tokens, decode, header, args.packs)
     out.write_text(page, encoding="utf-8")
     total = len(batch["pixel_values"])
+    for line in report.lines("conversation") if report.skipped or report.warned else ():
+        print(f"batch {number}: {line.strip()}")
     print(f"written: {out} ({min(args.packs, total)} of {count_of(total, 'pack')} of batch {number})")
 
 

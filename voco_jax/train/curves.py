@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 import numpy as np
 
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.options import Parser
+from voco_jax.options import Parser, check_out
 from voco_jax.progress import duration, short
 from voco_jax.train.goodput import CATEGORIES, LABELS, read_seconds, share
 from voco_jax.train.writers import read_metrics
@@ -164,6 +164,8 @@ def main() -> None:
     if len(args.run) > 1 and args.out is None:
         raise UserError("--out: expected a file for the picture of several runs, found none")
     out = args.out or args.run[0] / "curves.png"
+    if args.out is not None:
+        check_out(out, ".png", ".svg", ".pdf", ".jpg")
     draw_curves([read_history(run) for run in args.run], out)
     print(f"written: {out}")
 
