@@ -114,9 +114,11 @@ def test_a_command_with_arguments_of_its_own():
 def test_a_config_file_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--config=FILE is missing, for example --config=easyvqa"):
         parse()
-    with pytest.raises(UserError, match=r"--config=nothing.py: .* one of easyvqa, .*, voco_llama31_8b; found none"):
+    with pytest.raises(UserError, match=r"--config=easyvqaa: not found; .*; did you mean easyvqa\?$"):
+        parse("--config=easyvqaa")
+    with pytest.raises(UserError, match=r"--config=nothing.py: not found; .* one of easyvqa, .*, voco_llama31_8b$"):
         parse("--config=nothing.py")
-    with pytest.raises(UserError, match=f"--config={tmp_path}: expected a Python file or one of .*; found a directory"):
+    with pytest.raises(UserError, match=f"--config={tmp_path}: is a directory; expected a Python file or one of "):
         parse(f"--config={tmp_path}")
 
 

@@ -6,6 +6,7 @@ What is wrong in the file is said with the file and its line, what is wrong on t
 import argparse
 import ast
 from collections.abc import Callable, Sequence
+import difflib
 import functools
 import importlib.machinery
 import inspect
@@ -198,9 +199,11 @@ def _find(path: str) -> tuple[Path, list[str]]:
     name, *parameter = [path] if Path(path).exists() else path.split(":", 1)
     file = Path(name) if Path(name).is_file() else configs.find(name)
     if file is None:
-        found = "a directory" if Path(name).is_dir() else "none"
+        found = "is a directory" if Path(name).is_dir() else "not found"
+        near = difflib.get_close_matches(name, configs.names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"{_CONFIG}={path}: expected a Python file or one of {', '.join(configs.names())}; found {found}"
+            f"{_CONFIG}={path}: {found}; expected a Python file or one of {', '.join(configs.names())}{hint}"
         )
     return file, parameter
 

@@ -77,9 +77,9 @@ def test_a_single_row(content, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "rows.json: expected a JSON array or a row a line, found none"),
-        (b"\xef\xbb\xbf\n \r\n", "rows.json: expected a JSON array or a row a line, found none"),
-        (b" [ ]", "rows.json: expected a JSON array or a row a line, found none"),
+        (b"", "rows.json: expected rows, as a JSON array or one a line; found none"),
+        (b"\xef\xbb\xbf\n \r\n", "rows.json: expected rows, as a JSON array or one a line; found none"),
+        (b" [ ]", "rows.json: expected rows, as a JSON array or one a line; found none"),
         (b'[{"a": 1}, {"a": ', "Expecting value, at byte 11, after 1 rows"),
         (b'[{"a": 1} {"a": 2}]', "expected , or ], at byte 10, after 1 rows"),
         (b'["\xc3\xa9\xc3\xa9", oops]', "Expecting value, at byte 9, after 1 rows"),
@@ -109,7 +109,7 @@ HOSTILE = {
     "expected rows of questions, found 10000 rows of 2.0 bytes": b"[" + b"1," * 200_000 + b"1]",
     "expected rows of questions, found 10000 rows of 3.0 bytes": b"[" + (ROW + b",") * 10_000 + b"{}," * 20_000 + b"1]",
     "expected rows of questions, found 100000 rows of ": b"1\n" * 100_000,
-    "expected a JSON array or a row a line, found none": b"\n" * 10**6 + b" \r\n" * 1000,
+    "expected rows, as a JSON array or one a line; found none": b"\n" * 10**6 + b" \r\n" * 1000,
     "maximum recursion depth": b"[" * 10**6,
 }
 

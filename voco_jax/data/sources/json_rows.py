@@ -54,7 +54,7 @@ class JsonRows:
             kind = TryAgain if passing(error) else UserError
             raise kind(f"{file}: {reason(error)}; expected a .json or .jsonl file") from None
         if not len(self.spans):
-            raise UserError(f"{file}: expected a JSON array or a row a line, found none")
+            raise UserError(f"{file}: expected rows, as a JSON array or one a line; found none")
         self._descriptor: tuple[int, int] | None = None
 
     def __len__(self):
