@@ -1,11 +1,13 @@
 """Signals at moments at which Python's own way ends in a stack trace or a crash: a line and a status, nothing else."""
 
+import gc
 import os
 from pathlib import Path
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,6 +37,41 @@ def told(command: list, sent: signal.Signals, moment: str, **environment) -> Non
     assert process.returncode == STATUS[sent], rest
     assert re.match(rf"{LINE[sent]}(: |$)", rest.splitlines()[-1])  # a training says how to go on
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("place", ["while garbage is collected", "in __del__"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_where_python_ignores_exceptions(monkeypatch, place, sent):
+    """As jax's callback of the garbage collector: what a handler raises there is printed, and the work goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+
+    def interrupt(*_):
+        os.kill(os.getpid(), sent)
+        time.sleep(0.01)  # the handler runs here
+
+    class Ending:
+        def __del__(self):
+            interrupt()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupts, "_at_once", dict.fromkeys(STATUS, False))
+        signal.signal(signal.SIGINT, interrupts.on_signal)
+        interrupts.exit_on_sigterm()
+        try:
+            with pytest.raises((KeyboardInterrupt, SystemExit)) as raised:
+                if place == "in __del__":
+                    Ending()
+                else:
+                    gc.callbacks.append(interrupt)
+                    gc.collect()
+                time.sleep(2)
+        finally:
+            if interrupt in gc.callbacks:
+                gc.callbacks.remove(interrupt)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    assert raised.type is (KeyboardInterrupt if sent == signal.SIGINT else SystemExit)
+    assert sent == signal.SIGINT or raised.value.code == 143
 
 
 @pytest.mark.multiprocess

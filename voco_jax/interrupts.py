@@ -8,6 +8,7 @@ once where there is nothing to save and nothing to tidy up. Elsewhere Ctrl-C is 
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from typing import NoReturn
 
 from voco_jax.terminal import printable
@@ -103,14 +105,32 @@ def _line(number: int) -> str:
         return f"interrupted ({type(error).__name__}: {error})".splitlines()[0]
 
 
-def on_signal(number: int, _) -> None:
+def on_signal(number: int, frame: types.FrameType | None) -> None:
     """Handler: ends the process where that is to be; else Ctrl-C raises, and SIGTERM waits to be asked for."""
     number = signal.Signals(number)
     if _at_once[number]:
         end(_STATUS[number], _line(number))
     if number == signal.SIGINT:
         _raised.set()
-        raise KeyboardInterrupt
+        _raise(KeyboardInterrupt(), frame)
+
+
+def exit_on_sigterm() -> None:
+    """From now on SIGTERM is a SystemExit in the main thread: what was begun is tidied up on the way out."""
+    signal.signal(signal.SIGTERM, lambda _, frame: _raise(SystemExit(128 + signal.SIGTERM), frame))
+
+
+def _raise(error: BaseException, frame: types.FrameType | None) -> None:
+    """Raise out of a handler that interrupted `frame`, at once or a moment later: Python ignores what is raised while
+    it collects garbage (jax has a callback there) or in a `__del__`."""
+    callbacks, above = [getattr(callback, "__code__", None) for callback in gc.callbacks], frame
+    while above is not None:
+        if above.f_code in callbacks or above.f_code.co_name == "__del__":
+            signal.signal(signal.SIGALRM, lambda _, frame: _raise(error, frame))
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        above = above.f_back
+    raise error
 
 
 def end(status: int, line: str = "") -> NoReturn:

@@ -455,9 +455,8 @@ def test_killed_on_the_way(tmp_path, convert):  # noqa: F811
         while not list(tmp_path.glob(".run.*/checkpoints")):
             assert process.poll() is None, "over before it could be killed"
             time.sleep(0.01)
-        time.sleep(0.2)
         process.send_signal(sent)
-        process.wait()
+        assert process.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9}[sent]
         assert not run.exists()
         if sent == signal.SIGTERM:
             assert os.listdir(tmp_path) == ["source"]

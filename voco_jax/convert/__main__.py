@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 import shlex
-import signal
 import sys
 from typing import Any
 
@@ -29,6 +28,7 @@ from voco_jax.convert.to_jax import Options, to_jax
 from voco_jax.convert.verify import open_side, verify
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.interrupts import exit_on_sigterm
 from voco_jax.io.tensors import DTYPES
 from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.options import Parser, at_least_1
@@ -127,7 +127,7 @@ def source_of(args: argparse.Namespace, paths: list[Path]) -> Source:
 @one_line_errors
 def main() -> None:
     args = make_parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is tidied up on the way out
+    exit_on_sigterm()
     if args.command == "inspect" and len(args.paths) == 1 and (args.paths[0] / "checkpoints").is_dir():
         print(describe_run(args.paths[0]))
     elif args.command == "inspect":

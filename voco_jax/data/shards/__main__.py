@@ -15,7 +15,6 @@ from collections.abc import Callable
 import contextlib
 import math
 import os
-import signal
 import sys
 from typing import Any
 
@@ -30,6 +29,7 @@ from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.interrupts import exit_on_sigterm
 from voco_jax.io.paths import absolute, as_path
 from voco_jax.options import Parser
 from voco_jax.terminal import count_of, printable
@@ -159,7 +159,7 @@ def main() -> None:
     if arguments[:1] == ["--check"]:
         arguments[0] = "check"
     args = make_parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is tidied up on the way out
+    exit_on_sigterm()
     if args.command == "check":
         run_check(args)
     else:
