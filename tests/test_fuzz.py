@@ -27,6 +27,7 @@ class Faulty(Target):
         return "", reads[int(rng.bit_generator.seed_seq.entropy[-1])]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_noticed():
     report = run("tests.test_fuzz:Faulty", range(9), seconds=5)
     expected = [SOUND, REFUSED, TRACEBACK, HANG, OVER, SILENT, TRACEBACK, TRACEBACK, TRACEBACK]

@@ -116,6 +116,7 @@ def test_round_trip(golden_run, tmp_path, convert, format_name, monkeypatch, cap
         )
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary(golden_run, tmp_path, convert, monkeypatch, capsys):
     """Zeros in our checkpoint, nothing of them in what is written: values and shapes are the original's, to the bit."""
     unpadded, run, voco, hf = (tmp_path / name for name in ("unpadded", "run", "voco", "hf"))

@@ -64,7 +64,7 @@ def open_both(root):
     return [LlavaSource(f"{root}/mix.json", f"{root}/img"), VideoQuestionSource(f"{root}/qa.jsonl", f"{root}/clips")]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_batches_as_from_a_disk(server, files, small_tokenizer, tmp_path, workers):
     """Pictures and videos, loaded by threads and by worker processes."""
     encoder = Encoder(

@@ -236,6 +236,7 @@ def built_slowly(tmp_path_factory, images) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_and_run_again(sent, built_slowly, tmp_path, run):
     """Finished shards stay as they are, and in the end there is what an undisturbed build makes."""

@@ -159,6 +159,7 @@ def shared_memory() -> bool:
     return "/dev/shm/psm_" in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.slow
 def test_no_shared_memory_stays(source, encoder, tmp_path):
     """Neither of what was taken, which is still held, nor of what was made ahead; at the end of the data and before."""
     for num_batches in 4, 1000:

@@ -202,6 +202,7 @@ def test_frames_in_any_order_do_not_tell(shapes):
         assert lengths == [1, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_same_with_any_number_of_processes(clips, tmp_path):
     command = [sys.executable, TOOL, tmp_path / "again", *AMOUNT, "--workers", "1"]
     subprocess.run(command, check=True, capture_output=True)

@@ -38,7 +38,10 @@ def test_loss_and_gradients_are_the_same(remat):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
 
 
-@pytest.mark.parametrize(("unroll", "policies"), [(False, [*REMAT, "none"]), (True, ["full", "dots", "none"])])
+@pytest.mark.parametrize(
+    ("unroll", "policies"),
+    [pytest.param(False, [*REMAT, "none"], marks=pytest.mark.slow), (True, ["full", "dots", "none"])],
+)
 def test_each_policy_computes_less_again_than_the_one_above(unroll, policies):
     """Matrix products in the gradient's program."""
     products = []
