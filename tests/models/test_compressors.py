@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from voco_jax.models.compressors import COMPRESSORS, AveragePool, QFormer
-from voco_jax.models.config import VoCoConfig
+from voco_jax.models.config import VoCoConfig, model_error
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 
@@ -71,3 +71,15 @@ def test_what_each_compressor_puts_into_the_read_stream():
         "average_pool": (2, 0, False, False, False),
         "qformer": (2, 0, False, False, False),
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("num_voco_tokens: expected 1, found 0"), "config.model.num_voco_tokens: expected 1, found 0"),
+        (ValueError("of jax\nand more"), "config.model: of jax"),
+        (NotImplementedError(), "config.model: NotImplementedError"),
+    ],
+)
+def test_errors_of_a_model_in_a_line(error, line):
+    assert str(model_error(error)) == line

@@ -119,6 +119,6 @@ class VoCoConfig(ModelConfig):
 def model_error(error: Exception) -> UserError:
     """The error to raise where a model cannot be made or traced. Our own messages begin with the key in `config.model`;
     others are jax's."""
-    line = str(error).splitlines()[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]  # jax raises some without a text
     is_ours = line.partition(":")[0] in all_keys(ModelConfig())
     return UserError(f"config.model.{line}" if is_ours else f"config.model: {line}")
