@@ -78,6 +78,25 @@ def test_causal_in_packed_rows(adapter, heads):
     compare(functools.partial(adapter.causal, segment_ids=ids), random_inputs(rng, 2, 250, *heads), visible_in(ids))
 
 
+@pytest.mark.parametrize("adapter", [xla, splash])
+@pytest.mark.parametrize("length, before", [(128, 256), (150, 70), (300, 900)])
+def test_causal_after_other_keys(adapter, length, before):
+    """Segments see the keys before the row that are theirs, and some of these nobody sees."""
+    rng = np.random.default_rng(0)
+    ids, before_ids = packed(rng, 2, length), rng.integers(-1, 4, (2, before)).astype(np.int32)
+    q, _, _, weight = random_inputs(rng, 2, length, 4, 2, 64)
+    _, k, v, _ = random_inputs(rng, 2, before + length, 4, 2, 64)
+    all_ids = np.concatenate([before_ids, ids], axis=1)
+    visible = (ids[:, :, None] == all_ids[:, None]) & (
+        np.arange(before + length) <= np.arange(length)[:, None] + before
+    )
+
+    def attend(q, k, v):
+        return adapter.causal_after(q, k[:, before:], v[:, before:], ids, k[:, :before], v[:, :before], before_ids)
+
+    compare(attend, (q, k, v, weight), visible)
+
+
 @pytest.mark.parametrize("length", [128, 100])
 def test_splash_without_segments(length):
     inputs = random_inputs(np.random.default_rng(0), 1, length, 4, 2, 64)
@@ -115,6 +134,14 @@ for shape, size in (((2, 1, 2, 2), 64), ((1, 2, 2, 2), 128), ((2, 2, 1, 2), 64))
         place = lambda x, *spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, P(*spec)))
         heads = [place(x, ("data", "fsdp"), None, "tensor") for x in inputs]
         compare(lambda q, k, v: splash.causal(q, k, v, place(ids, ("data", "fsdp"))), heads, visible_in(ids))
+
+        visible = np.concatenate([np.zeros((rows, 256, 256), bool), visible_in(ids)], axis=2)
+        visible[:, :, :256] = ids[:, :, None] == ids[:, None, ::-1]
+        twice = [inputs[0], *(np.concatenate([x[:, ::-1], x], axis=1) for x in inputs[1:3]), inputs[3]]
+        heads = [place(x, ("data", "fsdp"), None, "tensor") for x in twice]
+        before = lambda *x: [y[:, :256] for y in x]
+        after = lambda q, k, v: splash.causal_after(q, k[:, 256:], v[:, 256:], ids, *before(k, v), ids[:, ::-1])
+        compare(after, heads, visible)
 
         chunks = np.arange(256)[None] // 100
         heads = [place(x, ("data", "fsdp", "frame"), None, "tensor") for x in inputs]
@@ -250,6 +277,35 @@ def test_cudnn_is_given_even_lengths_alone(length, is_packed, monkeypatch):
     for lowered in (text, chunked):
         calls = [line for line in lowered.splitlines() if "custom_call @__cudnn" in line]
         assert len(calls) == 2 and all(f"x{length + 1}x" in call and f"x{length}x" not in call for call in calls)
+
+
+@pytest.mark.parametrize("length, before", [(69, 31), (100, 70)])
+def test_cudnn_after_other_keys_is_given_even_lengths(length, before, monkeypatch):
+    """And with these an exact kernel gives what the odd ones ask for."""
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", CUDNN)
+    ids, before_ids = np.ones((2, length), np.int32), np.ones((2, before), np.int32)
+
+    def attend(q, k, v):
+        return cudnn.causal_after(q, k[:, before:], v[:, before:], ids, k[:, :before], v[:, :before], before_ids)
+
+    q, k, v = shaped(length=length)[0], *shaped(length=before + length)[1:3]
+    with described_mesh(*GPU):
+        text = lowered_gradient(attend, (q, k, v), "cuda")
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
+    padded = length + length % 2, before + before % 2 + length + length % 2
+    assert len(calls) == 2 and all(f"x{places}x" in call for call in calls for places in padded)
+
+    def exact(q, k, v, mask):
+        assert (q.shape[1], k.shape[1]) == padded
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    monkeypatch.setattr(cudnn, "_check_request", lambda q: None)
+    monkeypatch.setattr(cudnn, "_masked", exact)
+    rng = np.random.default_rng(0)
+    q, _, _, weight = random_inputs(rng, 2, length, 4, 2, 32)
+    _, k, v, _ = random_inputs(rng, 2, before + length, 4, 2, 32)
+    visible = np.tri(length, before + length, before, dtype=bool) * np.ones((2, 1, 1), bool)
+    compare(attend, (q, k, v, weight), visible)
 
 
 def test_what_cudnn_refuses_is_one_line_at_set_up(monkeypatch):

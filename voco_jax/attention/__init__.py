@@ -2,8 +2,9 @@
 
 `config.model.attention` names the adapter, `get_adapter` finds it, and `Adapter` says what one must do. Which keys a
 query may see depends on the function alone: `full` (the vision tower), `chunked` (the compress stream), `causal` (the
-read stream) or `cached` (inference). `models/vit.py` and `models/voco.py` call them. (The Q-Former is a baseline, and
-has Flax's own attention.) To add a kernel, write a module with the same functions and name it in `ADAPTERS`.
+read stream), `causal_after` (text that reads images whole) or `cached` (inference). `models/vit.py` and
+`models/voco.py` call them. (The Q-Former is a baseline, and has Flax's own attention.) To add a kernel, write a module
+with the same functions and name it in `ADAPTERS`.
 
 | adapter  | platform                  | causal, chunked                   | rows of images          |
 |----------|---------------------------|-----------------------------------|-------------------------|
@@ -41,6 +42,16 @@ class Adapter(Protocol):
         """Query i sees key j where j ≤ i and both are in the same segment; shapes as `full`.
 
         segment_ids are integers [R, T]; None means one segment a row. Padding is a segment like any other.
+        """
+
+    def causal_after(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+        before_k: jax.Array, before_v: jax.Array, before_ids: jax.Array, /,
+    ) -> jax.Array:  # fmt: skip
+        """As `causal`, but queries also see the keys that stand before the row, of their own segment.
+
+        before_k and before_v are [R, A, G, H], before_ids integers [R, A]; keys of an id that no query has are seen by
+        nobody.
         """
 
     def chunked(self, q: jax.Array, k: jax.Array, v: jax.Array, /, chunk: int) -> jax.Array:

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.attention.platform import platform
-from voco_jax.attention.xla import cached, each_chunk, full, row_shape
+from voco_jax.attention.xla import cached, each_chunk, full, joined, row_shape
 from voco_jax.outages import first_line
 
-__all__ = ["FUSED", "PLATFORM", "cached", "causal", "check", "chunked", "evenly", "full", "row_shape"]
+__all__ = ["FUSED", "PLATFORM", "cached", "causal", "causal_after", "check", "chunked", "evenly", "full", "row_shape"]
 
 PLATFORM: str | None = "gpu"
 FUSED: bool = True
@@ -30,14 +30,40 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
 
     ValueError: not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses.
     """
+    _check_request(q)
+    try:
+        return evenly(_fused)(q, k, v, segment_ids)
+    except (NotImplementedError, RuntimeError) as error:  # what depends on the GPU and on cuDNN's version
+        raise ValueError(f"attention: 'cudnn': {first_line(error)}") from error
+
+
+def _check_request(q: jax.Array) -> None:
     _check_platform()
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention: 'cudnn' computes in bfloat16 or float16, found {q.dtype}: set model.dtype")
     if q.shape[-1] % 8:
         raise ValueError(f"attention: 'cudnn' needs heads of a multiple of 8 dimensions, found {q.shape[-1]}")
+
+
+def causal_after(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+    before_k: jax.Array, before_v: jax.Array, before_ids: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Causal attention inside segments, after keys that stand before the row; ValueError as `causal`.
+
+    All of it is a boolean mask, as packed text is.
+    """
+    _check_request(q)
+    # Even lengths: one place more, which the queries before it never see, and one key more, which nobody sees
+    T, A = q.shape[1], before_k.shape[1]
+    pad = lambda x, length, **kwargs: jnp.pad(x, [(0, 0), (0, length % 2)] + [(0, 0)] * (x.ndim - 2), **kwargs)  # noqa: E731
+    k, v, mask = joined(
+        pad(k, T), pad(v, T), pad(segment_ids, T),
+        pad(before_k, A), pad(before_v, A), pad(before_ids, A, constant_values=-1),
+    )  # fmt: skip
     try:
-        return evenly(_fused)(q, k, v, segment_ids)
-    except (NotImplementedError, RuntimeError) as error:  # what depends on the GPU and on cuDNN's version
+        return _masked(pad(q, T), k, v, mask)[:, :T]
+    except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"attention: 'cudnn': {first_line(error)}") from error
 
 
@@ -104,3 +130,7 @@ def evenly(attend: Callable) -> Callable:
 def _fused(q, k, v, segment_ids):
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _masked(q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")

@@ -18,7 +18,19 @@ import numpy as np
 from voco_jax.attention.platform import platform
 from voco_jax.attention.xla import cached, check, full
 
-__all__ = ["FUSED", "PLATFORM", "Blocks", "cached", "causal", "check", "choose_blocks", "chunked", "full", "row_shape"]
+__all__ = [
+    "FUSED",
+    "PLATFORM",
+    "Blocks",
+    "cached",
+    "causal",
+    "causal_after",
+    "check",
+    "choose_blocks",
+    "chunked",
+    "full",
+    "row_shape",
+]
 
 PLATFORM: str | None = "tpu"
 FUSED: bool = True
@@ -62,6 +74,35 @@ class Blocks(NamedTuple):
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Causal attention inside segments. ValueError: what `_attend` refuses."""
     return _attend(q, k, v, segment_ids, None, ("data", "fsdp"))
+
+
+def causal_after(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+    before_k: jax.Array, before_v: jax.Array, before_ids: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Causal attention inside segments, after keys that stand before the row. ValueError: what `_attend` refuses."""
+    length, num_before = q.shape[1], before_k.shape[1]
+    if not num_before:
+        return causal(q, k, v, segment_ids)
+    places, before = (-(-size // LANES) * LANES for size in (length, num_before))
+    _check_heads(q, k)
+    kernel = _kernel_after(places, before, interpret=platform() == "cpu")
+
+    def pad(x, axis, to, value=0):
+        return jnp.pad(x, [(0, to - x.shape[axis] if i == axis else 0) for i in range(x.ndim)], constant_values=value)
+
+    def attend(q, k, v, ids, before_k, before_v, before_ids):
+        q = pad(jnp.swapaxes(q * q.shape[-1] ** -0.5, 1, 2), 2, places)
+        k, v = (
+            jnp.concatenate([pad(b, 1, before), pad(x, 1, places)], axis=1).swapaxes(1, 2)
+            for b, x in ((before_k, k), (before_v, v))
+        )
+        ids, before_ids = pad(ids, 1, places), pad(before_ids, 1, before, value=-1)
+        ids = kernels.SegmentIds(ids, jnp.concatenate([before_ids, ids], axis=1))
+        with jax.named_scope(_blocks_after(places, before).scope):
+            return jnp.swapaxes(jax.vmap(kernel)(q, k, v, ids)[:, :, :length], 1, 2)
+
+    return _on_each_device(attend, ("data", "fsdp"), q, k, v, segment_ids, before_k, before_v, before_ids)
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
@@ -203,7 +244,29 @@ def _kernel(length: int, chunk: int | None, interpret: bool) -> kernels.SplashAt
     """For any number of heads: all have the same mask."""
     if length >= 1 << 15:
         raise ValueError(f"attention: 'splash' takes rows of less than {1 << 15} places, found {length}")
-    blocks = choose_blocks(length, chunk)
+    causal = masks.CausalMask((length, length)) if chunk is None else _Chunks(length, chunk)
+    return _kernel_of(causal, choose_blocks(length, chunk), interpret)
+
+
+@cache
+def _kernel_after(length: int, before: int, interpret: bool) -> kernels.SplashAttentionKernel:
+    """For queries of a row of `length` places that come after so many keys; both are multiples of 128."""
+    mask = masks.CausalMask((length, before + length), offset=before)
+    return _kernel_of(mask, _blocks_after(length, before), interpret)
+
+
+@cache
+def _blocks_after(length: int, before: int) -> Blocks:
+    """Blocks of `causal_after`: as large as divides, up to 512 queries and 1024 keys. Nearly all are visited."""
+    bq, bk = (
+        max(side for side in range(LANES, most + 1, LANES) if size % side == 0)
+        for size, most in ((length, 512), (before + length, 1024))
+    )
+    visits = sum(-(-(before + end) // bk) for end in range(bq, length + 1, bq))
+    return Blocks((bq, bk), visits, (bq, bk), visits, fused=False)
+
+
+def _kernel_of(mask: masks.Mask, blocks: Blocks, interpret: bool) -> kernels.SplashAttentionKernel:
     (bq, bk), (bq_back, bk_back) = blocks.forward, blocks.backward
     sizes = kernels.BlockSizes(
         block_q=bq,
@@ -216,13 +279,12 @@ def _kernel(length: int, chunk: int | None, interpret: bool) -> kernels.SplashAt
         block_kv_dq=None if blocks.fused else bk_back,
         use_fused_bwd_kernel=blocks.fused,
     )
-    causal = masks.CausalMask((length, length)) if chunk is None else _Chunks(length, chunk)
     # `make_splash_mha` would put the arrays that say which blocks to visit on a device of the ambient mesh, where
     # ahead-of-time compilation has none. As numpy arrays they are constants of whatever is being traced.
-    mask = masks.MultiHeadMask([causal])
-    forward, mask_function = mask_info.process_mask(mask, blocks.forward)
-    dq = None if blocks.fused else mask_info.process_mask(mask, blocks.backward)[0]
-    dkv, _ = mask_info.process_mask_dkv(mask, blocks.backward, shrink_grid=not blocks.fused)
+    of_heads = masks.MultiHeadMask([mask])
+    forward, mask_function = mask_info.process_mask(of_heads, blocks.forward)
+    dq = None if blocks.fused else mask_info.process_mask(of_heads, blocks.backward)[0]
+    dkv, _ = mask_info.process_mask_dkv(of_heads, blocks.backward, shrink_grid=not blocks.fused)
     return kernels.SplashAttentionKernel(
         forward,
         dq,
@@ -245,14 +307,10 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     ValueError: another platform than TPU and CPU; a mesh that does not divide rows or heads; heads that do not go
     into groups.
     """
-    if (found := platform()) not in ("tpu", "cpu"):
-        raise ValueError(f"attention: 'splash' needs a TPU (or a CPU, to test), found platform {found!r}")
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if heads % kv_heads:
-        raise ValueError(f"attention: 'splash' needs a multiple of the {kv_heads} key-value heads, found {heads} heads")
+    _check_heads(q, k)
     length = q.shape[1]
     places = padded_length(length, chunk)
-    kernel = _kernel(places, chunk, interpret=found == "cpu")
+    kernel = _kernel(places, chunk, interpret=platform() == "cpu")
 
     def pad(x, axis):  # what stands behind a row's end is in the future of its queries
         return jnp.pad(x, [(0, places - length if i == axis else 0) for i in range(x.ndim)])
@@ -264,9 +322,24 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
         with jax.named_scope(choose_blocks(places, chunk).scope):
             return jnp.swapaxes(jax.vmap(kernel)(*rows, ids)[:, :, :length], 1, 2)
 
+    arrays = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
+    return _on_each_device(attend, row_axes, *arrays)
+
+
+def _check_heads(q, k) -> None:
+    if (found := platform()) not in ("tpu", "cpu"):
+        raise ValueError(f"attention: 'splash' needs a TPU (or a CPU, to test), found platform {found!r}")
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"attention: 'splash' needs a multiple of the {kv_heads} key-value heads, found {heads} heads")
+
+
+def _on_each_device(attend, row_axes: tuple[str, ...], q, k, *arrays) -> jax.Array:
+    """`attend(q, k, *arrays)` on each device's rows and heads; arrays [R, ·] are of rows alone."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return attend(q, k, v, segment_ids)
+        return attend(q, k, *arrays)
+    heads, kv_heads = q.shape[2], k.shape[2]
     shards = int(np.prod([mesh.shape[axis] for axis in row_axes]))
     if len(q) % shards:
         raise ValueError(
@@ -280,6 +353,5 @@ def _attend(q, k, v, segment_ids, chunk, row_axes: tuple[str, ...]) -> jax.Array
     P = jax.sharding.PartitionSpec
     spec = P(row_axes, None, "tensor", None)
     # The kernel is a constant of the mapped function: every device gets all of its masks, as all heads share them.
-    arrays = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
-    specs = (spec, spec, spec, P(row_axes, None))[: len(arrays)]
-    return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
+    specs = tuple(spec if x.ndim == 4 else P(row_axes, None) for x in (q, k, *arrays))
+    return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(q, k, *arrays)

@@ -23,6 +23,24 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), "context")
 
 
+def causal_after(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+    before_k: jax.Array, before_v: jax.Array, before_ids: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Causal attention inside segments, after keys that stand before the row."""
+    k, v, mask = joined(k, v, segment_ids, before_k, before_v, before_ids)
+    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask), "context")
+
+
+def joined(k, v, segment_ids, before_k, before_v, before_ids) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values of `causal_after` in one row [R, A + T, G, H], and its mask [R, 1, T, A + T]."""
+    ids = jnp.concatenate([before_ids, segment_ids], axis=1)
+    T, places = segment_ids.shape[1], jnp.arange(ids.shape[1])
+    is_earlier = places <= jnp.arange(T)[:, None] + before_ids.shape[1]
+    mask = is_earlier & (segment_ids[..., None] == ids[:, None])
+    return jnp.concatenate([before_k, k], axis=1), jnp.concatenate([before_v, v], axis=1), mask[:, None]
+
+
 def full(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of all queries to all keys."""
     if _in_blocks(q):

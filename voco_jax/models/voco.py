@@ -25,6 +25,7 @@ Shapes, everywhere in models, attention and parallel:
     V  vocabulary     V' the same, padded so that it divides over devices
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ import jax.numpy as jnp
 from voco_jax.attention import get_adapter
 from voco_jax.models.config import VoCoConfig
 from voco_jax.models.llama import Llama, apply_rope, rope_tables
+from voco_jax.models.patch_attention import look_compressed, look_whole
 from voco_jax.models.projector import Projector
+from voco_jax.models.read import Read, WholeLayout, whole_layout
 from voco_jax.models.stack import scan_layers
 from voco_jax.models.vit import ViT
 from voco_jax.parallel.mesh import IMAGES, ROWS, axis_size, constrain
@@ -62,13 +65,30 @@ class Cache(NamedTuple):
     values: jax.Array
 
 
-class Read(NamedTuple):
-    """A batch of read rows, all integers [R, T]; R/B consecutive rows share one row's images (often R = B)."""
+class ReadOutput(NamedTuple):
+    """What the read stream leaves: `hidden` [R, T, D] before the final norm; where they are asked for, `layers`
+    [L, R, T, D], the hidden states after each layer, and `attention` [L-1, B, I, P] (float32) to each image's patches.
 
-    tokens: jax.Array  # ids
-    positions: jax.Array
-    segment_ids: jax.Array | None  # tokens see only their own segment; None: one segment a row
-    slot_index: jax.Array | None  # of a visual token: which of its row's I·M, image by image; of text -1 (None: all)
+    `attention` is a distribution over an image's patches (zeros where nobody looks at the image), the mean over heads
+    and tokens that look: compressed the K VoCo tokens, whole the text's. The compress stream's last layer has none.
+    """
+
+    hidden: jax.Array
+    layers: jax.Array | None = None
+    attention: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """How text reads images whole (`read.py`): a read row has room for `most` of them.
+
+    `constant`: nothing in this stream has a gradient. `slots_per_image`: of the rows, where they are another model's
+    (None: K).
+    """
+
+    most: int
+    constant: bool = False
+    slots_per_image: int | None = None
 
 
 class VoCoLlama(nnx.Module):
@@ -97,8 +117,8 @@ class VoCoLlama(nnx.Module):
     def read(self, read: Read, memory: Memory) -> jax.Array:
         """As `hidden`, of rows whose images were compressed before, into a memory [L, B, I·K, G, H]."""
         self._require_memory("read")
-        _, hidden, _ = self._run(None, read, self._read_inputs(read, None), memory=memory)
-        return hidden
+        read_to_end = self._run(None, read, self._read_inputs(read, None), memory=memory).read
+        return read_to_end.hidden
 
     def encode_images(self, pixel_values: jax.Array) -> jax.Array:
         """Embeddings [B, I, P, D] of pictures [B, I, height, width, 3]; [B, I, M, D] with a compressor of its own."""
@@ -111,23 +131,44 @@ class VoCoLlama(nnx.Module):
 
     def _hidden(self, read: Read, features: jax.Array | None) -> jax.Array:
         compress = self._compress_rows(features) if self.config.has_memory and features is not None else None
-        _, hidden, _ = self._run(compress, read, self._read_inputs(read, features))
-        return hidden
+        return self._run(compress, read, self._read_inputs(read, features)).read.hidden
+
+    def streams(
+        self, read: Read, pixel_values: jax.Array | None, *,
+        compressed: bool = True, whole: Whole | None = None, layers: bool = False, queries: jax.Array | None = None,
+    ) -> tuple[ReadOutput | None, ReadOutput | None]:  # fmt: skip
+        """Read rows twice beside one compress stream: through the VoCo tokens (`compressed`) and, with `whole`, whole.
+
+        `layers` and `queries` ask for what `ReadOutput` can have; queries are places [R, Q] of text tokens whose
+        attention to the patches is wanted (-1: none). ValueError for `whole` or `queries` without a compress stream.
+        """
+        c = self.config
+        if whole is not None or queries is not None:
+            self._require_memory("streams with whole images")
+        features = self.encode_images(pixel_values) if pixel_values is not None and pixel_values.shape[1] else None
+        compress = self._compress_rows(features) if c.has_memory and features is not None else None
+        layout = None
+        if whole is not None:
+            layout = whole_layout(read, whole.slots_per_image or c.num_voco_tokens, whole.most, c.compress_length)
+        embedded = self._read_inputs(read, features)
+        constant = whole is not None and whole.constant
+        out = self._run(
+            compress, read, embedded,
+            compressed=compressed, whole=layout, constant=constant, layers=layers, queries=queries,
+        )  # fmt: skip
+        return out.read, out.whole
 
     def compress(self, features: jax.Array) -> Memory:
         """The memory of the images whose embeddings are [B, I, P, D]."""
         self._require_memory("compress")
-        _, _, memory = self._run(self._compress_rows(features))
-        return memory
+        return self._run(self._compress_rows(features)).memory
 
     def compress_logits(self, features: jax.Array) -> jax.Array:
         """Logits [B, I, S, V] of the compress stream itself, to be compared with other implementations."""
         self._require_memory("compress_logits")
         rows = self._compress_rows(features)
-        hidden, _, _ = self._run(rows, run_last_layer=True)
-        length = self.config.compress_length
-        segments = hidden[:, : rows.segments_per_row * length].reshape(-1, length, hidden.shape[-1])
-        return self.llama.logits(by_row(segments, *rows.images))
+        hidden = self._run(rows, run_last_layer=True).rows
+        return self.llama.logits(rows.segments(hidden, self.config.compress_length))
 
     # ---- Inputs of the streams ---------------------------------------------------------------------------------
 
@@ -169,52 +210,96 @@ class VoCoLlama(nnx.Module):
         self,
         compress: "CompressRows | None",
         read: Read | None = None,
-        read_embeddings: jax.Array | None = None,
+        embedded: jax.Array | None = None,
         *,
+        compressed: bool = True,
         memory: Memory | None = None,
+        whole: WholeLayout | None = None,
+        constant: bool = False,
+        layers: bool = False,
+        queries: jax.Array | None = None,
         run_last_layer: bool = False,
-    ) -> Any:  # a tuple, of which each caller knows which are there
-        """Run the given streams through all layers; `compress` makes the memory that `read` uses, if none is given.
+    ) -> "_Streams":
+        """Run the given streams through all layers, side by side.
 
-        Returns the compress stream's hidden states [compress rows, C, D], the read stream's [R, T, D] and the memory
-        that was made; None where there is nothing.
+        `compress` makes the memory that `read`, whose inputs are `embedded` [R, T, D], uses if none is given. With
+        `whole`, their layout, the same rows are read whole too (`constant`: without gradients); where not `compressed`,
+        whole alone.
         """
         c, adapter, S = self.config, self.attention, self.config.compress_length
+        looks = queries is not None and compress is not None
+        patches = slice(len(c.prefix_ids), len(c.prefix_ids) + c.vision.num_features)  # of a segment
         if compress is not None:
             compress_rope = rope_tables(c.llama, jnp.arange(compress.rows.shape[1]) % S)
-        if read is not None:
+        if read is not None and compressed:
             read_rope = rope_tables(c.llama, read.positions)
+        if whole is not None:
+            whole_rope = rope_tables(c.llama, whole.positions)
+            image_positions = whole.first_positions[..., None] + jnp.arange(S)  # [R, N, S]
+            image_rope = rope_tables(c.llama, image_positions.reshape(len(image_positions), -1))
+            image_segments = jnp.repeat(whole.image_segments, S, axis=1)
 
         def rotate(q, k, v, rope):  # named for remat policies
             q, k = apply_rope(q, rope), apply_rope(k, rope)
             return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
         def body(layer, carry, kept, *, keys_and_values_only=False):
-            rows, x = carry
-            made = None
+            rows, x, w = carry
+            made = looked = None
+            images = []  # segments' keys and values, for text that reads them whole
             if compress is not None:
                 k, v = layer.project_kv(rows)
                 kept = made = Memory(*(compress.slots(m, S, c.num_voco_tokens) for m in (k, v)))
+                if whole is not None:
+                    images = [compress.segments(m, S) for m in (k, v)]
                 if not keys_and_values_only:
                     q, k, v = rotate(layer.project_q(rows), k, v, compress_rope)
                     rows = constrain(layer.finish(rows, adapter.chunked(q, k, v, S)), IMAGES)
-            if read is not None:
+                    if looks and compressed:
+                        looked = look_compressed(*(compress.segments(m, S) for m in (q, k)), c.num_voco_tokens, patches)
+                elif looks and compressed:
+                    looked = jnp.zeros((*compress.images, c.vision.num_features))
+            if read is not None and compressed:
                 q, (k, v) = layer.project_q(x), layer.project_kv(x)
                 if kept is not None:
                     k, v = (fill_slots(text, slots, read.slot_index) for text, slots in zip((k, v), kept, strict=True))
                 q, k, v = rotate(q, k, v, read_rope)
                 x = constrain(layer.finish(x, adapter.causal(q, k, v, read.segment_ids)), ROWS)
-            return (rows, x), made
+            whole_looked = None
+            if whole is not None:
+                if constant:
+                    layer, images = _constant(layer), [jax.lax.stop_gradient(m) for m in images]
+                q, k, v = rotate(layer.project_q(w), *layer.project_kv(w), whole_rope)
+                if compress is None:
+                    attended = adapter.causal(q, k, v, whole.segment_ids)
+                else:
+                    image_k, image_v = (take_images(m, whole.images) for m in images)
+                    image_k = apply_rope(image_k, image_rope)
+                    before = image_k, image_v, image_segments
+                    attended = adapter.causal_after(q, k, v, whole.segment_ids, *before)
+                    if looks:
+                        whole_looked = look_whole(q, image_k, queries, whole, patches, compress.images)
+                w = constrain(layer.finish(w, attended), ROWS)
+            return (rows, x, w), _OfLayer(made, *((x, w) if layers else (None, None)), looked, whole_looked)
 
         # Nobody reads the output of the compress stream's last layer: its keys and values are all it is for.
         shorten = compress is not None and not run_last_layer
-        carry = (None if compress is None else compress.rows, read_embeddings)
-        (rows, x), made = scan_layers(
+        whole_input = None
+        if whole is not None:
+            whole_input = jax.lax.stop_gradient(embedded) if constant else embedded
+        carry = (None if compress is None else compress.rows, embedded if compressed else None, whole_input)
+        (rows, x, w), of_layers = scan_layers(
             body, carry, self.llama.layers, memory,
             last=functools.partial(body, keys_and_values_only=True) if shorten else None,
             dtype=jnp.dtype(c.dtype), unroll=c.unroll_layers, remat=c.remat,
         )  # fmt: skip
-        return rows, x, made
+        seen, seen_whole = (None if s is None else s[:-1] for s in (of_layers.looked, of_layers.whole_looked))
+        return _Streams(
+            rows,
+            ReadOutput(x, of_layers.read, seen) if read is not None and compressed else None,
+            ReadOutput(w, of_layers.whole, seen_whole) if whole is not None else None,
+            of_layers.memory,
+        )
 
     # ---- For inference: the read stream with a cache -----------------------------------------------------------
 
@@ -300,6 +385,26 @@ class VoCoLlama(nnx.Module):
         return self.attention.FUSED and tokens >= LONG_PROMPT and 4 * places <= 5 * tokens
 
 
+class _Streams(NamedTuple):
+    """What the streams leave: the compress stream's hidden states [compress rows, C, D], what was read, and the memory
+    that was made; None where there is nothing."""
+
+    rows: Any
+    read: Any  # ReadOutput or None: each caller knows which
+    whole: Any
+    memory: Any
+
+
+class _OfLayer(NamedTuple):
+    """What a layer leaves beside the streams."""
+
+    memory: Memory | None
+    read: jax.Array | None
+    whole: jax.Array | None
+    looked: jax.Array | None
+    whole_looked: jax.Array | None
+
+
 class CompressRows(NamedTuple):
     """The compress stream's input: `rows` [compress rows, C, D], each with some images' segments, then padding.
 
@@ -317,6 +422,11 @@ class CompressRows(NamedTuple):
         x = by_row(x.reshape(-1, num_tokens, *x.shape[3:]), *self.images)
         # Over the frame axis this is where a row's frames meet, and all that ever travels of them.
         return constrain(x.reshape(len(x), -1, *x.shape[3:]), ROWS, None, "tensor")
+
+    def segments(self, x: jax.Array, segment_length: int) -> jax.Array:
+        """All places of each segment, [compress rows, C, ...] to [B, I, S, ...]."""
+        x = x[:, : self.segments_per_row * segment_length].reshape(-1, segment_length, *x.shape[2:])
+        return by_row(x, *self.images)
 
 
 def by_device(x: jax.Array) -> jax.Array:
@@ -342,3 +452,16 @@ def fill_slots(text: jax.Array, visual: jax.Array, slot_index: jax.Array) -> jax
     places = jnp.maximum(slot_index, 0).reshape(len(visual), -1)
     taken = jax.vmap(lambda rows, i: rows[i])(visual, places).reshape(R, T, *rest)
     return jnp.where(slot_index.reshape(R, T, *(1,) * len(rest)) >= 0, taken, text)
+
+
+def take_images(segments: jax.Array, images: jax.Array) -> jax.Array:
+    """Of segments [B, I, S, G, H] those of each read row's `images` [R, N], one after the other: [R, N·S, G, H]."""
+    (R, N), (B, _, S, *rest) = images.shape, segments.shape
+    taken = jax.vmap(lambda of_row, i: of_row[i])(segments, images.reshape(B, -1))
+    return constrain(taken.reshape(R, N * S, *rest), ROWS, None, "tensor")
+
+
+def _constant(module: nnx.Module) -> nnx.Module:
+    """The same parameters without gradients."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.lax.stop_gradient(state))
