@@ -95,7 +95,7 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
     """What `add_image_arguments` name; None for text alone."""
     if not (args.image or args.video or args.memory):
         return None
-    if args.tokens is not None and not model.config.has_memory:
+    if args.tokens is not None and not model.config.has_compress_stream:
         raise UserError(f"--tokens: {args.run} has no VoCo tokens (compressor {model.config.compressor!r})")
     check_tokens("--tokens", args.tokens, model.config.num_voco_tokens)
     if args.memory:

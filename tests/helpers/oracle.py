@@ -8,6 +8,9 @@ A sequence has every token, images and all:
     allowed(i, j), j ≤ i:   i in an image segment: j in the same segment
                             i text:                j text or VoCo
 
+With memories of embeddings the sequence is read twice: the VoCo tokens' last hidden states, normed and projected, are
+then ordinary tokens between the text, and no other token of an image segment is seen.
+
 With one image at the front this is the released code's mask. Every token has a position for reading, and inside an
 image segment one for compressing; keys are rotated by the one that the pair (i, j) calls for. In the released
 numbering both are the place in the sequence, and the model is an ordinary one.
@@ -64,6 +67,19 @@ def logits(params: dict, config, sequence: Sequence, features) -> jax.Array:
     embedded = llama["embed_tokens"]["embedding"][jnp.maximum(sequence.tokens, 0)]
     patches = features[sequence.patch[:, 0], sequence.patch[:, 1]]
     x = jnp.where((sequence.tokens >= 0)[:, None], embedded, patches)
+    if config.compressor == "voco_embedding":
+        w, is_voco = params["compressor"], sequence.is_voco
+        made = rms_norm(layers(llama, c, sequence, x), w["norm"]["scale"]) @ w["linear"]["kernel"] + w["linear"]["bias"]
+        x = jnp.where(is_voco[:, None], made, x)
+        segment = jnp.where(is_voco, -1, sequence.segment)
+        sequence = dataclasses.replace(sequence, segment=segment, is_voco=jnp.zeros_like(is_voco))
+    x = rms_norm(layers(llama, c, sequence, x), llama["norm"]["scale"])
+    head = llama["embed_tokens"]["embedding"].T if c.tie_word_embeddings else llama["lm_head"]["kernel"]
+    return x @ head
+
+
+def layers(llama: dict, c, sequence: Sequence, x: jax.Array) -> jax.Array:
+    """Hidden states [n, D] after all layers."""
     inside = (sequence.segment[:, None] == sequence.segment[None]) & (sequence.segment >= 0)[:, None]
     allowed = sequence.allowed()
     groups = c.num_attention_heads // c.num_key_value_heads
@@ -84,6 +100,4 @@ def logits(params: dict, config, sequence: Sequence, features) -> jax.Array:
         return x + (gate / (1 + jnp.exp(-gate)) * (y @ w["up_proj"]["kernel"])) @ w["down_proj"]["kernel"], None
 
     x, _ = jax.lax.scan(layer, x, llama["layers"])
-    x = rms_norm(x, llama["norm"]["scale"])
-    head = llama["embed_tokens"]["embedding"].T if c.tie_word_embeddings else llama["lm_head"]["kernel"]
-    return x @ head
+    return x

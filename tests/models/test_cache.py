@@ -30,6 +30,7 @@ CASES = {
     "voco, unrolled, no grouped heads": dict(
         num_voco_tokens=1, unroll_layers=True, llama=dataclasses.replace(CONFIG.llama, num_key_value_heads=4)
     ),
+    "embeddings": dict(compressor="voco_embedding", num_voco_tokens=2),
     "uncompressed": dict(compressor="none"),
 }
 
@@ -59,13 +60,17 @@ class Conversation:
                 for token in rng.integers(4, VOCAB - 1, what) if isinstance(what, int) else what:
                     self.parts.append((int(token), (0, 0), -1, False, 0))
                     put(int(token))
-            elif c.compressor == "voco":
+            elif c.has_compress_stream:
                 whole = [(t, (0, 0), self.segments, False) for t in c.prefix_ids]
                 whole += [(-1, (what, p), self.segments, False) for p in range(PATCHES)]
                 whole += [(t, (0, 0), self.segments, False) for t in c.suffix_ids]
                 whole += [(c.voco_token_id, (0, 0), self.segments, True)] * K
                 self.parts += [(*token, place) for place, token in enumerate(whole)]
                 self.segments += 1
+                if c.compressor == "voco_embedding":
+                    for token in range(K):
+                        put(c.voco_token_id, what * K + token)
+                    continue
                 places += range(self.length, self.length + K)
                 slots += range(what * K, (what + 1) * K)
                 self.length += K
@@ -98,17 +103,17 @@ def test_tokens_and_logits_over_two_turns(case):
     graphdef, params = make(config)
     rng = np.random.default_rng(1)
     features = make_features(1)
-    compressed = config.compressor == "voco"
-    memory = compress(nnx.merge(graphdef, params), features) if compressed else None
+    in_slots = config.compressor == "voco"
+    memory = compress(nnx.merge(graphdef, params), features) if config.has_compress_stream else features
     conversations = [Conversation(config) for _ in ROWS]
 
     @jax.jit
     def turn(params, tokens, positions, slot_index, slots, cache):
         model = nnx.merge(graphdef, params)
-        if compressed:
+        if in_slots:
             cache = model.fill(memory, slots, cache)
         state, first = prefill(
-            model, tokens, positions, cache, NEW, STOP, None, slot_index, None if compressed else features
+            model, tokens, positions, cache, NEW, STOP, None, slot_index, None if in_slots else memory
         )
         return decode(model, state, jnp.int32(NEW)), first
 
@@ -202,15 +207,19 @@ def test_padding_batch_mates_and_room_change_nothing():
             np.testing.assert_array_equal(answer([row], 16, 32, sampling)[0], together[row])
 
 
-def test_a_memory_of_k_tokens_holds_those_of_fewer():
-    """The first k of K tokens' keys and values are those of compressing to k."""
+@pytest.mark.parametrize("compressor", ["voco", "voco_embedding"])
+def test_a_memory_of_k_tokens_holds_those_of_fewer(compressor):
+    """The first k of K tokens' keys and values, or embeddings, are those of compressing to k."""
     of = {}
     for k in (1, 2, 3):
-        memory = compress(make_model(dataclasses.replace(CONFIG, num_voco_tokens=k)), make_features(0))
-        of[k] = [np.reshape(m, (*m.shape[:2], IMAGES, k, *m.shape[3:])) for m in memory]
+        config = dataclasses.replace(CONFIG, compressor=compressor, num_voco_tokens=k)
+        memory = compress(make_model(config), make_features(0))
+        arrays = memory if compressor == "voco" else [memory[None].reshape(1, 1, IMAGES * k, -1)]
+        of[k] = [np.reshape(m, (*m.shape[:2], IMAGES, k, *m.shape[3:])) for m in arrays]
     for k in (1, 2):
         for few, many in zip(of[k], of[3], strict=True):
             np.testing.assert_allclose(few, many[:, :, :, :k], atol=1e-5)
+            assert np.abs(few).max() > 0.1
 
 
 def test_filling_keeps_what_is_there():

@@ -67,6 +67,7 @@ def test_what_each_compressor_puts_into_the_read_stream():
     }  # fmt: skip
     assert found == {
         "voco": (3, 1 + 4 + 2 + 3, True, False, False),
+        "voco_embedding": (3, 1 + 4 + 2 + 3, True, False, False),
         "none": (4, 0, True, False, True),
         "average_pool": (2, 0, False, False, False),
         "qformer": (2, 0, False, False, False),

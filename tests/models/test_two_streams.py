@@ -60,7 +60,7 @@ def random_layout(rng: np.random.Generator, config: VoCoConfig, numbering: str) 
             for token in text[done:cut]:
                 tokens.append(token), slot_index.append(-1), parts.append((token, (0, 0), -1, False, 0))
             done = cut
-            if config.compressor == "voco":
+            if config.has_compress_stream:
                 slots = [(config.voco_token_id, (0, 0), segment, True) for _ in range(K)]
                 whole = [(t, (0, 0), segment, False) for t in config.prefix_ids]
                 whole += [(-1, (image, p), segment, False) for p in range(PATCHES)]
@@ -87,7 +87,7 @@ def random_layout(rng: np.random.Generator, config: VoCoConfig, numbering: str) 
     for i, position in enumerate(positions):
         row.positions[row.segment_ids == i + 1] = position
     places = [np.flatnonzero(row.segment_ids == i + 1) for i in range(len(samples))]
-    if config.compressor == "voco":  # a slot has no output of its own
+    if config.has_compress_stream:  # a slot has no output of its own
         places = [place[row.slot_index[place] < 0] for place in places]
     return Layout(Read(*(getattr(row, name)[None] for name in Read._fields)), sequences, places)
 
@@ -122,6 +122,7 @@ CASES = {
         num_voco_tokens=2, unroll_layers=True, prefix_ids=(), suffix_ids=(2,),
         llama=dataclasses.replace(CONFIG.llama, num_key_value_heads=4),
     ),
+    "embeddings": dict(compressor="voco_embedding", num_voco_tokens=3),
     "uncompressed": dict(compressor="none"),
 }  # fmt: skip
 
@@ -198,10 +199,10 @@ def two_samples() -> Read:
     return Read(*(getattr(row, name)[None] for name in Read._fields))
 
 
-def feature_gradients(read: Read, *places: slice) -> np.ndarray:
+def feature_gradients(config: VoCoConfig, read: Read, *places: slice) -> np.ndarray:
     """Size of the derivative of the logits at each of the places with respect to each image's embeddings:
     [places, images]."""
-    model, weights = make_model(), np.zeros((len(places), read.tokens.shape[1], 1), np.float32)
+    model, weights = make_model(config), np.zeros((len(places), read.tokens.shape[1], 1), np.float32)
     for weight, place in zip(weights, places, strict=True):
         weight[place] = 1
 
@@ -213,13 +214,15 @@ def feature_gradients(read: Read, *places: slice) -> np.ndarray:
     return np.abs(gradients(make_features(1))).sum((1, 3, 4))
 
 
-def test_text_depends_on_its_own_image_through_the_slots_alone(monkeypatch):
-    read = two_samples()
-    gradients = feature_gradients(read, slice(1, 4), slice(5, 7))
+@pytest.mark.parametrize("compressor", ["voco", "voco_embedding"])
+def test_text_depends_on_its_own_image_through_the_slots_alone(monkeypatch, compressor):
+    """Or through the embeddings that stand in their places."""
+    config, read = dataclasses.replace(CONFIG, compressor=compressor), two_samples()
+    gradients = feature_gradients(config, read, slice(1, 4), slice(5, 7))
     assert (gradients > 0).tolist() == [[True, False, False, False], [False, True, False, False]]
     fill = voco.fill_slots
     monkeypatch.setattr(voco, "fill_slots", lambda text, kept, i: fill(text, jax.lax.stop_gradient(kept), i))
-    assert (feature_gradients(read, slice(None)) == 0).all()
+    assert (feature_gradients(config, read, slice(None)) == 0).all()
 
 
 def test_no_sample_of_a_row_sees_another():

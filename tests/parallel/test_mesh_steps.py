@@ -36,6 +36,9 @@ CASES = {
         (1, 2, 2, 2), TIED, {"optim.name": "adafactor", "train.freeze": ("llama.embed_tokens",)}
     ),
     "constant memories": ((1, 2, 2, 2), SCANNED, {"train.compress_gradients": False}),
+    "embeddings, lora": (
+        (1, 2, 2, 2), dataclasses.replace(ADAPTED, compressor="voco_embedding"), {"train.freeze": ("vision_tower",)}
+    ),
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ BASE = dataclasses.replace(
     unroll_layers=True,  # compiles sooner
 )
 TIED = dataclasses.replace(BASE.llama, tie_word_embeddings=True)
+EMBEDDING = dict(compressor="voco_embedding")
 
 # Mesh (data, fsdp, frame, tensor), what the model is, and how it is computed (which the one device is not told).
 CASES = {
@@ -52,6 +53,11 @@ CASES = {
     "tensor": ((2, 2, 1, 2), {}, {}),
     "two frame shards, scanned": ((1, 2, 2, 2), {}, dict(unroll_layers=False)),
     "four frame shards": ((2, 1, 4, 1), {}, {}),
+    "embeddings, data": ((8, 1, 1, 1), EMBEDDING, {}),
+    "embeddings, fsdp, scanned, remat": ((2, 4, 1, 1), EMBEDDING, dict(unroll_layers=False, remat="full")),
+    "embeddings, tensor": ((2, 2, 1, 2), EMBEDDING, {}),
+    "embeddings, two frame shards, scanned": ((1, 2, 2, 2), EMBEDDING, dict(unroll_layers=False)),
+    "embeddings, four frame shards": ((2, 1, 4, 1), EMBEDDING, {}),
     "uncompressed, tied embeddings": ((1, 2, 2, 2), dict(compressor="none", llama=TIED), {}),
 }
 

@@ -23,6 +23,8 @@ from voco_jax.models.build import init_params
 from voco_jax.train.from_config import trainable_filter
 from voco_jax.train.loop import train
 
+EMBEDDING = dataclasses.replace(BASE, compressor="voco_embedding")
+
 
 def config_of(*freeze: str):
     config = default_config()
@@ -34,6 +36,7 @@ def config_of(*freeze: str):
     "model",
     [
         pytest.param(BASE, id="unrolled"),
+        pytest.param(EMBEDDING, id="embeddings"),
         pytest.param(ADAPTED, id="scanned, remat, LoRA", marks=pytest.mark.slow),
     ],
 )
@@ -58,7 +61,7 @@ def test_the_gradient_is_the_read_streams(model, monkeypatch):
     np.testing.assert_allclose([loss, stopped_loss], whole_loss, rtol=1e-6)
     for keys, gradient in found.items():
         np.testing.assert_allclose(gradient, stopped[keys], rtol=1e-4, atol=1e-5 * np.abs(stopped[keys]).max())
-        if keys[0] in ("vision_tower", "projector"):
+        if keys[0] in ("vision_tower", "projector", "compressor"):
             assert not gradient.any(), keys
     k_proj = next(keys for keys in found if "k_proj" in keys and keys[-1] in ("kernel", "lora_b"))
     assert np.abs(found[k_proj] - whole[k_proj]).max() > 0.01 * np.abs(whole[k_proj]).max()  # it is another gradient
@@ -73,6 +76,8 @@ def test_what_acts_through_memories_alone_is_frozen():
     # Not even the VoCo token's row of a frozen embedding, which would decay
     trained, _ = trainable_filter(config_of("vision_tower", "llama.embed_tokens"), BASE).split(params)
     assert set(trained) == {"llama"} and "embed_tokens" not in trained["llama"]
+    trained, frozen = trainable_filter(config_of(), EMBEDDING).split(make(EMBEDDING)[1])
+    assert set(trained) == {"llama"} and set(frozen) == {"vision_tower", "projector", "compressor"}
     trained, _ = trainable_filter(config_of(), ADAPTED).split(make(ADAPTED)[1])
     assert all("lora" in keys for keys in flatten_dict(trained))
 

@@ -19,6 +19,7 @@ from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.paths import in_bucket
 from voco_jax.models.build import abstract_model
+from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.models.config import VoCoConfig
 from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import Cache, Memory, Read
@@ -140,21 +141,21 @@ def _infer(data: DataConfig, c: VoCoConfig, step: str, mesh: Mesh) -> Program:
         flops = c.vision.flops(num_images) + c.projector_flops(num_images) + c.compress_flops(num_images)
         return Program(function, (params, batch["pixel_values"]), flops, 0, num_images, num_images * c.compress_length)
     slots = data.images_per_pack * c.num_visual_tokens
-    has_memory = bool(slots) and c.has_memory
+    in_slots = bool(slots) and c.memory_kind == KEYS_AND_VALUES
     cache = Cache(*keys_and_values(rows, length))
     if step == "decode":
         one = array((rows, 1), jnp.int32, ROWS)
         function = jitted(lambda model, *inputs: _next_logits(model, *model.extend(*inputs)), donate_argnums=(3,))
         flops = c.llama.layers_flops(rows, 2 * length, c.lora)  # all places are seen, not half
         return Program(function, (params, one, one, cache), flops + c.llama.head_flops(rows), rows, 0)
-    if has_memory and slots >= length:
+    if in_slots and slots >= length:
         raise UserError(f"config.data.row_length: expected room for text beside {slots} slots, found {length}")
-    # Slots are in the cache, and cost nothing; without VoCo compression images stand among the tokens
-    tokens = length - slots if has_memory else length
+    # Slots are in the cache, and cost nothing; embeddings stand among the tokens
+    tokens = length - slots if in_slots else length
     text = array((rows, tokens), jnp.int32, ROWS)
-    memory = Memory(*keys_and_values(data.batch_size, slots)) if has_memory else None
+    memory = Memory(*keys_and_values(data.batch_size, slots)) if in_slots else None
     features = None
-    if slots and not has_memory:
+    if slots and not in_slots:
         shape = (data.batch_size, data.images_per_pack, c.num_visual_tokens, c.llama.hidden_size)
         features = array(shape, dtype, ROWS)
 

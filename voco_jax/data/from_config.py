@@ -68,7 +68,7 @@ def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Enc
         template=template_of(config),
         num_voco_tokens=model_config.num_voco_tokens if model_config.compressor_class.has_voco_tokens else 0,
         num_visual_tokens=model_config.num_visual_tokens,
-        compressed=model_config.has_memory,
+        compressed=model_config.has_compress_stream,
         verbatim=is_llava(config),
     )
 

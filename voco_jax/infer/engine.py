@@ -137,14 +137,14 @@ class Engine:
         self.check_length(max(map(len, samples)), 0)
         batch = self._batch_size(len(samples))
         order = [*range(len(samples)), *[0] * (batch - len(samples))]
-        has_memory = isinstance(visual, Memory)
+        in_slots = isinstance(visual, Memory)
         laid_out = self._lay_out(
-            [samples[i] for i in order], [np.asarray(pictures[i], np.int32) for i in order], 0, 0, has_memory, None
+            [samples[i] for i in order], [np.asarray(pictures[i], np.int32) for i in order], 0, 0, in_slots, None
         )
         length = bucket(max(int(sample.labels.sum()) for sample in samples), 8)
         before, labels = np.zeros((batch, length), np.int32), np.full((batch, length), -1, np.int32)
         for row, i in enumerate(order):
-            in_text = samples[i].slot_index < 0 if has_memory else slice(None)
+            in_text = samples[i].slot_index < 0 if in_slots else slice(None)
             places = np.flatnonzero(samples[i].labels[in_text])
             before[row, : len(places)] = places - 1  # where a label is predicted
             labels[row, : len(places)] = samples[i].tokens[in_text][places]
@@ -253,11 +253,11 @@ class Engine:
 
     def _lay_out(
         self, prompts: Sequence[Sample], pictures: Sequence[np.ndarray], max_new_tokens: int, filled: int,
-        has_memory: bool, capacity: int | None,
+        in_slots: bool, capacity: int | None,
     ) -> Prompts:  # fmt: skip
         """Arrays of prompts that begin at place `filled` of a cache, about pictures by their numbers."""
         limit, per_image = self.config.llama.max_position_embeddings, self.encoder.num_visual_tokens
-        in_text = [(p.slot_index < 0) if has_memory else np.ones(len(p), bool) for p in prompts]
+        in_text = [(p.slot_index < 0) if in_slots else np.ones(len(p), bool) for p in prompts]
         length = bucket(max(int(keep.sum()) for keep in in_text), 16)
         if capacity is None:
             capacity = min(bucket(filled + max(map(len, prompts)) + max_new_tokens, 32), limit)
@@ -273,7 +273,7 @@ class Engine:
             image, token = divmod(slot_index[is_slot], per_image)
             slot_index[is_slot] = which[image] * per_image + token
             arrays.tokens[row, :n], arrays.positions[row, :n] = prompt.tokens[keep], places[keep]
-            if has_memory:
+            if in_slots:
                 arrays.slots[row, places] = slot_index
             else:
                 arrays.slot_index[row, :n] = slot_index
@@ -324,7 +324,7 @@ def bucket(n: int, smallest: int) -> int:
 def _encode_images(graphdef, params, pixel_values):
     model = nnx.merge(graphdef, params)
     features = model.encode_images(pixel_values)
-    return model.compress(features) if model.config.has_memory else features
+    return model.compress(features) if model.config.has_compress_stream else features
 
 
 def _prefill(graphdef, max_new_tokens, text_alone, params, visual, prompts: Prompts, stop, sampling, cache):

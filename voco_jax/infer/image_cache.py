@@ -50,7 +50,7 @@ class ImageCache:
         self, images: ImageEncoder, *, tokens: int | None = None, sampling: FrameSampling | None = None,
         host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
     ):  # fmt: skip
-        if not (c := images.engine.config).has_memory:
+        if not (c := images.engine.config).has_compress_stream:
             for name, value in (("tokens", tokens), ("cache", directory)):
                 if value is not None:
                     expected = f"has no memories (compressor {c.compressor!r}): expected none, found {value}"

@@ -106,13 +106,13 @@ class ImageEncoder:
 
     def require_memories(self) -> None:
         """UserError for a model without VoCo tokens."""
-        if not (c := self.engine.config).has_memory:
+        if not (c := self.engine.config).has_compress_stream:
             raise UserError(f"{self.name}: a model with compressor {c.compressor!r} has no memories: expected 'voco'")
 
     def check(self, images: EncodedImages) -> None:
         """UserError for encoded images that are not this model's."""
         c = self.engine.config
-        kind = MemoryBank if c.has_memory else Embeddings
+        kind = MemoryBank if c.has_compress_stream else Embeddings
         if not isinstance(images, kind):
             found = f"found {type(images).__name__}"
             raise UserError(f"images: expected {kind.__name__} (compressor {c.compressor!r}), {found}")

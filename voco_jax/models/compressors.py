@@ -1,11 +1,16 @@
 """How an image's embeddings reach the text, by `config.model.compressor`: one class each, one table.
 
-| name          | class          | what is in the read stream for an image                  | what compresses      |
-|---------------|----------------|----------------------------------------------------------|----------------------|
-| `voco`        | `VoCo`         | K slots, whose keys and values the compress stream makes | the language model   |
-| `none`        | `Uncompressed` | all P embeddings, as tokens (LLaVA)                      | nothing              |
-| `average_pool`| `AveragePool`  | M means of patches, as tokens (the paper's Table 1)      | a mean, then Linear  |
-| `qformer`     | `QFormer`      | M queries that read the image, as tokens (Table 1)       | a transformer beside |
+| name            | class          | what is in the read stream for an image                  | what compresses      |
+|-----------------|----------------|----------------------------------------------------------|----------------------|
+| `voco`          | `VoCo`         | K slots, whose keys and values the compress stream makes | the language model   |
+| `voco_embedding`| `VoCoEmbedding`| K embeddings, as tokens: the VoCo tokens' last hidden    | the language model,  |
+|                 |                | states, normed and projected                             | then Linear          |
+| `none`          | `Uncompressed` | all P embeddings, as tokens (LLaVA)                      | nothing              |
+| `average_pool`  | `AveragePool`  | M means of patches, as tokens (the paper's Table 1)      | a mean, then Linear  |
+| `qformer`       | `QFormer`      | M queries that read the image, as tokens (Table 1)       | a transformer beside |
+
+The first two have a compress stream, and what it makes of an image is the image's memory: keys and values of K tokens
+at all layers, or K embeddings.
 
 All of them train by the same loss. To add one, write a subclass of `Compressor` and name it in `COMPRESSORS`; the rest
 of the package asks the class and never compares names.
@@ -24,10 +29,13 @@ if TYPE_CHECKING:
     from voco_jax.models.config import VoCoConfig
 
 
+KEYS_AND_VALUES, EMBEDDINGS = "keys and values", "embeddings"  # the kinds of memory, as files and messages name them
+
+
 class Compressor(nnx.Module):
     """What lies between the projector and the language model; as a class, what there is to know of it in advance."""
 
-    has_memory: ClassVar[bool] = False  # a compress stream makes the images' keys and values (`Memory`), to be kept
+    memory_kind: ClassVar[str] = ""  # of what a compress stream makes of images, to be kept; '': there is none
     has_weights: ClassVar[bool] = False  # it has parameters of its own, which only its own training makes
     has_voco_tokens: ClassVar[bool] = False  # VoCo tokens are in the text; their embedding trains, frozen or not
 
@@ -56,7 +64,7 @@ class Compressor(nnx.Module):
 class VoCo(Compressor):
     """The paper's: the language model itself compresses an image into K VoCo tokens, in the compress stream."""
 
-    has_memory = True
+    memory_kind = KEYS_AND_VALUES
     has_voco_tokens = True
 
     @classmethod
@@ -67,6 +75,26 @@ class VoCo(Compressor):
     @classmethod
     def num_visual_tokens(cls, config: "VoCoConfig") -> int:
         return config.num_voco_tokens
+
+
+class VoCoEmbedding(VoCo):
+    """VoCo tokens whose last hidden states, normed and projected, are read as tokens: D numbers each are the memory.
+
+    The projection begins as the identity: last hidden states are read as they are, as in AutoCompressors
+    (arXiv:2305.14788).
+    """
+
+    memory_kind = EMBEDDINGS
+    has_weights = True
+
+    def __init__(self, config: "VoCoConfig", *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        size, kwargs = config.llama.hidden_size, dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = nnx.RMSNorm(size, epsilon=config.llama.rms_norm_eps, **kwargs)
+        self.linear = Linear(size, size, kernel_init=lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype), **kwargs)
+
+    def embed(self, hidden: jax.Array) -> jax.Array:
+        """VoCo tokens' last hidden states [..., D] to embeddings of the read stream [..., D]."""
+        return self.linear(self.norm(hidden))
 
 
 class Uncompressed(Compressor):
@@ -160,6 +188,7 @@ class QFormer(Compressor):
 
 COMPRESSORS: dict[str, type[Compressor]] = {
     "voco": VoCo,
+    "voco_embedding": VoCoEmbedding,
     "none": Uncompressed,
     "average_pool": AveragePool,
     "qformer": QFormer,

@@ -6,7 +6,7 @@ from voco_jax.attention import ADAPTERS, get_adapter
 from voco_jax.errors import UserError
 from voco_jax.keys import all_keys, key
 from voco_jax.models import presets
-from voco_jax.models.compressors import COMPRESSORS, Compressor
+from voco_jax.models.compressors import COMPRESSORS, EMBEDDINGS, Compressor
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.stack import REMAT
@@ -22,8 +22,9 @@ class ModelConfig:
     llama: LlamaConfig = key(presets.LLAMA["demo"], "language model; presets: voco_jax/models/presets.py")
     vision: ViTConfig = key(presets.VIT["demo"], "vision tower; presets: voco_jax/models/presets.py")
     compressor: str = key(
-        "voco", "'voco', 'none' (LLaVA: all patches are read), 'average_pool' or 'qformer'", one_of=(*COMPRESSORS,)
-    )
+        "voco", "'voco', 'voco_embedding' (a smaller memory), 'none' (LLaVA: all patches are read), 'average_pool' or "
+        "'qformer'", one_of=(*COMPRESSORS,),
+    )  # fmt: skip
     num_voco_tokens: int = key(
         1, "VoCo tokens per image (K); with 'none' they are plain text, and 0 is plain LLaVA", low=0, below=2**20
     )
@@ -79,9 +80,13 @@ class VoCoConfig(ModelConfig):
         return COMPRESSORS[self.compressor]
 
     @property
-    def has_memory(self) -> bool:
-        """Whether an image becomes a `Memory`, by a compress stream; else its embeddings are read."""
-        return self.compressor_class.has_memory
+    def memory_kind(self) -> str:
+        """KEYS_AND_VALUES or EMBEDDINGS, which a compress stream makes of an image; '' where there is none."""
+        return self.compressor_class.memory_kind
+
+    @property
+    def has_compress_stream(self) -> bool:
+        return bool(self.memory_kind)
 
     @property
     def num_visual_tokens(self) -> int:
@@ -91,7 +96,7 @@ class VoCoConfig(ModelConfig):
     @property
     def compress_length(self) -> int:
         """Tokens of one image's segment of the compress stream (S); 0 where there is none."""
-        if not self.has_memory:
+        if not self.has_compress_stream:
             return 0
         return len(self.prefix_ids) + self.vision.num_features + len(self.suffix_ids) + self.num_voco_tokens
 
@@ -109,10 +114,12 @@ class VoCoConfig(ModelConfig):
         return images * self.vision.num_features * 2 * inputs * width
 
     def compress_flops(self, images: int) -> float:
-        """FLOPs of images through the compress stream, forward; its last layer makes keys and values only."""
+        """FLOPs of images through the compress stream, forward; of its last layer only what the memory needs."""
         tokens, layers = images * self.compress_length, self.llama.num_hidden_layers
-        last = 2 * self.llama.layer_params(self.lora, ("k_proj", "v_proj"))
         all_layers = self.llama.layers_flops(tokens, self.compress_length, self.lora)
+        if self.memory_kind == EMBEDDINGS:
+            return all_layers
+        last = 2 * self.llama.layer_params(self.lora, ("k_proj", "v_proj"))
         return all_layers / layers * (layers - 1) + tokens * last
 
 

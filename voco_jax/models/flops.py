@@ -30,7 +30,7 @@ def training_flops(
 
     def layers(c: VoCoConfig) -> float:
         read = c.llama.layers_flops(rows * length, length, c.lora)
-        return read + (c.compress_flops(images) if c.has_memory else 0)
+        return read + (c.compress_flops(images) if c.has_compress_stream else 0)
 
     base = layers(dataclasses.replace(c, lora=None))
     head = "llama.embed_tokens" if c.llama.tie_word_embeddings else "llama.lm_head"

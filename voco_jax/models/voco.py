@@ -12,8 +12,10 @@ slot's own position; all else is causal attention with segment ids. Rotary posit
 released model's function, to rounding. The slots' keys and values are an image's `Memory`, all that has to be kept to
 answer any question about it; training computes it and inference may have stored it, and both then run the same code.
 
-Other compressors (`compressors.py`) have no compress stream: their visual tokens are embeddings that stand in the read
-stream like words. Images enter the language model in two places: `_compress_rows` and `_read_inputs`.
+A smaller memory ('voco_embedding') are the VoCo tokens' last hidden states, projected: the compress stream runs to its
+end first, and they stand in the read stream like words. Other compressors (`compressors.py`) have no compress stream:
+all their visual tokens are such embeddings. Images enter the language model in two places: `_compress_rows` and
+`_read_inputs`.
 
 Shapes, everywhere in models, attention and parallel:
 
@@ -36,6 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from voco_jax.attention import get_adapter
+from voco_jax.models.compressors import COMPRESSORS, EMBEDDINGS, KEYS_AND_VALUES
 from voco_jax.models.config import VoCoConfig
 from voco_jax.models.llama import Llama, apply_rope, rope_tables
 from voco_jax.models.patch_attention import look_compressed, look_whole
@@ -114,11 +117,11 @@ class VoCoLlama(nnx.Module):
         features = self.encode_images(pixel_values) if pixel_values is not None and pixel_values.shape[1] else None
         return self._hidden(read, features)
 
-    def read(self, read: Read, memory: Memory) -> jax.Array:
-        """As `hidden`, of rows whose images were compressed before, into a memory [L, B, I·K, G, H]."""
+    def read(self, read: Read, memory: Memory | jax.Array) -> jax.Array:
+        """As `hidden`, of rows whose images were compressed before: `memory` is what `compress` returned."""
         self._require_memory("read")
-        read_to_end = self._run(None, read, self._read_inputs(read, None), memory=memory).read
-        return read_to_end.hidden
+        slots, embeddings = (memory, None) if isinstance(memory, Memory) else (None, memory)
+        return self._run(None, read, self._read_inputs(read, embeddings), memory=slots).read.hidden
 
     def encode_images(self, pixel_values: jax.Array) -> jax.Array:
         """Embeddings [B, I, P, D] of pictures [B, I, height, width, 3]; [B, I, M, D] with a compressor of its own."""
@@ -130,7 +133,9 @@ class VoCoLlama(nnx.Module):
         return self.llama.logits(self._hidden(read, features))
 
     def _hidden(self, read: Read, features: jax.Array | None) -> jax.Array:
-        compress = self._compress_rows(features) if self.config.has_memory and features is not None else None
+        if features is not None and self.config.memory_kind == EMBEDDINGS:
+            return self.read(read, self.compress(features))
+        compress = self._compress_rows(features) if self.config.memory_kind and features is not None else None
         return self._run(compress, read, self._read_inputs(read, features)).read.hidden
 
     def streams(
@@ -146,22 +151,34 @@ class VoCoLlama(nnx.Module):
         if whole is not None or queries is not None:
             self._require_memory("streams with whole images")
         features = self.encode_images(pixel_values) if pixel_values is not None and pixel_values.shape[1] else None
-        compress = self._compress_rows(features) if c.has_memory and features is not None else None
+        compress = self._compress_rows(features) if c.memory_kind and features is not None else None
         layout = None
         if whole is not None:
             layout = whole_layout(read, whole.slots_per_image or c.num_voco_tokens, whole.most, c.compress_length)
-        embedded = self._read_inputs(read, features)
         constant = whole is not None and whole.constant
-        out = self._run(
-            compress, read, embedded,
-            compressed=compressed, whole=layout, constant=constant, layers=layers, queries=queries,
-        )  # fmt: skip
+        run = functools.partial(self._run, whole=layout, constant=constant, layers=layers, queries=queries)
+        if c.memory_kind == EMBEDDINGS and compress is not None:  # the compress stream ends before text reads it
+            out = run(compress, read, self._read_inputs(read, None), compressed=False, run_last_layer=True)
+            if not compressed:
+                return None, out.whole
+            inputs = self._read_inputs(read, self._embeddings(compress, out.rows))
+            student = self._run(None, read, inputs, layers=layers).read
+            return student._replace(attention=out.looked), out.whole
+        out = run(compress, read, self._read_inputs(read, features), compressed=compressed)
         return out.read, out.whole
 
-    def compress(self, features: jax.Array) -> Memory:
-        """The memory of the images whose embeddings are [B, I, P, D]."""
+    def compress(self, features: jax.Array) -> Memory | jax.Array:
+        """The memory of the images whose embeddings are [B, I, P, D]: keys and values, or embeddings [B, I, K, D]."""
         self._require_memory("compress")
-        return self._run(self._compress_rows(features)).memory
+        rows = self._compress_rows(features)
+        if self.config.memory_kind == EMBEDDINGS:
+            return self._embeddings(rows, self._run(rows, run_last_layer=True).rows)
+        return self._run(rows).memory
+
+    def _embeddings(self, compress: "CompressRows", hidden: jax.Array) -> jax.Array:
+        """The images' embeddings [B, I, K, D], of the compress stream's last hidden states [compress rows, C, D]."""
+        segments = compress.segments(hidden, self.config.compress_length)
+        return constrain(self.compressor.embed(segments[:, :, -self.config.num_voco_tokens :]), ROWS)
 
     def compress_logits(self, features: jax.Array) -> jax.Array:
         """Logits [B, I, S, V] of the compress stream itself, to be compared with other implementations."""
@@ -194,15 +211,18 @@ class VoCoLlama(nnx.Module):
         return CompressRows(x, per_row, (rows, images))
 
     def _read_inputs(self, read: Read, features: jax.Array | None) -> jax.Array:
-        """Embeddings [R, T, D]; without a memory those of visual tokens are the images', `features` [B, I, M, D]."""
+        """Embeddings [R, T, D]; those of visual tokens are the images', `features` [B, I, M, D], but for slots."""
         embedded = self.llama.embed(read.tokens)
-        if self.config.has_memory or features is None or read.slot_index is None:
+        if self.config.memory_kind == KEYS_AND_VALUES or features is None or read.slot_index is None:
             return embedded
-        return fill_slots(embedded, features.reshape(len(features), -1, features.shape[-1]), read.slot_index)
+        visual = features.reshape(len(features), -1, features.shape[-1]).astype(embedded.dtype)  # of a file: any dtype
+        return fill_slots(embedded, visual, read.slot_index)
 
-    def _require_memory(self, what: str) -> None:
-        if not self.config.has_memory:
-            raise ValueError(f"compressor: {what} needs 'voco', found {self.config.compressor!r}")
+    def _require_memory(self, what: str, *kinds: str) -> None:
+        kinds = kinds or (KEYS_AND_VALUES, EMBEDDINGS)
+        if self.config.memory_kind not in kinds:
+            able = " or ".join(repr(name) for name, kind in COMPRESSORS.items() if kind.memory_kind in kinds)
+            raise ValueError(f"compressor: {what} needs {able}, found {self.config.compressor!r}")
 
     # ---- The two streams ---------------------------------------------------------------------------------------
 
@@ -222,12 +242,14 @@ class VoCoLlama(nnx.Module):
     ) -> "_Streams":
         """Run the given streams through all layers, side by side.
 
-        `compress` makes the memory that `read`, whose inputs are `embedded` [R, T, D], uses if none is given. With
+        `compress` makes the memory that `read`, whose inputs are `embedded` [R, T, D], uses if none is given; one of
+        embeddings is made of its last hidden states, for which all of the last layer is run (`run_last_layer`). With
         `whole`, their layout, the same rows are read whole too (`constant`: without gradients); where not `compressed`,
         whole alone.
         """
         c, adapter, S = self.config, self.attention, self.config.compress_length
         looks = queries is not None and compress is not None
+        looks_compressed = looks and (compressed or run_last_layer)
         patches = slice(len(c.prefix_ids), len(c.prefix_ids) + c.vision.num_features)  # of a segment
         if compress is not None:
             compress_rope = rope_tables(c.llama, jnp.arange(compress.rows.shape[1]) % S)
@@ -249,15 +271,16 @@ class VoCoLlama(nnx.Module):
             images = []  # segments' keys and values, for text that reads them whole
             if compress is not None:
                 k, v = layer.project_kv(rows)
-                kept = made = Memory(*(compress.slots(m, S, c.num_voco_tokens) for m in (k, v)))
+                if c.memory_kind == KEYS_AND_VALUES:
+                    kept = made = Memory(*(compress.slots(m, S, c.num_voco_tokens) for m in (k, v)))
                 if whole is not None:
                     images = [compress.segments(m, S) for m in (k, v)]
                 if not keys_and_values_only:
                     q, k, v = rotate(layer.project_q(rows), k, v, compress_rope)
                     rows = constrain(layer.finish(rows, adapter.chunked(q, k, v, S)), IMAGES)
-                    if looks and compressed:
+                    if looks_compressed:
                         looked = look_compressed(*(compress.segments(m, S) for m in (q, k)), c.num_voco_tokens, patches)
-                elif looks and compressed:
+                elif looks_compressed:
                     looked = jnp.zeros((*compress.images, c.vision.num_features))
             if read is not None and compressed:
                 q, (k, v) = layer.project_q(x), layer.project_kv(x)
@@ -299,6 +322,7 @@ class VoCoLlama(nnx.Module):
             ReadOutput(x, of_layers.read, seen) if read is not None and compressed else None,
             ReadOutput(w, of_layers.whole, seen_whole) if whole is not None else None,
             of_layers.memory,
+            seen,
         )
 
     # ---- For inference: the read stream with a cache -----------------------------------------------------------
@@ -309,7 +333,7 @@ class VoCoLlama(nnx.Module):
         `slots` are integers [R, C]; R/B consecutive rows share the images of one of the memory's B rows. Without
         `cache` a new one is made, empty but for the slots. Keys are rotated to their new places.
         """
-        self._require_memory("fill")
+        self._require_memory("fill", KEYS_AND_VALUES)
         cache = self.empty_cache(*slots.shape) if cache is None else cache
         at_places = rope_tables(self.config.llama, jnp.arange(slots.shape[1]))
         is_slot = (slots >= 0)[..., None, None]
@@ -336,8 +360,8 @@ class VoCoLlama(nnx.Module):
         """Read tokens [R, T] into the cache at `positions` (ascending; -1: padding); each sees all places up to it.
 
         They are a prompt, a later turn or a single token to be continued; the slots are there already (`fill`) and
-        cost nothing here. Without a memory images are tokens too: `slot_index` [R, T] as in `Read`, of `features`
-        [B, I, P, D]. Every place up to a token's position must have been filled. Returns hidden states [R, T, D],
+        cost nothing here. Without slots images are tokens too: `slot_index` [R, T] as in `Read`, of `features`
+        [B, I, M, D]. Every place up to a token's position must have been filled. Returns hidden states [R, T, D],
         before the final norm and the head, and the cache.
         """
         capacity = cache.keys.shape[2]
@@ -387,12 +411,13 @@ class VoCoLlama(nnx.Module):
 
 class _Streams(NamedTuple):
     """What the streams leave: the compress stream's hidden states [compress rows, C, D], what was read, and the memory
-    that was made; None where there is nothing."""
+    that was made; None where there is nothing. `looked` is where the VoCo tokens look, `read.attention` too."""
 
     rows: Any
     read: Any  # ReadOutput or None: each caller knows which
     whole: Any
     memory: Any
+    looked: Any
 
 
 class _OfLayer(NamedTuple):

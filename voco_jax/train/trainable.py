@@ -39,11 +39,12 @@ class TrainableFilter:
         """
         paths, has_voco = tuple(freeze), config.compressor_class.has_voco_tokens
         if not compress_gradients:
-            if not config.has_memory:
+            if not config.has_compress_stream:
                 expected = f"expected True with compressor {config.compressor!r}, which has no compress stream"
                 raise UserError(f"config.train.compress_gradients: {expected}; found False")
-            # The read stream takes a slot's keys and values from the memory: the VoCo token's embedding is not in it
-            paths, has_voco = (*paths, *(part for part in VISION if part not in paths)), False
+            # The read stream takes its slots, or their inputs, from the memory: the VoCo token's embedding is not in it
+            constant = (*VISION, "compressor") if config.compressor_class.has_weights else VISION
+            paths, has_voco = (*paths, *(part for part in constant if part not in paths)), False
         voco_token_id = config.voco_token_id if has_voco else None
         return cls(paths, voco_token_id, base=config.lora is not None, compress_gradients=compress_gradients)
 
