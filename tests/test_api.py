@@ -174,7 +174,7 @@ def test_what_is_printed_is_short(either, tiny_run):
     assert repr(either.run) == f"Run('{tiny_run}', step 40)"
     if isinstance(seen, MemoryBank):
         assert repr(seen.memory()) == "Memory(keys float32[2, 1, 4, 2, 16], values of the same shape)"
-        assert "1 token each, float32, " in repr(seen) and "KiB" in repr(seen)
+        assert "1 token each, float32 keys and values, " in repr(seen) and "KiB" in repr(seen)
     assert max(len(repr(x)) for x in (either, either.run)) < 300
 
 

@@ -174,8 +174,8 @@ class Model:
         save_memory(file, bank)
 
     def open(self, file: str | os.PathLike, *, tokens: int | None = None) -> MemoryBank:
-        """Read a memory file; UserError for one that is damaged, or of another model."""
-        bank = load_memory(file, self.fingerprint, tokens)
+        """Read a memory file; UserError for one that is damaged, of another model, or not of the kind that it reads."""
+        bank = load_memory(file, self.fingerprint, tokens, self.config.memory_kind)
         self.image_encoder.check(bank)
         return bank
 

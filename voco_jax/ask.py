@@ -100,7 +100,8 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
     check_tokens("--tokens", args.tokens, model.config.num_voco_tokens)
     if args.memory:
         file = MemoryFile(args.memory)
-        return file.read(_chosen(file, getattr(args, "picture", None)), args.tokens, model.fingerprint)
+        chosen = _chosen(file, getattr(args, "picture", None))
+        return file.read(chosen, args.tokens, model.fingerprint, model.config.memory_kind)
     if args.video:
         images = model.encode_video(args.video, sampling=frame_sampling(args, model), incomplete=args.incomplete)
     else:

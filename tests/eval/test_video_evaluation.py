@@ -150,7 +150,8 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked):
 def bank(count: int) -> MemoryBank:
     """Whose picture i is known by its number."""
     numbers = np.arange(count, dtype=np.float32).reshape(count, 1, 1, 1, 1)
-    return MemoryBank(numbers, numbers + 0.5, tuple(Item("a.mp4", time=i + 0.5) for i in range(count)), "model")
+    items = tuple(Item("a.mp4", time=i + 0.5) for i in range(count))
+    return MemoryBank({"keys": numbers, "values": numbers + 0.5}, items, "model")
 
 
 def test_shuffled_frames_have_ascending_times_and_never_their_own_order():

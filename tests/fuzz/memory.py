@@ -1,4 +1,4 @@
-"""Memory files: `voco_jax/infer/memory_file.py`, versions 1 and 2, and the command that lists, checks and joins."""
+"""Memory files: `voco_jax/infer/memory_file.py`, versions 1 to 3, and the command that lists, checks and joins."""
 
 from collections.abc import Callable
 import contextlib
@@ -16,12 +16,12 @@ from tests.fuzz.harness import Target
 from tests.fuzz.mutations import damage, dumps, odd_json, odd_value
 from voco_jax import memory as command
 from voco_jax.data.video import format_time
-from voco_jax.infer.memory import Item, MemoryBank
+from voco_jax.infer.memory import ARRAYS, AXES, Item, MemoryBank
 from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory
 from voco_jax.infer.memory_format import OF_MEMORIES, Layout, begun, checksums, header, line_of, tensors_of
 from voco_jax.terminal import printable
 
-VERSION_1 = Path(__file__).parents[1] / "fixtures" / "memory_v1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 _MODEL = "0123456789abcdef" * 2
 _KINDS = {
     "damaged": 0.4, "odd header": 0.15, "odd items": 0.1, "odd and all recomputed": 0.13, "odd shape": 0.08,
@@ -41,6 +41,7 @@ class Parts:
             if name != "__metadata__"
         }
         self.version = self.header["__metadata__"]["version"]
+        self.names = [name for name in ("keys", "values", "embeddings") if name in self.header]
 
     @property
     def items(self) -> list:
@@ -95,7 +96,7 @@ def _framed(text: bytes) -> bytes:
 def forged(bank: MemoryBank, lines: list[bytes]) -> bytes:
     """A file of these lines of items, right in all its checksums."""
     text = b"".join(lines)
-    layout = Layout(bank.keys.shape, bank.keys.dtype, len(text))
+    layout = Layout(bank.shape, bank.dtype, len(text), bank.kind)
     tensors = tensors_of(bank)
     tensors["checksums"] = checksums(tensors, begun(layout, bank.model, lines))
     return header(layout, bank.model, text) + b"".join(array.tobytes() for array in tensors.values()) + text
@@ -108,15 +109,20 @@ class MemoryFiles(Target):
         rng = np.random.default_rng(0)
         items = [Item(f"album/{i}.png", f"{i:064x}", i / 2 if i % 2 else None) for i in range(5)]
         items[3] = Item("n\xe4me\udcff\n\x1b[2J.png")
-        bank = MemoryBank(*rng.normal(size=(2, 5, 3, 2, 1, 4)).astype(np.float32), tuple(items), _MODEL)
+        keys, values, embeddings = rng.normal(size=(3, 5, 3, 8)).astype(np.float32)
+        kinds = {
+            "keys and values": {"keys": keys.reshape(5, 3, 2, 1, 4), "values": values.reshape(5, 3, 2, 1, 4)},
+            "embeddings": {"embeddings": embeddings},
+        }
         self._banks, self._sound = {}, {}
-        for dtype, of_dtype in (
-            ("float32", bank), ("bfloat16", bank.astype(ml_dtypes.bfloat16)), ("int8", bank.to_int8())
-        ):  # fmt: skip
-            save_memory(directory / "sound.voco", of_dtype)
-            for version, file in ("1", VERSION_1 / f"{dtype}.voco"), ("2", directory / "sound.voco"):
-                self._banks[f"version {version}, {dtype}"] = load_memory(file)
-                self._sound[f"version {version}, {dtype}"] = file.read_bytes()
+        for dtype in (np.float32, ml_dtypes.bfloat16, np.int8):
+            name = np.dtype(dtype).name
+            files = {f"version {version}, {name}": FIXTURES / f"memory_v{version}" / f"{name}.voco" for version in "12"}
+            for kind, arrays in kinds.items():
+                files[f"version 3, {name} {kind}"] = file = directory / f"{name} {kind}.voco"
+                save_memory(file, MemoryBank(arrays, tuple(items), _MODEL).astype(dtype))
+            for name, file in files.items():
+                self._banks[name], self._sound[name] = load_memory(file), file.read_bytes()
         self._file = directory / "case.voco"
 
     def needs(self) -> int:
@@ -141,14 +147,14 @@ class MemoryFiles(Target):
             parts = Parts(data)
             what, parts.header = odd_json(rng, parts.header)
             data = parts.together(offsets=False)
-            tells = name.startswith("version 2")  # model and items of version 1 may be any
+            tells = not name.startswith("version 1")  # whose model and items may be any
         elif kind == "odd items":
             parts = Parts(data)
             what, parts.items = odd_json(rng, parts.items)
             data = parts.together()
-            tells = name.startswith("version 2")
+            tells = not name.startswith("version 1")
         elif kind == "odd and all recomputed":
-            name = str(rng.choice([name for name in self._sound if name.startswith("version 2")]))
+            name = str(rng.choice([name for name in self._sound if name.startswith("version 3")]))
             bank = self._banks[name]
             lines = list(map(line_of, bank.items))
             i = int(rng.integers(len(lines)))
@@ -178,11 +184,12 @@ class MemoryFiles(Target):
     def _odd_layout(self, rng, file: Path) -> str:
         """Sizes that a header can have, with as much room, but for what the room would hold."""
         sizes = [1, 1, 1, 2, 3, 1000, 2**20] if rng.random() < 0.7 else [0, 1, 2**31, 10**12, 10**18, 2**63 - 1, 2**64]
-        shape = tuple(int(sizes[i]) for i in rng.integers(len(sizes), size=5))
+        kind = str(rng.choice(list(ARRAYS)))
+        shape = tuple(int(sizes[i]) for i in rng.integers(len(sizes), size=len(AXES[kind])))
         shape = (0 if rng.random() < 0.3 else min(shape[0], 1000), *shape[1:])
         dtype = list(OF_MEMORIES.values())[rng.integers(len(OF_MEMORIES))]
         text = b'{"source": ""}\n' * shape[0]
-        layout = Layout(shape, dtype, len(text))
+        layout = Layout(shape, dtype, len(text), kind)
         head = header(layout, _MODEL, text)
         size = len(head) + layout.size
         with open(file, "wb") as stream:
@@ -195,7 +202,7 @@ class MemoryFiles(Target):
 
     def _odd_shape(self, rng, data: bytes) -> tuple[str, bytes]:
         parts = Parts(data)
-        shape = list(parts.header["keys"]["shape"])
+        shape = list(parts.header[parts.names[0]]["shape"])
         sizes = [0, 1, -1, 2, 10**18, 2**31, 2**62, 2**64, 10**30, True, 1.5, float("inf"), float("nan"), None, "2", []]
         for _ in range(int(rng.integers(1, 4))):
             match rng.choice(["size", "size", "fewer", "more", "value"]):
@@ -209,14 +216,16 @@ class MemoryFiles(Target):
                     shape = [odd_value(rng)]
         shape = shape[0] if rng.random() < 0.1 and shape else shape
         for name, tensor in parts.header.items():
-            if name in ("keys", "values"):
+            if name in parts.names:
                 tensor["shape"] = shape
             elif name.endswith("_scales") and isinstance(shape, list):
-                tensor["shape"] = shape[:4]
+                tensor["shape"] = shape[:-1]
             elif name == "checksums" and isinstance(shape, list):
                 tensor["shape"] = shape[:2]
         if isinstance(shape, list) and len(shape) > 2:
-            parts.header["__metadata__"] |= {"tokens": str(shape[1])[:50], "layers": str(shape[2])[:50]}
+            parts.header["__metadata__"]["tokens"] = str(shape[1])[:50]
+            if parts.names[0] == "keys":
+                parts.header["__metadata__"]["layers"] = str(shape[2])[:50]
         if rng.random() < 0.5:  # nothing to hold
             for name in parts.tensors:
                 parts.tensors[name] = bytearray()
@@ -228,14 +237,14 @@ class MemoryFiles(Target):
 
     def _exchanged(self, rng, name: str, data: bytes) -> tuple[str, bytes]:
         parts = Parts(data)
-        num = parts.header["keys"]["shape"][0]
+        num = parts.header[parts.names[0]]["shape"][0]
         i, j = map(int, rng.choice(num, 2, replace=False))
-        ways = ["keys", "all but checksums"]
-        if name.startswith("version 2"):
+        ways = ["one tensor", "all but checksums"]
+        if not name.startswith("version 1"):
             ways += ["tensors", "items", "model", "tokens", "dtype", "shape"]
         way = str(rng.choice(ways))
-        if way == "keys":
-            parts.swap("keys", i, j)
+        if way == "one tensor":
+            parts.swap(parts.names[0], i, j)
         elif way == "all but checksums":
             for tensor in parts.tensors.keys() - {"checksums", "items"}:
                 parts.swap(tensor, i, j)
@@ -251,19 +260,18 @@ class MemoryFiles(Target):
         elif way == "tokens":  # two of one picture, with their checksums
             for tensor in parts.tensors.keys() - {"items"}:
                 part = parts.tensors[tensor]
-                size = len(part) // (num * parts.header["keys"]["shape"][1])
+                size = len(part) // (num * parts.header[parts.names[0]]["shape"][1])
                 part[:size], part[size : 2 * size] = part[size : 2 * size], part[:size]
         elif way == "dtype":
-            for tensor in ("keys", "values"):
+            for tensor in parts.names:
                 parts.header[tensor]["dtype"] = {"F32": "F32", "BF16": "F16", "I8": "I8"}[parts.header[tensor]["dtype"]]
         else:
-            for tensor in ("keys", "values"):
-                n, k, layers, groups, size = parts.header[tensor]["shape"]
-                parts.header[tensor]["shape"] = [n, k, layers, groups * 2, size // 2]
-            for tensor in ("keys_scales", "values_scales"):
-                if tensor in parts.header:
-                    parts.header[tensor]["shape"][3] *= 2
-                    parts.tensors[tensor] *= 2
+            for tensor in parts.names:
+                *of_picture, groups, size = parts.header[tensor]["shape"]
+                parts.header[tensor]["shape"] = [*of_picture, groups * 2, size // 2]
+                if (scales := f"{tensor}_scales") in parts.header:
+                    parts.header[scales]["shape"][-1] *= 2
+                    parts.tensors[scales] *= 2
         return f"{way} of {i} and {j}", parts.together()
 
     def _bomb(self, rng, file: Path) -> str:
@@ -272,7 +280,7 @@ class MemoryFiles(Target):
         pieces = int(rng.choice([1, 32, 256] if what != "hole" else [256, 1 << 20]))
         piece = b"" if what == "hole" else what.encode() * ((1 << 20) // len(what))
         size = pieces * (len(piece) or 1 << 20)
-        version = str(rng.choice(["1", "2"]))
+        version = str(rng.choice(["1", "2"]))  # 3 is read as 2 is
         parts = Parts(self._sound[f"version {version}, float32"])
         metadata = parts.header["__metadata__"]
         metadata.pop("checksum")
@@ -368,6 +376,6 @@ def _listed(bank: MemoryBank) -> list[str]:
 
 
 def _same(a: MemoryBank, b: MemoryBank) -> bool:
-    return a.items == b.items and a.model == b.model and a.keys.dtype == b.keys.dtype and all(
+    return a.items == b.items and a.model == b.model and a.dtype == b.dtype and a.kind == b.kind and all(
         x.tobytes() == y.tobytes() for x, y in zip(tensors_of(a).values(), tensors_of(b).values(), strict=True)
     )  # fmt: skip

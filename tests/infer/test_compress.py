@@ -442,7 +442,7 @@ def test_what_the_model_cannot_have_made(model, tmp_path):
     bank = model.compress(str(PICTURES[0]))
     shape = (1, *bank.keys.shape[1:])
     odd = [
-        dataclasses.replace(bank, keys=np.zeros(other, np.float32), values=np.zeros(other, np.float32))
+        dataclasses.replace(bank, arrays=dict.fromkeys(bank.arrays, np.zeros(other, np.float32)))
         for other in ((1, 3, *shape[2:]), (*shape[:2], 3, *shape[3:]), (*shape[:3], 5, shape[4]), (*shape[:4], 2))
     ]
     model.save(bank[[]], tmp_path / "none.voco")
@@ -480,7 +480,7 @@ def test_a_file_keeps_its_dtype(run, model, album, tmp_path, monkeypatch, capsys
     bank = model.compress(names)
     model.save(bank[:3].astype(ml_dtypes.bfloat16), out)
     said = command(monkeypatch, capsys, run, "--images", *names[3:], "--out", out)[1]
-    assert "7 pictures, 2 tokens each, bfloat16" in said
+    assert "7 pictures, 2 tokens each, bfloat16 keys and values" in said
     np.testing.assert_array_equal(model.open(out).keys, bank.keys.astype(ml_dtypes.bfloat16))
     kinds = [bank[0], bank[1].astype(ml_dtypes.bfloat16), bank[2].to_int8()]
     assert model.answers([Request("is it red?", one) for one in kinds]) == [model.ask("is it red?", o) for o in kinds]

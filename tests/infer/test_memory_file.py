@@ -19,35 +19,39 @@ from voco_jax.infer.memory import Item, MemoryBank, join
 from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory
 from voco_jax.infer.memory_format import Layout, header
 
-VERSION_1 = Path(__file__).parents[1] / "fixtures" / "memory_v1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHAPE = (5, 3, 2, 2, 4)  # pictures, tokens, layers, heads, head size
+EMBEDDINGS = (5, 3, 8)  # pictures, tokens, hidden size
 
 
 def make_bank(seed=0, dtype=np.float32, model="m1", shape=SHAPE, name="p") -> MemoryBank:
     rng = np.random.default_rng(seed)
-    keys, values = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    names = ("keys", "values") if len(shape) == 5 else ("embeddings",)
+    arrays = {name: rng.normal(size=shape).astype(dtype) for name in names}
     items = [Item(f"{name}{i}.png", f"{i:064x}", 0.5 * i if i % 2 else None) for i in range(shape[0])]
-    return MemoryBank(keys, values, tuple(items), model)
+    return MemoryBank(arrays, tuple(items), model)
 
 
 def same(a: MemoryBank, b: MemoryBank) -> bool:
     return (
-        a.items == b.items and a.model == b.model and a.keys.dtype == b.keys.dtype
-        and (a.keys == b.keys).all() and (a.values == b.values).all()
-        and (a.scales is b.scales or (a.scales == b.scales).all())
+        a.items == b.items and a.model == b.model and a.dtype == b.dtype and a.kind == b.kind
+        and all((array == b.arrays[name]).all() for name, array in a.arrays.items())
+        and (a.scales is b.scales or all((scales == b.scales[name]).all() for name, scales in a.scales.items()))
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [SHAPE, EMBEDDINGS])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int8])
-def test_what_comes_back(tmp_path, dtype):
-    bank = make_bank(dtype=np.float32 if dtype == np.int8 else dtype)
+def test_what_comes_back(tmp_path, dtype, shape):
+    bank = make_bank(dtype=np.float32 if dtype == np.int8 else dtype, shape=shape)
     bank = bank.to_int8() if dtype == np.int8 else bank
     file = tmp_path / "a.voco"
     save_memory(file, bank)
     assert same(load_memory(file, "m1"), bank)
     assert same(MemoryFile(file).read([3, 0], 2), bank[[3, 0]].first_tokens(2))
     opened = MemoryFile(file)
-    assert (len(opened), opened.num_tokens, opened.shape, opened.dtype) == (5, 3, SHAPE, bank.keys.dtype)
+    assert (len(opened), opened.num_tokens, opened.shape, opened.dtype) == (5, 3, shape, bank.dtype)
+    assert opened.version == "3" and opened.kind == ("keys and values" if shape == SHAPE else "embeddings")
     assert [path.name for path in tmp_path.iterdir()] == ["a.voco"]
 
 
@@ -61,19 +65,33 @@ def test_it_is_safetensors_and_holds_nothing_else(tmp_path):
     assert [Item(**fields) for fields in items] == list(bank.items)
     data = sum(tensor.nbytes for tensor in tensors.values())
     assert (tmp_path / "a.voco").stat().st_size - data < 700
+    save_memory(tmp_path / "b.voco", make_bank(shape=EMBEDDINGS).to_int8())
+    tensors = safetensors.numpy.load_file(tmp_path / "b.voco")
+    assert sorted(tensors) == ["checksums", "embeddings", "embeddings_scales", "items"]
 
 
-def test_half_a_mebibyte_a_token_of_7b():
-    shape = (1, 1, 32, 32, 128)
-    bank = MemoryBank(*np.zeros((2, *shape), ml_dtypes.bfloat16), (Item("a"),), "m")
-    assert bank.nbytes == 2**19
-    assert bank.to_int8().nbytes == 2**18 + 2 * 32 * 32 * 4
+def test_bytes_of_a_token_of_7b(tmp_path, monkeypatch, capsys):
+    """Half a mebibyte of keys and values, and an embedding of 8 KiB: of banks, of files, and as the command says."""
+    for shape, size, scales, said in (
+        ((2, 1, 32, 32, 128), 2**19, 2 * 32 * 32 * 4, "keys and values, 32 layers × 32 × 128, 512.0 KiB a token"),
+        ((2, 1, 4096), 2**13, 4, "embeddings, 4096 numbers, 8.0 KiB a token"),
+    ):
+        bank, file = make_bank(shape=shape, dtype=ml_dtypes.bfloat16), tmp_path / "a.voco"
+        assert bank.nbytes == 2 * size and bank.to_int8().nbytes == size + 2 * scales
+        save_memory(file, bank)
+        assert 2 * size < file.stat().st_size < 2 * size + 1000
+        assert (
+            f"2 pictures, 1 token each, bfloat16 {said}, "
+            in run_main(memory_command, monkeypatch, capsys, "list", file)[1]
+        )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_every_flipped_byte_is_found(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float32", (2, 2, 1, 1, 2)), ("int8", (2, 2, 1, 1, 2)), ("int8", (2, 2, 2))]
+)
+def test_every_flipped_byte_is_found(tmp_path, dtype, shape):
     """Each byte of a file in turn, by one bit: an error that names the file, never other numbers or another path."""
-    bank = make_bank(shape=(2, 2, 1, 1, 2))
+    bank = make_bank(shape=shape)
     file = tmp_path / "a.voco"
     save_memory(file, bank.to_int8() if dtype == "int8" else bank)
     content = bytearray(file.read_bytes())
@@ -107,16 +125,18 @@ def old_items() -> tuple[Item, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_version_1(tmp_path, dtype):
-    """Files that were written before there was another: read, found damaged, and joined to one of version 2."""
-    content = (VERSION_1 / f"{dtype}.voco").read_bytes()
-    tensors = safetensors.numpy.load_file(VERSION_1 / "float32.voco")
-    expected = MemoryBank(tensors["keys"], tensors["values"], old_items(), 'a model\'s "fingerprint"')
+def test_earlier_versions(tmp_path, dtype, version):
+    """Files that were written before there was another: read, found damaged, and joined to one of version 3."""
+    content = (FIXTURES / f"memory_v{version}" / f"{dtype}.voco").read_bytes()
+    tensors = safetensors.numpy.load_file(FIXTURES / "memory_v1" / "float32.voco")
+    arrays = {name: tensors[name] for name in ("keys", "values")}
+    expected = MemoryBank(arrays, old_items(), 'a model\'s "fingerprint"')
     expected = expected.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
     file = tmp_path / "a.voco"
     file.write_bytes(content)
-    assert MemoryFile(file).version == "1" and same(load_memory(file), expected)
+    assert MemoryFile(file).version == version and same(load_memory(file), expected)
     assert same(MemoryFile(file).read([5, 2], 1), expected[[5, 2]].first_tokens(1))
     for place in range(0, len(content), 5):
         damaged = bytearray(content)
@@ -126,7 +146,37 @@ def test_version_1(tmp_path, dtype):
             load_memory(file)
     file.write_bytes(content)
     save_memory(file, (MemoryFile(file), range(7)), expected[:2])
-    assert MemoryFile(file).version == "2" and same(load_memory(file), expected + expected[:2])
+    assert MemoryFile(file).version == "3" and same(load_memory(file), expected + expected[:2])
+
+
+def test_a_memory_of_the_other_kind_is_refused(tmp_path):
+    """Read, added to and joined: one line, whatever else is the same."""
+    pairs = make_bank(), make_bank(shape=EMBEDDINGS)
+    for bank, other in (pairs, pairs[::-1]):
+        save_memory(tmp_path / "a.voco", bank)
+        expected = (
+            f"^{tmp_path}/a.voco: expected memories of {other.kind}, which this model reads; found {bank.kind}; comp"
+        )
+        with pytest.raises(UserError, match=expected):
+            load_memory(tmp_path / "a.voco", "m1", kind=other.kind)
+        assert same(load_memory(tmp_path / "a.voco", "m1", kind=bank.kind), bank)
+        with pytest.raises(UserError, match=f"^memory: expected kind {bank.kind} as in .*a.voco, found {other.kind}$"):
+            save_memory(tmp_path / "a.voco", (MemoryFile(tmp_path / "a.voco"), range(5)), other)
+        with pytest.raises(UserError, match=f"^memories: expected the same kind, found {bank.kind} and {other.kind}$"):
+            join([bank, other])
+        assert same(load_memory(tmp_path / "a.voco"), bank)
+
+
+def test_the_kind_is_in_the_header(tmp_path):
+    """Another word there is damage, also where all checksums are right again."""
+    for shape, wrong in (SHAPE, "embeddings"), (EMBEDDINGS, "keys and values"), (EMBEDDINGS, "pixels"):
+        save_memory(tmp_path / "a.voco", make_bank(shape=shape))
+        parts = Parts((tmp_path / "a.voco").read_bytes())
+        assert parts.together() == (tmp_path / "a.voco").read_bytes()
+        parts.header["__metadata__"]["kind"] = wrong
+        (tmp_path / "a.voco").write_bytes(parts.together())
+        with pytest.raises(UserError, match="the memory file is damaged: its header is not as it was written"):
+            MemoryFile(tmp_path / "a.voco")
 
 
 def test_of_each_place_the_memory_that_was_written_there(tmp_path):
@@ -240,8 +290,9 @@ def test_what_is_no_file(tmp_path):
         (dict(items=(Item("x" * 2**20),)), "expected a name of less than"),
         (dict(model=None), "memory: expected the fingerprint of a model, found NoneType"),
         (dict(model="x" * 2**16), "model: expected a fingerprint, found text of 65536 characters"),
-        (dict(keys=np.zeros((1, 1, 1, 1, 2)), values=np.zeros((1, 1, 1, 1, 2))), r"found \[1, 1, 1, 2\] in float64"),
-        (dict(keys=np.zeros((1, 0, 1, 1, 2)), values=np.zeros((1, 0, 1, 1, 2))), r"found \[0, 1, 1, 2\] in float64"),
+        (dict(arrays=dict.fromkeys(("keys", "values"), np.zeros((1, 1, 1, 1, 2)))), r"und \[1, 1, 1, 2\] in float64"),
+        (dict(arrays=dict.fromkeys(("keys", "values"), np.zeros((1, 0, 1, 1, 2)))), r"und \[0, 1, 1, 2\] in float64"),
+        (dict(arrays={"embeddings": np.zeros((1, 1, 2))}), r"embeddings of pictures \[K, D\] .* \[1, 2\] in float64"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, change, message):
@@ -253,12 +304,21 @@ def test_what_cannot_be_written(tmp_path, change, message):
 def test_arrays_of_other_dtypes_are_no_bank():
     bank, small = make_bank(), make_bank().to_int8()
     for change in (
-        lambda: dataclasses.replace(bank, values=bank.values.astype(np.float16)),
-        lambda: dataclasses.replace(bank, values=bank.values.astype(">f4")),
-        lambda: dataclasses.replace(small, values=bank.values),
-        lambda: dataclasses.replace(small, scales=small.scales.astype(np.float64)),
+        lambda: dataclasses.replace(bank, arrays=bank.arrays | {"values": bank.values.astype(np.float16)}),
+        lambda: dataclasses.replace(bank, arrays=bank.arrays | {"values": bank.values.astype(">f4")}),
+        lambda: dataclasses.replace(small, arrays=small.arrays | {"values": bank.values}),
+        lambda: dataclasses.replace(small, scales={name: x.astype(np.float64) for name, x in small.scales.items()}),
+        lambda: dataclasses.replace(small, scales=None),
     ):
         with pytest.raises(ValueError, match=r"^(keys in .*, values in|scales .* of keys)"):
+            change()
+    for change in (
+        lambda: dataclasses.replace(bank, arrays={"keys": bank.keys}),
+        lambda: dataclasses.replace(bank, arrays=bank.arrays | {"embeddings": bank.keys}),
+        lambda: dataclasses.replace(bank, arrays={"embeddings": bank.keys}),
+        lambda: dataclasses.replace(bank, arrays=bank.arrays | {"values": bank.values[:, :2]}),
+    ):
+        with pytest.raises(ValueError, match="^expected arrays "):
             change()
 
 
@@ -304,8 +364,8 @@ def test_other_files(tmp_path, content, message):
 def test_a_later_version(tmp_path):
     save_memory(tmp_path / "a.voco", make_bank())
     content = (tmp_path / "a.voco").read_bytes()
-    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "2"', b'"version": "3"'))
-    with pytest.raises(UserError, match="expected a memory file of version 1 to 2, found '3'"):
+    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "3"', b'"version": "4"'))
+    with pytest.raises(UserError, match="expected a memory file of version 1 to 3, found '4'"):
         MemoryFile(tmp_path / "a.voco")
 
 
@@ -356,10 +416,15 @@ def test_parts_of_a_bank():
     assert memory.keys.shape == (2, 1, 18, 2, 4)
     np.testing.assert_array_equal(memory.keys[1, 0, 7], bank.keys[2, 1, 1])
     assert not memory.values[:, 0, 15:].any()
+    bank = make_bank(shape=EMBEDDINGS)
+    memory = bank[[2, 0]].first_tokens(2).memory(places=3)
+    assert memory.shape == (1, 3, 2, 8) and not memory[0, 2].any()
+    np.testing.assert_array_equal(memory[0, :2], bank.embeddings[[2, 0], :2])
 
 
-def test_int8_is_near():
-    bank = make_bank()
+@pytest.mark.parametrize("shape", [SHAPE, EMBEDDINGS])
+def test_int8_is_near(shape):
+    bank = make_bank(shape=shape)
     small = bank.to_int8()
     for exact, near in zip(bank.memory(), small.memory(), strict=True):
         largest = np.abs(exact).max(axis=-1, keepdims=True)
@@ -396,7 +461,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     run = lambda *arguments: run_main(memory_command, monkeypatch, capsys, *arguments)  # noqa: E731
     status, out, _ = run("merge", tmp_path / "a.voco", tmp_path / "b.voco", tmp_path / "a.voco", "--out",
                          tmp_path / "c.voco")  # fmt: skip
-    assert status == 0 and "c.voco: 10 pictures, 3 tokens each, float32, 2 layers × 2 × 4" in out
+    assert status == 0 and "c.voco: 10 pictures, 3 tokens each, float32 keys and values, 2 layers × 2 × 4" in out
     assert run("merge", tmp_path / "a.voco", "--out", tmp_path / "c.voco")[0] == 0  # a memory may be written over
     run("merge", tmp_path / "a.voco", tmp_path / "b.voco", "--out", tmp_path / "c.voco")
     (tmp_path / "notes.txt").write_text("mine")

@@ -31,7 +31,7 @@ def numbered(number: int, pictures: int = 3) -> MemoryBank:
     """Whose names say what is in it, and whose model is another each time."""
     keys = np.full((pictures, *SHAPE), number, np.float32)
     items = tuple(Item(f"{number}/{i}.png", f"{number:064x}", float(i)) for i in range(pictures))
-    return MemoryBank(keys, keys + 0.5, items, f"model {number % 2}")
+    return MemoryBank({"keys": keys, "values": keys + 0.5}, items, f"model {number % 2}")
 
 
 def check_numbered(bank: MemoryBank) -> int:
@@ -193,7 +193,7 @@ def test_what_was_opened_is_what_is_read(tmp_path):
 def test_a_closed_file_of_the_same_pictures_with_other_memories(tmp_path, in_place):
     file, other, bank = tmp_path / "a.voco", tmp_path / "b.voco", numbered(1)
     save_memory(file, bank)
-    save_memory(other, MemoryBank(bank.keys + 1, bank.values, bank.items, bank.model))
+    save_memory(other, MemoryBank({"keys": bank.keys + 1, "values": bank.values}, bank.items, bank.model))
     closed = MemoryFile(file)
     closed.close()
     status = file.stat()

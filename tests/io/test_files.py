@@ -77,7 +77,9 @@ def test_a_disk_that_does_not_answer(tmp_path, monkeypatch):
 
     for name in ("pread", "preadv", "fsync"):
         monkeypatch.setattr(os, name, fail)
-    bank = MemoryBank(*2 * [np.zeros((1, 1, 1, 1, 2), np.float32)], (Item("a.png"),), "model")
+    bank = MemoryBank(
+        dict.fromkeys(("keys", "values"), np.zeros((1, 1, 1, 1, 2), np.float32)), (Item("a.png"),), "model"
+    )
     for call in (
         lambda: opened[0][0], lambda: opened[1].read(0, 2), lambda: save_memory(tmp_path / "a.voco", bank),
         lambda: MemoryFile(rows),

@@ -121,7 +121,7 @@ def compress_to_file(
     with writing(out, patience=0) as real, _parts(real) as directory:
         old = MemoryFile(real) if real.exists() else None
         parts = [_part(file) for file in sorted(directory.glob("*.voco"))]
-        tokens, dtype = _form(images.fingerprint, [old, *parts], tokens, int8)
+        tokens, dtype = _form(images, [old, *parts], tokens, int8)
         have = {item.identity for file in [old, *parts] if file is not None for item in file.items}
         sampling = sampling or images.sampling
         wanted = _Wanted(have, images, sampling, batch_size, incomplete)
@@ -279,14 +279,14 @@ def _batches(
 
 
 def _form(
-    model: str, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool
+    images: ImageEncoder, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool
 ) -> tuple[int | None, np.dtype | None]:  # fmt: skip
     """Tokens a picture and dtype, as the files that are there have them, else as asked for (None: as computed)."""
     dtype = np.dtype(np.int8) if int8 else None
     for file in files:
         if file is None:
             continue
-        file.check_model(model, "give another --out, or delete this file first")
+        file.check_model(images.fingerprint, images.memory_kind, "give another --out, or delete this file first")
         if tokens is not None and tokens != file.num_tokens:
             raise UserError(f"{file.file}: holds {file.num_tokens} tokens a picture, expected the {tokens} asked for")
         if int8 and file.dtype != np.int8:

@@ -261,7 +261,7 @@ def _copied(one: EncodedImages) -> EncodedImages:
     """One picture without the batch that it was part of."""
     if isinstance(one, Embeddings):
         return dataclasses.replace(one, features=one.features.copy())
-    return dataclasses.replace(one, keys=one.keys.copy(), values=one.values.copy())
+    return one.copy()
 
 
 def _nbytes(one: EncodedImages) -> int:

@@ -17,6 +17,7 @@ from voco_jax.errors import UserError
 from voco_jax.infer.engine import Engine, bucket
 from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, from_memory, join_images
 from voco_jax.io.paths import as_path
+from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.models.voco import Memory
 from voco_jax.parallel.mesh import IMAGES, axis_size
 
@@ -41,6 +42,11 @@ class ImageEncoder:
     def num_voco_tokens(self) -> int:
         """K, the most tokens that a memory can have."""
         return self.engine.config.num_voco_tokens
+
+    @property
+    def memory_kind(self) -> str:
+        """What a memory is: KEYS_AND_VALUES or EMBEDDINGS; '' without VoCo tokens."""
+        return self.engine.config.memory_kind
 
     def encode_images(
         self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32
@@ -100,14 +106,16 @@ class ImageEncoder:
             frames = axis_size("frame")  # images of a row are spread over it
             pixels = pixels.reshape(size // frames, frames, *pixels.shape[1:])
             visual, items = self.engine.encode_images(_normalize(self.processor, pixels)), (Item(""),) * len(squares)
-            if not isinstance(visual, Memory):
-                return Embeddings(visual.reshape(-1, *visual.shape[2:])[: len(squares)], items)
-            return from_memory(visual, self.num_voco_tokens, items, self.fingerprint)
+            if self.engine.config.has_compress_stream:
+                return from_memory(visual, self.num_voco_tokens, items, self.fingerprint)
+            assert not isinstance(visual, Memory)
+            return Embeddings(visual.reshape(-1, *visual.shape[2:])[: len(squares)], items)
 
     def require_memories(self) -> None:
         """UserError for a model without VoCo tokens."""
         if not (c := self.engine.config).has_compress_stream:
-            raise UserError(f"{self.name}: a model with compressor {c.compressor!r} has no memories: expected 'voco'")
+            expected = "expected 'voco' or 'voco_embedding'"
+            raise UserError(f"{self.name}: a model with compressor {c.compressor!r} has no memories: {expected}")
 
     def check(self, images: EncodedImages) -> None:
         """UserError for encoded images that are not this model's."""
@@ -119,12 +127,18 @@ class ImageEncoder:
         if isinstance(images, Embeddings):
             return
         name = f"memory of {images.items[0].source}" if len(images) else "memory"
+        if images.kind != c.memory_kind:
+            expected = f"expected {c.memory_kind}, which a model with compressor {c.compressor!r} reads"
+            raise UserError(f"{name}: {expected}; found {images.kind}")
         if images.model != self.fingerprint:
             raise UserError(f"{name}: expected one of this model ({self.fingerprint}), found {images.model}")
-        tokens, *shape = images.keys.shape[1:]
-        expected = [c.llama.num_hidden_layers, c.llama.num_key_value_heads, c.llama.head_dim]
-        if shape != expected or not 1 <= tokens <= self.num_voco_tokens:
+        tokens, *shape = images.shape[1:]
+        expected_shape, axes = [c.llama.hidden_size], "hidden size"
+        if c.memory_kind == KEYS_AND_VALUES:
+            expected_shape = [c.llama.num_hidden_layers, c.llama.num_key_value_heads, c.llama.head_dim]
+            axes = "layers, heads, head size"
+        if shape != expected_shape or not 1 <= tokens <= self.num_voco_tokens:
             raise UserError(
-                f"{name}: expected 1 to {self.num_voco_tokens} tokens of {expected} (layers, heads, head size), "
+                f"{name}: expected 1 to {self.num_voco_tokens} tokens of {expected_shape} ({axes}), "
                 f"found {tokens} of {shape}"
             )

@@ -1,14 +1,15 @@
 """Memories of pictures on the host: what was compressed once, to be read any number of times.
 
 A `MemoryBank` holds pictures (or a video's frames) in an order, each as the keys (before rotary positions) and values
-of its K VoCo tokens at all layers. It can be cut, joined, read with fewer tokens than it has, and stored in int8;
-`memory_file.py` puts it on disk.
+of its K VoCo tokens at all layers, or as K embeddings. It can be cut, joined, read with fewer tokens than it has, and
+stored in int8; `memory_file.py` puts it on disk.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,12 @@ import numpy as np
 
 from voco_jax.data.images import MAX_PIXELS, MAX_SIDE, ImageProcessor
 from voco_jax.errors import UserError
+from voco_jax.models.compressors import EMBEDDINGS, KEYS_AND_VALUES
 from voco_jax.models.voco import Memory, VoCoConfig
 from voco_jax.terminal import count_of, printable
+
+ARRAYS = {KEYS_AND_VALUES: ("keys", "values"), EMBEDDINGS: ("embeddings",)}  # of a bank, by its kind
+AXES = {KEYS_AND_VALUES: "NKLGH", EMBEDDINGS: "NKD"}  # of each of them
 
 Index = int | slice | Sequence[int] | np.ndarray  # one picture, or several
 
@@ -55,51 +60,81 @@ def size_of(num_bytes: int) -> str:
 class MemoryBank:
     """Memories of N pictures, K tokens each.
 
-    keys, values: [N, K, L, G, H] in the dtype that the model computes in, or int8; then `scales` are what they are
-    multiplied with, float32 [2, N, K, L, G]. `model` is the fingerprint of the model that made them and alone can read
-    them.
+    `arrays` are what is kept, by name: "keys" and "values" [N, K, L, G, H], or "embeddings" [N, K, D], in the dtype
+    that the model computes in, or int8; then `scales`, by the same names, are what they are multiplied with, float32
+    without the last axis. `model` is the fingerprint of the model that made them and alone can read them.
     """
 
-    keys: np.ndarray
-    values: np.ndarray
+    arrays: dict[str, np.ndarray]
     items: tuple[Item, ...]
     model: str
-    scales: np.ndarray | None = None
+    scales: dict[str, np.ndarray] | None = None
 
     def __post_init__(self):
-        if len(self.keys) != len(self.items) or self.keys.shape != self.values.shape:
-            raise ValueError(f"{len(self.items)} items, keys {self.keys.shape}, values {self.values.shape}")
-        if self.keys.dtype != self.values.dtype:
-            raise ValueError(f"keys in {self.keys.dtype}, values in {self.values.dtype}")
-        scales = None if self.scales is None else (self.scales.shape, self.scales.dtype)
-        expected = ((2, *self.keys.shape[:4]), np.float32) if self.keys.dtype == np.int8 else None
+        if tuple(self.arrays) not in ARRAYS.values():
+            raise ValueError(f"expected arrays {' or '.join(map(str, ARRAYS.values()))}, found {tuple(self.arrays)}")
+        if len(self.shape) != len(AXES[self.kind]) or len({array.shape for array in self.arrays.values()}) > 1:
+            found = ", ".join(f"{name} {array.shape}" for name, array in self.arrays.items())
+            raise ValueError(f"expected arrays [{', '.join(AXES[self.kind])}], found {found}")
+        if len(self.items) != len(self):
+            raise ValueError(f"{len(self.items)} items, {self.kind} {self.shape}")
+        if len({array.dtype for array in self.arrays.values()}) > 1:
+            raise ValueError(", ".join(f"{name} in {array.dtype}" for name, array in self.arrays.items()))
+        scales = None if self.scales is None else {name: (x.shape, x.dtype) for name, x in self.scales.items()}
+        expected = dict.fromkeys(self.arrays, (self.shape[:-1], np.float32)) if self.dtype == np.int8 else None
         if scales != expected:
-            raise ValueError(f"scales {scales} of keys {self.keys.shape} in {self.keys.dtype}")
+            raise ValueError(f"scales {scales} of {self.kind} {self.shape} in {self.dtype}")
 
     def __repr__(self) -> str:
         tokens = count_of(self.num_tokens, "token")
-        return f"MemoryBank({_shown(self.items)}, {tokens} each, {self.keys.dtype.name}, {size_of(self.nbytes)})"
+        kind = f"{self.dtype.name} {self.kind}"
+        return f"MemoryBank({_shown(self.items)}, {tokens} each, {kind}, {size_of(self.nbytes)})"
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self.shape[0]
 
     def __getitem__(self, which: Index) -> "MemoryBank":
         """Some of the pictures."""
         chosen, items = _chosen(which, self.items)
-        scales = None if self.scales is None else self.scales[:, chosen]
-        return dataclasses.replace(self, keys=self.keys[chosen], values=self.values[chosen], items=items, scales=scales)
+        return self._changed(lambda array: array[chosen], items=items)
 
     def __add__(self, other: "MemoryBank") -> "MemoryBank":
         return join([self, other])
 
     @property
+    def kind(self) -> str:
+        """KEYS_AND_VALUES or EMBEDDINGS."""
+        return next(kind for kind, names in ARRAYS.items() if names == tuple(self.arrays))
+
+    @property
+    def keys(self) -> np.ndarray:
+        return self.arrays["keys"]
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.arrays["values"]
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        return self.arrays["embeddings"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each array: [N, K, L, G, H] or [N, K, D]."""
+        return next(iter(self.arrays.values())).shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self.arrays.values())).dtype
+
+    @property
     def num_tokens(self) -> int:
         """K"""
-        return self.keys.shape[1]
+        return self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(array.nbytes for array in (*self.arrays.values(), *(self.scales or {}).values()))
 
     @property
     def is_video(self) -> bool:
@@ -111,39 +146,58 @@ class MemoryBank:
         if count is None:
             return self
         check_tokens("tokens", count, self.num_tokens)
-        scales = None if self.scales is None else self.scales[:, :, :count]
-        return dataclasses.replace(self, keys=self.keys[:, :count], values=self.values[:, :count], scales=scales)
+        return self._changed(lambda array: array[:, :count])
+
+    def copy(self) -> "MemoryBank":
+        """In arrays of its own: it keeps no larger bank in memory that it was cut out of."""
+        return self._changed(np.copy)
 
     def to_int8(self) -> "MemoryBank":
-        """Rounded to int8, with a scale for each token, layer and head: half of bfloat16's size, and 4 bytes a head."""
+        """Rounded to int8, with a scale for each token, layer and head, or for each embedding: half of bfloat16's size,
+        and 4 bytes a scale."""
         if self.scales is not None:
             return self
-        rounded, scales = zip(*map(_quantize, (self.keys, self.values)), strict=True)
-        return dataclasses.replace(self, keys=rounded[0], values=rounded[1], scales=np.stack(scales))
+        rounded = {name: _quantize(array) for name, array in self.arrays.items()}
+        arrays, scales = ({name: pair[i] for name, pair in rounded.items()} for i in range(2))
+        return dataclasses.replace(self, arrays=arrays, scales=scales)
 
     def astype(self, dtype: np.typing.DTypeLike) -> "MemoryBank":
         """In another dtype; of int8 the numbers that it stands for."""
-        if self.keys.dtype == dtype:
+        if self.dtype == dtype:
             return self
         if dtype == np.int8:
             return self.to_int8()
-        keys, values = self.keys, self.values
+        arrays = self.arrays
         if self.scales is not None:
-            keys, values = (x * s[..., None] for x, s in zip((keys, values), self.scales, strict=True))
-        return dataclasses.replace(self, keys=keys.astype(dtype), values=values.astype(dtype), scales=None)
+            arrays = {name: array * self.scales[name][..., None] for name, array in arrays.items()}
+        arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+        return dataclasses.replace(self, arrays=arrays, scales=None)
 
-    def memory(self, places: int | None = None) -> Memory:
-        """For the model: one row of all slots, keys and values [L, 1, places·K, G, H]; zeros after the last picture."""
+    def memory(self, places: int | None = None) -> Memory | jax.Array:
+        """For the model: one row of all slots, keys and values [L, 1, places·K, G, H], or of all embeddings
+        [1, places, K, D]; zeros after the last picture."""
         places = len(self) if places is None else places
         bank = self if self.scales is None else self.astype(np.float32)
-        room = [(0, places - len(self))] + [(0, 0)] * 4
-        return _as_slots(np.pad(bank.keys, room), np.pad(bank.values, room))
+        room = [(0, places - len(self))] + [(0, 0)] * (len(self.shape) - 1)
+        arrays = {name: np.pad(array, room) for name, array in bank.arrays.items()}
+        return jnp.asarray(arrays["embeddings"][None]) if self.kind == EMBEDDINGS else _as_slots(**arrays)
+
+    def _changed(self, change: Callable[[np.ndarray], np.ndarray], **fields: Any) -> "MemoryBank":
+        """With the same done to all arrays and scales."""
+        arrays = {name: change(array) for name, array in self.arrays.items()}
+        scales = None if self.scales is None else {name: change(array) for name, array in self.scales.items()}
+        return dataclasses.replace(self, arrays=arrays, scales=scales, **fields)
 
 
-def from_memory(memory: Memory, num_tokens: int, items: Sequence[Item], model: str) -> MemoryBank:
-    """The first pictures of a model's memory [L, B, I·K, G, H], B·I of them in the order of the items."""
-    keys, values = (_as_pictures(x, num_tokens) for x in jax.device_get(memory))
-    return MemoryBank(keys[: len(items)], values[: len(items)], tuple(items), model)
+def from_memory(memory: Memory | jax.Array, num_tokens: int, items: Sequence[Item], model: str) -> MemoryBank:
+    """The first pictures of a model's memory, [L, B, I·K, G, H] or embeddings [B, I, K, D], B·I of them in the order of
+    the items."""
+    arrays = jax.device_get(memory)
+    if isinstance(memory, Memory):
+        named = {name: _as_pictures(x, num_tokens) for name, x in zip(Memory._fields, arrays, strict=True)}
+    else:
+        named = {"embeddings": np.ascontiguousarray(arrays.reshape(-1, *arrays.shape[2:]))}
+    return MemoryBank({name: x[: len(items)] for name, x in named.items()}, tuple(items), model)
 
 
 def join(banks: Iterable[MemoryBank]) -> MemoryBank:
@@ -151,23 +205,24 @@ def join(banks: Iterable[MemoryBank]) -> MemoryBank:
     banks = list(banks)
     if not banks:
         raise UserError("memories: expected at least one, found none")
+    first = banks[0]
     for bank in banks[1:]:
         for what, there, found in (
-            ("model", banks[0].model, bank.model),
-            ("tokens a picture", banks[0].num_tokens, bank.num_tokens),
-            ("layers and heads", banks[0].keys.shape[2:], bank.keys.shape[2:]),
-            ("dtype", banks[0].keys.dtype.name, bank.keys.dtype.name),
+            ("kind", first.kind, bank.kind),
+            ("model", first.model, bank.model),
+            ("tokens a picture", first.num_tokens, bank.num_tokens),
+            ("shape of a token", first.shape[2:], bank.shape[2:]),
+            ("dtype", first.dtype.name, bank.dtype.name),
         ):
             if there != found:
                 raise UserError(f"memories: expected the same {what}, found {there} and {found}")
-    scales = None if banks[0].scales is None else np.concatenate([bank.scales for bank in banks], axis=1)
-    return MemoryBank(
-        np.concatenate([bank.keys for bank in banks]),
-        np.concatenate([bank.values for bank in banks]),
-        tuple(item for bank in banks for item in bank.items),
-        banks[0].model,
-        scales,
-    )
+
+    def joined(of_banks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([arrays[name] for arrays in of_banks]) for name in of_banks[0]}
+
+    scales = [bank.scales for bank in banks if bank.scales is not None]
+    items = tuple(item for bank in banks for item in bank.items)
+    return MemoryBank(joined([b.arrays for b in banks]), items, first.model, joined(scales) if scales else None)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -220,7 +275,7 @@ def join_images(images: Sequence[EncodedImages]) -> EncodedImages:
     embeddings = [one for one in images if isinstance(one, Embeddings)]
     if not embeddings:
         banks = [one for one in images if isinstance(one, MemoryBank)]
-        alike = len({bank.keys.dtype for bank in banks}) == 1
+        alike = len({bank.dtype for bank in banks}) == 1
         return join(banks if alike else [bank.astype(np.float32) for bank in banks])
     arrays = [one.features for one in embeddings]
     concatenate = np.concatenate if all(isinstance(array, np.ndarray) for array in arrays) else jnp.concatenate

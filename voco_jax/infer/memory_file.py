@@ -19,7 +19,7 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.infer.memory import MemoryBank, check_tokens, size_of
+from voco_jax.infer.memory import ARRAYS, AXES, MemoryBank, check_tokens, size_of
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
     Contents,
@@ -38,6 +38,7 @@ from voco_jax.io.atomic import open_for_writing
 from voco_jax.io.files import open_regular
 from voco_jax.io.locks import locked
 from voco_jax.io.paths import as_path, state_of
+from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.terminal import count_of
 
 SUFFIX = ".voco"
@@ -52,7 +53,7 @@ class MemoryFile:
     """A memory file, opened for reading: the header and the items are read and checked at once, memories on request.
 
     `items` says what each memory is of, `model` is the fingerprint of the model that made them, `version` that of the
-    format, `shape` [N, K, L, G, H] and `dtype` those of keys and of values, `size` the bytes of the file.
+    format. `kind`, `shape` and `dtype` are those of a `MemoryBank` of all of it, `size` the bytes of the file.
 
     UserError for what is not a memory file, is cut off, or differs from what was written. TryAgain where another
     program writes into the file while it is read.
@@ -68,7 +69,7 @@ class MemoryFile:
             self._close = weakref.finalize(self, stack.pop_all().close)
         layout = self._contents.layout
         self.items, self.model, self.version = self._contents.items, self._contents.model, self._contents.version
-        self.shape, self.dtype = layout.shape, layout.dtype
+        self.kind, self.shape, self.dtype = layout.kind, layout.shape, layout.dtype
         self.num_tokens = self.shape[1]
         self.size = self._contents.head_bytes + layout.size
 
@@ -77,10 +78,15 @@ class MemoryFile:
 
     def summary(self) -> str:
         """What it holds, in a line."""
-        pictures, tokens, layers, heads, size = self.shape
+        pictures, tokens, *token = self.shape
+        numbers = (
+            f"{token[0]} layers × {token[1]} × {token[2]}" if self.kind == KEYS_AND_VALUES else f"{token[0]} numbers"
+        )
+        layout = self._contents.layout
+        token_bytes = layout.token_bytes - layout.bytes_of("checksums")
         return (
-            f"{self.file}: {count_of(pictures, 'picture')}, {count_of(tokens, 'token')} each, {self.dtype.name}, "
-            f"{layers} layers × {heads} × {size}, {size_of(self.size)}, model {self.model}"
+            f"{self.file}: {count_of(pictures, 'picture')}, {count_of(tokens, 'token')} each, {self.dtype.name} "
+            f"{self.kind}, {numbers}, {size_of(token_bytes)} a token, {size_of(self.size)}, model {self.model}"
         )
 
     def __enter__(self) -> "MemoryFile":
@@ -95,24 +101,30 @@ class MemoryFile:
         self._close()
 
     def read(
-        self, which: Sequence[int] | None = None, tokens: int | None = None, model: str | None = None
-    ) -> MemoryBank:
+        self, which: Sequence[int] | None = None, tokens: int | None = None, model: str | None = None,
+        kind: str | None = None,
+    ) -> MemoryBank:  # fmt: skip
         """The memories of some pictures, or all, with their first `tokens` tokens, or all, as a `MemoryBank`.
 
         UserError where a checksum says that they are not as they were written, or they are of another model than
-        `model`.
+        `model` or not of the `kind` that it reads.
         """
-        if model is not None:
-            self.check_model(model)
+        self.check_model(model, kind)
         check_tokens(f"{self.file}: tokens", tokens, self.num_tokens)
         places = range(len(self))
         which = places if which is None else [places[i] for i in which]
         with self._open() as opened:
             return self._read(opened, which, self.num_tokens if tokens is None else tokens)
 
-    def check_model(self, model: str, hint: str = "compress the pictures again") -> None:
-        """UserError where another model's fingerprint stands in the file; `hint` says what to do."""
-        if self.model != model:
+    def check_model(
+        self, model: str | None, kind: str | None, hint: str = "compress the pictures again"
+    ) -> None:  # fmt: skip
+        """UserError where the file is of another kind or another model (None: of any); `hint` says what to do."""
+        if kind is not None and self.kind != kind:
+            raise UserError(
+                f"{self.file}: expected memories of {kind}, which this model reads; found {self.kind}; {hint}"
+            )
+        if model is not None and self.model != model:
             raise UserError(
                 f"{self.file}: a memory can only be read by the model that made it: expected model {model}, "
                 f"found {self.model}; {hint}"
@@ -157,9 +169,9 @@ class MemoryFile:
             part = slice(start, start + step), slice(first, first + of_picture)
             piece = {name: array[part] for name, array in arrays.items()}
             opened.checked(functools.partial(self._fill, opened, piece, which[part[0]], first))
-        scales = np.stack([arrays["keys_scales"], arrays["values_scales"]]) if layout.dtype == np.int8 else None
-        items = tuple(self.items[i] for i in which)
-        return MemoryBank(arrays["keys"], arrays["values"], items, self.model, scales)
+        names, items = ARRAYS[self.kind], tuple(self.items[i] for i in which)
+        scales = {name: arrays[f"{name}_scales"] for name in names} if layout.dtype == np.int8 else None
+        return MemoryBank({name: arrays[name] for name in names}, items, self.model, scales)
 
     def _fill(self, opened: "_Opened", piece: dict[str, np.ndarray], which: Sequence[int], first: int) -> None:
         """Read some pictures' tokens from the `first` on into arrays [n, tokens, …], all of them contiguous; Damaged
@@ -175,7 +187,7 @@ class MemoryFile:
         wrong = (checksums(tensors, about, first) != piece["checksums"]).any(axis=1)
         if wrong.any():
             source = self.items[which[int(wrong.argmax())]].source
-            raise Damaged(f"the memory file is damaged: {source}: keys and values are not as they were written")
+            raise Damaged(f"the memory file is damaged: {source}: {self.kind} are not as they were written")
 
 
 class _Opened:
@@ -258,10 +270,12 @@ def save_memory(file: str | os.PathLike, *parts: Part) -> None:
         write_memory(real, parts)
 
 
-def load_memory(file: str | os.PathLike, model: str | None = None, tokens: int | None = None) -> MemoryBank:
-    """All of a memory file; `model` and `tokens` as `MemoryFile.read`'s."""
+def load_memory(
+    file: str | os.PathLike, model: str | None = None, tokens: int | None = None, kind: str | None = None
+) -> MemoryBank:
+    """All of a memory file; `model`, `tokens` and `kind` as `MemoryFile.read`'s."""
     with MemoryFile(file) as opened:
-        return opened.read(tokens=tokens, model=model)
+        return opened.read(tokens=tokens, model=model, kind=kind)
 
 
 def writing(file: str | os.PathLike, patience: float | None = None) -> contextlib.AbstractContextManager[Path]:
@@ -276,14 +290,14 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
     """
     if not parts:
         raise UserError(f"{real}: expected memories, found none")
-    model, (shape, dtype) = _kind(parts)
+    model, kind, shape, dtype = _common(parts)
     text = bytearray()
     num = 0
     for part in parts:
         for item in part.items if isinstance(part, MemoryBank) else map(part[0].items.__getitem__, part[1]):
             text += line_of(item)
             num += 1
-    layout = Layout((num, *shape), dtype, len(text))
+    layout = Layout((num, *shape), dtype, len(text), kind)
     head, entries = header(layout, model, text), layout.entries()
     try:
         with open_for_writing(real) as stream:
@@ -302,27 +316,26 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
         raise cannot(f"{real}: the memory file cannot be written", error) from error
 
 
-def _kind(parts: Sequence[Part]) -> tuple[str, tuple[tuple[int, ...], np.dtype]]:
-    """Model, shape of a picture and dtype, which all parts have. UserError where they do not go together."""
-    kinds = [
-        (part.model, part.keys.shape[1:], part.keys.dtype, "memory")
-        if isinstance(part, MemoryBank)
-        else (part[0].model, part[0].shape[1:], part[0].dtype, part[0].file)
-        for part in parts
-    ]
-    for kind in kinds[1:]:
-        for what, expected, found in zip(("model", "shape of a picture", "dtype"), kinds[0], kind, strict=False):
+def _common(parts: Sequence[Part]) -> tuple[str, str, tuple[int, ...], np.dtype]:
+    """Model, kind, shape of a picture and dtype, which all parts have. UserError where they do not go together."""
+    sources = [(part, "memory") if isinstance(part, MemoryBank) else (part[0], part[0].file) for part in parts]
+    first, name = sources[0]
+    model, kind, shape, dtype = first.model, first.kind, first.shape[1:], first.dtype
+    for part, other in sources[1:]:
+        for what, expected, found in (
+            ("kind", kind, part.kind), ("model", model, part.model), ("shape of a picture", shape, part.shape[1:]),
+            ("dtype", dtype, part.dtype),
+        ):  # fmt: skip
             if expected != found:
                 way = "; `voco compress --int8`, or MemoryBank.to_int8() in Python, makes int8 of the others"
                 way = way if what == "dtype" and "int8" in (expected, found) else ""
-                raise UserError(f"{kind[3]}: expected {what} {expected} as in {kinds[0][3]}, found {found}{way}")
-    model, shape, dtype, name = kinds[0]
+                raise UserError(f"{other}: expected {what} {expected} as in {name}, found {found}{way}")
     if not isinstance(model, str):
         raise UserError(f"{name}: expected the fingerprint of a model, found {type(model).__name__}")
-    if dtype not in OF_MEMORIES.values() or not is_shape([0, *shape]):
-        known = ", ".join(dtype.name for dtype in OF_MEMORIES.values())
-        raise UserError(f"{name}: expected keys of pictures [K, L, G, H] in {known}; found {list(shape)} in {dtype}")
-    return model, (shape, dtype)
+    if dtype not in OF_MEMORIES.values() or not is_shape([0, *shape], kind):
+        known, axes = ", ".join(dtype.name for dtype in OF_MEMORIES.values()), ", ".join(AXES[kind][1:])
+        raise UserError(f"{name}: expected {kind} of pictures [{axes}] in {known}; found {list(shape)} in {dtype}")
+    return model, kind, shape, dtype
 
 
 def _banks(parts: Sequence[Part]) -> Iterator[MemoryBank]:

@@ -5,12 +5,19 @@
     checksums                     [N, K] U32: CRC-32 of what a token's keys, values and scales are of, and of these
     items                         [bytes] U8: a line of JSON for each picture
 
-What a token is of: the model, dtype and shape, its picture's line in `items`, and its place in the picture. So no part
-of another picture, file or model is taken for this one's. The header's metadata has format, version, the model's
-fingerprint, K and L, and checksums of `items` and of the header itself. A header is short, and the lines of `items` are
-decoded one by one as they are asked for: a file of millions of pictures opens in little more memory than `items` takes.
+or, of a model that makes memories of embeddings, in place of keys and values
 
-Version 1 is read as well. Its items are one text in the header, and its checksums are those of the tokens' bytes alone.
+    embeddings                    [N, K, D] BF16, F16, F32 or I8
+    embeddings_scales             [N, K] F32, with I8 only
+
+What a token is of: the model, dtype and shape, its picture's line in `items`, and its place in the picture. So no part
+of another picture, file or model is taken for this one's. The header's metadata has format, version, the kind of
+memory, the model's fingerprint, K (and L), and checksums of `items` and of the header itself. A header is short, and
+the lines of `items` are decoded one by one as they are asked for: a file of millions of pictures opens in little more
+memory than `items` takes.
+
+Versions 1 and 2 are read as well: they say nothing of the kind, and hold keys and values. The items of version 1 are
+one text in the header, and its checksums are those of the tokens' bytes alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +33,12 @@ import zlib
 import numpy as np
 
 from voco_jax.errors import UserError
-from voco_jax.infer.memory import Item, MemoryBank
+from voco_jax.infer.memory import ARRAYS, AXES, Item, MemoryBank
 from voco_jax.io.safetensors import DTYPES, NAMES, Entry, framed, header_text, parse_header, place
+from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.terminal import shortened
 
-VERSION = "2"  # that is written
+VERSION = "3"  # that is written
 _FORMAT = "voco_jax.memory"
 OF_MEMORIES = {name: DTYPES[name] for name in ("BF16", "F16", "F32", "I8")}
 # What no honest file has more of
@@ -52,16 +60,17 @@ class Damaged(Exception):
 class Layout:
     """Where each tensor lies: fixed by the bank's shape and dtype, and the bytes of its items."""
 
-    shape: tuple[int, ...]  # of keys and of values: [N, K, L, G, H]
+    shape: tuple[int, ...]  # of keys and of values, [N, K, L, G, H], or of embeddings, [N, K, D]
     dtype: np.dtype
     items_bytes: int | None  # None: they stand in the header, as in version 1
+    kind: str = KEYS_AND_VALUES
 
     @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Dtype and shape of those that have a place for each picture."""
-        tensors = {"keys": (self.dtype, self.shape), "values": (self.dtype, self.shape)}
+        tensors = {name: (self.dtype, self.shape) for name in ARRAYS[self.kind]}
         if self.dtype == np.int8:
-            tensors |= {f"{name}_scales": (np.dtype(np.float32), self.shape[:4]) for name in ("keys", "values")}
+            tensors |= {f"{name}_scales": (np.dtype(np.float32), self.shape[:-1]) for name in ARRAYS[self.kind]}
         return tensors | {"checksums": (np.dtype(np.uint32), self.shape[:2])}
 
     def entries(self) -> dict[str, Entry]:
@@ -84,9 +93,9 @@ class Layout:
         return sum(map(self.bytes_of, self.tensors))
 
 
-def is_shape(shape: Sequence) -> bool:
-    """Whether keys may have it: [N, K, L, G, H], of which N alone may be 0 or of any size."""
-    if len(shape) != 5 or not all(type(size) is int for size in shape):
+def is_shape(shape: Sequence, kind: str) -> bool:
+    """Whether a bank's arrays may have it: [N, K, L, G, H] or [N, K, D], of which N alone may be 0 or of any size."""
+    if len(shape) != len(AXES[kind]) or not all(type(size) is int for size in shape):
         return False
     num, tokens, *of_token = shape
     possible = 0 <= num < 2**62 and 1 <= tokens <= _MOST_TOKENS and min(of_token) >= 1
@@ -162,7 +171,7 @@ def begun(layout: Layout, model: str, lines: Sequence[bytes]) -> list[int]:
 
 def checksums(tensors: dict[str, np.ndarray], begun: Sequence[int] | None, first: int = 0) -> np.ndarray:
     """CRC-32 of each token from the `first` of its picture on, uint32 [n, k]; `begun` is None in version 1."""
-    n, k = tensors["keys"].shape[:2]
+    n, k = next(iter(tensors.values())).shape[:2]
     sums = [0] * (n * k)
     if begun is not None:
         places = [struct.pack("<I", place) for place in range(first, first + k)]
@@ -175,10 +184,7 @@ def checksums(tensors: dict[str, np.ndarray], begun: Sequence[int] | None, first
 
 def tensors_of(bank: MemoryBank) -> dict[str, np.ndarray]:
     """As they are kept."""
-    tensors = {"keys": bank.keys, "values": bank.values}
-    if bank.scales is not None:
-        tensors |= {"keys_scales": bank.scales[0], "values_scales": bank.scales[1]}
-    return tensors
+    return bank.arrays | {f"{name}_scales": scales for name, scales in (bank.scales or {}).items()}
 
 
 # ---- Header --------------------------------------------------------------------------------------------------------
@@ -206,10 +212,13 @@ def header(layout: Layout, model: str, items: bytes | bytearray) -> bytes:
 
 def _header(layout: Layout, model: str, items: str, version: str = VERSION, checksum: str | None = None) -> bytes:
     """The one text for a file of this content: one that differs in a letter is damaged."""
-    metadata = {
-        "format": _FORMAT, "version": version, "model": model, "tokens": str(layout.shape[1]),
-        "layers": str(layout.shape[2]), "items": items,
-    }  # fmt: skip
+    metadata = {"format": _FORMAT, "version": version}
+    if version == VERSION:
+        metadata["kind"] = layout.kind
+    metadata |= {"model": model, "tokens": str(layout.shape[1])}
+    if layout.kind == KEYS_AND_VALUES:
+        metadata["layers"] = str(layout.shape[2])
+    metadata["items"] = items
     entries = layout.entries()
     metadata["checksum"] = f"{zlib.crc32(header_text(metadata, entries)):08x}" if checksum is None else checksum
     return header_text(metadata, entries)
@@ -229,8 +238,8 @@ def read_contents(file: Path, read: Read, size: int) -> Contents:
     version = beginning[1].decode(errors="replace")
     if version == "1":
         contents = _read_1(file, read, length, size)
-    elif version == VERSION:
-        contents = _read_2(file, read, length, size)
+    elif version in ("2", VERSION):
+        contents = _read_2(file, read, length, size, version)
     else:
         raise Damaged(f"expected a memory file of version 1 to {VERSION}, found {version!r}")
     return contents
@@ -239,13 +248,14 @@ def read_contents(file: Path, read: Read, size: int) -> Contents:
 _CHANGED = "the memory file is damaged: its header is not as it was written"
 
 
-def _read_2(file: Path, read: Read, length: int, size: int) -> Contents:
+def _read_2(file: Path, read: Read, length: int, size: int, version: str) -> Contents:
+    """Version 2, or 3, which says the kind too."""
     if length > _LONGEST_HEADER:
         raise Damaged(_CHANGED)
     text = bytes(read(8, length))
-    layout, model, metadata = _parsed(text, of_version_1=False)
+    layout, model, metadata = _parsed(text, version)
     # Also where one letter of a name is another
-    if struct.pack("<Q", length) + text != framed(_header(layout, model, metadata["items"])):
+    if struct.pack("<Q", length) + text != framed(_header(layout, model, metadata["items"], version)):
         raise Damaged(_CHANGED)
     _check_size(layout, length, size)
     lines = _read_text(read, 8 + length + layout.entries()["items"].begin, layout.items_bytes or 0)
@@ -255,7 +265,7 @@ def _read_2(file: Path, read: Read, length: int, size: int) -> Contents:
     ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == 10) + 1
     starts = np.concatenate([np.zeros(min(num, 1), np.intp), ends[:-1]])
     items = _items(file, lines, starts, ends, escaped=False)
-    return Contents(VERSION, model, layout, items, 8 + length, _digest(length, text))
+    return Contents(version, model, layout, items, 8 + length, _digest(length, text))
 
 
 _ITEMS_1, _AFTER_ITEMS_1 = b', "items": "', b'", "checksum": "'
@@ -272,7 +282,7 @@ def _read_1(file: Path, read: Read, length: int, size: int) -> Contents:
     if begin < len(_ITEMS_1) or end < 0 or begin + length - end > _LONGEST_HEADER:
         raise Damaged(_CHANGED)
     without_items = bytes(text[:begin] + text[end:])
-    layout, model, metadata = _parsed(without_items, of_version_1=True)
+    layout, model, metadata = _parsed(without_items, "1")
     checksum = metadata["checksum"]
     expected = _header(layout, model, "", "1", checksum)
     spaces = len(without_items) - len(expected)
@@ -306,15 +316,16 @@ def _digest(length: int, text: bytes | bytearray) -> bytes:
     return hashlib.sha256(struct.pack("<Q", length) + hashlib.sha256(text).digest()).digest()
 
 
-def _parsed(text: bytes, of_version_1: bool) -> tuple[Layout, str, dict]:
+def _parsed(text: bytes, version: str) -> tuple[Layout, str, dict]:
     """Layout, model and metadata of a short header, which is not compared yet with the one of this content."""
     try:
         metadata, entries = parse_header(text)
-        keys, model = entries["keys"], metadata["model"]
-        items_bytes = None if of_version_1 else entries["items"].shape[0]
-        if not is_shape(keys.shape) or not {"items", "checksum"} <= metadata.keys():
+        kind, model = metadata["kind"] if version == VERSION else KEYS_AND_VALUES, metadata["model"]
+        first = entries[ARRAYS[kind][0]]
+        items_bytes = None if version == "1" else entries["items"].shape[0]
+        if not is_shape(first.shape, kind) or not {"items", "checksum"} <= metadata.keys():
             raise ValueError
-        return Layout(keys.shape, OF_MEMORIES[keys.dtype], items_bytes), model, metadata
+        return Layout(first.shape, OF_MEMORIES[first.dtype], items_bytes, kind), model, metadata
     except (ValueError, LookupError):
         raise Damaged(_CHANGED) from None
 
