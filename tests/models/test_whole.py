@@ -191,9 +191,11 @@ def test_the_first_tokens_of_a_row():
         np.testing.assert_array_equal(getattr(all_of_it, name), getattr(read, name))
 
 
-def test_fewer_tokens_are_a_model_that_compresses_to_fewer():
+@pytest.mark.parametrize("compressor", ["voco", "voco_embedding"])
+def test_fewer_tokens_are_a_model_that_compresses_to_fewer(compressor):
     """In training's rows: the same logits, read through the VoCo tokens and whole; hidden slots have no gradient."""
-    one = dataclasses.replace(TWO, num_voco_tokens=1)
+    two = dataclasses.replace(TWO, compressor=compressor)
+    one = dataclasses.replace(two, num_voco_tokens=1)
     features, conversations = make_features(1), CONVERSATIONS[:2]
     first = first_tokens(make_read(conversations), jnp.array([1]), K)
     short = [conversation(images, words) for images, words in conversations]
@@ -206,21 +208,42 @@ def test_fewer_tokens_are_a_model_that_compresses_to_fewer():
     expected = nnx.jit(VoCoLlama._hidden)(
         make_model(one), Read(*(getattr(row, name)[None] for name in Read._fields)), features
     )
-    found, _ = nnx.jit(lambda model, features: read_both(model, first, features, None))(make_model(TWO), features)
+    found, _ = nnx.jit(lambda model, features: read_both(model, first, features, None))(make_model(two), features)
     is_text = [np.flatnonzero((ids > 0) & (slots < 0)) for ids, slots in (
         (np.asarray(first.segment_ids[0]), first.slot_index[0]), (row.segment_ids, row.slot_index))]  # fmt: skip
     np.testing.assert_allclose(found.hidden[0, is_text[0]], expected[0, is_text[1]], atol=2e-5, rtol=2e-5)
 
-    model = make_model(TWO)
+    model = make_model(two)
     value = lambda memory: (model.read(first, memory)[0, is_text[0]] ** 2).sum()  # noqa: E731
-    for gradient in jax.jit(jax.grad(value))(nnx.jit(VoCoLlama.compress)(model, features)):
-        seen = np.abs(gradient).max((0, 1, 3, 4)) > 0
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(value))(nnx.jit(VoCoLlama.compress)(model, features))):
+        gradient = gradient.swapaxes(0, 2) if compressor == "voco" else gradient  # tokens first
+        seen = np.abs(gradient).reshape(IMAGES * K, -1).max(1) > 0
         assert seen.tolist() == [True, False, True, False, True, False, False, False]
+
+
+def test_beside_memories_of_embeddings():
+    """The student is the model's own; what is read whole is the function of the model of keys and values."""
+    features, read, queries = make_features(1), make_read(), np.array([[K + 1]])
+    config = dataclasses.replace(TWO, compressor="voco_embedding")
+    graphdef, params = make(config)
+    model = nnx.merge(graphdef, params)
+    of_voco = nnx.merge(make(TWO)[0], {part: params[part] for part in params if part != "compressor"})
+    both = nnx.jit(lambda model, features: read_both(model, read, features, Whole(4), layers=True, queries=queries))
+    (student, whole), (of_other, expected) = both(model, features), both(of_voco, features)
+    np.testing.assert_allclose(student.hidden, nnx.jit(VoCoLlama._hidden)(model, read, features), atol=1e-5)
+    np.testing.assert_allclose(student.attention, of_other.attention, atol=1e-5)
+    assert student.layers.shape == whole.layers.shape and np.abs(student.hidden - of_other.hidden).max() > 0.1
+    for found, other in zip(whole, expected, strict=True):
+        np.testing.assert_allclose(found, other, atol=2e-5)
+    teacher = nnx.jit(lambda model, features: read_both(model, read, features, Whole(4), compressed=False))
+    none, alone = teacher(model, features)
+    assert none is None
+    np.testing.assert_allclose(alone.hidden, whole.hidden, atol=2e-5)
 
 
 def test_whole_reading_needs_a_compress_stream():
     model = make_model(dataclasses.replace(CONFIG, compressor="none"))
-    with pytest.raises(ValueError, match="needs 'voco', found 'none'"):
+    with pytest.raises(ValueError, match="needs 'voco' or 'voco_embedding', found 'none'"):
         model.streams(make_read(), None, whole=Whole(1))
 
 
