@@ -21,10 +21,10 @@ def run_checks(checks: Mapping[str, Callable[[], None]], names: Sequence[str]) -
     print(json.dumps(failures))
 
 
-def failures_of(module: str) -> dict[str, str]:
-    """Tracebacks by name of a test module's checks, which it runs as a program."""
+def failures_of(module: str, *names: str) -> dict[str, str]:
+    """Tracebacks by name of a test module's checks, or of some of them, which it runs as a program."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-m", module, *names], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -32,7 +32,8 @@ class Line:
 def check(run: Run, golden: Mapping[str, np.ndarray], name: str) -> Iterator[Line]:
     """Compare features, logits and greedy tokens, in float32. UserError for a golden file of another form."""
     model = run.model
-    if not model.config.compressor_class.has_voco_tokens:
+    kind = model.config.compressor_class
+    if kind.has_weights or not kind.has_voco_tokens:
         raise UserError(f"{run.directory}: expected compressor voco or none, found {model.config.compressor}")
     rows = _rows(golden, name)
     layout = _layout(rows, model.config, name)
