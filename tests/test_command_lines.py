@@ -124,7 +124,7 @@ def test_a_compressor_that_a_run_was_not_trained_with(tiny_run, monkeypatch, cap
     assert (status, err) == (
         2, f"error: --compressor: expected 'voco', with which {tiny_run} was trained; found 'qformer'\n"
     )  # fmt: skip
-    with pytest.raises(UserError, match="^compressor: expected one of voco, none, .*; found 'pool'$"):
+    with pytest.raises(UserError, match="^compressor: expected one of voco, voco_embedding, none, .*; found 'pool'$"):
         load_run(tiny_run, compressor="pool")
 
 
