@@ -189,6 +189,42 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """`config.train.distill`: what the loss 'distillation' adds to the cross-entropy. docs/training.md explains it."""
+
+    teacher: str = key(
+        "",
+        "who reads the images whole: 'self' (the weights that train), 'ema' (their running mean), a run's directory "
+        "(frozen); or 'prefix': all VoCo tokens teach fewer (train.elastic_k)",
+        on_resume="content",
+    )  # fmt: skip
+    logits: str = key(
+        "", "in place of a teacher: a directory of logits that were stored before (docs/data.md)", on_resume="content"
+    )
+    alpha: float = key(0.5, "share of the KL divergence of teacher and student; the cross-entropy has the rest",
+                       low=0, high=1)  # fmt: skip
+    alpha_end: float | None = key(
+        None, "that of the last step, to which it goes in a line; None: it stays", low=0, high=1
+    )
+    temperature: float = key(1.0, "logits of both are divided by it, and the KL multiplied by its square", low=1e-3)
+    top_k: int = key(0, "tokens of the teacher's distribution that count, the most likely; 0: all", low=0)
+    whole_weight: float = key(
+        0.0, "weight of the cross-entropy of the images read whole, which keeps that ability ('self', 'ema')", low=0
+    )
+    beta: float = key(0.0, "weight of the distance (1 - cosine) of both hidden states at the labels", low=0)
+    layers: tuple[int, ...] = key((), "the layers after which they are compared, from 0; with beta")
+    attention: float = key(
+        0.0, "weight of the KL divergence of the text's attention to the patches (teacher) and the VoCo tokens'", low=0
+    )
+    attention_layers: tuple[int, ...] = key((), "the layers whose attention is compared, from 0; with attention")
+    ema_decay: float = key(0.999, "decay of the running mean at each step, with teacher 'ema'", low=0, below=1)
+    images_per_row: int = key(
+        0, "images of a row of text for which there is room to read them whole; 0: as many as the first epoch needs",
+        low=0,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """`config.train`: the training loop, its log and its checkpoints."""
 
@@ -198,9 +234,11 @@ class TrainConfig:
         "language model learns to read, and vision tower and projector are frozen",
     )  # fmt: skip
     loss: str = key(
-        "cross_entropy", "what is minimised, by name (train/losses.py): 'cross_entropy' of the answers' tokens",
+        "cross_entropy", "what is minimised, by name (train/losses.py): 'cross_entropy' of the answers' tokens, or "
+        "'distillation' from a model that reads images whole, too",
         earlier="cross_entropy",
     )  # fmt: skip
+    distill: DistillConfig = key(DistillConfig(), "of the loss 'distillation'", earlier=DEFAULT)
     steps: int = key(1000, "updates, each of a batch", low=1, on_resume="schedule")
     accumulate: int = key(
         1, "pieces that a batch is computed in, one after the other, before an update", low=1, on_resume="free"
