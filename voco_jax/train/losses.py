@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from voco_jax.errors import UserError
 from voco_jax.models.voco import Read, VoCoLlama
-from voco_jax.train.cross_entropy import label_cross_entropy
+from voco_jax.train.label_losses import label_cross_entropy
 
 # tokens, positions, segment_ids, slot_index, targets and weights [rows, T]; pixel_values [packs, I, size, size, 3]
 Batch = dict[str, jax.Array]

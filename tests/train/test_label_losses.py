@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from voco_jax.train import cross_entropy
-from voco_jax.train.cross_entropy import label_cross_entropy
+from voco_jax.train import label_losses
+from voco_jax.train.label_losses import label_cross_entropy
 
 ROWS, LENGTH, SIZE, VOCAB = 3, 20, 8, 50
 
@@ -40,7 +40,7 @@ def with_gradients(loss, arguments):
 @pytest.mark.parametrize("chunk", [1, 7, 1024])  # 60 tokens: whole chunks, one that is filled up, one for all
 @pytest.mark.parametrize("columns", [VOCAB, 64])
 def test_loss_and_gradients(monkeypatch, weights, chunk, columns):
-    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(label_losses, "CHUNK", chunk)
     arguments = inputs(weights, columns)
     found, expected = with_gradients(fused, arguments), with_gradients(whole, arguments)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), found, expected)
@@ -59,7 +59,7 @@ def test_in_bfloat16_the_heads_gradient_keeps_its_own_type():
 
 
 def test_logits_are_never_whole(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
+    monkeypatch.setattr(label_losses, "CHUNK", 8)
     gradient = jax.make_jaxpr(jax.grad(fused, argnums=(0, 1)))(*inputs("labels", VOCAB))
     sizes = {var.aval.size for jaxpr in subjaxprs(gradient.jaxpr) for eqn in jaxpr.eqns for var in eqn.outvars}
     assert 8 * VOCAB in sizes and max(sizes) < ROWS * LENGTH * VOCAB / 2
