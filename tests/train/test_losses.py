@@ -17,13 +17,14 @@ from voco_jax.errors import UserError
 from voco_jax.models.voco import Read
 from voco_jax.train import losses
 from voco_jax.train.loop import train
-from voco_jax.train.losses import LossConfig, LossOutput, make_loss
+from voco_jax.train.loss_types import LossConfig, LossOutput
+from voco_jax.train.losses import make_loss
 
 
 def with_z_loss(config):
     """Twice the cross-entropy, computed plainly, and a z-loss (the squared logarithm of softmax's denominator)."""
 
-    def loss(model, batch):
+    def loss(model, batch, extra):
         read = Read(*(batch[name] for name in Read._fields))
         logits = model(read, batch["pixel_values"])
         log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -76,6 +77,6 @@ def test_a_run_trains_accumulates_and_evaluates_with_it(tmp_path):
 
 
 def test_a_name_that_is_not_there():
-    message = "config.train.loss: expected one of cross_entropy, with_z_loss; found 'entropy'"
+    message = "config.train.loss: expected one of cross_entropy, distillation, with_z_loss; found 'entropy'"
     with pytest.raises(UserError, match=re.escape(message)):
         make_loss(LossConfig("entropy"))

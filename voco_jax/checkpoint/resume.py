@@ -30,7 +30,8 @@ from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, same_place
 from voco_jax.optim import learning_rates
 
-BASE = "init_from.json"  # of a run's directory: which checkpoint its parameters came from
+# Of a run's directory: which checkpoint its parameters came from, and which one teaches it
+BASE, TEACHER = "init_from.json", "teacher.json"
 
 _SCHEDULE = [name for name, key in KEYS.items() if key.rules.on_resume == "schedule"]
 
@@ -73,7 +74,18 @@ def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -
             f"workdir {workdir}: holds a run with {key} = {found!r}, this config has {expected!r}; "
             "take another --config.workdir"
         )
+    _check_teacher(stored, config, workdir)
     _check_schedule(stored, config, workdir, steps)
+
+
+def _check_teacher(stored: ConfigDict, config: ConfigDict, workdir: AnyPath) -> None:
+    """UserError where another kind of teacher teaches; of a run its parameters are compared when they are there."""
+    found, expected = stored.train.distill.teacher, config.train.distill.teacher
+    if found != expected and any(name in ("", "self", "ema", "prefix") for name in (found, expected)):
+        raise UserError(
+            f"workdir {workdir}: holds a run with train.distill.teacher = {found!r}, this config has {expected!r}; "
+            "take another --config.workdir"
+        )
 
 
 def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:

@@ -86,7 +86,7 @@ def load_run(
             f"{directory / 'config.json'}: model.dtype: float16 needs a GPU, found cpu; 'auto' takes float32"
         )
     graphdef, params = abstract_model(model_config)
-    params = _for_use(params, model_config.dtype)
+    params = for_use(params, model_config.dtype)
     if mesh is not None:
         params = with_shardings(params, param_shardings(mesh, params, for_use=True))
     with contextlib.closing(Checkpointer(directory)) as checkpointer:
@@ -104,7 +104,7 @@ def load_run(
     )
 
 
-def _for_use(params, dtype: str):
+def for_use(params, dtype: str):
     """Parameters' shapes with the dtype that they are used in, where that is the smaller one: matrices are rounded to
     it anyway, norms are not."""
 

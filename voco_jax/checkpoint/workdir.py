@@ -15,7 +15,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from voco_jax.checkpoint.resume import BASE, check_same_run
+from voco_jax.checkpoint.resume import BASE, TEACHER, check_same_run
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
@@ -29,7 +29,7 @@ from voco_jax.parallel.distributed import together
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
 _LOGS = ("metrics.jsonl", "goodput.json", "tensorboard", "wandb", "answers", "profile")
-_BEGINNINGS = {".lock", "tokenizer", "config.json", BASE, "checkpoints", *_LOGS}
+_BEGINNINGS = {".lock", "tokenizer", "config.json", BASE, TEACHER, "checkpoints", *_LOGS}
 # And what a killed process left of them (`.new` without a dot: earlier versions)
 _BEGINNINGS |= {unfinished for name in _BEGINNINGS for unfinished in (f"{name}.new", temporary_name(Path(name)).name)}
 
@@ -153,7 +153,7 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
                 if resuming and bucket:
                     _fetch_logs(workdir, logs)
                 if not resuming:
-                    for name in ("metrics.jsonl", "goodput.json", BASE):
+                    for name in ("metrics.jsonl", "goodput.json", BASE, TEACHER):
                         (workdir / name).unlink(missing_ok=True)
                     _save_tokenizer(tokenizer, workdir / "tokenizer")
                     save_config(config, workdir / "config.json")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -32,7 +32,8 @@ from voco_jax.parallel.distributed import together
 from voco_jax.parallel.mesh import ROWS, axis_size
 from voco_jax.parallel.sharding import put_batch
 from voco_jax.terminal import count_of
-from voco_jax.train.losses import Batch, Loss, LossOutput
+from voco_jax.train.loss_types import Batch, Loss, LossExtra, LossOutput
+from voco_jax.train.teachers import TeacherOf, no_teacher
 
 SHORT = 5  # words; longer answers are shown and not judged: nobody says the same in the same words
 _SHOWN_SIDE = 336  # pixels of a picture on the sheet
@@ -77,6 +78,7 @@ class Evaluator:
         loss: Loss,
         mesh: Mesh,
         log: Callable[[str], None] = print,
+        teacher_of: TeacherOf = no_teacher,
     ):
         """`batches` are the test set's (`open_test_data`). `params` may be shapes and dtypes.
         Sheets of answers go to the directory `sheets`, which is set later.
@@ -87,8 +89,10 @@ class Evaluator:
         self.sheets = Path("answers")
         self._normalize = jax.jit(batches.loader.processor.normalize)
 
-        def loss_of(params: dict, batch: Batch) -> LossOutput:
-            return loss(nnx.merge(graphdef, params), batch)
+        def loss_of(params: dict, batch: Batch, opt_state: Any, teacher_params: Any) -> LossOutput:
+            # As at the last step: looks at different times can be compared
+            extra = LossExtra(np.iinfo(np.int32).max, teacher_of(params, opt_state, teacher_params))
+            return loss(nnx.merge(graphdef, params), batch, extra)
 
         self._loss = jax.jit(loss_of, out_shardings=NamedSharding(mesh, P()))
         self._questions: list[EvalQuestion] = []
@@ -112,13 +116,16 @@ class Evaluator:
                 digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
-    def __call__(self, step: int, params) -> Evaluation:
-        """Evaluate the parameters after a step (a nested dict, sharded as in training)."""
+    def __call__(self, step: int, params, opt_state=None, teacher_params=None) -> Evaluation:
+        """Evaluate the parameters after a step (a nested dict, sharded as in training); the last two are for a teacher
+        of the loss."""
         values: dict[str, float | None] = {}
         sheet = None
         with jax.set_mesh(self._mesh):
             if self._config.num_batches:
-                values |= {f"eval_{name}": value for name, value in self._mean_loss(params).items()}
+                values |= {
+                    f"eval_{name}": value for name, value in self._mean_loss(params, opt_state, teacher_params).items()
+                }
             if self._questions:
                 given = self._ask(params)
                 answers = [Answer("", q.text, q.truth, text) for q, text in zip(self._questions, given, strict=True)]
@@ -132,11 +139,11 @@ class Evaluator:
 
     # ---- The loss ----------------------------------------------------------------------------------------------
 
-    def _mean_loss(self, params: dict) -> dict[str, float]:
+    def _mean_loss(self, params: dict, *teacher: Any) -> dict[str, float]:
         """The loss and its metrics over all batches, which may have different weights."""
         total: dict[str, np.ndarray] = {}
         for batch in self._load():
-            output = jax.device_get(self._loss(params, batch))
+            output = jax.device_get(self._loss(params, batch, *teacher))
             for name, pair in ({"loss": (output.sum, output.weight)} | output.metrics).items():
                 total[name] = total.get(name, np.zeros(2)) + pair
         return {name: float(value / weight) if weight else math.nan for name, (value, weight) in total.items()}

@@ -10,16 +10,38 @@ from voco_jax.errors import UserError
 from voco_jax.models.build import abstract_model
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.parallel.sharding import param_shardings, with_shardings
-from voco_jax.train.losses import Loss, LossConfig, make_loss
+from voco_jax.train.distillation_checks import check_keys
+from voco_jax.train.ema import with_ema
+from voco_jax.train.loss_types import Loss, LossConfig
+from voco_jax.train.losses import make_loss
 from voco_jax.train.optimizer import build_optimizer, check_decayed
 from voco_jax.train.skip_bad_updates import skip_bad_updates
 from voco_jax.train.state import AbstractState
 from voco_jax.train.step import make_train_step
+from voco_jax.train.teachers import TeacherOf, TeacherRun, ema_teacher, no_teacher
 from voco_jax.train.trainable import TrainableFilter
 
 
-def loss_of(config: ConfigDict) -> Loss:
-    return make_loss(LossConfig(config.train.loss, config.train.compress_gradients))
+def loss_of(config: ConfigDict, teacher: TeacherRun | None = None, images_per_row: int = 1) -> Loss:
+    """The loss of a run, with the run that teaches and the images of a row that it reads whole, where the config leaves
+    them open."""
+    train = typed(config).train
+    check_keys(train)
+    images_per_row, by_rows = train.distill.images_per_row or images_per_row, teacher is not None and teacher.by_rows
+    return make_loss(
+        LossConfig(train.loss, train.compress_gradients, train.distill, train.steps, images_per_row, by_rows)
+    )
+
+
+def teacher_maker(config: ConfigDict, state: AbstractState, teacher: TeacherRun | None) -> TeacherOf:
+    """What makes the loss's teacher at each step."""
+    if teacher is not None:
+        return teacher.teacher_of
+    return ema_teacher(state.graphdef, state.trainable) if _has_ema(config) else no_teacher
+
+
+def _has_ema(config: ConfigDict) -> bool:
+    return config.train.loss == "distillation" and config.train.distill.teacher == "ema"
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
@@ -35,6 +57,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
             )
     train = config.train
     optimizer = build_optimizer(typed(config).optim, train.steps, config.seed)
+    if _has_ema(config):
+        optimizer = with_ema(optimizer, train.distill.ema_decay)
     return skip_bad_updates(optimizer, train.on_bad_step, train.spike_factor)
 
 
@@ -55,8 +79,15 @@ def abstract_state(
     return AbstractState(graphdef, params, opt_state, shardings, trainable)
 
 
-def train_step_of(config: ConfigDict, state: AbstractState, optimizer: optax.GradientTransformationExtraArgs):
-    """The training step of a run, over the ambient mesh."""
+def train_step_of(
+    config: ConfigDict,
+    state: AbstractState,
+    optimizer: optax.GradientTransformationExtraArgs,
+    teacher: TeacherRun | None = None,
+    images_per_row: int = 1,
+):
+    """The training step of a run, over the ambient mesh; the last two as for `loss_of`."""
     return make_train_step(
-        state.graphdef, loss_of(config), optimizer, state.trainable, state.shardings, config.train.accumulate
-    )
+        state.graphdef, loss_of(config, teacher, images_per_row), optimizer, state.trainable, state.shardings,
+        config.train.accumulate, teacher_maker(config, state, teacher),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ import optax
 from voco_jax.attention import interpreted
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
-from voco_jax.checkpoint.resume import BASE, base_of, continued, kept_values
+from voco_jax.checkpoint.resume import BASE, TEACHER, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.checkpoint.workdir import Workdir, check_workdir, checkpointed_steps, open_workdir, workdir_path
 from voco_jax.config import check_config, sources_to_score, typed
@@ -28,6 +28,7 @@ from voco_jax.data.training_data import open_test_data, open_training_data
 from voco_jax.errors import UserError
 from voco_jax.interrupts import set_interrupt_line
 from voco_jax.io.atomic import write_text
+from voco_jax.io.json_files import read_object
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors
 from voco_jax.models.config import model_error
 from voco_jax.models.flops import training_flops
@@ -42,8 +43,9 @@ from voco_jax.progress import interrupted
 from voco_jax.terminal import log as log_to_stderr
 from voco_jax.terminal import printable
 from voco_jax.train.actions import Action, StepDone
+from voco_jax.train.distillation_checks import check_models
 from voco_jax.train.evaluation import Evaluator
-from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of
+from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, teacher_maker, train_step_of
 from voco_jax.train.goodput import Goodput, summary
 from voco_jax.train.load_initial_params import load_initial_params
 from voco_jax.train.metrics import MetricsLog, Speed
@@ -52,6 +54,7 @@ from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, init_opt_state
+from voco_jax.train.teachers import TeacherRun, find_teacher, load_teacher
 from voco_jax.train.writers import Writer, check_wandb, open_writers
 
 
@@ -69,6 +72,7 @@ class _Setup(NamedTuple):
     state: AbstractState
     train_step: Callable
     evaluator: Evaluator | None
+    teacher: TeacherRun | None
 
 
 def train(config: ConfigDict) -> AnyPath:
@@ -107,7 +111,8 @@ def _set_up(config: ConfigDict) -> _Setup:
         log(note)
     mesh = make_mesh(config.mesh)
     # Whatever can be wrong with these shows itself before data is read, which may take minutes
-    optimizer, loss = make_optimizer(config), loss_of(config)
+    optimizer = make_optimizer(config)
+    loss_of(config)
     _check_best(typed(config).eval, typed(config).train)
     check_wandb(config.train.wandb)
 
@@ -124,27 +129,40 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Model and step, as shapes with their places on the mesh
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
-        train_step = train_step_of(config, state, optimizer)
+        teacher = find_teacher(config, model_config, tokenizer, mesh)
+        check_models(typed(config).train.distill, model_config, teacher)
+        images_per_row = batches.loader.plan.most_images_in_a_row()
+        loss = loss_of(config, teacher, images_per_row)
+        train_step = train_step_of(config, state, optimizer, teacher, images_per_row)
         _describe_model(typed(config).optim, model_config, state)
+        if teacher is not None:
+            _describe_teacher(teacher)
         if not resuming:  # before there is a directory
-            _try_first_batch(batches, train_step, state)
+            _try_first_batch(batches, train_step, state, teacher)
     evaluator = None
     if config.eval.every:
         test = open_test_data(config, batches, log)
-        evaluator = Evaluator(typed(config).eval, test, state.graphdef, state.params, loss, mesh, log)
+        evaluator = Evaluator(
+            typed(config).eval, test, state.graphdef, state.params, loss, mesh, log,
+            teacher_maker(config, state, teacher),
+        )  # fmt: skip
     return _Setup(
-        config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator
-    )
+        config, workdir, resuming, mesh, tokenizer, model_config, batches, optimizer, state, train_step, evaluator,
+        teacher,
+    )  # fmt: skip
 
 
 def _train(run: _Setup, begun: float) -> None:
     config, batches, first = run.config, run.batches, jax.process_index() == 0
+    teacher_params, note = _load_teacher(run)
     with (
         Preemption() as preemption,
         open_workdir(run.workdir, config, run.tokenizer) as workdir,
         contextlib.closing(Checkpointer(run.workdir, create=True, config=config)) as checkpointer,
         contextlib.closing(batches),
     ):
+        if note is not None and not run.resuming:
+            _write_note(run.workdir / TEACHER, note)
         start, params, opt_state = _begin(run, checkpointer)
         if run.resuming:
             workdir.save_config(config)
@@ -157,7 +175,7 @@ def _train(run: _Setup, begun: float) -> None:
         )
         with (
             Goodput(workdir.logs / "goodput.json" if first else None, start, since=begun) as goodput,
-            _actions(run, steps, workdir, checkpointer, goodput) as actions,
+            _actions(run, steps, workdir, checkpointer, goodput, teacher_params) as actions,
             goodput.during("steps"),
         ):
             feed = _feed(run.mesh, batches, len(steps))
@@ -167,7 +185,7 @@ def _train(run: _Setup, begun: float) -> None:
                 with goodput.during("compile" if step == steps.start else "steps"):
                     for action in actions:
                         action.before_step(step)
-                    params, opt_state, metrics = run.train_step(params, opt_state, batch)
+                    params, opt_state, metrics = run.train_step(params, opt_state, batch, teacher_params)
                     dispatched = step
                     if step == steps.start:
                         preemption.begin()  # not before: compiling may take minutes, and there is nothing to save
@@ -190,7 +208,7 @@ def _train(run: _Setup, begun: float) -> None:
 
 @contextlib.contextmanager
 def _actions(
-    run: _Setup, steps: range, workdir: Workdir, checkpointer: Checkpointer, goodput: Goodput
+    run: _Setup, steps: range, workdir: Workdir, checkpointer: Checkpointer, goodput: Goodput, teacher_params: Any
 ) -> Iterator[list[Action]]:
     """The actions beside the steps, in the order in which they run after each step."""
     config, batches, train = run.config, run.batches, run.config.train
@@ -211,7 +229,7 @@ def _actions(
         ]
         if run.evaluator is not None:
             run.evaluator.sheets = workdir.logs / "answers"
-            actions.append(Evaluate(run.evaluator, config.eval.every, metrics_log, goodput))
+            actions.append(Evaluate(run.evaluator, config.eval.every, metrics_log, goodput, teacher_params))
         every, state_at = train.checkpoint_every, batches.state_at
         actions.append(SaveCheckpoint(checkpointer, workdir, every, state_at, metrics_log, goodput))
         yield actions
@@ -223,9 +241,8 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
     restored = checkpointer.resume(state.params, state.opt_state, log)
     if restored is None:
         params, step = load_initial_params(config.init_from, config.seed, run.model_config, state, log)
-        if step is not None and jax.process_index() == 0:
-            with bucket_errors(run.workdir):
-                write_text(run.workdir / BASE, json.dumps(base_of(as_path(config.init_from), step)) + "\n")
+        if step is not None:
+            _write_note(run.workdir / BASE, base_of(as_path(config.init_from), step))
         return 0, params, init_opt_state(run.optimizer, params, state)
     run.batches.set_state(restored.about["data"])
     progress = "complete" if restored.step == config.train.steps else "resuming"
@@ -234,6 +251,23 @@ def _begin(run: _Setup, checkpointer: Checkpointer) -> tuple[int, Any, Any]:
         if version != (now := VERSIONS[name]):
             log(f"{name} {now}: the checkpoint was made by {version}; from here on numbers may differ in rounding")
     return restored.step, restored.params, restored.opt_state
+
+
+def _load_teacher(run: _Setup) -> tuple[Any, dict | None]:
+    """(parameters, what is noted of them) of the run that teaches: of a run that goes on the same as before."""
+    if run.teacher is None:
+        return None, None
+    with bucket_errors(run.workdir):
+        recorded = read_object(run.workdir / TEACHER) if run.resuming else None
+    params, note = load_teacher(run.teacher, recorded)
+    log(f"teacher: {note['run']}, step {note['step']}")
+    return params, note
+
+
+def _write_note(file: AnyPath, note: dict) -> None:
+    if jax.process_index() == 0:
+        with bucket_errors(file):
+            write_text(file, json.dumps(note) + "\n")
 
 
 def _speed(run: _Setup) -> Speed:
@@ -300,12 +334,20 @@ def _describe_model(optim: OptimConfig, model_config: VoCoConfig, state: Abstrac
         log(lost)
 
 
+def _describe_teacher(teacher: TeacherRun) -> None:
+    count, how = (
+        sum(x.size for x in jax.tree.leaves(teacher.params)),
+        "rows of its own" if teacher.by_rows else "images whole",
+    )
+    log(f"teacher: {count:,} parameters, reads {how}, {teacher.model_config.dtype}")
+
+
 def log(line: str) -> None:
     if jax.process_index() == 0:
         print(printable(line), flush=True)
 
 
-def _try_first_batch(batches: Batches, train_step: Callable, state: AbstractState) -> None:
+def _try_first_batch(batches: Batches, train_step: Callable, state: AbstractState, teacher: TeacherRun | None) -> None:
     """Make a batch and trace the step with it, without computing. UserError for a step that cannot be computed."""
     batch = batches.peek()
     batch["pixel_values"] = batch["pixel_values"].astype(np.float32)
@@ -313,6 +355,6 @@ def _try_first_batch(batches: Batches, train_step: Callable, state: AbstractStat
     # Placed as the batches that come will be: the first step takes this trace, and does not make it again
     batch = with_shardings(batch, batch_shardings(jax.sharding.get_mesh(), batch))
     try:
-        jax.eval_shape(train_step, state.params, state.opt_state, batch)
+        jax.eval_shape(train_step, state.params, state.opt_state, batch, teacher and teacher.params)
     except (ValueError, NotImplementedError) as error:  # the second where a kernel has no gradient for these shapes
         raise model_error(error) from error

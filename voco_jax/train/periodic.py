@@ -1,6 +1,7 @@
 """Evaluations and checkpoints, as actions of the loop: what interrupts the steps now and then."""
 
 from collections.abc import Callable
+from typing import Any
 
 from voco_jax.checkpoint.checkpointer import Checkpointer, all_finite
 from voco_jax.checkpoint.workdir import Workdir
@@ -14,15 +15,18 @@ from voco_jax.train.metrics import MetricsLog
 class Evaluate(Action):
     """Every `every` steps and at the end. Not when the run is preempted: it might take longer than there is."""
 
-    def __init__(self, evaluator: Evaluator, every: int, metrics_log: MetricsLog, goodput: Goodput):
+    def __init__(
+        self, evaluator: Evaluator, every: int, metrics_log: MetricsLog, goodput: Goodput, teacher_params: Any = None
+    ):
         self._evaluator, self._every, self._metrics_log, self._goodput = evaluator, every, metrics_log, goodput
+        self._teacher_params = teacher_params
 
     def after_step(self, done: StepDone) -> None:
         if done.preempted or not (done.last or done.step % self._every == 0):
             return
         self._metrics_log.settle()
         with self._goodput.during("evaluation"):
-            done.evaluation, sheet = self._evaluator(done.step, done.params)
+            done.evaluation, sheet = self._evaluator(done.step, done.params, done.opt_state, self._teacher_params)
             self._metrics_log.evaluated(done.step, done.evaluation, sheet)
 
 

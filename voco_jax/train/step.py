@@ -14,8 +14,9 @@ import optax
 from voco_jax.errors import UserError
 from voco_jax.parallel.mesh import ROWS, axis_keys, axis_size, constrain
 from voco_jax.parallel.sharding import batch_spec
-from voco_jax.train.losses import Batch, Loss, LossOutput
+from voco_jax.train.loss_types import Batch, Loss, LossExtra, LossOutput
 from voco_jax.train.skip_bad_updates import global_norm, was_bad
+from voco_jax.train.teachers import TeacherOf, no_teacher
 from voco_jax.train.trainable import TrainableFilter
 
 
@@ -26,24 +27,28 @@ def make_train_step(
     trainable: TrainableFilter = TrainableFilter(),  # noqa: B008 (it is frozen)
     shardings: tuple[Any, Any] | None = None,
     accumulate: int = 1,
+    teacher_of: TeacherOf = no_teacher,
 ) -> Callable:
-    """A jitted `(params, opt_state, batch) -> (params, opt_state, metrics)`, which takes over the first two's memory.
+    """A jitted `(params, opt_state, batch, teacher_params=None) -> (params, opt_state, metrics)`, which takes over the
+    first two's memory.
 
     Args:
       optimizer: as `make_optimizer` makes it; its state is that of the trained parameters alone.
       trainable: which parameters have a gradient.
       shardings: (of params, of opt_state), in which they come and leave, over the ambient mesh.
       accumulate: pieces that the batch is computed in, one after the other.
+      teacher_of: makes the loss's teacher.
 
     Metrics are float32 scalars on every device: `loss` and the loss's own, `grad_norm` (before clipping), and `bad`
     (1.0 for a step that should not count: `skip_bad_updates.py`).
     """
 
-    def step(params, opt_state, batch):
+    def step(params, opt_state, batch, teacher_params=None):
         trained, frozen = trainable.split(params)
+        extra = LossExtra(opt_state.good_steps, teacher_of(params, opt_state, teacher_params))
 
         def loss_of(trained, batch):
-            return loss(nnx.merge(graphdef, trainable.merge(trained, frozen)), batch)
+            return loss(nnx.merge(graphdef, trainable.merge(trained, frozen)), batch, extra)
 
         output, gradients = loss_and_gradients(loss_of, trained, batch, accumulate)
         metrics = output.means()
