@@ -30,6 +30,7 @@ from voco_jax.config import default_config, source, sources
 from voco_jax.data.best_fit import Packs, PackShape, pack_items
 from voco_jax.data.images import pad_to_square
 from voco_jax.data.pipeline import Batches
+from voco_jax.data.plan import Pack
 from voco_jax.data.records import Clip
 from voco_jax.data.training_data import open_training_data
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
@@ -82,7 +83,7 @@ def time_pictures(scratch: Path, count: int, rounds: int) -> dict:
             speeds["voco_jax"].append(rate(counted(batches)))
     alone = open_pipeline(scratch, file, 0)
     packs = alone.dataset()
-    alone.loader.map(alone.loader.plan[0])  # what happens once
+    alone.loader.map(Pack(0, alone.loader.plan[0]))  # what happens once
     start = time.process_time()
     held = sum(int((packs[i]["pixel_values"].max(axis=(2, 3, 4)) > 0).sum()) for i in range(4))
     seconds = time.process_time() - start

@@ -150,6 +150,18 @@ def test_packs_of_their_own():
     ]
 
 
+def test_how_many_tokens_of_a_picture_a_pack_reads():
+    batch = {name: np.stack([x] * 4) for name, x in row(sample("***aB", [0, 1, 2]), length=5).items()}
+    batch |= {"pixel_values": np.zeros((2, 1, 8, 8, 3), np.uint8), "num_tokens": np.array([1, 3], np.int32)}
+    facts = Page(render(batch, 3, letters, ["one"], 9)).of("small")
+    assert [fact.split(" · ")[-1] for fact in facts] == [
+        f"reads the first {k} of a picture" for k in ("1 token", "3 tokens")
+    ]
+    assert "reads the first" not in render(
+        {k: x for k, x in batch.items() if k != "num_tokens"}, 3, letters, ["one"], 9
+    )
+
+
 def test_text_that_looks_like_markup():
     """Text of a data set is shown as it is: no tag, no entity, no control character of it reaches the browser."""
     said = "<script>alert(1)</script>&lt;\x1b[2J\u202e\n\"'"

@@ -237,6 +237,10 @@ class TrainConfig:
         earlier="cross_entropy",
     )  # fmt: skip
     distill: DistillConfig = key(DistillConfig(), "of the loss 'distillation'", earlier=DEFAULT)
+    elastic_k: tuple[int, ...] = key(
+        (), "VoCo tokens that text reads of an image, drawn anew for each pack from these numbers; the largest is "
+        "model.num_voco_tokens; (): always all", earlier=(),
+    )  # fmt: skip
     steps: int = key(1000, "updates, each of a batch", low=1, on_resume="schedule")
     accumulate: int = key(
         1, "pieces that a batch is computed in, one after the other, before an update", low=1, on_resume="free"

@@ -56,7 +56,7 @@ def data_config(**changes):
 
 
 def make_batches(
-    sources, encoder, data, cache_dir, *, size=8, seed=0, weights=None, shard=None, num_batches=2**40
+    sources, encoder, data, cache_dir, *, size=8, seed=0, weights=None, shard=None, num_batches=2**40, elastic_k=()
 ) -> Batches:
     """What `open_training_data` makes of sources, without a config's model."""
     sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
@@ -74,7 +74,7 @@ def make_batches(
         share_images=data.share_images,
     )
     augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
-    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, augmentation)
+    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, augmentation, elastic_k)
     loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
     return Batches(loader, loading, data.batch_size, shard, num_batches)
 

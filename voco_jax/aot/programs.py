@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from voco_jax.config import typed
 from voco_jax.config_keys import DataConfig
-from voco_jax.data.from_config import make_model_config
+from voco_jax.data.from_config import check_elastic_k, make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.paths import in_bucket
@@ -93,6 +93,9 @@ def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
     function = train_step_of(config, state, optimizer)
     data, train = typed(config).data, config.train
     batch = abstract_batch(data, model_config.vision.image_size)
+    check_elastic_k(config)
+    if train.elastic_k:
+        batch["num_tokens"] = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
     batch = with_shardings(batch, batch_shardings(mesh, batch))
     rows, images, length = data.batch_size * data.rows_per_pack, data.batch_size * data.images_per_pack, data.row_length
     return Program(

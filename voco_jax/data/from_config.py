@@ -33,6 +33,24 @@ def make_model_config(config: ConfigDict, tokenizer) -> VoCoConfig:
         raise model_error(error) from None
 
 
+def check_elastic_k(config: ConfigDict) -> None:
+    """UserError for numbers of VoCo tokens in `train.elastic_k` of which text cannot read the first so many."""
+    numbers, model = config.train.elastic_k, config.model
+    if not numbers:
+        return
+    compressor = COMPRESSORS[model.compressor]
+    if not compressor.has_memory:
+        kinds = " or ".join(repr(name) for name, kind in COMPRESSORS.items() if kind.has_memory)
+        expected = f"expected config.model.compressor {kinds}, whose first VoCo tokens can be read without the others"
+        raise UserError(f"config.train.elastic_k: {expected}; found {model.compressor!r}")
+    if wrong := [k for k in numbers if not 1 <= k <= model.num_voco_tokens]:
+        expected = f"expected numbers from 1 to {model.num_voco_tokens} (config.model.num_voco_tokens)"
+        raise UserError(f"config.train.elastic_k: {expected}, found {wrong[0]}")
+    if max(numbers) != model.num_voco_tokens:
+        expected = f"expected {model.num_voco_tokens} (config.model.num_voco_tokens) as the largest"
+        raise UserError(f"config.train.elastic_k: {expected}, found {max(numbers)}: more would never be trained")
+
+
 # Keys of `config.data.processor` whose names in ImageProcessor are others
 _PROCESSOR_FIELDS = {"image_mean": "mean", "image_std": "std"}
 

@@ -9,6 +9,7 @@ from voco_jax.data.conversations import Sample
 from voco_jax.errors import UserError
 
 PADDING_SEGMENT = 0
+OF_PACKS = ("pixel_values", "num_tokens")  # arrays of a batch with an entry a pack; all others have one a read row
 
 
 @dataclasses.dataclass

@@ -25,8 +25,8 @@ from voco_jax.data.augment import Augmentation
 from voco_jax.data.contents import difference
 from voco_jax.data.conversations import Sample
 from voco_jax.data.images import ImageProcessor
-from voco_jax.data.packing import pack_row
-from voco_jax.data.plan import Amount, PackedExample, Plan
+from voco_jax.data.packing import OF_PACKS, pack_row
+from voco_jax.data.plan import Amount, Pack, PackedExample, Plan
 from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memory, uninterrupted, usable_cores
 from voco_jax.data.records import TOO_LONG, BadRecord, Record, Source
 from voco_jax.data.reports import Report
@@ -36,10 +36,13 @@ from voco_jax.errors import UserError
 
 @dataclasses.dataclass
 class PackLoader(grain.transforms.Map):
-    """A pack's `PackedExample` conversations to its arrays: read rows [rows, T] as in `packing.Row`, and pictures.
+    """A `Pack` to its arrays: read rows [rows, T] as in `packing.Row`, and pictures.
 
     `pixel_values` [images, size, size, 3] are uint8, to be normalised where they are used; places without a picture
     are zero, and never read. A record that cannot be loaded leaves its places empty, and is counted in `report`.
+
+    With `elastic_k` there is `num_tokens` too, an int32 scalar: how many of an image's VoCo tokens this pack reads,
+    drawn evenly from those numbers.
     """
 
     sources: Sequence[Source]
@@ -48,9 +51,10 @@ class PackLoader(grain.transforms.Map):
     processor: ImageProcessor
     weighting: str
     augmentation: Augmentation = Augmentation()
+    elastic_k: Sequence[int] = ()
 
-    def map(self, examples: list[PackedExample]) -> dict:
-        shape, report = self.plan.shape, Report()
+    def map(self, pack: Pack) -> dict:
+        examples, shape, report = pack.examples, self.plan.shape, Report()
         rows: list[list[Sample]] = [[] for _ in range(shape.rows)]
         firsts: list[list[int]] = [[] for _ in range(shape.rows)]
         pixels = np.zeros((shape.images, self.processor.size, self.processor.size, 3), np.uint8)
@@ -72,6 +76,9 @@ class PackLoader(grain.transforms.Map):
             for row, first in zip(rows, firsts, strict=True)
         ]
         arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+        if self.elastic_k:
+            own = np.random.default_rng(np.random.SeedSequence(self.plan.seed, spawn_key=(pack.number,)))
+            arrays["num_tokens"] = np.int32(own.choice(self.elastic_k))
         return arrays | {"pixel_values": pixels, "report": json.dumps(report.to_dict())}
 
     def _load_item(
@@ -132,9 +139,10 @@ class _Packs:
     def __len__(self):
         return (self._num_batches - self._first) * len(self._shard)
 
-    def __getitem__(self, i: int) -> list[PackedExample]:
+    def __getitem__(self, i: int) -> Pack:
         batch, row = divmod(i, len(self._shard))
-        return self._plan[(self._first + batch) * self._batch_size + self._shard[row]]
+        number = (self._first + batch) * self._batch_size + self._shard[row]
+        return Pack(number, self._plan[number])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +317,7 @@ def default_threads(num_workers: int, batch_bytes: int) -> int:
 
 
 def _join(packs: Sequence[dict]) -> dict[str, Any]:
-    """Arrays of packs to those of a batch: rows [packs·rows, T], pictures [packs, images, …], one report a pack."""
+    """Arrays of packs to those of a batch: rows [packs·rows, T], those of `OF_PACKS` [packs, …], one report a pack."""
     batch = {name: np.stack([arrays[name] for arrays in packs]) for name in packs[0] if name != "report"}
-    rows = {name: x if name == "pixel_values" else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+    rows = {name: x if name in OF_PACKS else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
     return rows | {"report": [arrays["report"] for arrays in packs]}

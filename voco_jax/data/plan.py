@@ -41,6 +41,13 @@ class PackedExample(NamedTuple):
     epoch: int
 
 
+class Pack(NamedTuple):
+    """A pack of a plan by its number, which counts through all epochs."""
+
+    number: int
+    examples: list[PackedExample]
+
+
 class Use(NamedTuple):
     """How much of an epoch's packs is filled: shares of the read rows' tokens and of the image slots."""
 

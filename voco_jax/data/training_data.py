@@ -20,7 +20,7 @@ from voco_jax.config_keys import DataConfig
 from voco_jax.data.augment import Augmentation
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
-from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, template_of
+from voco_jax.data.from_config import check_elastic_k, make_encoder, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, Loading, PackLoader
@@ -61,6 +61,7 @@ def open_training_data(
     """
     data = typed(config).data
     _check(data)
+    check_elastic_k(config)
     sources, weights = open_sources(data, "train")
     tokenizer = make_tokenizer(config, sources, run)
     model_config = make_model_config(config, tokenizer)
@@ -74,7 +75,9 @@ def open_training_data(
 
     plan = _make_plan(data, config.seed, indices, weights, longest, model_config.compress_length, log)
     augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
-    loader = PackLoader(sources, maker, plan, make_processor(config), data.loss_weighting, augmentation)
+    loader = PackLoader(
+        sources, maker, plan, make_processor(config), data.loss_weighting, augmentation, config.train.elastic_k
+    )
     loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
     named = zip(sorted(data.train), sources, indices, strict=True)
     contents = {name: contents_of(source, index) for name, source, index in named}

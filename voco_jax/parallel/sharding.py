@@ -43,7 +43,8 @@ RULES = (
     (r"norm|bias|class_embedding|position_embedding|queries|scale|ns_coeffs", (), ""),
 )  # fmt: skip
 
-BATCH = {"pixel_values": (ROWS, "frame")}  # [packs, I, size, size, 3]; everything else is [rows, T]
+# pixel_values [packs, I, size, size, 3]; everything else is [rows, …] or [packs, …]
+BATCH = {"pixel_values": (ROWS, "frame")}
 
 
 def param_spec(path: str) -> P:

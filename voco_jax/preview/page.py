@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from voco_jax.data.packing import PADDING_SEGMENT
+from voco_jax.data.packing import OF_PACKS, PADDING_SEGMENT
 from voco_jax.preview.text import count_conversations, pack_arrays, row_runs, used_images
 from voco_jax.terminal import count_of, printable
 
@@ -70,6 +70,8 @@ def _pack(number: int, arrays: Mapping[str, np.ndarray], visual_tokens: int, dec
     used = int((segments != PADDING_SEGMENT).sum())
     facts = f"conversations: {count_conversations(segments)} · tokens: {_share(used, segments.size)}"
     facts += f" · image slots: {_share(len(images), slots) if slots else 'none'}"
+    if "num_tokens" in arrays:
+        facts += f" · reads the first {count_of(int(arrays['num_tokens']), 'token')} of a picture"
     pictures = [
         f'<figure><img src="{_data_uri(arrays["pixel_values"][i])}" alt="picture {i + 1}">'
         f"<figcaption>▣{i + 1}</figcaption></figure>"
@@ -79,7 +81,7 @@ def _pack(number: int, arrays: Mapping[str, np.ndarray], visual_tokens: int, dec
         pictures.append(f"<small>{slots - len(images)} empty</small>")
     rows = []
     for r in range(len(segments)):
-        row = {name: x[r] for name, x in arrays.items() if name != "pixel_values"}
+        row = {name: x[r] for name, x in arrays.items() if name not in OF_PACKS}
         padding = int((segments[r] == PADDING_SEGMENT).sum())
         rows.append(f"<h3>row {r + 1} · padding: {_share(padding, segments.shape[1])}</h3>\n{_bar(row)}\n")
         runs = row_runs(row, visual_tokens, decode)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from voco_jax.data.packing import PADDING_SEGMENT
+from voco_jax.data.packing import OF_PACKS, PADDING_SEGMENT
 
 
 class Run(NamedTuple):
@@ -51,11 +51,9 @@ def make_decoder(tokenizer) -> Callable[[Sequence[int]], str]:
 
 
 def pack_arrays(batch: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
-    """The arrays of the batch's pack i: those of its rows [R, T], and pixel_values [I, S, S, 3]."""
+    """The arrays of the batch's pack i: those of its rows [R, T], and those of `OF_PACKS` without a pack's axis."""
     packs = len(batch["pixel_values"])
-    return {
-        name: x.reshape(packs, -1, *x.shape[1:])[i] if name != "pixel_values" else x[i] for name, x in batch.items()
-    }
+    return {name: x[i] if name in OF_PACKS else x.reshape(packs, -1, *x.shape[1:])[i] for name, x in batch.items()}
 
 
 def used_images(slots: np.ndarray, visual_tokens: int) -> list[int]:
