@@ -60,6 +60,7 @@ def test_an_epoch_has_every_conversation_once_and_packs_hold_them(layout, share)
     }
     orders = []
     for epoch in range(3):
+        in_row: Counter = Counter()
         assert conversations(plan, epoch) == Counter(list(expected))
         for b in plan.packs(epoch):
             used = np.zeros(shape.rows, int)
@@ -67,6 +68,7 @@ def test_an_epoch_has_every_conversation_once_and_packs_hold_them(layout, share)
             for p in plan[b]:
                 used[p.row] += expected[p.source, p.record, p.conversation]
                 held.setdefault(p.item, set()).add(images[p.source, p.record])
+                in_row[b, p.row] += images[p.source, p.record][1]
                 assert p.epoch == epoch
             assert used.max() <= shape.row_length
             assert all(len(pictures) == 1 for pictures in held.values())  # an item has one set of images
@@ -76,6 +78,7 @@ def test_an_epoch_has_every_conversation_once_and_packs_hold_them(layout, share)
         assert plan.use(epoch).tokens == pytest.approx(tokens)
         amount = plan.amount(plan.packs(epoch))
         assert (amount.conversations, amount.tokens) == (len(expected), sum(expected.values()))
+        assert plan.most_images_in_a_row(epoch) == max(in_row.values()) > 2
         assert amount.images == round(plan.use(epoch).images * len(plan.packs(epoch)) * shape.images)
     assert orders[0] != orders[1] != orders[2]
 

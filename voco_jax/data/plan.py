@@ -165,6 +165,15 @@ class Plan:
         images = int(plan.num_images.sum())
         return Use(tokens / (packs * shape.rows * shape.row_length), images / max(1, packs * shape.images), packs)
 
+    def most_images_in_a_row(self, epoch: int = 0) -> int:
+        """The most images that one read row of an epoch speaks of; those of two of its conversations count twice."""
+        plan = self._epoch(epoch)
+        pack_of = np.empty(len(plan.items), np.int64)
+        pack_of[plan.items] = np.repeat(np.arange(len(plan.offsets) - 1), np.diff(plan.offsets))
+        item_of = np.repeat(np.arange(len(plan.items)), np.diff(plan.item_offsets))
+        rows = pack_of[item_of] * self.shape.rows + plan.rows
+        return int(np.bincount(rows, plan.num_images[item_of]).max())
+
     def fingerprint(self) -> str:
         """A hash of everything that the plan depends on."""
         digest = hashlib.sha256()
