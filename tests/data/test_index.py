@@ -35,7 +35,7 @@ def maker(encoder, row_length=40, max_images=2):
 
 
 def test_the_names_of_caches_made_earlier():
-    """A cache of an unchanged data set is found again, by the name that the first versions gave it."""
+    """A cache of an unchanged data set is found again, by the name that versions of the same arrays gave it."""
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: "a tokenizer"))
     encoder = SimpleNamespace(
         tokenizer=tokenizer, template=CHAT_TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2,
@@ -43,7 +43,7 @@ def test_the_names_of_caches_made_earlier():
     )  # fmt: skip
     source = SimpleNamespace(fingerprint=lambda: "a source")
     name = index_module._cache_file(source, maker(encoder), "/d").name
-    assert name == "index-d9a40448703cf8f62b73d1a7.npz"
+    assert name == "index-e0cb647e976dd9f7ec688b9d.npz"
 
 
 def test_literally(encoder, tmp_path):
@@ -64,6 +64,11 @@ def test_literally(encoder, tmp_path):
     assert index.offsets.tolist() == [0, 2, 3, 4] and index.conversations.tolist() == [0, 2, 0, 0]
     expected = [len(encoder.encode(r.conversations[0], len(r.images))) for r in (records[0], records[3], records[4])]
     assert index.lengths.tolist() == [expected[0], 40, *expected[1:]]
+    other = Encoder(encoder.tokenizer, CHAT_TEMPLATES["llava_v1"], 3, 3, compressed=True)
+    another = make_index(ListSource(records), maker(other, row_length=0, max_images=9), tmp_path, 0, "test")
+    kept = [0, 1, 3, 4]  # of records 0, 0, 3, 4: other prompts, no cut, and the same answers
+    assert another.records.tolist() == [0, 2, 3, 4] and (another.answers[kept] == index.answers).all()
+    assert len(set(index.answers.tolist())) == 3 and index.answers[0] == index.answers[3]  # "a cat" twice
     lost = len(encoder.encode(records[0].conversations[2], 1)) - 40
     assert index.report.lines("conversation") == [
         f"7 conversations: 4 good (1 cut by {lost} tokens), 3 skipped",

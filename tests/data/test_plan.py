@@ -25,6 +25,7 @@ def index(lengths, num_images=None, pictures=None) -> Index:
         conversations=np.concatenate([np.arange(c) for c in counts]),
         lengths=np.concatenate([np.array(of_record) for of_record in lengths]),
         digests=np.arange(sum(counts)),
+        answers=np.arange(sum(counts)),
         report=Report(),
     )
 

@@ -34,7 +34,10 @@ from voco_jax.terminal import log_once
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
 KEPT_FROM = 5.0  # seconds; an index that took longer is kept in the cache directory
-VERSION = 5  # of the arrays' meaning: an older cache is made anew
+VERSION = 6  # of the arrays' meaning: an older cache is made anew
+
+
+_OF_CONVERSATIONS = ("conversations", "lengths", "digests", "answers")
 
 
 @dataclasses.dataclass
@@ -43,7 +46,8 @@ class Index:
 
     records [n]: their places in the source. num_images [n]. pictures [n]: equal where the images are the same, 0 for
     none. offsets [n + 1]: record i has conversations offsets[i] … offsets[i + 1]. conversations [m]: which of the
-    record's. lengths [m]: tokens. digests [m]: checksums of the tokens.
+    record's. lengths [m]: tokens. digests [m]: checksums of the tokens. answers [m]: those of all labels, before a
+    conversation is cut: the same for prompts of any other form in which the answers have the same tokens.
     """
 
     records: np.ndarray
@@ -53,6 +57,7 @@ class Index:
     conversations: np.ndarray
     lengths: np.ndarray
     digests: np.ndarray
+    answers: np.ndarray
     report: Report
 
     def __len__(self):
@@ -73,13 +78,15 @@ class Index:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - self.offsets[kept], counts)
         of_records = {name: getattr(self, name)[kept] for name in ("records", "num_images", "pictures")}
-        of_conversations = {name: getattr(self, name)[within] for name in ("conversations", "lengths", "digests")}
+        of_conversations = {name: getattr(self, name)[within] for name in _OF_CONVERSATIONS}
         return dataclasses.replace(self, offsets=offsets, **of_records, **of_conversations)
 
     def text_checksum(self) -> str:
         """A checksum of the usable conversations, their places and tokens; names of pictures do not count."""
         digest = hashlib.sha256()
         for name, array in self.arrays.items():
+            if name == "answers":  # checkpoints have this checksum, and the tokens are in it
+                continue
             digest.update(same_pictures(array).tobytes() if name == "pictures" else array.tobytes())
         return digest.hexdigest()[:16]
 
@@ -124,6 +131,7 @@ def _scan(source: Source, maker: SampleMaker, chunk: range, step: Callable[[], A
     conversations: list[int] = []
     lengths: list[int] = []
     digests: list[int] = []
+    answers: list[int] = []
     report = Report()
     for i in chunk:
         step()
@@ -136,27 +144,28 @@ def _scan(source: Source, maker: SampleMaker, chunk: range, step: Callable[[], A
             num_images.append(len(record.images) if times is None else len(times))
             pictures.append(_picture_key(record))
             conversations += found
-            lengths += [length for length, _ in found.values()]
-            digests += [digest for _, digest in found.values()]
+            lengths += [length for length, _, _ in found.values()]
+            digests += [digest for _, digest, _ in found.values()]
+            answers += [answer for _, _, answer in found.values()]
             offsets.append(len(lengths))
     return Index(
         np.array(records, np.int64), np.array(num_images, np.int32), np.array(pictures, np.int64),
         np.array(offsets, np.int64), np.array(conversations, np.int32), np.array(lengths, np.int32),
-        np.array(digests, np.int64), report,
+        np.array(digests, np.int64), np.array(answers, np.int64), report,
     )  # fmt: skip
 
 
-def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: str) -> dict[int, tuple[int, int]]:
-    """(tokens, their checksum) of the record's usable conversations; the report counts all conversations."""
+def _lengths(record: Record, times, maker: SampleMaker, report: Report, where: str) -> dict[int, tuple[int, int, int]]:
+    """(tokens, their checksum, that of the answers) of the record's usable conversations; the report counts all."""
     lengths = {}
     for i in range(len(record.conversations)):
         report.seen += 1
         try:
-            sample, cut = maker.sample(record, i, times)
+            sample, cut, answers = maker.sample(record, i, times)
         except BadRecord as error:
             report.add_skipped(error, where)
             continue
-        lengths[i] = len(sample), zlib.crc32(sample.tokens.tobytes())
+        lengths[i] = len(sample), zlib.crc32(sample.tokens.tobytes()), answers
         report.cut += cut > 0
         report.tokens_cut += cut
     return lengths

@@ -98,7 +98,7 @@ class PackLoader(grain.transforms.Map):
                     records = {(p.source, p.record): source[p.record]}
                 record = records[p.source, p.record]
                 times = self._times(conversations[0], record)  # the frames are the same for all
-                sample, _ = self.maker.sample(record, p.conversation, times)
+                sample = self.maker.sample(record, p.conversation, times).sample
                 used = sum(len(s) for s in [*rows[p.row], *(s for q, s in samples if q.row == p.row)])
                 if used + len(sample) > self.plan.shape.row_length:
                     raise BadRecord(TOO_LONG, "conversation: longer than it was when the index was made")

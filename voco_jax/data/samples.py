@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import NamedTuple
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -24,6 +26,16 @@ from voco_jax.data.turns import spread_video
 from voco_jax.data.video import FrameSampling, VideoInfo, format_time, probe, read_frames, sample_times
 from voco_jax.terminal import shortened
 
+
+class Sampled(NamedTuple):
+    """A conversation's sample, how many of its tokens were cut off, and a checksum of its answers: of the ids of all
+    its labels, those that were cut off too."""
+
+    sample: Sample
+    cut: int
+    answers: int
+
+
 _REMEMBERED = 50_000  # encoded conversations: sets that ask the same questions again and again encode them once
 
 
@@ -44,7 +56,7 @@ class SampleMaker:
     incomplete: bool = False
 
     def __post_init__(self) -> None:
-        self._encoded: dict[tuple, tuple[Sample, int]] = {}
+        self._encoded: dict[tuple, Sampled] = {}
         self._probed: tuple[Clip, VideoInfo] | None = None  # sets ask several questions about a clip, one after another
 
     def __getstate__(self):
@@ -78,8 +90,8 @@ class SampleMaker:
     def _clip(self, clip: Clip) -> Clip:
         return dataclasses.replace(clip, incomplete=True) if self.incomplete else clip
 
-    def sample(self, record: Record, conversation: int, times: np.ndarray | None) -> tuple[Sample, int]:
-        """One conversation's sample and how many of its tokens were cut off; BadRecord for one that cannot be used."""
+    def sample(self, record: Record, conversation: int, times: np.ndarray | None) -> Sampled:
+        """One conversation's sample; BadRecord for one that cannot be used."""
         turns = record.conversations[conversation]
         num_images = len(record.images) if times is None else len(times)
         if num_images > self.max_images:
@@ -105,7 +117,7 @@ class SampleMaker:
             return turns
         return spread_video(turns, [f"{format_time(t)} " if self.timestamps else "" for t in times])
 
-    def _sample(self, turns, num_images: int, times: np.ndarray | None) -> tuple[Sample, int]:
+    def _sample(self, turns, num_images: int, times: np.ndarray | None) -> Sampled:
         sample = self.encoder.encode(self._with_frames(turns, times), num_images)
         if not sample.labels.any():
             raise BadRecord(NO_ANSWER, "conversation: expected an answer, found none")
@@ -113,7 +125,8 @@ class SampleMaker:
         if kept is None:
             reason = f"an image or every answer beyond config.data.row_length = {self.row_length} tokens"
             raise BadRecord(TOO_LONG, f"conversation of {len(sample)} tokens: {reason}")
-        return kept, len(sample) - len(kept)
+        answers = zlib.crc32(sample.tokens[sample.labels].tobytes())
+        return Sampled(kept, len(sample) - len(kept), answers)
 
     def load_images(
         self, record: Record, times: np.ndarray | None, load: Callable[[Picture], Image.Image]

@@ -157,7 +157,7 @@ def _read(
     for c, turns in enumerate(record.conversations):
         report.seen += 1
         try:
-            (conversation, _), prompt = maker.sample(record, c, times), maker.prompt(record, c, times)
+            conversation, prompt = maker.sample(record, c, times).sample, maker.prompt(record, c, times)
             usable.append((prompt, conversation, *(_first(turns) or ("", ""))))
         except BadRecord as error:
             report.add_skipped(error, where)
