@@ -17,6 +17,7 @@ from voco_jax.data.plan import Plan
 from voco_jax.data.records import Picture, Record
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources.llava import question_turns
+from voco_jax.data.teaching import make_teacher_rows
 from voco_jax.data.video import FrameSampling
 
 
@@ -56,7 +57,19 @@ def data_config(**changes):
 
 
 def make_batches(
-    sources, encoder, data, cache_dir, *, size=8, seed=0, weights=None, shard=None, num_batches=2**40, elastic_k=()
+    sources,
+    encoder,
+    data,
+    cache_dir,
+    *,
+    size=8,
+    seed=0,
+    weights=None,
+    shard=None,
+    num_batches=2**40,
+    elastic_k=(),
+    teacher=None,
+    log=print,
 ) -> Batches:
     """What `open_training_data` makes of sources, without a config's model."""
     sampling = FrameSampling(data.video.num_frames, data.video.fps, data.video.max_frames)
@@ -73,8 +86,12 @@ def make_batches(
         conversations_per_record=data.conversations_per_record,
         share_images=data.share_images,
     )
+    by_name = {f"source {i}": pair for i, pair in enumerate(zip(sources, indices, strict=True))}
+    teaching = teacher and make_teacher_rows(teacher, maker, plan, by_name, cache_dir, 0, log)
     augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
-    loader = PackLoader(sources, maker, plan, ImageProcessor(size), data.loss_weighting, augmentation, elastic_k)
+    loader = PackLoader(
+        sources, maker, plan, ImageProcessor(size), data.loss_weighting, augmentation, elastic_k, teaching
+    )
     loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
     return Batches(loader, loading, data.batch_size, shard, num_batches)
 

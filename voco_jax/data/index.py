@@ -81,6 +81,21 @@ class Index:
         of_conversations = {name: getattr(self, name)[within] for name in _OF_CONVERSATIONS}
         return dataclasses.replace(self, offsets=offsets, **of_records, **of_conversations)
 
+    def locate(self, i: int) -> tuple[int, int]:
+        """(record's place in the source, conversation of the record) of the i-th of all conversations."""
+        record = int(np.searchsorted(self.offsets, i, side="right")) - 1
+        return int(self.records[record]), int(self.conversations[i])
+
+    def find(self, other: "Index") -> np.ndarray:
+        """Where this index's conversations stand among those of another index of the same source, [m]; -1: nowhere."""
+        keys, there = (
+            (np.repeat(index.records, np.diff(index.offsets)) << 32) + index.conversations for index in (self, other)
+        )
+        if not len(there):
+            return np.full(len(keys), -1)
+        at = np.minimum(np.searchsorted(there, keys), len(there) - 1)
+        return np.where(there[at] == keys, at, -1)
+
     def text_checksum(self) -> str:
         """A checksum of the usable conversations, their places and tokens; names of pictures do not count."""
         digest = hashlib.sha256()

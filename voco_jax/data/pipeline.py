@@ -31,6 +31,7 @@ from voco_jax.data.processes import Watch, begin_worker, ended, free_shared_memo
 from voco_jax.data.records import TOO_LONG, BadRecord, Record, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
+from voco_jax.data.teaching import Placed, Teaching
 from voco_jax.errors import UserError
 
 
@@ -42,7 +43,7 @@ class PackLoader(grain.transforms.Map):
     are zero, and never read. A record that cannot be loaded leaves its places empty, and is counted in `report`.
 
     With `elastic_k` there is `num_tokens` too, an int32 scalar: how many of an image's VoCo tokens this pack reads,
-    drawn evenly from those numbers.
+    drawn evenly from those numbers; with `teaching`, the arrays that a batch has of a teacher.
     """
 
     sources: Sequence[Source]
@@ -52,11 +53,11 @@ class PackLoader(grain.transforms.Map):
     weighting: str
     augmentation: Augmentation = Augmentation()
     elastic_k: Sequence[int] = ()
+    teaching: Teaching | None = None
 
     def map(self, pack: Pack) -> dict:
         examples, shape, report = pack.examples, self.plan.shape, Report()
-        rows: list[list[Sample]] = [[] for _ in range(shape.rows)]
-        firsts: list[list[int]] = [[] for _ in range(shape.rows)]
+        rows: list[list[Placed]] = [[] for _ in range(shape.rows)]
         pixels = np.zeros((shape.images, self.processor.size, self.processor.size, 3), np.uint8)
         num_images = 0
         for item in sorted({p.item for p in examples}):
@@ -65,28 +66,31 @@ class PackLoader(grain.transforms.Map):
             if loaded is None:
                 continue
             images, samples = loaded
-            for p, sample in samples:
-                rows[p.row].append(sample)
-                firsts[p.row].append(num_images * self.maker.encoder.num_visual_tokens)
+            for p, sample, lesson in samples:
+                where = self.sources[p.source].where(p.record)
+                rows[p.row].append(Placed(sample, num_images, lesson, where))
             for image in images:
                 pixels[num_images] = self.processor.square(image)
                 num_images += 1
-        packed = [
-            pack_row(row, shape.row_length, first, self.weighting).arrays()
-            for row, first in zip(rows, firsts, strict=True)
-        ]
+        packed = [self._row(row, report) for row in rows]
         arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
         if self.elastic_k:
             own = np.random.default_rng(np.random.SeedSequence(self.plan.seed, spawn_key=(pack.number,)))
             arrays["num_tokens"] = np.int32(own.choice(self.elastic_k))
         return arrays | {"pixel_values": pixels, "report": json.dumps(report.to_dict())}
 
+    def _row(self, row: list[Placed], report: Report) -> dict[str, np.ndarray]:
+        length, visual_tokens = self.plan.shape.row_length, self.maker.encoder.num_visual_tokens
+        firsts = [placed.first_image * visual_tokens for placed in row]
+        arrays = pack_row([placed.sample for placed in row], length, firsts, self.weighting).arrays()
+        return arrays if self.teaching is None else arrays | self.teaching.arrays(row, length, report.add_warned)
+
     def _load_item(
-        self, conversations: list[PackedExample], rows: list[list[Sample]], room: int, report: Report
-    ) -> tuple[list[Image.Image], list[tuple[PackedExample, Sample]]] | None:
-        """(images, [(place, sample)]) of conversations that share their images, of which there is room for `room`;
-        None where nothing of it is usable."""
-        samples: list[tuple[PackedExample, Sample]] = []
+        self, conversations: list[PackedExample], rows: list[list[Placed]], room: int, report: Report
+    ) -> tuple[list[Image.Image], list[tuple[PackedExample, Sample, Any]]] | None:
+        """(images, [(place, sample, the teacher's lesson)]) of conversations that share their images, of which there is
+        room for `room`; None where nothing of it is usable."""
+        samples: list[tuple[PackedExample, Sample, Any]] = []
         images: list[Image.Image] | None = None
         images_of = 0
         records: dict[tuple[int, int], Record] = {}
@@ -99,7 +103,8 @@ class PackLoader(grain.transforms.Map):
                 record = records[p.source, p.record]
                 times = self._times(conversations[0], record)  # the frames are the same for all
                 sample = self.maker.sample(record, p.conversation, times).sample
-                used = sum(len(s) for s in [*rows[p.row], *(s for q, s in samples if q.row == p.row)])
+                before = [*(placed.sample for placed in rows[p.row]), *(s for q, s, _ in samples if q.row == p.row)]
+                used = sum(map(len, before))
                 if used + len(sample) > self.plan.shape.row_length:
                     raise BadRecord(TOO_LONG, "conversation: longer than it was when the index was made")
                 if sample.num_images > room:
@@ -118,8 +123,16 @@ class PackLoader(grain.transforms.Map):
             except BadRecord as error:
                 report.add_skipped(error, source.where(p.record))
                 continue
-            samples.append((p, sample))
+            samples.append((p, sample, self._lesson(p, record, times, sample, report)))
         return (images, samples) if images is not None and samples else None
+
+    def _lesson(self, p: PackedExample, record: Record, times, sample: Sample, report: Report) -> Any:
+        """What the teacher has of a conversation; None where it has nothing, which the report counts."""
+        try:
+            return None if self.teaching is None else self.teaching.lesson(p, record, times, sample)
+        except BadRecord as error:
+            report.add_warned(error.kind, f"{self.sources[p.source].where(p.record)}: {error}")
+            return None
 
     def _rng(self, p: PackedExample) -> np.random.Generator:
         return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))
@@ -317,7 +330,7 @@ def default_threads(num_workers: int, batch_bytes: int) -> int:
 
 
 def _join(packs: Sequence[dict]) -> dict[str, Any]:
-    """Arrays of packs to those of a batch: rows [packs·rows, T], those of `OF_PACKS` [packs, …], one report a pack."""
+    """Arrays of packs to those of a batch: rows [packs·rows, …], those of `OF_PACKS` [packs, …], one report a pack."""
     batch = {name: np.stack([arrays[name] for arrays in packs]) for name in packs[0] if name != "report"}
-    rows = {name: x if name in OF_PACKS else x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+    rows = {name: x if name in OF_PACKS else x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
     return rows | {"report": [arrays["report"] for arrays in packs]}

@@ -167,12 +167,20 @@ class Plan:
 
     def most_images_in_a_row(self, epoch: int = 0) -> int:
         """The most images that one read row of an epoch speaks of; those of two of its conversations count twice."""
+        rows, _, images = self.placed(epoch)
+        return int(np.bincount(rows, images).max())
+
+    def placed(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all conversations of an epoch, in the order in which they stand in the packs' rows: which row, counted
+        through all packs; which of all conversations of the indices; how many images. Each [n]."""
         plan = self._epoch(epoch)
-        pack_of = np.empty(len(plan.items), np.int64)
-        pack_of[plan.items] = np.repeat(np.arange(len(plan.offsets) - 1), np.diff(plan.offsets))
         item_of = np.repeat(np.arange(len(plan.items)), np.diff(plan.item_offsets))
+        pack_of, rank = np.empty((2, len(plan.items)), np.int64)
+        pack_of[plan.items] = np.repeat(np.arange(len(plan.offsets) - 1), np.diff(plan.offsets))
+        rank[plan.items] = np.arange(len(plan.items))
+        order = np.argsort(rank[item_of], kind="stable")
         rows = pack_of[item_of] * self.shape.rows + plan.rows
-        return int(np.bincount(rows, plan.num_images[item_of]).max())
+        return rows[order], plan.conversations[order], plan.num_images[item_of][order]
 
     def fingerprint(self) -> str:
         """A hash of everything that the plan depends on."""

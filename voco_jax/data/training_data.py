@@ -29,6 +29,7 @@ from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources import open_sources
+from voco_jax.data.teaching import TeacherFormat, make_teacher_rows
 from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_tokenizer
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
@@ -52,12 +53,14 @@ def open_training_data(
     *,
     run: Path | None = None,
     shard: Sequence[int] | None = None,
+    teacher: TeacherFormat | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainingData:
     """Look at the training set of a config, and plan its first epoch.
 
-    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads. `log` gets
-    lines about what was found. UserError for what cannot be trained on.
+    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads, `teacher`
+    the form of prompts in which batches have the conversations too. `log` gets lines about what was found. UserError
+    for what cannot be trained on.
     """
     data = typed(config).data
     _check(data)
@@ -75,12 +78,14 @@ def open_training_data(
 
     plan = _make_plan(data, config.seed, indices, weights, longest, model_config.compress_length, log)
     augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
-    loader = PackLoader(
-        sources, maker, plan, make_processor(config), data.loss_weighting, augmentation, config.train.elastic_k
-    )
+    by_name = dict(zip(sorted(data.train), zip(sources, indices, strict=True), strict=True))
+    teaching = None
+    if teacher is not None:
+        teaching = make_teacher_rows(teacher, maker, plan, by_name, data.cache_dir, data.num_workers, log)
+    processor, elastic_k = make_processor(config), config.train.elastic_k
+    loader = PackLoader(sources, maker, plan, processor, data.loss_weighting, augmentation, elastic_k, teaching)
     loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
-    named = zip(sorted(data.train), sources, indices, strict=True)
-    contents = {name: contents_of(source, index) for name, source, index in named}
+    contents = {name: contents_of(source, index) for name, (source, index) in by_name.items()}
     batches = Batches(loader, loading, data.batch_size, shard, config.train.steps, contents)
     return TrainingData(tokenizer, model_config, batches, longest)
 
