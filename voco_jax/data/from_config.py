@@ -96,12 +96,12 @@ def is_llava(config: ConfigDict) -> bool:
     return COMPRESSORS[config.model.compressor].keeps_text(config.model.num_voco_tokens)
 
 
-def reads_whole(config: ConfigDict, model: VoCoConfig, teacher: ConfigDict, teacher_model: VoCoConfig) -> bool:
+def reads_whole(config: ConfigDict, teacher: ConfigDict) -> bool:
     """Whether a teacher of the same tokenizer can read the rows of a config whole (`models/read.py`): its own prompt is
     the same text, VoCo tokens included. If not, it needs rows of its own."""
-    same_text = template_of(config) == template_of(teacher) and model.suffix_ids == teacher_model.suffix_ids
-    has_slots, has_voco_tokens = model.compress_length > 0, teacher_model.compressor_class.has_voco_tokens
-    return same_text and has_slots and has_voco_tokens and not is_llava(teacher)
+    has_slots = make_model_config(config, None).compress_length > 0
+    has_voco_tokens = COMPRESSORS[teacher.model.compressor].has_voco_tokens and not is_llava(teacher)
+    return has_slots and has_voco_tokens and template_of(config) == template_of(teacher)
 
 
 def template_of(config: ConfigDict) -> ChatTemplate:

@@ -66,7 +66,7 @@ def distillation(config: LossConfig) -> Loss:
             terms["whole_cross_entropy"] = distill.whole_weight, whole
         of_all, of_taught = weights.sum(), taught.sum()
         metrics = {"cross_entropy": (labels.cross_entropy, of_all), "taught": (of_taught, of_all)}
-        if has_divergence(distill):
+        if _is_divergent(config, readings, batch):
             metrics["kl"] = labels.kl, of_taught
         metrics |= {name: (value, of_taught) for name, (_, value) in terms.items()}
         return LossOutput(labels.total + sum(weight * value for weight, value in terms.values()), of_all, metrics)
@@ -93,9 +93,10 @@ def _read(config: LossConfig, model: VoCoLlama, batch: Batch, teacher: VoCoLlama
     distill, read, pixels = config.distill, read_of(batch, model.config), batch["pixel_values"]
     if distill.teacher == "prefix":
         return _read_prefix(config, model, batch, read)
-    if distill.logits:  # of the training set alone
-        taught = batch["taught"] if "taught" in batch else jnp.zeros(read.tokens.shape, bool)
-        return _Readings(ReadOutput(hidden_states(model, batch, config.compress_gradients)), taught)
+    nothing = jnp.zeros(read.tokens.shape, bool)
+    if distill.logits or config.by_rows and "teacher_places" not in batch:  # which a test set does not have
+        student = ReadOutput(hidden_states(model, batch, config.compress_gradients))
+        return _Readings(student, batch.get("taught", nothing))
     most, layers, slots = config.images_per_row, bool(distill.beta), model.config.num_voco_tokens
     taught = batch["teacher_places"] >= 0 if config.by_rows else whole_places(read, slots, most)
     queries = _queries(jnp.where(taught, batch["weights"], 0)) if distill.attention else None
@@ -169,7 +170,7 @@ def _label_losses(
     distill, vocab_size = config.distill, model.config.llama.vocab_size
     student = model.llama.norm(readings.student.hidden)
     labels = Labels(student, model.llama.head(), batch["targets"], batch["weights"])
-    if not has_divergence(distill) or readings.teacher is None and "teacher_ids" not in batch:
+    if not _is_divergent(config, readings, batch):
         return label_losses(labels, vocab_size)
     alpha, by = alpha_at(distill, step, config.steps), readings.by
     if by is None:
@@ -178,6 +179,11 @@ def _label_losses(
     teaching = Teaching(taught, alpha, by.llama.norm(readings.teacher.hidden), by.llama.head())
     how = Divergence(distill.temperature, distill.top_k, by.config.llama.vocab_size)
     return label_losses(labels, vocab_size, teaching, how)
+
+
+def _is_divergent(config: LossConfig, readings: _Readings, batch: Batch) -> bool:
+    """Whether there is a KL divergence: a test set may have no teacher."""
+    return has_divergence(config.distill) and (readings.teacher is not None or "teacher_ids" in batch)
 
 
 def _feature_distance(readings: _Readings, layers: tuple[int, ...], taught: jax.Array) -> jax.Array:

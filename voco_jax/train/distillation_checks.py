@@ -65,9 +65,6 @@ def check_models(d: DistillConfig, student: VoCoConfig, teacher: TeacherRun | No
     by = f"the teacher {d.teacher}"
     if teacher.by_rows:
         _expect("attention", d, not d.attention, 0, f"{by}, whose prompt is another: it reads rows of its own")
-        _expect(
-            "images_per_row", d, not d.images_per_row, 0, f"{by}, whose prompt is another: it reads rows of its own"
-        )
     theirs = teacher.model_config
     same = {"beta": ("hidden_size", "num_hidden_layers"), "attention": ("num_hidden_layers",)}
     for name, fields in same.items():

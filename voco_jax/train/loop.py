@@ -54,7 +54,7 @@ from voco_jax.train.preemption import Preempted, Preemption
 from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, init_opt_state
-from voco_jax.train.teachers import TeacherRun, find_teacher, load_teacher
+from voco_jax.train.teachers import TeacherRun, find_teacher, load_teacher, place_teacher
 from voco_jax.train.writers import Writer, check_wandb, open_writers
 
 
@@ -118,9 +118,11 @@ def _set_up(config: ConfigDict) -> _Setup:
 
     # Data: every process loads the rows of its own devices
     shard = local_rows(mesh, config.data.batch_size)
+    found = find_teacher(config)
     tokenizer, model_config, batches, longest = open_training_data(
-        config, run=workdir if resuming else None, shard=shard, log=log
-    )
+        config, run=workdir if resuming else None, shard=shard, log=log,
+        teacher=found and found.form(config.train.distill.images_per_row),
+    )  # fmt: skip
     config.data.rows_per_pack = batches.loader.plan.shape.rows
     if config.data.test and not config.eval.every:
         open_sources(typed(config).data, "test")  # a wrong name should not show itself after training
@@ -129,7 +131,7 @@ def _set_up(config: ConfigDict) -> _Setup:
     # Model and step, as shapes with their places on the mesh
     with jax.set_mesh(mesh):
         state = abstract_state(config, model_config, optimizer, mesh)
-        teacher = find_teacher(config, model_config, tokenizer, mesh)
+        teacher = found and place_teacher(found, model_config, tokenizer, mesh)
         check_models(typed(config).train.distill, model_config, teacher)
         images_per_row = batches.loader.plan.most_images_in_a_row()
         loss = loss_of(config, teacher, images_per_row)

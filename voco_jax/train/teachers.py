@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import for_use
 from voco_jax.config import load_config
-from voco_jax.data.from_config import make_model_config, make_processor, reads_whole
+from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, reads_whole
+from voco_jax.data.teaching import TeacherFormat
 from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.io.paths import AnyPath, as_path
+from voco_jax.io.paths import as_path
 from voco_jax.models.build import abstract_model
 from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.models.voco import VoCoConfig, VoCoLlama
@@ -44,15 +45,28 @@ def ema_teacher(graphdef: nnx.GraphDef, trainable: TrainableFilter) -> TeacherOf
     )
 
 
+class FoundTeacher(NamedTuple):
+    """A run that is to teach, by its files. by_rows: it reads rows of its own, because its prompt is another than the
+    student's; else it reads the student's rows whole."""
+
+    name: str  # as the config has it
+    config: ConfigDict
+    tokenizer: Any
+    model_config: VoCoConfig
+    by_rows: bool
+
+    def form(self, images_per_row: int) -> TeacherFormat | None:
+        """Of the rows of its own that it reads, where it does."""
+        if not self.by_rows:
+            return None
+        return TeacherFormat(make_encoder(self.config, self.tokenizer, self.model_config), images_per_row)
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherRun:
-    """A run that teaches: its model, computed as the student's is, and its parameters as shapes with their places.
+    """A run that teaches: its model, computed as the student's is, and its parameters as shapes with their places."""
 
-    by_rows: it reads rows of its own, because its prompt is another than the student's; else it reads the student's
-    rows whole.
-    """
-
-    directory: AnyPath
+    name: str
     model_config: VoCoConfig
     graphdef: Any
     params: dict
@@ -63,15 +77,13 @@ class TeacherRun:
         return nnx.merge(self.graphdef, teacher_params)
 
 
-# ---- A run that teaches: what can be found wrong before anything is written -----------------------------------------
+# ---- What can be found wrong before anything is written -------------------------------------------------------------
 
 
-def find_teacher(config: ConfigDict, student: VoCoConfig, tokenizer, mesh: Mesh) -> TeacherRun | None:
-    """The run that `train.distill.teacher` names, for a student and the tokenizer of its data; None where there is none.
-    Its parameters are not read.
+def find_teacher(config: ConfigDict) -> FoundTeacher | None:
+    """The run that `train.distill.teacher` names; None where none teaches. Its parameters are not read.
 
-    UserError for a run that cannot teach: of another tokenizer, trained on other pixels, without a way to read images
-    whole, or with dimensions that the mesh does not divide.
+    UserError for a run that cannot teach: that was trained on other pixels, or that cannot read images whole.
     """
     name = run_of(config)
     if not name:
@@ -81,10 +93,20 @@ def find_teacher(config: ConfigDict, student: VoCoConfig, tokenizer, mesh: Mesh)
         stored = load_config(directory / "config.json")
     except UserError as error:
         raise UserError(f"{KEY}: expected {', '.join(map(repr, OWN))} or a run's directory: {error}") from None
-    theirs = load_run_tokenizer(directory)
-    _check_vocabulary(name, tokenizer.get_vocab(), theirs.get_vocab())
+    tokenizer = load_run_tokenizer(directory)
     _check_pixels(name, config, stored)
-    return describe_teacher(config, stored, student, make_model_config(stored, theirs), mesh)
+    model = make_model_config(stored, tokenizer)
+    by_rows = not reads_whole(config, stored)
+    if not model.compressor_class.has_voco_tokens:
+        kinds = " or ".join(repr(kind) for kind in COMPRESSORS if COMPRESSORS[kind].has_voco_tokens)
+        expected = f"expected a run that can read images whole (compressor {kinds})"
+        raise UserError(f"{KEY}: {expected}; {name} has {model.compressor!r}")
+    if by_rows and model.compress_length:
+        found = f"{name} compresses, and its prompts are others (config.data.template {stored.data.template!r})"
+        raise UserError(
+            f"{KEY}: expected LLaVA, or a run with the prompts of this one, which it then reads whole; {found}"
+        )
+    return FoundTeacher(name, stored, tokenizer, model, by_rows)
 
 
 def run_of(config: ConfigDict) -> str:
@@ -93,26 +115,19 @@ def run_of(config: ConfigDict) -> str:
     return "" if config.train.loss != "distillation" or name in OWN else name
 
 
-def describe_teacher(
-    config: ConfigDict, stored: ConfigDict, student: VoCoConfig, teacher: VoCoConfig, mesh: Mesh
-) -> TeacherRun:
-    """A teacher by its own config (`stored`) and model, as `find_teacher`."""
-    name = run_of(config)
-    by_rows = not reads_whole(config, student, stored, teacher)
-    if not teacher.compressor_class.has_voco_tokens:
-        kinds = " or ".join(repr(name) for name, kind in COMPRESSORS.items() if kind.has_voco_tokens)
-        raise UserError(
-            f"{KEY}: expected a run that can read images whole (compressor {kinds}); {name} has {teacher.compressor!r}"
-        )
-    if by_rows and teacher.compress_length:
-        expected = (
-            "expected a run with the template of this one, in which it reads the same rows whole, or one of LLaVA"
-        )
-        raise UserError(f"{KEY}: {expected}; {name} has config.data.template {stored.data.template!r}, and VoCo tokens")
-    # Its images stand in a compress stream's segments, which a model that was trained uncompressed has as well
+def place_teacher(found: FoundTeacher, student: VoCoConfig, tokenizer, mesh: Mesh) -> TeacherRun:
+    """A teacher of a student, over the student's mesh. UserError for one of another tokenizer than the data's, or with
+    dimensions that the mesh does not divide."""
+    _check_vocabulary(found.name, tokenizer.get_vocab(), found.tokenizer.get_vocab())
+    return abstract_teacher(found.name, found.model_config, student, mesh, found.by_rows)
+
+
+def abstract_teacher(name: str, teacher: VoCoConfig, student: VoCoConfig, mesh: Mesh, by_rows: bool) -> TeacherRun:
+    """A teacher by its model."""
     if not by_rows and not teacher.compress_length:
+        # Trained uncompressed: the same parameters, with a compress stream, whose segments are the images' prompt
         teacher = dataclasses.replace(teacher, compressor="voco")
-    computed = {name: getattr(student, name) for name in ("dtype", "attention", "unroll_layers")}
+    computed = {key: getattr(student, key) for key in ("dtype", "attention", "unroll_layers")}
     teacher = dataclasses.replace(teacher, **computed, remat="none")
     graphdef, params = abstract_model(teacher)
     params = for_use(params, teacher.dtype)
@@ -120,7 +135,7 @@ def describe_teacher(
         params = with_shardings(params, param_shardings(mesh, params, for_use=True))
     except UserError as error:
         raise UserError(f"{KEY}: {name} over this mesh: {error}") from None
-    return TeacherRun(as_path(name), teacher, graphdef, params, by_rows)
+    return TeacherRun(name, teacher, graphdef, params, by_rows)
 
 
 def _check_vocabulary(name: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
@@ -146,7 +161,7 @@ def _check_pixels(name: str, config: ConfigDict, stored: ConfigDict) -> None:
                 else f"data.processor.{field}"
             )
             raise UserError(
-                f"{KEY}: expected a run of the same pixels; {name} has {key} {theirs[field]!r}, this one {ours[field]!r}"
+                f"{KEY}: expected a run of the same pixels; {name} has {key} {theirs[field]!r}, not {ours[field]!r}"
             )
 
 
@@ -159,14 +174,13 @@ def load_teacher(teacher: TeacherRun, recorded: dict | None = None) -> tuple[dic
     The note (`TEACHER` in the directory of the run that is taught) has the run, the step, and a checksum of all
     parameters. UserError where the step of `recorded` has other parameters than they were.
     """
-    with contextlib.closing(Checkpointer(teacher.directory)) as checkpointer:
+    with contextlib.closing(Checkpointer(as_path(teacher.name))) as checkpointer:
         restored = checkpointer.restore_params(teacher.params, None if recorded is None else recorded["step"])
     sums = json.dumps(sorted(restored.checksums.items()))
-    note = {"run": str(teacher.directory), "step": restored.step, "sha256": hashlib.sha256(sums.encode()).hexdigest()}
+    note = {"run": teacher.name, "step": restored.step, "sha256": hashlib.sha256(sums.encode()).hexdigest()}
     if recorded is not None and note["sha256"] != recorded["sha256"]:
         was = f"step {recorded['step']} of {recorded['run']}"
         raise UserError(
-            f"{KEY}: this run was taught by {was}, and that of {teacher.directory} is another; take another "
-            "--config.workdir"
+            f"{KEY}: this run was taught by {was}, and that of {teacher.name} is another; take another --config.workdir"
         )
     return restored.params, note
