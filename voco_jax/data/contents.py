@@ -28,15 +28,19 @@ def contents_of(source: Source, index: Index) -> dict:
     The latter are keyed by the record's place in the source.
     """
     places = np.unique(np.linspace(0, len(index) - 1, min(SAMPLED, len(index))).round().astype(np.int64))
-    sampled = index.records[places].tolist()
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        checksums = list(pool.map(lambda i: _visual_checksum(source, i), sampled))
     return {
         "records": len(index),
         "conversations": len(index.lengths),
         "text": index.text_checksum(),
-        "visual": {str(i): checksum for i, checksum in zip(sampled, checksums, strict=True) if checksum},
+        "visual": visual_checksums(source, index.records[places].tolist()),
     }
+
+
+def visual_checksums(source: Source, records: Sequence[int]) -> dict[str, str]:
+    """Checksums of the pictures or clips of some records of a source, as far as these can be read."""
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        checksums = list(pool.map(lambda i: _visual_checksum(source, i), records))
+    return {str(i): checksum for i, checksum in zip(records, checksums, strict=True) if checksum}
 
 
 def difference(before: dict, now: dict, source: Source) -> str:

@@ -74,6 +74,10 @@ class Index:
         keys = np.where(self.pictures, self.pictures, 1 + np.arange(len(self))).astype(np.uint64)
         mixed = (keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
         kept = np.flatnonzero(mixed % np.uint64(n) == 0)
+        return self.select(kept)
+
+    def select(self, kept: np.ndarray) -> "Index":
+        """Some of the records, by their places among the index's, ascending."""
         counts = np.diff(self.offsets)[kept]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - self.offsets[kept], counts)

@@ -4,7 +4,7 @@ Which records a shard holds follows from the source's order alone, so shards are
 and a build that was killed goes on with the shards that are missing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class ShardWriter:
 
     def _write(self, temporary: Path, records: range, step: Callable[[], Any]) -> dict:
         report, written = Report(), 0
-        with _open_writer(temporary) as write:
+        with open_writer(temporary, WRITER_OPTIONS) as write:
             for i in records:
                 report.seen += 1
                 warned: list[tuple[str, str]] = []
@@ -62,10 +62,11 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def _open_writer(file: Path):
+def open_writer(file: Path, options: str) -> Iterator[Callable[[bytes], None]]:
+    """A new ArrayRecord file; the function that is given appends a record. UserError for a full disk."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+    writer = ArrayRecordWriter(str(file), options)
 
     def guarded(function: Callable, *args) -> None:
         try:
@@ -117,7 +118,7 @@ def build(
     names, total, reports = shard_names(len(ranges)), sum(map(len, ranges)), Report()
 
     def add(shard: int) -> None:
-        reports.merge(Report.from_dict(_read_result(directory, names[shard])["report"]))
+        reports.merge(Report.from_dict(read_result(directory, names[shard])["report"]))
         reports.check(max_skipped_fraction, total, option="--max-skipped-fraction")
 
     with begin(directory, arguments, len(ranges)) as manifest:
@@ -130,7 +131,7 @@ def build(
         with contextlib.closing(run_tasks(writer, missing, num_workers, on_records)) as written:
             for shard, _ in written:
                 add(shard)
-        results = [_read_result(directory, name) for name in names]
+        results = [read_result(directory, name) for name in names]
         report = Report()  # in the order of the shards, whatever the order they were made in
         for result in results:
             report.merge(Report.from_dict(result.pop("report")))
@@ -147,7 +148,7 @@ def build(
     return report
 
 
-def _read_result(directory: Path, name: str) -> dict:
+def read_result(directory: Path, name: str) -> dict:
     """What a worker wrote beside a shard; UserError where the two do not match."""
     file = directory / f"{name}.json"
     result = read_object(file)

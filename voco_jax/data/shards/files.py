@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 import re
+from typing import NamedTuple
 
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import write_text
@@ -23,11 +24,22 @@ from voco_jax.outages import reason
 
 MANIFEST, REPORT = "manifest.json", "report.json"
 MOST_SHARDS = 10**6
-FORMAT, VERSION = "voco_jax records", 1
+VERSION = 1
 SHARD = ".array_record"
 _OURS = re.compile(r"(data-\d{5,}-of-\d{5,}\.(array_record|json)|manifest\.json|report\.json)")
 # What killed builds leave: `io/atomic.py`'s names, and those of earlier versions
 _PARTIAL = re.compile(rf"\.{_OURS.pattern}\.[0-9a-f]{{8}}\.new|{_OURS.pattern}\.[0-9a-f]{{8}}\.partial")
+
+
+class Kind(NamedTuple):
+    """What shards hold, as their manifest says, and the command that writes them."""
+
+    format: str
+    command: str
+
+
+RECORDS = Kind("voco_jax records", "voco build-records")
+LOGITS = Kind("voco_jax logits", "voco store-logits")
 
 
 def shard_names(num_shards: int) -> list[str]:
@@ -48,7 +60,7 @@ def write_json(file: Path, content: dict) -> None:
 
 
 @contextlib.contextmanager
-def begin(directory: Path, arguments: dict, num_shards: int) -> Iterator[dict]:
+def begin(directory: Path, arguments: dict, num_shards: int, kind: Kind = RECORDS) -> Iterator[dict]:
     """A directory to write in, and its manifest; for no other process meanwhile.
 
     A new or empty one gets a manifest. One that was begun with the same `arguments` goes on: whole files stay, and what
@@ -56,18 +68,18 @@ def begin(directory: Path, arguments: dict, num_shards: int) -> Iterator[dict]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with holding(directory, f"{directory}: another process is writing there"):
-        manifest = _begin(directory, arguments, num_shards)
+        manifest = _begin(directory, arguments, num_shards, kind)
         try:
             yield manifest
         finally:
             _remove_left_over(directory)  # of processes that were killed
 
 
-def _begin(directory: Path, arguments: dict, num_shards: int) -> dict:
+def _begin(directory: Path, arguments: dict, num_shards: int, kind: Kind) -> dict:
     names = sorted(os.listdir(directory))
     begun = MANIFEST in names
     foreign = foreign_files(names, num_shards) if begun else [n for n in names if not _PARTIAL.fullmatch(n)]
-    manifest = read_manifest(directory) if begun else {}
+    manifest = read_manifest(directory, kind) if begun else {}
     if begun and manifest["arguments"] != arguments:
         was = manifest["arguments"]
         key = next(key for key in {**arguments, **was} if arguments.get(key) != was.get(key))
@@ -77,7 +89,7 @@ def _begin(directory: Path, arguments: dict, num_shards: int) -> dict:
         raise UserError(f"{directory}: expected a new or empty directory, found {foreign[0]!r}; nothing was changed")
     _remove_left_over(directory)
     if not begun:
-        manifest = {"format": FORMAT, "version": VERSION, "arguments": arguments, "num_shards": num_shards}
+        manifest = {"format": kind.format, "version": VERSION, "arguments": arguments, "num_shards": num_shards}
         manifest["complete"] = False
         write_json(directory / MANIFEST, manifest)
     return manifest
@@ -98,16 +110,16 @@ def left_over(names: list[str]) -> list[str]:
     return [name for name in names if _PARTIAL.fullmatch(name)]
 
 
-def read_manifest(directory: Path) -> dict:
+def read_manifest(directory: Path, kind: Kind = RECORDS) -> dict:
     """The manifest of a directory of shards; UserError where there is none, or one of another format."""
     file = directory / MANIFEST
-    manifest = read_object(file, "it stands beside the shards that voco build-records writes")
-    kinds = {"arguments": dict, "complete": bool, "num_shards": int}
+    manifest = read_object(file, f"it stands beside the shards that {kind.command} writes")
+    types = {"arguments": dict, "complete": bool, "num_shards": int}
     if manifest.get("complete"):
-        kinds |= {"shards": list, "records": int, "rows": int}
-    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION or wrong:
-        what = f"of {FORMAT}, version {VERSION}" + (f"; {wrong[0]} is missing" if wrong else "")
+        types |= {"shards": list, "records": int, "rows": int}
+    wrong = [key for key, expected in types.items() if not isinstance(manifest.get(key), expected)]
+    if manifest.get("format") != kind.format or manifest.get("version") != VERSION or wrong:
+        what = f"of {kind.format}, version {VERSION}" + (f"; {wrong[0]} is missing" if wrong else "")
         raise UserError(f"{file}: expected the manifest {what}")
     count = manifest["num_shards"]
     if not 1 <= count <= MOST_SHARDS:
@@ -123,16 +135,15 @@ def _has_sizes(shard: object) -> bool:
     return isinstance(shard, dict) and all(isinstance(shard.get(key), int) for key in ("bytes", "records"))
 
 
-def check_complete(directory: Path) -> None:
-    """UserError unless every shard that the manifest names is there in its full length, where there is a manifest."""
-    if not (directory / MANIFEST).exists():
-        return
-    manifest = read_manifest(directory)
+def check_complete(directory: Path, kind: Kind = RECORDS) -> dict:
+    """The manifest. UserError unless every shard that it names is there in its full length."""
+    manifest = read_manifest(directory, kind)
     if not manifest["complete"]:
-        raise UserError(f"{directory}: not complete; run voco build-records again with the same arguments")
+        raise UserError(f"{directory}: not complete; run {kind.command} again with the same arguments")
     for name, shard in zip(shard_names(manifest["num_shards"]), manifest["shards"], strict=True):
         file = directory / f"{name}{SHARD}"
         size = file.stat().st_size if file.exists() else None
         if size != shard["bytes"]:
             found = "none" if size is None else f"{size} bytes"
             raise UserError(f"{file}: expected {shard['bytes']} bytes, found {found}; the manifest says so")
+    return manifest

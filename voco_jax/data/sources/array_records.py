@@ -15,7 +15,7 @@ from pathlib import Path
 import msgpack
 
 from voco_jax.data.records import DAMAGED, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record
-from voco_jax.data.shards.files import check_complete
+from voco_jax.data.shards.files import MANIFEST, check_complete
 from voco_jax.data.sources.roots import local_only
 from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular
@@ -84,7 +84,8 @@ class ArrayRecordSource:
     def __init__(self, files: str):
         self._files = find_shards(files)
         for directory in {file.parent for file in self._files}:
-            check_complete(directory)
+            if (directory / MANIFEST).exists():
+                check_complete(directory)
         self._source = None
         self._length = len(self._open())
 
