@@ -20,6 +20,7 @@ COMMANDS = {
     "preview": ("voco_jax.preview.__main__:main", "draw a training batch"),
     "aot": ("voco_jax.aot.__main__:main", "compile a step for a TPU slice: does it fit, how fast should it be?"),
     "convert": ("voco_jax.convert.__main__:main", "convert, merge and compare PyTorch and Hugging Face checkpoints"),
+    "store-logits": ("voco_jax.store_logits:main", "store what a teacher says of the training data, to distil from"),
     "build-records": ("voco_jax.data.shards.__main__:main", "write training records into ArrayRecord shards"),
     "make-video-questions": ("voco_jax.data.make_video_questions:main", "make the video demo's clips and questions"),
     "check-logits": ("voco_jax.convert.check_logits:main", "compare a converted checkpoint with recorded values"),

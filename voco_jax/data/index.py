@@ -85,6 +85,11 @@ class Index:
         of_conversations = {name: getattr(self, name)[within] for name in _OF_CONVERSATIONS}
         return dataclasses.replace(self, offsets=offsets, **of_records, **of_conversations)
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Of each conversation record << 32 | conversation, [m], ascending."""
+        return np.repeat(self.records, np.diff(self.offsets)) << 32 | self.conversations
+
     def locate(self, i: int) -> tuple[int, int]:
         """(record's place in the source, conversation of the record) of the i-th of all conversations."""
         record = int(np.searchsorted(self.offsets, i, side="right")) - 1
@@ -92,9 +97,7 @@ class Index:
 
     def find(self, other: "Index") -> np.ndarray:
         """Where this index's conversations stand among those of another index of the same source, [m]; -1: nowhere."""
-        keys, there = (
-            (np.repeat(index.records, np.diff(index.offsets)) << 32) + index.conversations for index in (self, other)
-        )
+        keys, there = self.keys, other.keys
         if not len(there):
             return np.full(len(keys), -1)
         at = np.minimum(np.searchsorted(there, keys), len(there) - 1)

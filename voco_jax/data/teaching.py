@@ -146,28 +146,18 @@ def make_teacher_rows(
     answers have other tokens in the teacher's prompts.
     """
     own = dataclasses.replace(maker, encoder=teacher.encoder, row_length=0)
+    both = {
+        name: (source, index, make_index(source, own, cache_dir, num_workers, f"{name} for the teacher"))
+        for name, (source, index) in by_name.items()
+    }
     lengths: list[np.ndarray] = []
-    differ: list[tuple[Source, int, int]] = []  # the first of each source
-    total = untaught = 0
-    for name, (source, index) in by_name.items():
-        other = make_index(source, own, cache_dir, num_workers, f"{name} for the teacher")
-        at = index.find(other)
-        taught = (at >= 0) & (other.answers[at] == index.answers)
-        length = np.where(taught, other.lengths[at], 0)
+    for taught, (source, index, other) in zip(find_taught(both, own, maker, KEY, log), both.values(), strict=True):
+        length = np.where(taught, other.lengths[index.find(other)], 0)
         # What the student does not read of a conversation, the teacher need not read either
         cut = np.flatnonzero(taught & (index.lengths == maker.row_length)) if maker.row_length else ()
         for place in cut:
             length[place] = _cut_length(source, own, maker, *index.locate(place))
         lengths.append(length)
-        total, untaught = total + len(taught), untaught + int((~taught).sum())
-        differ += [(source, *index.locate(place)) for place in np.flatnonzero(~taught)[:1]]
-    if untaught:
-        source, record, conversation = differ[0]
-        told = f"{untaught:,} of {count_of(total, 'conversation')} have other tokens in the teacher's answers"
-        reason = _why(source, own, maker, record, conversation)
-        if 2 * untaught > total:
-            raise UserError(f"{KEY}: {told}; {source.where(record)}: {reason}")
-        log(f"teacher: {told}, and are not taught; {source.where(record)}: {reason}")
     rows, conversations, images = plan.placed()
     most = teacher.images_per_row or plan.most_images_in_a_row()
     all_lengths = np.concatenate(lengths)
@@ -181,6 +171,37 @@ def make_teacher_rows(
         raise UserError(f"config.train.distill.images_per_row: no conversation has so few images, found {most}")
     log(f"teacher: rows of {count_of(row_length, 'token')}, about {count_of(most, 'image')} at most")
     return TeacherRows(own, row_length, most, min(row_length, int(all_lengths.max())))
+
+
+def find_taught(
+    by_name: dict[str, tuple[Source, Index, Index]],
+    own: SampleMaker,
+    maker: SampleMaker,
+    key: str,
+    log: Callable[[str], None],
+) -> list[np.ndarray]:
+    """Of each source which conversations of the student's index have the same answers in the teacher's, bool [m].
+
+    `own` and `maker` are the teacher's and the student's. `log` gets a line about the others; UserError, of the option
+    or config `key`, where these are most.
+    """
+    found: list[np.ndarray] = []
+    differ: list[tuple[Source, int, int]] = []  # the first of each source
+    for source, index, other in by_name.values():
+        at = index.find(other)
+        same = at >= 0
+        same[same] = other.answers[at[same]] == index.answers[same]
+        found.append(same)
+        differ += [(source, *index.locate(place)) for place in np.flatnonzero(~same)[:1]]
+    total, untaught = sum(map(len, found)), sum(int((~same).sum()) for same in found)
+    if untaught:
+        source, record, conversation = differ[0]
+        told = f"{untaught:,} of {count_of(total, 'conversation')} have other tokens in the teacher's answers"
+        reason = _why(source, own, maker, record, conversation)
+        if 2 * untaught > total:
+            raise UserError(f"{key}: {told}; {source.where(record)}: {reason}")
+        log(f"teacher: {told}, and are not taught; {source.where(record)}: {reason}")
+    return found
 
 
 def _both(source: Source, own: SampleMaker, maker: SampleMaker, record: int, conversation: int) -> Sample:

@@ -20,6 +20,7 @@ from voco_jax.config_keys import DataConfig
 from voco_jax.data.augment import Augmentation
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
+from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import check_elastic_k, make_encoder, make_model_config, make_processor, template_of
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
@@ -29,8 +30,9 @@ from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources import open_sources
-from voco_jax.data.teaching import TeacherFormat, make_teacher_rows
-from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_tokenizer
+from voco_jax.data.stored_logits import open_stored_logits
+from voco_jax.data.teaching import TeacherFormat, Teaching, make_teacher_rows
+from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer, train_tokenizer, vocabulary_sum
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
@@ -68,10 +70,8 @@ def open_training_data(
     sources, weights = open_sources(data, "train")
     tokenizer = make_tokenizer(config, sources, run)
     model_config = make_model_config(config, tokenizer)
-    encoder, video = make_encoder(config, tokenizer, model_config), data.video
-    sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
-    maker = SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, video.timestamps, video.incomplete)
-    indices = _make_indices(data, "train", sources, maker, log)
+    maker = make_sample_maker(data, make_encoder(config, tokenizer, model_config))
+    indices = make_indices(data, "train", sources, maker, log)
     longest = max((int(index.lengths.max()) for index in indices if len(index)), default=0)
     if not longest:
         raise UserError("config.data.train: no usable conversation")
@@ -79,8 +79,12 @@ def open_training_data(
     plan = _make_plan(data, config.seed, indices, weights, longest, model_config.compress_length, log)
     augmentation = Augmentation(data.random_crop, data.color_jitter, data.video.random_offset)
     by_name = dict(zip(sorted(data.train), zip(sources, indices, strict=True), strict=True))
-    teaching = None
-    if teacher is not None:
+    teaching: Teaching | None = None
+    distill = config.train.distill
+    if config.train.loss == "distillation" and distill.logits:
+        vocabulary = vocabulary_sum(tokenizer)
+        teaching = open_stored_logits(distill.logits, data, by_name, vocabulary, distill.top_k, log)
+    elif teacher is not None:
         teaching = make_teacher_rows(teacher, maker, plan, by_name, data.cache_dir, data.num_workers, log)
     processor, elastic_k = make_processor(config), config.train.elastic_k
     loader = PackLoader(sources, maker, plan, processor, data.loss_weighting, augmentation, elastic_k, teaching)
@@ -88,6 +92,13 @@ def open_training_data(
     contents = {name: contents_of(source, index) for name, (source, index) in by_name.items()}
     batches = Batches(loader, loading, data.batch_size, shard, config.train.steps, contents)
     return TrainingData(tokenizer, model_config, batches, longest)
+
+
+def make_sample_maker(data: DataConfig, encoder: Encoder) -> SampleMaker:
+    """What makes samples of records as a config says."""
+    video = data.video
+    sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
+    return SampleMaker(encoder, data.row_length, data.images_per_pack, sampling, video.timestamps, video.incomplete)
 
 
 def _check(data: DataConfig) -> None:
@@ -147,7 +158,7 @@ def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], N
     sources, weights = open_sources(data, "test")
     loader, shape = training.loader, training.loader.plan.shape
     maker = dataclasses.replace(loader.maker, row_length=shape.row_length)
-    indices = _make_indices(data, "test", sources, maker, log)
+    indices = make_indices(data, "test", sources, maker, log)
     if max(weight * len(index) for weight, index in zip(weights, indices, strict=True)) < 1:
         raise UserError("config.data.test: no usable conversation")
     threads = max(4, data.num_threads)
@@ -161,7 +172,7 @@ def open_test_data(config: ConfigDict, training: Batches, log: Callable[[str], N
     return Batches(loader, loading, data.batch_size, training.shard, num_batches)
 
 
-def _make_indices(
+def make_indices(
     data: DataConfig, key: str, sources: Sequence[Source], maker: SampleMaker, log: Callable[[str], None]
 ) -> list[Index]:
     """Indices of the sources of `config.data.<key>`; UserError where too many records are skipped."""

@@ -1,0 +1,383 @@
+"""A teacher's logits, stored and read back: what it says itself, for the right labels; and what is refused."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+import shutil
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.commands import run_main
+from tests.helpers.shared import make_once
+from voco_jax import store_logits
+from voco_jax.checkpoint.checkpointer import Checkpointer
+from voco_jax.checkpoint.run import load_run
+from voco_jax.config import save_config, source, sources
+from voco_jax.data.from_config import make_model_config
+from voco_jax.data.images import load_image
+from voco_jax.data.packing import pack_row
+from voco_jax.data.stored_logits import Logits, form_of, pack_logits, unpack_logits
+from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from voco_jax.data.training_data import open_training_data
+from voco_jax.errors import UserError
+from voco_jax.models.build import abstract_model
+from voco_jax.models.read import Read
+
+SMALL = {
+    "model__llama__hidden_size": 16, "model__llama__intermediate_size": 16, "model__llama__head_dim": 8,
+    "model__llama__num_attention_heads": 2, "model__llama__num_key_value_heads": 2,
+    "model__vision__hidden_size": 8, "model__vision__intermediate_size": 8, "model__vision__num_attention_heads": 1,
+    "model__dtype": "float32", "data__batch_size": 1, "data__images_per_pack": 2, "data__conversations_per_record": 0,
+    "data__video__random_offset": False,
+}  # fmt: skip
+RECORDS = 13
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Pictures with a few conversations each, one about two pictures, one about none; a tokenizer; a teacher, which is
+    plain LLaVA of another size, with pictures of another size and other prompts."""
+    return make_once(tmp_path_factory, "store logits", _make_files)
+
+
+def _make_files(directory: Path) -> None:
+    directory.mkdir()
+    rng, rows, words = np.random.default_rng(0), [], ["red", "blue", "a cat", "it is a dog"]
+    for i in range(RECORDS):
+        count = 2 if i == 3 else 0 if i == 5 else 1
+        names = [f"{i}-{n}.png" for n in range(count)]
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(directory / name)
+        turns = []
+        for turn in range(1 + i % 3):
+            images = "<image>\n" * count if not turn else ""
+            turns += [
+                {"from": "human", "value": f"{images}what is it?"},
+                {"from": "gpt", "value": words[(i + turn) % 4]},
+            ]
+        rows.append({"image": names, "conversations": turns} if count else {"conversations": turns})
+    (directory / "rows.json").write_text(json.dumps(rows))
+    tokenizer = train_tokenizer(["USER: what is it? ASSISTANT: a red blue dog cat\n"] * 9, 300)
+    save_tokenizer(tokenizer, directory / "tokenizer")
+    make_run(directory, directory / "teacher", model__compressor="none", model__num_voco_tokens=0,
+             model__vision__image_size=32, model__llama__num_hidden_layers=1, data__template="llava_v1")  # fmt: skip
+
+
+def make_config(files: Path, workdir: Path, **changes):
+    config = tiny.config(workdir, tokenizer__source=files / "tokenizer", **SMALL | changes)
+    config.data.train = sources(mine=source("llava", file=str(files / "rows.json"), images=str(files)))
+    return config
+
+
+def make_run(files: Path, run: Path, **changes) -> None:
+    config, tokenizer = make_config(files, run, **changes), load_tokenizer(files / "tokenizer")
+    run.mkdir()
+    save_config(config, run / "config.json")
+    save_tokenizer(tokenizer, run / "tokenizer")
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    params = jax.tree.map(draw, abstract_model(make_model_config(config, tokenizer))[1])
+    with contextlib.closing(Checkpointer(run, create=True, config=config)) as checkpointer:
+        checkpointer.save(1, params, {"m": jnp.zeros(2)}, {"batches": 1})
+
+
+def put(files, out, **options):
+    """Store the logits of the teacher."""
+    defaults = dict(k=5, dtype="float16", batch_size=2, records_per_shard=4)
+    return store_logits.store(make_config(files, out), load_run(files / "teacher"), out, **defaults | options)
+
+
+@pytest.fixture(scope="module")
+def stored(files, tmp_path_factory) -> Path:
+    """Five logits a label, in float16: four shards. Tests take copies."""
+    return make_once(tmp_path_factory, "stored", lambda out: put(files, out))
+
+
+def opened(files, tmp_path, logits, **changes):
+    """The training data of a student that learns from logits."""
+    keys = dict(train__loss="distillation", train__distill__logits=logits, model__num_voco_tokens=2)
+    config = make_config(files, tmp_path / "student", **keys | changes)
+    return open_training_data(config, log=lambda line: None)
+
+
+def epoch_of(data) -> list[dict]:
+    batches = data.batches
+    with contextlib.closing(batches):
+        return [next(batches) for _ in range(-(-len(batches.loader.plan.packs(0)) // batches.batch_size))]
+
+
+def says(run, rows) -> list[np.ndarray]:
+    """What the teacher says at the labels of each row of the file, one at a time: [labels, V]."""
+    graphdef, state = nnx.split(run.model)
+
+    @jax.jit
+    def logits(state, read, pixels):
+        return nnx.merge(graphdef, state)(read, pixels)
+
+    found = []
+    for row in rows:
+        names = row.get("image", [])
+        sample = run.encoder.encode(row["conversations"], len(names))
+        laid_out = pack_row([sample], 220)
+        pixels = np.zeros((1, 2, 32, 32, 3), np.float32)
+        for i, name in enumerate(names):
+            pixels[0, i] = run.processor(load_image(name))
+        read = Read(*(getattr(laid_out, name)[None] for name in Read._fields))
+        found.append(np.asarray(logits(state, read, pixels))[0, np.flatnonzero(sample.labels) - 1])
+    return found
+
+
+def relative(logits: np.ndarray) -> np.ndarray:
+    return logits - logits.max(axis=-1, keepdims=True)
+
+
+def conversations(data, batch) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """(text, ids, logits, which are taught) of each conversation of a batch, at its labels."""
+    found = []
+    for r, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            at = np.flatnonzero((segments == segment) & (batch["weights"][r] > 0))
+            text = data.tokenizer.decode(batch["tokens"][r][segments == segment])
+            found.append((text, *(batch[name][r, at] for name in ("teacher_ids", "teacher_logits", "taught"))))
+    return found
+
+
+def test_all_logits_come_back(files, tmp_path):
+    """k is the whole vocabulary, in float32: at every label of every conversation what the model says itself."""
+    run = load_run(files / "teacher")
+    vocab_size = run.model.config.llama.vocab_size
+    manifest, report = put(files, tmp_path / "out", k=vocab_size, dtype="float32")
+    assert not report.skipped and manifest["rows"] == RECORDS and len(manifest["shards"]) == 4
+    data = opened(files, tmp_path, tmp_path / "out")
+    rows = json.loads((files / "rows.json").read_text())
+    rows = [row | {"image": [files / name for name in row.get("image", [])]} for row in rows]
+    expected = {}  # several records have the same text
+    for row, logits in zip(rows, says(run, rows), strict=True):
+        sample = data.batches.loader.maker.encoder.encode(row["conversations"], len(row["image"]))
+        expected.setdefault(data.tokenizer.decode(sample.tokens), []).append(relative(logits))
+    seen = 0
+    for batch in epoch_of(data):
+        assert (batch["teacher_ids"].dtype, batch["teacher_logits"].dtype) == (np.int32, np.float32)
+        assert not batch["taught"][batch["weights"] == 0].any()
+        assert np.isneginf(batch["teacher_logits"][~batch["taught"]]).all()
+        for text, ids, logits, taught in conversations(data, batch):
+            assert taught.all() and (np.diff(logits, axis=1) <= 0).all()
+            dense = np.zeros_like(logits)
+            np.put_along_axis(dense, ids, logits, axis=1)
+            assert (np.sort(ids, axis=1) == np.arange(vocab_size)).all()
+            np.testing.assert_allclose(min(np.abs(dense - other).max() for other in expected[text]), 0, atol=2e-5)
+            seen += 1
+    assert seen == RECORDS and len(expected) > 6
+
+
+def test_the_largest_in_half_the_bytes(files, stored, tmp_path):
+    """Five logits as float16; the student may take fewer of them, have another K, template and row length."""
+    put(files, tmp_path / "whole", k=5, dtype="float32")
+    data = opened(files, tmp_path, tmp_path / "whole")
+    whole = {text: found for batch in epoch_of(data) for text, *found in conversations(data, batch)}
+    data = opened(files, tmp_path, stored, train__distill__top_k=3)
+    for batch in epoch_of(data):
+        assert batch["teacher_ids"].shape[-1] == 3
+        for text, ids, logits, taught in conversations(data, batch):
+            if text.count("it?") == 3:  # texts of one turn stand in several records
+                np.testing.assert_array_equal(ids, whole[text][0][:, :3])
+                np.testing.assert_array_equal(logits, whole[text][1][:, :3].astype(np.float16))
+            assert taught.all()
+    other = opened(files, tmp_path, stored, model__num_voco_tokens=3, data__template="voco_v1")
+    assert all(taught.all() for batch in epoch_of(other) for *_, taught in conversations(other, batch))
+    short = opened(files, tmp_path, stored, data__row_length=24)
+    assert any((batch["weights"] > 0).any() for batch in epoch_of(short))
+    assert all(taught.all() for batch in epoch_of(short) for *_, taught in conversations(short, batch))
+
+
+def test_a_stopped_command_goes_on(files, stored, tmp_path, monkeypatch):
+    """Killed while the third shard is written: the others are not made again, and all are byte for byte the same."""
+    out, asked = tmp_path / "out", []
+    write, shard = store_logits.pack_logits, store_logits.Storing.shard
+    monkeypatch.setattr(store_logits.Storing, "shard", lambda self, *a: asked.append(a[-2].name) or shard(self, *a))
+
+    def interrupted(*arguments):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(store_logits, "pack_logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(files, out)
+    monkeypatch.setattr(store_logits, "pack_logits", write)
+    names = [f"data-{i:05d}-of-00004.array_record" for i in range(4)]
+    assert [name for name in names if (out / name).exists()] == names[:2]
+    (out / f".{names[2]}.0123abcd.new").write_bytes(b"a killed process leaves this")
+    with pytest.raises(UserError, match="not complete; run voco store-logits again"):
+        opened(files, tmp_path, out)
+    with pytest.raises(UserError, match=r"was begun with k = 5, not 4; nothing was changed"):
+        put(files, out, k=4)
+    asked.clear()
+    put(files, out)
+    assert asked == names[2:]
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in stored.iterdir())
+    for file in out.iterdir():
+        assert file.read_bytes() == (stored / file.name).read_bytes()
+
+
+def test_the_command(files, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "student.py"
+    config.write_text(
+        "from voco_jax.config import default_config, source, sources\n\n\ndef get_config():\n"
+        "    config = default_config()\n"
+        f"    mine = source('llava', file={str(files / 'rows.json')!r}, images={str(files)!r})\n"
+        "    config.data.train = sources(mine=mine)\n"
+        f"    config.tokenizer.source = {str(files / 'tokenizer')!r}\n"
+        "    return config\n"
+    )
+    keys = [f"--config.{key.replace('__', '.')}={value}" for key, value in SMALL.items()]
+    arguments = ["--run", files / "teacher", f"--config={config}", "--out", tmp_path / "out", "--k=2", *keys]
+    status, said, err = run_main(store_logits, monkeypatch, capsys, *arguments)
+    assert (status, "error" in err) == (0, False)
+    data = opened(files, tmp_path, tmp_path / "out")
+    labels = sum(int(taught.sum()) for batch in epoch_of(data) for *_, taught in conversations(data, batch))
+    assert f"({RECORDS} conversations, {labels} tokens, 0." in said.splitlines()[-1]
+    status, _, err = run_main(store_logits, monkeypatch, capsys, *arguments, "--config.data.random_crop=0.5")
+    expected = "config.data.random_crop: expected 1 with voco store-logits: a teacher that was asked beforehand saw"
+    assert status == 1 and err.startswith(f"error: {expected}")
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def edit(file: Path, change) -> None:
+    rows = json.loads(file.read_text())
+    change(rows)
+    file.write_text(json.dumps(rows))
+
+
+def another_answer(files: Path, out: Path) -> None:
+    edit(files / "rows.json", lambda rows: rows[4]["conversations"][1].update(value="green"))
+
+
+def another_picture(files: Path, out: Path) -> None:
+    Image.new("RGB", (20, 24)).save(files / "7-0.png")
+
+
+def fewer_records(files: Path, out: Path) -> None:
+    edit(files / "rows.json", lambda rows: rows.pop())
+
+
+def another_tokenizer(files: Path, out: Path) -> None:
+    shutil.rmtree(files / "tokenizer")
+    save_tokenizer(train_tokenizer(["what else is it?"] * 9, 300), files / "tokenizer")
+
+
+def cut_off(files: Path, out: Path) -> None:
+    shard = out / "data-00001-of-00004.array_record"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def gone(files: Path, out: Path) -> None:
+    (out / "data-00002-of-00004.array_record").unlink()
+
+
+def damaged(files: Path, out: Path) -> None:
+    shard = out / "data-00001-of-00004.array_record"
+    content = shard.read_bytes()
+    shard.write_bytes(b"\0" * 60 + content[60:])
+
+
+def of_records(files: Path, out: Path) -> None:
+    edit(out / "manifest.json", lambda manifest: manifest.update(format="voco_jax records"))
+
+
+def odd_manifest(files: Path, out: Path) -> None:
+    edit(out / "manifest.json", lambda manifest: manifest["arguments"].pop("teacher"))
+
+
+@pytest.mark.parametrize(
+    "spoil, changes, message",
+    [
+        (another_answer, {}, r"OUT: 1 conversation of config.data.train.mine had other answers when they were "
+         r"stored, or another template around them; the first: rows.json\[4\]$"),
+        (another_picture, {}, r"OUT: rows.json\[7\] had another picture or clip$"),
+        (fewer_records, {}, r"OUT: config.data.train.mine had 13 records when they were stored, now 12$"),
+        (another_tokenizer, {}, r"OUT: of another tokenizer: its vocabulary is not that of this run$"),
+        (None, dict(data__template="custom", data__custom_template__answer=" so, "), r"OUT: 13 conversations of"),
+        (cut_off, {}, r"OUT/data-00001-of-00004.array_record: expected \d+ bytes, found \d+ bytes; the manifest says"),
+        (gone, {}, r"OUT/data-00002-of-00004.array_record: expected \d+ bytes, found none; the manifest says so$"),
+        (damaged, {}, r"OUT/data-00001-of-00004.array_record: damaged \("),
+        (of_records, {}, r"OUT/manifest.json: expected the manifest of voco_jax logits, version 1$"),
+        (odd_manifest, {}, r"OUT: not the manifest of voco store-logits \(KeyError\('teacher'\)\)$"),
+    ],
+)  # fmt: skip
+def test_logits_of_something_else(files, stored, tmp_path, spoil, changes, message):
+    here, out = tmp_path / "files", tmp_path / "out"
+    shutil.copytree(files, here)
+    shutil.copytree(stored, out)
+    if spoil is not None:
+        spoil(here, out)
+    with pytest.raises(UserError) as caught:
+        opened(here, tmp_path, out, **changes)
+    assert "\n" not in str(caught.value)
+    assert caught.match(r"^config.train.distill.logits: " + message.replace("OUT", str(out)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(data__random_crop=0.9), "config.data.random_crop: expected 1 with config.train.distill.logits"),
+        (dict(data__color_jitter=0.1), "config.data.color_jitter: expected 0 with config.train.distill.logits"),
+        (dict(train__distill__top_k=6), "config.train.distill.top_k: expected at most 5, as many as "),
+        (dict(train__distill__logits="/nowhere"), "config.train.distill.logits: expected a directory that voco store-"),
+    ],
+)
+def test_what_does_not_go_with_stored_logits(files, stored, tmp_path, changes, message):
+    with pytest.raises(UserError, match="^" + message):
+        opened(files, tmp_path, stored, **changes)
+
+
+def test_a_record_that_is_damaged_ends_the_training(files, stored, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(stored, out)
+    for shard in out.glob("*.array_record"):
+        content = bytearray(shard.read_bytes())
+        content[-700] ^= 255
+        shard.write_bytes(content)
+    data = opened(files, tmp_path, out)
+    with pytest.raises(UserError, match=f"^config.train.distill.logits: {out}: a shard is damaged"):
+        epoch_of(data)
+
+
+def test_teachers_that_cannot_teach(files, tmp_path):
+    with pytest.raises(UserError, match=r"^--k: expected at most \d+, the vocabulary; found 100000$"):
+        put(files, tmp_path / "out", k=100_000)
+    run = load_run(files / "teacher")
+    config = make_config(files, tmp_path, tokenizer__source="train")
+    options = dict(k=2, dtype="float16", batch_size=2, records_per_shard=4)
+    with pytest.raises(UserError, match="^--run: .*: expected the tokenizer of the config, found another vocabulary$"):
+        store_logits.store(config, run, tmp_path / "out", **options)
+    encoder = dataclasses.replace(run.encoder, template=dataclasses.replace(run.encoder.template, answer=" so, "))
+    with pytest.raises(UserError, match="^--run: 13 of 13 conversations have other tokens in the teacher's answers; "):
+        store_logits.store(
+            make_config(files, tmp_path), dataclasses.replace(run, encoder=encoder), tmp_path / "out", **options
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(300, "float16"), (100_000, "float32")])
+def test_records(vocab_size, dtype):
+    rng, form = np.random.default_rng(0), form_of(3, vocab_size, dtype)
+    logits = np.sort(rng.normal(size=(4, 3)).astype(np.float32))[:, ::-1]
+    ids, labels = rng.integers(0, vocab_size, (4, 3)), rng.integers(0, vocab_size, 4)
+    found = unpack_logits(pack_logits(Logits(labels, ids, logits), form), form)
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.ids, ids)
+    np.testing.assert_array_equal(found.logits, relative(logits).astype(dtype))
+    assert len(unpack_logits(pack_logits(None, form), form).labels) == 0
+    for content in b"", b"\x80", pack_logits(None, form)[:-1], b"\x83" + b"\xa3ids\xc4\x00" * 3:
+        with pytest.raises(ValueError):
+            unpack_logits(content, form)

@@ -1,0 +1,314 @@
+"""A teacher's logits, stored beforehand (`voco store-logits`), as a batch has them beside the student's rows.
+
+A directory of shards (`shards/files.py`). Shard by shard, record by record and conversation by conversation they hold
+what the teacher says at every label: the `k` largest logits with their tokens. A shard's first record is the table of
+its conversations, which say by a checksum what their answers are; each conversation has a record of its own. All are
+MessagePack, plain values only (nothing in it can be code):
+
+    {"records": int64, "conversations": int32, "answers": int64}              [n], of the shard's n conversations
+    {"labels": int32 [m], "ids": uint16 or uint32 [m, k], "logits": float16 or float32 [m, k]}           m labels
+
+Arrays are bytes, little-endian. Logits are less the largest one at their label, which changes no softmax. The student
+may have another number of VoCo tokens, template or `row_length` than when they were stored: only its answers have to be
+the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from voco_jax.config_keys import DataConfig
+from voco_jax.data.contents import visual_checksums
+from voco_jax.data.conversations import Sample
+from voco_jax.data.index import Index
+from voco_jax.data.plan import PackedExample
+from voco_jax.data.records import BadRecord, Record, Source
+from voco_jax.data.shards.files import LOGITS, SHARD, check_complete, shard_names
+from voco_jax.data.teaching import OTHER_ANSWER, Placed
+from voco_jax.errors import UserError
+from voco_jax.io.paths import in_bucket
+from voco_jax.terminal import count_of
+
+KEY = "config.train.distill.logits"
+DTYPES = ("float16", "float32")
+NOTHING = "not taught: no stored logits"
+_TABLE = {"records": "<i8", "conversations": "<i4", "answers": "<i8"}
+
+
+class Form(NamedTuple):
+    """How the logits of a label are stored: `k` of them, tokens and logits of these types."""
+
+    k: int
+    ids: np.dtype
+    logits: np.dtype
+
+
+def form_of(k: int, vocab_size: int, dtype: str) -> Form:
+    return Form(k, np.dtype("<u2" if vocab_size <= 2**16 else "<u4"), np.dtype(dtype).newbyteorder("<"))
+
+
+class Logits(NamedTuple):
+    """Of one conversation: its labels [m], and at each of them tokens [m, k] and their logits [m, k], largest first."""
+
+    labels: np.ndarray
+    ids: np.ndarray
+    logits: np.ndarray
+
+
+# ---- Records of a shard ---------------------------------------------------------------------------------------------
+
+
+def pack_table(index: Index) -> bytes:
+    """The table of a shard that holds all conversations of an index."""
+    records = np.repeat(index.records, np.diff(index.offsets))
+    columns = dict(records=records, conversations=index.conversations, answers=index.answers)
+    return msgpack.packb({name: columns[name].astype(dtype).tobytes() for name, dtype in _TABLE.items()})
+
+
+def pack_logits(found: Logits | None, form: Form) -> bytes:
+    """A conversation's record; of one that the teacher could not read (None) it is empty."""
+    if found is None:
+        found = Logits(np.zeros(0), *np.zeros((2, 0, form.k)))
+    largest = found.logits.max(axis=1, keepdims=True, initial=-np.inf)
+    relative = found.logits - np.where(np.isfinite(largest), largest, 0)
+    arrays = dict(labels=found.labels.astype("<i4"), ids=found.ids.astype(form.ids))
+    with np.errstate(over="ignore"):  # a float16 has no smaller ones: -inf, a probability of 0
+        arrays["logits"] = relative.astype(form.logits)
+    return msgpack.packb({name: array.tobytes() for name, array in arrays.items()})
+
+
+def unpack_table(content: bytes) -> dict[str, np.ndarray]:
+    """The inverse of `pack_table`; ValueError for anything else."""
+    found = _unpack(content, _TABLE)
+    if len({len(column) for column in found.values()}) != 1:
+        raise ValueError("columns of different lengths")
+    return found
+
+
+def unpack_logits(content: bytes, form: Form) -> Logits:
+    """The inverse of `pack_logits`; ValueError for anything else."""
+    found = _unpack(content, {"labels": "<i4", "ids": form.ids, "logits": form.logits})
+    shape = len(found["labels"]), form.k
+    return Logits(found["labels"], found["ids"].reshape(shape), found["logits"].reshape(shape))
+
+
+def _unpack(content: bytes, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    try:
+        values = msgpack.unpackb(content, strict_map_key=True, max_map_len=len(types))
+    except Exception as error:  # msgpack raises ValueError, and several of its own that share no base
+        raise ValueError("not MessagePack") from error
+    if not isinstance(values, dict) or any(not isinstance(values.get(name), bytes) for name in types):
+        raise ValueError(f"expected {', '.join(types)}")
+    return {name: np.frombuffer(values[name], dtype) for name, dtype in types.items()}
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StoredLogits:
+    """A `Teaching` from a directory of shards.
+
+    Arrays of a batch: `teacher_ids` int32 and `teacher_logits` float32 [rows, T, top_k], and `taught` bool [rows, T].
+    Where a place predicts no label that was stored, `taught` is false, and the logits are -inf.
+
+    keys, places: of each of the student's sources the conversations (record << 32 | conversation), ascending, and which
+    of all shards' records they are.
+    """
+
+    directory: Path
+    files: Sequence[str]
+    form: Form
+    top_k: int
+    moves_frames: bool
+    keys: list[np.ndarray]
+    places: list[np.ndarray]
+    _opened: Any = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_opened": None}  # each process opens the files itself
+
+    def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Logits:
+        """What was stored of a conversation, for the labels that the sample has."""
+        if record.video is not None and self.moves_frames:
+            raise UserError(_frames_move(self.directory))
+        keys, key = self.keys[example.source], example.record << 32 | example.conversation
+        at = int(np.searchsorted(keys, key))
+        if at == len(keys) or keys[at] != key:
+            raise BadRecord(NOTHING, f"{self.directory} has nothing of conversation {example.conversation}")
+        try:
+            found = unpack_logits(self._read(int(self.places[example.source][at])), self.form)
+        except ValueError as error:
+            raise UserError(f"{KEY}: {self.directory}: a shard is damaged ({str(error):.100})") from None
+        if not len(found.labels):
+            raise BadRecord(NOTHING, "the teacher could not read it")
+        labels = sample.tokens[sample.labels]
+        count = min(len(labels), len(found.labels))
+        if not np.array_equal(labels[:count], found.labels[:count]):
+            raise BadRecord(OTHER_ANSWER, "other tokens than when the logits were stored")
+        return Logits(*(array[:count] for array in found))
+
+    def arrays(self, row: Sequence[Placed], length: int, warn: Callable[[str, str], Any]) -> dict[str, np.ndarray]:
+        ids = np.zeros((length, self.top_k), np.int32)
+        logits = np.full((length, self.top_k), -np.inf, np.float32)
+        taught = np.zeros(length, bool)
+        start = 0
+        for placed in row:
+            if placed.lesson is not None:
+                at = np.flatnonzero(placed.sample.labels)[: len(placed.lesson.labels)]
+                predicted = at > 0  # by a token before it
+                here = start + at[predicted] - 1
+                ids[here] = placed.lesson.ids[predicted, : self.top_k]
+                logits[here] = placed.lesson.logits[predicted, : self.top_k]
+                taught[here] = True
+            start += len(placed.sample)
+        return {"teacher_ids": ids, "teacher_logits": logits, "taught": taught}
+
+    def _read(self, i: int) -> bytes:
+        if self._opened is None:
+            self._opened = _open(self.files)
+        try:
+            return self._opened[i]
+        except RuntimeError as error:  # a checksum that is not right
+            raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _open(files: Sequence[str]):
+    """All records of some shards. ValueError where they are none."""
+    from grain.sources import ArrayRecordDataSource
+
+    try:
+        source = ArrayRecordDataSource(list(files))
+        len(source)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    return source
+
+
+def open_stored_logits(
+    directory: str,
+    data: DataConfig,
+    by_name: Mapping[str, tuple[Source, Index]],
+    vocabulary: str,
+    top_k: int,
+    log: Callable[[str], None],
+) -> StoredLogits:
+    """The logits of a directory for the sources of `config.data.train`, each with its index, in the plan's order.
+
+    `vocabulary` is the student's tokenizer's `vocabulary_sum`; `top_k` how many logits of a label are wanted, 0 for
+    all. UserError for logits of other data, of another tokenizer or of other answers, for augmentation that shows the
+    student other pixels than the teacher saw, and for shards that are damaged or cut off.
+    """
+    path = Path(directory).expanduser()
+    if in_bucket(directory) or not path.is_dir():
+        raise UserError(
+            f"{KEY}: expected a directory that voco store-logits wrote on this machine, found {directory!r}"
+        )
+    check_pixels_stay(data, KEY)
+    try:
+        manifest = check_complete(path, LOGITS)
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from None
+    arguments = manifest["arguments"]
+    try:
+        form = form_of(arguments["k"], arguments["vocab_size"], arguments["dtype"])
+        there = {name: (of["size"], of["visual"], range(*of["shards"])) for name, of in arguments["sources"].items()}
+        teacher = f"{arguments['teacher']['run']}, step {arguments['teacher']['step']}"
+        theirs, sampling = arguments["vocabulary"], arguments["video"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{KEY}: {path}: not the manifest of {LOGITS.command} ({error!r:.100})") from None
+    if theirs != vocabulary:
+        raise UserError(f"{KEY}: {path}: of another tokenizer: its vocabulary is not that of this run")
+    if top_k > form.k:
+        raise UserError(f"config.train.distill.top_k: expected at most {form.k}, as many as {path} has; found {top_k}")
+    names = shard_names(manifest["num_shards"])
+    files = [str(path / f"{name}{SHARD}") for name in names]
+    first = np.cumsum([0, *(shard["records"] for shard in manifest["shards"])])  # of each shard among all records
+    keys: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    untaught = 0
+    for name, (source, index) in by_name.items():
+        key = f"config.data.train.{name}"
+        if name not in there:
+            raise UserError(f"{KEY}: {path}: expected logits of {key}, found those of {', '.join(there)}")
+        size, visual, shards = there[name]
+        if size != len(source):
+            raise UserError(
+                f"{KEY}: {path}: {key} had {count_of(size, 'record')} when they were stored, now {len(source):,}"
+            )
+        now = visual_checksums(source, [int(i) for i in visual])
+        if changed := [int(i) for i in visual if visual[i] != now.get(i)]:
+            raise UserError(f"{KEY}: {path}: {source.where(min(changed))} had another picture or clip")
+        if has_video(source, index):
+            if data.video.random_offset:
+                raise UserError(_frames_move(path))
+            if sampling != frames_of(data):
+                raise UserError(
+                    f"{KEY}: {path}: of other frames: config.data.video was {sampling}, is {frames_of(data)}"
+                )
+        tables = [_table(files[shard], names[shard], path) for shard in shards]
+        table = {column: np.concatenate([t[column] for t in tables]) for column in _TABLE}
+        numbers = np.concatenate(
+            [first[s] + 1 + np.arange(len(t["records"])) for s, t in zip(shards, tables, strict=True)]
+        )
+        of_logits, ours = table["records"] << 32 | table["conversations"], index.keys
+        at = np.minimum(np.searchsorted(of_logits, ours), len(of_logits) - 1)
+        found = of_logits[at] == ours
+        if len(other := np.flatnonzero(found & (table["answers"][at] != index.answers))):
+            where = source.where(index.locate(int(other[0]))[0])
+            raise UserError(
+                f"{KEY}: {path}: {count_of(len(other), 'conversation')} of {key} had other answers when they were "
+                f"stored, or another template around them; the first: {where}"
+            )
+        untaught += int((~found).sum())
+        keys.append(of_logits)
+        places.append(numbers)
+    few = f"; {count_of(untaught, 'conversation')} without any" if untaught else ""
+    log(f"teacher: logits of {teacher}, {form.k} a token{few}")
+    moves = data.video.random_offset
+    return StoredLogits(path, files, form, top_k or form.k, moves, keys, places)
+
+
+def _table(file: str, name: str, directory: Path) -> dict[str, np.ndarray]:
+    try:
+        return unpack_table(_open([file])[0])
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"{KEY}: {directory / name}{SHARD}: damaged ({str(error).splitlines()[0]:.100})") from None
+
+
+def check_pixels_stay(data: DataConfig, what: str) -> None:
+    """UserError for augmentation, which shows the student other pixels than the teacher saw."""
+    for name, neutral in (("random_crop", 1.0), ("color_jitter", 0.0)):
+        if (found := getattr(data, name)) != neutral:
+            raise UserError(
+                f"config.data.{name}: expected {neutral:g} with {what}: a teacher that was asked beforehand saw the "
+                f"pictures as they are; found {found:g}"
+            )
+
+
+def frames_of(data: DataConfig) -> dict:
+    """What says which frames of a clip are looked at."""
+    return {name: getattr(data.video, name) for name in ("num_frames", "fps", "max_frames", "incomplete")}
+
+
+def _frames_move(directory: Path) -> str:
+    return (
+        f"config.data.video.random_offset: expected false with {KEY}: the teacher of {directory} saw frames evenly "
+        "spaced; found true"
+    )
+
+
+def has_video(source: Source, index: Index) -> bool:
+    """Whether one of some records, spread evenly, is about a video."""
+    places = np.unique(np.linspace(0, len(index) - 1, min(16, len(index))).round().astype(np.int64))
+    for i in index.records[places].tolist():
+        try:
+            if source[i].video is not None:
+                return True
+        except BadRecord:  # training will count it
+            continue
+    return False
