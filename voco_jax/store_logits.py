@@ -101,7 +101,7 @@ class Asker:
         self._run, self._mesh = run, run.mesh
         graphdef, state = nnx.split(run.model)
         self._params = nnx.to_pure_dict(state)
-        normalize, vocab_size = run.processor.normalize, run.model.config.llama.vocab_size
+        normalize, vocab_size = run.processor.normalize, len(run.encoder.tokenizer)
 
         @jax.jit
         def ask(params: dict, batch: dict, places: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +111,8 @@ class Asker:
             # The head of a few labels at a time: logits of all would not fit
             chunks = math.gcd(labels, max(1, 2 ** math.ceil(math.log2(rows * labels * vocab_size / CHUNK_LOGITS))))
             parts = hidden.reshape(rows, chunks, labels // chunks, -1).swapaxes(0, 1)
-            logits, ids = jax.lax.map(lambda part: jax.lax.top_k(model.llama.logits(part), k), parts)
+            # Spare rows of the head are no tokens
+            logits, ids = jax.lax.map(lambda part: jax.lax.top_k(model.llama.logits(part)[..., :vocab_size], k), parts)
             return ids.swapaxes(0, 1).reshape(rows, labels, k), logits.swapaxes(0, 1).reshape(rows, labels, k)
 
         self._ask = ask
@@ -208,7 +209,7 @@ def store(
     check_pixels_stay(data, "voco store-logits")
     sources, weights = open_sources(data, "train")
     names, tokenizer = sorted(data.train), make_tokenizer(config, sources, None)
-    vocabulary, vocab_size = vocabulary_sum(tokenizer), run.model.config.llama.vocab_size
+    vocabulary, vocab_size = vocabulary_sum(tokenizer), len(tokenizer)
     if vocabulary != vocabulary_sum(run.encoder.tokenizer):
         raise UserError(f"--run: {name}: expected the tokenizer of the config, found another vocabulary")
     if k > vocab_size:
