@@ -5,8 +5,11 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
+import sys
+import tempfile
 
 from flax import nnx
+from grain.sources import ArrayRecordDataSource
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +18,26 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
+from tests.helpers.eight_devices import failures_of, run_checks
 from tests.helpers.shared import make_once
 from voco_jax import store_logits
+from voco_jax.arguments import mesh_of
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import load_run
-from voco_jax.config import save_config, source, sources
+from voco_jax.config import save_config, source, sources, typed
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.images import load_image
 from voco_jax.data.packing import pack_row
 from voco_jax.data.stored_logits import Logits, form_of, pack_logits, unpack_logits
+from voco_jax.data.teaching import TeacherFormat
 from voco_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.models.build import abstract_model
 from voco_jax.models.read import Read
+from voco_jax.train.loop import train
+from voco_jax.train.loss_types import LossConfig, LossExtra
+from voco_jax.train.losses import make_loss
 
 SMALL = {
     "model__llama__hidden_size": 16, "model__llama__intermediate_size": 16, "model__llama__head_dim": 8,
@@ -176,6 +185,66 @@ def test_all_logits_come_back(files, tmp_path):
             np.testing.assert_allclose(min(np.abs(dense - other).max() for other in expected[text]), 0, atol=2e-5)
             seen += 1
     assert seen == RECORDS and len(expected) > 6
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_the_teacher_in_process(files, tmp_path):
+    """With all logits, in float32: loss, KL divergence and the gradient of every parameter, at a temperature."""
+    make_run(files, tmp_path / "teacher", model__compressor="none", model__num_voco_tokens=0, data__template="llava_v1")
+    teacher = load_run(tmp_path / "teacher")
+    k = len(teacher.encoder.tokenizer)
+    config = make_config(files, tmp_path / "student", model__num_voco_tokens=2, data__batch_size=3)
+    options = dict(k=k, dtype="float32", batch_size=2, records_per_shard=20)
+    store_logits.store(config, teacher, tmp_path / "out", **options)
+    config.train.loss, config.train.distill.temperature, config.train.distill.alpha = "distillation", 2.0, 0.7
+    found = []
+    for name in ("teacher", "logits"):
+        config.train.distill.update(teacher="", logits="")
+        config.train.distill[name] = str(tmp_path / ("teacher" if name == "teacher" else "out"))
+        form = TeacherFormat(teacher.encoder) if name == "teacher" else None
+        data = open_training_data(config, teacher=form, log=lambda line: None)
+        batch = data.batches.peek()
+        batch["pixel_values"] = np.asarray(teacher.processor.normalize(batch["pixel_values"]))
+        most = data.batches.loader.teaching.images_per_row if form else 1
+        loss = make_loss(
+            LossConfig("distillation", True, typed(config).train.distill, 9, most, by_rows=form is not None)
+        )
+        graphdef, shapes = abstract_model(data.model_config)
+        rng = np.random.default_rng(3)
+        params = jax.tree.map(lambda x, rng=rng: 0.5 * rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+        def value(params, batch, loss=loss, graphdef=graphdef, own=teacher.model if form else None):
+            output = loss(nnx.merge(graphdef, params), batch, LossExtra(0, own))
+            return output.means()["loss"], output.means()
+
+        found.append(jax.device_get(jax.jit(jax.grad(value, has_aux=True))(params, batch)))
+    (gradient, means), (expected, in_process) = found[1], found[0]
+    assert means.keys() == in_process.keys() >= {"kl"} and means["taught"] == 1 and means["kl"] > 0.1
+    for name in means:
+        np.testing.assert_allclose(means[name], in_process[name], rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_bit_for_bit(files, stored, tmp_path):
+    """From stored logits, each pack with its own number of VoCo tokens: in one go, and from its second step on."""
+    keys = dict(
+        train__loss="distillation", train__distill__logits=stored, model__num_voco_tokens=3, data__batch_size=4,
+        train__elastic_k=(1, 2, 3), optim__schedule="constant", optim__warmup_steps=1, train__checkpoint_every=2,
+        train__log_every=1, train__tensorboard=False,
+    )  # fmt: skip
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(make_config(files, whole, train__steps=4, **keys))
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    train(make_config(files, stopped, train__steps=4, **keys))
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (whole, stopped)]
+    values = [
+        [{key: line[key] for key in ("step", "loss", "kl", "taught", "grad_norm")} for line in of] for of in lines
+    ]
+    assert values[0] == values[1] and [line["taught"] for line in values[0]] == [1] * 4
+    runs = (load_run(run) for run in (whole, stopped))
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(run.model)) for run in runs))
 
 
 def test_the_largest_in_half_the_bytes(files, stored, tmp_path):
@@ -384,3 +453,33 @@ def test_records(vocab_size, dtype):
     for content in b"", b"\x80", pack_logits(None, form)[:-1], b"\x83" + b"\xa3ids\xc4\x00" * 3:
         with pytest.raises(ValueError):
             unpack_logits(content, form)
+
+
+# ---- Over a mesh ----------------------------------------------------------------------------------------------------
+
+
+def over_a_mesh_the_same_is_stored():
+    """Rows and images on eight devices, and a batch that is rounded up to them."""
+    with tempfile.TemporaryDirectory() as directory:
+        files, out = Path(directory) / "files", Path(directory) / "out"
+        _make_files(files)
+        form, stored = form_of(5, 300, "float32"), []
+        for mesh in (None, mesh_of("data=2,fsdp=2,frame=2")):
+            run, its_out = load_run(files / "teacher", mesh=mesh), out.with_name(f"out {mesh is None}")
+            config = make_config(files, its_out)
+            store_logits.store(config, run, its_out, k=5, dtype="float32", batch_size=3, records_per_shard=20)
+            source = ArrayRecordDataSource([str(its_out / "data-00000-of-00001.array_record")])
+            stored.append([unpack_logits(source[i], form) for i in range(1, 1 + RECORDS)])
+        for alone, spread in zip(*stored, strict=True):
+            np.testing.assert_array_equal(alone.labels, spread.labels)
+            np.testing.assert_array_equal(alone.ids, spread.ids)
+            np.testing.assert_allclose(alone.logits, spread.logits, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_over_a_mesh():
+    assert failures_of(__name__) == {}
+
+
+if __name__ == "__main__":
+    run_checks({"over_a_mesh_the_same_is_stored": over_a_mesh_the_same_is_stored}, sys.argv[1:])
