@@ -187,6 +187,15 @@ def test_all_logits_come_back(files, tmp_path):
     assert seen == RECORDS and len(expected) > 6
 
 
+def test_a_run_goes_on_with_its_own_logits(files, stored, tmp_path):
+    put(files, tmp_path / "others", k=4)
+    state = opened(files, tmp_path, stored).batches.get_state()
+    shutil.copytree(stored, tmp_path / "moved")
+    opened(files, tmp_path, tmp_path / "moved").batches.set_state(json.loads(json.dumps(state)))
+    with pytest.raises(UserError, match="^config.train.distill.logits: expected the logits that this run began with"):
+        opened(files, tmp_path, tmp_path / "others").batches.set_state(state)
+
+
 @pytest.mark.slow
 def test_the_loss_is_that_of_the_teacher_in_process(files, tmp_path):
     """With all logits, in float32: loss, KL divergence and the gradient of every parameter, at a temperature."""
@@ -419,7 +428,9 @@ def test_a_record_that_is_damaged_ends_the_training(files, stored, tmp_path):
         spoilt = slice(last * 6 // 10, last * 7 // 10)
         shard.write_bytes(content[: spoilt.start] + bytes(spoilt.stop - spoilt.start) + content[spoilt.stop :])
     data = opened(files, tmp_path, out)
-    with pytest.raises(UserError, match=f"^config.train.distill.logits: {out}: a shard is damaged"):
+    with pytest.raises(
+        UserError, match=rf"^config.train.distill.logits: {out}/data-0000\d-of-00004.array_record: damaged \("
+    ):
         epoch_of(data)
 
 

@@ -198,7 +198,9 @@ class DistillConfig:
         "(frozen); or 'prefix': all VoCo tokens teach fewer (train.elastic_k)",
         on_resume="content",
     )  # fmt: skip
-    logits: str = key("", "in place of a teacher: a directory of logits that were stored before (docs/data.md)")
+    logits: str = key(
+        "", "in place of a teacher: a directory that voco store-logits wrote (docs/data.md)", on_resume="content"
+    )
     alpha: float = key(0.5, "share of the KL divergence of teacher and student; the cross-entropy has the rest",
                        low=0, high=1)  # fmt: skip
     alpha_end: float | None = key(

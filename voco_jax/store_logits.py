@@ -79,6 +79,9 @@ class _Numbers:
 
     keys: np.ndarray
 
+    def fingerprint(self) -> str:
+        return ""
+
     def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Any) -> int | None:
         key = example.record << 32 | example.conversation
         at = int(np.searchsorted(self.keys, key))

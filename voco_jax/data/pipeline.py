@@ -287,7 +287,9 @@ class Batches(Iterator):
 
     def state_at(self, batches: int) -> dict:
         """The position after so many batches."""
-        return {"batches": batches, "plan": self._fingerprint, "contents": self._contents}
+        teaching = self.loader.teaching.fingerprint() if self.loader.teaching is not None else ""
+        of_teacher = {"teaching": teaching} if teaching else {}
+        return {"batches": batches, "plan": self._fingerprint, "contents": self._contents} | of_teacher
 
     def set_state(self, state: dict) -> None:
         """Go on from where `get_state` was asked; UserError for the state of other data, wherever they are.
@@ -305,6 +307,11 @@ class Batches(Iterator):
             raise UserError(
                 f"data: expected the records that this run began with (plan {state.get('plan')}), found others "
                 f"({self._fingerprint}): a file has changed; begin another run with init_from"
+            )
+        if (state.get("teaching") or "") != self.state_at(0).get("teaching", ""):
+            raise UserError(
+                "config.train.distill.logits: expected the logits that this run began with, found others; begin "
+                "another run with init_from"
             )
         self.close()
         self._next = int(state["batches"])

@@ -13,8 +13,10 @@ may have another number of VoCo tokens, template or `row_length` than when they 
 the same.
 """
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,21 +118,27 @@ class StoredLogits:
     Arrays of a batch: `teacher_ids` int32 and `teacher_logits` float32 [rows, T, top_k], and `taught` bool [rows, T].
     Where a place predicts no label that was stored, `taught` is false, and the logits are -inf.
 
-    keys, places: of each of the student's sources the conversations (record << 32 | conversation), ascending, and which
-    of all shards' records they are.
+    first: of each shard its first record among those of all. keys, places: of each of the student's sources the
+    conversations (record << 32 | conversation), ascending, and which of all shards' records they are. digest: of all
+    shards.
     """
 
     directory: Path
     files: Sequence[str]
+    first: Sequence[int]
     form: Form
     top_k: int
     moves_frames: bool
     keys: list[np.ndarray]
     places: list[np.ndarray]
+    digest: str
     _opened: Any = None
 
     def __getstate__(self):
         return self.__dict__ | {"_opened": None}  # each process opens the files itself
+
+    def fingerprint(self) -> str:
+        return self.digest
 
     def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Logits:
         """What was stored of a conversation, for the labels that the sample has."""
@@ -140,10 +148,7 @@ class StoredLogits:
         at = int(np.searchsorted(keys, key))
         if at == len(keys) or keys[at] != key:
             raise BadRecord(NOTHING, f"{self.directory} has nothing of conversation {example.conversation}")
-        try:
-            found = unpack_logits(self._read(int(self.places[example.source][at])), self.form)
-        except ValueError as error:
-            raise UserError(f"{KEY}: {self.directory}: a shard is damaged ({str(error):.100})") from None
+        found = self._read(int(self.places[example.source][at]))
         if not len(found.labels):
             raise BadRecord(NOTHING, "the teacher could not read it")
         labels = sample.tokens[sample.labels]
@@ -168,13 +173,16 @@ class StoredLogits:
             start += len(placed.sample)
         return {"teacher_ids": ids, "teacher_logits": logits, "taught": taught}
 
-    def _read(self, i: int) -> bytes:
-        if self._opened is None:
-            self._opened = _open(self.files)
+    def _read(self, i: int) -> Logits:
+        """Of all shards' records the i-th. UserError for one that is damaged."""
         try:
-            return self._opened[i]
-        except RuntimeError as error:  # a checksum that is not right
-            raise ValueError(str(error).splitlines()[0]) from None
+            if self._opened is None:
+                self._opened = _open(self.files)
+            return unpack_logits(self._opened[i], self.form)
+        except (ValueError, RuntimeError) as error:  # a checksum that is not right
+            file, reason = self.files[bisect.bisect(self.first, i) - 1], str(error).splitlines()[0]
+            hint = f"delete it, and give the command {LOGITS.command} again"
+            raise UserError(f"{KEY}: {file}: damaged ({reason:.100}); {hint}") from None
 
 
 def _open(files: Sequence[str]):
@@ -270,7 +278,9 @@ def open_stored_logits(
     few = f"; {count_of(untaught, 'conversation')} without any" if untaught else ""
     log(f"teacher: logits of {teacher}, {form.k} a token{few}")
     moves = data.video.random_offset
-    return StoredLogits(path, files, form, top_k or form.k, moves, keys, places)
+    sums = "".join(str(shard.get("sha256")) for shard in manifest["shards"])
+    digest = hashlib.sha256(sums.encode()).hexdigest()[:16]
+    return StoredLogits(path, files, first.tolist(), form, top_k or form.k, moves, keys, places, digest)
 
 
 def _table(file: str, name: str, directory: Path) -> dict[str, np.ndarray]:

@@ -40,6 +40,9 @@ class Placed(NamedTuple):
 class Teaching(Protocol):
     """What `PackLoader` asks for beside the student's rows. Worker processes get a pickled copy."""
 
+    def fingerprint(self) -> str:
+        """Of what it says: the same in all processes, and where a run goes on; '' where others see to that."""
+
     def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Any:
         """What the teacher has of a conversation; BadRecord where it has nothing, which the report counts."""
 
@@ -76,6 +79,9 @@ class TeacherRows:
     row_length: int
     images_per_row: int
     longest: int
+
+    def fingerprint(self) -> str:
+        return ""  # plan and teacher are looked at by themselves
 
     def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Sample:
         """The conversation as the teacher reads it, up to the last label that both have."""

@@ -86,12 +86,12 @@ def train(config: ConfigDict) -> AnyPath:
     with together():  # so nothing in it waits for other processes
         run = _set_up(config)
     vocabulary = sorted(run.tokenizer.get_vocab().items())
-    plan = run.batches.get_state()["plan"]
+    data = run.batches.get_state()
     test = None if run.evaluator is None else run.evaluator.fingerprint()
     check_same(
         {
             "config": run.config, "contents of the workdir": run.resuming, "tokenizer": vocabulary,
-            "data files": plan, "test data": test,
+            "data files": data["plan"], "stored logits": data.get("teaching"), "test data": test,
         }
     )  # fmt: skip
     with jax.set_mesh(run.mesh):
