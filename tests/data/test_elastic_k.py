@@ -24,8 +24,8 @@ def make(small_tokenizer, tmp_path_factory):
     source = ListSource([Record([plain_picture(5 + i)], conversations=[turns("what?", "red")]) for i in range(20)])
     cache = tmp_path_factory.mktemp("cache")
 
-    def make(elastic_k=NUMBERS, *, num_workers=0, **options):
-        data = data_config(batch_size=4, rows_per_pack=1, images_per_pack=1, num_workers=num_workers)
+    def make(elastic_k=NUMBERS, **options):
+        data = data_config(batch_size=4, rows_per_pack=1, images_per_pack=1)
         return make_batches([source], encoder, data, cache, elastic_k=elastic_k, **options)
 
     return make
@@ -56,10 +56,9 @@ def test_a_number_that_stands_twice_is_drawn_twice_as_often(make):
     assert counts.keys() == {1, 4} and abs(counts[4] - 160) < 25
 
 
-def test_the_same_for_any_workers_hosts_and_after_a_resume(make):
+def test_the_same_for_any_hosts_and_after_a_resume(make):
     expected = drawn(make(), 8)  # into the second epoch: a pack reads another number there
     assert make().loader.plan.locate(5 * 4)[0] == 1 and (expected[:3] != expected[5:]).any()
-    np.testing.assert_array_equal(drawn(make(num_workers=1), 8), expected)
     hosts = [drawn(make(shard=shard), 8) for shard in ([0, 1], [2, 3])]
     np.testing.assert_array_equal(np.concatenate(hosts, axis=1), expected)
     going_on = make()

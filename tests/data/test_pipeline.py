@@ -142,14 +142,14 @@ def test_threads_are_as_many_as_cores_and_memory_allow(cores, workers, batch_byt
 
 
 def test_workers_change_nothing(source, encoder, tmp_path):
-    """Two processes, stopped and gone on with none of them."""
-    alone = make_batches([source], encoder, packed(), tmp_path)
-    workers = make_batches([source], encoder, packed(num_workers=2), tmp_path)
+    """Two processes, stopped and gone on with none of them; also the numbers of tokens that packs draw."""
+    alone = make_batches([source], encoder, packed(), tmp_path, elastic_k=(1, 2))
+    workers = make_batches([source], encoder, packed(num_workers=2), tmp_path, elastic_k=(1, 2))
     for _ in range(5):
         same(next(alone), next(workers))
     state = workers.get_state()
     workers.close()
-    other = make_batches([source], encoder, packed(), tmp_path)
+    other = make_batches([source], encoder, packed(), tmp_path, elastic_k=(1, 2))
     other.set_state(state)
     same(next(alone), next(other))
 
