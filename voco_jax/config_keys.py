@@ -188,6 +188,9 @@ class OptimConfig:
     clip_norm: float = key(1.0, "gradients with a larger norm are scaled down to it", low=1e-12)
 
 
+OWN_TEACHERS = ("self", "ema", "prefix")  # teachers that are the model that trains; others are runs' directories
+
+
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """`config.train.distill`: what the loss 'distillation' adds to the cross-entropy. docs/training.md explains it."""

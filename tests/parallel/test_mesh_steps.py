@@ -16,8 +16,15 @@ from tests.parallel.test_meshes import BASE, assert_close, loss_and_gradients, m
 from voco_jax.config import default_config
 from voco_jax.models.linear import LoRAConfig
 from voco_jax.parallel.sharding import put_batch
-from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, train_step_of, trainable_filter
-from voco_jax.train.state import init_opt_state
+from voco_jax.train.from_config import (
+    abstract_state,
+    loss_of,
+    make_optimizer,
+    teacher_maker,
+    train_step_of,
+    trainable_filter,
+)
+from voco_jax.train.state import AbstractState, init_opt_state
 from voco_jax.train.step import make_train_step
 
 pytestmark = pytest.mark.multiprocess
@@ -36,6 +43,10 @@ CASES = {
         (1, 2, 2, 2), TIED, {"optim.name": "adafactor", "train.freeze": ("llama.embed_tokens",)}
     ),
     "constant memories": ((1, 2, 2, 2), SCANNED, {"train.compress_gradients": False}),
+    "taught by the running mean": (
+        (1, 2, 2, 2), SCANNED,
+        {"train.loss": "distillation", "train.distill.teacher": "ema", "train.freeze": ("llama.embed_tokens",)},
+    ),
 }  # fmt: skip
 SLOW_CASES = {
     "embeddings, lora": (
@@ -60,7 +71,10 @@ def a_step_is_that_of_one_device(case):
     before, batch = jax.tree.map(np.array, params), random_batch(model)
     trainable = trainable_filter(config, model)
     copied = jax.tree.map(lambda x: x.copy(), params)
-    step = make_train_step(graphdef, loss_of(config), optimizer, trainable)
+    unplaced = AbstractState(graphdef, params, None, None, trainable)
+    step = make_train_step(
+        graphdef, loss_of(config), optimizer, trainable, teacher_of=teacher_maker(config, unplaced, None)
+    )
     alone, _, expected = step(copied, optimizer.init(trainable.split(copied)[0]), batch)
 
     with jax.set_mesh(mesh):

@@ -23,6 +23,7 @@ from voco_jax.config import (
     value_of,
     with_earlier_values,
 )  # fmt: skip
+from voco_jax.config_keys import OWN_TEACHERS
 from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
@@ -81,7 +82,7 @@ def check_same_run(config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -
 def _check_teacher(stored: ConfigDict, config: ConfigDict, workdir: AnyPath) -> None:
     """UserError where another kind of teacher teaches; of a run its parameters are compared when they are there."""
     found, expected = stored.train.distill.teacher, config.train.distill.teacher
-    if found != expected and any(name in ("", "self", "ema", "prefix") for name in (found, expected)):
+    if found != expected and any(name in ("", *OWN_TEACHERS) for name in (found, expected)):
         raise UserError(
             f"workdir {workdir}: holds a run with train.distill.teacher = {found!r}, this config has {expected!r}; "
             "take another --config.workdir"
@@ -89,7 +90,7 @@ def _check_teacher(stored: ConfigDict, config: ConfigDict, workdir: AnyPath) -> 
 
 
 def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, steps: Sequence[int]) -> None:
-    """UserError unless every step done had the learning rate that the config gives it."""
+    """UserError unless every step done had the learning rate, and the share of a teacher, that the config gives it."""
     keys = {key: (value_of(stored, key), value_of(config, key)) for key in _SCHEDULE}
     changed = next((key for key, (was, wanted) in keys.items() if was != wanted), None)
     if changed is None:
@@ -97,6 +98,13 @@ def _check_schedule(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, st
     done, (was, wanted) = max(steps), keys[changed]
     if config.train.steps < done:
         raise UserError(f"config.train.steps: {workdir} has done {done} steps already; found {config.train.steps}")
+    distill, was_steps = config.train.distill, stored.train.steps
+    if distill.alpha_end not in (None, distill.alpha) and config.train.steps != was_steps and done > 1:
+        raise UserError(
+            f"config.train.steps: {workdir} has {was_steps}, this config {config.train.steps}; step 2, which is done, "
+            "had another train.distill.alpha, which goes to alpha_end over all steps: "
+            f"keep {was_steps}, or begin another run with --config.init_from={shlex.quote(str(workdir))}"
+        )
     before, now = (learning_rates(typed(c).optim, c.train.steps)[:done] for c in (stored, config))
     differ = np.flatnonzero(before != now)
     if not len(differ):

@@ -170,6 +170,13 @@ class Plan:
         rows, _, images = self.placed(epoch)
         return int(np.bincount(rows, images).max())
 
+    def longest_whole(self, tokens_an_image: int, most_images: int) -> int:
+        """Tokens of the longest conversation about images, of at most so many, if each took so many tokens more; 0
+        where there is none."""
+        images = np.repeat(self._num_images, self._counts)
+        lengths = self._lengths + images * tokens_an_image
+        return int(lengths[(images > 0) & (images <= most_images)].max(initial=0))
+
     def placed(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of all conversations of an epoch, in the order in which they stand in the packs' rows: which row, counted
         through all packs; which of all conversations of the indices; how many images. Each [n]."""

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from voco_jax.config_keys import DistillConfig, TrainConfig
+from voco_jax.config_keys import OWN_TEACHERS, DistillConfig, TrainConfig
+from voco_jax.data.pipeline import PackLoader
 from voco_jax.errors import UserError
 from voco_jax.models.voco import VoCoConfig
 from voco_jax.train.distillation import has_divergence
-from voco_jax.train.teachers import OWN, TeacherRun
+from voco_jax.train.teachers import TeacherRun
 
 
 def check_keys(train: TrainConfig) -> None:
@@ -49,7 +50,7 @@ def check_keys(train: TrainConfig) -> None:
 
 def check_models(d: DistillConfig, student: VoCoConfig, teacher: TeacherRun | None) -> None:
     """UserError for what these models cannot do; `check_keys` has seen the keys."""
-    if d.teacher in OWN and not student.compress_length:
+    if d.teacher in OWN_TEACHERS and not student.compress_length:
         expected = f"expected a run's directory with compressor {student.compressor!r}, which has no compress stream"
         raise UserError(f"config.train.distill.teacher: {expected}; found {d.teacher!r}")
     num_layers = student.llama.num_hidden_layers
@@ -75,6 +76,30 @@ def check_models(d: DistillConfig, student: VoCoConfig, teacher: TeacherRun | No
             )
     ours, other = student.vision.num_features, theirs.vision.num_features
     _expect("attention", d, not d.attention or ours == other, 0, f"{by}: {other} patches an image, here {ours}")
+
+
+def check_lengths(
+    d: DistillConfig, student: VoCoConfig, teacher: TeacherRun | None, data: PackLoader, images_per_row: int
+) -> None:
+    """UserError where what is read whole, or a teacher's own rows, is longer than its model can read."""
+    by = student if teacher is None else teacher.model_config
+    if teacher is not None and teacher.by_rows:
+        longest, row_length = data.teaching.longest, data.teaching.row_length
+    elif d.teacher in ("self", "ema") or teacher is not None:
+        more = by.compress_length - student.num_voco_tokens
+        longest, row_length = data.plan.longest_whole(more, images_per_row), data.plan.shape.row_length
+    else:
+        return
+    limit, name = by.llama.max_position_embeddings, f"the teacher {d.teacher!r}"
+    if longest > limit:
+        raise UserError(
+            f"config.train.distill.teacher: {name} has room for {limit} tokens (max_position_embeddings), and a "
+            f"conversation with its images whole has {longest}"
+        )
+    try:
+        by.check_kernels(row_length, training=teacher is None)
+    except ValueError as error:
+        raise UserError(f"config.train.distill.teacher: {name}: {error}") from None
 
 
 def _expect(name: str, distill: DistillConfig, is_so: bool, expected: Any, with_: str = "") -> None:

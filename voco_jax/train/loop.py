@@ -43,7 +43,7 @@ from voco_jax.progress import interrupted
 from voco_jax.terminal import log as log_to_stderr
 from voco_jax.terminal import printable
 from voco_jax.train.actions import Action, StepDone
-from voco_jax.train.distillation_checks import check_models
+from voco_jax.train.distillation_checks import check_lengths, check_models
 from voco_jax.train.evaluation import Evaluator
 from voco_jax.train.from_config import abstract_state, loss_of, make_optimizer, teacher_maker, train_step_of
 from voco_jax.train.goodput import Goodput, summary
@@ -55,6 +55,7 @@ from voco_jax.train.profile import Profiler
 from voco_jax.train.rounding import lost_updates
 from voco_jax.train.state import AbstractState, init_opt_state
 from voco_jax.train.teachers import TeacherRun, find_teacher, load_teacher, place_teacher
+from voco_jax.train.teaching_flops import teaching_flops
 from voco_jax.train.writers import Writer, check_wandb, open_writers
 
 
@@ -133,7 +134,8 @@ def _set_up(config: ConfigDict) -> _Setup:
         state = abstract_state(config, model_config, optimizer, mesh)
         teacher = found and place_teacher(found, model_config, tokenizer, mesh)
         check_models(typed(config).train.distill, model_config, teacher)
-        images_per_row = batches.loader.plan.most_images_in_a_row()
+        images_per_row = config.train.distill.images_per_row or batches.loader.plan.most_images_in_a_row()
+        check_lengths(typed(config).train.distill, model_config, teacher, batches.loader, images_per_row)
         loss = loss_of(config, teacher, images_per_row)
         train_step = train_step_of(config, state, optimizer, teacher, images_per_row)
         _describe_model(typed(config).optim, model_config, state)
@@ -274,11 +276,16 @@ def _write_note(file: AnyPath, note: dict) -> None:
 
 def _speed(run: _Setup) -> Speed:
     """The FLOPs of a step, padding included, and the devices' peak."""
-    data, train, shape = run.config.data, run.config.train, run.batches.loader.plan.shape
-    rows, images = data.batch_size * shape.rows, data.batch_size * shape.images
-    flops = training_flops(
-        run.model_config, rows, shape.row_length, images, train.freeze, train.compress_gradients
-    )  # fmt: skip
+    data, train, plan = run.config.data, typed(run.config).train, run.batches.loader.plan
+    rows, length, images = data.batch_size * plan.shape.rows, plan.shape.row_length, data.batch_size * plan.shape.images
+    flops = training_flops(run.model_config, rows, length, images, train.freeze, train.compress_gradients)
+    if train.loss == "distillation":
+        teacher, images_per_row = run.teacher, train.distill.images_per_row or plan.most_images_in_a_row()
+        own_length = run.batches.loader.teaching.row_length if teacher is not None and teacher.by_rows else 0
+        model = None if teacher is None else teacher.model_config
+        flops += teaching_flops(
+            train.distill, run.model_config, model, rows, length, images, images_per_row, own_length
+        )
     return Speed(flops, peak_flops(run.mesh.devices.flat), run.model_config.compress_length)
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import for_use
 from voco_jax.config import load_config
+from voco_jax.config_keys import OWN_TEACHERS
 from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, reads_whole
 from voco_jax.data.teaching import TeacherFormat
 from voco_jax.data.tokenizer import load_run_tokenizer
@@ -28,7 +29,6 @@ from voco_jax.train.ema import ema_of
 from voco_jax.train.trainable import TrainableFilter
 
 KEY = "config.train.distill.teacher"
-OWN = ("self", "ema", "prefix")  # teachers that are the model that trains
 
 # (parameters, optimizer's state, parameters of a frozen run) to the model that teaches; None where the loss needs none
 TeacherOf = Callable[[dict, Any, Any], VoCoLlama | None]
@@ -92,7 +92,7 @@ def find_teacher(config: ConfigDict) -> FoundTeacher | None:
     try:
         stored = load_config(directory / "config.json")
     except UserError as error:
-        raise UserError(f"{KEY}: expected {', '.join(map(repr, OWN))} or a run's directory: {error}") from None
+        raise UserError(f"{KEY}: expected {', '.join(map(repr, OWN_TEACHERS))} or a run's directory: {error}") from None
     tokenizer = load_run_tokenizer(directory)
     _check_pixels(name, config, stored)
     model = make_model_config(stored, tokenizer)
@@ -112,7 +112,7 @@ def find_teacher(config: ConfigDict) -> FoundTeacher | None:
 def run_of(config: ConfigDict) -> str:
     """The run directory that teaches by a config; '' where none does."""
     name = config.train.distill.teacher
-    return "" if config.train.loss != "distillation" or name in OWN else name
+    return "" if config.train.loss != "distillation" or name in OWN_TEACHERS else name
 
 
 def place_teacher(found: FoundTeacher, student: VoCoConfig, tokenizer, mesh: Mesh) -> TeacherRun:
