@@ -138,12 +138,16 @@ FROZEN = {"train.freeze": ("vision_tower", "llama")}
 LORA = {"train.freeze": ("vision_tower",), "model.lora.rank": 16}
 CONSTANT = {"train.compress_gradients": False}
 EMBEDDING = {"model.compressor": "voco_embedding"}
+BY_ITSELF = {"train.loss": "distillation", "train.distill.teacher": "self"}
+BY_A_RUN = {"train.loss": "distillation", "train.distill.teacher": "runs/not_here"}
 
 
 @pytest.mark.parametrize(
     ("step", "changes"),
     [
-        ("train", {}), ("train", FROZEN), ("train", LORA), ("train", CONSTANT),
+        ("train", {}), ("train", FROZEN), ("train", LORA), ("train", CONSTANT), ("train", BY_ITSELF),
+        ("train", BY_ITSELF | {"train.distill.whole_weight": 1.0}), ("train", BY_A_RUN),
+        ("train", BY_ITSELF | {"train.distill.teacher": "ema"}),
         ("compress", {}), ("read", {}), ("read", LORA), ("decode", {}),
         ("train", EMBEDDING), ("train", EMBEDDING | CONSTANT), ("compress", EMBEDDING), ("read", EMBEDDING),
     ],

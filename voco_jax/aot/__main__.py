@@ -30,9 +30,10 @@ from voco_jax.command_line import parse_arguments
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.io.paths import as_path
+from voco_jax.io.paths import as_path, exists
 from voco_jax.parallel.chips import topology_devices
 from voco_jax.parallel.mesh import make_mesh
+from voco_jax.train.teachers import run_of
 
 
 def _assumed(config: ConfigDict) -> str:
@@ -43,6 +44,15 @@ def _assumed(config: ConfigDict) -> str:
     if config.init_from:
         why = f"init_from: {config.init_from} is not on this machine"
     return f"assumed: a tokenizer with {around} tokens around an image, as Llama's ({why})"
+
+
+def _assumed_teacher(config: ConfigDict, step: str) -> list[str]:
+    """A line about a teacher that is not on this machine."""
+    name = run_of(config)
+    if step != "train" or not name or exists(as_path(name) / "config.json"):
+        return []
+    why = f"train.distill.teacher: {name} is not on this machine"
+    return [f"assumed: a teacher of this model's dimensions and prompts, which reads its rows whole ({why})"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +79,10 @@ def main() -> None:
         config = begin_with_run(config)
     config = with_shape(config)
     tokenizer = find_tokenizer(config.tokenizer.source)
-    assumed = None if tokenizer is not None else _assumed(config)
-    if assumed:
-        print(assumed, file=sys.stderr)
+    lines = [*([] if tokenizer is not None else [_assumed(config)]), *_assumed_teacher(config, step)]
+    for line in lines:
+        print(line, file=sys.stderr)
+    assumed = "; ".join(lines) or None
     program = make_program(config, step, mesh, tokenizer)
     about: dict[str, object] = {
         "config": args.config,

@@ -17,7 +17,7 @@ from voco_jax.config_keys import DataConfig
 from voco_jax.data.from_config import check_elastic_k, make_model_config
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.io.paths import in_bucket
+from voco_jax.io.paths import as_path, exists, in_bucket
 from voco_jax.models.build import abstract_model
 from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.models.config import VoCoConfig
@@ -25,7 +25,10 @@ from voco_jax.models.flops import training_flops
 from voco_jax.models.voco import Cache, Memory, Read
 from voco_jax.parallel.mesh import ROWS
 from voco_jax.parallel.sharding import batch_shardings, param_shardings, with_shardings
+from voco_jax.train.distillation_checks import check_models
 from voco_jax.train.from_config import abstract_state, make_optimizer, train_step_of
+from voco_jax.train.teachers import TeacherRun, abstract_teacher, find_teacher, place_teacher, run_of
+from voco_jax.train.teaching_flops import teaching_flops
 
 STEPS = ("train", "compress", "read", "decode")
 
@@ -60,7 +63,9 @@ def make_program(config: ConfigDict, step: str, mesh: Mesh, tokenizer=None) -> P
             raise UserError(f"config.data.{key}: expected the {what}, found 0 (no data is read here)")
     with jax.set_mesh(mesh):
         model = model_of(config, tokenizer)
-        return _train(config, model, mesh) if step == "train" else _infer(typed(config).data, model, step, mesh)
+        return (
+            _train(config, model, mesh, tokenizer) if step == "train" else _infer(typed(config).data, model, step, mesh)
+        )
 
 
 def find_tokenizer(source: str):
@@ -87,25 +92,52 @@ def model_of(config: ConfigDict, tokenizer=None) -> VoCoConfig:
     return dataclasses.replace(model, dtype="bfloat16") if config.model.dtype == "auto" else model
 
 
-def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh) -> Program:
+def _train(config: ConfigDict, model_config: VoCoConfig, mesh: Mesh, tokenizer) -> Program:
     optimizer = make_optimizer(config)
     state = abstract_state(config, model_config, optimizer, mesh)
-    function = train_step_of(config, state, optimizer)
-    data, train = typed(config).data, config.train
+    data, train, teacher = typed(config).data, typed(config).train, _teacher(config, model_config, mesh, tokenizer)
+    check_models(train.distill, model_config, teacher)
+    function = train_step_of(config, state, optimizer, teacher, data.images_per_pack)
     batch = abstract_batch(data, model_config.vision.image_size)
     check_elastic_k(config)
     if train.elastic_k:
         batch["num_tokens"] = jax.ShapeDtypeStruct((data.batch_size,), jnp.int32)
-    batch = with_shardings(batch, batch_shardings(mesh, batch))
     rows, images, length = data.batch_size * data.rows_per_pack, data.batch_size * data.images_per_pack, data.row_length
+    images_per_row, own_length = train.distill.images_per_row or data.images_per_pack, 0
+    if teacher is not None and teacher.by_rows:
+        own_length = length + images_per_row * teacher.model_config.num_visual_tokens
+        own_rows = jax.ShapeDtypeStruct((rows, own_length), jnp.int32)
+        batch |= {f"teacher_{name}": own_rows for name in Read._fields} | {"teacher_places": batch["tokens"]}
+    batch = with_shardings(batch, batch_shardings(mesh, batch))
+    flops = training_flops(model_config, rows, length, images, train.freeze, train.compress_gradients)
+    if train.loss == "distillation":
+        model = None if teacher is None else teacher.model_config
+        flops += teaching_flops(train.distill, model_config, model, rows, length, images, images_per_row, own_length)
     return Program(
         function,
-        (state.params, state.opt_state, batch),
-        training_flops(model_config, rows, length, images, train.freeze, train.compress_gradients),
+        (state.params, state.opt_state, batch, None if teacher is None else teacher.params),
+        flops,
         rows * length,
         images,
         images * model_config.compress_length,
     )
+
+
+def _teacher(config: ConfigDict, student: VoCoConfig, mesh: Mesh, tokenizer) -> TeacherRun | None:
+    """The run that teaches; where it is not on this machine, one of the student's dimensions that reads its rows."""
+    if config.train.distill.logits:
+        raise UserError(
+            f"config.train.distill.logits: expected '', as no data is read here; found {config.train.distill.logits!r}"
+        )
+    name = run_of(config)
+    if not name:
+        return None
+    found = find_teacher(config) if exists(as_path(name) / "config.json") else None
+    if found is None:
+        return abstract_teacher(name, student, student, mesh, by_rows=False)
+    if tokenizer is None:
+        return abstract_teacher(name, found.model_config, student, mesh, found.by_rows)
+    return place_teacher(found, student, tokenizer, mesh)
 
 
 def abstract_batch(data: DataConfig, size: int) -> dict:
