@@ -107,8 +107,9 @@ class Asker:
         normalize, vocab_size = run.processor.normalize, len(run.encoder.tokenizer)
 
         @jax.jit
-        def ask(params: dict, batch: dict, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-            model, (rows, labels) = nnx.merge(graphdef, params), places.shape
+        def ask(params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+            model, places = nnx.merge(graphdef, params), batch["places"]
+            rows, labels = places.shape
             hidden = model.hidden(Read(*(batch[name] for name in Read._fields)), normalize(batch["pixel_values"]))
             hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
             # The head of a few labels at a time: logits of all would not fit
@@ -133,8 +134,7 @@ class Asker:
             row[: len(here)] = here
         arrays = {name: batch[name] for name in (*Read._fields, "pixel_values")} | {"places": places}
         arrays = arrays if self._mesh is None else put_batch(self._mesh, arrays)
-        places = arrays.pop("places")
-        found = self._ask(self._params, arrays, places)
+        found = self._ask(self._params, arrays)
 
         def taken() -> Iterator[tuple[int, Logits]]:
             ids, logits = map(np.asarray, found)
@@ -227,7 +227,7 @@ def store(
         make_index(source, own, data.cache_dir, data.num_workers, f"{of} for the teacher")
         for of, source in zip(names, sources, strict=True)
     ]
-    by_name = {of: found for of, *found in zip(names, sources, indices, theirs, strict=True)}
+    by_name = dict(zip(names, zip(sources, indices, theirs, strict=True), strict=True))
     find_taught(by_name, own, maker, "--run", print)
     longest = max(int(index.lengths.max()) for index in theirs if len(index))
     try:
@@ -245,7 +245,7 @@ def store(
         form_of(k, vocab_size, dtype),
     )  # fmt: skip
 
-    tasks = []  # of each shard its source's name, and the records of the index
+    tasks: list[tuple[str, range]] = []  # of each shard its source's name, and the records of the index
     shards: dict[str, tuple[int, int]] = {}
     for of, index in zip(names, indices, strict=True):
         ranges = split_records(len(index), records_per_shard)
@@ -336,7 +336,8 @@ def main() -> None:
     size = sum(shard["bytes"] for shard in manifest["shards"])
     tokens = sum(shard["tokens"] for shard in manifest["shards"])
     told = f"{count_of(manifest['rows'], 'conversation')}, {count_of(tokens, 'token')}, {size / 2**20:,.1f} MiB"
-    print(f"written: {args.out} ({told}); train with --config.train.loss=distillation --config.train.distill.logits=…")
+    keys = f"--config.train.loss=distillation --config.train.distill.logits={args.out}"
+    print(f"written: {args.out} ({told}); train with {keys}")
 
 
 if __name__ == "__main__":

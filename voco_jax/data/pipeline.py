@@ -76,7 +76,7 @@ class PackLoader(grain.transforms.Map):
         arrays = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
         if self.elastic_k:
             own = np.random.default_rng(np.random.SeedSequence(self.plan.seed, spawn_key=(pack.number,)))
-            arrays["num_tokens"] = np.int32(own.choice(self.elastic_k))
+            arrays["num_tokens"] = np.array(own.choice(self.elastic_k), np.int32)
         return arrays | {"pixel_values": pixels, "report": json.dumps(report.to_dict())}
 
     def _row(self, row: list[Placed], report: Report) -> dict[str, np.ndarray]:

@@ -162,7 +162,7 @@ def make_teacher_rows(
         # What the student does not read of a conversation, the teacher need not read either
         cut = np.flatnonzero(taught & (index.lengths == maker.row_length)) if maker.row_length else ()
         for place in cut:
-            length[place] = _cut_length(source, own, maker, *index.locate(place))
+            length[place] = _cut_length(source, own, maker, *index.locate(int(place)))
         lengths.append(length)
     rows, conversations, images = plan.placed()
     most = teacher.images_per_row or plan.most_images_in_a_row()
