@@ -105,7 +105,6 @@ def keys(**changes):
         (dict(teacher="self", logits="x"), "or stored logits; found teacher 'self' and logits 'x'"),
         (dict(teacher="self", alpha=0.0), "alpha: expected above 0, or beta, attention or whole_weight; found none"),
         (dict(teacher="self", alpha=0.0, whole_weight=1.0, top_k=3), "top_k: expected 0 with alpha 0; found 3"),
-        (dict(logits="x", top_k=3), "top_k: expected 0 with stored logits, which are of some tokens already; found 3"),
         (dict(teacher="runs/a", whole_weight=0.5), "whole_weight: expected 0 with teacher 'runs/a'; found 0.5"),
         (dict(teacher="self", ema_decay=0.5), "ema_decay: expected 0.999 with teacher 'self'; found 0.5"),
         (dict(teacher="prefix", beta=0.5), "beta: expected 0 with teacher 'prefix', which does not read images whole"),

@@ -29,7 +29,6 @@ def check_keys(train: TrainConfig) -> None:
         _expect(
             name, d, has_divergence(d) or getattr(d, name) == getattr(default, name), getattr(default, name), "alpha 0"
         )
-    _expect("top_k", d, not d.logits or not d.top_k, 0, "stored logits, which are of some tokens already")
     _expect("whole_weight", d, d.teacher in ("self", "ema") or not d.whole_weight, 0, teacher)
     _expect("ema_decay", d, d.teacher == "ema" or d.ema_decay == default.ema_decay, default.ema_decay, teacher)
     for name in ("beta", "attention", "images_per_row"):
