@@ -38,10 +38,8 @@ def check_elastic_k(config: ConfigDict) -> None:
     numbers, model = config.train.elastic_k, config.model
     if not numbers:
         return
-    compressor = COMPRESSORS[model.compressor]
-    if not compressor.has_memory:
-        kinds = " or ".join(repr(name) for name, kind in COMPRESSORS.items() if kind.has_memory)
-        expected = f"expected config.model.compressor {kinds}, whose first VoCo tokens can be read without the others"
+    if not make_model_config(config, None).compress_length:
+        expected = "expected config.model.compressor 'voco', or another that makes VoCo tokens one after the other"
         raise UserError(f"config.train.elastic_k: {expected}; found {model.compressor!r}")
     if wrong := [k for k in numbers if not 1 <= k <= model.num_voco_tokens]:
         expected = f"expected numbers from 1 to {model.num_voco_tokens} (config.model.num_voco_tokens)"
