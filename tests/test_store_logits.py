@@ -52,7 +52,7 @@ RECORDS = 13
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Pictures with a few conversations each, one about two pictures, one about none; a tokenizer; a teacher, which is
+    """Two files of rows: conversations about a picture, one about two, one about none; a tokenizer; a teacher, which is
     plain LLaVA of another size, with pictures of another size and other prompts."""
     return make_once(tmp_path_factory, "store logits", _make_files)
 
@@ -74,15 +74,19 @@ def _make_files(directory: Path) -> None:
             ]
         rows.append({"image": names, "conversations": turns} if count else {"conversations": turns})
     (directory / "rows.json").write_text(json.dumps(rows))
+    (directory / "more.json").write_text(json.dumps(rows[::-1]))
     tokenizer = train_tokenizer(["USER: what is it? ASSISTANT: a red blue dog cat\n"] * 9, 300)
     save_tokenizer(tokenizer, directory / "tokenizer")
     make_run(directory, directory / "teacher", model__compressor="none", model__num_voco_tokens=0,
              model__vision__image_size=32, model__llama__num_hidden_layers=1, data__template="llava_v1")  # fmt: skip
 
 
-def make_config(files: Path, workdir: Path, **changes):
+def make_config(files: Path, workdir: Path, names=("mine",), **changes):
     config = tiny.config(workdir, tokenizer__source=files / "tokenizer", **SMALL | changes)
-    config.data.train = sources(mine=source("llava", file=str(files / "rows.json"), images=str(files)))
+    files_of = {"mine": files / "rows.json", "more": files / "more.json"}
+    config.data.train = sources(
+        **{name: source("llava", file=str(files_of[name]), images=str(files)) for name in names}
+    )
     return config
 
 
@@ -98,10 +102,10 @@ def make_run(files: Path, run: Path, **changes) -> None:
         checkpointer.save(1, params, {"m": jnp.zeros(2)}, {"batches": 1})
 
 
-def put(files, out, **options):
+def put(files, out, names=("mine",), **options):
     """Store the logits of the teacher."""
     defaults = dict(k=5, dtype="float16", batch_size=2, records_per_shard=4)
-    return store_logits.store(make_config(files, out), load_run(files / "teacher"), out, **defaults | options)
+    return store_logits.store(make_config(files, out, names), load_run(files / "teacher"), out, **defaults | options)
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +167,10 @@ def test_all_logits_come_back(files, tmp_path):
     """k is the whole vocabulary, in float32: at every label of every conversation what the model says itself."""
     run = load_run(files / "teacher")
     vocab_size = run.model.config.llama.vocab_size
-    manifest, report = put(files, tmp_path / "out", k=vocab_size, dtype="float32")
-    assert not report.skipped and manifest["rows"] == RECORDS and len(manifest["shards"]) == 4
-    data = opened(files, tmp_path, tmp_path / "out")
+    names = ("mine", "more")  # two sources
+    manifest, report = put(files, tmp_path / "out", names, k=vocab_size, dtype="float32")
+    assert not report.skipped and manifest["rows"] == 2 * RECORDS and len(manifest["shards"]) == 8
+    data = opened(files, tmp_path, tmp_path / "out", names=names)
     rows = json.loads((files / "rows.json").read_text())
     rows = [row | {"image": [files / name for name in row.get("image", [])]} for row in rows]
     expected = {}  # several records have the same text
@@ -184,7 +189,7 @@ def test_all_logits_come_back(files, tmp_path):
             assert (np.sort(ids, axis=1) == np.arange(vocab_size)).all()
             np.testing.assert_allclose(min(np.abs(dense - other).max() for other in expected[text]), 0, atol=2e-5)
             seen += 1
-    assert seen == RECORDS and len(expected) > 6
+    assert seen == 2 * RECORDS and len(expected) > 6
 
 
 def test_a_run_goes_on_with_its_own_logits(files, stored, tmp_path):
