@@ -162,31 +162,16 @@ class Storing:
     batch_size: int
     form: Form
 
-    def shard(self, source: Source, ours: Index, theirs: Index, asker: Asker, file: Path, step) -> dict:
-        """Write the conversations of `ours` into a new shard, as far as the teacher can read them (`theirs`)."""
+    def shard(
+        self, source: Source, ours: Index, theirs: Index, asker: Asker, file: Path, step: Callable[[], Any]
+    ) -> None:
+        """Write the conversations of `ours` into a new shard, as far as the teacher can read them (`theirs`). `step` is
+        called once for each."""
         found: dict[int, Logits] = {}
         report = Report()
-        if len(theirs):
-            plan = Plan(
-                [theirs], [1.0], self.shape, seed=0, batch_size=self.batch_size, share_images=self.data.share_images,
-                epochs=1,
-            )  # fmt: skip
-            numbers = _Numbers(ours.keys)
-            loader = PackLoader([source], self.maker, plan, self.run.processor, "token", teaching=numbers)
-            loading = Loading(0, self.data.num_threads, self.data.prefetch, 1.0)
-            count = math.ceil(plan.use().packs / self.batch_size)
-            with contextlib.closing(Batches(loader, loading, self.batch_size, num_batches=count)) as batches:
-                asked: Iterator[tuple[int, Logits]] = iter(())
-                for batch in batches:
-                    coming = asker(batch)  # while the device computes it, the batch before is taken
-                    for number, logits in asked:
-                        found[number] = logits
-                        step()
-                    asked = coming
-                for number, logits in asked:
-                    found[number] = logits
-                    step()
-                report = batches.report
+        for number, logits in self._ask(source, ours, theirs, asker, report) if len(theirs) else ():
+            found[number] = logits
+            step()
         for _ in range(len(ours.keys) - len(found)):
             step()
         tokens = sum(len(logits.labels) for logits in found.values())
@@ -198,7 +183,69 @@ class Storing:
                     write(pack_logits(found.get(i), self.form))
             result = {"records": 1 + len(ours.keys), "tokens": tokens, **file_digest(temporary)}
             write_json(file.with_suffix(".json"), result | {"report": report.to_dict()})
-        return result
+
+    def _ask(
+        self, source: Source, ours: Index, theirs: Index, asker: Asker, report: Report
+    ) -> Iterator[tuple[int, Logits]]:
+        """(place among the conversations of `ours`, logits), in any order."""
+        plan = Plan(
+            [theirs], [1.0], self.shape, seed=0, batch_size=self.batch_size, share_images=self.data.share_images,
+            epochs=1,
+        )  # fmt: skip
+        numbers, processor = _Numbers(ours.keys), self.run.processor
+        loader = PackLoader([source], self.maker, plan, processor, "token", teaching=numbers)
+        loading = Loading(0, self.data.num_threads, self.data.prefetch, 1.0)
+        count = math.ceil(plan.use().packs / self.batch_size)
+        with contextlib.closing(Batches(loader, loading, self.batch_size, num_batches=count)) as batches:
+            asked: Iterator[tuple[int, Logits]] = iter(())
+            for batch in batches:
+                coming = asker(batch)  # while a device computes it, the batch before is taken
+                yield from asked
+                asked = coming
+            yield from asked
+            report.merge(batches.report)
+
+
+def prepare(
+    config: ConfigDict, run: Run, *, k: int, dtype: str, batch_size: int
+) -> tuple[Storing, dict[str, tuple[Source, Index, Index]]]:
+    """What to ask how, and by name each source with the student's index and the teacher's.
+
+    UserError for a teacher that cannot teach this config's data.
+    """
+    data, name, llama = typed(config).data, str(run.directory), run.model.config.llama
+    sources, weights = open_sources(data, "train")
+    tokenizer = make_tokenizer(config, sources, None)
+    if vocabulary_sum(tokenizer) != vocabulary_sum(run.encoder.tokenizer):
+        raise UserError(f"--run: {name}: expected the tokenizer of the config, found another vocabulary")
+    if k > len(tokenizer):
+        raise UserError(f"--k: expected at most {len(tokenizer)}, the vocabulary; found {k}")
+    maker = make_sample_maker(data, make_encoder(config, tokenizer, make_model_config(config, tokenizer)))
+    indices = make_indices(data, "train", sources, maker, print)
+    names = sorted(data.train)
+    check_pixels_stay(data, dict(zip(names, zip(sources, indices, strict=True), strict=True)), "voco store-logits")
+
+    # What a student with rows so long does not read, the teacher need not read either
+    longest = llama.max_position_embeddings
+    if data.row_length:
+        longest = min(longest, data.row_length + data.images_per_pack * run.encoder.num_visual_tokens + ROOM)
+    own = dataclasses.replace(maker, encoder=run.encoder, row_length=longest)
+    theirs = [
+        make_index(source, own, data.cache_dir, data.num_workers, f"{of} for the teacher")
+        for of, source in zip(names, sources, strict=True)
+    ]
+    by_name = dict(zip(names, zip(sources, indices, theirs, strict=True), strict=True))
+    find_taught(by_name, own, maker, "--run", print)
+
+    row_length = max(int(index.lengths.max()) for index in theirs if len(index))
+    try:
+        run.model.config.check_kernels(row_length, training=False)
+    except ValueError as error:
+        raise UserError(f"--run: {name}: {error}") from None
+    shape, segment = PackShape(0, row_length, data.images_per_pack), run.model.config.compress_length
+    rows, _ = cheapest_rows(theirs, weights, shape, segment, seed=0, share_images=data.share_images)
+    form = form_of(k, len(tokenizer), dtype)
+    return Storing(run, data, own, dataclasses.replace(shape, rows=rows), batch_size, form), by_name
 
 
 def store(
@@ -206,87 +253,50 @@ def store(
 ) -> tuple[dict, Report]:
     """Write the shards that are not there yet; returns the manifest and what became of the records.
 
-    UserError, before anything is written, for a teacher that cannot teach this config's data.
+    UserError, before anything is written, as `prepare`, and for a directory of something else.
     """
-    data, name = typed(config).data, str(run.directory)
-    check_pixels_stay(data, "voco store-logits")
-    sources, weights = open_sources(data, "train")
-    names, tokenizer = sorted(data.train), make_tokenizer(config, sources, None)
-    vocabulary, vocab_size = vocabulary_sum(tokenizer), len(tokenizer)
-    if vocabulary != vocabulary_sum(run.encoder.tokenizer):
-        raise UserError(f"--run: {name}: expected the tokenizer of the config, found another vocabulary")
-    if k > vocab_size:
-        raise UserError(f"--k: expected at most {vocab_size}, the vocabulary; found {k}")
-    maker = make_sample_maker(data, make_encoder(config, tokenizer, make_model_config(config, tokenizer)))
-    indices = make_indices(data, "train", sources, maker, print)
-
-    visual_tokens, positions = run.encoder.num_visual_tokens, run.model.config.llama.max_position_embeddings
-    needed = data.row_length + data.images_per_pack * visual_tokens + ROOM if data.row_length else positions
-    own = dataclasses.replace(maker, encoder=run.encoder, row_length=min(positions, needed))
-    theirs = [
-        make_index(source, own, data.cache_dir, data.num_workers, f"{of} for the teacher")
-        for of, source in zip(names, sources, strict=True)
-    ]
-    by_name = dict(zip(names, zip(sources, indices, theirs, strict=True), strict=True))
-    find_taught(by_name, own, maker, "--run", print)
-    longest = max(int(index.lengths.max()) for index in theirs if len(index))
-    try:
-        run.model.config.check_kernels(longest, training=False)
-    except ValueError as error:
-        raise UserError(f"--run: {name}: {error}") from None
-    shape = PackShape(0, longest, data.images_per_pack)
-    compress_length = run.model.config.compress_length
-    rows, _ = cheapest_rows(theirs, weights, shape, compress_length, seed=0, share_images=data.share_images)
     asker = Asker(run, k)
     with asker.on_mesh():
         together = axis_size(*ROWS)
-    storing = Storing(
-        run, data, own, dataclasses.replace(shape, rows=rows), -(-batch_size // together) * together,
-        form_of(k, vocab_size, dtype),
-    )  # fmt: skip
-
+    batch_size = -(-batch_size // together) * together
+    storing, by_name = prepare(config, run, k=k, dtype=dtype, batch_size=batch_size)
     tasks: list[tuple[str, range]] = []  # of each shard its source's name, and the records of the index
-    shards: dict[str, tuple[int, int]] = {}
-    for of, index in zip(names, indices, strict=True):
+    contents: dict[str, dict] = {}
+    for name, (source, index, _) in by_name.items():
         ranges = split_records(len(index), records_per_shard)
-        shards[of] = len(tasks), len(tasks) + len(ranges)
-        tasks += [(of, records) for records in ranges]
+        shards = len(tasks), len(tasks) + len(ranges)
+        contents[name] = {"size": len(source), "shards": shards, **contents_of(source, index)}
+        tasks += [(name, records) for records in ranges]
     checksum = hashlib.sha256(json.dumps(sorted(run.checksums.items())).encode()).hexdigest()
     arguments = {
-        "k": k, "dtype": dtype, "vocab_size": vocab_size, "vocabulary": vocabulary,
+        "k": k, "dtype": dtype, "vocab_size": len(run.encoder.tokenizer),
+        "vocabulary": vocabulary_sum(run.encoder.tokenizer),
         "teacher": {
             "run": run.directory.name, "step": run.step, "sha256": checksum,
             "compressor": run.model.config.compressor,
         },
-        "video": frames_of(data),
-        "records_per_shard": records_per_shard,
-        "sources": {
-            of: {"size": len(source), "shards": shards[of], **contents_of(source, index)}
-            for of, source, index in zip(names, sources, indices, strict=True)
-        },
+        "video": frames_of(storing.data), "records_per_shard": records_per_shard, "sources": contents,
     }  # fmt: skip
     arguments = json.loads(json.dumps(arguments))  # as it is read back
-    report = Report()
-    total = sum(len(index.keys) for index in indices)
+    report, results = Report(), []
+    total = sum(len(index.keys) for _, index, _ in by_name.values())
     bar = tqdm(total=total, unit=" conversations", desc=out.name, delay=0.5, file=sys.stderr)
     with begin(out, arguments, len(tasks), LOGITS) as manifest, bar, asker.on_mesh():
-        results = []
-        for (of, records), shard in zip(tasks, shard_names(len(tasks)), strict=True):
-            source, index, other = by_name[of]
-            part = index.select(np.arange(records.start, records.stop))
-            file = out / f"{shard}{SHARD}"
+        for (name, records), shard in zip(tasks, shard_names(len(tasks)), strict=True):
+            source, index, other = by_name[name]
+            ours, file = index.select(np.arange(records.start, records.stop)), out / f"{shard}{SHARD}"
             if file.exists():
-                bar.update(len(part.keys))
+                bar.update(len(ours.keys))
             else:
-                read = other.select(np.flatnonzero(np.isin(other.records, part.records)))
-                storing.shard(source, part, read, asker, file, bar.update)
+                theirs = other.select(np.flatnonzero(np.isin(other.records, ours.records)))
+                storing.shard(source, ours, theirs, asker, file, bar.update)
             result = read_result(out, shard)
             report.merge(Report.from_dict(result.pop("report")))
-            report.check(data.max_skipped_fraction, total)
+            report.check(storing.data.max_skipped_fraction, total)
             results.append(result)
         write_json(out / REPORT, report.to_dict())
-        records = sum(result["records"] for result in results)
-        manifest |= {"complete": True, "rows": total, "records": records, "shards": results}
+        count = sum(result["records"] for result in results)
+        manifest |= {"complete": True, "rows": total, "records": count, "shards": results}
         write_json(out / MANIFEST, manifest)
     return manifest, report
 
@@ -323,7 +333,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, args = parse_arguments(sys.argv, _add_arguments, __doc__)
     config = begin_with_run(config)
-    check_pixels_stay(typed(config).data, "voco store-logits")
+    check_pixels_stay(typed(config).data, {}, "voco store-logits")  # before the run is read
     run = load_run(
         args.run, step=args.step, compressor=args.compressor, attention=args.attention, mesh=mesh_of(args.mesh)
     )

@@ -95,13 +95,13 @@ class Index:
         record = int(np.searchsorted(self.offsets, i, side="right")) - 1
         return int(self.records[record]), int(self.conversations[i])
 
-    def find(self, other: "Index") -> np.ndarray:
-        """Where this index's conversations stand among those of another index of the same source, [m]; -1: nowhere."""
-        keys, there = self.keys, other.keys
+    def find(self, there: np.ndarray) -> np.ndarray:
+        """Where this index's conversations stand among others of the same source, of which `there` are the keys,
+        ascending: [m]; -1: nowhere."""
         if not len(there):
-            return np.full(len(keys), -1)
-        at = np.minimum(np.searchsorted(there, keys), len(there) - 1)
-        return np.where(there[at] == keys, at, -1)
+            return np.full(len(self.keys), -1)
+        at = np.minimum(np.searchsorted(there, self.keys), len(there) - 1)
+        return np.where(there[at] == self.keys, at, -1)
 
     def text_checksum(self) -> str:
         """A checksum of the usable conversations, their places and tokens; names of pictures do not count."""

@@ -143,7 +143,7 @@ class StoredLogits:
     def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Logits:
         """What was stored of a conversation, for the labels that the sample has."""
         if record.video is not None and self.moves_frames:
-            raise UserError(_frames_move(self.directory))
+            raise UserError(_frames_move(KEY))
         keys, key = self.keys[example.source], example.record << 32 | example.conversation
         at = int(np.searchsorted(keys, key))
         if at == len(keys) or keys[at] != key:
@@ -216,88 +216,128 @@ def open_stored_logits(
         raise UserError(
             f"{KEY}: expected a directory that voco store-logits wrote on this machine, found {directory!r}"
         )
-    check_pixels_stay(data, KEY)
+    check_pixels_stay(data, by_name, KEY)
     try:
         manifest = check_complete(path, LOGITS)
     except UserError as error:
         raise UserError(f"{KEY}: {error}") from None
-    arguments = manifest["arguments"]
-    try:
-        form = form_of(arguments["k"], arguments["vocab_size"], arguments["dtype"])
-        there = {name: (of["size"], of["visual"], range(*of["shards"])) for name, of in arguments["sources"].items()}
-        teacher = f"{arguments['teacher']['run']}, step {arguments['teacher']['step']}"
-        theirs, sampling = arguments["vocabulary"], arguments["video"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{KEY}: {path}: not the manifest of {LOGITS.command} ({error!r:.100})") from None
-    if theirs != vocabulary:
+    about = _About.of(manifest, path)
+    if about.vocabulary != vocabulary:
         raise UserError(f"{KEY}: {path}: of another tokenizer: its vocabulary is not that of this run")
-    if top_k > form.k:
-        raise UserError(f"config.train.distill.top_k: expected at most {form.k}, as many as {path} has; found {top_k}")
-    names = shard_names(manifest["num_shards"])
-    files = [str(path / f"{name}{SHARD}") for name in names]
-    first = np.cumsum([0, *(shard["records"] for shard in manifest["shards"])])  # of each shard among all records
+    if top_k > about.form.k:
+        expected = f"expected at most {about.form.k}, as many as {path} has"
+        raise UserError(f"config.train.distill.top_k: {expected}; found {top_k}")
     keys: list[np.ndarray] = []
     places: list[np.ndarray] = []
     untaught = 0
     for name, (source, index) in by_name.items():
-        key = f"config.data.train.{name}"
-        if name not in there:
-            raise UserError(f"{KEY}: {path}: expected logits of {key}, found those of {', '.join(there)}")
-        size, visual, shards = there[name]
-        if size != len(source):
-            raise UserError(
-                f"{KEY}: {path}: {key} had {count_of(size, 'record')} when they were stored, now {len(source):,}"
-            )
-        now = visual_checksums(source, [int(i) for i in visual])
-        if changed := [int(i) for i in visual if visual[i] != now.get(i)]:
-            raise UserError(f"{KEY}: {path}: {source.where(min(changed))} had another picture or clip")
-        if has_video(source, index):
-            if data.video.random_offset:
-                raise UserError(_frames_move(path))
-            if sampling != frames_of(data):
-                raise UserError(
-                    f"{KEY}: {path}: of other frames: config.data.video was {sampling}, is {frames_of(data)}"
-                )
-        tables = [_table(files[shard], names[shard], path) for shard in shards]
-        table = {column: np.concatenate([t[column] for t in tables]) for column in _TABLE}
-        numbers = np.concatenate(
-            [first[s] + 1 + np.arange(len(t["records"])) for s, t in zip(shards, tables, strict=True)]
-        )
-        of_logits, ours = table["records"] << 32 | table["conversations"], index.keys
-        at = np.minimum(np.searchsorted(of_logits, ours), len(of_logits) - 1)
-        found = of_logits[at] == ours
-        if len(other := np.flatnonzero(found & (table["answers"][at] != index.answers))):
+        if name not in about.sources:
+            stored = ", ".join(about.sources)
+            raise UserError(f"{KEY}: {path}: expected logits of config.data.train.{name}, found those of {stored}")
+        about.sources[name].check(path, f"config.data.train.{name}", source)
+        if about.video != frames_of(data) and has_video(source, index):
+            raise UserError(f"{KEY}: {path}: of other frames: config.data.video was {about.video}")
+        its_keys, answers, its_places = _read_tables(about, about.sources[name].shards)
+        at = index.find(its_keys)
+        there = np.flatnonzero(at >= 0)
+        if len(other := there[answers[at[there]] != index.answers[there]]):
             where = source.where(index.locate(int(other[0]))[0])
             raise UserError(
-                f"{KEY}: {path}: {count_of(len(other), 'conversation')} of {key} had other answers when they were "
-                f"stored, or another template around them; the first: {where}"
+                f"{KEY}: {path}: {count_of(len(other), 'conversation')} of config.data.train.{name} had other answers "
+                f"when they were stored, or another template around them; the first: {where}"
             )
-        untaught += int((~found).sum())
-        keys.append(of_logits)
-        places.append(numbers)
+        untaught += len(at) - len(there)
+        keys.append(its_keys)
+        places.append(its_places)
     few = f"; {count_of(untaught, 'conversation')} without any" if untaught else ""
-    log(f"teacher: logits of {teacher}, {form.k} a token{few}")
-    moves = data.video.random_offset
-    sums = "".join(str(shard.get("sha256")) for shard in manifest["shards"])
-    digest = hashlib.sha256(sums.encode()).hexdigest()[:16]
-    return StoredLogits(path, files, first.tolist(), form, top_k or form.k, moves, keys, places, digest)
+    log(f"teacher: logits of {about.teacher}, {about.form.k} a token{few}")
+    return StoredLogits(
+        path, about.files, about.first.tolist(), about.form, top_k or about.form.k, data.video.random_offset, keys,
+        places, about.digest,
+    )  # fmt: skip
 
 
-def _table(file: str, name: str, directory: Path) -> dict[str, np.ndarray]:
-    try:
-        return unpack_table(_open([file])[0])
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"{KEY}: {directory / name}{SHARD}: damaged ({str(error).splitlines()[0]:.100})") from None
+class _OfSource(NamedTuple):
+    """What a manifest says of a source: its records, checksums of the pictures or clips of some, and its shards."""
+
+    size: int
+    visual: dict[int, str]
+    shards: range
+
+    def check(self, directory: Path, key: str, source: Source) -> None:
+        """UserError for a source of other records; their text is another matter."""
+        if self.size != len(source):
+            was = count_of(self.size, "record")
+            raise UserError(f"{KEY}: {directory}: {key} had {was} when they were stored, now {len(source):,}")
+        now = visual_checksums(source, list(self.visual))
+        if changed := [i for i, checksum in self.visual.items() if now.get(str(i)) != checksum]:
+            raise UserError(f"{KEY}: {directory}: {source.where(min(changed))} had another picture or clip")
 
 
-def check_pixels_stay(data: DataConfig, what: str) -> None:
-    """UserError for augmentation, which shows the student other pixels than the teacher saw."""
+class _About(NamedTuple):
+    """What a manifest says. first: of each shard its first record among those of all, and the number of all."""
+
+    form: Form
+    teacher: str
+    vocabulary: str
+    video: dict
+    sources: dict[str, _OfSource]
+    files: list[str]
+    first: np.ndarray
+    digest: str
+
+    @classmethod
+    def of(cls, manifest: dict, directory: Path) -> "_About":
+        """UserError for a manifest of another form."""
+        said, count = manifest["arguments"], manifest["num_shards"]
+        try:
+            sources = {
+                name: _OfSource(of["size"], {int(i): x for i, x in of["visual"].items()}, range(*of["shards"]))
+                for name, of in said["sources"].items()
+            }
+            if not all(0 <= of.shards.start <= of.shards.stop <= count for of in sources.values()):
+                raise ValueError("shards")
+            sums = "".join(shard["sha256"] for shard in manifest["shards"])
+            return cls(
+                form_of(said["k"], said["vocab_size"], said["dtype"]),
+                f"{said['teacher']['run']}, step {said['teacher']['step']}", said["vocabulary"], said["video"], sources,
+                [str(directory / f"{name}{SHARD}") for name in shard_names(count)],
+                np.cumsum([0, *(shard["records"] for shard in manifest["shards"])]),
+                hashlib.sha256(sums.encode()).hexdigest()[:16],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{KEY}: {directory}: not the manifest of {LOGITS.command} ({error!r:.100})") from None
+
+
+def _read_tables(about: _About, shards: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the conversations of some shards, all [n]: their keys, as `Index.keys`; checksums of their answers; and which
+    of all records they are."""
+    tables = [(np.zeros(0, np.int64),) * 3]
+    for shard in shards:
+        try:
+            table = unpack_table(_open([about.files[shard]])[0])
+            if 1 + len(table["records"]) != about.first[shard + 1] - about.first[shard]:
+                raise ValueError("not as many conversations as the manifest says")
+        except (ValueError, RuntimeError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{KEY}: {about.files[shard]}: damaged ({reason:.100})") from None
+        places = about.first[shard] + 1 + np.arange(len(table["records"]))
+        tables.append((table["records"] << 32 | table["conversations"], table["answers"], places))
+    keys, answers, places = (np.concatenate(column) for column in zip(*tables, strict=True))
+    return keys, answers, places
+
+
+def check_pixels_stay(data: DataConfig, by_name: Mapping[str, tuple[Source, Index]], what: str) -> None:
+    """UserError for augmentation, which shows the student other pixels than the teacher saw; of frames where a source
+    has videos."""
     for name, neutral in (("random_crop", 1.0), ("color_jitter", 0.0)):
         if (found := getattr(data, name)) != neutral:
             raise UserError(
                 f"config.data.{name}: expected {neutral:g} with {what}: a teacher that was asked beforehand saw the "
                 f"pictures as they are; found {found:g}"
             )
+    if data.video.random_offset and any(has_video(*pair) for pair in by_name.values()):
+        raise UserError(_frames_move(what))
 
 
 def frames_of(data: DataConfig) -> dict:
@@ -305,10 +345,10 @@ def frames_of(data: DataConfig) -> dict:
     return {name: getattr(data.video, name) for name in ("num_frames", "fps", "max_frames", "incomplete")}
 
 
-def _frames_move(directory: Path) -> str:
+def _frames_move(what: str) -> str:
     return (
-        f"config.data.video.random_offset: expected false with {KEY}: the teacher of {directory} saw frames evenly "
-        "spaced; found true"
+        f"config.data.video.random_offset: expected false with {what}: a teacher that was asked beforehand saw frames "
+        "evenly spaced; found true"
     )
 
 

@@ -158,7 +158,8 @@ def make_teacher_rows(
     }
     lengths: list[np.ndarray] = []
     for taught, (source, index, other) in zip(find_taught(both, own, maker, KEY, log), both.values(), strict=True):
-        length = np.where(taught, other.lengths[index.find(other)], 0)
+        length = np.zeros(len(taught), np.int64)
+        length[taught] = other.lengths[index.find(other.keys)[taught]]
         # What the student does not read of a conversation, the teacher need not read either
         cut = np.flatnonzero(taught & (index.lengths == maker.row_length)) if maker.row_length else ()
         for place in cut:
@@ -194,7 +195,7 @@ def find_taught(
     found: list[np.ndarray] = []
     differ: list[tuple[Source, int, int]] = []  # the first of each source
     for source, index, other in by_name.values():
-        at = index.find(other)
+        at = index.find(other.keys)
         same = at >= 0
         same[same] = other.answers[at[same]] == index.answers[same]
         found.append(same)
