@@ -135,6 +135,11 @@ def test_keys_that_do_not_fit_together(changes, message):
             "attention_layers: expected numbers from 0 to 0 (of 2 layers: the last compresses nothing); found (1,)",
         ),
         (
+            dict(model__llama__max_position_embeddings=70),
+            "teacher: the teacher 'self' has room for 70 tokens (max_position_embeddings), and a conversation with its "
+            "images whole has 84",
+        ),
+        (
             dict(model__compressor="qformer"),
             "teacher: expected a run's directory with compressor 'qformer', which has no compress stream; found 'self'",
         ),

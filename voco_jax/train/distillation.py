@@ -56,9 +56,9 @@ def distillation(config: LossConfig) -> Loss:
         taught = jnp.where(readings.taught, weights, 0)
         labels = _label_losses(config, model, batch, readings, taught, extra.step)
         terms = {}  # weight, sum
-        if distill.beta:
+        if distill.beta and readings.teacher is not None:
             terms["feature"] = distill.beta, _feature_distance(readings, distill.layers, taught)
-        if distill.attention:
+        if distill.attention and readings.teacher is not None:
             terms["attention"] = distill.attention, _attention_divergence(readings, distill.attention_layers, taught)
         if distill.whole_weight:
             hidden, head = model.llama.norm(readings.whole.hidden), model.llama.head()

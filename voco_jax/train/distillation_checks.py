@@ -87,6 +87,9 @@ def check_lengths(
     elif d.teacher in ("self", "ema") or teacher is not None:
         more = by.compress_length - student.num_voco_tokens
         longest, row_length = data.plan.longest_whole(more, images_per_row), data.plan.shape.row_length
+        if not longest:
+            expected = f"expected conversations about 1 to {images_per_row} images, to be read whole"
+            raise UserError(f"config.train.distill.teacher: {d.teacher!r}: {expected}; found none")
     else:
         return
     limit, name = by.llama.max_position_embeddings, f"the teacher {d.teacher!r}"
