@@ -18,7 +18,7 @@ pieces of a batch add up. Who teaches:
 | (`logits`)              | nothing: the batch has its logits                        |                                |
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,11 @@ class _Readings(NamedTuple):
     weights that train read whole.
     """
 
-    student: ReadOutput
+    student: Any  # a ReadOutput, with what the loss asked for
     taught: jax.Array
-    teacher: ReadOutput | None = None
-    by: VoCoLlama | None = None
-    whole: ReadOutput | None = None
+    teacher: Any = None  # a ReadOutput, or None
+    by: Any = None  # a VoCoLlama, or None
+    whole: Any = None  # a ReadOutput, or None
 
 
 def distillation(config: LossConfig) -> Loss:
@@ -89,25 +89,27 @@ def alpha_at(distill: DistillConfig, step: jax.Array | int, steps: int) -> jax.A
 # ---- Reading -------------------------------------------------------------------------------------------------------
 
 
-def _read(config: LossConfig, model: VoCoLlama, batch: Batch, teacher: VoCoLlama | None) -> _Readings:
+def _read(config: LossConfig, model: VoCoLlama, batch: Batch, teacher: Any) -> _Readings:
     distill, read, pixels = config.distill, read_of(batch, model.config), batch["pixel_values"]
     if distill.teacher == "prefix":
         return _read_prefix(config, model, batch, read)
     nothing = jnp.zeros(read.tokens.shape, bool)
     if distill.logits or config.by_rows and "teacher_places" not in batch:  # which a test set does not have
-        student = ReadOutput(hidden_states(model, batch, config.compress_gradients))
-        return _Readings(student, batch.get("taught", nothing))
+        alone = ReadOutput(hidden_states(model, batch, config.compress_gradients))
+        return _Readings(alone, batch.get("taught", nothing))
     most, layers, slots = config.images_per_row, bool(distill.beta), model.config.num_voco_tokens
     taught = batch["teacher_places"] >= 0 if config.by_rows else whole_places(read, slots, most)
     queries = _queries(jnp.where(taught, batch["weights"], 0)) if distill.attention else None
-    own = None
-    if distill.teacher == "self" or distill.whole_weight:
-        own = Whole(most, constant=not distill.whole_weight)
+    is_read_whole = distill.teacher == "self" or distill.whole_weight > 0
+    own = Whole(most, constant=not distill.whole_weight) if is_read_whole else None
+    student: Any
+    whole: Any = None
     if config.compress_gradients:
         student, whole = model.streams(read, pixels, whole=own, layers=layers, queries=queries)
     else:
         student = ReadOutput(hidden_states(model, batch, compress_gradients=False))
-        whole = constant(model).streams(read, pixels, compressed=False, whole=own)[1] if own is not None else None
+        if own is not None:
+            whole = constant(model).streams(read, pixels, compressed=False, whole=own)[1]
     if distill.teacher == "self":
         return _Readings(student, taught, jax.lax.stop_gradient(whole), model, whole)
     if config.by_rows:
@@ -139,12 +141,13 @@ def _read_prefix(config: LossConfig, model: VoCoLlama, batch: Batch, read: Read)
 
 def _of_images(read: Read) -> jax.Array:
     """Bool [R, T]: tokens of conversations with an image."""
-    ids, T = read.segment_ids, read.tokens.shape[1]
-    found = jax.vmap(lambda is_slot, ids: jax.ops.segment_max(is_slot, ids, T + 1))(read.slot_index >= 0, ids)
+    ids, slot_index = jnp.asarray(read.segment_ids), jnp.asarray(read.slot_index)
+    T = ids.shape[1]
+    found = jax.vmap(lambda is_slot, ids: jax.ops.segment_max(is_slot, ids, T + 1))(slot_index >= 0, ids)
     return jnp.take_along_axis(found, ids, axis=1)
 
 
-def _at_places(said: ReadOutput, places: jax.Array) -> ReadOutput:
+def _at_places(said: Any, places: jax.Array) -> ReadOutput:
     """What a teacher that reads rows of its own [R, T'] says at the tokens of the student's [R, T]."""
     places = jnp.maximum(places, 0)[..., None]
     hidden = jnp.take_along_axis(said.hidden, places, axis=1)

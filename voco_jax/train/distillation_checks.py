@@ -83,7 +83,8 @@ def check_lengths(
     """UserError where what is read whole, or a teacher's own rows, is longer than its model can read."""
     by = student if teacher is None else teacher.model_config
     if teacher is not None and teacher.by_rows:
-        longest, row_length = data.teaching.longest, data.teaching.row_length
+        rows: Any = data.teaching
+        longest, row_length = rows.longest, rows.row_length
     elif d.teacher in ("self", "ema") or teacher is not None:
         more = by.compress_length - student.num_voco_tokens
         longest, row_length = data.plan.longest_whole(more, images_per_row), data.plan.shape.row_length

@@ -52,10 +52,10 @@ class Teaching(NamedTuple):
 
     weights: jax.Array
     alpha: jax.Array
-    hidden: jax.Array | None = None
-    head: jax.Array | None = None
-    ids: jax.Array | None = None
-    logits: jax.Array | None = None
+    hidden: Any = None  # arrays or None, in pairs
+    head: Any = None
+    ids: Any = None
+    logits: Any = None
 
 
 class Divergence(NamedTuple):
@@ -151,7 +151,8 @@ def _over_mesh(labels: Labels, teacher: Teaching | None, vocab_size: int, diverg
 
 def _specs(part: Labels | Teaching) -> Any:
     """Where each array is wanted: tokens shared out over the devices, or whole."""
-    return type(part)(**{k: x if x is None else P() if k in WHOLE else TOKENS for k, x in part._asdict().items()})
+    specs: dict[str, Any] = {k: x if x is None else P() if k in WHOLE else TOKENS for k, x in part._asdict().items()}
+    return type(part)(**specs)
 
 
 def _on_device(labels: Labels, teacher: Teaching | None, *, vocab_size: int, divergence: Divergence, with_gradients):

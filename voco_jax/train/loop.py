@@ -281,7 +281,8 @@ def _speed(run: _Setup) -> Speed:
     flops = training_flops(run.model_config, rows, length, images, train.freeze, train.compress_gradients)
     if train.loss == "distillation":
         teacher, images_per_row = run.teacher, train.distill.images_per_row or plan.most_images_in_a_row()
-        own_length = run.batches.loader.teaching.row_length if teacher is not None and teacher.by_rows else 0
+        rows_of_teacher: Any = run.batches.loader.teaching
+        own_length = rows_of_teacher.row_length if teacher is not None and teacher.by_rows else 0
         model = None if teacher is None else teacher.model_config
         flops += teaching_flops(
             train.distill, run.model_config, model, rows, length, images, images_per_row, own_length
