@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import for_use
-from voco_jax.config import load_config
+from voco_jax.config import load_config, value_of
 from voco_jax.config_keys import OWN_TEACHERS
-from voco_jax.data.from_config import make_encoder, make_model_config, make_processor, reads_whole
+from voco_jax.data.from_config import make_encoder, make_model_config, reads_whole
 from voco_jax.data.teaching import TeacherFormat
 from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.errors import UserError
@@ -150,19 +150,11 @@ def _check_vocabulary(name: str, ours: Mapping[str, int], theirs: Mapping[str, i
 
 def _check_pixels(name: str, config: ConfigDict, stored: ConfigDict) -> None:
     """UserError unless both make the same pixels of a picture."""
-    ours, theirs = (dataclasses.asdict(make_processor(c)) for c in (config, stored))
-    for field in ours.keys() - {"max_pixels", "max_side"}:
-        if ours[field] != theirs[field]:
-            key = (
-                "model.vision.image_size"
-                if field == "size"
-                else f"data.{field}"
-                if field in config.data
-                else f"data.processor.{field}"
-            )
-            raise UserError(
-                f"{KEY}: expected a run of the same pixels; {name} has {key} {theirs[field]!r}, not {ours[field]!r}"
-            )
+    of_processor = (f"data.processor.{key}" for key in config.data.processor)
+    for key in ("model.vision.image_size", "data.aspect_ratio", "data.transparency", *of_processor):
+        ours, theirs = value_of(config, key), value_of(stored, key)
+        if ours != theirs:
+            raise UserError(f"{KEY}: expected a run of the same pixels; {name} has {key} {theirs!r}, not {ours!r}")
 
 
 # ---- Its parameters, and the note of which they were ----------------------------------------------------------------
