@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from tests.data.test_video import write_clip
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from tests.helpers.eight_devices import failures_of, run_checks
@@ -422,6 +423,22 @@ def test_logits_of_something_else(files, stored, tmp_path, spoil, changes, messa
 def test_what_does_not_go_with_stored_logits(files, stored, tmp_path, changes, message):
     with pytest.raises(UserError, match="^" + message):
         opened(files, tmp_path, stored, **changes)
+
+
+def test_frames_of_clips_are_those_that_the_teacher_saw(files, stored, tmp_path):
+    out, turns = tmp_path / "out", [{"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "red"}]
+    shutil.copytree(stored, out)
+    shutil.copytree(files, tmp_path / "files")
+    write_clip(tmp_path / "files" / "clip.mp4")
+    (tmp_path / "files" / "rows.json").write_text(json.dumps([{"video": "clip.mp4", "conversations": turns}]))
+    of_clip = {"size": 1, "visual": {}, "shards": [0, 1]}
+    edit(out / "manifest.json", lambda manifest: manifest["arguments"]["sources"].update(mine=of_clip))
+    keys = dict(data__images_per_pack=8)
+    with pytest.raises(UserError, match="^config.data.video.random_offset: expected false with config.train.distill.l"):
+        opened(tmp_path / "files", tmp_path, out, data__video__random_offset=True, **keys)
+    with pytest.raises(UserError, match=f"^config.train.distill.logits: {out}: of other frames: config.data.video was"):
+        opened(tmp_path / "files", tmp_path, out, data__video__num_frames=4, **keys)
+    opened(tmp_path / "files", tmp_path, out, **keys)  # record 0 had the same answer
 
 
 def test_a_record_that_is_damaged_ends_the_training(files, stored, tmp_path):
