@@ -262,6 +262,7 @@ def test_a_training_goes_on_bit_for_bit(files, stored, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(run.model)) for run in runs))
 
 
+@pytest.mark.slow
 def test_the_largest_in_half_the_bytes(files, stored, tmp_path):
     """Five logits as float16; the student may take fewer of them, have another K, template and row length."""
     put(files, tmp_path / "whole", k=5, dtype="float32")
