@@ -168,7 +168,7 @@ def test_a_tokenizer_of_its_words(clips):
 def test_every_answer_is_as_likely_as_the_others(shapes):
     """Guessing from the question: of many clips, no answer of a temporal kind is much more frequent than another."""
     answers, at_second = defaultdict(Counter), defaultdict(Counter)
-    for i in range(2000):
+    for i in range(4000):
         for question, answer, kind in made.STORIES[i % 4](np.random.default_rng(i), shapes).questions:
             if kind == "order":
                 answer = "the former" if question.split(", ")[1].startswith(answer) else "the latter"
@@ -182,8 +182,57 @@ def test_every_answer_is_as_likely_as_the_others(shapes):
             assert most < 1.35 * least, (kind, of_kind)
     assert 0.45 < answers["ever shown"]["yes"] / (answers["ever shown"]["yes"] + answers["ever shown"]["no"]) < 0.55
     for question, of_question in at_second.items():
-        assert max(of_question.values()) < 0.8 * sum(of_question.values()), (question, of_question)
+        if question.startswith("is "):  # either side, and whether there is a shape: at each second by itself
+            least, most = min(of_question.values()), max(of_question.values())
+            assert least > 0.39 * (least + most), (question, of_question)
+        elif question.startswith("what shape"):
+            assert max(of_question.values()) < 0.5 * sum(of_question.values()), (question, of_question)
+    assert len(at_second) == 5 * made.SECONDS
     assert max(answers["at secondcolor"].values()) < 0.2 * sum(answers["at secondcolor"].values())
+
+
+def test_a_moving_shape_is_as_often_on_either_side_in_the_middle_seconds(shapes):
+    """And it goes from one side to the other, either way from any place of the one to any of the other."""
+    on, starts = Counter(), defaultdict(list)
+    for i in range(2000):
+        story = made.motion(np.random.default_rng(i), shapes)
+        word = story.questions[0][1]
+        axis = int(word in ("up", "down"))
+        middles = [shape.middle(axis) for shape in story.order]
+        for second in (3, 4):
+            on[axis, second, "after" if middles[second] > 0 else "before"] += middles[second] != 0
+        assert min(abs(middles[0]), abs(middles[-1])) >= 4 and middles[0] * middles[-1] < 0, (word, middles)
+        starts[word].append(abs(middles[0]))
+    for axis, second in itertools.product((0, 1), (3, 4)):
+        before, after = on[axis, second, "before"], on[axis, second, "after"]
+        assert 0.46 < before / (before + after) < 0.54, (axis, second, before, after)
+    assert all(15.4 < np.mean(of_word) < 17.4 and min(of_word) < 6 for of_word in starts.values()), starts
+
+
+def test_what_is_asked_of_a_second_has_another_answer_at_another(shapes):
+    asked = Counter()
+    for i in range(200):
+        story = made.STORIES[i % 4](np.random.default_rng(i), shapes)
+        seen = Seen(story.frames)
+        for question, answer, kind in story.questions:
+            if kind != "at second":
+                continue
+            what, second = question.split(" at second ")
+            if found := re.fullmatch(r"is it (left|top) or (right|bottom)", what):
+                axis = made.SIDES.index(found.groups())
+                places = [place_of(frame)[axis] - made.SIZE / 2 for frame in seen.frames]
+                # far enough from the middle to be sure
+                answers = [found[1 + int(place > 0)] if abs(place) > 2 else None for place in places]
+            else:
+                answers = {
+                    "what color is": seen.colors,
+                    "what shape is": [shape.shape for shape in story.order],
+                    "is there a shape": ["yes" if there else "no" for there in seen.there],
+                }[what]
+            assert answers[int(second[:-1])] == answer, (i, question)
+            assert set(answers) - {answer, None}, (i, question, answers)
+            asked[what] += 1
+    assert len(asked) == 5 and min(asked.values()) > 20, asked
 
 
 def test_frames_in_any_order_do_not_tell(shapes):

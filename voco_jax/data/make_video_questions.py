@@ -25,8 +25,10 @@ There are four stories:
 
 and about each "is there a red circle?" (ever shown). The kinds ever shown and what changes can be answered from the
 frames in any order, to compare; the others (TEMPORAL) cannot: for nearly every question there is another clip of the
-same frames with another answer (a shape may be on one side throughout). Every answer to a question of order, count and
-direction is as likely as the others; of what is at a second none is more than about three times as likely as another.
+same frames with another answer (a moving shape may be on one side at a second whichever way it goes). Whatever is asked
+of a second has another answer at another second of the same clip. Every answer to a question of order, count and
+direction is as likely as the others; so is, at each second, either side, and nearly so whether there is a shape. Of
+colours and shapes at a second none is more than about three times as likely as another.
 Training asks more than is tested (`lesson`): what is shown in each second, what comes one after the other, how many
 times the shape has appeared by some second.
 """
@@ -64,6 +66,7 @@ COLORS = {
 }  # fmt: skip
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 LEAST_WAY = 28  # pixels that a moving shape goes at least
+CLEAR = 4  # pixels from the picture's middle from which on a shape is on a side
 SIDES = (("left", "right"), ("top", "bottom"))
 LESSON = "lesson"  # the kind of what is not tested
 ON_SIDES = {"side 0": "is it left or right", "side 1": "is it top or bottom"}  # by axis
@@ -102,7 +105,7 @@ class Shape(NamedTuple):
 
     def is_sure(self, what: str) -> bool:
         """False for the side of a shape in the middle."""
-        return what not in ON_SIDES or abs(self.middle(int(what[-1]))) >= 4
+        return what not in ON_SIDES or abs(self.middle(int(what[-1]))) >= CLEAR
 
 
 class Story(NamedTuple):
@@ -163,15 +166,11 @@ def blinking(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     """One shape that comes and goes."""
     shape = shapes[int(rng.integers(len(shapes)))]
     goes = int(rng.integers(1, SHOWN + 1))
-    lengths = np.diff([0, *sorted(rng.choice(np.arange(1, SHOWN), goes - 1, replace=False)), SHOWN])
-    # Empty seconds before, between and after: one at least where two goes would be one without.
-    gaps = np.bincount(rng.integers(0, goes + 1, SECONDS - SHOWN - (goes - 1)), minlength=goes + 1)
-    gaps[1:-1] += 1
-    order = [shape.gone()] * int(gaps[0])
-    for length, gap in zip(lengths, gaps[1:], strict=True):
-        order += [shape] * int(length) + [shape.gone()] * int(gap)
-
-    there = np.array([shown is shape for shown in order])
+    there, begun = np.zeros(SECONDS, bool), np.zeros(SECONDS, int)
+    while begun[-1] != goes:  # all ways to be there in so many goes are as likely: nearly so is every second
+        there = rng.permutation(np.arange(SECONDS) < SHOWN)
+        begun = np.cumsum(np.diff(there, prepend=False) & there)
+    order = [shape if yes else shape.gone() for yes in there]
     names = ("the shape", f"the {shape.shape}", shape.color)
     questions = [(f"how many times does {name} appear?", str(goes), "count") for name in names]
     questions += [
@@ -180,7 +179,6 @@ def blinking(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
     ]
     questions += ever_shown(rng, [shape], shapes)
     in_each = " ".join("yes" if yes else "no" for yes in there)
-    begun = np.cumsum(np.diff(there, prepend=False) & there)
     lessons = [("is there a shape in each second?", in_each, LESSON)] + [
         (f"how many times does the shape appear until second {second}?", str(begun[second]), LESSON)
         for second in rng.choice(SECONDS, 2, replace=False)
@@ -189,14 +187,20 @@ def blinking(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
 
 
 def motion(rng: np.random.Generator, shapes: Sequence[Shape]) -> Story:
-    """One shape goes from side to side, or up or down."""
+    """One shape goes from one side to the other, or up or down."""
     small = [shape for shape in shapes if max(shape.pixels.shape[:2]) <= SIZE - LEAST_WAY]
     shape = small[rng.integers(len(small))]
     word = str(rng.choice(list(DIRECTIONS)))
     free = np.array([SIZE - shape.pixels.shape[1], SIZE - shape.pixels.shape[0]])  # of left, and of top
     axis, sign = (0, DIRECTIONS[word][0]) if DIRECTIONS[word][0] else (1, DIRECTIONS[word][1])
-    start = rng.integers(0, free[axis] - LEAST_WAY + 1)
-    end = rng.integers(start + LEAST_WAY, free[axis] + 1)
+    most, middle = int(free[axis]), free[axis] / 2
+    # From one side to the other, so that each second may show either; a way is as likely as its mirror image
+    ways = [
+        (start, end)
+        for start in range(int(middle - CLEAR) + 1)
+        for end in range(max(start + LEAST_WAY, int(np.ceil(middle + CLEAR))), most + 1)
+    ]
+    start, end = ways[rng.integers(len(ways))]
     places = np.tile(rng.integers(0, free + 1), (SECONDS, 1))
     places[:, axis] = np.linspace(start, end, SECONDS).round()[::sign]
     order = [shape._replace(at=(int(left), int(top))) for left, top in places]
@@ -234,11 +238,14 @@ STORIES = (parade, blinking, motion, change)
 def at_second(
     rng: np.random.Generator, order: Sequence[Shape], count: int, whats: Sequence[str] = tuple(WHATS)
 ) -> list[tuple[str, str, str]]:
-    """Questions about different seconds."""
+    """Questions about different seconds, of which each has another answer at another second."""
     asked: list[tuple[str, str, str]] = []
+    answers = {what: {shape.tell(what) for shape in order if shape.is_sure(what)} for what in whats}
     for second in rng.permutation(SECONDS):
-        shape, what = order[second], str(rng.choice(whats))
-        if shape.is_sure(what) and len(asked) < count:
+        shape = order[second]
+        telling = [what for what in whats if shape.is_sure(what) and len(answers[what]) > 1]
+        if telling and len(asked) < count:
+            what = str(rng.choice(telling))
             asked.append((f"{WHATS[what]} at second {second}?", shape.tell(what), "at second"))
     return asked
 
