@@ -159,6 +159,13 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_tokens_run(tmp_path_factory) -> Path:
+    """With two tokens a picture. Tests must not write into it."""
+    changes = dict(model__num_voco_tokens=2, train__steps=3, train__checkpoint_every=3)
+    return make_once(tmp_path_factory, "two_tokens", lambda directory: train(tiny.config(directory, **changes)))
+
+
+@pytest.fixture(scope="session")
 def tpu_mesh() -> jax.sharding.Mesh:
     """Four v5e chips that are not there, along fsdp."""
     _, devices = topology_devices("v5e:2x2")

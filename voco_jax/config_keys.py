@@ -22,6 +22,7 @@ SOURCE_KEYS = {
     "tfds": {
         "name": "", "split": "train", "data_dir": "",
         "image": "image", "question": "question", "answer": "answer", "prompt": "",  # features; or one fixed question
+        "question_kind": "",  # a feature, by which evaluation splits its table
     },
 }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """`voco evaluate --run runs/easyvqa`: every test question, a table, and a sheet of answers to look at.
 
-Each source of the run's config.data.test has a table and files of its own: easyvqa results.json and answers.png;
-video_qa results.NAME.json, kinds.NAME.png (accuracy by kind) and strip.NAME.png (clips with answers); all others
-results.NAME.json (exact match, token F1, loss) and answers.NAME.png.
+Each source of the run's config.data.test has a table and files of its own: results.NAME.json and, where its rows carry
+a `kind` of question, kinds.NAME.png (accuracy by kind), answers.NAME.png (pictures with answers) and strip.NAME.png
+(clips with answers); of easy-VQA results.json, kinds.png and answers.png. Of other sources results.NAME.json has exact
+match, token F1 and loss.
 
 With --questions FILE.jsonl --images DIR --answers OUT.jsonl: the answers to LLaVA's question files, as its own scripts
 write them. Started again, it goes on where it stopped.
@@ -21,17 +22,17 @@ from voco_jax.arguments import add_model_arguments
 from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import sources_to_score, typed
 from voco_jax.data.records import BadRecord, Source
-from voco_jax.data.sources import easyvqa, open_sources
+from voco_jax.data.sources import open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval import conversations, question_files
-from voco_jax.eval.answering import answer_all
-from voco_jax.eval.clip_pictures import draw_kinds, draw_strip
-from voco_jax.eval.clips import GUESS, THIS_RUN, score_clips
+from voco_jax.eval.by_kind import GUESS, THIS_RUN, has_kinds, score_by_kind
 from voco_jax.eval.conversations import score_conversations
+from voco_jax.eval.kind_pictures import draw_kinds, draw_strip
 from voco_jax.eval.pictures import draw_answers, draw_sheet
-from voco_jax.eval.scoring import OVERALL, Answer, count_by_kind, table
+from voco_jax.eval.scoring import OVERALL, Guesser, table
+from voco_jax.infer.memory import check_tokens
 from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import files_for
 from voco_jax.models.compressors import COMPRESSORS
@@ -49,32 +50,9 @@ class Scored(NamedTuple):
     pictures: Mapping[str, Callable[[Path], None]]
 
 
-def score_easyvqa(
-    model: Model, source: Source, guesser: easyvqa.Guesser | None = None, max_records: int | None = None
-) -> tuple[dict, list[Answer]]:
-    """What `results.json` says of an easyvqa source, and the answers."""
-    limits = model.run.config.eval
-    records = [source[i] for i in range(len(source))][:max_records]
-    answers = answer_all(
-        model.image_encoder, records, batch_size=limits.batch_size, max_new_tokens=limits.max_new_tokens
-    )
-    kinds = [easyvqa.question_kind(answer.question) for answer in answers]
-    columns = {THIS_RUN: count_by_kind(answers, kinds)}
-    if guesser is not None:
-        for column, guess in ((GUESS, guesser), ("most frequent answer", lambda question: guesser.majority)):
-            guessed = [dataclasses.replace(answer, given=guess(answer.question)) for answer in answers]
-            columns[column] = count_by_kind(guessed, kinds)
-    right, total = columns[THIS_RUN][OVERALL]
-    results = {
-        "step": model.run.step,
-        "compressor": model.config.compressor,
-        "accuracy": right / total,
-        "counts": columns,
-    }
-    return results, answers
-
-
-def score_sources(run: Run, max_records: int | None = None, baselines: bool = False) -> Iterator[tuple[str, Scored]]:
+def score_sources(
+    run: Run, max_records: int | None = None, baselines: bool = False, tokens: int | None = None
+) -> Iterator[tuple[str, Scored]]:  # fmt: skip
     """Every source of the run's config.data.test by its name, in turn. UserError for a run without any, and for files
     that are not there, before the first is scored."""
     by_name = sources_to_score(run.config.data)
@@ -84,37 +62,55 @@ def score_sources(run: Run, max_records: int | None = None, baselines: bool = Fa
             "the command of the training again (a complete run takes it without training), or use --questions FILE"
         )
     opened = _open(run, "test", by_name)
-    clips = {name: source for name, source in opened.items() if isinstance(source, VideoQuestionSource)}
-    if baselines and not clips:
-        raise UserError(f"--baselines: expected a video_qa source in {run.directory}'s config.data.test, found none")
-    guesser = _guesser(run, "video_qa") if baselines else None
+    with_kinds = {name for name, one in opened.items() if isinstance(one, VideoQuestionSource) or has_kinds(one)}
+    if baselines and not with_kinds:
+        found = f"{run.directory}'s config.data.test, found none"
+        raise UserError(f"--baselines: expected a source whose rows carry a kind of question in {found}")
     model = Model(run)
+    if tokens is not None:
+        model.image_encoder.require_memories()
+        check_tokens("--tokens", tokens, model.config.num_voco_tokens)
     for name in sorted(by_name):
-        if by_name[name].kind == "easyvqa":
-            results, given = score_easyvqa(model, opened[name], _guesser(run, "easyvqa"), max_records)
-            draw = functools.partial(draw_answers, given)
-            yield name, Scored(results, table(results["counts"]), [], {"answers": draw})
+        if name in with_kinds:
+            yield name, _by_kind(model, opened[name], name, by_name[name].kind, max_records, baselines, tokens)
             continue
-        if name not in clips:
-            results, answers, report = score_conversations(model, opened[name], name=name, max_records=max_records)
-            notes = [line.strip() for line in report.lines("conversation")] if report.skipped else []
-            draw = functools.partial(draw_conversations, answers)
-            yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
-            continue
-        results, found, report = score_clips(
-            model, clips[name], name=name, max_clips=max_records, baselines=baselines, guesser=guesser
+        results, answers, report = score_conversations(
+            model, opened[name], name=name, max_records=max_records, tokens=tokens
         )
-        notes = [line.strip() for line in report.lines("question")] if report.skipped else []
-        if baselines and guesser is None:
-            notes.append(f"{GUESS}: config.data.train has no video_qa source to guess from")
-        right, total = results["counts"][THIS_RUN][OVERALL]
-        about = f"about {count_of(results['clips'], 'clip')}, step {run.step:,}"
-        title = f"{right:,} of {count_of(total, 'question')} right {about}"
-        pictures = {
-            "kinds": functools.partial(draw_kinds, results["counts"], title=title),
-            "strip": functools.partial(draw_strip, found, title=title),
-        }
-        yield name, Scored(results, table(results["counts"]), notes, pictures)
+        notes = [line.strip() for line in report.lines("conversation")] if report.skipped else []
+        draw = functools.partial(draw_conversations, answers)
+        yield name, Scored(results, conversations.table(results["scores"]), notes, {"answers": draw})
+
+
+def _by_kind(
+    model: Model, source: Source, name: str, source_kind: str, max_about: int | None, baselines: bool,
+    tokens: int | None,
+) -> Scored:  # fmt: skip
+    guesser = _guesser(model.run, source_kind) if baselines or source_kind == "easyvqa" else None
+    results, found, report = score_by_kind(
+        model, source, name=name, max_about=max_about, tokens=tokens, baselines=baselines, guesser=guesser
+    )
+    notes = [line.strip() for line in report.lines("question")] if report.skipped else []
+    if baselines and guesser is None:
+        notes.append(f"{GUESS}: config.data.train has no {source_kind} source to guess from")
+    right, total = results["counts"][THIS_RUN][OVERALL]
+    about = [count_of(results[key], key[:-1]) for key in ("pictures", "clips") if results[key]]
+    title = f"{right:,} of {count_of(total, 'question')} right about {' and '.join(about) or 'text'}"
+    title += f", step {model.run.step:,}"
+    pictures: dict[str, Callable[[Path], None]] = {
+        "kinds": functools.partial(draw_kinds, results["counts"], title=title)
+    }
+    if results["clips"]:
+        pictures["strip"] = functools.partial(draw_strip, found, source, title=title)
+    shown = [i for i, question in enumerate(found.asked) if question.about not in found.times]
+    if shown:
+
+        def load(i: int):
+            images = source[found.asked[shown[i]].record].images
+            return model.image_encoder.processor.load(images[0]) if images else None
+
+        pictures["answers"] = functools.partial(draw_answers, [found.answers[THIS_RUN][i] for i in shown], load)
+    return Scored(results, table(results["counts"]), notes, pictures)
 
 
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:
@@ -126,16 +122,25 @@ def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) ->
     draw_sheet(shown, [answer.picture for answer in shown], path, title, judged=judged)
 
 
-def _guesser(run: Run, kind: str) -> easyvqa.Guesser | None:
+# Sources of conversations as LLaVA has them: what one trains is asked again from another
+_CONVERSATIONS = ("llava", "array_record", "tfds")
+
+
+def _guesser(run: Run, kind: str) -> Guesser | None:
     """Guesses as the sources of a kind answer that the run was trained on; None where it was trained on none."""
-    by_name = {name: keys for name, keys in run.config.data.train.items() if keys.kind == kind}
-    known = []
-    for source in _open(run, "train", by_name).values() if by_name else ():
-        for i in range(len(source)):
-            with contextlib.suppress(BadRecord):  # training has counted it
-                pairs = [(text_of(turns[0]["value"]), turns[1]["value"]) for turns in source[i].conversations]
-                known += [(question, answer) for question, answer in pairs if question and answer.strip()]
-    return easyvqa.Guesser(known) if known else None
+    alike = _CONVERSATIONS if kind in _CONVERSATIONS else (kind,)
+    by_name = {name: keys for name, keys in run.config.data.train.items() if keys.kind in alike}
+
+    def known() -> Iterator[tuple[str, str]]:
+        for source in _open(run, "train", by_name).values() if by_name else ():
+            for i in range(len(source)):
+                with contextlib.suppress(BadRecord):  # training has counted it
+                    for turns in source[i].conversations:
+                        said = [turn["value"] for turn in turns]
+                        pairs = zip(said[::2], said[1::2], strict=False)
+                        yield from ((text_of(q), answer) for q, answer in pairs if text_of(q) and answer.strip())
+
+    return Guesser(known()) if by_name else None
 
 
 def _open(run: Run, key: str, by_name: Mapping) -> dict[str, Source]:
@@ -150,14 +155,16 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--compressor", choices=COMPRESSORS,
-        help="run the model with another compressor than it was trained with ('voco': the lower bound)",
+        help="run the model with another compressor than it was trained with: 'none' reads a voco run's images "
+        "uncompressed, 'voco' compresses with an uncompressed run (the lower bound)",
     )  # fmt: skip
     parser.add_argument(
         "--max-records", type=at_least_1, metavar="N", help="only the first N pictures or clips of each test source"
     )
     parser.add_argument(
         "--baselines", action="store_true",
-        help="video_qa: also ask with the frames shuffled, one frame, and none; and guess as the training set answers",
+        help="where rows carry a kind: also ask with nothing, of clips with their frames shuffled and with one frame; "
+        "and guess as the training rows answer",
     )  # fmt: skip
     question_files.add_arguments(parser)
     args = parser.parse_args()
@@ -173,9 +180,10 @@ def main() -> None:
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""
     suffix += f".first{args.max_records}" if args.max_records else ""
+    suffix += f".tokens{args.tokens}" if args.tokens else ""
     kinds = {name: keys.kind for name, keys in sources_to_score(run.config.data).items()}
     several, one_easyvqa = len(kinds) > 1, [*kinds.values()].count("easyvqa") == 1
-    for name, scored in score_sources(run, args.max_records, args.baselines):
+    for name, scored in score_sources(run, args.max_records, args.baselines, args.tokens):
         if several:
             print(f"## {printable(name)}\n")
         # First, whatever becomes of the files

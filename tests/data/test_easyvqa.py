@@ -5,6 +5,7 @@ import pytest
 
 from voco_jax.data.sources import easyvqa
 from voco_jax.errors import UserError
+from voco_jax.eval.scoring import Guesser
 
 
 def test_easyvqa_is_whole():
@@ -27,7 +28,7 @@ def test_what_can_be_had_without_looking():
         ]
         for split in easyvqa.SPLITS
     }
-    guesser = easyvqa.Guesser(pairs["train"])
+    guesser = Guesser(pairs["train"])
     right = np.mean([guesser(question) == answer for question, answer in pairs["test"]])
     majority = np.mean([guesser.majority == answer for _, answer in pairs["test"]])
     assert (round(100 * right, 1), round(100 * majority, 1)) == (67.0, 37.3)

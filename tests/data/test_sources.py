@@ -541,6 +541,8 @@ def test_tfds_answers(tfds_dir):
     assert kind_of(shapes(tfds_dir, question="", prompt="which?"), places[2]) == "no answer"
     numbers = shapes(tfds_dir, answer="qa.count")
     assert numbers[places[1]].conversations[0][1]["value"] == "8"
+    assert found[0].kinds == [] and shapes(tfds_dir, question_kind="qa.count")[places[1]].kinds == ["8"]
+    assert shapes(tfds_dir, question_kind="").fingerprint() == tfds.fingerprint()
 
 
 def test_tfds_class_labels(tfds_dir):

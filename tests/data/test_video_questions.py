@@ -264,7 +264,7 @@ def test_the_same_with_any_number_of_processes(clips, tmp_path):
 
 def test_sources_of_it(clips):
     asked = VideoQuestionSource(str(clips / "train.json"), str(clips / "clips"))
-    assert asked[0].video.file == clips / "clips" / "train_00000.mp4" and asked.kind(0) == "order"
+    assert asked[0].video.file == clips / "clips" / "train_00000.mp4" and asked[0].kinds == ["order"]
     told = LlavaSource(str(clips / "pictures.json"), str(clips / "pictures"))
     assert told[0].images[0].file == clips / "pictures" / "00000.png"
     for record, marker in ((asked[0], "<video>"), (told[0], "<image>")):

@@ -10,7 +10,8 @@ from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.images import load_image
 from voco_jax.data.sources import easyvqa
-from voco_jax.eval.answering import answer_all
+from voco_jax.data.sources.easyvqa import EasyVqaSource
+from voco_jax.eval.by_kind import THIS_RUN, score_by_kind
 from voco_jax.infer.engine import Engine
 
 
@@ -24,8 +25,11 @@ def with_random_parameters(run):
 
 def test_batches_change_nothing(tiny_run):
     run = with_random_parameters(load_run(tiny_run))
-    records = easyvqa.load("test")[:3]  # one and a half batches
-    answers = answer_all(Model(run).image_encoder, records, batch_size=2, max_new_tokens=6)
+    records = easyvqa.load("test")[:3]
+    run.config.eval.update(batch_size=16, max_new_tokens=6)  # one and a half batches
+    results, found, report = score_by_kind(Model(run), EasyVqaSource("test"), max_about=3)
+    answers = found.answers[THIS_RUN]
+    assert len(answers) == 27 and results["pictures"] == 3 and not report.skipped
     engine = Engine(run.model, run.encoder)
 
     def ask(picture, record):

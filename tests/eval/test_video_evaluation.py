@@ -18,18 +18,20 @@ from voco_jax.checkpoint.run import load_run
 from voco_jax.config import source
 from voco_jax.data.make_video_questions import make_part
 from voco_jax.data.reports import Report
-from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.llava import VideoQuestionSource
-from voco_jax.eval import clips as asking
+from voco_jax.eval import by_kind as asking
 from voco_jax.eval import runner
-from voco_jax.eval.clip_pictures import choose_clips, draw_strip
-from voco_jax.eval.clips import BASELINES, ClipAnswers, read_clips, score_clips, shuffled
+from voco_jax.eval.by_kind import ONE_FRAME, VIEWS, SourceAnswers, read_questions, score_by_kind, shuffled
+from voco_jax.eval.kind_pictures import choose_clips, draw_strip
 from voco_jax.eval.pictures import RIGHT, WRONG
-from voco_jax.eval.scoring import Answer
+from voco_jax.eval.scoring import Answer, Guesser
 from voco_jax.infer.memory import Embeddings, Item, MemoryBank
 from voco_jax.infer.prompts import encode_prompt
 
 FRAMES = 4
+COLUMNS = [
+    "this run", "frames shuffled", "one frame", "question only", "guess from the question", "most frequent answer"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +107,9 @@ def asked(monkeypatch) -> list[tuple]:
     """(question, images) of each prompt, whose answer is then its number."""
     found, questions = [], {}
 
-    def encoded(engine, question, images):
-        prompt = encode_prompt(engine, question, images)
-        questions[id(prompt)] = prompt, question
+    def encoded(engine, question, images=None, **keywords):
+        prompt = encode_prompt(engine, question, images, **keywords)
+        questions[id(prompt)] = prompt, question.removeprefix("<video>\n")
         return prompt
 
     def answers(engine, prompts, *, max_new_tokens, batch_size, **_):
@@ -125,7 +127,7 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked):
     config = model.run.config.copy_and_resolve_references()
     config.eval.batch_size = 10
     model = Model(dataclasses.replace(model.run, config=config))
-    results, found, report = score_clips(model, source_of(shape_clips), name="clips", max_clips=4, baselines=True)
+    results, found, report = score_by_kind(model, source_of(shape_clips), name="clips", max_about=4, baselines=True)
     rows = [row for row in rows_of(shape_clips) if row["video"] <= "test_00003.mp4"]
     assert 20 < len(rows) < 30 and report.seen == len(rows) and not report.skipped
     said = {column: [asked[int(answer.given)] for answer in answers] for column, answers in found.answers.items()}
@@ -142,9 +144,12 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked):
     for column, of_column in expected.items():
         assert [question for question, _ in said[column]] == [question for question, _ in of_column]
         assert all(same(a, b) for (_, a), (_, b) in zip(said[column], of_column, strict=True))
-    assert not any(same(a, b) for (_, a), (_, b) in zip(said["this run"], said["frames shuffled"], strict=True))
+    pairs = list(zip(said["this run"], said["frames shuffled"], strict=True))
+    changed = {images.items[0].source for (_, images), (_, other) in pairs if not same(images, other)}
+    assert changed == {str(shape_clips / "clips" / f"test_0000{i}.mp4") for i in (0, 2, 3)}  # 1 is there in all four
     assert [a.truth for a in found.answers["this run"]] == [row["answer"] for row in rows]
-    assert results["frames_per_clip"] == [4, 4] and results["tokens_per_frame"] == 1 and results["clips"] == 4
+    assert results["frames_per_clip"] == [4, 4] and results["tokens"] == 1
+    assert (results["clips"], results["pictures"]) == (4, 0)
 
 
 def bank(count: int) -> MemoryBank:
@@ -174,9 +179,8 @@ def test_shuffled_frames_have_ascending_times_and_never_their_own_order():
 
 
 def test_one_frame_is_the_middle_one_with_its_time():
-    one = BASELINES["one frame"](bank(8), 0)
+    one = VIEWS[ONE_FRAME](bank(8), 0)
     assert one.keys.ravel().tolist() == [4] and one.items == (Item("a.mp4", time=4.5),)
-    assert BASELINES["question only"](bank(8), 0) is None
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------
@@ -201,8 +205,8 @@ def test_counts_by_kind_and_guesses(model, shape_clips, asked, monkeypatch):
     asked_before = runner.generate
     monkeypatch.setattr(runner, "generate", answers)
     known = next(row for row in rows if row["kind"] == "what changes")
-    guesser = easyvqa.Guesser([(known["question"], known["answer"])] + 2 * [("is it late?", "no")])
-    results, _, _ = score_clips(model, source_of(shape_clips), baselines=True, guesser=guesser)
+    guesser = Guesser([(known["question"], known["answer"])] + 2 * [("is it late?", "no")])
+    results, _, _ = score_by_kind(model, source_of(shape_clips), baselines=True, guesser=guesser)
     kinds = {row["kind"] for row in rows}
     assert kinds == {"order", "at second", "count", "direction", "becomes", "ever shown", "what changes"}
     numbers = {kind: sum(row["kind"] == kind for row in rows) for kind in kinds}
@@ -222,7 +226,8 @@ def test_counts_by_kind_and_guesses(model, shape_clips, asked, monkeypatch):
         lambda row: row["answer"] == (known["answer"] if row["question"] == known["question"] else "no")
     )
     assert results["counts"]["guess from the question"] == expected
-    assert list(results["counts"]) == ["this run", *BASELINES, "guess from the question"]
+    assert results["counts"]["most frequent answer"] == of_kinds(lambda row: row["answer"] == "no")
+    assert list(results["counts"]) == COLUMNS
     assert results["accuracy"] == 1.0
 
 
@@ -230,12 +235,12 @@ def test_rows_without_a_kind(shape_clips, tmp_path):
     mixed = edited(
         shape_clips, tmp_path / "mixed", lambda row: row if row.pop("kind") != "count" else row | {"kind": "count"}
     )
-    kinds = [q.kind for clip in read_clips(source_of(mixed), Report()) for q in clip.questions]
+    kinds = [q.kind for q in read_questions(source_of(mixed), Report())]
     assert set(kinds) == {"other", "count"} and kinds.count("count") == sum(
         r["kind"] == "count" for r in rows_of(shape_clips)
     )
     none = edited(shape_clips, tmp_path / "none", lambda row: {k: v for k, v in row.items() if k != "kind"})
-    assert {q.kind for clip in read_clips(source_of(none), Report()) for q in clip.questions} == {""}
+    assert {q.kind for q in read_questions(source_of(none), Report())} == {""}
 
 
 def test_rows_that_cannot_be_asked(shape_clips, tmp_path):
@@ -245,8 +250,8 @@ def test_rows_that_cannot_be_asked(shape_clips, tmp_path):
     rows = [row | changes.get(i, {}) for i, row in enumerate(rows_of(shape_clips))]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     report = Report()
-    clips = read_clips(VideoQuestionSource(str(tmp_path / "rows.json"), str(shape_clips / "clips")), report)
-    assert sum(len(clip.questions) for clip in clips) == len(rows) - 5 and report.num_skipped == 5
+    asked = read_questions(VideoQuestionSource(str(tmp_path / "rows.json"), str(shape_clips / "clips")), report)
+    assert len(asked) == len(rows) - 5 and report.num_skipped == 5
     said = "\n".join(report.lines())
     for words in (
         "rows.json[0]: kind: expected text, found 3", "rows.json[1]: kind: expected a name other than 'overall'",
@@ -261,23 +266,22 @@ def test_rows_that_cannot_be_asked(shape_clips, tmp_path):
 
 def test_a_strip_has_a_clip_for_every_kind(shape_clips, tmp_path):
     """The first, then those with something new: of eight clips the first of each story; right is green, wrong red."""
-    clips = read_clips(source_of(shape_clips), Report())
-    asked = [(clip, question) for clip in clips for question in clip.questions]
-    times = {str(clip.file): [1.0, 3.0, 5.0, 7.0] for clip in clips}
+    source = source_of(shape_clips)
+    asked = read_questions(source, Report())
+    times = {number: [1.0, 3.0, 5.0, 7.0] for number in range(8)}
 
-    def found(given) -> ClipAnswers:
-        answers = [Answer(str(clip.file), q.text, q.truth, given(q)) for clip, q in asked]
-        return ClipAnswers({"this run": answers}, [q.kind for _, q in asked], times)
+    def found(given) -> SourceAnswers:
+        answers = [Answer(question.name, question.text, question.truth, given(question)) for question in asked]
+        return SourceAnswers({"this run": answers}, asked, times)
 
     right, wrong = found(lambda q: q.truth), found(lambda q: "$mathematics")
     chosen = choose_clips(right)
-    assert [Path(file).stem[-1] for file, _ in chosen] == ["0", "1", "2", "3"]
-    assert [a.question for _, answers in chosen for a in answers] == [
-        q.text for clip in clips[:4] for q in clip.questions
-    ]
-    assert len(choose_clips(ClipAnswers({"this run": right.answers["this run"]}, [""] * len(asked), times))) == 4
+    assert [question.about for question, _ in chosen] == [0, 1, 2, 3]
+    assert [a.question for _, answers in chosen for a in answers] == [q.text for q in asked if q.about < 4]
+    without = [dataclasses.replace(question, kind="") for question in asked]
+    assert len(choose_clips(SourceAnswers(right.answers, without, times))) == 4
     for answers, there, missing in ((right, RIGHT, WRONG), (wrong, WRONG, RIGHT)):
-        draw_strip(answers, tmp_path / "strip.png", "a title")
+        draw_strip(answers, source, tmp_path / "strip.png", "a title")
         with Image.open(tmp_path / "strip.png") as strip:
             colours = {"#{:02x}{:02x}{:02x}".format(*pixel) for _, pixel in strip.convert("RGB").getcolors(10**6)}
         assert there in colours and missing not in colours
@@ -290,7 +294,7 @@ def test_the_command_with_baselines(run, shape_clips, monkeypatch, capsys):
     status, out, _ = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 3, "--baselines")
     assert status == 0
     results = json.loads((run / "results.clips.first3.json").read_text())
-    columns = ["this run", "frames shuffled", "one frame", "question only", "guess from the question"]
+    columns = COLUMNS
     assert list(results["counts"]) == columns and results["left_out"] == {} and results["step"] == 40
     total = sum(row["video"] <= "test_00002.mp4" for row in rows_of(shape_clips))
     lines = out.splitlines()
@@ -315,8 +319,8 @@ def test_several_sources(tiny_run, shape_clips, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     written = {p.name for p in run.iterdir() if ".first2." in p.name}
     assert written == {
-        "results.first2.json", "answers.first2.png", "results.clips.first2.json", "kinds.clips.first2.png",
-        "strip.clips.first2.png",
+        "results.first2.json", "kinds.first2.png", "answers.first2.png", "results.clips.first2.json",
+        "kinds.clips.first2.png", "strip.clips.first2.png",
     }  # fmt: skip
     assert json.loads((run / "results.first2.json").read_text())["counts"]["this run"]["overall"][1] == 11 + 7
 
@@ -360,7 +364,6 @@ def test_a_broken_clip(tiny_run, shape_clips, tmp_path, monkeypatch, capsys):
             [],
             "config.data.test: expected a test set, found none; set it in the config file and give the command of",
         ),
-        (dict(a=source("easyvqa", split="test")), ["--baselines"], "--baselines: expected a video_qa source in "),
         (dict(a=source("video_qa", file="a.json", videos="")), [], "config.data.test.a: a.json: not found"),
         ({}, ["--baselines", "--questions", "a.jsonl"], "--baselines: does not go with --questions"),
     ],

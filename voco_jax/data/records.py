@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from voco_jax.errors import UserError
 from voco_jax.terminal import printable
@@ -77,13 +77,16 @@ class Frames:
 class Record:
     """Pictures, or one video, and conversations, each about all of them: lists of turns in LLaVA's form.
 
-    `<image>` in a turn stands for a picture each, `<video>` for all frames of the video.
+    `<image>` in a turn stands for a picture each, `<video>` for all frames of the video. `kinds` are of the
+    conversations' questions, as a row has them: `voco evaluate` splits its table by them, and wants text. Empty where
+    there are none.
     """
 
     images: Sequence[Picture] = ()
     video: Clip | Frames | None = None
     conversations: Sequence[list[dict]] = ()
     name: str = ""  # where it is, for messages: "mix665k.json[17]"
+    kinds: Sequence[Any] = ()
 
 
 class Source(Protocol):

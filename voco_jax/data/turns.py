@@ -59,6 +59,19 @@ def text_of(value: str | Parts) -> str:
     return "".join(part for part in parts if isinstance(part, str)).strip()
 
 
+def first_question(turns: Sequence[dict]) -> tuple[str, str] | None:
+    """The first question of a row's conversation, as it stands there, and its answer; None for what is of another form.
+
+    >>> first_question([{"from": "human", "value": "<image>\\nWho wins?"}, {"from": "gpt", "value": "Nobody."}])
+    ('<image>\\nWho wins?', 'Nobody.')
+    """
+    try:
+        human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
+        return turns[human]["value"] + "", turns[human + 1]["value"] + ""
+    except (StopIteration, IndexError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def spread_video(turns: Sequence[dict], frames: Sequence[str]) -> list[dict]:
     """The turns with an image a frame in place of `<video>`, each after its text of `frames` (or none).
 

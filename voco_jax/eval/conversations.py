@@ -17,7 +17,7 @@ from voco_jax.api import Model
 from voco_jax.data.records import BadRecord, Picture, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
-from voco_jax.data.turns import text_of
+from voco_jax.data.turns import first_question, text_of
 from voco_jax.errors import UserError
 from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS
 from voco_jax.eval.runner import Question, Runner
@@ -54,13 +54,17 @@ class _Asked(NamedTuple):
 
 
 def score_conversations(
-    model: Model, source: Source, *, name: str = "", max_records: int | None = None
+    model: Model, source: Source, *, name: str = "", max_records: int | None = None, tokens: int | None = None
 ) -> tuple[dict, list[ScoredAnswer], Report]:
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
-    UserError where more than `max_skipped_fraction` of the records cannot be used, or none can.
+    `tokens`: the first so many of each memory are read. UserError where more than `max_skipped_fraction` of the records
+    cannot be used, or none can.
     """
-    images, encoder, report = model.image_encoder, model.run.encoder, Report()
+    images, report = model.image_encoder, Report()
+    cache = ImageCache(images, tokens=tokens)
+    engine = model.engine if tokens is None else model.engine.for_tokens(tokens)
+    encoder = engine.encoder
     data, limits, key = model.run.config.data, model.run.config.eval, f"config.data.test.{name}"
     count = len(source) if max_records is None else min(max_records, len(source))
     maker = SampleMaker(encoder, 0, _MOST_IMAGES, images.sampling, data.video.timestamps, data.video.incomplete)
@@ -76,7 +80,7 @@ def score_conversations(
                 yield from of_record
                 bar.update()
 
-    runner = Runner(model.engine, ImageCache(images), limits.batch_size, limit)
+    runner = Runner(engine, cache, limits.batch_size, limit)
     for answered in runner.run(questions()):
         asked = answered.id
         if answered.score is None:
@@ -94,6 +98,7 @@ def score_conversations(
     results = {
         "step": model.run.step,
         "compressor": model.config.compressor,
+        "tokens": encoder.num_visual_tokens,
         **scores(answers)[OVERALL],
         "scores": scores(answers),
         "max_new_tokens": limit,
@@ -126,21 +131,12 @@ def table(of_kinds: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _first(turns: list[dict]) -> tuple[str, str] | None:
-    """The first question of a conversation, without markers, and its answer; None for what is of another form."""
-    try:
-        human = next(i for i, turn in enumerate(turns) if turn["from"] == "human")
-        return text_of(turns[human]["value"]), turns[human + 1]["value"] + ""
-    except (StopIteration, IndexError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def _truths(source: Source, count: int) -> set[str]:
     """All expected answers; `_read` will count what is bad."""
     found = set()
     for i in range(count):
         try:
-            found |= {first[1] for turns in source[i].conversations if (first := _first(turns))}
+            found |= {first[1] for turns in source[i].conversations if (first := first_question(turns))}
         except BadRecord:
             continue
     return found
@@ -158,7 +154,8 @@ def _read(
         report.seen += 1
         try:
             conversation, prompt = maker.sample(record, c, times).sample, maker.prompt(record, c, times)
-            usable.append((prompt, conversation, *(_first(turns) or ("", ""))))
+            text, truth = first_question(turns) or ("", "")
+            usable.append((prompt, conversation, text_of(text), truth))
         except BadRecord as error:
             report.add_skipped(error, where)
     if not usable:

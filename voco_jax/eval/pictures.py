@@ -1,8 +1,9 @@
 """A sheet of pictures with question, answer and truth, for people to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import textwrap
+from typing import Any
 import warnings
 
 import matplotlib
@@ -11,7 +12,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from voco_jax.data.images import load_image
 from voco_jax.eval.scoring import Answer
 from voco_jax.terminal import count_of, one_line
 
@@ -21,8 +21,11 @@ WIDTH = 40  # letters of a line of text
 _CELL, _SIDE, _LINE, _TITLE, _GAP = 3.1, 2.2, 0.18, 0.42, 0.22  # inches: of a column, a picture, a line, …
 
 
-def draw_answers(answers: Sequence[Answer], path: Path) -> None:
-    """Rows of randomly chosen answers, right ones green and wrong ones red; the last row is of mistakes, if any."""
+def draw_answers(answers: Sequence[Answer], load: Callable[[int], Any], path: Path) -> None:
+    """Rows of randomly chosen answers, right ones green and wrong ones red; the last row is of mistakes, if any.
+
+    `load` gives the picture that answer i is about, or None.
+    """
     rng = np.random.default_rng(0)
     mistakes = [i for i, answer in enumerate(answers) if not answer.correct]
     shown_mistakes = rng.permutation(mistakes)[:SHEET_COLUMNS].astype(int)
@@ -30,7 +33,7 @@ def draw_answers(answers: Sequence[Answer], path: Path) -> None:
     chosen = [*rng.permutation(others)[: SHEET_COLUMNS * SHEET_ROWS - len(shown_mistakes)], *shown_mistakes]
     shown = [answers[i] for i in chosen]
     title = f"{len(answers) - len(mistakes):,} of {count_of(len(answers), 'answer')} right"
-    draw_sheet(shown, [load_image(answer.image) for answer in shown], path, title)
+    draw_sheet(shown, [load(i) for i in chosen], path, title)
 
 
 def draw_sheet(

@@ -41,7 +41,7 @@ from voco_jax.terminal import count_of, shortened
 
 MAX_NEW_TOKENS = 128  # as LLaVA's script has it
 OPTIONS = (  # that go with --questions alone
-    "mesh", "images", "answers", "tokens", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k", "seed",
+    "mesh", "images", "answers", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k", "seed",
 )  # fmt: skip
 
 

@@ -33,6 +33,22 @@ def longest_answer(given: int, truths: Iterable[str], tokenizer: Callable) -> in
     return min(max(SHORTEST_LIMIT, longest + 1), LONGEST_LIMIT)
 
 
+class Guesser:
+    """What can be had without the picture: the most frequent answer to each training question, and of all."""
+
+    def __init__(self, questions_answers: Iterable[tuple[str, str]]):
+        by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        every: Counter[str] = Counter()
+        for question, answer in questions_answers:
+            by_question[question][answer] += 1
+            every[answer] += 1
+        self._by_question = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
+        self.majority = every.most_common(1)[0][0] if every else ""
+
+    def __call__(self, question: str) -> str:
+        return self._by_question.get(question, self.majority)
+
+
 def token_f1(given: str, truth: str) -> float:
     """How much of the words two answers share, from 0 to 1, in whatever order: SQuAD's F1 with its normalisation
     (Rajpurkar et al., arXiv:1606.05250): lower case, no punctuation, no articles.

@@ -18,7 +18,7 @@ import warnings
 import numpy as np
 
 from voco_jax.data.images import PictureLike
-from voco_jax.data.records import BadRecord, Clip
+from voco_jax.data.records import BadRecord, Clip, Encoded, Frames
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.image_encoder import ImageEncoder
@@ -26,10 +26,11 @@ from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, c
 from voco_jax.infer.memory_file import SUFFIX, MemoryFile, save_memory
 
 HOST_BYTES = 4 << 30
+_VIDEO = (Clip, Frames)
 _VIDEOS_AHEAD = 4  # that are decoded together
 _LEAST_NEW = 32  # memories that are worth a file of their own; fewer wait for others
 
-View = PictureLike | Clip  # an image, or a video's frames
+View = PictureLike | Clip | Frames  # an image, or a video's frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,10 @@ class ImageCache:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             while waiting:
                 # No more at once than memory has room for: a video may be hundreds of frames
-                is_clip, alike = next(itertools.groupby(waiting, lambda identity: isinstance(distinct[identity], Clip)))
-                together = list(itertools.islice(alike, _VIDEOS_AHEAD if is_clip else 2 * self._batch_size))
+                is_video, alike = next(
+                    itertools.groupby(waiting, lambda identity: isinstance(distinct[identity], _VIDEO))
+                )
+                together = list(itertools.islice(alike, _VIDEOS_AHEAD if is_video else 2 * self._batch_size))
                 waiting = waiting[len(together) :]
                 read = pool.map(self._try_to_read, [distinct[identity] for identity in together])
                 for identity, (one, squares) in zip(together, read, strict=True):
@@ -129,11 +132,11 @@ class ImageCache:
 
     def _read(self, view: View, anew: bool = False) -> tuple[_Found, dict[str, np.ndarray]]:
         """A view's images, and their squares by key; none where a file is known and what is in it kept."""
-        file = view.file if isinstance(view, Clip) else view if isinstance(view, str | os.PathLike) else None
+        file = view.file if isinstance(view, Encoded) else view if isinstance(view, str | os.PathLike) else None
         stamp = None if file is None else _stamp(file)
         if not anew and stamp in self._files and all(map(self._has, self._files[stamp].keys)):
             return self._files[stamp], {}
-        if isinstance(view, Clip):
+        if isinstance(view, _VIDEO):
             times, frames = self.images.frames(view, self._sampling, self._batch_size)
             squares = list(frames)
             items = [Item(str(view), time=float(time)) for time in times]
@@ -243,8 +246,8 @@ class _Directory:
 
 
 def _identity(view: View) -> tuple:
-    if isinstance(view, Clip):
-        return ("clip", str(view.file), view.data)
+    if isinstance(view, Encoded):
+        return (type(view), str(view.file), view.data)
     return ("file", os.fspath(view)) if isinstance(view, str | os.PathLike) else ("object", id(view))
 
 

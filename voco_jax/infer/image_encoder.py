@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from voco_jax.data.images import ImageProcessor, PictureLike, is_picture
-from voco_jax.data.records import Clip, Picture
+from voco_jax.data.records import Clip, Frames, Picture
 from voco_jax.data.sources.roots import local_path
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
@@ -71,14 +71,14 @@ class ImageEncoder:
         return self.encode_pixels(squares, [Item(str(video), time=float(time)) for time in times], batch_size)
 
     def frames(
-        self, clip: Clip, sampling: FrameSampling | None = None, batch_size: int = 32
+        self, video: Clip | Frames, sampling: FrameSampling | None = None, batch_size: int = 32
     ) -> tuple[np.ndarray, Iterator[np.ndarray]]:
         """Seconds at which frames are taken, and the squares of these, decoded `batch_size` at a time."""
-        times = sample_times(probe(clip), sampling or self.sampling)
+        times = sample_times(probe(video), sampling or self.sampling)
         return times, (
             self.processor.square(frame)
             for start in range(0, len(times), batch_size)
-            for frame in read_frames(clip, times[start : start + batch_size])
+            for frame in read_frames(video, times[start : start + batch_size])
         )
 
     def encode_pixels(

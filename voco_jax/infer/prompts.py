@@ -34,20 +34,20 @@ def encode_prompt(
     engine: Engine, question: str, images: EncodedImages | None = None, *, interleaved: bool = False,
     answer: str | None = None,
 ) -> Prompt:  # fmt: skip
-    """A question as training lays it out: images before the text, or with `interleaved` at its `<image>` markers; the
-    frames of a video with their times where the run was trained so. The tokens of an `answer` are labels.
+    """A question as training lays it out: images before the text, or with `interleaved` at its `<image>` markers (or
+    `<video>`); the frames of a video with their times where the run was trained so. The tokens of an `answer` are
+    labels.
 
     UserError for a question without text.
     """
     check_question(question)
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
-    turns: list[dict]
-    if interleaved:
-        turns = [{"from": "human", "value": question}]
-    elif images is not None and images.is_video:
+    turns: list[dict] = [{"from": "human", "value": question}]
+    if images is not None and images.is_video and not (interleaved and VIDEO.value not in question):
+        turns = turns if interleaved else [{"from": "human", "value": (VIDEO, f"\n{question}")}]
         times = [f"{format_time(item.time or 0)} " if engine.timestamps else "" for item in images.items]
-        turns = spread_video([{"from": "human", "value": (VIDEO, f"\n{question}")}], times)
-    else:
+        turns = spread_video(turns, times)
+    elif not interleaved:
         turns = [{"from": "human", "value": encoder.question(question, count)}]
     if answer is not None:
         turns.append({"from": "gpt", "value": (answer,)})

@@ -54,7 +54,7 @@ class RecordPacker:
         images = [self._picture(_file(picture), on_warning) for picture in record.images]
         video = None if record.video is None else self._video(_file(record.video))
         try:
-            return pack_record(Record(images, video, record.conversations, self.source.where(i)))
+            return pack_record(Record(images, video, record.conversations, self.source.where(i), record.kinds))
         except UnicodeError as error:
             raise BadRecord(NOT_UTF8, f"text that is not valid Unicode: {error}") from None
         except (ValueError, TypeError, OverflowError) as error:

@@ -3,10 +3,11 @@
 A record is MessagePack, plain values only (nothing in it can be code):
 
     {"name": text, "conversations": [[{"from": text, "value": text}, …], …],
-     "images": [bytes, …], "image_names": [text, …],
+     "images": [bytes, …], "image_names": [text, …], "kinds": [text, …],
      "video": bytes or nil, "frames": [bytes, …], "times": [seconds, …], "video_name": text}
 
-with at most one of images, video (an encoded clip) and frames (encoded pictures and when each is shown).
+with at most one of images, video (an encoded clip) and frames (encoded pictures and when each is shown), and `kinds`
+(one a conversation) where the rows have them.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def pack_record(record: Record) -> bytes:
             "times": [float(t) for t in frames.times],
             "video_name": record.video.name if record.video is not None else "",
         }
+        | ({"kinds": list(record.kinds)} if record.kinds else {})  # shards without are as they have always been
     )
 
 
@@ -75,7 +77,10 @@ def unpack_record(content: bytes) -> Record:
     elif values.get("video"):
         video = Clip(data=values["video"], name=values["video_name"])
     pictures = [Picture(data=data, name=n) for data, n in zip(images, values["image_names"], strict=True)]
-    return Record(pictures, video, values["conversations"], name)
+    kinds = values.get("kinds", [])
+    if not isinstance(kinds, list) or len(kinds) not in (0, len(values["conversations"])):
+        raise BadRecord(WRONG_FORM, f"{name}: expected as many 'kinds' as conversations, found {shortened(kinds)}")
+    return Record(pictures, video, values["conversations"], name, kinds)
 
 
 class ArrayRecordSource:

@@ -3,7 +3,7 @@
 The pictures and questions come with the PyPI package `easy-vqa`; nothing is downloaded.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 import functools
 import importlib.util
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 import re
 
 from voco_jax.data.records import Picture, Record
+from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_text
 from voco_jax.outages import first_line
 
 SPLITS = ("train", "test")
-KINDS = ("shape", "color", "yes/no")
 
 
 def load(split: str) -> list[Record]:
@@ -33,9 +33,12 @@ def load(split: str) -> list[Record]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not as the package easy-vqa has it ({first_line(error)}); install it anew") from None
     return [
-        Record([Picture(root / "images" / f"{i}.png")], conversations=by_picture[i], name=f"easyvqa/{split}[{n}]")
+        Record(
+            [Picture(root / "images" / f"{i}.png")], conversations=by_picture[i], name=f"easyvqa/{split}[{n}]",
+            kinds=[question_kind(text_of(turns[0]["value"])) for turns in by_picture[i]],
+        )
         for n, i in enumerate(sorted(by_picture))
-    ]
+    ]  # fmt: skip
 
 
 class EasyVqaSource:
@@ -63,20 +66,6 @@ def question_kind(question: str) -> str:
     if re.match(r"what (color|is the color)\b", question):
         return "color"
     return "shape" if question.startswith("what ") else "yes/no"
-
-
-class Guesser:
-    """What can be had without the picture: the most frequent answer to each training question, and of all."""
-
-    def __init__(self, questions_answers: list[tuple[str, str]]):
-        by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for question, answer in questions_answers:
-            by_question[question][answer] += 1
-        self.majority = Counter(answer for _, answer in questions_answers).most_common(1)[0][0]
-        self._by_question = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
-
-    def __call__(self, question: str) -> str:
-        return self._by_question.get(question, self.majority)
 
 
 @functools.cache

@@ -8,7 +8,9 @@ may stand for it:
         {"from": "gpt", "value": "The bus in the image is white and red."}, …]}
 
 Video questions: `{"video": "clips/a.mp4", "question": "…", "answer": "…"}`, or Video-ChatGPT's `video_id` (without an
-ending), `q` and `a`. A `kind` of question ("order", "count") is what `voco evaluate` splits its table by.
+ending), `q` and `a`.
+
+A row of either may have a `kind` of question ("order", "count"), which `voco evaluate` splits its table by.
 """
 
 from collections.abc import Mapping
@@ -54,6 +56,7 @@ class LlavaSource:
             images=[Picture(inside(root, name)) for name in images],
             video=None if video is None else Clip(inside(self._videos or self._images, video)),
             conversations=[row["conversations"]],
+            kinds=_kinds(row),
         )
 
     def where(self, i: int) -> str:
@@ -89,11 +92,7 @@ class VideoQuestionSource:
                 file = self._videos / self._by_stem[file.name]
             elif not file.is_file():
                 raise BadRecord(MISSING, f"{file}: expected a video of this name, ending in {', '.join(VIDEOS)}")
-        return Record(video=Clip(file), conversations=[question_turns(question, answer, VIDEO)])
-
-    def kind(self, i: int) -> str:
-        """The kind of a row's question; '' where it has none."""
-        return _first({"kind": "", **_object(self._rows[i])}, "kind")
+        return Record(video=Clip(file), conversations=[question_turns(question, answer, VIDEO)], kinds=_kinds(row))
 
     def where(self, i: int) -> str:
         return f"{self._rows.file.name}[{i}]"
@@ -134,6 +133,10 @@ def _object(row) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise BadRecord(WRONG_FORM, f"expected an object, found {_shown(row)}")
     return row
+
+
+def _kinds(row: Mapping) -> list:
+    return [row["kind"]] if row.get("kind") is not None else []
 
 
 def _first(row: Mapping, *keys: str) -> str:

@@ -18,12 +18,18 @@ class TfdsSource:
 
     `image`, `question` and `answer` name its features, dots going into nested ones. A class label becomes its name; of
     a list of answers the most frequent counts, the first of several. Without a question feature (`question=""`),
-    `prompt` is asked: an image classification set becomes question answering.
+    `prompt` is asked: an image classification set becomes question answering. `question_kind` names the feature that
+    has the kind of a question, if there is one.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str, image: str, question: str, answer: str, prompt: str):
+    def __init__(
+        self, name: str, split: str, data_dir: str, image: str, question: str, answer: str, prompt: str,
+        question_kind: str = "",
+    ):  # fmt: skip
         self._arguments = dict(name=name, split=split, data_dir=data_dir or None)
         self._keys, self._prompt = dict(image=image, question=question, answer=answer), prompt
+        if question_kind:  # else the fingerprint is as before there were kinds
+            self._keys["question_kind"] = question_kind
         self._source: Any = None
         self._features: Any = None
         local_only(data_dir, "data_dir", "prepared datasets are read")
@@ -57,7 +63,9 @@ class TfdsSource:
         question = self._text(key, _find(example, key)) if key else self._prompt
         answer = self._text(self._keys["answer"], _find(example, self._keys["answer"]))
         turns = question_turns(question, answer, "<image>")
-        return Record([Picture(data=picture, name=self.where(i))], conversations=[turns])
+        kind = self._keys.get("question_kind")
+        kinds = [self._text(kind, _find(example, kind))] if kind else []
+        return Record([Picture(data=picture, name=self.where(i))], conversations=[turns], kinds=kinds)
 
     def _text(self, key: str, value: Any) -> str:
         names = getattr(_find(self._features, key), "names", None)

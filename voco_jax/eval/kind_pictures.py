@@ -1,6 +1,7 @@
-"""What a video question set shows of a model, for people to look at: accuracy by kind, and a strip of clips."""
+"""What a question set shows of a model, for people to look at: accuracy by kind, and a strip of clips."""
 
 from collections.abc import Mapping
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -10,12 +11,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from voco_jax.data.records import Clip
+from voco_jax.data.records import Clip, Source
 from voco_jax.data.video import format_time, read_frames
-from voco_jax.eval.clips import THIS_RUN, ClipAnswers
+from voco_jax.eval.by_kind import THIS_RUN, Asked, SourceAnswers
 from voco_jax.eval.pictures import RIGHT, WRONG
 from voco_jax.eval.scoring import Answer, by_kind
-from voco_jax.io.paths import as_path
 from voco_jax.terminal import one_line
 
 BARS = ("#2563eb", "#93c5fd", "#57606a", "#9ca3af", "#d0d7de")  # this run, frames shuffled, one frame, …
@@ -54,15 +54,18 @@ def draw_kinds(counts: Mapping[str, Mapping[str, tuple[int, int]]], path: Path, 
     plt.close(figure)
 
 
-def draw_strip(found: ClipAnswers, path: Path, title: str) -> None:
+def draw_strip(found: SourceAnswers, source: Source, path: Path, title: str) -> None:
     """Some clips, a row of frames each with their times, and below it the questions: right answers green, wrong ones
     red with the truth. BadRecord for a clip that can no longer be read."""
     rows = []
-    for file, answers in choose_clips(found):
-        all_times = found.times[file]
+    for question, answers in choose_clips(found):
+        all_times = found.times[question.about]
         count = min(len(all_times), FRAMES)
         times = [all_times[i * len(all_times) // count] for i in range(count)]
-        frames = read_frames(Clip(as_path(file), incomplete=True), times)  # as they were asked about
+        video = source[question.record].video
+        assert video is not None, question
+        video = dataclasses.replace(video, incomplete=True) if isinstance(video, Clip) else video
+        frames = read_frames(video, times)  # as they were asked about
         tall = _FRAME * min(1.0, frames[0].height / frames[0].width)
         answers = answers[:QUESTIONS]
         columns = 1 if any(len(_told(a)) + len(a.question) > WIDTH for a in answers) else 2
@@ -90,19 +93,21 @@ def draw_strip(found: ClipAnswers, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def choose_clips(found: ClipAnswers) -> list[tuple[str, list[Answer]]]:
-    """Up to four: the first one, then those whose questions have a kind that none before had, then others."""
-    rows = zip(found.answers[THIS_RUN], found.kinds, strict=True)
-    clips = [(file, list(of_clip)) for file, of_clip in itertools.groupby(rows, lambda row: row[0].image)]
+def choose_clips(found: SourceAnswers) -> list[tuple[Asked, list[Answer]]]:
+    """Up to four, each with its first question: the first one, then those whose questions have a kind that none before
+    had, then others."""
+    rows = zip(found.asked, found.answers[THIS_RUN], strict=True)
+    grouped = [list(of_clip) for about, of_clip in itertools.groupby(rows, lambda row: row[0].about)]
+    clips = [of_clip for of_clip in grouped if of_clip[0][0].about in found.times]
     known: set[str] = set()
     new: list[int] = []
     others: list[int] = []
-    for i, (_, of_clip) in enumerate(clips):
-        kinds = {kind for _, kind in of_clip}
+    for i, of_clip in enumerate(clips):
+        kinds = {question.kind for question, _ in of_clip}
         (others if kinds <= known else new).append(i)
         known |= kinds
     chosen = sorted((new + others)[:CLIPS])
-    return [(clips[i][0], [answer for answer, _ in clips[i][1]]) for i in chosen]
+    return [(clips[i][0][0], [answer for _, answer in clips[i]]) for i in chosen]
 
 
 def _write(figure, x: float, y: float, answer: Answer, width: int) -> None:

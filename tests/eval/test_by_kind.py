@@ -1,0 +1,205 @@
+"""Questions about pictures, in rows of any source with a `kind`: what is asked about each, and the scores."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+import pytest
+
+from tests.eval.test_answering import with_random_parameters
+from tests.eval.test_video_evaluation import run_of
+from tests.helpers.commands import run_main
+from voco_jax import evaluate
+from voco_jax.api import Model
+from voco_jax.checkpoint.run import load_run
+from voco_jax.config import source
+from voco_jax.data.images import load_image
+from voco_jax.data.records import BadRecord
+from voco_jax.data.reports import Report
+from voco_jax.data.shards import __main__ as build_records
+from voco_jax.data.sources import easyvqa
+from voco_jax.data.sources.array_records import ArrayRecordSource, unpack_record
+from voco_jax.data.sources.llava import LlavaSource
+from voco_jax.eval import by_kind
+from voco_jax.eval.by_kind import THIS_RUN, has_kinds, read_questions, score_by_kind
+from voco_jax.infer.engine import Engine
+
+PICTURES = 5
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Three questions about each of five pictures, a row each: the first about every picture, then the second, …; and
+    as shards."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "images").mkdir()
+    rows: list[dict] = []
+    records = easyvqa.load("test")[:PICTURES]
+    for i, record in enumerate(records):
+        load_image(record.images[0]).save(root / "images" / f"{i}.png")
+    for c in range(3):
+        for i, record in enumerate(records):
+            question = record.conversations[c][0]["value"].removeprefix("<image>\n")
+            turns = [{"from": "human", "value": f"{question}\n<image>"}, record.conversations[c][1]]
+            rows.append({"id": f"{i}-{c}", "image": f"{i}.png", "conversations": turns, "kind": record.kinds[c]})
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(pictures) -> Path:
+    out = pictures / "shards"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["llava", pictures / "rows.json", "--images", pictures / "images", out, "--workers", "1"]
+        patch.setattr("sys.argv", ["build-records", *map(str, arguments)])
+        build_records.main()
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run) -> Model:
+    """Says something else about every picture."""
+    run = with_random_parameters(load_run(tiny_run))
+    run.config.eval.update(batch_size=4, max_new_tokens=6)
+    return Model(run)
+
+
+def source_of(pictures: Path) -> LlavaSource:
+    return LlavaSource(str(pictures / "rows.json"), str(pictures / "images"))
+
+
+def rows_of(pictures: Path) -> list[dict]:
+    return json.loads((pictures / "rows.json").read_text())
+
+
+def test_each_question_is_asked_about_its_picture_and_each_picture_is_encoded_once(
+    model, pictures, shards, monkeypatch
+):  # fmt: skip
+    """Rows about a picture may lie anywhere in the file; shards, whose pictures are bytes, give the same."""
+    caches = []
+
+    class Watched(by_kind.ImageCache):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            caches.append(self)
+
+    monkeypatch.setattr(by_kind, "ImageCache", Watched)
+    results, found, report = score_by_kind(model, source_of(pictures), baselines=True)
+    assert [cache.compressed for cache in caches] == [PICTURES] and not report.skipped
+    engine = Engine(model.run.model, model.run.encoder)
+    expected, blind = {}, {}
+    for row in rows_of(pictures):
+        image = model.image_encoder.processor(load_image(pictures / "images" / row["image"]))
+        question = row["conversations"][0]["value"].removesuffix("\n<image>")
+        prompt = engine.encoder.encode(row["conversations"][:1], 1)
+        (expected[row["image"], question],) = engine.generate(
+            [prompt], engine.encode_images(image[None, None]), [[0]], 6
+        )
+        (blind[question],) = engine.generate([engine.encoder.encode_question(question, 0)], None, [[]], 6)
+    given = {(Path(a.image).name, a.question): a.given for a in found.answers[THIS_RUN]}
+    assert given == expected and len(set(expected.values())) > 8, "the comparison would say little"
+    assert {a.question: a.given for a in found.answers["question only"]} == blind
+    assert list(results["counts"]) == ["this run", "question only"]  # there is one frame alone, in one order
+    assert (results["pictures"], results["clips"], results["tokens"], results["step"]) == (PICTURES, 0, 1, 40)
+    kinds = {kind: of[1] for kind, of in results["counts"]["this run"].items()}
+    assert kinds == {k: sum(row["kind"] == k for row in rows_of(pictures)) for k in kinds if k != "overall"} | {
+        "overall": 3 * PICTURES
+    }
+    of_shards, again, _ = score_by_kind(model, ArrayRecordSource(str(shards)), baselines=True)
+    assert of_shards == results and caches[1].compressed == PICTURES
+    assert [(q.kind, q.about, q.value) for q in again.asked] == [(q.kind, q.about, q.value) for q in found.asked]
+    assert [a.given for a in again.answers[THIS_RUN]] == [a.given for a in found.answers[THIS_RUN]]
+
+
+def test_the_first_so_many_pictures(model, pictures):
+    results, found, _ = score_by_kind(model, source_of(pictures), max_about=2)
+    assert len(found.asked) == 6 and {question.about for question in found.asked} == {0, 1}
+    assert results["pictures"] == 2
+
+
+def test_which_rows_have_kinds(pictures, tmp_path):
+    """Shards without them are byte for byte what they were before there were any."""
+    assert has_kinds(source_of(pictures))
+    rows = [{k: v for k, v in row.items() if k != "kind"} for row in rows_of(pictures)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert not has_kinds(LlavaSource(str(tmp_path / "rows.json"), str(pictures / "images")))
+    rows[1]["kind"], rows[2]["kind"], rows[3]["kind"] = "color", 7, "overall"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    odd, report = LlavaSource(str(tmp_path / "rows.json"), str(pictures / "images")), Report()
+    assert has_kinds(odd)
+    assert sorted({question.kind for question in read_questions(odd, report)}) == ["color", "other"]
+    said = "\n".join(report.lines())
+    assert report.num_skipped == 2 and "rows.json[2]: kind: expected text, found 7" in said
+    assert "rows.json[3]: kind: expected a name other than 'overall'" in said
+
+
+def test_kinds_of_shards_are_checked(shards):
+    import msgpack
+
+    found = ArrayRecordSource(str(shards))
+    assert found[0].kinds == [easyvqa.load("test")[0].kinds[0]]
+    content = msgpack.unpackb(found._open()[0])
+    assert content["kinds"] == found[0].kinds
+    for kinds in ("color", ["color", "shape"], {"a": 1}):
+        with pytest.raises(BadRecord, match="expected as many 'kinds' as conversations, found "):
+            unpack_record(msgpack.packb(content | {"kinds": kinds}))
+    assert unpack_record(msgpack.packb({k: v for k, v in content.items() if k != "kinds"})).kinds == []
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, pictures, shards, tmp_path_factory) -> Path:
+    """Trained on the rows, tested on them and on the shards."""
+    rows = source("llava", file=str(pictures / "rows.json"), images=str(pictures / "images"))
+    test = dict(scenes=rows, shards=source("array_record", files=str(shards)))
+    return run_of(tiny_run, tmp_path_factory.mktemp("runs"), dict(a=rows), test)
+
+
+def test_the_command_with_baselines(run, pictures, monkeypatch, capsys):
+    status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--baselines")
+    assert status == 0, err
+    assert out.count("| questions | number | this run | question only | guess from the question | most frequent") == 2
+    rows = rows_of(pictures)
+    answers = {}
+    for row in rows:
+        question = row["conversations"][0]["value"]
+        answers.setdefault(question, []).append(row["conversations"][1]["value"])
+    guess = {question: max(given, key=given.count) for question, given in answers.items()}
+    right = sum(row["conversations"][1]["value"] == guess[row["conversations"][0]["value"]] for row in rows)
+    every = [row["conversations"][1]["value"] for row in rows]
+    for name in ("scenes", "shards"):
+        results = json.loads((run / f"results.{name}.json").read_text())
+        assert results["counts"]["guess from the question"]["overall"] == [right, len(rows)]
+        most = every.count(max(every, key=every.count))
+        assert results["counts"]["most frequent answer"]["overall"] == [most, len(rows)]
+        for picture in ("kinds", "answers"):
+            with Image.open(run / f"{picture}.{name}.png") as drawn:
+                assert drawn.width > 600 and len(drawn.convert("L").getcolors()) > 50
+
+
+def test_baselines_want_kinds(tiny_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": [{"from": "human", "value": "is it late?"}]}]))
+    test = dict(a=source("llava", file=str(tmp_path / "rows.json")))
+    run = run_of(tiny_run, tmp_path, test, test)
+    status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--baselines")
+    assert status == 2 and out == ""
+    assert "error: --baselines: expected a source whose rows carry a kind of question in " in err
+
+
+def test_fewer_tokens_and_uncompressed(two_tokens_run, pictures, tmp_path, monkeypatch, capsys):
+    """A run of two tokens: read with one of them, with none of its memory, and with more than it has."""
+    rows = source("llava", file=str(pictures / "rows.json"), images=str(pictures / "images"))
+    run = run_of(two_tokens_run, tmp_path, dict(a=rows), dict(a=rows))
+    for arguments, suffix, compressor, tokens in (
+        (["--tokens", 1], ".first2.tokens1", "voco", 1),
+        (["--compressor", "none"], ".none.first2", "none", 64),
+    ):
+        status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 2, *arguments)
+        assert status == 0, err
+        results = json.loads((run / f"results.a{suffix}.json").read_text())
+        assert (results["step"], results["compressor"], results["tokens"]) == (3, compressor, tokens)
+    for arguments, error in (
+        (["--tokens", 3], "--tokens 3: there are 2 tokens per image"),
+        (["--tokens", 1, "--compressor", "none"], f"{run}: a model with compressor 'none' has no memories"),
+    ):
+        status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", run, *arguments)
+        assert status == 2 and err.splitlines()[-1].startswith(f"error: {error}")
