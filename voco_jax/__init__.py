@@ -20,6 +20,7 @@ _PUBLIC = {
     "Request": "voco_jax.api",
     "Chat": "voco_jax.infer.chat",
     "LiveVideo": "voco_jax.infer.live_video",
+    "AutoTokens": "voco_jax.infer.auto_tokens",
     "Sampling": "voco_jax.infer.generate",
     "FrameSampling": "voco_jax.data.video",
     "MemoryBank": "voco_jax.infer.memory",

@@ -11,6 +11,7 @@
 
     model.save(album, "album.voco")
     album = model.open("album.voco", tokens=1)
+    model.ask("is there a circle?", album, tokens="auto") # as many tokens of each memory as the answer needs
 
     watch = model.watch("camera")                         # frames as they come
     watch.add(frame, time=0.5)
@@ -26,7 +27,7 @@ Everything else that a request may ask for (its own sampling, many requests in b
 from collections.abc import Iterable, Sequence
 import dataclasses
 import os
-from typing import TypeGuard, cast, overload
+from typing import Any, TypeGuard, cast, overload
 
 from jax.sharding import Mesh
 
@@ -36,6 +37,7 @@ from voco_jax.data.media import is_video
 from voco_jax.data.sources.roots import local_path
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
+from voco_jax.infer.auto_tokens import AUTO, AutoTokens, Try, answer_auto
 from voco_jax.infer.chat import Chat
 from voco_jax.infer.engine import GREEDY, Engine, Score
 from voco_jax.infer.generate import Sampling
@@ -47,6 +49,7 @@ from voco_jax.infer.prompts import Prompt, encode_prompt, generate, score
 from voco_jax.io.paths import as_path
 from voco_jax.terminal import count_of
 
+Tokens = int | str | AutoTokens | None  # of each memory: the first so many, "auto", or all
 # What a question may be about: see `Model.encode`
 ImageInput = EncodedImages | PictureLike | Sequence[EncodedImages | PictureLike]
 
@@ -122,9 +125,13 @@ class Model:
         images = self.encode_video(video, sampling=sampling, batch_size=batch_size, incomplete=incomplete)
         return cast(MemoryBank, images).first_tokens(tokens)
 
-    def watch(self, source: str = "video", *, tokens: int | None = None, batch_size: int = 8) -> LiveVideo:
-        """A video whose frames come one by one, to be asked about at any time."""
-        return LiveVideo(self.image_encoder, source, tokens, batch_size)
+    def watch(self, source: str = "video", *, tokens: Tokens = None, batch_size: int = 8) -> LiveVideo:
+        """A video whose frames come one by one, to be asked about at any time. `tokens` as in `answers`: the first so
+        many are kept; with "auto" all, and as many are read as each answer needs."""
+        auto = self.auto_tokens(tokens) if isinstance(tokens, str | AutoTokens) else None
+        return LiveVideo(
+            self.image_encoder, source, tokens if isinstance(tokens, int) else None, batch_size, auto
+        )  # fmt: skip
 
     def encode_images(self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32) -> EncodedImages:
         """Memories of images, or embeddings where the model has no VoCo tokens: to ask about, not to store."""
@@ -183,57 +190,103 @@ class Model:
 
     @overload
     def ask(
-        self, question: str, images: ImageInput | None = None, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
-    ) -> str: ...
+        self, question: str, images: ImageInput | None = None, *, tokens: Tokens = None, max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+    ) -> str: ...  # fmt: skip
 
     @overload
     def ask(
-        self, question: list[str] | tuple[str, ...], images: ImageInput | None = None, *, max_new_tokens: int = 64,
-        sampling: Sampling = GREEDY,
+        self, question: list[str] | tuple[str, ...], images: ImageInput | None = None, *, tokens: Tokens = None,
+        max_new_tokens: int = 64, sampling: Sampling = GREEDY,
     ) -> list[str]: ...  # fmt: skip
 
     def ask(
-        self, question: str | Sequence[str], images: ImageInput | None = None, *, max_new_tokens: int = 64,
-        sampling: Sampling = GREEDY,
+        self, question: str | Sequence[str], images: ImageInput | None = None, *, tokens: Tokens = None,
+        max_new_tokens: int = 64, sampling: Sampling = GREEDY,
     ) -> str | list[str]:  # fmt: skip
-        """The answer to a question about all of `images` together (see `Request`); a list for several questions."""
+        """The answer to a question about all of `images` together (see `Request`); a list for several questions.
+        `tokens` as in `answers`."""
         several = isinstance(question, Iterable) and not isinstance(question, str)
         requests = [Request(q, images) for q in cast(Iterable[str], question if several else [question])]
-        given = self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
+        given = self.answers(requests, tokens=tokens, max_new_tokens=max_new_tokens, sampling=sampling)
         return given if several else given[0]
 
     def ask_each(
-        self, question: str, images: ImageInput, *, max_new_tokens: int = 64, sampling: Sampling = GREEDY
-    ) -> list[str]:
+        self, question: str, images: ImageInput, *, tokens: Tokens = None, max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:  # fmt: skip
         """The answers to one question, asked about each image by itself."""
         encoded = self.encode(images)
         if encoded is None:
             raise UserError("images: expected at least one to ask about, found none")
         requests = [Request(question, encoded[i]) for i in range(len(encoded))]
-        return self.answers(requests, max_new_tokens=max_new_tokens, sampling=sampling)
+        return self.answers(requests, tokens=tokens, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def answers(
-        self, requests: Sequence[Request], *, max_new_tokens: int = 64, sampling: Sampling = GREEDY,
-        until: Sequence[str] = (), batch_size: int = 64, streams: Sequence[int] | None = None,
+        self, requests: Sequence[Request], *, tokens: Tokens = None, max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY, until: Sequence[str] = (), batch_size: int = 64,
+        streams: Sequence[int] | None = None,
     ) -> list[str]:  # fmt: skip
         """Answers to any requests, in their order. Those of like length are asked together.
 
+        `tokens`: the first so many of each memory are read; or "auto", as many as each answer needs (`auto_answers`).
         `until`: texts that end an answer, beside the model's end-of-sequence token. `streams[i]` numbers the random
         stream of request i (default: 0, 1, …).
         """
-        return generate(
-            self.engine, self.prompts(requests), max_new_tokens=max_new_tokens, sampling=sampling, until=until,
-            streams=streams, batch_size=batch_size,
+        how: dict[str, Any] = dict(
+            max_new_tokens=max_new_tokens, sampling=sampling, until=until, batch_size=batch_size, streams=streams
+        )
+        if isinstance(tokens, str | AutoTokens):
+            return [one.text for one in self.auto_answers(requests, tokens, **how)]
+        return generate(self.engine, self.prompts(requests, tokens=tokens), **how)
+
+    def auto_answers(
+        self, requests: Sequence[Request], tokens: "str | AutoTokens" = AUTO, *, max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY, until: Sequence[str] = (), batch_size: int = 64,
+        streams: Sequence[int] | None = None,
+    ) -> list[Try]:  # fmt: skip
+        """Answers, each with the number of tokens of each memory that it was read with (0: text alone), and its
+        confidence: with more and more tokens until it is sure enough (`infer/auto_tokens.py`).
+
+        UserError for a model without memories, or with one token an image.
+        """
+        auto = self.auto_tokens(tokens)
+        found = answer_auto(
+            self.engine, self.prompts(requests), auto, max_new_tokens=max_new_tokens, sampling=sampling, until=until,
+            batch_size=batch_size, streams=streams,
         )  # fmt: skip
+        return [auto.decide(tries) for tries in found]
+
+    def auto_tokens(self, tokens: "str | AutoTokens" = AUTO, name: str = "tokens") -> AutoTokens:
+        """The rule of `tokens="auto"` for this model: the numbers of tokens are those that it was trained with, or 1,
+        2, 4, … up to its K. `name` is what the user calls it."""
+        if not isinstance(tokens, AutoTokens) and tokens != AUTO:
+            raise UserError(f"{name}: expected a number or {AUTO!r}, found {tokens!r}")
+        auto = tokens if isinstance(tokens, AutoTokens) else AutoTokens()
+        if not self.config.has_memory:
+            raise UserError(
+                f"{name} {AUTO}: {self.run.directory} has no memories (compressor {self.config.compressor!r})"
+            )
+        if (there := self.run.encoder.num_visual_tokens) < 2:
+            raise UserError(f"{name} {AUTO}: {self.run.directory} has 1 token per image: there is nothing to choose")
+        ladder = auto.ladder or tuple(sorted(self.run.config.train.get("elastic_k", ())))
+        if any(not 1 <= k <= there for k in ladder):
+            raise UserError(f"{name} {AUTO}: expected numbers of 1 … {there} tokens, found {list(ladder)}")
+        return dataclasses.replace(auto, ladder=ladder)
 
     def scores(self, requests: Sequence[Request], answers: Sequence[str], *, batch_size: int = 64) -> list[Score]:
         """How likely the model would give `answers[i]` to request i, in their order."""
         return score(self.engine, self.prompts(requests, answers), batch_size=batch_size)
 
-    def prompts(self, requests: Sequence[Request], answers: Sequence[str] | None = None) -> list[Prompt]:
-        """The requests encoded; what several are about is encoded once."""
+    def prompts(
+        self, requests: Sequence[Request], answers: Sequence[str] | None = None, tokens: int | None = None
+    ) -> list[Prompt]:  # fmt: skip
+        """The requests encoded; what several are about is encoded once, and the first `tokens` of each memory read."""
         about = {id(request.images): request.images for request in requests}
         encoded = {key: self.encode(images) for key, images in about.items()}
+        if tokens is not None:
+            self.image_encoder.require_memories()
+            encoded = {k: one and cast(MemoryBank, one).first_tokens(tokens) for k, one in encoded.items()}
         return [
             encode_prompt(
                 self.engine, request.question, encoded[id(request.images)], interleaved=request.interleaved,
@@ -242,9 +295,22 @@ class Model:
             for i, request in enumerate(requests)
         ]  # fmt: skip
 
-    def chat(self, images: ImageInput | None = None, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Chat:
-        """A conversation of several turns about images; what has been read stays in the cache."""
-        return Chat(self.engine, self.encode(images), max_new_tokens, sampling)
+    def chat(
+        self, images: ImageInput | None = None, *, tokens: Tokens = None, max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> Chat:  # fmt: skip
+        """A conversation of several turns about images; what has been read stays in the cache.
+
+        `tokens` as in `answers`; with "auto" it goes on with the tokens that a turn has come to, and an answer is given
+        as a whole.
+        """
+        encoded = self.encode(images)
+        if isinstance(tokens, str | AutoTokens):
+            return Chat(self.engine, encoded, max_new_tokens, sampling, self.auto_tokens(tokens))
+        if tokens is not None and encoded is not None:
+            self.image_encoder.require_memories()
+            encoded = cast(MemoryBank, encoded).first_tokens(tokens)
+        return Chat(self.engine, encoded, max_new_tokens, sampling)
 
 
 def _names_several(about: object) -> TypeGuard[str | os.PathLike[str]]:

@@ -12,6 +12,7 @@ from voco_jax.attention import ADAPTERS
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
+from voco_jax.infer.auto_tokens import AUTO, CONFIDENCE, AutoTokens
 from voco_jax.infer.generate import Sampling
 from voco_jax.io.paths import as_path
 from voco_jax.options import at_least_1
@@ -88,8 +89,45 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; repeat for several")
     parser.add_argument("--video", metavar="FILE", help="video file")
     parser.add_argument("--memory", metavar="FILE", help="memory file, made by `voco compress`")
-    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of each image")
+    add_token_arguments(parser)
     add_frame_arguments(parser)
+
+
+def add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many tokens of each memory are read."""
+    parser.add_argument(
+        "--tokens", type=_tokens, metavar="K",
+        help=f"read only the first K tokens of each image; '{AUTO}': as many as each answer needs to be sure",
+    )  # fmt: skip
+    parser.add_argument(
+        "--confidence", type=float, metavar="P",
+        help=f"with --tokens {AUTO}: more tokens are read while a word of the answer is less probable (default "
+        f"{CONFIDENCE})",
+    )  # fmt: skip
+
+
+def _tokens(text: str) -> int | str:
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or '{AUTO}', found {text!r}") from None
+
+
+def check_confidence(args: argparse.Namespace) -> None:
+    """UserError for a --confidence that cannot be, or without --tokens auto."""
+    if args.confidence is not None:
+        if args.tokens != AUTO:
+            raise UserError(f"--confidence: expected --tokens {AUTO} with it")
+        if not 0 <= args.confidence <= 1:
+            raise UserError(f"--confidence: expected 0 … 1, found {args.confidence}")
+
+
+def auto_of(args: argparse.Namespace, model: Model) -> AutoTokens | None:
+    """The rule that --tokens auto asks for; None where it is not given. UserError for a model that cannot have it."""
+    if args.tokens != AUTO:
+        return None
+    found = model.auto_tokens(AUTO, "--tokens")
+    return found if args.confidence is None else dataclasses.replace(found, confidence=args.confidence)
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,18 +1,22 @@
 """`voco ask --run DIR --image FILE "question"`: answers questions about images, a video or a memory file.
 
 Images are encoded once for all questions. Those of a memory file are asked about one by one; those of --image, and the
-frames of a video, together. --together and --each change that.
+frames of a video, together. --together and --each change that. With --tokens auto each answer says with how many tokens
+of each image it was read, and how sure it is.
 """
 
 import argparse
 from pathlib import PurePath
 import sys
+from typing import Any
 
 from voco_jax.api import Model, Request
 from voco_jax.arguments import (
     add_answer_arguments,
     add_image_arguments,
     add_model_arguments,
+    auto_of,
+    check_confidence,
     frame_sampling,
     load_model,
     sampling_of,
@@ -22,6 +26,7 @@ from voco_jax.data.records import Clip
 from voco_jax.data.sources.roots import check_file, local_path
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.infer.auto_tokens import AUTO
 from voco_jax.infer.memory import EncodedImages, MemoryBank, check_tokens
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.io.paths import as_path
@@ -51,6 +56,7 @@ def main() -> None:
     if args.picture and not args.memory:
         raise UserError("--picture: expected a --memory that holds it")
     model = load_model(args)
+    auto = auto_of(args, model)
     images = encode_arguments(model, args)
     each = args.each or (args.memory is not None and not args.together and images is not None and not images.is_video)
     if each and images is None:
@@ -60,7 +66,12 @@ def main() -> None:
     names = [f"{describe(one)}: " if each and one is not None else "" for one in about]
     for question in args.question:
         requests = [Request(question, one) for one in about]
-        answers = model.answers(requests, max_new_tokens=args.max_new_tokens, sampling=sampling)
+        how: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, sampling=sampling)
+        if auto is None:
+            answers = model.answers(requests, **how)
+        else:
+            tries = model.auto_answers(requests, auto, **how)
+            answers = [f"{one.text}  ({count_of(one.tokens, 'token')}, {one.confidence:.2f})" for one in tries]
         print(printable(question, keep="\n\t"))
         for name, answer in zip(names, answers, strict=True):
             answer = printable(answer, keep="\n\t")
@@ -70,6 +81,7 @@ def main() -> None:
 def check_image_arguments(args: argparse.Namespace) -> None:
     """UserError where a file that the arguments name is missing, before a model is loaded. `file://` addresses become
     paths."""
+    check_confidence(args)
     given = [name for name in ("image", "video", "memory") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]}, --{given[1]}: expected one of them, found both")
@@ -97,16 +109,17 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
         return None
     if args.tokens is not None and not model.config.has_compress_stream:
         raise UserError(f"--tokens: {args.run} has no VoCo tokens (compressor {model.config.compressor!r})")
-    check_tokens("--tokens", args.tokens, model.config.num_voco_tokens)
+    tokens = None if args.tokens == AUTO else args.tokens
+    check_tokens("--tokens", tokens, model.config.num_voco_tokens)
     if args.memory:
         file = MemoryFile(args.memory)
         chosen = _chosen(file, getattr(args, "picture", None))
-        return file.read(chosen, args.tokens, model.fingerprint, model.config.memory_kind)
+        return file.read(chosen, tokens, model.fingerprint, model.config.memory_kind)
     if args.video:
         images = model.encode_video(args.video, sampling=frame_sampling(args, model), incomplete=args.incomplete)
     else:
         images = model.encode_images(args.image)
-    return images.first_tokens(args.tokens) if isinstance(images, MemoryBank) else images
+    return images.first_tokens(tokens) if isinstance(images, MemoryBank) else images
 
 
 def note_images(model: Model, images: EncodedImages | None, together: bool = True) -> None:

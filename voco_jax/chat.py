@@ -14,6 +14,7 @@ from voco_jax.arguments import (
     add_answer_arguments,
     add_image_arguments,
     add_model_arguments,
+    auto_of,
     load_model,
     sampling_of,
 )
@@ -33,9 +34,10 @@ def main() -> None:
     sampling = sampling_of(args)
     check_image_arguments(args)
     model = load_model(args)
+    auto = auto_of(args, model)
     images = encode_arguments(model, args)
     note_images(model, images)
-    chat = model.chat(images, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    chat = model.chat(images, tokens=auto, max_new_tokens=args.max_new_tokens, sampling=sampling)
     asking = sys.stdin.isatty()
     if asking:
         print("/help lists what is not a question")
@@ -52,7 +54,7 @@ def main() -> None:
             print(__doc__.partition("\n\n")[2].rstrip())
             continue
         if question == "/clear":
-            chat = model.chat(images, max_new_tokens=args.max_new_tokens, sampling=sampling)
+            chat = model.chat(images, tokens=auto, max_new_tokens=args.max_new_tokens, sampling=sampling)
             continue
         if re.fullmatch("/[a-z]+", question):  # meant for another program; a question about it has more words
             print(f"error: {printable(question)}: expected /clear, /help or /quit", file=sys.stderr)

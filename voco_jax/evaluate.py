@@ -3,7 +3,7 @@
 Each source of the run's config.data.test has a table and files of its own: results.NAME.json and, where its rows carry
 a `kind` of question, kinds.NAME.png (accuracy by kind), answers.NAME.png (pictures with answers) and strip.NAME.png
 (clips with answers); of easy-VQA results.json, kinds.png and answers.png. Of other sources results.NAME.json has exact
-match, token F1 and loss.
+match, token F1 and loss. --tokens auto adds a table of accuracy against the tokens read, and auto.NAME.png.
 
 With --questions FILE.jsonl --images DIR --answers OUT.jsonl: the answers to LLaVA's question files, as its own scripts
 write them. Started again, it goes on where it stopped.
@@ -15,10 +15,10 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from voco_jax.api import Model
-from voco_jax.arguments import add_model_arguments
+from voco_jax.arguments import add_model_arguments, add_token_arguments, check_confidence
 from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import sources_to_score, typed
 from voco_jax.data.records import BadRecord, Source
@@ -26,12 +26,13 @@ from voco_jax.data.sources import open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError, one_line_errors
-from voco_jax.eval import conversations, question_files
+from voco_jax.eval import auto_scores, conversations, question_files
 from voco_jax.eval.by_kind import GUESS, THIS_RUN, has_kinds, score_by_kind
 from voco_jax.eval.conversations import score_conversations
 from voco_jax.eval.kind_pictures import draw_kinds, draw_strip
 from voco_jax.eval.pictures import draw_answers, draw_sheet
 from voco_jax.eval.scoring import OVERALL, Guesser, table
+from voco_jax.infer.auto_tokens import AUTO, AutoTokens
 from voco_jax.infer.memory import check_tokens
 from voco_jax.io.atomic import write_text
 from voco_jax.io.paths import files_for
@@ -51,7 +52,7 @@ class Scored(NamedTuple):
 
 
 def score_sources(
-    run: Run, max_records: int | None = None, baselines: bool = False, tokens: int | None = None
+    run: Run, max_records: int | None = None, baselines: bool = False, tokens: int | AutoTokens | None = None
 ) -> Iterator[tuple[str, Scored]]:  # fmt: skip
     """Every source of the run's config.data.test by its name, in turn. UserError for a run without any, and for files
     that are not there, before the first is scored."""
@@ -66,8 +67,13 @@ def score_sources(
     if baselines and not with_kinds:
         found = f"{run.directory}'s config.data.test, found none"
         raise UserError(f"--baselines: expected a source whose rows carry a kind of question in {found}")
+    if isinstance(tokens, AutoTokens) and (others := opened.keys() - with_kinds):
+        found = f"{run.directory}'s config.data.test.{min(others)} has none"
+        raise UserError(f"--tokens {AUTO}: expected sources whose rows carry a kind of question: {found}")
     model = Model(run)
-    if tokens is not None:
+    if isinstance(tokens, AutoTokens):
+        tokens = model.auto_tokens(tokens, "--tokens")
+    elif tokens is not None:
         model.image_encoder.require_memories()
         check_tokens("--tokens", tokens, model.config.num_voco_tokens)
     for name in sorted(by_name):
@@ -75,7 +81,7 @@ def score_sources(
             yield name, _by_kind(model, opened[name], name, by_name[name].kind, max_records, baselines, tokens)
             continue
         results, answers, report = score_conversations(
-            model, opened[name], name=name, max_records=max_records, tokens=tokens
+            model, opened[name], name=name, max_records=max_records, tokens=cast(int | None, tokens)
         )
         notes = [line.strip() for line in report.lines("conversation")] if report.skipped else []
         draw = functools.partial(draw_conversations, answers)
@@ -84,7 +90,7 @@ def score_sources(
 
 def _by_kind(
     model: Model, source: Source, name: str, source_kind: str, max_about: int | None, baselines: bool,
-    tokens: int | None,
+    tokens: int | AutoTokens | None,
 ) -> Scored:  # fmt: skip
     guesser = _guesser(model.run, source_kind) if baselines or source_kind == "easyvqa" else None
     results, found, report = score_by_kind(
@@ -110,7 +116,11 @@ def _by_kind(
             return model.image_encoder.processor.load(images[0]) if images else None
 
         pictures["answers"] = functools.partial(draw_answers, [found.answers[THIS_RUN][i] for i in shown], load)
-    return Scored(results, table(results["counts"]), notes, pictures)
+    tables = [table(results["counts"])]
+    if "auto" in results:
+        pictures["auto"] = functools.partial(auto_scores.draw, results["auto"], title=title)
+        tables.append(auto_scores.table(results["auto"]))
+    return Scored(results, "\n\n".join(tables), notes, pictures)
 
 
 def draw_conversations(answers: list[conversations.ScoredAnswer], path: Path) -> None:
@@ -166,8 +176,10 @@ def main() -> None:
         help="where rows carry a kind: also ask with nothing, of clips with their frames shuffled and with one frame; "
         "and guess as the training rows answer",
     )  # fmt: skip
+    add_token_arguments(parser)
     question_files.add_arguments(parser)
     args = parser.parse_args()
+    check_confidence(args)
     others = question_files.OPTIONS if args.questions is None else ("compressor", "max_records", "baselines")
     for name in others:
         if getattr(args, name) != parser.get_default(name):
@@ -176,6 +188,9 @@ def main() -> None:
     if args.questions is not None:
         question_files.run_command(args)
         return
+    tokens = args.tokens
+    if tokens == AUTO:
+        tokens = AutoTokens() if args.confidence is None else AutoTokens(args.confidence)
     run = load_run(args.run, step=args.step, compressor=args.compressor, attention=args.attention)
     suffix = f".{args.compressor}" if args.compressor else ""
     suffix += f".step{run.step}" if args.step else ""
@@ -183,7 +198,7 @@ def main() -> None:
     suffix += f".tokens{args.tokens}" if args.tokens else ""
     kinds = {name: keys.kind for name, keys in sources_to_score(run.config.data).items()}
     several, one_easyvqa = len(kinds) > 1, [*kinds.values()].count("easyvqa") == 1
-    for name, scored in score_sources(run, args.max_records, args.baselines, args.tokens):
+    for name, scored in score_sources(run, args.max_records, args.baselines, tokens):
         if several:
             print(f"## {printable(name)}\n")
         # First, whatever becomes of the files

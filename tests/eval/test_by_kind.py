@@ -21,7 +21,9 @@ from voco_jax.data.sources import easyvqa
 from voco_jax.data.sources.array_records import ArrayRecordSource, unpack_record
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.eval import by_kind
+from voco_jax.eval.auto_scores import compare
 from voco_jax.eval.by_kind import THIS_RUN, has_kinds, read_questions, score_by_kind
+from voco_jax.infer.auto_tokens import AutoTokens, Try
 from voco_jax.infer.engine import Engine
 
 PICTURES = 5
@@ -203,3 +205,48 @@ def test_fewer_tokens_and_uncompressed(two_tokens_run, pictures, tmp_path, monke
     ):
         status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", run, *arguments)
         assert status == 2 and err.splitlines()[-1].startswith(f"error: {error}")
+
+
+def test_as_many_tokens_as_needed(two_tokens_run, pictures, tmp_path, monkeypatch, capsys):
+    """The comparison's fixed numbers are what --tokens gives, and the score is of the confidence asked for."""
+    rows = source("llava", file=str(pictures / "rows.json"), images=str(pictures / "images"))
+    run = run_of(two_tokens_run, tmp_path, dict(a=rows), dict(a=rows))
+    found = {}
+    for name, arguments in (
+        ("1", ["--tokens", 1]), ("2", ["--tokens", 2]), ("auto", ["--tokens", "auto", "--confidence", 1]),
+    ):  # fmt: skip
+        status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run, *arguments)
+        assert status == 0, err
+        found[name] = json.loads((run / f"results.a.tokens{name}.json").read_text())
+    auto = found["auto"]["auto"]
+    fixed = [{"tokens": k, "accuracy": found[str(k)]["accuracy"]} for k in (1, 2)]
+    assert auto["by_tokens"] == fixed and found["auto"]["tokens"] == "auto"
+    assert found["auto"]["counts"] == found["2"]["counts"] and auto["accuracy"] == found["2"]["accuracy"]
+    assert (auto["confidence"], auto["mean_tokens"], auto["mean_tokens_tried"]) == (1, 2, 3)
+    assert "\n| **auto, confidence 1** | " in out and "\n| 2 | " in out
+    with Image.open(run / "auto.a.tokensauto.png") as drawn:
+        assert drawn.width > 600 and len(drawn.convert("L").getcolors()) > 50
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": [{"from": "human", "value": "is it late?"}]}]))
+    config["data"]["test"]["b"] = source("llava", file=str(tmp_path / "rows.json")).to_dict()
+    (run / "config.json").write_text(json.dumps(config))
+    status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--tokens", "auto")
+    assert status == 2 and "error: --tokens auto: expected sources whose rows carry a kind of question: " in err
+
+
+def test_what_any_confidence_would_have_taken():
+    """By hand: two questions about pictures, the second sure of a wrong answer at once; and one without."""
+    tries = [
+        [Try(1, "red", 0.4), Try(2, "Blue.", 0.6), Try(4, "blue", 0.9)],
+        [Try(1, "two", 0.8), Try(2, "three", 0.3), Try(4, "three", 0.5)],
+        [Try(0, "yes", 0.2)],
+    ]
+    found = compare(AutoTokens(0.55), tries, ["blue", "three", "yes"])
+    assert {k: found[k] for k in ("confidence", "accuracy", "mean_tokens", "mean_tokens_tried")} == {
+        "confidence": 0.55, "accuracy": 2 / 3, "mean_tokens": (2 + 1) / 3, "mean_tokens_tried": (1 + 2 + 1) / 3
+    }  # fmt: skip
+    by_confidence = {of.pop("confidence"): of for of in found["by_confidence"]}
+    assert by_confidence[0.9] == {"accuracy": 1, "mean_tokens": 8 / 3, "mean_tokens_tried": 14 / 3}
+    assert found["by_tokens"] == [
+        {"tokens": 1, "accuracy": 1 / 3}, {"tokens": 2, "accuracy": 1}, {"tokens": 4, "accuracy": 1}
+    ]  # fmt: skip

@@ -15,10 +15,11 @@ from tests.helpers import tiny
 from tests.helpers.commands import run_main
 import voco_jax
 from voco_jax import evaluate
-from voco_jax.api import Model
+from voco_jax.api import Model, Request
 from voco_jax.data.sources import easyvqa
 from voco_jax.errors import UserError
 from voco_jax.eval.question_files import answer_questions, read_questions
+from voco_jax.infer.auto_tokens import AutoTokens
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_encoder import ImageEncoder
 
@@ -83,6 +84,29 @@ def test_answers_are_the_models_in_the_questions_order(model, album, uninterrupt
     for q, a in zip(questions, answers, strict=True):
         seen = model.encode_images(album / "images" / q["image"]) if "image" in q else None
         assert a["text"] == model.ask(q["text"].removeprefix("<image>\n"), seen, max_new_tokens=6)
+
+
+def test_as_many_tokens_as_needed(two_tokens_run, album, tmp_path):
+    """Each line says with how many tokens it was read, and has the answer of so many; cut off, it goes on alike."""
+    model, file = voco_jax.load(two_tokens_run), tmp_path / "auto.jsonl"
+    questions = read_questions(album / "questions.jsonl", album / "images")[:8]
+    tries = [
+        [model.auto_answers([Request(q.asked, q.picture)], AutoTokens(c), max_new_tokens=6)[0] for c in (0, 1)]
+        for q in questions
+    ]
+    rule = AutoTokens(sorted(few.confidence for few, _ in tries)[4])
+    answer_questions(model, questions, file, tokens=rule, max_new_tokens=6, batch_size=4)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [rule.decide(of).tokens for of in tries]
+    assert {line["tokens"] for line in lines} == {1, 2}
+    assert [line["text"] for line in lines] == [rule.decide(of).text for of in tries]
+    assert lines[0]["metadata"]["tokens"] == "auto" and lines[0]["metadata"]["confidence"] == rule.confidence
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-300])
+    assert answer_questions(model, questions, file, tokens=rule, max_new_tokens=6, batch_size=4) < 8
+    assert file.read_bytes() == whole
+    with pytest.raises(UserError, match=r"metadata.confidence: expected 1.0, found "):
+        answer_questions(model, questions, file, tokens=AutoTokens(1.0), max_new_tokens=6, batch_size=4)
 
 
 def test_a_json_array(model, album, tmp_path):

@@ -43,6 +43,18 @@ class Sample:
     def __len__(self):
         return len(self.tokens)
 
+    def __add__(self, text: "Sample") -> "Sample":
+        """With text after it."""
+        arrays = ((self.tokens, text.tokens), (self.labels, text.labels), (self.slot_index, text.slot_index))
+        return Sample(*map(np.concatenate, arrays), num_images=self.num_images)
+
+    def first_tokens(self, there: int, count: int) -> "Sample":
+        """With the first `count` of the `there` visual tokens that each image has."""
+        image, token = np.divmod(self.slot_index, there)
+        kept = (self.slot_index < 0) | (token < count)
+        slot_index = np.where(self.slot_index < 0, -1, image * count + token)
+        return Sample(self.tokens[kept], self.labels[kept], slot_index[kept].astype(np.int32), self.num_images)
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:

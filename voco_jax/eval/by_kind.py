@@ -21,8 +21,10 @@ from voco_jax.data.records import NO_ANSWER, WRONG_FORM, BadRecord, Clip, Encode
 from voco_jax.data.reports import Report
 from voco_jax.data.turns import first_question, text_of
 from voco_jax.errors import UserError
+from voco_jax.eval.auto_scores import compare
 from voco_jax.eval.runner import Answered, Question, Runner
 from voco_jax.eval.scoring import OVERALL, Answer, Guesser, count_by_kind, longest_answer
+from voco_jax.infer.auto_tokens import AUTO, AutoTokens, Try
 from voco_jax.infer.image_cache import ImageCache
 from voco_jax.infer.memory import EncodedImages
 from voco_jax.infer.prompts import Prompt, encode_prompt
@@ -54,11 +56,13 @@ class Asked:
 
 class SourceAnswers(NamedTuple):
     """Answers by what the model was shown, in the order of the questions `asked` (those about the same together), and
-    for each clip, by its number, the seconds at which its frames were taken."""
+    for each clip, by its number, the seconds at which its frames were taken. `tries`: the answers of this run with
+    every number of tokens, where they choose it themselves."""
 
     answers: dict[str, list[Answer]]
     asked: list[Asked]
     times: dict[int, list[float]]
+    tries: list[Sequence[Try]]
 
 
 # ---- What the model is shown -----------------------------------------------------------------------------------
@@ -87,12 +91,13 @@ VIEWS: dict[str, Callable[[EncodedImages, int], EncodedImages]] = {  # of a clip
 
 
 def score_by_kind(
-    model: Model, source: Source, *, name: str = "", max_about: int | None = None, tokens: int | None = None,
-    baselines: bool = False, guesser: Guesser | None = None,
+    model: Model, source: Source, *, name: str = "", max_about: int | None = None,
+    tokens: int | AutoTokens | None = None, baselines: bool = False, guesser: Guesser | None = None,
 ) -> tuple[dict, SourceAnswers, Report]:  # fmt: skip
     """What `results.NAME.json` says of a source (of config.data.test, by its name), the answers, and what is left out.
 
-    `max_about`: only the first so many pictures and clips. `tokens`: the first so many of each memory are read.
+    `max_about`: only the first so many pictures and clips. `tokens`: the first so many of each memory are read, or as
+    many as each answer needs; then all numbers of tokens are tried, and the results compare confidences to go by.
     `baselines` are answered with less to go by; `guesser` guesses. UserError where more than `max_skipped_fraction` of
     the questions cannot be used, or none can.
     """
@@ -122,7 +127,8 @@ def score_by_kind(
     results = {
         "step": model.run.step,
         "compressor": model.config.compressor,
-        "tokens": tokens or model.run.encoder.num_visual_tokens,  # of each picture or frame
+        # Of each picture or frame
+        "tokens": AUTO if isinstance(tokens, AutoTokens) else tokens or model.run.encoder.num_visual_tokens,
         "accuracy": right / total,
         "counts": counts,
         "pictures": len({question.about for question in found.asked if question.name}) - len(frames),
@@ -130,6 +136,8 @@ def score_by_kind(
         **({"frames_per_clip": [min(frames), max(frames)]} if frames else {}),
         "left_out": dict(report.skipped),
     }
+    if isinstance(tokens, AutoTokens):
+        results["auto"] = compare(tokens, found.tries, [question.truth for question in found.asked])
     return results, found, report
 
 
@@ -180,20 +188,22 @@ def read_questions(source: Source, report: Report, max_about: int | None = None)
 
 def answer_questions(
     model: Model, source: Source, asked: Sequence[Asked], report: Report, check: Callable[[], None],
-    less: Iterable[str] = (), *, name: str = "", tokens: int | None = None,
+    less: Iterable[str] = (), *, name: str = "", tokens: int | AutoTokens | None = None,
 ) -> SourceAnswers:  # fmt: skip
     """Greedy answers to the questions, of a clip with the run's frames; also with less to go by (`VIEWS`, `NOTHING`).
 
     A picture, clip or question that cannot be used goes to the report, and `check` is called: it may raise.
     """
     config, images = typed(model.run.config), model.image_encoder
+    auto = dataclasses.replace(tokens, every=True) if isinstance(tokens, AutoTokens) else None
+    tokens = tokens if isinstance(tokens, int) else None
     engine, limits = images.engine if tokens is None else images.engine.for_tokens(tokens), config.eval
     limit = longest_answer(limits.max_new_tokens, {question.truth for question in asked}, engine.encoder.tokenizer)
     # Single pictures of as many questions as to fill a batch are encoded together; a clip is a batch by itself
     is_about_pictures = all(source[q.record].video is None for q in asked)
     window = round(len(asked) / max(1, len({q.about for q in asked}))) if is_about_pictures else 1
     cache = ImageCache(images, tokens=tokens)
-    runner = Runner(engine, cache, limits.batch_size, limit, window=max(1, window))
+    runner = Runner(engine, cache, limits.batch_size, limit, window=max(1, window), auto=auto)
     last: tuple = (None, None)  # a record's number, and the record: several questions may be of one
 
     def views(i: int) -> Sequence[Picture | Clip | Frames]:
@@ -220,7 +230,7 @@ def answer_questions(
         with tqdm(total=len(asked), unit="question", desc=bar_name, mininterval=0.5) as bar:
             yield from runner.run(questions, bar)
 
-    found, usable = SourceAnswers({}, [], {}), list[Asked]()
+    found, usable = SourceAnswers({}, [], {}, []), list[Asked]()
     for column in (THIS_RUN, *less):
         answers: list[Answer] = []
         found.answers[column] = answers
@@ -231,6 +241,7 @@ def answer_questions(
                     found.times[question.about] = [item.time or 0.0 for item in answered.images.items]
                 if answered.error is None:
                     usable.append(question)
+                    found.tries.extend([answered.tries] if column == THIS_RUN and auto is not None else [])
                     answers.append(Answer(question.name, question.text, question.truth, answered.text))
                 elif isinstance(answered.error, BadRecord):
                     is_of_file = answered.images is answered.error  # the message names it

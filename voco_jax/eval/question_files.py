@@ -22,14 +22,15 @@ import uuid
 
 from tqdm import tqdm
 
-from voco_jax.api import Model
-from voco_jax.arguments import add_answer_arguments, load_model, sampling_of
+from voco_jax.api import Model, Tokens
+from voco_jax.arguments import add_answer_arguments, auto_of, load_model, sampling_of
 from voco_jax.data.records import BadRecord
 from voco_jax.data.sources.json_rows import JsonRows
 from voco_jax.data.sources.roots import check_file, inside, path_here
 from voco_jax.data.turns import without_markers
 from voco_jax.errors import UserError
 from voco_jax.eval.runner import Question, Runner
+from voco_jax.infer.auto_tokens import AUTO, AutoTokens, Try
 from voco_jax.infer.engine import GREEDY, Engine
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_cache import ImageCache
@@ -74,26 +75,33 @@ def read_questions(file: Path, images: Path | None) -> list[QuestionRow]:
 
 
 def answer_questions(
-    model: Model, questions: Sequence[QuestionRow], file: Path, *, tokens: int | None = None,
+    model: Model, questions: Sequence[QuestionRow], file: Path, *, tokens: Tokens = None,
     max_new_tokens: int = MAX_NEW_TOKENS, sampling: Sampling = GREEDY, batch_size: int = 64,
 ) -> int:  # fmt: skip
-    """Append what `file` has not yet of the questions' answers; returns how many it had.
+    """Append what `file` has not yet of the questions' answers; returns how many it had. `tokens` as `Model.answers`';
+    with "auto" each line has the number that its answer was read with.
 
     UserError for a file that has other answers than these: to other questions, of another model, or otherwise chosen;
     it is then as it was.
     """
+    auto = model.auto_tokens(tokens) if isinstance(tokens, str | AutoTokens) else None
+    tokens = tokens if isinstance(tokens, int) else None
     cache = ImageCache(model.image_encoder, tokens=tokens)
     engine = model.engine if tokens is None else model.engine.for_tokens(tokens)
     _check_lengths(engine, questions, max_new_tokens)
     settings = {
-        "model": model.fingerprint, "step": model.run.step, "tokens": tokens or model.run.encoder.num_visual_tokens,
+        "model": model.fingerprint, "step": model.run.step,
+        "tokens": tokens or model.run.encoder.num_visual_tokens if auto is None else AUTO,
+        **({"confidence": auto.confidence, "ladder": list(auto.ladder)} if auto is not None else {}),
         "max_new_tokens": max_new_tokens,
         **dataclasses.asdict(sampling),
     }  # fmt: skip
     alike = {"model_id": Path(str(model.run.directory)).name, "metadata": settings}
 
-    def line(number: int, text: str) -> bytes:
+    def line(number: int, text: str, tries: Sequence[Try]) -> bytes:
         answer = _answer(questions[number], text)
+        if auto is not None:
+            answer["tokens"] = auto.decide(tries).tokens
         name = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([number, answer, alike]))
         return json.dumps(answer | {"answer_id": name.hex} | alike).encode() + b"\n"
 
@@ -105,11 +113,11 @@ def answer_questions(
             Question(i, [q.picture] if q.picture else [], q.where, partial(encode_prompt, engine, q.asked), stream=i)
             for i, q in enumerate(questions[start:], start)
         )
-        runner = Runner(engine, cache, batch_size, max_new_tokens, sampling, must_ask=True)
+        runner = Runner(engine, cache, batch_size, max_new_tokens, sampling, must_ask=True, auto=auto)
         with tqdm(total=len(questions), initial=start, unit="question", desc="answering", mininterval=0.5) as bar:
             for answered in runner.run(asked, bar):
                 if answered.id >= done:
-                    stream.write(line(answered.id, answered.text))
+                    stream.write(line(answered.id, answered.text, answered.tries))
                     stream.flush()
     return done
 
@@ -125,7 +133,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers", type=path_here, metavar="OUT", help="answer file to write; an interrupted one is continued"
     )
-    parser.add_argument("--tokens", type=int, metavar="K", help="read only the first K tokens of each image")
     parser.add_argument("--batch-size", type=at_least_1, default=64, metavar="N", help="questions at once (default 64)")
     add_answer_arguments(parser, MAX_NEW_TOKENS)
 
@@ -138,9 +145,10 @@ def run_command(args: argparse.Namespace) -> None:
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"--images: {args.images}: expected a directory")
     questions = read_questions(args.questions, args.images)  # first: what is wrong with them shows itself at once
+    model = load_model(args)
     had = answer_questions(
-        load_model(args), questions, args.answers, tokens=args.tokens, max_new_tokens=args.max_new_tokens,
-        sampling=sampling, batch_size=args.batch_size,
+        model, questions, args.answers, tokens=auto_of(args, model) or args.tokens,
+        max_new_tokens=args.max_new_tokens, sampling=sampling, batch_size=args.batch_size,
     )  # fmt: skip
     before = f", {had} of them already in the file" if had else ""
     print(f"{args.answers}: {count_of(len(questions), 'answer')}{before}")

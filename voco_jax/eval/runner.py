@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.errors import UserError
+from voco_jax.infer.auto_tokens import AutoTokens, Try, answer_auto
 from voco_jax.infer.engine import GREEDY, Engine, Score
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_cache import ImageCache
@@ -42,11 +43,12 @@ class Question(Generic[Id]):
 @dataclasses.dataclass(frozen=True)
 class Answered(Generic[Id]):
     """A question's answer, score and encoded images; or the `error` because of which it was not asked. Where it is the
-    images that cannot be read, `images` is that error too."""
+    images that cannot be read, `images` is that error too. `tries`: the answers that the runner's `auto` tried."""
 
     id: Id
     images: Any = None
     text: str = ""
+    tries: Sequence[Try] = ()
     score: Score | None = None
     error: UserError | None = None
 
@@ -57,7 +59,8 @@ class Runner:
 
     A question cannot be asked where its images cannot be read, or its prompt is wrong or too long: it then has an error
     instead of an answer, or with `must_ask` the error is raised before its window is asked. `gather` turns the encoded
-    images of a batch into what the engine reads; without `images` it is given the views.
+    images of a batch into what the engine reads; without `images` it is given the views. `auto` chooses how many tokens
+    of each memory an answer is read with.
     """
 
     engine: Engine
@@ -69,6 +72,7 @@ class Runner:
     window: int = 1
     must_ask: bool = False
     gather: Callable[[list], Gathered] = gather
+    auto: AutoTokens | None = None
 
     def run(self, questions: Iterable[Question[Id]], bar: tqdm | None = None) -> Iterator[Answered[Id]]:
         """Answers in the questions' order; `bar` counts them."""
@@ -96,15 +100,23 @@ class Runner:
                 continue
             prompts |= {} if prompt is None else {i: prompt}
             conversations |= {} if conversation is None else {i: conversation}
-        texts = generate(
-            self.engine, list(prompts.values()), max_new_tokens=self.max_new_tokens, sampling=self.sampling,
-            until=self.until, streams=[window[i].stream for i in prompts], batch_size=self.batch_size,
-            gather=self.gather,
+        how: dict[str, Any] = dict(
+            max_new_tokens=self.max_new_tokens, sampling=self.sampling, until=self.until,
+            streams=[window[i].stream for i in prompts], batch_size=self.batch_size,
         )  # fmt: skip
+        tries: dict[int, list[Try]] = {}
+        if self.auto is None:
+            texts = generate(self.engine, list(prompts.values()), gather=self.gather, **how)
+        else:
+            found = answer_auto(self.engine, list(prompts.values()), self.auto, **how)
+            tries = dict(zip(prompts, found, strict=True))
+            texts = [self.auto.decide(of_prompt).text for of_prompt in found]
         scores = score(self.engine, list(conversations.values()), batch_size=self.batch_size, gather=self.gather)
         text_of, score_of = dict(zip(prompts, texts, strict=True)), dict(zip(conversations, scores, strict=True))
         for i, (question, images) in enumerate(zip(window, encoded, strict=True)):
-            yield Answered(question.id, images, text_of.get(i, ""), score_of.get(i), errors.get(i))
+            yield Answered(
+                question.id, images, text_of.get(i, ""), tries.get(i, ()), score_of.get(i), errors.get(i)
+            )  # fmt: skip
 
     def _made(self, make: MakePrompt | None, images: Any, max_new_tokens: int) -> Prompt | None:
         if isinstance(images, BadRecord):

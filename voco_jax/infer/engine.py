@@ -42,6 +42,14 @@ class Prompts(NamedTuple):
     slots: np.ndarray
 
 
+class GeneratedAnswer(NamedTuple):
+    """An answer's text, and the log-probabilities [N] of its tokens, with the one that ended it, under the model (nats,
+    whatever the temperature)."""
+
+    text: str
+    log_probabilities: np.ndarray
+
+
 class Score(NamedTuple):
     """How likely an answer is: the sum of its tokens' log-probabilities (nats), their number, and whether greedy
     decoding would choose each of them. The end-of-sequence token counts as one."""
@@ -112,6 +120,14 @@ class Engine:
         self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
         sampling: Sampling = GREEDY, until: Sequence[str] = (), streams: Sequence[int] | None = None,
     ) -> list[str]:  # fmt: skip
+        """Texts of `answers`."""
+        given = self.answers(prompts, visual, pictures, max_new_tokens, sampling, until, streams)
+        return [answer.text for answer in given]
+
+    def answers(
+        self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
+        sampling: Sampling = GREEDY, until: Sequence[str] = (), streams: Sequence[int] | None = None,
+    ) -> list[GeneratedAnswer]:  # fmt: skip
         """Answers to encoded prompts. An answer ends before the first of the texts `until` that occurs in it.
 
         `pictures[i]` are the images of prompt i, in its order, as indices into all B·I that `encode_images` returned.
@@ -129,7 +145,8 @@ class Engine:
                 is_whole or any(end in self.sure_text(ids.tolist()) for end in until)
                 for ids, is_whole in zip(answers, ended, strict=True)
             ):
-                return [_cut(self.text(ids.tolist()), until) for ids in answers]
+                sure = np.asarray(self._whole(state.log_probabilities))
+                return [self._answer(ids.tolist(), row, until) for ids, row in zip(answers, sure, strict=False)]
             limit = min(limit + PIECE, max_new_tokens)
 
     def score(self, samples: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]]) -> list[Score]:
@@ -220,6 +237,13 @@ class Engine:
         finally:
             if read and not state.output.is_deleted():  # it is where an interruption comes while it is decoded
                 keep(state, read)
+
+    def _answer(self, ids: list[int], log_probabilities: np.ndarray, until: Sequence[str]) -> GeneratedAnswer:
+        count = min(len(self._until_end(ids)) + 1, len(ids))
+        if until:  # only the tokens up to the text that ends it
+            ends = (n for n in range(1, count) if any(end in self.text(ids[:n]) for end in until))
+            count = next(ends, count)
+        return GeneratedAnswer(_cut(self.text(ids), until), log_probabilities[:count])
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's text, of its tokens up to the end-of-sequence token."""

@@ -64,12 +64,14 @@ class DecodeState(NamedTuple):
     """R answers that are being decoded: all that `decode` needs.
 
     `output` [R, N] holds `num_tokens` tokens a row. The last of them is not in the cache yet: its position is
-    `positions` [R]. A row that has `ended` is filled with `stop.padding` from its stop token on. `sampling` is None for
-    greedy decoding.
+    `positions` [R]. A row that has `ended` is filled with `stop.padding` from its stop token on. `log_probabilities`
+    float32 [R, N] are the tokens' (the stop token's too) under the model, in nats, whatever the temperature; 0 after
+    the end. `sampling` is None for greedy decoding.
     """
 
     cache: Cache
     output: jax.Array
+    log_probabilities: jax.Array
     num_tokens: jax.Array
     positions: jax.Array
     ended: jax.Array
@@ -98,6 +100,13 @@ def choose(logits: jax.Array, sampling: SamplingState | None, count: jax.Array) 
     return jax.vmap(draw)(jnp.where(logits >= least, logits, -jnp.inf), sampling.streams).astype(jnp.int32)
 
 
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of tokens [R] under logits [R, V], float32 [R]."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=1)
+
+
 def prefill(
     model: VoCoLlama,
     tokens: jax.Array,
@@ -118,10 +127,12 @@ def prefill(
     last = positions.argmax(axis=1)
     logits = model.llama.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
     first = choose(logits, sampling, jnp.int32(0))
+    sure = jnp.zeros((len(tokens), max_new_tokens), jnp.float32).at[:, 0].set(log_probability(logits, first))
     ended = (first[:, None] == stop.ids).any(axis=1)
     first = jnp.where(ended, stop.padding, first)
     output = jnp.full((len(tokens), max_new_tokens), stop.padding, jnp.int32).at[:, 0].set(first)
-    return DecodeState(cache, output, jnp.int32(1), positions.max(axis=1) + 1, ended, stop, sampling), logits
+    state = DecodeState(cache, output, sure, jnp.int32(1), positions.max(axis=1) + 1, ended, stop, sampling)
+    return state, logits
 
 
 def decode(model: VoCoLlama, state: DecodeState, limit: jax.Array) -> DecodeState:
@@ -135,10 +146,16 @@ def decode(model: VoCoLlama, state: DecodeState, limit: jax.Array) -> DecodeStat
         model = nnx.merge(graphdef, params)
         token = jnp.take(state.output, state.num_tokens - 1, axis=1)
         hidden, cache = model.extend(token[:, None], state.positions[:, None], state.cache)
-        chosen = choose(model.llama.logits(hidden)[:, 0], state.sampling, state.num_tokens)
+        logits = model.llama.logits(hidden)[:, 0]
+        chosen = choose(logits, state.sampling, state.num_tokens)
+        sure = jnp.where(state.ended, 0, log_probability(logits, chosen))
         ended = state.ended | (chosen[:, None] == state.stop.ids).any(axis=1)
         output = state.output.at[:, state.num_tokens].set(jnp.where(ended, state.stop.padding, chosen))
-        return DecodeState(cache, output, state.num_tokens + 1, state.positions + 1, ended, state.stop, state.sampling)
+        sure = state.log_probabilities.at[:, state.num_tokens].set(sure)
+        return state._replace(
+            cache=cache, output=output, log_probabilities=sure, num_tokens=state.num_tokens + 1,
+            positions=state.positions + 1, ended=ended,
+        )  # fmt: skip
 
     return jax.lax.while_loop(unfinished, step, state)
 

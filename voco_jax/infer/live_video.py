@@ -7,18 +7,23 @@ import numpy as np
 
 from voco_jax.data.images import PictureLike
 from voco_jax.errors import UserError
+from voco_jax.infer.auto_tokens import AutoTokens, answer_auto
 from voco_jax.infer.engine import GREEDY
 from voco_jax.infer.generate import Sampling
 from voco_jax.infer.image_encoder import ImageEncoder
-from voco_jax.infer.memory import Item, MemoryBank, join
+from voco_jax.infer.memory import Item, MemoryBank, check_tokens, join
 from voco_jax.infer.prompts import encode_prompt, generate
 
 
 class LiveVideo:
     """A video that has not ended, made by `Model.watch`. It keeps the memory of each frame, and no pixels."""
 
-    def __init__(self, images: ImageEncoder, source: str, tokens: int | None, batch_size: int):
+    def __init__(
+        self, images: ImageEncoder, source: str, tokens: int | None, batch_size: int, auto: AutoTokens | None = None
+    ):  # fmt: skip
         images.require_memories()
+        check_tokens("tokens", tokens, images.num_voco_tokens)
+        self._auto = auto
         self._images, self._source, self._tokens, self._batch_size = images, source, tokens, batch_size
         self._banks: list[MemoryBank] = []
         self._waiting: list[tuple[np.ndarray, float]] = []  # frames as the model takes them, and their times
@@ -52,7 +57,11 @@ class LiveVideo:
         """As `Model.ask`, about all frames so far. For the last sixty: `model.ask(question, watch.memory[-60:])`."""
         engine, memory = self._images.engine, self.memory
         prompts = [encode_prompt(engine, q, memory) for q in ([question] if isinstance(question, str) else question)]
-        answers = generate(engine, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        if self._auto is None:
+            answers = generate(engine, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        else:
+            tries = answer_auto(engine, prompts, self._auto, max_new_tokens=max_new_tokens, sampling=sampling)
+            answers = [self._auto.decide(of_prompt).text for of_prompt in tries]
         return answers[0] if isinstance(question, str) else answers
 
     def _compress(self) -> None:

@@ -10,9 +10,9 @@ from voco_jax.data.conversations import Sample
 from voco_jax.data.turns import VIDEO, spread_video
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError
-from voco_jax.infer.engine import GREEDY, Engine, Score, Visual, bucket
+from voco_jax.infer.engine import GREEDY, Engine, GeneratedAnswer, Score, Visual, bucket
 from voco_jax.infer.generate import Sampling
-from voco_jax.infer.memory import Embeddings, EncodedImages, join_images
+from voco_jax.infer.memory import Embeddings, EncodedImages, MemoryBank, join_images
 
 # What several prompts speak of, as the engine reads it, and for each prompt the indices of its images in it
 Gathered = tuple[Visual, list[range]]
@@ -28,6 +28,10 @@ class Prompt:
 
     sample: Sample
     images: Any = None
+
+    def first_tokens(self, count: int, cut: MemoryBank) -> "Prompt":
+        """About the first `count` tokens of each of its memories, which are `cut`."""
+        return Prompt(self.sample.first_tokens(self.images.num_tokens, count), cut)
 
 
 def encode_prompt(
@@ -84,12 +88,25 @@ def generate(
     until: Sequence[str] = (), streams: Sequence[int] | None = None, batch_size: int = 64,
     gather: Callable[[list], Gathered] = gather,
 ) -> list[str]:  # fmt: skip
-    """Answers in the prompts' order; prompts of like length share a batch. Other arguments as `Engine.generate`'s."""
+    """Texts of `answer`."""
+    given = answer(
+        engine, prompts, max_new_tokens=max_new_tokens, sampling=sampling, until=until, streams=streams,
+        batch_size=batch_size, gather=gather,
+    )  # fmt: skip
+    return [one.text for one in given]
+
+
+def answer(
+    engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int, sampling: Sampling = GREEDY,
+    until: Sequence[str] = (), streams: Sequence[int] | None = None, batch_size: int = 64,
+    gather: Callable[[list], Gathered] = gather,
+) -> list[GeneratedAnswer]:  # fmt: skip
+    """Answers in the prompts' order; prompts of like length share a batch. Other arguments as `Engine.answers`'."""
     streams = range(len(prompts)) if streams is None else streams
 
-    def ask(engine: Engine, batch: list[int], visual: Visual, indices: list[range]) -> list[str]:
+    def ask(engine: Engine, batch: list[int], visual: Visual, indices: list[range]) -> list[GeneratedAnswer]:
         samples, numbers = [prompts[i].sample for i in batch], [streams[i] for i in batch]
-        return engine.generate(samples, visual, indices, max_new_tokens, sampling, until, numbers)
+        return engine.answers(samples, visual, indices, max_new_tokens, sampling, until, numbers)
 
     return _in_batches(engine, prompts, batch_size, gather, ask)
 
