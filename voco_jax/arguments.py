@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import sys
 
 import jax
 from jax.sharding import Mesh
@@ -122,11 +123,19 @@ def check_confidence(args: argparse.Namespace) -> None:
             raise UserError(f"--confidence: expected 0 … 1, found {args.confidence}")
 
 
+def untrained_note(model: Model) -> str:
+    """Of a run without train.elastic_k."""
+    there = model.run.encoder.num_visual_tokens
+    return f"{model.run.directory} was trained with all {there} tokens alone (train.elastic_k): fewer may mislead it"
+
+
 def auto_of(args: argparse.Namespace, model: Model) -> AutoTokens | None:
     """The rule that --tokens auto asks for; None where it is not given. UserError for a model that cannot have it."""
     if args.tokens != AUTO:
         return None
     found = model.auto_tokens(AUTO, "--tokens")
+    if not found.ladder:
+        print(f"note: {untrained_note(model)}", file=sys.stderr)
     return found if args.confidence is None else dataclasses.replace(found, confidence=args.confidence)
 
 

@@ -66,11 +66,11 @@ def main() -> None:
     names = [f"{describe(one)}: " if each and one is not None else "" for one in about]
     for question in args.question:
         requests = [Request(question, one) for one in about]
-        how: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, sampling=sampling)
+        chosen: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, sampling=sampling)
         if auto is None:
-            answers = model.answers(requests, **how)
+            answers = model.answers(requests, **chosen)
         else:
-            tries = model.auto_answers(requests, auto, **how)
+            tries = model.auto_answers(requests, auto, **chosen)
             answers = [f"{one.text}  ({count_of(one.tokens, 'token')}, {one.confidence:.2f})" for one in tries]
         print(printable(question, keep="\n\t"))
         for name, answer in zip(names, answers, strict=True):

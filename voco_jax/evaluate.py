@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from voco_jax.api import Model
-from voco_jax.arguments import add_model_arguments, add_token_arguments, check_confidence
+from voco_jax.arguments import add_model_arguments, add_token_arguments, check_confidence, untrained_note
 from voco_jax.checkpoint.run import Run, load_run
 from voco_jax.config import sources_to_score, typed
 from voco_jax.data.records import BadRecord, Source
@@ -120,6 +120,7 @@ def _by_kind(
     if "auto" in results:
         pictures["auto"] = functools.partial(auto_scores.draw, results["auto"], title=title)
         tables.append(auto_scores.table(results["auto"]))
+        notes += [] if cast(AutoTokens, tokens).ladder else [untrained_note(model)]
     return Scored(results, "\n\n".join(tables), notes, pictures)
 
 

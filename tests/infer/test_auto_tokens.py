@@ -206,6 +206,7 @@ def test_the_command(two_tokens_run, monkeypatch, capsys):
         said[options[1]] = out.splitlines()[1::2]
     found = [re.fullmatch(r"(  .*)  \(2 tokens, [01]\.\d\d\)", line)[1] for line in said["auto"]]
     assert found == said["2"]
+    assert err.count(f"note: {two_tokens_run} was trained with all 2 tokens alone (train.elastic_k)") == 1
     status, out, _ = run_main(ask, monkeypatch, capsys, "--tokens", "auto", "--confidence", "0", *arguments)
     assert [re.fullmatch(r"(  .*)  \(1 token, [01]\.\d\d\)", line)[1] for line in out.splitlines()[1::2]] == said["1"]
     for options, message in (

@@ -45,8 +45,10 @@ class Sample:
 
     def __add__(self, text: "Sample") -> "Sample":
         """With text after it."""
-        arrays = ((self.tokens, text.tokens), (self.labels, text.labels), (self.slot_index, text.slot_index))
-        return Sample(*map(np.concatenate, arrays), num_images=self.num_images)
+        return Sample(
+            np.concatenate([self.tokens, text.tokens]), np.concatenate([self.labels, text.labels]),
+            np.concatenate([self.slot_index, text.slot_index]), self.num_images,
+        )  # fmt: skip
 
     def first_tokens(self, there: int, count: int) -> "Sample":
         """With the first `count` of the `there` visual tokens that each image has."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from voco_jax.api import Model
 from voco_jax.config import typed
-from voco_jax.data.records import NO_ANSWER, WRONG_FORM, BadRecord, Clip, Encoded, Frames, Picture, Record, Source
+from voco_jax.data.records import NO_ANSWER, WRONG_FORM, BadRecord, Clip, Frames, Picture, Record, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.turns import first_question, text_of
 from voco_jax.errors import UserError
@@ -262,12 +262,13 @@ def _views(record: Record, incomplete: bool = False) -> Sequence[Picture | Clip 
 
 def _content(record: Record) -> Hashable:
     """What tells a record's pictures or clip from others; None where it has none."""
-    of_video = record.video.pictures if isinstance(record.video, Frames) else _views(record)
-    return tuple(_of_file(one) for one in of_video) or None
+    return tuple(_of_file(one) for one in _views(record)) or None
 
 
-def _of_file(encoded: Encoded) -> Hashable:
-    return str(encoded.file) if encoded.data is None else hashlib.blake2b(encoded.data).digest()
+def _of_file(one: Picture | Clip | Frames) -> Hashable:
+    if isinstance(one, Frames):
+        return tuple(_of_file(picture) for picture in one.pictures)
+    return str(one.file) if one.data is None else hashlib.blake2b(one.data).digest()
 
 
 def _read(turns: list[dict]) -> tuple[str, str]:
