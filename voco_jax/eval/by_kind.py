@@ -62,7 +62,7 @@ class SourceAnswers(NamedTuple):
     answers: dict[str, list[Answer]]
     asked: list[Asked]
     times: dict[int, list[float]]
-    tries: list[Sequence[Try]]
+    tries: Sequence[Sequence[Try]] = ()
 
 
 # ---- What the model is shown -----------------------------------------------------------------------------------
@@ -230,7 +230,8 @@ def answer_questions(
         with tqdm(total=len(asked), unit="question", desc=bar_name, mininterval=0.5) as bar:
             yield from runner.run(questions, bar)
 
-    found, usable = SourceAnswers({}, [], {}, []), list[Asked]()
+    tries: list[Sequence[Try]] = []
+    found, usable = SourceAnswers({}, [], {}, tries), list[Asked]()
     for column in (THIS_RUN, *less):
         answers: list[Answer] = []
         found.answers[column] = answers
@@ -241,7 +242,7 @@ def answer_questions(
                     found.times[question.about] = [item.time or 0.0 for item in answered.images.items]
                 if answered.error is None:
                     usable.append(question)
-                    found.tries.extend([answered.tries] if column == THIS_RUN and auto is not None else [])
+                    tries += [answered.tries] if column == THIS_RUN and auto is not None else []
                     answers.append(Answer(question.name, question.text, question.truth, answered.text))
                 elif isinstance(answered.error, BadRecord):
                     is_of_file = answered.images is answered.error  # the message names it
