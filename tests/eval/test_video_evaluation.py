@@ -18,6 +18,8 @@ from voco_jax.checkpoint.run import load_run
 from voco_jax.config import source
 from voco_jax.data.make_video_questions import make_part
 from voco_jax.data.reports import Report
+from voco_jax.data.shards import __main__ as build_records
+from voco_jax.data.sources.array_records import ArrayRecordSource
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.eval import by_kind as asking
 from voco_jax.eval import runner
@@ -150,6 +152,26 @@ def test_every_question_is_asked_about_its_own_clip(model, shape_clips, asked):
     assert [a.truth for a in found.answers["this run"]] == [row["answer"] for row in rows]
     assert results["frames_per_clip"] == [4, 4] and results["tokens"] == 1
     assert (results["clips"], results["pictures"]) == (4, 0)
+
+
+@pytest.mark.parametrize("kept", [["clip"], ["frames", "--num-frames", str(FRAMES)]], ids=["clips", "frames"])
+def test_shards_of_clips(model, shape_clips, tmp_path, monkeypatch, kept):
+    """Clips in shards, as they are or as the frames that are asked about: the same questions at the same times."""
+    out = tmp_path / "shards"
+    arguments = ["video", shape_clips / "test.json", "--videos", shape_clips / "clips", out, "--video", *kept]
+    monkeypatch.setattr("sys.argv", ["build-records", *map(str, arguments), "--workers", "1"])
+    build_records.main()
+    results, found, report = score_by_kind(model, ArrayRecordSource(str(out)), max_about=2)
+    expected, clips, _ = score_by_kind(model, source_of(shape_clips), max_about=2)
+    assert not report.skipped and [(q.text, q.kind, q.about) for q in found.asked] == [
+        (q.text, q.kind, q.about) for q in clips.asked
+    ]
+    assert found.times == clips.times
+    if kept == ["clip"]:
+        assert results == expected
+    draw_strip(found, ArrayRecordSource(str(out)), tmp_path / "strip.png", "a title")
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert len(strip.convert("L").getcolors()) > 50
 
 
 def bank(count: int) -> MemoryBank:
