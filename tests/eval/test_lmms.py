@@ -45,7 +45,7 @@ PICTURES = [record.images[0].file for record in easyvqa.load("test")[:4]]
 
 def test_the_command_scores_as_evaluate_does(tiny_run, tmp_path):
     """On two simulated devices, in a process that knows of the adapter by its entry point alone."""
-    results, found, _ = score_by_kind(Model(load_run(tiny_run)), EasyVqaSource("test"), max_about=4)
+    results, answered, _ = score_by_kind(Model(load_run(tiny_run)), EasyVqaSource("test"), max_about=4)
     counts = results["counts"]["this run"]["overall"]
     command = [
         sys.executable, "-m", "lmms_eval", "--model", "voco_jax", "--model_args", f"run={tiny_run},tokens=1",
@@ -61,7 +61,7 @@ def test_the_command_scores_as_evaluate_does(tiny_run, tmp_path):
     assert found["easyvqa"]["accuracy,none"] == counts[0] / counts[1] == results["accuracy"]
     (samples,) = tmp_path.rglob("*samples_easyvqa.jsonl")
     given = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
-    assert given == [answer.given for answer in found.answers[THIS_RUN]]
+    assert given == [answer.given for answer in answered.answers[THIS_RUN]]
     # The likeliest of 13 answers is the one that is given freely, where that is one of them
     assert abs(found["easyvqa_choices"]["acc,none"] - results["accuracy"]) < 0.2
 
