@@ -49,6 +49,7 @@ setup(
         "eval": ["easy-vqa==1.0", "lmms-eval>=0.7.3,<0.8", "pytz"],  # pytz: lmms-eval imports it, and does not say so
         "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
         "gguf": ["gguf>=0.17"],  # `voco convert` of llama.cpp's files
+        "scenes": ["scikit-image>=0.26"],  # photographs, for `voco make-scene-questions`
         "tensorboard": ["tensorboard>=2.18"],  # to look at what training logs
         "wandb": ["wandb>=0.19"],  # to log to Weights & Biases too (train.wandb)
         "tfds": ["tensorflow-datasets>=4.9.10"],

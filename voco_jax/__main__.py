@@ -23,6 +23,7 @@ COMMANDS = {
     "store-logits": ("voco_jax.store_logits:main", "store what a teacher says of the training data, to distil from"),
     "build-records": ("voco_jax.data.shards.__main__:main", "write training records into ArrayRecord shards"),
     "make-video-questions": ("voco_jax.data.make_video_questions:main", "make the video demo's clips and questions"),
+    "make-scene-questions": ("voco_jax.data.make_scene_questions:main", "make pictures of objects, and questions"),
     "check-logits": ("voco_jax.convert.check_logits:main", "compare a converted checkpoint with recorded values"),
 }
 
