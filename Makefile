@@ -17,7 +17,7 @@ OLDEST_TESTS ?= tests/test_setup.py tests/data/test_tokenizer.py tests/data/test
 REST := slow or multiprocess or tpu_compile or peer
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: help demo video-demo test test-rest test-all test-oldest fuzz lint table1 aot clean
+.PHONY: help demo video-demo test test-rest test-all test-oldest fuzz lint table1 table2 aot clean
 
 help:
 	@echo "make demo        train the small model on easy-VQA, score it and ask it"
@@ -29,6 +29,7 @@ help:
 	@echo "make fuzz        damaged and hostile input, some 20,000 cases"
 	@echo "make lint        ruff, import-linter, mypy and shellcheck"
 	@echo "make table1      the paper's Table 1 on easy-VQA"
+	@echo "make table2      distillation, elastic numbers of tokens and embeddings, on scenes"
 	@echo "make aot         which run fits which TPU slice"
 	@echo "make clean       delete $(VENV) and what was built"
 	@echo "PYTHON=… chooses the interpreter, VENV=… where packages go; voco --help lists the commands"
@@ -78,6 +79,11 @@ lint: $(VENV)/.test
 # The paper's Table 1 on easy-VQA: seven trainings, 50 minutes on 2 cores.
 table1: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.table1
+
+# Scenes: a base model, and 75 trainings that begin with it; what it takes is printed after the base. A night on 2 cores,
+# and less on a GPU (`python -m benchmarks.table2 --help`).
+table2: $(VENV)/.demo,scenes
+	$(BIN)/python -m benchmarks.table2
 
 # What fits which TPU slice, and how fast it should be: an hour on 2 cores. Answers that are there are kept.
 aot: $(VENV)/.test,test-all

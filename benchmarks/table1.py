@@ -8,24 +8,18 @@ Retention is (x − lower) / (upper − lower). Runs that are there already are 
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 import json
-import os
 from pathlib import Path
-import queue
-import subprocess
-import sys
-import threading
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tqdm import tqdm
 
+from benchmarks.trainings import Training, check_jobs, evaluate_command, run_all, train_command
 from voco_jax.command_line import parse_arguments
 from voco_jax.config import typed
-from voco_jax.errors import UserError, one_line_errors
+from voco_jax.errors import one_line_errors
 from voco_jax.optim import make_schedule
 
 CONFIG = Path(__file__).parents[1] / "configs" / "easyvqa.py"
@@ -46,37 +40,13 @@ def directory(out: Path, name: str) -> Path:
     return out / name.replace(",", "").replace(" + ", " ").replace(" ", "_").lower()
 
 
-def run(out: Path, name: str, common: dict, cpus: set[int]) -> None:
-    """Train and evaluate one row on some of the CPUs; UserError if that fails, with the log's name."""
+def training(out: Path, name: str, common: dict) -> Training:
+    """One row: its training, and its evaluations."""
     workdir = directory(out, name)
-    keys = TRAININGS[name] | common | {"workdir": workdir}
-    train = ["voco_jax.train", f"--config={CONFIG}", *(f"--config.{key}={value}" for key, value in keys.items())]
-    commands = [train, ["voco_jax.evaluate", "--run", str(workdir)]]
+    commands = [train_command(CONFIG, TRAININGS[name] | common | {"workdir": workdir}), evaluate_command(workdir)]
     if name == "upper bound":
-        commands.append(["voco_jax.evaluate", "--run", str(workdir), "--compressor", "voco"])
-    log = workdir.with_suffix(".log")
-    for command in commands:
-        with log.open("ab") as file:
-            process = subprocess.Popen([sys.executable, "-m", *command], stdout=file, stderr=file)
-            os.sched_setaffinity(process.pid, cpus)
-            if process.wait():
-                raise UserError(f"{name}: python -m {' '.join(command)} failed; see {log}")
-
-
-def show_progress(out: Path, steps: int, done: threading.Event) -> None:
-    """One bar over the steps of all rows."""
-    with tqdm(total=steps * len(TRAININGS), unit="step", desc="table 1") as bar:
-        while True:
-            finished = done.wait(timeout=2)
-            bar.update(sum(last_step(directory(out, name)) for name in TRAININGS) - bar.n)
-            if finished:
-                return
-
-
-def last_step(workdir: Path) -> int:
-    metrics = workdir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+        commands.append(evaluate_command(workdir, "--compressor", "voco"))
+    return Training(workdir, common["train.steps"], commands)
 
 
 def collect(out: Path) -> dict[str, dict[str, float]]:
@@ -127,40 +97,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, help="trainings at a time (default: as many as there are CPUs, at most 4)")
     args = parser.parse_args()
-    all_cpus = sorted(os.sched_getaffinity(0))
-    jobs = min(len(all_cpus), 4) if args.jobs is None else args.jobs
-    if not 1 <= jobs <= len(all_cpus):
-        raise UserError(f"--jobs: expected 1 to {len(all_cpus)}, found {jobs}")
+    jobs = check_jobs(args.jobs)
     common = {"train.steps": args.steps, "seed": args.seed}
     config = parse_arguments(["", f"--config={CONFIG}", *(f"--config.{key}={v}" for key, v in common.items())])[0]
     make_schedule(typed(config).optim, args.steps)  # steps that cannot be show themselves here, not in seven logs
     args.out.mkdir(parents=True, exist_ok=True)
-
-    shares = queue.SimpleQueue()
-    for job in range(jobs):
-        shares.put(set(all_cpus[job::jobs]))
-
-    def work(name: str) -> None:
-        cpus = shares.get()
-        try:
-            run(args.out, name, common, cpus)
-        finally:
-            shares.put(cpus)
-
-    done = threading.Event()
-    progress = threading.Thread(target=show_progress, args=(args.out, args.steps, done))
-    progress.start()
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                for future in [pool.submit(work, name) for name in TRAININGS]:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        done.set()
-        progress.join()
+    run_all([training(args.out, name, common) for name in TRAININGS], jobs, "table 1")
 
     rows = collect(args.out)
     (args.out / "table1.md").write_text(markdown(rows) + "\n")

@@ -258,8 +258,8 @@ def test_sprites(sprites, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--least", "5", "--most", "3"], "--least 5 --most 3: expected 2 to 9, the fewest first"),
-        (["--most", "10"], "--least 2 --most 10: expected 2 to 9, the fewest first"),
+        (["--least", "5", "--most", "3"], "--least 5 --most 3: expected 1 to 9, the fewest first"),
+        (["--most", "10"], "--least 2 --most 10: expected 1 to 9, the fewest first"),
         (["--size", "23"], "--size: expected at least 24, found 23"),
         (["--seed", "-1"], "--seed: expected at least 0, found -1"),
         (["--sprites", "{}/none"], "--sprites {}/none: expected a directory of PNG files, found none"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A picture question set about places, relations and numbers: scenes of 2 to 9 objects.
+"""A picture question set about places, relations and numbers: scenes of a few objects.
 
     voco make-scene-questions data/scenes
 
@@ -325,8 +325,8 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--workers", type=at_least_1, default=os.cpu_count(), metavar="N", help="processes (default: CPUs)")
     args = parser.parse_args()
-    if not 2 <= args.least <= args.most <= len(PLACES):
-        expected = f"expected 2 to {len(PLACES)}, the fewest first"
+    if not args.least <= args.most <= len(PLACES):
+        expected = f"expected 1 to {len(PLACES)}, the fewest first"
         raise UserError(f"--least {args.least} --most {args.most}: {expected}")
     if args.size < 8 * SIDE:
         raise UserError(f"--size: expected at least {8 * SIDE}, found {args.size}")

@@ -1,0 +1,296 @@
+"""What distillation, elastic numbers of tokens and memories of embeddings are worth, on scenes.
+
+    python -m benchmarks.table2        (or `make table2`)
+
+One base model reads all patches of a picture (`scenes_base`). Every row begins with it and trains `scenes` for the same
+steps on the same data; three seeds (order of the data, and what is drawn) give a mean and a standard deviation. Runs
+that are there already are continued, or taken as they are; `--rows` chooses some by a part of their names.
+
+On an NVIDIA GPU: --set model.attention=cudnn --jobs 4.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import math
+from pathlib import Path
+import shutil
+import statistics
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.trainings import Training, check_jobs, evaluate_command, run_all, seconds_of_a_step, train_command
+from voco_jax import configs
+from voco_jax.command_line import parse_arguments
+from voco_jax.config import typed
+from voco_jax.errors import UserError, one_line_errors
+from voco_jax.optim import make_schedule
+
+BASE_CONFIG, CONFIG = (configs.DIRECTORY / f"{name}.py" for name in ("scenes_base", "scenes"))
+DATA = Path("data/scenes")
+SOURCES = ("scenes", "held_out")  # of the configs' data.test
+KS = (1, 2, 4, 8)
+UPPER, VOCO = "upper bound", "VoCo, cross-entropy"
+BASE = "base model, uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A training and how it is evaluated. `family` and `k` are its line and place in the chart."""
+
+    family: str
+    k: int  # tokens an image; 0: all patches
+    keys: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    frozen_teacher: bool = False  # the upper bound of the same seed
+    read_at: tuple[str, ...] = ()  # `--tokens` of further evaluations
+    whole: bool = False  # evaluate uncompressed too
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, {self.k} token{'s' * (self.k > 1)}" if self.k else self.family
+
+
+def _distill(**keys: object) -> dict[str, object]:
+    found = {"alpha": 0.5, "temperature": 2.0} | keys
+    return {"train.loss": "distillation"} | {f"train.distill.{key}": value for key, value in found.items()}
+
+
+def _rows() -> list[Row]:
+    def voco(k: int) -> dict[str, object]:
+        return {"model.num_voco_tokens": k}
+
+    elastic = voco(KS[-1]) | {"train.elastic_k": KS}
+    layers, attended = (1, 2, 3), (0, 1, 2)  # of the four of `scenes`; attention is of all but the last
+    read_at = (*map(str, KS), "auto")
+    rows = [Row(UPPER, 0, {"model.compressor": "none"})]
+    rows += [Row("average pooling", 1, {"model.compressor": "average_pool"})]
+    rows += [Row("Q-Former", k, {"model.compressor": "qformer", "model.num_compressed_tokens": k}) for k in KS]
+    rows += [Row(VOCO, k, voco(k)) for k in KS]
+    rows += [Row("VoCo, KL of a frozen teacher", k, voco(k) | _distill(), frozen_teacher=True) for k in KS]
+    rows += [
+        Row("VoCo, KL of its own weights", 1, voco(1) | _distill(teacher="self", whole_weight=1.0), whole=True),
+        Row("VoCo, KL of its own mean", 1, voco(1) | _distill(teacher="ema", whole_weight=1.0), whole=True),
+        Row("VoCo, KL + hidden states", 1, voco(1) | _distill(beta=1.0, layers=layers), frozen_teacher=True),
+        Row(
+            "VoCo, KL + attention", 1, voco(1) | _distill(attention=1.0, attention_layers=attended),
+            frozen_teacher=True,
+        ),
+        Row("elastic, cross-entropy", KS[-1], elastic, read_at=read_at),
+        Row("elastic, prefix teaches", KS[-1], elastic | _distill(teacher="prefix"), read_at=read_at),
+        Row("elastic, KL of a frozen teacher", KS[-1], elastic | _distill(), frozen_teacher=True, read_at=read_at),
+    ]  # fmt: skip
+    return rows + [Row("embeddings", k, voco(k) | {"model.compressor": "voco_embedding"}) for k in KS]
+
+
+ROWS = {row.name: row for row in _rows()}
+
+
+# ---- Trainings ---------------------------------------------------------------------------------------------------
+
+
+def directory(out: Path, name: str, seed: int) -> Path:
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    return out / "_".join(words) / f"seed{seed}"
+
+
+def base_training(out: Path, keys: Mapping[str, object], steps: int) -> Training:
+    workdir = out / "base"
+    keys = {"train.steps": steps, "workdir": workdir, **keys}
+    return Training(workdir, steps, [train_command(BASE_CONFIG, keys), *_evaluations(workdir, steps, [()])])
+
+
+def training(out: Path, row: Row, seed: int, keys: Mapping[str, object], steps: int) -> Training:
+    workdir, teacher = directory(out, row.name, seed), directory(out, UPPER, seed)
+    keys = {**row.keys, "init_from": out / "base", "seed": seed, "train.steps": steps, "workdir": workdir, **keys}
+    if row.frozen_teacher:
+        keys["train.distill.teacher"] = teacher
+    asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
+    commands = [train_command(CONFIG, keys), *_evaluations(workdir, steps, asked)]
+    return Training(workdir, steps, commands, (teacher,) if row.frozen_teacher else ())
+
+
+def _evaluations(workdir: Path, steps: int, asked: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """Those whose results are not there yet."""
+    missing = [options for options in asked if not _is_there(workdir, options, steps)]
+    return [evaluate_command(workdir, *options) for options in missing]
+
+
+def _is_there(workdir: Path, options: tuple[str, ...], steps: int) -> bool:
+    files = [results_file(workdir, source, options) for source in SOURCES]
+    return all(file.exists() and json.loads(file.read_text())["step"] == steps for file in files)
+
+
+def results_file(workdir: Path, source: str, options: Sequence[str] = ()) -> Path:
+    """What `voco evaluate` writes with these options."""
+    suffix = {"--tokens": ".tokens{}", "--compressor": ".{}"}[options[0]].format(options[1]) if options else ""
+    return workdir / f"results.{source}{suffix}.json"
+
+
+def make_data() -> None:
+    if not DATA.exists():
+        subprocess.run([sys.executable, "-m", "voco_jax", "make-scene-questions", str(DATA)], check=True)
+
+
+# ---- Results -----------------------------------------------------------------------------------------------------
+
+
+def read(workdirs: Sequence[Path], options: Sequence[str] = ()) -> dict | None:
+    """Source → kind → [per cent of each seed], and 'tokens', read of a picture; None where a seed is missing."""
+    found: dict = {source: {} for source in SOURCES} | {"tokens": []}
+    for workdir in workdirs:
+        for source in SOURCES:
+            file = results_file(workdir, source, options)
+            if not file.exists():
+                return None
+            results = json.loads(file.read_text())
+            for kind, (right, total) in results["counts"]["this run"].items():
+                found[source].setdefault(kind, []).append(100 * right / total)
+            if source == SOURCES[0]:
+                found["tokens"].append(results.get("mean_tokens", results.get("tokens")))
+    return found
+
+
+def collect(out: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, dict]:
+    """By what was evaluated: row, or row and how it was read."""
+    base = read([out / "base"])
+    found = {BASE: base} if base else {}
+    for name in names:
+        row, workdirs = ROWS[name], [directory(out, name, seed) for seed in seeds]
+        asked: dict[str, tuple[str, ...]] = {name: ()}
+        asked |= {f"{row.family}, read at {k}": ("--tokens", k) for k in row.read_at}
+        asked |= {f"{name}, read uncompressed": ("--compressor", "none")} if row.whole else {}
+        found |= {label: results for label, options in asked.items() if (results := read(workdirs, options))}
+    return found
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of the seeds.
+
+    >>> shown([90.0, 92.0]), shown([90.0])
+    ('91.0 ± 1.4', '90.0')
+    """
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def overall(results: Mapping[str, dict], label: str) -> float:
+    return statistics.mean(results[label][SOURCES[0]]["overall"]) if label in results else math.nan
+
+
+def gap_closed(results: Mapping[str, dict], label: str) -> float:
+    """Per cent of the way from VoCo's one token by cross-entropy to the upper bound; NaN without both."""
+    lower, upper = overall(results, ROWS[f"{VOCO}, 1 token"].name), overall(results, UPPER)
+    return 100 * (overall(results, label) - lower) / (upper - lower) if upper != lower else math.nan
+
+
+def markdown(results: Mapping[str, dict]) -> str:
+    kinds = [kind for kind in next(iter(results.values()))[SOURCES[0]] if kind != "overall"]
+    heads = ["", "test, %", "held out, %", "gap closed", *kinds]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for label, row in results.items():
+        test, held_out = (row[source] for source in SOURCES)
+        closed = gap_closed(results, label)
+        cells = [shown(test["overall"]), shown(held_out["overall"]), "" if math.isnan(closed) else f"{closed:.0f} %"]
+        if label.endswith("auto"):
+            label += f" ({shown(row['tokens'])} tokens)"
+        lines.append(f"| {label} | {' | '.join(cells + [f'{statistics.mean(test[kind]):.1f}' for kind in kinds])} |")
+    return "\n".join(lines)
+
+
+def draw(results: Mapping[str, dict], path: Path) -> None:
+    """Accuracy by tokens an image, a line for each family that was measured at several; dots for the others."""
+    points: dict[str, list[tuple[int, list[float]]]] = {}
+    for row in ROWS.values():
+        labels = {k: f"{row.family}, read at {k}" for k in row.read_at if k != "auto"} or {str(row.k): row.name}
+        for k, label in labels.items():
+            if row.k and label in results:
+                points.setdefault(row.family, []).append((int(k), results[label][SOURCES[0]]["overall"]))
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for family, found in points.items():
+        ks, values = zip(*sorted(found), strict=True)
+        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+        axis.errorbar(ks, [statistics.mean(v) for v in values], spread, label=family, marker="o", ms=4, capsize=2)
+    if not math.isnan(upper := overall(results, UPPER)):
+        axis.axhline(upper, color="#9ca3af", linestyle=":", label=UPPER)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(KS, [str(k) for k in KS])
+    axis.set_xlabel("tokens an image")
+    axis.set_ylabel("test questions right, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def chosen(parts: Sequence[str]) -> list[str]:
+    """Rows whose names have one of these parts, and those that they need; all without. UserError for a part of none."""
+    for part in parts:
+        if not any(part in name for name in ROWS):
+            raise UserError(f"--rows: no row has {part!r} in its name; there are: {'; '.join(ROWS)}")
+    names = [name for name in ROWS if not parts or any(part in name for part in parts)]
+    needed = {UPPER} if any(ROWS[name].frozen_teacher for name in names) else set()
+    return [name for name in ROWS if name in {*names, *needed}]
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/table2"), help="default: runs/table2")
+    add("--rows", nargs="+", default=[], metavar="PART", help="only rows with such a part in their names")
+    add("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    add("--base-steps", type=int, help="of the base model (default: as its config says)")
+    add("--steps", type=int, help="of every row (default: as the config says)")
+    add("--jobs", type=int, help="trainings at a time (default: as many as there are CPUs, at most 4)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs: model.attention=cudnn")
+    add("--results", action="store_true", help="train nothing; write the tables of what is there")
+    args = parser.parse_args()
+    jobs, names = check_jobs(args.jobs), chosen(args.rows)
+    if args.seeds < 1:
+        raise UserError(f"--seeds: expected at least 1, found {args.seeds}")
+    keys: dict[str, object] = {}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set: expected KEY=VALUE, found {text!r}")
+        keys[name] = value
+    base_steps, steps = (steps_of(*x, keys) for x in ((BASE_CONFIG, args.base_steps), (CONFIG, args.steps)))
+
+    if not args.results:
+        make_data()
+        args.out.mkdir(parents=True, exist_ok=True)
+        run_all([base_training(args.out, keys, base_steps)], 1, "base")
+        trainings = [training(args.out, ROWS[n], seed, keys, steps) for seed in range(args.seeds) for n in names]
+        seconds = seconds_of_a_step(args.out / "base") * steps * len(trainings) / jobs
+        print(f"{len(trainings)} trainings of {steps:,} steps, {jobs} at a time: about {seconds / 3600:.1f} h")
+        run_all(trainings, jobs, "table 2")
+
+    results = collect(args.out, names, range(args.seeds))
+    if not results:
+        raise UserError(f"{args.out}: no results found")
+    (args.out / "table2.md").write_text(markdown(results) + "\n")
+    (args.out / "table2.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(results, args.out / "table2.png")
+    shutil.copy(DATA / "baselines.json", args.out / "baselines.json")
+    print(markdown(results))
+    print(f"written: {args.out}/table2.md, table2.json, table2.png")
+
+
+def steps_of(config: Path, steps: int | None, keys: Mapping[str, object]) -> int:
+    """As asked, or as the config says. Steps and keys that cannot be show themselves here, not in many logs."""
+    asked = keys | ({} if steps is None else {"train.steps": steps})
+    given = [f"--config.{key}={value}" for key, value in asked.items()]
+    parsed = parse_arguments(["", f"--config={config}", *given, "--config.init_from="])[0]
+    make_schedule(typed(parsed).optim, parsed.train.steps)
+    return parsed.train.steps
+
+
+if __name__ == "__main__":
+    main()

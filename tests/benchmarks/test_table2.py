@@ -1,0 +1,157 @@
+"""`benchmarks/table2.py` and what runs its trainings: rows, results of several seeds, and the order of what is run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table2, trainings
+from tests.helpers.commands import run_main
+from voco_jax.command_line import parse_arguments
+from voco_jax.errors import UserError
+
+
+def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    for source in table2.SOURCES:
+        counts = {"where": [right, 100], "count": [right - 10, 100], "overall": [2 * right - 10, 200]}
+        results = {"step": step, "counts": {"this run": counts}} | more
+        table2.results_file(workdir, source, options).write_text(json.dumps(results))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds of four rows, and the base model."""
+    write(tmp_path / "base", 95)
+    for seed in (0, 1):
+        write(table2.directory(tmp_path, table2.UPPER, seed), 100)
+        write(table2.directory(tmp_path, "VoCo, cross-entropy, 1 token", seed), 80 + 4 * seed)
+        own = table2.directory(tmp_path, "VoCo, KL of its own weights, 1 token", seed)
+        write(own, 91)
+        write(own, 98, "--compressor", "none")
+        elastic = table2.directory(tmp_path, "elastic, cross-entropy, 8 tokens", seed)
+        write(elastic, 94)
+        for k in (1, 2, 4, 8):
+            write(elastic, 86 + k, "--tokens", str(k))
+    return table2.collect(tmp_path, list(table2.ROWS), (0, 1))
+
+
+def test_means_of_seeds_and_how_much_of_the_gap_is_closed(results, tmp_path):
+    assert list(results) == [
+        table2.BASE, table2.UPPER, "VoCo, cross-entropy, 1 token", "VoCo, KL of its own weights, 1 token",
+        "VoCo, KL of its own weights, 1 token, read uncompressed", "elastic, cross-entropy, 8 tokens",
+        *(f"elastic, cross-entropy, read at {k}" for k in (1, 2, 4, 8)),
+    ]  # fmt: skip
+    assert results["VoCo, cross-entropy, 1 token"]["scenes"]["overall"] == [75, 79]
+    assert table2.gap_closed(results, "VoCo, KL of its own weights, 1 token") == 100 * (86 - 77) / (95 - 77)
+    lines = table2.markdown(results).splitlines()
+    assert "| VoCo, cross-entropy, 1 token | 77.0 ± 2.8 | 77.0 ± 2.8 | 0 % | 82.0 | 72.0 |" in lines
+    assert "| base model, uncompressed | 90.0 | 90.0 | 72 % | 95.0 | 85.0 |" in lines
+    table2.draw(results, tmp_path / "table2.png")
+    assert (tmp_path / "table2.png").stat().st_size > 1000
+
+
+def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
+    table2.results_file(table2.directory(tmp_path, table2.UPPER, 1), "held_out").unlink()
+    found = table2.collect(tmp_path, list(table2.ROWS), (0, 1))
+    assert found.keys() == results.keys() - {table2.UPPER}
+    assert math.isnan(table2.gap_closed(found, "VoCo, cross-entropy, 1 token"))
+    assert "| VoCo, cross-entropy, 1 token | 77.0 ± 2.8 | 77.0 ± 2.8 |  | 82.0 | 72.0 |" in table2.markdown(found)
+
+
+def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_loss_alone(tmp_path):
+    common = {"init_from", "seed", "train.steps", "workdir", "model.attention"}
+    for row in table2.ROWS.values():
+        run = table2.training(tmp_path, row, 2, {"model.attention": "cudnn"}, 700)
+        config, *given = (argument.removeprefix("--config") for argument in run.commands[0][1:])
+        assert config == f"={table2.CONFIG}"
+        keys = dict(argument[1:].split("=", 1) for argument in given)
+        assert common <= keys.keys() and all(
+            key.startswith(("model.", "train.loss", "train.distill.", "train.elastic_k"))
+            for key in keys.keys() - common
+        )
+        assert keys["init_from"] == str(tmp_path / "base") and (keys["seed"], keys["train.steps"]) == ("2", "700")
+        teacher = table2.directory(tmp_path, table2.UPPER, 2)
+        assert (keys.get("train.distill.teacher") == str(teacher)) == row.frozen_teacher == (run.needs == (teacher,))
+
+
+def test_rows_are_chosen_by_a_part_of_their_names():
+    assert table2.chosen([]) == list(table2.ROWS)
+    assert table2.chosen(["Q-Former, 1", "hidden"]) == [
+        table2.UPPER,
+        "Q-Former, 1 token",
+        "VoCo, KL + hidden states, 1 token",
+    ]
+    with pytest.raises(UserError, match="--rows: no row has 'prefixes' in its name; there are: upper bound; average"):
+        table2.chosen(["prefixes"])
+
+
+def test_evaluations_that_are_there_are_not_made_again(tmp_path):
+    row = table2.ROWS["elastic, cross-entropy, 8 tokens"]
+
+    def options():
+        return [command[3:] for command in table2.training(tmp_path, row, 0, {}, 800).commands[1:]]
+
+    assert options() == [[], *(["--tokens", k] for k in ("1", "2", "4", "8", "auto"))]
+    write(table2.directory(tmp_path, row.name, 0), 90)
+    write(table2.directory(tmp_path, row.name, 0), 90, "--tokens", "2", step=799)
+    assert options() == [["--tokens", k] for k in ("1", "2", "4", "8", "auto")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "10"], "config.optim.warmup_steps: expected 0 to 9 (train.steps is 10); found"),
+        (["--seeds", "0"], "--seeds: expected at least 1, found 0"),
+        (["--jobs", "0"], "--jobs: expected 1 to"),
+        (["--set", "model.attention"], "--set: expected KEY=VALUE, found 'model.attention'"),
+        (["--set", "model.attenton=cudnn"], "did you mean config.model.attention?"),
+        (["--results"], "out: no results found"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_trained(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run_main(table2, monkeypatch, capsys, "--out", tmp_path / "out", *arguments)
+    assert status != 0 and expected in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_configs_of_both_stages_are_of_one_model():
+    base, second = (parse_arguments(["", f"--config={file}"])[0] for file in (table2.BASE_CONFIG, table2.CONFIG))
+    assert base.model.llama == second.model.llama and base.model.vision == second.model.vision
+    assert base.data.test == second.data.test and set(base.data.test) == set(table2.SOURCES)
+
+
+# ---- Running them ------------------------------------------------------------------------------------------------
+
+
+def script(tmp_path: Path, monkeypatch, text: str) -> None:
+    (tmp_path / "a_step.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_what_a_training_needs_comes_before_it(tmp_path, monkeypatch):
+    """Whatever the number of jobs; their output is in their logs."""
+    script(tmp_path, monkeypatch, "import sys; open('order', 'a').write(sys.argv[1]); print('said', sys.argv[1])")
+    monkeypatch.chdir(tmp_path)
+    first = trainings.Training(tmp_path / "x" / "first", 5, [["a_step", "1"], ["a_step", "2"]])
+    second = trainings.Training(tmp_path / "x" / "second", 5, [["a_step", "3"]], (first.workdir,))
+    trainings.run_all([first, second], trainings.check_jobs(None), "test")
+    assert (tmp_path / "order").read_text() == "123"
+    assert (tmp_path / "x" / "first.log").read_text() == "said 1\nsaid 2\n"
+
+
+def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):
+    script(tmp_path, monkeypatch, "import sys; print('why', file=sys.stderr); sys.exit(1)")
+    run = trainings.Training(tmp_path / "run", 5, [["a_step"], ["a_step", "never"]])
+    with pytest.raises(UserError, match=rf"run: python -m a_step failed; see {tmp_path}/run.log"):
+        trainings.run_all([run], 1, "test")
+    assert (tmp_path / "run.log").read_text() == "why\n"
+
+
+def test_seconds_of_a_step(tmp_path):
+    assert trainings.last_step(tmp_path) == 0 and math.isnan(trainings.seconds_of_a_step(tmp_path))
+    lines = [{"step": 20, "seconds": 100.0}, {"step": 40, "seconds": 110.0}, {"step": 60, "seconds": 120.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert trainings.last_step(tmp_path) == 60 and trainings.seconds_of_a_step(tmp_path) == 0.5
