@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-import shutil
 import statistics
 import subprocess
 import sys
@@ -94,79 +93,105 @@ ROWS = {row.name: row for row in _rows()}
 # ---- Trainings ---------------------------------------------------------------------------------------------------
 
 
-def directory(out: Path, name: str, seed: int) -> Path:
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    return out / "_".join(words) / f"seed{seed}"
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What all rows have in common. `keys` are config keys of all runs; `sources` those of the configs' data.test."""
 
+    out: Path
+    base_steps: int
+    steps: int
+    keys: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    base_config: Path = BASE_CONFIG
+    config: Path = CONFIG
+    sources: tuple[str, ...] = SOURCES
 
-def base_training(out: Path, keys: Mapping[str, object], steps: int) -> Training:
-    workdir = out / "base"
-    keys = {"train.steps": steps, "workdir": workdir, **keys}
-    return Training(workdir, steps, [train_command(BASE_CONFIG, keys), *_evaluations(workdir, steps, [()])])
+    @property
+    def base(self) -> Path:
+        return self.out / "base"
 
+    def directory(self, name: str, seed: int) -> Path:
+        words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+        return self.out / "_".join(words) / f"seed{seed}"
 
-def training(out: Path, row: Row, seed: int, keys: Mapping[str, object], steps: int) -> Training:
-    workdir, teacher = directory(out, row.name, seed), directory(out, UPPER, seed)
-    keys = {**row.keys, "init_from": out / "base", "seed": seed, "train.steps": steps, "workdir": workdir, **keys}
-    if row.frozen_teacher:
-        keys["train.distill.teacher"] = teacher
-    asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
-    commands = [train_command(CONFIG, keys), *_evaluations(workdir, steps, asked)]
-    return Training(workdir, steps, commands, (teacher,) if row.frozen_teacher else ())
+    def base_training(self) -> Training:
+        keys = {"train.steps": self.base_steps, "workdir": self.base, **self.keys}
+        commands = [train_command(self.base_config, keys), *self._evaluations(self.base, self.base_steps, [()])]
+        return Training(self.base, self.base_steps, commands)
 
+    def training(self, row: Row, seed: int) -> Training:
+        workdir, teacher = self.directory(row.name, seed), self.directory(UPPER, seed)
+        common = {"init_from": self.base, "seed": seed, "train.steps": self.steps, "workdir": workdir, **self.keys}
+        own = {**row.keys, "train.distill.teacher": teacher} if row.frozen_teacher else row.keys
+        asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
+        commands = [train_command(self.config, own | common), *self._evaluations(workdir, self.steps, asked)]
+        return Training(workdir, self.steps, commands, (teacher,) if row.frozen_teacher else ())
 
-def _evaluations(workdir: Path, steps: int, asked: Sequence[tuple[str, ...]]) -> list[list[str]]:
-    """Those whose results are not there yet."""
-    missing = [options for options in asked if not _is_there(workdir, options, steps)]
-    return [evaluate_command(workdir, *options) for options in missing]
+    def _evaluations(self, workdir: Path, steps: int, asked: Sequence[tuple[str, ...]]) -> list[list[str]]:
+        """Those whose results are not there yet."""
 
+        def is_there(options: tuple[str, ...]) -> bool:
+            files = [results_file(workdir, source, options) for source in self.sources]
+            return all(file.exists() and json.loads(file.read_text())["step"] == steps for file in files)
 
-def _is_there(workdir: Path, options: tuple[str, ...], steps: int) -> bool:
-    files = [results_file(workdir, source, options) for source in SOURCES]
-    return all(file.exists() and json.loads(file.read_text())["step"] == steps for file in files)
+        return [evaluate_command(workdir, *options) for options in asked if not is_there(options)]
+
+    def read(self, workdirs: Sequence[Path], options: Sequence[str] = ()) -> dict | None:
+        """Source → kind → [per cent of each seed], and 'tokens', read of a picture; None where a seed is missing."""
+        found: dict = {source: {} for source in self.sources} | {"tokens": []}
+        for workdir in workdirs:
+            for source in self.sources:
+                file = results_file(workdir, source, options)
+                if not file.exists():
+                    return None
+                results = json.loads(file.read_text())
+                for kind, (right, total) in results["counts"]["this run"].items():
+                    found[source].setdefault(kind, []).append(100 * right / total)
+                if source == self.sources[0]:
+                    found["tokens"].append(results.get("mean_tokens", results.get("tokens")))
+        return found
+
+    def collect(self, names: Sequence[str], seeds: Sequence[int]) -> dict[str, dict]:
+        """By what was evaluated: the base model, a row, or a row and how it was read."""
+        base = self.read([self.base])
+        found = {BASE: base} if base else {}
+        for name in names:
+            row, workdirs = ROWS[name], [self.directory(name, seed) for seed in seeds]
+            asked: dict[str, tuple[str, ...]] = {name: ()}
+            asked |= {f"{row.family}, read at {k}": ("--tokens", k) for k in row.read_at}
+            asked |= {f"{name}, read uncompressed": ("--compressor", "none")} if row.whole else {}
+            found |= {label: results for label, options in asked.items() if (results := self.read(workdirs, options))}
+        return found
+
+    def run(self, names: Sequence[str], seeds: int, jobs: int) -> None:
+        """The base model, and then the rows. Prints how long these will take."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        run_all([self.base_training()], 1, "base")
+        trainings = [self.training(ROWS[name], seed) for seed in range(seeds) for name in names]
+        hours = seconds_of_a_step(self.base) * self.steps * len(trainings) / jobs / 3600
+        print(
+            f"{len(trainings)} trainings of {self.steps:,} steps, {jobs} at a time: about {hours:.1f} h by the base's"
+        )
+        run_all(trainings, jobs, "rows")
+
+    def write(self, names: Sequence[str], seeds: int, title: str) -> None:
+        """The results as a table, JSON and a chart. UserError where there are none."""
+        results = self.collect(names, range(seeds))
+        if not results:
+            raise UserError(f"{self.out}: no results found")
+        table = markdown(results, self.sources)
+        (self.out / f"{title}.md").write_text(table + "\n")
+        (self.out / f"{title}.json").write_text(json.dumps(results, indent=2) + "\n")
+        draw(results, self.out / f"{title}.png")
+        print(f"{table}\nwritten: {self.out}/{title}.md, {title}.json, {title}.png")
 
 
 def results_file(workdir: Path, source: str, options: Sequence[str] = ()) -> Path:
     """What `voco evaluate` writes with these options."""
     suffix = {"--tokens": ".tokens{}", "--compressor": ".{}"}[options[0]].format(options[1]) if options else ""
-    return workdir / f"results.{source}{suffix}.json"
-
-
-def make_data() -> None:
-    if not DATA.exists():
-        subprocess.run([sys.executable, "-m", "voco_jax", "make-scene-questions", str(DATA)], check=True)
+    return workdir / f"results{'' if source == 'easyvqa' else f'.{source}'}{suffix}.json"
 
 
 # ---- Results -----------------------------------------------------------------------------------------------------
-
-
-def read(workdirs: Sequence[Path], options: Sequence[str] = ()) -> dict | None:
-    """Source → kind → [per cent of each seed], and 'tokens', read of a picture; None where a seed is missing."""
-    found: dict = {source: {} for source in SOURCES} | {"tokens": []}
-    for workdir in workdirs:
-        for source in SOURCES:
-            file = results_file(workdir, source, options)
-            if not file.exists():
-                return None
-            results = json.loads(file.read_text())
-            for kind, (right, total) in results["counts"]["this run"].items():
-                found[source].setdefault(kind, []).append(100 * right / total)
-            if source == SOURCES[0]:
-                found["tokens"].append(results.get("mean_tokens", results.get("tokens")))
-    return found
-
-
-def collect(out: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, dict]:
-    """By what was evaluated: row, or row and how it was read."""
-    base = read([out / "base"])
-    found = {BASE: base} if base else {}
-    for name in names:
-        row, workdirs = ROWS[name], [directory(out, name, seed) for seed in seeds]
-        asked: dict[str, tuple[str, ...]] = {name: ()}
-        asked |= {f"{row.family}, read at {k}": ("--tokens", k) for k in row.read_at}
-        asked |= {f"{name}, read uncompressed": ("--compressor", "none")} if row.whole else {}
-        found |= {label: results for label, options in asked.items() if (results := read(workdirs, options))}
-    return found
 
 
 def shown(values: Sequence[float]) -> str:
@@ -189,17 +214,19 @@ def gap_closed(results: Mapping[str, dict], label: str) -> float:
     return 100 * (overall(results, label) - lower) / (upper - lower) if upper != lower else math.nan
 
 
-def markdown(results: Mapping[str, dict]) -> str:
-    kinds = [kind for kind in next(iter(results.values()))[SOURCES[0]] if kind != "overall"]
-    heads = ["", "test, %", "held out, %", "gap closed", *kinds]
+def markdown(results: Mapping[str, dict], sources: Sequence[str] = SOURCES) -> str:
+    """A row for each that was evaluated; after the sources' accuracies, that of each kind of the first source."""
+    kinds = [kind for kind in next(iter(results.values()))[sources[0]] if kind != "overall"]
+    heads = ["", *(f"{source.replace('_', ' ')}, %" for source in sources), "gap closed", *kinds]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for label, row in results.items():
-        test, held_out = (row[source] for source in SOURCES)
         closed = gap_closed(results, label)
-        cells = [shown(test["overall"]), shown(held_out["overall"]), "" if math.isnan(closed) else f"{closed:.0f} %"]
+        cells = [shown(row[source]["overall"]) for source in sources]
+        cells += ["" if math.isnan(closed) else f"{closed:.0f} %"]
+        cells += [f"{statistics.mean(row[sources[0]][kind]):.1f}" for kind in kinds]
         if label.endswith("auto"):
             label += f" ({shown(row['tokens'])} tokens)"
-        lines.append(f"| {label} | {' | '.join(cells + [f'{statistics.mean(test[kind]):.1f}' for kind in kinds])} |")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -252,35 +279,24 @@ def main() -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs: model.attention=cudnn")
     add("--results", action="store_true", help="train nothing; write the tables of what is there")
     args = parser.parse_args()
-    jobs, names = check_jobs(args.jobs), chosen(args.rows)
+    jobs, names, keys = check_jobs(args.jobs), chosen(args.rows), keys_of(args.set)
     if args.seeds < 1:
         raise UserError(f"--seeds: expected at least 1, found {args.seeds}")
-    keys: dict[str, object] = {}
-    for text in args.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set: expected KEY=VALUE, found {text!r}")
-        keys[name] = value
     base_steps, steps = (steps_of(*x, keys) for x in ((BASE_CONFIG, args.base_steps), (CONFIG, args.steps)))
-
+    suite = Suite(args.out, base_steps, steps, keys)
     if not args.results:
-        make_data()
-        args.out.mkdir(parents=True, exist_ok=True)
-        run_all([base_training(args.out, keys, base_steps)], 1, "base")
-        trainings = [training(args.out, ROWS[n], seed, keys, steps) for seed in range(args.seeds) for n in names]
-        seconds = seconds_of_a_step(args.out / "base") * steps * len(trainings) / jobs
-        print(f"{len(trainings)} trainings of {steps:,} steps, {jobs} at a time: about {seconds / 3600:.1f} h")
-        run_all(trainings, jobs, "table 2")
+        if not DATA.exists():
+            subprocess.run([sys.executable, "-m", "voco_jax", "make-scene-questions", str(DATA)], check=True)
+        suite.run(names, args.seeds, jobs)
+    suite.write(names, args.seeds, "table2")
 
-    results = collect(args.out, names, range(args.seeds))
-    if not results:
-        raise UserError(f"{args.out}: no results found")
-    (args.out / "table2.md").write_text(markdown(results) + "\n")
-    (args.out / "table2.json").write_text(json.dumps(results, indent=2) + "\n")
-    draw(results, args.out / "table2.png")
-    shutil.copy(DATA / "baselines.json", args.out / "baselines.json")
-    print(markdown(results))
-    print(f"written: {args.out}/table2.md, table2.json, table2.png")
+
+def keys_of(given: Sequence[str]) -> dict[str, object]:
+    """Config keys of KEY=VALUE."""
+    for text in given:
+        if "=" not in text:
+            raise UserError(f"--set: expected KEY=VALUE, found {text!r}")
+    return {name: value for name, _, value in (text.partition("=") for text in given)}
 
 
 def steps_of(config: Path, steps: int | None, keys: Mapping[str, object]) -> int:

@@ -23,18 +23,19 @@ def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> 
 @pytest.fixture
 def results(tmp_path):
     """Two seeds of four rows, and the base model."""
-    write(tmp_path / "base", 95)
+    suite = table2.Suite(tmp_path, 4000, 800)
+    write(suite.base, 95)
     for seed in (0, 1):
-        write(table2.directory(tmp_path, table2.UPPER, seed), 100)
-        write(table2.directory(tmp_path, "VoCo, cross-entropy, 1 token", seed), 80 + 4 * seed)
-        own = table2.directory(tmp_path, "VoCo, KL of its own weights, 1 token", seed)
+        write(suite.directory(table2.UPPER, seed), 100)
+        write(suite.directory("VoCo, cross-entropy, 1 token", seed), 80 + 4 * seed)
+        own = suite.directory("VoCo, KL of its own weights, 1 token", seed)
         write(own, 91)
         write(own, 98, "--compressor", "none")
-        elastic = table2.directory(tmp_path, "elastic, cross-entropy, 8 tokens", seed)
+        elastic = suite.directory("elastic, cross-entropy, 8 tokens", seed)
         write(elastic, 94)
         for k in (1, 2, 4, 8):
             write(elastic, 86 + k, "--tokens", str(k))
-    return table2.collect(tmp_path, list(table2.ROWS), (0, 1))
+    return suite.collect(list(table2.ROWS), (0, 1))
 
 
 def test_means_of_seeds_and_how_much_of_the_gap_is_closed(results, tmp_path):
@@ -53,8 +54,9 @@ def test_means_of_seeds_and_how_much_of_the_gap_is_closed(results, tmp_path):
 
 
 def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
-    table2.results_file(table2.directory(tmp_path, table2.UPPER, 1), "held_out").unlink()
-    found = table2.collect(tmp_path, list(table2.ROWS), (0, 1))
+    suite = table2.Suite(tmp_path, 4000, 800)
+    table2.results_file(suite.directory(table2.UPPER, 1), "held_out").unlink()
+    found = suite.collect(list(table2.ROWS), (0, 1))
     assert found.keys() == results.keys() - {table2.UPPER}
     assert math.isnan(table2.gap_closed(found, "VoCo, cross-entropy, 1 token"))
     assert "| VoCo, cross-entropy, 1 token | 77.0 ± 2.8 | 77.0 ± 2.8 |  | 82.0 | 72.0 |" in table2.markdown(found)
@@ -62,8 +64,9 @@ def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
 
 def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_loss_alone(tmp_path):
     common = {"init_from", "seed", "train.steps", "workdir", "model.attention"}
+    suite = table2.Suite(tmp_path, 4000, 700, {"model.attention": "cudnn"})
     for row in table2.ROWS.values():
-        run = table2.training(tmp_path, row, 2, {"model.attention": "cudnn"}, 700)
+        run = suite.training(row, 2)
         config, *given = (argument.removeprefix("--config") for argument in run.commands[0][1:])
         assert config == f"={table2.CONFIG}"
         keys = dict(argument[1:].split("=", 1) for argument in given)
@@ -72,7 +75,7 @@ def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_l
             for key in keys.keys() - common
         )
         assert keys["init_from"] == str(tmp_path / "base") and (keys["seed"], keys["train.steps"]) == ("2", "700")
-        teacher = table2.directory(tmp_path, table2.UPPER, 2)
+        teacher = suite.directory(table2.UPPER, 2)
         assert (keys.get("train.distill.teacher") == str(teacher)) == row.frozen_teacher == (run.needs == (teacher,))
 
 
@@ -88,14 +91,14 @@ def test_rows_are_chosen_by_a_part_of_their_names():
 
 
 def test_evaluations_that_are_there_are_not_made_again(tmp_path):
-    row = table2.ROWS["elastic, cross-entropy, 8 tokens"]
+    row, suite = table2.ROWS["elastic, cross-entropy, 8 tokens"], table2.Suite(tmp_path, 4000, 800)
 
     def options():
-        return [command[3:] for command in table2.training(tmp_path, row, 0, {}, 800).commands[1:]]
+        return [command[3:] for command in suite.training(row, 0).commands[1:]]
 
     assert options() == [[], *(["--tokens", k] for k in ("1", "2", "4", "8", "auto"))]
-    write(table2.directory(tmp_path, row.name, 0), 90)
-    write(table2.directory(tmp_path, row.name, 0), 90, "--tokens", "2", step=799)
+    write(suite.directory(row.name, 0), 90)
+    write(suite.directory(row.name, 0), 90, "--tokens", "2", step=799)
     assert options() == [["--tokens", k] for k in ("1", "2", "4", "8", "auto")]
 
 

@@ -19,8 +19,11 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import DATA
 from tests.convert.test_convert import TOKENIZER, convert, golden_run  # noqa: F401 (fixtures)
 from tests.helpers import reference
+from voco_jax.checkpoint.run import load_run
+from voco_jax.config import typed
 from voco_jax.convert.to_jax import check_space
 from voco_jax.errors import UserError
+from voco_jax.models import presets
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
 
@@ -462,3 +465,19 @@ def test_killed_on_the_way(tmp_path, convert):  # noqa: F811
             assert os.listdir(tmp_path) == ["source"]
     assert convert(*command[2:])[0] == 0
     assert convert("verify", source, run)[0] == 0
+
+
+def test_the_vision_tower_that_is_drawn(source, tmp_path, convert):  # noqa: F811
+    """`--vision` says its dimensions, where there is one to draw."""
+    status, _, err = convert("to-jax", source, tmp_path / "run", "--vision", "demo", "--init-missing", *TOKENIZER)
+    assert_one_line(status, err, f"--vision demo: expected a vision tower to draw, found {source} with its own")
+    change_tensors(source, lambda t: [t.pop(name) for name in list(t) if "mm_projector" in name or "vision" in name])
+    change_config(source, model_type="llama")
+    llm = tmp_path / "run", "--llm", source, "--vision", "demo", *TOKENIZER
+    status, _, err = convert("to-jax", *llm)
+    assert_one_line(status, err, "--vision demo: expected a vision tower to draw, found no --init-missing")
+    assert not (tmp_path / "run").exists()
+    assert convert("to-jax", *llm, "--init-missing")[0] == 0
+    run = load_run(tmp_path / "run")
+    assert typed(run.config).model.vision == presets.VIT["demo"]
+    assert run.model.vision_tower.position_embedding.shape == (65, 128)

@@ -30,6 +30,7 @@ from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.interrupts import exit_on_sigterm
 from voco_jax.io.tensors import DTYPES
+from voco_jax.models import presets
 from voco_jax.models.compressors import COMPRESSORS
 from voco_jax.options import Parser, at_least_1
 from voco_jax.terminal import printable
@@ -78,6 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     option("--template", choices=tuple(CHAT_TEMPLATES), help="chat template (default: see docs/converting.md)")
     add_path(command, "--tokenizer", "DIR", "tokenizer (default: the one in SRC)")
     option("--init-missing", action="store_true", help="draw a missing projector or vision tower at random")
+    option(
+        "--vision", choices=tuple(presets.VIT), metavar="NAME",
+        help=f"with --init-missing, the vision tower that is drawn: {', '.join(presets.VIT)} (default: the 336 one)",
+    )  # fmt: skip
     option("--seed", type=int, default=0, help="random seed of what is drawn")
     option(
         "--vocab-multiple", type=at_least_1, default=128, metavar="N",

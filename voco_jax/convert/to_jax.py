@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.chat_templates import CUSTOM
-from voco_jax.config import default_config, load_config, save_config
+from voco_jax.config import default_config, load_config, save_config, vision_preset
 from voco_jax.convert.chat_templates import chat_template_of, image_token_of, read_chat_template
 from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.findings import Findings, listing
@@ -34,6 +34,7 @@ class Options:
 
     `num_voco_tokens` None: 1, or 0 with compressor 'none', which makes plain LLaVA. `vocab_multiple`: zeros pad the
     vocabulary to a multiple of it, so that it can be sharded. `template` None: plain LLaVA keeps its chat template.
+    `vision`: the preset whose dimensions a vision tower has that is drawn; None: CLIP ViT-L/14's at 336 pixels.
     """
 
     dtype: str | None = None
@@ -44,6 +45,7 @@ class Options:
     seed: int = 0
     vocab_multiple: int = 128
     template: str | None = None
+    vision: str | None = None
 
     @property
     def is_llava(self) -> bool:
@@ -103,6 +105,9 @@ def load_source_tokenizer(source: Source, given: Path | None):
 def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, options: Options) -> list[str]:
     """Write a run directory with checkpoint 0; returns warnings. One UserError names everything that does not fit."""
     check_is_new(destination)
+    if options.vision is not None and (source.vision is not None or not options.init_missing):
+        found = f"{source.path} with its own" if source.vision is not None else "no --init-missing"
+        raise UserError(f"--vision {options.vision}: expected a vision tower to draw, found {found}")
     tokenizer, tokens = load_source_tokenizer(source, tokenizer_dir)
     config = run_config(source, len(tokenizer), options, destination)
     warnings = set_template(config.data, source, tokenizer, options)
@@ -208,6 +213,8 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
         config.model.llama = ConfigDict(dataclasses.asdict(llama), convert_dict=True)
         if source.vision is not None:
             config.model.vision = ConfigDict(dataclasses.asdict(source.vision), convert_dict=True)
+        elif options.vision is not None:
+            config.model.vision = vision_preset(options.vision)
         dtypes = {tensor.dtype.name for tensor in source.tensors.values()}
         # Parts may differ; what they are restored to must hold the values of all
         config.model.param_dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")

@@ -263,7 +263,10 @@ def make_scene(task: Task, split: str, i: int) -> tuple[np.random.Generator, lis
     """Scene i of a split, its questions, and what its picture is drawn with. It follows from these numbers alone."""
     rng = np.random.default_rng([task.seed, SPLITS.index(split), i])
     held_out = split == "held_out"
-    things = draw_things(rng, task.world, int(rng.integers(task.objects[0], task.objects[1] + 1)), held_out)
+    number = int(rng.integers(task.objects[0], task.objects[1] + 1))
+    if held_out and task.world.sprites is not None:
+        number = max(number, 2)  # a pair
+    things = draw_things(rng, task.world, number, held_out)
     return rng, things, ask(rng, task.world, things, task.questions, held_out)
 
 

@@ -57,4 +57,16 @@ VIT = {
         select_layer=-1,
         initializer_range=0.08,
     ),
+    # Trained from scratch too, beside a pretrained language model
+    "small": ViTConfig(
+        image_size=128,
+        patch_size=16,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        select_layer=-1,
+        initializer_range=0.05,
+        position_init="sincos",
+    ),
 }

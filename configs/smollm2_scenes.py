@@ -1,0 +1,23 @@
+"""SmolLM2-135M with a small ViT, the second stage: 64 patches become 1 VoCo token.
+
+Hardware: one NVIDIA GPU (attention 'cudnn').
+
+    voco train --config=smollm2_scenes
+"""
+
+from voco_jax.configs import smollm2_scenes_base
+
+
+def get_config():
+    config = smollm2_scenes_base.get_config()
+    config.workdir = "runs/smollm2_scenes"
+    config.init_from = "runs/smollm2_scenes_base"
+
+    config.model.compressor = "voco"
+    with config.unlocked():
+        del config.data.train.lessons
+
+    config.optim.lr_multiplier.vision_tower = 1.0
+    config.optim.lr_multiplier.projector = 1.0
+    config.train.steps = 600
+    return config
