@@ -18,6 +18,8 @@ def get_config():
 
     files = {"images": "data/scenes/pictures"}
     config.data.train = sources(scenes=source("llava", file="data/scenes/train.json", **files))
+    config.data.batch_size = 16  # packs, each of a picture with its ten questions, whatever the compressor
+    config.data.rows_per_pack = 10
 
     config.optim.learning_rate = 5e-4
     config.train.steps = 800

@@ -32,7 +32,7 @@ def get_config():
 
     files = {"images": "data/scenes/pictures"}
     config.data.train = sources(
-        scenes=source("llava", file="data/scenes/train.json", weight=0.3, **files),
+        scenes=source("llava", file="data/scenes/train.json", weight=0.4, **files),
         lessons=source("llava", file="data/scenes/lessons.json", weight=1.0, **files),
     )
     config.data.test = sources(
@@ -41,7 +41,7 @@ def get_config():
     )
     config.data.template = "bare"
     config.data.batch_size = 32
-    config.data.rows_per_pack = 4
+    config.data.rows_per_pack = 3  # a lesson, and four questions
 
     config.optim.name = "muon"
     config.optim.learning_rate = 1e-3
