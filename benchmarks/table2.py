@@ -54,6 +54,10 @@ class Row:
     def name(self) -> str:
         return f"{self.family}, {self.k} token{'s' * (self.k > 1)}" if self.k else self.family
 
+    def read(self, k: str) -> str:
+        """What it is called where so many of its tokens are read."""
+        return f"{self.family}, {k}" if k == "auto" else f"{self.family}, read at {k}"
+
 
 def _distill(**keys: object) -> dict[str, object]:
     found = {"alpha": 0.5, "temperature": 2.0} | keys
@@ -147,7 +151,7 @@ class Suite:
                 for kind, (right, total) in results["counts"]["this run"].items():
                     found[source].setdefault(kind, []).append(100 * right / total)
                 if source == self.sources[0]:
-                    found["tokens"].append(results.get("mean_tokens", results.get("tokens")))
+                    found["tokens"].append(results["auto"]["mean_tokens"] if "auto" in results else results["tokens"])
         return found
 
     def collect(self, names: Sequence[str], seeds: Sequence[int]) -> dict[str, dict]:
@@ -157,7 +161,7 @@ class Suite:
         for name in names:
             row, workdirs = ROWS[name], [self.directory(name, seed) for seed in seeds]
             asked: dict[str, tuple[str, ...]] = {name: ()}
-            asked |= {f"{row.family}, read at {k}": ("--tokens", k) for k in row.read_at}
+            asked |= {row.read(k): ("--tokens", k) for k in row.read_at}
             asked |= {f"{name}, read uncompressed": ("--compressor", "none")} if row.whole else {}
             found |= {label: results for label, options in asked.items() if (results := self.read(workdirs, options))}
         return found
@@ -234,7 +238,7 @@ def draw(results: Mapping[str, dict], path: Path) -> None:
     """Accuracy by tokens an image, a line for each family that was measured at several; dots for the others."""
     points: dict[str, list[tuple[int, list[float]]]] = {}
     for row in ROWS.values():
-        labels = {k: f"{row.family}, read at {k}" for k in row.read_at if k != "auto"} or {str(row.k): row.name}
+        labels = {k: row.read(k) for k in row.read_at if k != "auto"} or {str(row.k): row.name}
         for k, label in labels.items():
             if row.k and label in results:
                 points.setdefault(row.family, []).append((int(k), results[label][SOURCES[0]]["overall"]))

@@ -16,7 +16,7 @@ def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> 
     workdir.mkdir(parents=True, exist_ok=True)
     for source in table2.SOURCES:
         counts = {"where": [right, 100], "count": [right - 10, 100], "overall": [2 * right - 10, 200]}
-        results = {"step": step, "counts": {"this run": counts}} | more
+        results = {"step": step, "tokens": 8, "counts": {"this run": counts}} | more
         table2.results_file(workdir, source, options).write_text(json.dumps(results))
 
 
@@ -35,6 +35,7 @@ def results(tmp_path):
         write(elastic, 94)
         for k in (1, 2, 4, 8):
             write(elastic, 86 + k, "--tokens", str(k))
+        write(elastic, 94, "--tokens", "auto", tokens="auto", auto={"mean_tokens": 2.5 + seed})
     return suite.collect(list(table2.ROWS), (0, 1))
 
 
@@ -42,13 +43,17 @@ def test_means_of_seeds_and_how_much_of_the_gap_is_closed(results, tmp_path):
     assert list(results) == [
         table2.BASE, table2.UPPER, "VoCo, cross-entropy, 1 token", "VoCo, KL of its own weights, 1 token",
         "VoCo, KL of its own weights, 1 token, read uncompressed", "elastic, cross-entropy, 8 tokens",
-        *(f"elastic, cross-entropy, read at {k}" for k in (1, 2, 4, 8)),
+        *(f"elastic, cross-entropy, read at {k}" for k in (1, 2, 4, 8)), "elastic, cross-entropy, auto",
     ]  # fmt: skip
     assert results["VoCo, cross-entropy, 1 token"]["scenes"]["overall"] == [75, 79]
     assert table2.gap_closed(results, "VoCo, KL of its own weights, 1 token") == 100 * (86 - 77) / (95 - 77)
     lines = table2.markdown(results).splitlines()
     assert "| VoCo, cross-entropy, 1 token | 77.0 ± 2.8 | 77.0 ± 2.8 | 0 % | 82.0 | 72.0 |" in lines
     assert "| base model, uncompressed | 90.0 | 90.0 | 72 % | 95.0 | 85.0 |" in lines
+    assert (
+        lines[-1]
+        == "| elastic, cross-entropy, auto (3.0 ± 0.7 tokens) | 89.0 ± 0.0 | 89.0 ± 0.0 | 67 % | 94.0 | 84.0 |"
+    )
     table2.draw(results, tmp_path / "table2.png")
     assert (tmp_path / "table2.png").stat().st_size > 1000
 
