@@ -12,11 +12,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 import pytest
 
+from configs import scenes as scenes_config
 from tests.helpers.commands import run_main
 from voco_jax.data import make_scene_questions as made
 from voco_jax.data.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, World, draw, draw_things, photographs
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.data.tokenizer import load_tokenizer
+from voco_jax.data.training_data import open_training_data
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_scene_questions.py"
 AMOUNT = ("--train", "120", "--test", "12", "--held-out", "6", "--seed", "3")
@@ -233,6 +235,17 @@ def test_rows_are_llavas(scenes):
     vocabulary = tokenizer.get_vocab()
     for words in (*SHAPES, *COLORS, "yes", "no", "left", "below"):
         assert f"Ġ{words}" in vocabulary, words
+
+
+@pytest.mark.parametrize("compressor", ["voco", "none", "qformer"])
+def test_a_pack_is_a_picture_with_all_its_questions(scenes, tmp_path, compressor):
+    """Whatever the compressor: the rows of `benchmarks/table2.py` train on the same batches."""
+    config = scenes_config.get_config()
+    config.init_from, config.model.compressor = "", compressor
+    config.tokenizer.source, config.data.cache_dir = str(scenes / "tokenizer"), str(tmp_path)
+    config.data.train.scenes.update(file=str(scenes / "train.json"), images=str(scenes / "pictures"))
+    batches = open_training_data(config, log=lambda line: None).batches
+    assert len(batches.loader.plan.packs(0)) == 120
 
 
 def test_sprites(sprites, tmp_path):
