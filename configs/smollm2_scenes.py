@@ -16,6 +16,10 @@ def get_config():
     config.model.compressor = "voco"
     with config.unlocked():
         del config.data.train.lessons
+    config.data.train.scenes.weight = 1.0
+    config.data.batch_size = 16  # packs, each of a picture with its questions, whatever the compressor
+    config.data.rows_per_pack = 10
+    config.data.conversations_per_record = 10
 
     config.optim.lr_multiplier.vision_tower = 1.0
     config.optim.lr_multiplier.projector = 1.0

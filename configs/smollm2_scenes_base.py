@@ -23,8 +23,8 @@ def get_config():
 
     files = {"images": "data/scenes_128/pictures"}
     config.data.train = sources(
-        scenes=source("llava", file="data/scenes_128/train.json", **files),
-        lessons=source("llava", file="data/scenes_128/lessons.json", weight=2.0, **files),
+        scenes=source("llava", file="data/scenes_128/train.json", weight=0.2, **files),
+        lessons=source("llava", file="data/scenes_128/lessons.json", weight=1.0, **files),
         easyvqa=source("easyvqa"),
     )
     config.data.test = sources(
@@ -34,8 +34,8 @@ def get_config():
     )
     config.data.template = "bare"
     config.data.batch_size = 32
-    config.data.rows_per_pack = 4
-    config.data.conversations_per_record = 4
+    config.data.rows_per_pack = 3  # a lesson, and two questions
+    config.data.conversations_per_record = 2
     config.data.num_workers = 2
 
     config.optim.name = "muon"
