@@ -119,25 +119,28 @@ class Suite:
 
     def base_training(self) -> Training:
         keys = {"train.steps": self.base_steps, "workdir": self.base, **self.keys}
-        commands = [train_command(self.base_config, keys), *self._evaluations(self.base, self.base_steps, [()])]
-        return Training(self.base, self.base_steps, commands)
+        return Training(self.base, self.base_steps, self._commands(self.base_config, keys, [()]))
 
     def training(self, row: Row, seed: int) -> Training:
         workdir, teacher = self.directory(row.name, seed), self.directory(UPPER, seed)
         common = {"init_from": self.base, "seed": seed, "train.steps": self.steps, "workdir": workdir, **self.keys}
         own = {**row.keys, "train.distill.teacher": teacher} if row.frozen_teacher else row.keys
         asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
-        commands = [train_command(self.config, own | common), *self._evaluations(workdir, self.steps, asked)]
+        commands = self._commands(self.config, own | common, asked)
         return Training(workdir, self.steps, commands, (teacher,) if row.frozen_teacher else ())
 
-    def _evaluations(self, workdir: Path, steps: int, asked: Sequence[tuple[str, ...]]) -> list[list[str]]:
-        """Those whose results are not there yet."""
+    def _commands(
+        self, config: Path, keys: Mapping[str, object], asked: Sequence[tuple[str, ...]]
+    ) -> list[list[str]]:  # fmt: skip
+        """A training, and those evaluations whose results are not there yet; nothing where all are."""
+        workdir, steps = Path(str(keys["workdir"])), keys["train.steps"]
 
         def is_there(options: tuple[str, ...]) -> bool:
             files = [results_file(workdir, source, options) for source in self.sources]
             return all(file.exists() and json.loads(file.read_text())["step"] == steps for file in files)
 
-        return [evaluate_command(workdir, *options) for options in asked if not is_there(options)]
+        missing = [evaluate_command(workdir, *options) for options in asked if not is_there(options)]
+        return [train_command(config, keys), *missing] if missing else []
 
     def read(self, workdirs: Sequence[Path], options: Sequence[str] = ()) -> dict | None:
         """Source → kind → [per cent of each seed], and 'tokens', read of a picture; None where a seed is missing."""

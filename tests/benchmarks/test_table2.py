@@ -95,7 +95,7 @@ def test_rows_are_chosen_by_a_part_of_their_names():
         table2.chosen(["prefixes"])
 
 
-def test_evaluations_that_are_there_are_not_made_again(tmp_path):
+def test_what_is_there_is_not_made_again(tmp_path):
     row, suite = table2.ROWS["elastic, cross-entropy, 8 tokens"], table2.Suite(tmp_path, 4000, 800)
 
     def options():
@@ -105,6 +105,9 @@ def test_evaluations_that_are_there_are_not_made_again(tmp_path):
     write(suite.directory(row.name, 0), 90)
     write(suite.directory(row.name, 0), 90, "--tokens", "2", step=799)
     assert options() == [["--tokens", k] for k in ("1", "2", "4", "8", "auto")]
+    for k in (1, 2, 4, 8, "auto"):
+        write(suite.directory(row.name, 0), 90, "--tokens", str(k))
+    assert suite.training(row, 0).commands == []
 
 
 @pytest.mark.parametrize(
