@@ -1,6 +1,6 @@
 """Scenes, the first stage: a small LLaVA, which reads all 64 patches of a picture. `scenes` teaches it to compress.
 
-Beside the questions it trains on what is in each place of a picture, in one answer.
+It trains on conversations about pictures: all questions, and then all objects in one answer.
 
 Hardware: any CPU.
 
@@ -31,17 +31,14 @@ def get_config():
     config.tokenizer.source = "data/scenes/tokenizer"
 
     files = {"images": "data/scenes/pictures"}
-    config.data.train = sources(
-        scenes=source("llava", file="data/scenes/train.json", weight=0.4, **files),
-        lessons=source("llava", file="data/scenes/lessons.json", weight=1.0, **files),
-    )
+    config.data.train = sources(lessons=source("llava", file="data/scenes/lessons.json", **files))
     config.data.test = sources(
         scenes=source("llava", file="data/scenes/test.json", **files),
         held_out=source("llava", file="data/scenes/held_out.json", **files),
     )
     config.data.template = "bare"
-    config.data.batch_size = 32
-    config.data.rows_per_pack = 3  # a lesson, and four questions
+    config.data.batch_size = 16
+    config.data.rows_per_pack = 1
 
     config.optim.name = "muon"
     config.optim.learning_rate = 1e-3

@@ -5,6 +5,7 @@ Hardware: one NVIDIA GPU (attention 'cudnn').
     voco train --config=smollm2_scenes
 """
 
+from voco_jax.config import source
 from voco_jax.configs import smollm2_scenes_base
 
 
@@ -16,7 +17,7 @@ def get_config():
     config.model.compressor = "voco"
     with config.unlocked():
         del config.data.train.lessons
-    config.data.train.scenes.weight = 1.0
+        config.data.train.scenes = source("llava", file="data/scenes_128/train.json", images="data/scenes_128/pictures")
     config.data.batch_size = 16  # packs, each of a picture with its questions, whatever the compressor
     config.data.rows_per_pack = 10
     config.data.conversations_per_record = 10

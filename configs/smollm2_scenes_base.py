@@ -23,8 +23,7 @@ def get_config():
 
     files = {"images": "data/scenes_128/pictures"}
     config.data.train = sources(
-        scenes=source("llava", file="data/scenes_128/train.json", weight=0.2, **files),
-        lessons=source("llava", file="data/scenes_128/lessons.json", weight=1.0, **files),
+        lessons=source("llava", file="data/scenes_128/lessons.json", **files),
         easyvqa=source("easyvqa"),
     )
     config.data.test = sources(
@@ -34,7 +33,7 @@ def get_config():
     )
     config.data.template = "bare"
     config.data.batch_size = 32
-    config.data.rows_per_pack = 3  # a lesson, and two questions
+    config.data.rows_per_pack = 1  # a lesson, or two of easy-VQA's questions
     config.data.conversations_per_record = 2
     config.data.num_workers = 2
 

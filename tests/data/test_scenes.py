@@ -49,10 +49,10 @@ def sprites(tmp_path_factory) -> Path:
 
 
 def told(root: Path, name: str) -> list[tuple[str, str, str, str]]:
-    """(picture, question, answer, kind) of a file's rows."""
+    """(picture, question, answer, kind) of a file's rows; of conversations the last question."""
     rows = json.loads((root / name).read_text())
     return [
-        (row["image"], row["conversations"][0]["value"].removeprefix("<image>\n"), row["conversations"][1]["value"],
+        (row["image"], row["conversations"][-2]["value"].removeprefix("<image>\n"), row["conversations"][-1]["value"],
          row["kind"])
         for row in rows
     ]  # fmt: skip
@@ -130,6 +130,17 @@ def test_answers_follow_from_what_is_in_each_place(scenes):
         asked.add(pattern)
         kinds.add(kind)
     assert asked == set(ANSWERS) and kinds == set(made.KINDS)
+
+
+def test_a_lesson_is_all_that_is_asked_of_its_picture(scenes):
+    asked = defaultdict(list)
+    for picture, question, answer, _ in told(scenes, "train.json"):
+        asked[picture] += [question, answer]
+    for row in json.loads((scenes / "lessons.json").read_text()):
+        said = [turn["value"] for turn in row["conversations"]]
+        assert said[0].startswith("<image>\n") and "<image>" not in "".join(said[1:])
+        assert [said[0].removeprefix("<image>\n"), *said[1:-2]] == asked[row["image"]]
+        assert said[-2] == "what is where?"
 
 
 def test_what_is_in_each_place_is_what_the_picture_shows(scenes):

@@ -8,7 +8,8 @@ Each object of a scene (`scenes.py`) is in one of nine places. Written are
     OUT/pictures         PNG files of all splits
     OUT/train.json       questions about them (`llava`), a row each: id, image, conversations, kind
     OUT/test.json
-    OUT/lessons.json     all objects of a training picture, in one answer: for the model to begin with
+    OUT/lessons.json     a conversation about each training picture: its questions, and then all objects in one
+                         answer. A model that reads images whole learns sooner by these: it reads each image once
     OUT/held_out.json    about pictures with pairs that training never shows together: a colour and a shape (or two
                          sprites)
     OUT/tokenizer        of the words of all these
@@ -216,10 +217,19 @@ def ask(rng: np.random.Generator, world: World, things: Sequence[Thing], number:
 
 
 def lesson(things: Sequence[Thing]) -> Question:
-    """All objects in one answer, in the order of `PLACES`."""
+    """About all objects in one answer, in the order of `PLACES`."""
     in_order = sorted(things, key=lambda thing: thing.place)
     answer = ", ".join(f"{PLACES[thing.place]} {thing.size} {thing.words}" for thing in in_order)
     return Question("what is where?", answer, LESSON)
+
+
+def turns_about(questions: Sequence[Question]) -> list[dict]:
+    """A conversation of them in LLaVA's form, the picture before the first."""
+    first, *others = questions
+    turns = question_turns(first.text, first.answer, "<image>")
+    for text, answer, _ in others:
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return turns
 
 
 # ---- What can be had without seeing who is where ---------------------------------------------------------------
@@ -271,17 +281,19 @@ def make_scene(task: Task, split: str, i: int) -> tuple[np.random.Generator, lis
 
 
 def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
-    """Draw some of a split's pictures, and ask about them. In training a picture's first row is its lesson."""
+    """Draw some of a split's pictures, and ask about them. In training a picture's last row is its lesson."""
     made = []
     for i in numbers:
         rng, things, questions = make_scene(task, split, i)
         name = f"{split}_{i:06d}.png"
         draw(rng, task.world, things, task.size, task.backgrounds).save(root / "pictures" / name)
         true = frozenset(word for thing in things for word in (thing.name, thing.color))
-        for j, question in enumerate([lesson(things)] * (split == "train") + questions):
-            turns = question_turns(question.text, question.answer, "<image>")
-            row = {"id": f"{split}_{i:06d}_{j}", "image": name, "conversations": turns, "kind": question.kind}
-            made.append(Made(row, question, true))
+        conversations = [[question] for question in questions]
+        if split == "train":
+            conversations.append([*questions, lesson(things)])
+        for j, asked in enumerate(conversations):
+            row = {"id": f"{split}_{i:06d}_{j}", "image": name, "conversations": turns_about(asked)}
+            made.append(Made(row | {"kind": asked[-1].kind}, asked[-1], true))
     return made
 
 
