@@ -263,7 +263,7 @@ class Model:
         if not isinstance(tokens, AutoTokens) and tokens != AUTO:
             raise UserError(f"{name}: expected a number or {AUTO!r}, found {tokens!r}")
         auto = tokens if isinstance(tokens, AutoTokens) else AutoTokens()
-        if not self.config.has_memory:
+        if not self.config.has_compress_stream:
             raise UserError(
                 f"{name} {AUTO}: {self.run.directory} has no memories (compressor {self.config.compressor!r})"
             )
