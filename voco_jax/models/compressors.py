@@ -46,6 +46,10 @@ class Compressor(nnx.Module):
         """Embeddings of images [..., P, D] to those that go into a stream: [..., P, D] or [..., M, D]."""
         return features
 
+    def embed(self, hidden: jax.Array) -> jax.Array:
+        """VoCo tokens' last hidden states [..., D] to the embeddings [..., D] that are the memory, of that kind."""
+        return hidden
+
     @classmethod
     def check(cls, config: "VoCoConfig") -> None:
         """ValueError for a config that this compressor cannot be made of."""
@@ -80,20 +84,23 @@ class VoCo(Compressor):
 class VoCoEmbedding(VoCo):
     """VoCo tokens whose last hidden states, normed and projected, are read as tokens: D numbers each are the memory.
 
-    The projection begins as the identity: last hidden states are read as they are, as in AutoCompressors
-    (arXiv:2305.14788).
+    The projection begins as the identity, as AutoCompressors read last hidden states (arXiv:2305.14788), times the
+    standard deviation of first weights: embeddings are then as large as those of words.
     """
 
     memory_kind = EMBEDDINGS
     has_weights = True
 
     def __init__(self, config: "VoCoConfig", *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-        size, kwargs = config.llama.hidden_size, dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.norm = nnx.RMSNorm(size, epsilon=config.llama.rms_norm_eps, **kwargs)
-        self.linear = Linear(size, size, kernel_init=lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype), **kwargs)
+        c, kwargs = config.llama, dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        def scaled_identity(key: jax.Array, shape: tuple[int, int], dtype: Any, **_: Any) -> jax.Array:
+            return c.initializer_range * jnp.eye(shape[0], shape[1], dtype=dtype)
+
+        self.norm = nnx.RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps, **kwargs)
+        self.linear = Linear(c.hidden_size, c.hidden_size, kernel_init=scaled_identity, **kwargs)
 
     def embed(self, hidden: jax.Array) -> jax.Array:
-        """VoCo tokens' last hidden states [..., D] to embeddings of the read stream [..., D]."""
         return self.linear(self.norm(hidden))
 
 
