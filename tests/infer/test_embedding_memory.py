@@ -24,8 +24,11 @@ from voco_jax import ask, chat, compress, memory
 from voco_jax.api import Model, Request
 from voco_jax.checkpoint.checkpointer import Checkpointer
 from voco_jax.checkpoint.run import load_run
+from voco_jax.convert import __main__ as convert
+from voco_jax.convert import golden
 from voco_jax.errors import UserError
-from voco_jax.infer.memory import join
+from voco_jax.infer.image_cache import ImageCache
+from voco_jax.infer.memory import MemoryBank, join
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.models.build import abstract_model, init_params
 from voco_jax.models.voco import Read
@@ -187,6 +190,27 @@ def test_memories_of_the_other_kind(run, model, tiny_run, tmp_path, monkeypatch,
         UserError, match="--compressor: expected 'voco_embedding', with which .* was trained; found 'voco'"
     ):
         load_run(run, compressor="voco")
+
+
+def test_images_are_kept_by_their_content(model, tmp_path):
+    """As benchmarks ask, again and again: from the directory of the first time."""
+    expected = model.compress(PICTURES).first_tokens(1)
+    for compressed in (4, 0):
+        cache = ImageCache(model.image_encoder, tokens=1, directory=tmp_path)
+        (found,) = cache.encode([PICTURES])
+        cache.close()
+        assert isinstance(found, MemoryBank) and cache.compressed == compressed
+        np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-4)
+
+
+def test_what_no_format_can_store(run, tmp_path, monkeypatch, capsys):
+    arguments = ("to-hf", run, tmp_path / "hf", "--format", "llava-hf")
+    assert run_main(convert, monkeypatch, capsys, *arguments) == (
+        2, "", f"error: {run}: compressor.linear.bias: format llava-hf cannot store compressor voco_embedding\n"
+    )  # fmt: skip
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(UserError, match=f"^{run}: expected compressor voco or none, found voco_embedding$"):
+        next(golden.check(load_run(run), {}, "golden"))
 
 
 SHARDED = """
