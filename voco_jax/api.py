@@ -263,10 +263,7 @@ class Model:
         if not isinstance(tokens, AutoTokens) and tokens != AUTO:
             raise UserError(f"{name}: expected a number or {AUTO!r}, found {tokens!r}")
         auto = tokens if isinstance(tokens, AutoTokens) else AutoTokens()
-        if not self.config.has_compress_stream:
-            raise UserError(
-                f"{name} {AUTO}: {self.run.directory} has no memories (compressor {self.config.compressor!r})"
-            )
+        self.image_encoder.require_memories()
         if (there := self.run.encoder.num_visual_tokens) < 2:
             raise UserError(f"{name} {AUTO}: {self.run.directory} has 1 token per image: there is nothing to choose")
         ladder = auto.ladder or tuple(sorted(self.run.config.train.get("elastic_k", ())))
