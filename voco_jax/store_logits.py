@@ -82,7 +82,9 @@ class _Numbers:
     def fingerprint(self) -> str:
         return ""
 
-    def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Any) -> int | None:
+    def for_conversation(
+        self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Any
+    ) -> int | None:
         key = example.record << 32 | example.conversation
         at = int(np.searchsorted(self.keys, key))
         return at if at < len(self.keys) and self.keys[at] == key else None
@@ -91,8 +93,8 @@ class _Numbers:
         numbers, start = np.full(length, -1, np.int32), 0
         for placed in row:
             at = np.flatnonzero(placed.sample.labels)
-            if placed.lesson is not None:
-                numbers[start + at[at > 0] - 1] = placed.lesson
+            if placed.of_teacher is not None:
+                numbers[start + at[at > 0] - 1] = placed.of_teacher
             start += len(placed.sample)
         return {"conversation": numbers}
 

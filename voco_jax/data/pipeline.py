@@ -66,9 +66,9 @@ class PackLoader(grain.transforms.Map):
             if loaded is None:
                 continue
             images, samples = loaded
-            for p, sample, lesson in samples:
+            for p, sample, of_teacher in samples:
                 where = self.sources[p.source].where(p.record)
-                rows[p.row].append(Placed(sample, num_images, lesson, where))
+                rows[p.row].append(Placed(sample, num_images, of_teacher, where))
             for image in images:
                 pixels[num_images] = self.processor.square(image)
                 num_images += 1
@@ -88,8 +88,8 @@ class PackLoader(grain.transforms.Map):
     def _load_item(
         self, conversations: list[PackedExample], rows: list[list[Placed]], room: int, report: Report
     ) -> tuple[list[Image.Image], list[tuple[PackedExample, Sample, Any]]] | None:
-        """(images, [(place, sample, the teacher's lesson)]) of conversations that share their images, of which there is
-        room for `room`; None where nothing of it is usable."""
+        """(images, [(place, sample, what the teacher has of it)]) of conversations that share their images, of which
+        there is room for `room`; None where nothing of it is usable."""
         samples: list[tuple[PackedExample, Sample, Any]] = []
         images: list[Image.Image] | None = None
         images_of = 0
@@ -123,13 +123,13 @@ class PackLoader(grain.transforms.Map):
             except BadRecord as error:
                 report.add_skipped(error, source.where(p.record))
                 continue
-            samples.append((p, sample, self._lesson(p, record, times, sample, report)))
+            samples.append((p, sample, self._of_teacher(p, record, times, sample, report)))
         return (images, samples) if images is not None and samples else None
 
-    def _lesson(self, p: PackedExample, record: Record, times, sample: Sample, report: Report) -> Any:
+    def _of_teacher(self, p: PackedExample, record: Record, times, sample: Sample, report: Report) -> Any:
         """What the teacher has of a conversation; None where it has nothing, which the report counts."""
         try:
-            return None if self.teaching is None else self.teaching.lesson(p, record, times, sample)
+            return None if self.teaching is None else self.teaching.for_conversation(p, record, times, sample)
         except BadRecord as error:
             report.add_warned(error.kind, f"{self.sources[p.source].where(p.record)}: {error}")
             return None

@@ -140,7 +140,9 @@ class StoredLogits:
     def fingerprint(self) -> str:
         return self.digest
 
-    def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Logits:
+    def for_conversation(
+        self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample
+    ) -> Logits:
         """What was stored of a conversation, for the labels that the sample has."""
         if record.video is not None and self.moves_frames:
             raise UserError(_frames_move(KEY))
@@ -163,12 +165,12 @@ class StoredLogits:
         taught = np.zeros(length, bool)
         start = 0
         for placed in row:
-            if placed.lesson is not None:
-                at = np.flatnonzero(placed.sample.labels)[: len(placed.lesson.labels)]
+            if placed.of_teacher is not None:
+                at = np.flatnonzero(placed.sample.labels)[: len(placed.of_teacher.labels)]
                 predicted = at > 0  # by a token before it
                 here = start + at[predicted] - 1
-                ids[here] = placed.lesson.ids[predicted, : self.top_k]
-                logits[here] = placed.lesson.logits[predicted, : self.top_k]
+                ids[here] = placed.of_teacher.ids[predicted, : self.top_k]
+                logits[here] = placed.of_teacher.logits[predicted, : self.top_k]
                 taught[here] = True
             start += len(placed.sample)
         return {"teacher_ids": ids, "teacher_logits": logits, "taught": taught}

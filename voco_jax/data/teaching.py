@@ -33,7 +33,7 @@ class Placed(NamedTuple):
 
     sample: Sample
     first_image: int
-    lesson: Any
+    of_teacher: Any
     where: str
 
 
@@ -43,7 +43,7 @@ class Teaching(Protocol):
     def fingerprint(self) -> str:
         """Of what it says: the same in all processes, and where a run goes on; '' where others see to that."""
 
-    def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Any:
+    def for_conversation(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Any:
         """What the teacher has of a conversation; BadRecord where it has nothing, which the report counts."""
 
     def arrays(self, row: Sequence[Placed], length: int, warn: Callable[[str, str], Any]) -> dict[str, np.ndarray]:
@@ -83,9 +83,11 @@ class TeacherRows:
     def fingerprint(self) -> str:
         return ""  # plan and teacher are looked at by themselves
 
-    def lesson(self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample) -> Sample:
+    def for_conversation(
+        self, example: PackedExample, record: Record, times: np.ndarray | None, sample: Sample
+    ) -> Sample:
         """The conversation as the teacher reads it, up to the last label that both have."""
-        return lesson_of(self.maker, record, example.conversation, times, sample)
+        return teacher_sample_of(self.maker, record, example.conversation, times, sample)
 
     def arrays(self, row: Sequence[Placed], length: int, warn: Callable[[str, str], Any]) -> dict[str, np.ndarray]:
         places = np.full(length, -1, np.int32)
@@ -93,7 +95,7 @@ class TeacherRows:
         firsts: list[int] = []
         start = used = images = 0
         for placed in row:
-            own, sample = placed.lesson, placed.sample
+            own, sample = placed.of_teacher, placed.sample
             if own is not None:
                 if used + len(own) <= self.row_length and images + own.num_images <= self.images_per_row:
                     theirs, ours = labels_of_both(own, sample)
@@ -118,7 +120,7 @@ def labels_of_both(own: Sample, sample: Sample) -> tuple[np.ndarray, np.ndarray]
     return theirs[predicted], ours[predicted]
 
 
-def lesson_of(
+def teacher_sample_of(
     maker: SampleMaker, record: Record, conversation: int, times: np.ndarray | None, sample: Sample
 ) -> Sample:
     """A conversation as a teacher's `maker` has it, up to the last label that `sample`, the student's, has too.
@@ -214,7 +216,7 @@ def find_taught(
 def _both(source: Source, own: SampleMaker, maker: SampleMaker, record: int, conversation: int) -> Sample:
     found = source[record]
     times = maker.frame_times(found)
-    return lesson_of(own, found, conversation, times, maker.sample(found, conversation, times).sample)
+    return teacher_sample_of(own, found, conversation, times, maker.sample(found, conversation, times).sample)
 
 
 def _cut_length(source: Source, own: SampleMaker, maker: SampleMaker, record: int, conversation: int) -> int:
