@@ -36,7 +36,7 @@ def config_of(*freeze: str):
     "model",
     [
         pytest.param(BASE, id="unrolled"),
-        pytest.param(EMBEDDING, id="embeddings"),
+        pytest.param(EMBEDDING, id="embeddings", marks=pytest.mark.slow),
         pytest.param(ADAPTED, id="scanned, remat, LoRA", marks=pytest.mark.slow),
     ],
 )
