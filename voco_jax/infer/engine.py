@@ -24,7 +24,7 @@ from voco_jax.models.stack import part_layers
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 from voco_jax.parallel.mesh import ROWS, axis_size
 
-# Encoded images as the model reads them: a memory, or without VoCo compression embeddings [B, I, P, D]; None: no images
+# Encoded images as the model reads them: keys and values, or embeddings [B, I, M, D]; None: no images
 Visual = Memory | jax.Array | None
 GREEDY = Sampling()
 PIECE = 16  # tokens that are decoded before a batch is searched for the texts that end an answer
@@ -33,7 +33,7 @@ PIECE = 16  # tokens that are decoded before a batch is searched for the texts t
 class Prompts(NamedTuple):
     """A batch of prompts, int32: tokens, positions, slot_index [R, T] and slots [R, C], as in `extend` and `fill`.
 
-    With a memory, slots stand in `slots` and only text in `tokens`; embeddings stand among the tokens.
+    Keys and values stand in `slots`, and only text in `tokens`; embeddings stand among the tokens.
     """
 
     tokens: np.ndarray
