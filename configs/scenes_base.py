@@ -44,7 +44,7 @@ def get_config():
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 50
 
-    config.train.steps = 2000
-    config.train.checkpoint_every = 250
+    config.train.steps = 4000
+    config.train.checkpoint_every = 500
     config.eval.max_new_tokens = 8
     return config
