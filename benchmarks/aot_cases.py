@@ -26,6 +26,7 @@ class Peer:
 
 
 IMAGE_STAGE, VIDEO = "configs/voco_7b.py", "configs/video_7b.py"
+DISTILLED = "configs/voco_7b_distill.py"
 
 # ---- Does it fit? Global batches of 128 conversations, a picture each, as LLaVA-1.5 is fine-tuned ----------------
 
@@ -48,6 +49,22 @@ FITS = (
     Case("compress 128 pictures, v5e-64", IMAGE_STAGE, "v5e:8x8", "compress"),
     Case("read 128 prompts, v5e-64", IMAGE_STAGE, "v5e:8x8", "read"),
     Case("decode 128 tokens, v5e-64", IMAGE_STAGE, "v5e:8x8", "decode"),
+)
+
+# What does a teacher cost? Beside the same step with cross-entropy alone
+TAUGHT = tuple(
+    (
+        Case(
+            f"7B taught by {who}, K = 1, {name}",
+            DISTILLED,
+            SLICES[name][0],
+            "train",
+            {"train.distill.teacher": teacher},
+        ),
+        f"7B, K = 1, {name}",
+    )
+    for name in ("v5e-64",)
+    for who, teacher in (("another 7B", "runs/llava"), ("itself", "self"))
 )
 
 # ---- How fast? Llama-2-7B on text, beside a peer; the same with pictures -----------------------------------------
@@ -94,6 +111,7 @@ GROWTH = {  # frames of a clip: case
 
 CASES = (
     *FITS,
+    *(case for case, _ in TAUGHT),
     *(case for case, _ in SPEED),
     *PICTURE_SPEED,
     *(case for cases in GROWTH.values() for case in cases.values()),

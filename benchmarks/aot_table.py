@@ -153,6 +153,18 @@ def exposed(result: dict) -> float:
     return sum(collective["exposed_seconds"] for collective in result["collectives"]) * 1e3
 
 
+def taught_lines(results: dict[str, dict]) -> list[str]:
+    """A step with a teacher, over the same step without: by A, by B."""
+    lines = []
+    for case, alone in aot_cases.TAUGHT:
+        both = results.get(case.name), results.get(alone)
+        if all(result is not None and result["fits"] for result in both):
+            taught, plain = (result["step_seconds"] for result in both)
+            by_b, by_a = (with_ / without for with_, without in zip(taught, plain, strict=True))
+            lines.append(f"{case.name}: {by_a:.2f} × (A), {by_b:.2f} × (B) the step of cross-entropy alone.")
+    return lines
+
+
 def flops_lines(rows: Rows) -> list[str]:
     """The program's FLOPs for pictures compressed, over those for one causal row of the same tokens."""
     lines = []
@@ -209,8 +221,8 @@ def page(results: dict[str, dict]) -> str:
         "assigns, times are estimates from its cycles; [pods.md](../pods.md) says how to read them. Each line is one "
         "`voco aot`; the JSON files here have its arguments and its whole answer.",
     ]
-    if fits := rows(aot_cases.FITS):
-        parts += ["## Does it fit", fits_table(fits)]
+    if fits := rows((*aot_cases.FITS, *(case for case, _ in aot_cases.TAUGHT))):
+        parts += ["## Does it fit", fits_table(fits), *taught_lines(results)]
     if speed:
         parts += ["## How fast", PEER, speed_table(speed, peers)]
     if len(pictures) == len(aot_cases.PICTURE_SPEED):

@@ -50,8 +50,11 @@ def few(monkeypatch):
         "one": {1: case("1 frame"), 2: case("2 frames")},
         "four": {n: case(f"{n} frames", **{"mesh.frame": 4}) for n in (4, 8)},
     }
-    cases = (*fits, speed[0][0], *pictures, *(c for cases in growth.values() for c in cases.values()))
-    for name, value in dict(FITS=fits, SPEED=speed, PICTURE_SPEED=pictures, GROWTH=growth, CASES=cases).items():
+    taught = ((case("taught"), "small"),)
+    cases = (*fits, taught[0][0], speed[0][0], *pictures, *(c for cases in growth.values() for c in cases.values()))
+    for name, value in dict(
+        FITS=fits, TAUGHT=taught, SPEED=speed, PICTURE_SPEED=pictures, GROWTH=growth, CASES=cases
+    ).items():
         monkeypatch.setattr(aot_cases, name, value)
     return cases
 
@@ -59,7 +62,9 @@ def few(monkeypatch):
 def test_what_is_there_is_kept(few, monkeypatch, capsys, tmp_path):
     for case in few:
         plain = FITS | {"program_flops": 1e12}
-        store(tmp_path, case, MISFIT if case.name == "large" else plain if case.name == "plain" else FITS)
+        taught = FITS | {"step_seconds": [0.014, 0.016]}
+        by_name = {"large": MISFIT, "plain": plain, "taught": taught}
+        store(tmp_path, case, by_name.get(case.name, FITS))
     status, output, _ = run_main(aot_table, monkeypatch, capsys, "--out", tmp_path)
     assert status == 0
     lines = output.splitlines()
@@ -69,6 +74,7 @@ def test_what_is_there_is_kept(few, monkeypatch, capsys, tmp_path):
         "| 8–10 | 1.50 | 2.0 | 12 |"
     ) in lines
     assert "| large | train | v5e:2x2 | does not fit: at least 17.00 of 15.75 |" + " – |" * 7 in lines
+    assert "taught: 1.28 × (A), 1.40 × (B) the step of cross-entropy alone." in lines
     assert "| text | 3.00 | 4.00 | 0.010–0.013 | 0.01–0.01 | 1.20, 1.10 | 2,000–2,500 | 48.0–60.0 |" in lines
     assert "| text | 9 | 1 | 1–2 | 2 | bwd mul 1 of 2 |" in lines
     assert "compressed: 1.010 × the FLOPs of plain causal attention over the same tokens." in lines
