@@ -317,7 +317,7 @@ def test_what_is_seen_is_compared(tmp_path):
         n = len(records)
         numbers = np.arange(n)
         ones = np.ones(n, np.int32)
-        index = Index(numbers, ones, numbers, np.arange(n + 1), 0 * ones, ones, numbers, Report())
+        index = Index(numbers, ones, numbers, np.arange(n + 1), 0 * ones, ones, numbers, numbers, Report())
         return contents_of(ListSource(records), index)
 
     def at(change):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models.test_two_streams import CONFIG, make, make_features, two_samples
-from tests.train.test_cross_entropy import subjaxprs
+from tests.train.test_label_losses import subjaxprs
 from voco_jax.models.stack import REMAT
 
 BASE = dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, num_hidden_layers=2))

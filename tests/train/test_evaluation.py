@@ -247,7 +247,7 @@ def test_when():
     """Every so many steps and at the end, but not when the run is preempted."""
     steps = []
     log = SimpleNamespace(settle=lambda: None, evaluated=lambda step, values, sheet: steps.append(step))
-    evaluate = Evaluate(lambda step, params: ({"eval_loss": float(step)}, None), 5, log, Goodput(None))
+    evaluate = Evaluate(lambda step, *_: ({"eval_loss": float(step)}, None), 5, log, Goodput(None))
     for step in range(1, 18):
         done = StepDone(step, {}, last=step == 17, preempted=step == 15)
         evaluate.after_step(done)

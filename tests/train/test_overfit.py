@@ -13,7 +13,8 @@ from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_arguments
 from voco_jax.config import source, sources
 from voco_jax.data.sources import easyvqa, open_sources
-from voco_jax.eval.answering import answer_all
+from voco_jax.eval.by_kind import THIS_RUN, score_by_kind
+from voco_jax.eval.scoring import OVERALL
 from voco_jax.train.loop import train
 
 pytestmark = pytest.mark.slow
@@ -78,11 +79,9 @@ def config_of(workdir: Path, questions: Path, changes: dict) -> ConfigDict:
 def accuracy(run: Path, questions: Path) -> float:
     """Exact answers to all questions of a file, greedily, as `evaluate` has them."""
     (found,), _ = open_sources(config_of(run, questions, {}).data, "train")
-    answers = answer_all(
-        Model(load_run(run)).image_encoder, [found[i] for i in range(len(found))], batch_size=64, max_new_tokens=0
-    )
-    assert len(answers) == 64
-    return sum(answer.correct for answer in answers) / len(answers)
+    right, total = score_by_kind(Model(load_run(run)), found)[0]["counts"][THIS_RUN][OVERALL]
+    assert total == 64
+    return right / total
 
 
 @pytest.fixture(scope="module")
