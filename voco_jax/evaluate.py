@@ -24,7 +24,7 @@ from voco_jax.config import sources_to_score, typed
 from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.sources import open_sources
 from voco_jax.data.sources.llava import VideoQuestionSource
-from voco_jax.data.turns import text_of
+from voco_jax.data.turns import first_question, text_of
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.eval import auto_scores, conversations, question_files
 from voco_jax.eval.by_kind import GUESS, THIS_RUN, has_kinds, score_by_kind
@@ -145,10 +145,9 @@ def _guesser(run: Run, kind: str) -> Guesser | None:
     def known() -> Iterator[tuple[str, str]]:
         for source in _open(run, "train", by_name).values() if by_name else ():
             for i in range(len(source)):
-                with contextlib.suppress(BadRecord):  # training has counted it
+                with contextlib.suppress(BadRecord):  # training has counted it, and turns of another form
                     for turns in source[i].conversations:
-                        said = [turn["value"] for turn in turns]
-                        pairs = zip(said[::2], said[1::2], strict=False)
+                        pairs = filter(None, (first_question(turns[n : n + 2]) for n in range(len(turns))))
                         yield from ((text_of(q), answer) for q, answer in pairs if text_of(q) and answer.strip())
 
     return Guesser(known()) if by_name else None
