@@ -276,6 +276,19 @@ def test_a_run_that_begins_with_another(tiny_run, tmp_path):
     assert train(config) == run  # complete: the config that was stored is the one that is asked for
 
 
+def test_a_run_whose_compressor_has_parameters_that_this_one_lacks(tiny_run, tmp_path):
+    """Nothing is written."""
+    shutil.copytree(tiny_run / "tokenizer", tmp_path / "base" / "tokenizer")
+    config = load_config(tiny_run / "config.json")
+    config.model.compressor = "voco_embedding"
+    save_config(config, tmp_path / "base" / "config.json")
+    for ours in ("voco", "qformer"):
+        message = f"config.model.compressor: expected 'voco_embedding', whose parameters .*base has; found '{ours}'"
+        with pytest.raises(UserError, match=message):
+            train(tiny.config(tmp_path / "run", init_from=tmp_path / "base", model__compressor=ours))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(
         UserError, match=r"training: loss is nan at step \d+ \(batch \d+: .*\); a lower optim.learning_rate may help"

@@ -9,13 +9,15 @@ from voco_jax.data.from_config import is_llava, make_model_config
 from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.paths import AnyPath, as_path
+from voco_jax.models.compressors import COMPRESSORS
 
 
 def begin_with_run(config: ConfigDict) -> ConfigDict:
     """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one. Plain
     LLaVA that goes on as such has its prompt too, where the config names no other.
 
-    UserError for a config that asks for other dimensions than the run has, or, where the run has LoRA, other LoRA.
+    UserError for a config that asks for other dimensions than the run has, where the run has LoRA for other LoRA, and
+    where its compressor has parameters for another compressor.
     """
     if not config.init_from:
         return config
@@ -27,6 +29,12 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"config.model.lora.{key}: {config.init_from} has LoRA with {there!r}, found {found!r}; "
             f"merge it first: voco convert merge {shlex.quote(str(config.init_from))} DST"
+        )
+    compressor = run.model.compressor
+    if COMPRESSORS[compressor].has_weights and config.model.compressor != compressor:
+        raise UserError(
+            f"config.model.compressor: expected {compressor!r}, whose parameters {config.init_from} has; "
+            f"found {config.model.compressor!r}"
         )
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
     run.model.llama.vocab_size = make_model_config(run, load_run_tokenizer(directory)).llama.vocab_size

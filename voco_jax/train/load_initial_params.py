@@ -24,7 +24,7 @@ def load_initial_params(
     where it is '', random ones of a seed, and None.
 
     A run with LoRA, or with a compressor that has weights, may begin with one without: these parameters are drawn.
-    `begin_with_run` refuses LoRA's reverse.
+    `begin_with_run` refuses the reverse.
     """
     shardings = state.shardings[0]
     if not init_from:
