@@ -42,6 +42,13 @@ def registered(monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "with_z_loss", with_z_loss)
 
 
+def test_a_metric_is_the_mean_over_its_weight():
+    """Whatever the weight; the loss is not made larger by few labels."""
+    one, weight = jnp.float32(1), jnp.float32(0.25)
+    found = LossOutput(one, weight, {"kl": (one, weight), "of_none": (0 * one, 0 * one)}).means()
+    assert found["loss"] == 1 and found["kl"] == 4 and jnp.isnan(found["of_none"])
+
+
 def test_its_numbers():
     """Against numpy, from the model's logits."""
     batch, (graphdef, params) = random_batch(BASE), make(BASE)

@@ -1,6 +1,7 @@
 """What a run says of itself, by a clock that the test turns: every number is computed by hand."""
 
 import json
+import math
 import re
 import resource
 import struct
@@ -98,6 +99,13 @@ def test_the_numbers_of_a_line(tmp_path):
     # Step 8: all but the first have taken two seconds each; a checkpoint; eight waits for data
     total = COMPILE + 7 * STEP + CHECKPOINT + 8 * DATA
     assert third["seconds"] == pytest.approx(total) and third["goodput"] == pytest.approx(7 * STEP / total, abs=1e-4)
+
+
+def test_a_metric_that_some_steps_do_not_know(tmp_path):
+    """A batch without a label that is taught has no KL divergence: it is not 0."""
+    known = {2: 3.0, 4: 5.0}
+    run(tmp_path, stop=8, of_step=lambda step: result(step, kl=known.get(step, math.nan)))
+    assert [line["kl"] for line in lines(tmp_path) if "kl" in line] == [4.0, None, None]
 
 
 def test_a_peak_that_is_not_known(tmp_path, capsys):

@@ -21,7 +21,7 @@ class LossOutput(NamedTuple):
 
     Sums and weights add up over the pieces of an accumulated batch and over the batches of an evaluation; means would
     not. `weight` depends on the batch alone, never on parameters. `metrics` are logged with the loss: (sum, weight)
-    each, by name.
+    each, by name; one whose weight is 0 is not known.
     """
 
     sum: jax.Array
@@ -29,9 +29,9 @@ class LossOutput(NamedTuple):
     metrics: dict[str, tuple[jax.Array, jax.Array]] = {}  # noqa: RUF012 (nobody changes it)
 
     def means(self) -> dict[str, jax.Array]:
-        """The metrics, and `loss` itself."""
-        pairs = {"loss": (self.sum, self.weight)} | self.metrics
-        return {name: total / jnp.maximum(weight, 1) for name, (total, weight) in pairs.items()}
+        """The metrics, and `loss` itself. NaN for a metric that is not known."""
+        known = {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in self.metrics.items()}
+        return {"loss": self.sum / jnp.maximum(self.weight, 1)} | known
 
 
 class LossExtra(NamedTuple):

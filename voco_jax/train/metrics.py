@@ -37,10 +37,10 @@ class MetricsLog(Action):
 
     The numbers of a step are read when the next step is already under way, so the devices never wait.
 
-    A line has the means since the last one of all that the steps return (`loss`, `grad_norm` …), the learning rate of
-    its step, and speeds: of real tokens (padding is not counted), over the time since the last line in which steps
-    ran or waited for data. `mfu` is null where the devices' peak is not known. `seconds` and `goodput` are of the
-    whole run, all its restarts. What `evaluated` is told is a line of its own.
+    A line has the means since the last one of all that the steps return (`loss`, `grad_norm` …; null where no step
+    knows it), the learning rate of its step, and speeds: of real tokens (padding is not counted), over the time since
+    the last line in which steps ran or waited for data. `mfu` is null where the devices' peak is not known. `seconds`
+    and `goodput` are of the whole run, all its restarts. What `evaluated` is told is a line of its own.
 
     Of several processes only the first has writers, but all check the numbers, so that all end when the loss is not
     finite.
@@ -120,7 +120,7 @@ class MetricsLog(Action):
 
     def _write_line(self, step: int, may_skip: bool) -> None:
         names = self._values[0] if self._values else ["loss"]  # null where every step was skipped
-        line = {name: _rounded(np.mean([v[name] for v in self._values])) if self._values else None for name in names}
+        line = {name: _rounded(_mean([v[name] for v in self._values])) if self._values else None for name in names}
         line["learning_rate"] = _rounded(self._learning_rates[step - 1])
         if may_skip:
             line["skipped"] = self._skipped
@@ -180,6 +180,12 @@ class MetricsLog(Action):
                 f"(train.max_skipped is {self._config.max_skipped}); {_HINT}"
             )
         return False
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are known: a batch may have nothing that a metric is of, and it is NaN then."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _rounded(value: float | np.floating | None) -> float | None:
