@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 import pytest
@@ -12,7 +13,7 @@ from tests.helpers.commands import run_main
 from voco_jax import evaluate
 from voco_jax.api import Model
 from voco_jax.checkpoint.run import load_run
-from voco_jax.config import source
+from voco_jax.config import default_config, source, sources
 from voco_jax.data.images import load_image
 from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
@@ -22,7 +23,17 @@ from voco_jax.data.sources.array_records import ArrayRecordSource, unpack_record
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.eval import by_kind
 from voco_jax.eval.auto_scores import compare
-from voco_jax.eval.by_kind import THIS_RUN, has_kinds, read_questions, score_by_kind
+from voco_jax.eval.by_kind import (
+    GUESS,
+    MAJORITY,
+    NOTHING,
+    THIS_RUN,
+    VIEWS,
+    has_kinds,
+    read_questions,
+    score_by_kind,
+)
+from voco_jax.eval.kind_pictures import BARS
 from voco_jax.infer.auto_tokens import AutoTokens, Try
 from voco_jax.infer.engine import Engine
 
@@ -176,6 +187,23 @@ def test_the_command_with_baselines(run, pictures, monkeypatch, capsys):
         for picture in ("kinds", "answers"):
             with Image.open(run / f"{picture}.{name}.png") as drawn:
                 assert drawn.width > 600 and len(drawn.convert("L").getcolors()) > 50
+
+
+def test_guesses_of_rows_of_any_form(tmp_path):
+    """Of all turns, whoever speaks first; rows that training cannot use are passed over."""
+    asked = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Ann"}]
+    other = [{"from": "human", "value": "When?"}, {"from": "gpt", "value": "now"}]
+    bad = [[{"from": "human", "value": "Who?"}, turn] for turn in ({"from": "gpt"}, {"from": "gpt", "value": 3}, 7)]
+    rows = [*bad, [7], [*asked, *other], [{"from": "gpt", "value": "Hello"}, *other]]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns} for turns in rows]))
+    config = default_config()
+    config.data.train = sources(a=source("llava", file=str(tmp_path / "rows.json")))
+    guess = evaluate._guesser(SimpleNamespace(config=config), "llava")
+    assert [guess(question) for question in ("Who?", "When?", "Why?")] == ["Ann", "now", "now"]
+
+
+def test_each_column_has_a_colour():
+    assert len(set(BARS)) >= len({*VIEWS, NOTHING, GUESS, MAJORITY})
 
 
 def test_baselines_want_kinds(tiny_run, tmp_path, monkeypatch, capsys):

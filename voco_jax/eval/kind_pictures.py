@@ -18,7 +18,7 @@ from voco_jax.eval.pictures import RIGHT, WRONG
 from voco_jax.eval.scoring import Answer, by_kind
 from voco_jax.terminal import one_line
 
-BARS = ("#2563eb", "#93c5fd", "#57606a", "#9ca3af", "#d0d7de")  # this run, frames shuffled, one frame, …
+BARS = ("#2563eb", "#93c5fd", "#57606a", "#9ca3af", "#d0d7de", "#eac54f")  # this run, frames shuffled, one frame, …
 CLIPS, FRAMES, QUESTIONS = 4, 8, 12  # of a strip, at most: clips, of each frames, evenly, and the first questions
 WIDTH = 60  # letters of a question with its answer on half of a strip; longer ones have all of it
 _FRAME, _LINE = 1.15, 0.2  # inches of a side, and of a line of text
