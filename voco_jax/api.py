@@ -266,7 +266,7 @@ class Model:
         self.image_encoder.require_memories()
         if (there := self.run.encoder.num_visual_tokens) < 2:
             raise UserError(f"{name} {AUTO}: {self.run.directory} has 1 token per image: there is nothing to choose")
-        ladder = auto.ladder or tuple(sorted(self.run.config.train.elastic_k))
+        ladder = auto.ladder or tuple(sorted({*self.run.config.train.elastic_k}))
         if any(not 1 <= k <= there for k in ladder):
             raise UserError(f"{name} {AUTO}: expected numbers of 1 … {there} tokens, found {list(ladder)}")
         return dataclasses.replace(auto, ladder=ladder)

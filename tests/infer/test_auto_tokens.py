@@ -123,7 +123,7 @@ def test_the_numbers_that_are_tried(model, album, tries):
     assert AutoTokens().steps(1) == (1,) and AutoTokens(ladder=(3, 8)).steps(2) == (2,)
     trained = Model(dataclasses.replace(model.run, config=model.run.config.copy_and_resolve_references()))
     with trained.run.config.unlocked():
-        trained.run.config.train.elastic_k = (4, 1)
+        trained.run.config.train.elastic_k = (4, 1, 4)
     assert trained.auto_tokens().ladder == (1, 4)
     question = [Request(QUESTIONS[0], album[0].first_tokens(2)), Request(QUESTIONS[0], album[0])]
     found = trained.auto_answers(question, AutoTokens(1.0), max_new_tokens=5)
