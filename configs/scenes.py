@@ -1,4 +1,4 @@
-"""Scenes, the second stage: a picture's 64 patches become 1 VoCo token, by the model that `scenes_base` has trained.
+"""Scenes, the second stage: a picture's 36 patches become 1 VoCo token, by the model that `scenes_base` has trained.
 
 Hardware: any CPU.
 

@@ -1,4 +1,4 @@
-"""Scenes, the first stage: a small LLaVA, which reads all 64 patches of a picture. `scenes` teaches it to compress.
+"""Scenes, the first stage: a small LLaVA, which reads all 36 patches of a picture. `scenes` teaches it to compress.
 
 It trains on conversations about pictures: all questions, and then all objects in one answer.
 

@@ -104,13 +104,6 @@ class World:
         order = rng.permutation(list(files)).tolist()
         return cls(tuple(files), (), frozenset(zip(order[::2], order[1::2], strict=False)), files)
 
-    def is_held_out(self, things: Sequence[Thing]) -> bool:
-        """Whether a picture of these has a pair that training never shows."""
-        if self.colors:
-            return any((thing.color, thing.name) in self.held_out for thing in things)
-        names = {thing.name for thing in things}
-        return any(a in names and b in names for a, b in self.held_out)
-
 
 def find_sprites(directory: Path) -> dict[str, Path]:
     """PNG files by the words of their names ('red_apple.png': 'red apple'), sorted. UserError for fewer than four."""
