@@ -153,7 +153,7 @@ class DataConfig:
 class LRMultiplierConfig:
     vision_tower: float = key(1.0, "of the vision tower")
     projector: float = key(1.0, "of the projector")
-    compressor: float = key(1.0, "of a compressor with weights of its own (qformer)")
+    compressor: float = key(1.0, "of a compressor with weights of its own (qformer, voco_embedding, average_pool)")
     llama: float = key(1.0, "of the language model")
 
 
