@@ -16,6 +16,8 @@ def get_config():
     config.workdir = "runs/voco_7b_distill"
 
     config.train.loss = "distillation"
-    config.train.distill.teacher = "runs/llava"  # frozen, over the same mesh; or 'self': the weights that train
+    # Frozen, over the same mesh: `voco convert to-jax llava-1.5-7b-hf runs/llava_plain --compressor none`.
+    # Or 'self': the weights that train.
+    config.train.distill.teacher = "runs/llava_plain"
     config.train.distill.alpha = 0.5
     return config

@@ -318,6 +318,12 @@ def test_what_cudnn_refuses_is_one_line_at_set_up(monkeypatch):
             assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="^attention: 'cudnn' needs an NVIDIA GPU, found platform 'cpu'; [^;]*$"):
         cudnn.check(size=64, **shapes | dict(segment_length=0))
+    # The kernel that reads images whole too: here the others are taken for granted
+    monkeypatch.setattr(cudnn, "causal", lambda q, k, v, segment_ids: q)
+    with described_mesh(*GPU, (1, 1, 1, 1)):
+        cudnn.check(size=36, **shapes)
+        with pytest.raises(ValueError, match="whole images, 840 tokens after 1162, 4 and 2 heads of 36 .*found 36; "):
+            cudnn.check(size=36, **shapes, before_length=1162)
 
 
 def test_decoding_is_xlas_in_every_adapter():

@@ -74,12 +74,14 @@ class Adapter(Protocol):
         """
 
     def check(
-        self, *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool
-    ) -> None:
+        self, *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool,
+        before_length: int = 0,
+    ) -> None:  # fmt: skip
         """ValueError, at set-up, for what the kernel's library would refuse only when a step is compiled.
 
         `size` is that of a head, `segment_length` that of a compress segment (0: no compress stream), `row_length`
         that of a read row; with `training` read rows are packed, and the gradients' kernels are checked too.
+        `before_length` keys come before a row's in `causal_after` (0: it is not called).
         """
 
 

@@ -73,31 +73,45 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
 
 
 def check(
-    *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool
-) -> None:
-    """ValueError, one line, for what cuDNN on this GPU refuses: both streams' kernels are compiled, not run.
+    *, heads: int, kv_heads: int, size: int, dtype: str, segment_length: int, row_length: int, training: bool,
+    before_length: int = 0,
+) -> None:  # fmt: skip
+    """ValueError, one line, for what cuDNN on this GPU refuses: all streams' kernels are compiled, not run.
 
     It takes some seconds.
     """
     _check_platform()
+
+    def attend(q, k, v, ids, *before):
+        attended = causal_after(q, k, v, ids, *before) if before else causal(q, k, v, ids)
+        return attended.astype(jnp.float32).sum()
+
+    def arrays(length, *numbers):
+        return [jax.ShapeDtypeStruct((1, length, n, size), dtype) for n in numbers]
+
+    def ids(length):
+        return jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    streams = {
+        "compress stream": (segment_length, None, []),
+        "read stream": (row_length, ids(row_length) if training else None, []),
+    }
+    if before_length:
+        before = [*arrays(before_length, kv_heads, kv_heads), ids(before_length)]
+        streams["whole images"] = row_length, ids(row_length), before
     # jax has a check of its own and so has cuDNN, and some of both come when the gradient is made: later than `causal`
-    for stream, length in (("compress stream", segment_length), ("read stream", row_length)):
+    for stream, (length, segment_ids, before) in streams.items():
         if not length:
             continue
-        shape = partial(jax.ShapeDtypeStruct, dtype=dtype)
-        arrays = [shape((1, length, n, size)) for n in (heads, kv_heads, kv_heads)]
-        ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if training and stream == "read stream" else None
-
-        def attend(q, k, v, ids):
-            return causal(q, k, v, ids).astype(jnp.float32).sum()
-
         try:
-            jax.jit(jax.grad(attend, (0, 1, 2)) if training else attend).lower(*arrays, ids).compile()
+            compiled = jax.jit(jax.grad(attend, (0, 1, 2)) if training else attend)
+            compiled.lower(*arrays(length, heads, kv_heads, kv_heads), segment_ids, *before).compile()
         except Exception as error:  # jax's, XLA's and cuDNN's own kinds
             reason = first_line(error).removeprefix("attention: 'cudnn'").removeprefix(": ").strip()
+            after = f" after {before_length}" if before else ""
             raise ValueError(
-                f"attention: 'cudnn': {stream}, {length} tokens, {heads} and {kv_heads} heads of {size} in {dtype}: "
-                f"{reason}; model.attention = 'xla' computes the same"
+                f"attention: 'cudnn': {stream}, {length} tokens{after}, {heads} and {kv_heads} heads of {size} in "
+                f"{dtype}: {reason}; model.attention = 'xla' computes the same"
             ) from error
 
 

@@ -100,11 +100,15 @@ class VoCoConfig(ModelConfig):
             return 0
         return len(self.prefix_ids) + self.vision.num_features + len(self.suffix_ids) + self.num_voco_tokens
 
-    def check_kernels(self, row_length: int, *, training: bool) -> None:
-        """ValueError, at set-up, where the attention kernel's library refuses this model, or read rows so long."""
+    def check_kernels(self, row_length: int, *, training: bool, whole_images: int = 0) -> None:
+        """ValueError, at set-up, where the attention kernel's library refuses this model, or read rows so long.
+
+        `whole_images`: a row reads so many images whole.
+        """
         get_adapter(self.attention).check(
             heads=self.llama.num_attention_heads, kv_heads=self.llama.num_key_value_heads, size=self.llama.head_dim,
             dtype=self.dtype, segment_length=self.compress_length, row_length=row_length, training=training,
+            before_length=whole_images * self.compress_length,
         )  # fmt: skip
 
     def projector_flops(self, images: int) -> float:

@@ -84,10 +84,11 @@ def check_lengths(
     by = student if teacher is None else teacher.model_config
     if teacher is not None and teacher.by_rows:
         rows: Any = data.teaching
-        longest, row_length = rows.longest, rows.row_length
+        longest, row_length, whole = rows.longest, rows.row_length, 0
     elif d.teacher in ("self", "ema") or teacher is not None:
         more = by.compress_length - student.num_voco_tokens
         longest, row_length = data.plan.longest_whole(more, images_per_row), data.plan.shape.row_length
+        whole = images_per_row
         if not longest:
             expected = f"expected conversations about 1 to {images_per_row} images, to be read whole"
             raise UserError(f"config.train.distill.teacher: {d.teacher!r}: {expected}; found none")
@@ -100,7 +101,7 @@ def check_lengths(
             f"conversation with its images whole has {longest}"
         )
     try:
-        by.check_kernels(row_length, training=teacher is None)
+        by.check_kernels(row_length, training=teacher is None, whole_images=whole)
     except ValueError as error:
         raise UserError(f"config.train.distill.teacher: {name}: {error}") from None
 
