@@ -279,7 +279,9 @@ def write_clip(file: Path, frames: Sequence[np.ndarray]) -> None:
     import av
 
     with av.open(str(file), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"crf": "16"})
+        # While it looks ahead, x264 reads memory that nobody has written: the same clip would have other bytes at times
+        options = {"crf": "16", "x264-params": "rc-lookahead=0:sync-lookahead=0"}
+        stream = container.add_stream("libx264", rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
         stream.codec_context.time_base = Fraction(1, RATE)
         stream.codec_context.thread_count = 1
