@@ -11,6 +11,7 @@ K VoCo tokens): `evenly` gives the kernel one place more, which nobody reads.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def check(
     def ids(length):
         return jax.ShapeDtypeStruct((1, length), jnp.int32)
 
-    streams = {
+    streams: dict[str, tuple[int, Any, list]] = {
         "compress stream": (segment_length, None, []),
         "read stream": (row_length, ids(row_length) if training else None, []),
     }
