@@ -85,6 +85,12 @@ def test_a_loop_is_multiplied_out():
     assert dot.excess_seconds == pytest.approx(5 * (3000 - 2 * 256 * 512 * 512 / 131072) / 1.5e9)
 
 
+def test_a_computation_of_another_thread():
+    """Its last line says which; what comes after it is still read."""
+    text = LOOP.replace("dim_labels=bf_io->bf\n}", 'dim_labels=bf_io->bf\n}, execution_thread="sparsecore"', 1)
+    assert hlo.parse(text).computations.keys() == hlo.parse(LOOP).computations.keys()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "turns"),
     [

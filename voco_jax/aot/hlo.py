@@ -14,6 +14,7 @@ ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 BRACKET = re.compile(r"[()]")
 NAME = re.compile(r"%([^\s,(){}]+)")
+END = re.compile(r"\}(, execution_thread=\S*)?")  # of a computation; the SparseCores of a v5p have threads of their own
 MAX_TURNS = 1_000_000
 
 
@@ -138,7 +139,7 @@ def parse(text: str) -> Module:
             if line.endswith("{") and (match := re.match(r"(ENTRY )?%?([^\s(]+) \(", line)):
                 current = computations[match[2]] = Computation(match[2])
                 entry = current if match[1] else entry
-        elif line == "}":
+        elif END.fullmatch(line):
             current = None
         else:
             instruction, is_root = _parse_instruction(line)
@@ -161,7 +162,7 @@ def _logical_lines(text: str) -> Iterator[str]:
             pending = line
         elif pending is None:
             yield line
-        elif line == "}":
+        elif END.fullmatch(line):
             yield pending
             yield line
             pending = None
