@@ -2,9 +2,10 @@
 
     python -m benchmarks.table2        (or `make table2`)
 
-One base model reads all patches of a picture (`scenes_base`). Every row begins with it and trains `scenes` for the same
-steps on the same data; three seeds (order of the data, and what is drawn) give a mean and a standard deviation. Runs
-that are there already are continued, or taken as they are; `--rows` chooses some by a part of their names.
+One base model reads all patches of a picture (`scenes_lists`, and then `scenes_base`). Every row begins with it and
+trains `scenes` for the same steps on the same data; three seeds (order of the data, and what is drawn) give a mean and
+a standard deviation. Runs that are there already are continued, or taken as they are; `--rows` chooses some by a part
+of their names.
 
 On an NVIDIA GPU: --set model.attention=cudnn --jobs 4.
 """
@@ -31,7 +32,7 @@ from voco_jax.config import typed
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.optim import make_schedule
 
-BASE_CONFIG, CONFIG = (configs.DIRECTORY / f"{name}.py" for name in ("scenes_base", "scenes"))
+*BASE_CONFIGS, CONFIG = (configs.DIRECTORY / f"{name}.py" for name in ("scenes_lists", "scenes_base", "scenes"))
 DATA = Path("data/scenes")
 SOURCES = ("scenes", "held_out")  # of the configs' data.test
 KS = (1, 2, 4, 8)
@@ -99,13 +100,16 @@ ROWS = {row.name: row for row in _rows()}
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What all rows have in common. `keys` are config keys of all runs; `sources` those of the configs' data.test."""
+    """What all rows have in common. `keys` are config keys of all runs; `sources` those of the configs' data.test.
+
+    The base model's configs are stages: each begins with the run of the one before.
+    """
 
     out: Path
-    base_steps: int
+    base_steps: Sequence[int]  # of each stage
     steps: int
     keys: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    base_config: Path = BASE_CONFIG
+    base_configs: Sequence[Path] = tuple(BASE_CONFIGS)
     config: Path = CONFIG
     sources: tuple[str, ...] = SOURCES
 
@@ -117,9 +121,18 @@ class Suite:
         words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
         return self.out / "_".join(words) / f"seed{seed}"
 
-    def base_training(self) -> Training:
-        keys = {"train.steps": self.base_steps, "workdir": self.base, **self.keys}
-        return Training(self.base, self.base_steps, self._commands(self.base_config, keys, [()]))
+    def base_trainings(self) -> list[Training]:
+        """A training for each stage, of which the last is evaluated; none where its results are there."""
+        found: list[Training] = []
+        for config, steps in zip(self.base_configs, self.base_steps, strict=True):
+            before, is_last = found[-1].workdir if found else None, config == self.base_configs[-1]
+            workdir = self.base if is_last else self.out / config.stem
+            keys = {"train.steps": steps, "workdir": workdir} | ({"init_from": before} if before else {})
+            commands = self._commands(config, keys | dict(self.keys), [()])
+            if is_last and not commands:
+                return []
+            found.append(Training(workdir, steps, commands if is_last else commands[:1], (before,) if before else ()))
+        return found
 
     def training(self, row: Row, seed: int) -> Training:
         workdir, teacher = self.directory(row.name, seed), self.directory(UPPER, seed)
@@ -172,7 +185,7 @@ class Suite:
     def run(self, names: Sequence[str], seeds: int, jobs: int) -> None:
         """The base model, and then the rows. Prints how long these will take."""
         self.out.mkdir(parents=True, exist_ok=True)
-        run_all([self.base_training()], 1, "base")
+        run_all(self.base_trainings(), 1, "base")
         trainings = [self.training(ROWS[name], seed) for seed in range(seeds) for name in names]
         hours = seconds_of_a_step(self.base) * self.steps * len(trainings) / jobs / 3600
         print(
@@ -280,7 +293,7 @@ def main() -> None:
     add("--out", type=Path, default=Path("runs/table2"), help="default: runs/table2")
     add("--rows", nargs="+", default=[], metavar="PART", help="only rows with such a part in their names")
     add("--seeds", type=int, default=3, help="number of seeds (default 3)")
-    add("--base-steps", type=int, help="of the base model (default: as its config says)")
+    add("--base-steps", type=int, help="of each stage of the base model (default: as its config says)")
     add("--steps", type=int, help="of every row (default: as the config says)")
     add("--jobs", type=int, help="trainings at a time (default: as many as there are CPUs, at most 4)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs: model.attention=cudnn")
@@ -289,8 +302,8 @@ def main() -> None:
     jobs, names, keys = check_jobs(args.jobs), chosen(args.rows), keys_of(args.set)
     if args.seeds < 1:
         raise UserError(f"--seeds: expected at least 1, found {args.seeds}")
-    base_steps, steps = (steps_of(*x, keys) for x in ((BASE_CONFIG, args.base_steps), (CONFIG, args.steps)))
-    suite = Suite(args.out, base_steps, steps, keys)
+    base_steps = [steps_of(config, args.base_steps, keys) for config in BASE_CONFIGS]
+    suite = Suite(args.out, base_steps, steps_of(CONFIG, args.steps, keys), keys)
     if not args.results:
         if not DATA.exists():
             subprocess.run([sys.executable, "-m", "voco_jax", "make-scene-questions", str(DATA)], check=True)

@@ -16,7 +16,7 @@ def get_config():
 
     config.model.compressor = "voco"
     with config.unlocked():
-        del config.data.train.lessons
+        del config.data.train.lists, config.data.train.lessons
         config.data.train.scenes = source("llava", file="data/scenes_128/train.json", images="data/scenes_128/pictures")
     config.data.batch_size = 16  # packs, each of a picture with its questions, whatever the compressor
     config.data.rows_per_pack = 10

@@ -23,6 +23,7 @@ def get_config():
 
     files = {"images": "data/scenes_128/pictures"}
     config.data.train = sources(
+        lists=source("llava", file="data/scenes_128/lists.json", **files),
         lessons=source("llava", file="data/scenes_128/lessons.json", **files),
         easyvqa=source("easyvqa"),
     )
@@ -33,7 +34,7 @@ def get_config():
     )
     config.data.template = "bare"
     config.data.batch_size = 32
-    config.data.rows_per_pack = 1  # a lesson, or two of easy-VQA's questions
+    config.data.rows_per_pack = 1  # a lesson, both lists, or two of easy-VQA's questions
     config.data.conversations_per_record = 2
     config.data.num_workers = 2
 

@@ -23,7 +23,7 @@ def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> 
 @pytest.fixture
 def results(tmp_path):
     """Two seeds of four rows, and the base model."""
-    suite = table2.Suite(tmp_path, 4000, 800)
+    suite = table2.Suite(tmp_path, (4000, 4000), 800)
     write(suite.base, 95)
     for seed in (0, 1):
         write(suite.directory(table2.UPPER, seed), 100)
@@ -59,7 +59,7 @@ def test_means_of_seeds_and_how_much_of_the_gap_is_closed(results, tmp_path):
 
 
 def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
-    suite = table2.Suite(tmp_path, 4000, 800)
+    suite = table2.Suite(tmp_path, (4000, 4000), 800)
     table2.results_file(suite.directory(table2.UPPER, 1), "held_out").unlink()
     found = suite.collect(list(table2.ROWS), (0, 1))
     assert found.keys() == results.keys() - {table2.UPPER}
@@ -69,7 +69,7 @@ def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
 
 def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_loss_alone(tmp_path):
     common = {"init_from", "seed", "train.steps", "workdir", "model.attention"}
-    suite = table2.Suite(tmp_path, 4000, 700, {"model.attention": "cudnn"})
+    suite = table2.Suite(tmp_path, (4000, 4000), 700, {"model.attention": "cudnn"})
     for row in table2.ROWS.values():
         run = suite.training(row, 2)
         config, *given = (argument.removeprefix("--config") for argument in run.commands[0][1:])
@@ -96,7 +96,7 @@ def test_rows_are_chosen_by_a_part_of_their_names():
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
-    row, suite = table2.ROWS["elastic, cross-entropy, 8 tokens"], table2.Suite(tmp_path, 4000, 800)
+    row, suite = table2.ROWS["elastic, cross-entropy, 8 tokens"], table2.Suite(tmp_path, (4000, 4000), 800)
 
     def options():
         return [command[3:] for command in suite.training(row, 0).commands[1:]]
@@ -128,10 +128,22 @@ def test_what_cannot_be_is_told_before_anything_is_trained(arguments, expected, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_configs_of_both_stages_are_of_one_model():
-    base, second = (parse_arguments(["", f"--config={file}"])[0] for file in (table2.BASE_CONFIG, table2.CONFIG))
-    assert base.model.llama == second.model.llama and base.model.vision == second.model.vision
-    assert base.data.test == second.data.test and set(base.data.test) == set(table2.SOURCES)
+def test_the_configs_of_all_stages_are_of_one_model():
+    *bases, last = (parse_arguments(["", f"--config={file}"])[0] for file in (*table2.BASE_CONFIGS, table2.CONFIG))
+    for base in bases:
+        assert base.model.llama == last.model.llama and base.model.vision == last.model.vision
+        assert base.data.test == last.data.test and set(base.data.test) == set(table2.SOURCES)
+
+
+def test_a_stage_of_the_base_model_begins_with_the_one_before(tmp_path):
+    suite = table2.Suite(tmp_path, (30, 40), 800)
+    first, second = suite.base_trainings()
+    assert (first.steps, second.steps) == (30, 40) and not first.needs and second.needs == (first.workdir,)
+    assert f"--config.init_from={first.workdir}" in second.commands[0] and second.workdir == suite.base
+    assert not any("init_from" in argument for argument in first.commands[0])
+    assert len(first.commands) == 1 and second.commands[1][0] == "voco_jax.evaluate"
+    write(suite.base, 90, step=40)
+    assert suite.base_trainings() == []
 
 
 # ---- Running them ------------------------------------------------------------------------------------------------

@@ -143,6 +143,22 @@ def test_a_lesson_is_all_that_is_asked_of_its_picture(scenes):
         assert said[-2] == "what is where?"
 
 
+def test_lists_tell_what_is_where_and_where_what_is(scenes):
+    """From the place to the object in the order of places, and from the object to the place in any."""
+    by_picture = defaultdict(dict)
+    for picture, question, answer, kind in told(scenes, "lists.json"):
+        assert kind == "list"
+        by_picture[picture][question] = answer.split(", ")
+    assert len(by_picture) == 120
+    orders = []
+    for lists in by_picture.values():
+        by_place, by_object = lists["what is where?"], lists["where is what?"]
+        turned = [re.sub(r"(\w+) (\w+) (\w+) ([\w ]+)", r"\4 \1 \3 \2", told) for told in by_object]
+        assert sorted(turned) == sorted(by_place)
+        orders.append(turned == by_place)
+    assert sum(orders) < 40
+
+
 def test_what_is_in_each_place_is_what_the_picture_shows(scenes):
     """In a place's middle and around it the told color is there, and those of no other place's object are not."""
     shown = 0
@@ -236,7 +252,7 @@ def test_the_same_seed_gives_the_same_files(scenes, tmp_path):
     """With any number of processes; another seed gives others."""
     run_tool(tmp_path / "again", *AMOUNT, "--workers", "2")
     files = sorted(path.relative_to(scenes) for path in scenes.rglob("*") if path.is_file())
-    assert len(files) == 138 + 5 + len(("tokenizer.json", "tokenizer_config.json"))
+    assert len(files) == 138 + 6 + len(("tokenizer.json", "tokenizer_config.json"))
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     for file in files:
         assert (scenes / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
@@ -247,7 +263,7 @@ def test_the_same_seed_gives_the_same_files(scenes, tmp_path):
 def test_rows_are_llavas(scenes):
     """And the tokenizer has a token for each of their words."""
     images = {"images": str(scenes / "pictures")}
-    assert all(len(LlavaSource(str(scenes / f"{name}.json"), **images)) for name in (*SPLITS, "lessons"))
+    assert all(len(LlavaSource(str(scenes / f"{name}.json"), **images)) for name in (*SPLITS, "lists", "lessons"))
     tokenizer = load_tokenizer(scenes / "tokenizer")
     vocabulary = tokenizer.get_vocab()
     for words in (*SHAPES, *COLORS, "yes", "no", "left", "below"):

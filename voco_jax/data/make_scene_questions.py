@@ -8,8 +8,10 @@ Each object of a scene (`scenes.py`) is in one of nine places. Written are
     OUT/pictures         PNG files of all splits
     OUT/train.json       questions about them (`llava`), a row each: id, image, conversations, kind
     OUT/test.json
-    OUT/lessons.json     a conversation about each training picture: its questions, and then all objects in one
-                         answer. A model that reads images whole learns sooner by these: it reads each image once
+    OUT/lists.json       two rows about each training picture, with all its objects: where what is, and what where is.
+                         A model from scratch learns by these to see shapes, and to find a place, or an object
+    OUT/lessons.json     a conversation about each training picture: its questions, and then what is where. A model
+                         that reads images whole learns sooner by these: it reads each image once
     OUT/held_out.json    about pictures with pairs that training never shows together: a colour and a shape (or two
                          sprites)
     OUT/tokenizer        of the words of all these
@@ -53,7 +55,8 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.atomic import new_directory
 from voco_jax.options import Parser, at_least_1
 
-LESSON = "lesson"  # the kind of what is not tested
+LIST, LESSON = "list", "lesson"
+TOLD = {"lists": LIST, "lessons": LESSON}  # kinds that are not tested, by their files
 SPLITS = ("train", "test", "held_out")
 DIRECTIONS = ("left", "right", "above", "below")
 MOST_COUNTED = 4
@@ -216,11 +219,21 @@ def ask(rng: np.random.Generator, world: World, things: Sequence[Thing], number:
     return [chosen[i] for i in range(min(number, len(chosen)))]
 
 
-def lesson(things: Sequence[Thing]) -> Question:
-    """About all objects in one answer, in the order of `PLACES`."""
+def by_place(things: Sequence[Thing]) -> Question:
+    """All objects in one answer, in the order of `PLACES`."""
     in_order = sorted(things, key=lambda thing: thing.place)
     answer = ", ".join(f"{PLACES[thing.place]} {thing.size} {thing.words}" for thing in in_order)
-    return Question("what is where?", answer, LESSON)
+    return Question("what is where?", answer, LIST)
+
+
+def by_object(rng: np.random.Generator, things: Sequence[Thing]) -> Question:
+    """All objects in one answer, in any order: a place does not follow from the one before, but from the object.
+
+    The colour stands beside the place, which it is the easiest way to.
+    """
+    in_any = [things[i] for i in rng.permutation(len(things))]
+    told = [" ".join(filter(None, (one.size, one.name, one.color, PLACES[one.place]))) for one in in_any]
+    return Question("where is what?", ", ".join(told), LIST)
 
 
 def turns_about(questions: Sequence[Question]) -> list[dict]:
@@ -281,7 +294,7 @@ def make_scene(task: Task, split: str, i: int) -> tuple[np.random.Generator, lis
 
 
 def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
-    """Draw some of a split's pictures, and ask about them. In training a picture's last row is its lesson."""
+    """Draw some of a split's pictures, and ask about them. Lists and the lesson are a training picture's last rows."""
     made = []
     for i in numbers:
         rng, things, questions = make_scene(task, split, i)
@@ -290,7 +303,8 @@ def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
         true = frozenset(word for thing in things for word in (thing.name, thing.color))
         conversations = [[question] for question in questions]
         if split == "train":
-            conversations.append([*questions, lesson(things)])
+            lists = [by_place(things), by_object(rng, things)]
+            conversations += [[one] for one in lists] + [[*questions, lists[0]._replace(kind=LESSON)]]
         for j, asked in enumerate(conversations):
             row = {"id": f"{split}_{i:06d}_{j}", "image": name, "conversations": turns_about(asked)}
             made.append(Made(row | {"kind": asked[-1].kind}, asked[-1], true))
@@ -313,8 +327,8 @@ def make(root: Path, task: Task, counts: dict[str, int], workers: int) -> dict[s
         for of_split in made.values()
         for one in of_split
     }
-    made["lessons"] = [one for one in made["train"] if one.question.kind == LESSON]
-    made["train"] = [one for one in made["train"] if one.question.kind != LESSON]
+    made |= {name: [one for one in made["train"] if one.question.kind == kind] for name, kind in TOLD.items()}
+    made["train"] = [one for one in made["train"] if one.question.kind not in TOLD.values()]
     for split, of_split in made.items():
         (root / f"{split}.json").write_text(json.dumps([one.row for one in of_split], indent=0) + "\n")
     found = baselines(task.world, made["train"], made["test"])

@@ -26,7 +26,7 @@ PLACES = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip  # row by row
 SIDE = 3  # places in a row, and in a column
-SIZES = {"small": 0.5, "medium": 0.7, "large": 0.95}  # an object's longer side, as a share of its place's
+SIZES = {"small": 0.65, "medium": 0.8, "large": 1.0}  # an object's longer side, as a share of its place's
 BACKGROUNDS = ("plain", "graded", "photo")
 PHOTOS = ("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png", "rocket.jpg")
 DIMMED = 0.45  # how much of a photograph's contrast is left, so that objects stand out
