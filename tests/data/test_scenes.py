@@ -58,19 +58,25 @@ def told(root: Path, name: str) -> list[tuple[str, str, str, str]]:
     ]  # fmt: skip
 
 
+def what_is_where(root: Path) -> dict[str, str]:
+    """Of each training picture, the list in the order of places."""
+    lists = told(root, "lists.json")
+    return {picture: answer for picture, question, answer, _ in lists if question == "what is where?"}
+
+
 def numbers(kind: str, count: int):
     """Scenes of a split with their questions, not drawn."""
     return [made.make_scene(TASK, kind, i)[1:] for i in range(count)]
 
 
-# ---- What is asked, again, from the lesson's words ---------------------------------------------------------------
+# ---- What is asked, again, from the list's words ---------------------------------------------------------------
 
 
 class Seen:
-    """A picture as its lesson tells it: place → (size, color, shape)."""
+    """A picture as its list tells it: place → (size, color, shape)."""
 
-    def __init__(self, lesson: str):
-        told = [words.rsplit(" ", 3) for words in lesson.split(", ")]
+    def __init__(self, in_order: str):
+        told = [words.rsplit(" ", 3) for words in in_order.split(", ")]
         self.things = {place: tuple(words) for place, *words in told}
         assert list(self.things) == [place for place in PLACES if place in self.things]
 
@@ -121,26 +127,30 @@ ANSWERS = {
 
 
 def test_answers_follow_from_what_is_in_each_place(scenes):
-    lessons = {picture: Seen(answer) for picture, _, answer, kind in told(scenes, "lessons.json") if kind == "lesson"}
-    assert len(lessons) == 120
+    lists = {picture: Seen(answer) for picture, answer in what_is_where(scenes).items()}
+    assert len(lists) == 120
     asked, kinds = set(), set()
     for picture, question, answer, kind in told(scenes, "train.json"):
         [(pattern, match)] = [(p, m) for p in ANSWERS if (m := re.fullmatch(p, question))]
-        assert ANSWERS[pattern](lessons[picture], *match.groups()) == answer, (picture, question, answer)
+        assert ANSWERS[pattern](lists[picture], *match.groups()) == answer, (picture, question, answer)
         asked.add(pattern)
         kinds.add(kind)
     assert asked == set(ANSWERS) and kinds == set(made.KINDS)
 
 
-def test_a_lesson_is_all_that_is_asked_of_its_picture(scenes):
-    asked = defaultdict(list)
+def test_a_lesson_is_all_that_is_asked_of_its_picture_and_one_of_its_lists(scenes):
+    asked, told_of, last = defaultdict(list), defaultdict(list), Counter()
+    for picture, question, answer, _ in told(scenes, "lists.json"):
+        told_of[picture].append((question, answer))
     for picture, question, answer, _ in told(scenes, "train.json"):
         asked[picture] += [question, answer]
     for row in json.loads((scenes / "lessons.json").read_text()):
         said = [turn["value"] for turn in row["conversations"]]
         assert said[0].startswith("<image>\n") and "<image>" not in "".join(said[1:])
         assert [said[0].removeprefix("<image>\n"), *said[1:-2]] == asked[row["image"]]
-        assert said[-2] == "what is where?"
+        assert said[-2] in ("what is where?", "where is what?") and tuple(said[-2:]) in told_of[row["image"]]
+        last[said[-2]] += 1
+    assert last["what is where?"] == last["where is what?"] == 60
 
 
 def test_lists_tell_what_is_where_and_where_what_is(scenes):
@@ -162,7 +172,7 @@ def test_lists_tell_what_is_where_and_where_what_is(scenes):
 def test_what_is_in_each_place_is_what_the_picture_shows(scenes):
     """In a place's middle and around it the told color is there, and those of no other place's object are not."""
     shown = 0
-    for picture, _, answer, _ in told(scenes, "lessons.json"):
+    for picture, answer in what_is_where(scenes).items():
         pixels = np.asarray(Image.open(scenes / "pictures" / picture), np.int32)
         assert pixels.shape == (96, 96, 3)
         seen = Seen(answer)
@@ -290,7 +300,7 @@ def test_sprites(sprites, tmp_path):
     questions = told(out, "train.json") + told(out, "test.json")
     assert {kind for *_, kind in questions} == set(made.KINDS) - {"same color"}
     assert {answer for _, _, answer, kind in questions if kind == "at place"} == set(world.names)
-    by_picture = {picture: answer.split(", ") for picture, _, answer, _ in told(out, "lessons.json")}
+    by_picture = {picture: answer.split(", ") for picture, answer in what_is_where(out).items()}
     for shown in by_picture.values():
         held = [pair for pair in world.held_out if all(any(w.endswith(f" {n}") for w in shown) for n in pair)]
         assert shown and not held

@@ -10,7 +10,7 @@ Each object of a scene (`scenes.py`) is in one of nine places. Written are
     OUT/test.json
     OUT/lists.json       two rows about each training picture, with all its objects: where what is, and what where is.
                          A model from scratch learns by these to see shapes, and to find a place, or an object
-    OUT/lessons.json     a conversation about each training picture: its questions, and then what is where. A model
+    OUT/lessons.json     a conversation about each training picture: its questions, and then one of its lists. A model
                          that reads images whole learns sooner by these: it reads each image once
     OUT/held_out.json    about pictures with pairs that training never shows together: a colour and a shape (or two
                          sprites)
@@ -304,7 +304,7 @@ def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
         conversations = [[question] for question in questions]
         if split == "train":
             lists = [by_place(things), by_object(rng, things)]
-            conversations += [[one] for one in lists] + [[*questions, lists[0]._replace(kind=LESSON)]]
+            conversations += [[one] for one in lists] + [[*questions, lists[i % 2]._replace(kind=LESSON)]]
         for j, asked in enumerate(conversations):
             row = {"id": f"{split}_{i:06d}_{j}", "image": name, "conversations": turns_about(asked)}
             made.append(Made(row | {"kind": asked[-1].kind}, asked[-1], true))
