@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -105,3 +106,14 @@ def test_the_installed_wheel_in_an_empty_directory(wheel, tmp_path, picture):
     asked = voco("ask", "--run", "run", "--image", picture, "is there a circle?")
     assert asked.returncode == 0 and asked.stdout.startswith("is there a circle?\n  "), asked.stderr
     assert voco("convert", "--help").stdout.startswith("usage: voco convert ")
+
+
+@pytest.mark.parametrize("lines", [1, 20000])
+def test_nobody_reads_on(lines):
+    """As in `voco … | head`: the status of commands that end so, and not a word. In little output the end finds it."""
+    script = f"from voco_jax.errors import one_line_errors; one_line_errors(lambda: print('a line\\n' * {lines}))()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

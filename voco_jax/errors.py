@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import functools
 import os
+import select
 import signal
 import sys
 
@@ -44,11 +45,14 @@ _PIPE_CLOSED = 128 + signal.SIGPIPE  # the exit status of commands that end by i
 def _nobody_reads() -> bool:
     """Whether what reads the standard output has gone, as in `voco … | head`; then nothing more is written to it."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        number = sys.stdout.fileno()
+    except OSError:  # replaced by something that is no file
+        return False
+    poll = select.poll()
+    poll.register(number, 0)  # an error is told without being asked for
+    if gone := any(event & select.POLLERR for _, event in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return gone
 
 
 def one_line_errors(main: Callable) -> Callable:
