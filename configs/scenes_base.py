@@ -21,5 +21,5 @@ def get_config():
     config.data.train = sources(lessons=source("llava", file="data/scenes/lessons.json", **files))
     config.data.rows_per_pack = 1
 
-    config.train.steps = 4000
+    config.train.steps = 3000
     return config
