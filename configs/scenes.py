@@ -21,6 +21,5 @@ def get_config():
     config.data.batch_size = 16  # packs, each of a picture with its ten questions, whatever the compressor
     config.data.rows_per_pack = 10
 
-    config.optim.learning_rate = 5e-4
     config.train.steps = 800
     return config
