@@ -46,8 +46,8 @@ class Row:
 
     family: str
     k: int  # tokens an image; 0: all patches
-    keys: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    frozen_teacher: bool = False  # the upper bound of the same seed
+    keys: dict[str, object] = dataclasses.field(default_factory=dict)
+    frozen_teacher: bool = False  # the base model
     read_at: tuple[str, ...] = ()  # `--tokens` of further evaluations
     whole: bool = False  # evaluate uncompressed too
 
@@ -135,12 +135,12 @@ class Suite:
         return found
 
     def training(self, row: Row, seed: int) -> Training:
-        workdir, teacher = self.directory(row.name, seed), self.directory(UPPER, seed)
+        workdir = self.directory(row.name, seed)
         common = {"init_from": self.base, "seed": seed, "train.steps": self.steps, "workdir": workdir, **self.keys}
-        own = {**row.keys, "train.distill.teacher": teacher} if row.frozen_teacher else row.keys
+        own = row.keys | ({"train.distill.teacher": self.base} if row.frozen_teacher else {})
         asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
         commands = self._commands(self.config, own | common, asked)
-        return Training(workdir, self.steps, commands, (teacher,) if row.frozen_teacher else ())
+        return Training(workdir, self.steps, commands)
 
     def _commands(
         self, config: Path, keys: Mapping[str, object], asked: Sequence[tuple[str, ...]]
@@ -277,13 +277,11 @@ def draw(results: Mapping[str, dict], path: Path) -> None:
 
 
 def chosen(parts: Sequence[str]) -> list[str]:
-    """Rows whose names have one of these parts, and those that they need; all without. UserError for a part of none."""
+    """Rows whose names have one of these parts; all without. UserError for a part of none."""
     for part in parts:
         if not any(part in name for name in ROWS):
             raise UserError(f"--rows: no row has {part!r} in its name; there are: {'; '.join(ROWS)}")
-    names = [name for name in ROWS if not parts or any(part in name for part in parts)]
-    needed = {UPPER} if any(ROWS[name].frozen_teacher for name in names) else set()
-    return [name for name in ROWS if name in {*names, *needed}]
+    return [name for name in ROWS if not parts or any(part in name for part in parts)]
 
 
 @one_line_errors

@@ -14,7 +14,7 @@ from tests.helpers.eight_devices import failures_of, run_checks
 from tests.parallel.test_meshes import mesh_of
 from tests.train.test_label_losses import subjaxprs
 from voco_jax.train import label_losses
-from voco_jax.train.label_losses import Divergence, Labels, Teaching
+from voco_jax.train.label_losses import Divergence, Labels, TeacherLabels
 
 ROWS, LENGTH, SIZE, WIDER, VOCAB = 4, 24, 8, 12, 50
 ALPHA = 0.3
@@ -40,7 +40,7 @@ CASES = {
 }
 
 
-def inputs(case: Case, dtype: Any = jnp.float32) -> tuple[Labels, Teaching, int, Divergence]:
+def inputs(case: Case, dtype: Any = jnp.float32) -> tuple[Labels, TeacherLabels, int, Divergence]:
     rng = np.random.default_rng(0)
     drawn = rng.random((ROWS, LENGTH))
     weights = (drawn * (drawn < 0.7)).astype(np.float32)
@@ -56,11 +56,11 @@ def inputs(case: Case, dtype: Any = jnp.float32) -> tuple[Labels, Teaching, int,
         logits = np.where((np.arange(6) < 4) | (drawn < 0.3)[..., None], rng.normal(size=ids.shape), -np.inf)
         logits = np.where(taught[..., None] > 0, logits, -np.inf).astype(np.float32)
         said = dict(ids=np.where(np.isfinite(logits), ids, 0).astype(np.int32), logits=logits)
-    teaching = Teaching(taught, np.float32(ALPHA), **said)
+    teaching = TeacherLabels(taught, np.float32(ALPHA), **said)
     return labels, teaching, VOCAB, Divergence(case.temperature, case.top_k, case.teacher_vocab)
 
 
-def dense_teacher(teaching: Teaching, divergence: Divergence) -> np.ndarray:
+def dense_teacher(teaching: TeacherLabels, divergence: Divergence) -> np.ndarray:
     """The teacher's logits of all tokens [R, T, V], float64, -inf for those that it has none for."""
     dense = np.full((*teaching.weights.shape, VOCAB), -np.inf)
     if teaching.hidden is not None:
@@ -74,7 +74,7 @@ def dense_teacher(teaching: Teaching, divergence: Divergence) -> np.ndarray:
     return dense
 
 
-def oracle(labels: Labels, teaching: Teaching, divergence: Divergence):
+def oracle(labels: Labels, teaching: TeacherLabels, divergence: Divergence):
     """((total, (cross-entropy, KL)), gradients of hidden and head) in float64, with all logits at once."""
     dense, temperature = dense_teacher(teaching, divergence) / divergence.temperature, divergence.temperature
     at = teaching.weights > 0
@@ -96,7 +96,7 @@ def oracle(labels: Labels, teaching: Teaching, divergence: Divergence):
         return jax.device_get(jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)(*arrays))
 
 
-def fused(labels: Labels, teaching: Teaching, vocab_size: int, divergence: Divergence):
+def fused(labels: Labels, teaching: TeacherLabels, vocab_size: int, divergence: Divergence):
     """The same of the code, of twice the loss: gradients have to be scaled by what comes from above."""
 
     @jax.jit

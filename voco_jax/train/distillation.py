@@ -26,7 +26,14 @@ import jax.numpy as jnp
 from voco_jax.config_keys import DistillConfig
 from voco_jax.models.read import Read, whole_places
 from voco_jax.models.voco import ReadOutput, VoCoLlama, Whole
-from voco_jax.train.label_losses import Divergence, LabelLosses, Labels, Teaching, label_cross_entropy, label_losses
+from voco_jax.train.label_losses import (
+    Divergence,
+    LabelLosses,
+    Labels,
+    TeacherLabels,
+    label_cross_entropy,
+    label_losses,
+)
 from voco_jax.train.loss_types import Batch, Loss, LossConfig, LossExtra, LossOutput, constant, hidden_states, read_of
 
 QUERIES = 32  # text tokens of a row, spread evenly over its labels, whose attention to the patches teaches
@@ -177,9 +184,9 @@ def _label_losses(
         return label_losses(labels, vocab_size)
     alpha, by = alpha_at(distill, step, config.steps), readings.by
     if by is None:
-        teaching = Teaching(taught, alpha, ids=batch["teacher_ids"], logits=batch["teacher_logits"])
+        teaching = TeacherLabels(taught, alpha, ids=batch["teacher_ids"], logits=batch["teacher_logits"])
         return label_losses(labels, vocab_size, teaching, Divergence(distill.temperature))
-    teaching = Teaching(taught, alpha, by.llama.norm(readings.teacher.hidden), by.llama.head())
+    teaching = TeacherLabels(taught, alpha, by.llama.norm(readings.teacher.hidden), by.llama.head())
     how = Divergence(distill.temperature, distill.top_k, by.config.llama.vocab_size)
     return label_losses(labels, vocab_size, teaching, how)
 

@@ -41,7 +41,7 @@ class Labels(NamedTuple):
     weights: jax.Array
 
 
-class Teaching(NamedTuple):
+class TeacherLabels(NamedTuple):
     """What a teacher says of the same tokens; no gradient goes into it.
 
     Normalised hidden states [R, T, D'] and a head [D', V''], of any width; or logits [R, T, k] of the tokens `ids`,
@@ -88,7 +88,7 @@ def label_cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, 
 def label_losses(
     labels: Labels,
     vocab_size: int,
-    teacher: Teaching | None = None,
+    teacher: TeacherLabels | None = None,
     divergence: Divergence = Divergence(),  # noqa: B008 (nobody changes it)
 ) -> LabelLosses:
     """The sums over all tokens of a batch, with a `teacher` or without one (its KL is 0 then).
@@ -105,7 +105,7 @@ def label_losses(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _losses(labels: Labels, teacher: Teaching | None, vocab_size: int, divergence: Divergence) -> LabelLosses:
+def _losses(labels: Labels, teacher: TeacherLabels | None, vocab_size: int, divergence: Divergence) -> LabelLosses:
     return _over_mesh(labels, teacher, vocab_size, divergence, with_gradients=False)[0]
 
 
@@ -123,7 +123,9 @@ def _backward(vocab_size, divergence, gradients, cotangents):
 _losses.defvjp(_forward, _backward)
 
 
-def _over_mesh(labels: Labels, teacher: Teaching | None, vocab_size: int, divergence: Divergence, with_gradients: bool):
+def _over_mesh(
+    labels: Labels, teacher: TeacherLabels | None, vocab_size: int, divergence: Divergence, with_gradients: bool
+):
     function = functools.partial(
         _on_device, vocab_size=vocab_size, divergence=divergence, with_gradients=with_gradients
     )
@@ -149,13 +151,15 @@ def _over_mesh(labels: Labels, teacher: Teaching | None, vocab_size: int, diverg
     return jax.shard_map(summed, in_specs=in_specs, out_specs=out_specs, check_vma=False)(labels, teacher)
 
 
-def _specs(part: Labels | Teaching) -> Any:
+def _specs(part: Labels | TeacherLabels) -> Any:
     """Where each array is wanted: tokens shared out over the devices, or whole."""
     specs: dict[str, Any] = {k: x if x is None else P() if k in WHOLE else TOKENS for k, x in part._asdict().items()}
     return type(part)(**specs)
 
 
-def _on_device(labels: Labels, teacher: Teaching | None, *, vocab_size: int, divergence: Divergence, with_gradients):
+def _on_device(
+    labels: Labels, teacher: TeacherLabels | None, *, vocab_size: int, divergence: Divergence, with_gradients
+):
     """(losses, gradient of hidden, gradient of head in float32), or (losses, (), ()) without gradients."""
     head, shape, dtype = labels.head, labels.hidden.shape, labels.hidden.dtype
     hidden, targets, weights = (_flat(x) for x in (labels.hidden, labels.targets, labels.weights))
@@ -208,7 +212,7 @@ def _on_device(labels: Labels, teacher: Teaching | None, *, vocab_size: int, div
 
 
 def _divergence(
-    logits: jax.Array, teacher: Teaching, vocab_size: int, divergence: Divergence
+    logits: jax.Array, teacher: TeacherLabels, vocab_size: int, divergence: Divergence
 ) -> tuple[jax.Array, jax.Array]:
     """(KL divergence [n] of a chunk, its gradient by the student's logits [n, V'])."""
     columns, temperature, ids = logits.shape[1], divergence.temperature, teacher.ids
