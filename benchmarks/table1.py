@@ -46,7 +46,7 @@ def training(out: Path, name: str, common: dict) -> Training:
     commands = [train_command(CONFIG, TRAININGS[name] | common | {"workdir": workdir}), evaluate_command(workdir)]
     if name == "upper bound":
         commands.append(evaluate_command(workdir, "--compressor", "voco"))
-    return Training(workdir, common["train.steps"], commands)
+    return Training({workdir: common["train.steps"]}, commands)
 
 
 def collect(out: Path) -> dict[str, dict[str, float]]:

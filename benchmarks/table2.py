@@ -3,9 +3,9 @@
     python -m benchmarks.table2        (or `make table2`)
 
 One base model reads all patches of a picture (`scenes_lists`, and then `scenes_base`). Every row begins with it and
-trains `scenes` for the same steps on the same data; three seeds (order of the data, and what is drawn) give a mean and
-a standard deviation. Runs that are there already are continued, or taken as they are; `--rows` chooses some by a part
-of their names.
+trains the same steps on the same data (`scenes_few`, `scenes_places`, `scenes`); three seeds (order of the data, and
+what is drawn) give a mean and a standard deviation. Runs that are there already are continued, or taken as they are;
+`--rows` chooses some by a part of their names.
 
 On an NVIDIA GPU: --set model.attention=cudnn --jobs 4.
 """
@@ -25,14 +25,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.trainings import Training, check_jobs, evaluate_command, run_all, seconds_of_a_step, train_command
+from benchmarks.trainings import Training, check_jobs, evaluate_command, run_all, train_command
 from voco_jax import configs
 from voco_jax.command_line import parse_arguments
 from voco_jax.config import typed
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.optim import make_schedule
 
-*BASE_CONFIGS, CONFIG = (configs.DIRECTORY / f"{name}.py" for name in ("scenes_lists", "scenes_base", "scenes"))
+BASE_CONFIGS = [configs.DIRECTORY / f"{name}.py" for name in ("scenes_lists", "scenes_base")]
+CONFIGS = [configs.DIRECTORY / f"{name}.py" for name in ("scenes_few", "scenes_places", "scenes")]
 DATA = Path("data/scenes")
 SOURCES = ("scenes", "held_out")  # of the configs' data.test
 KS = (1, 2, 4, 8)
@@ -102,15 +103,15 @@ ROWS = {row.name: row for row in _rows()}
 class Suite:
     """What all rows have in common. `keys` are config keys of all runs; `sources` those of the configs' data.test.
 
-    The base model's configs are stages: each begins with the run of the one before.
+    Configs are stages, with the steps of each: one begins with the run of the one before, a row with the base model.
     """
 
     out: Path
-    base_steps: Sequence[int]  # of each stage
-    steps: int
+    base_steps: Sequence[int]
+    steps: Sequence[int]
     keys: Mapping[str, object] = dataclasses.field(default_factory=dict)
     base_configs: Sequence[Path] = tuple(BASE_CONFIGS)
-    config: Path = CONFIG
+    configs: Sequence[Path] = tuple(CONFIGS)
     sources: tuple[str, ...] = SOURCES
 
     @property
@@ -121,39 +122,36 @@ class Suite:
         words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
         return self.out / "_".join(words) / f"seed{seed}"
 
-    def base_trainings(self) -> list[Training]:
-        """A training for each stage, of which the last is evaluated; none where its results are there."""
-        found: list[Training] = []
-        for config, steps in zip(self.base_configs, self.base_steps, strict=True):
-            before, is_last = found[-1].workdir if found else None, config == self.base_configs[-1]
-            workdir = self.base if is_last else self.out / config.stem
-            keys = {"train.steps": steps, "workdir": workdir} | ({"init_from": before} if before else {})
-            commands = self._commands(config, keys | dict(self.keys), [()])
-            if is_last and not commands:
-                return []
-            found.append(Training(workdir, steps, commands if is_last else commands[:1], (before,) if before else ()))
-        return found
+    def base_training(self) -> Training:
+        return self._training(self.base, dict(zip(self.base_configs, self.base_steps, strict=True)), None, {}, [()])
 
     def training(self, row: Row, seed: int) -> Training:
-        workdir = self.directory(row.name, seed)
-        common = {"init_from": self.base, "seed": seed, "train.steps": self.steps, "workdir": workdir, **self.keys}
-        own = row.keys | ({"train.distill.teacher": self.base} if row.frozen_teacher else {})
+        own = row.keys | ({"train.distill.teacher": self.base} if row.frozen_teacher else {}) | {"seed": seed}
         asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
-        commands = self._commands(self.config, own | common, asked)
-        return Training(workdir, self.steps, commands)
+        stages = dict(zip(self.configs, self.steps, strict=True))
+        return self._training(self.directory(row.name, seed), stages, self.base, own, asked)
 
-    def _commands(
-        self, config: Path, keys: Mapping[str, object], asked: Sequence[tuple[str, ...]]
-    ) -> list[list[str]]:  # fmt: skip
-        """A training, and those evaluations whose results are not there yet; nothing where all are."""
-        workdir, steps = Path(str(keys["workdir"])), keys["train.steps"]
+    def _training(
+        self, workdir: Path, stages: Mapping[Path, int], before: Path | None, own: Mapping[str, object],
+        asked: Sequence[tuple[str, ...]],
+    ) -> Training:  # fmt: skip
+        """All stages, and those evaluations whose results are not there yet; no commands where all are."""
+        *configs, last = stages
+        workdirs = {config: workdir.with_name(f"{workdir.name}_{config.stem}") for config in configs} | {last: workdir}
+        commands = []
+        for config, steps in stages.items():
+            begin = {"init_from": before} if before else {}
+            keys = {**own, **begin, "train.steps": steps, "workdir": workdirs[config], **self.keys}
+            commands.append(train_command(config, keys))
+            before = workdirs[config]
 
         def is_there(options: tuple[str, ...]) -> bool:
             files = [results_file(workdir, source, options) for source in self.sources]
-            return all(file.exists() and json.loads(file.read_text())["step"] == steps for file in files)
+            return all(file.exists() and json.loads(file.read_text())["step"] == stages[last] for file in files)
 
         missing = [evaluate_command(workdir, *options) for options in asked if not is_there(options)]
-        return [train_command(config, keys), *missing] if missing else []
+        runs = {workdirs[config]: steps for config, steps in stages.items()}
+        return Training(runs, [*commands, *missing] if missing else [])
 
     def read(self, workdirs: Sequence[Path], options: Sequence[str] = ()) -> dict | None:
         """Source → kind → [per cent of each seed], and 'tokens', read of a picture; None where a seed is missing."""
@@ -183,14 +181,11 @@ class Suite:
         return found
 
     def run(self, names: Sequence[str], seeds: int, jobs: int) -> None:
-        """The base model, and then the rows. Prints how long these will take."""
+        """The base model, and then the rows."""
         self.out.mkdir(parents=True, exist_ok=True)
-        run_all(self.base_trainings(), 1, "base")
+        run_all([self.base_training()], 1, "base")
         trainings = [self.training(ROWS[name], seed) for seed in range(seeds) for name in names]
-        hours = seconds_of_a_step(self.base) * self.steps * len(trainings) / jobs / 3600
-        print(
-            f"{len(trainings)} trainings of {self.steps:,} steps, {jobs} at a time: about {hours:.1f} h by the base's"
-        )
+        print(f"{len(trainings)} trainings of {sum(self.steps):,} steps, {jobs} at a time")
         run_all(trainings, jobs, "rows")
 
     def write(self, names: Sequence[str], seeds: int, title: str) -> None:
@@ -292,7 +287,7 @@ def main() -> None:
     add("--rows", nargs="+", default=[], metavar="PART", help="only rows with such a part in their names")
     add("--seeds", type=int, default=3, help="number of seeds (default 3)")
     add("--base-steps", type=int, help="of each stage of the base model (default: as its config says)")
-    add("--steps", type=int, help="of every row (default: as the config says)")
+    add("--steps", type=int, help="of each stage of every row (default: as its config says)")
     add("--jobs", type=int, help="trainings at a time (default: as many as there are CPUs, at most 4)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs: model.attention=cudnn")
     add("--results", action="store_true", help="train nothing; write the tables of what is there")
@@ -300,8 +295,11 @@ def main() -> None:
     jobs, names, keys = check_jobs(args.jobs), chosen(args.rows), keys_of(args.set)
     if args.seeds < 1:
         raise UserError(f"--seeds: expected at least 1, found {args.seeds}")
-    base_steps = [steps_of(config, args.base_steps, keys) for config in BASE_CONFIGS]
-    suite = Suite(args.out, base_steps, steps_of(CONFIG, args.steps, keys), keys)
+    base_steps, steps = (
+        [steps_of(config, asked, keys) for config in stages]
+        for stages, asked in ((BASE_CONFIGS, args.base_steps), (CONFIGS, args.steps))
+    )
+    suite = Suite(args.out, base_steps, steps, keys)
     if not args.results:
         if not DATA.exists():
             subprocess.run([sys.executable, "-m", "voco_jax", "make-scene-questions", str(DATA)], check=True)

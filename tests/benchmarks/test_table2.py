@@ -12,6 +12,10 @@ from voco_jax.command_line import parse_arguments
 from voco_jax.errors import UserError
 
 
+def suite_in(out: Path, **more) -> table2.Suite:
+    return table2.Suite(out, (30, 40), (50, 60, 800), **more)
+
+
 def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     for source in table2.SOURCES:
@@ -23,7 +27,7 @@ def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> 
 @pytest.fixture
 def results(tmp_path):
     """Two seeds of four rows, and the base model."""
-    suite = table2.Suite(tmp_path, (4000, 4000), 800)
+    suite = suite_in(tmp_path)
     write(suite.base, 95)
     for seed in (0, 1):
         write(suite.directory(table2.UPPER, seed), 100)
@@ -59,7 +63,7 @@ def test_means_of_seeds_and_how_much_of_the_gap_is_closed(results, tmp_path):
 
 
 def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
-    suite = table2.Suite(tmp_path, (4000, 4000), 800)
+    suite = suite_in(tmp_path)
     table2.results_file(suite.directory(table2.UPPER, 1), "held_out").unlink()
     found = suite.collect(list(table2.ROWS), (0, 1))
     assert found.keys() == results.keys() - {table2.UPPER}
@@ -69,18 +73,24 @@ def test_a_seed_that_is_missing_leaves_its_row_out(results, tmp_path):
 
 def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_loss_alone(tmp_path):
     common = {"init_from", "seed", "train.steps", "workdir", "model.attention"}
-    suite = table2.Suite(tmp_path, (4000, 4000), 700, {"model.attention": "cudnn"})
+    suite = suite_in(tmp_path, keys={"model.attention": "cudnn"})
     for row in table2.ROWS.values():
         run = suite.training(row, 2)
-        config, *given = (argument.removeprefix("--config") for argument in run.commands[0][1:])
-        assert config == f"={table2.CONFIG}"
-        keys = dict(argument[1:].split("=", 1) for argument in given)
-        assert common <= keys.keys() and all(
-            key.startswith(("model.", "train.loss", "train.distill.", "train.elastic_k"))
-            for key in keys.keys() - common
-        )
-        assert keys["init_from"] == str(tmp_path / "base") and (keys["seed"], keys["train.steps"]) == ("2", "700")
-        assert (keys.get("train.distill.teacher") == str(suite.base)) == row.frozen_teacher
+        before = suite.base
+        for command, config, (workdir, steps) in zip(run.commands, table2.CONFIGS, run.steps.items(), strict=False):
+            first, *given = (argument.removeprefix("--config") for argument in command[1:])
+            assert first == f"={config}"
+            keys = dict(argument[1:].split("=", 1) for argument in given)
+            assert common <= keys.keys() and all(
+                key.startswith(("model.", "train.loss", "train.distill.", "train.elastic_k"))
+                for key in keys.keys() - common
+            )
+            assert keys["init_from"] == str(before) and keys["workdir"] == str(workdir)
+            assert (keys["seed"], keys["train.steps"]) == ("2", str(steps))
+            assert (keys.get("train.distill.teacher") == str(suite.base)) == row.frozen_teacher
+            before = workdir
+        assert tuple(run.steps.values()) == suite.steps and before == run.workdir == suite.directory(row.name, 2)
+        assert run.commands[3][0] == "voco_jax.evaluate"
 
 
 def test_rows_are_chosen_by_a_part_of_their_names():
@@ -91,10 +101,10 @@ def test_rows_are_chosen_by_a_part_of_their_names():
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
-    row, suite = table2.ROWS["elastic, cross-entropy, 8 tokens"], table2.Suite(tmp_path, (4000, 4000), 800)
+    row, suite = table2.ROWS["elastic, cross-entropy, 8 tokens"], suite_in(tmp_path)
 
     def options():
-        return [command[3:] for command in suite.training(row, 0).commands[1:]]
+        return [command[3:] for command in suite.training(row, 0).commands[3:]]
 
     assert options() == [[], *(["--tokens", k] for k in ("1", "2", "4", "8", "auto"))]
     write(suite.directory(row.name, 0), 90)
@@ -124,21 +134,23 @@ def test_what_cannot_be_is_told_before_anything_is_trained(arguments, expected, 
 
 
 def test_the_configs_of_all_stages_are_of_one_model():
-    *bases, last = (parse_arguments(["", f"--config={file}"])[0] for file in (*table2.BASE_CONFIGS, table2.CONFIG))
-    for base in bases:
-        assert base.model.llama == last.model.llama and base.model.vision == last.model.vision
-        assert base.data.test == last.data.test and set(base.data.test) == set(table2.SOURCES)
+    stages = (*table2.BASE_CONFIGS, *table2.CONFIGS)
+    *others, last = (parse_arguments(["", f"--config={file}"])[0] for file in stages)
+    for other in others:
+        assert other.model.llama == last.model.llama and other.model.vision == last.model.vision
+        assert other.data.test == last.data.test and set(other.data.test) == set(table2.SOURCES)
 
 
 def test_a_stage_of_the_base_model_begins_with_the_one_before(tmp_path):
-    suite = table2.Suite(tmp_path, (30, 40), 800)
-    first, second = suite.base_trainings()
-    assert (first.steps, second.steps) == (30, 40) and not first.needs and second.needs == (first.workdir,)
-    assert f"--config.init_from={first.workdir}" in second.commands[0] and second.workdir == suite.base
-    assert not any("init_from" in argument for argument in first.commands[0])
-    assert len(first.commands) == 1 and second.commands[1][0] == "voco_jax.evaluate"
+    suite = suite_in(tmp_path)
+    run = suite.base_training()
+    first, last = run.steps
+    assert tuple(run.steps.values()) == (30, 40) and last == run.workdir == suite.base
+    assert f"--config.init_from={first}" in run.commands[1]
+    assert not any("init_from" in argument for argument in run.commands[0])
+    assert [command[0] for command in run.commands] == [*["voco_jax.train"] * 2, "voco_jax.evaluate"]
     write(suite.base, 90, step=40)
-    assert suite.base_trainings() == []
+    assert suite.base_training().commands == []
 
 
 # ---- Running them ------------------------------------------------------------------------------------------------
@@ -149,27 +161,31 @@ def script(tmp_path: Path, monkeypatch, text: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_what_a_training_needs_comes_before_it(tmp_path, monkeypatch):
-    """Whatever the number of jobs; their output is in their logs."""
-    script(tmp_path, monkeypatch, "import sys; open('order', 'a').write(sys.argv[1]); print('said', sys.argv[1])")
+def test_commands_of_a_training_follow_each_other(tmp_path, monkeypatch):
+    """Whatever the number of jobs; their output is in one log."""
+    script(tmp_path, monkeypatch, "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); print('said', sys.argv[2])")
     monkeypatch.chdir(tmp_path)
-    first = trainings.Training(tmp_path / "x" / "first", 5, [["a_step", "1"], ["a_step", "2"]])
-    second = trainings.Training(tmp_path / "x" / "second", 5, [["a_step", "3"]], (first.workdir,))
+    first, second = (
+        trainings.Training(
+            {tmp_path / "x" / "before": 5, tmp_path / "x" / name: 5}, [["a_step", name, i] for i in "12"]
+        )
+        for name in ("first", "second")
+    )
     trainings.run_all([first, second], trainings.check_jobs(None), "test")
-    assert (tmp_path / "order").read_text() == "123"
-    assert (tmp_path / "x" / "first.log").read_text() == "said 1\nsaid 2\n"
+    for name in ("first", "second"):
+        assert (tmp_path / name).read_text() == "12"
+        assert (tmp_path / "x" / f"{name}.log").read_text() == "said 1\nsaid 2\n"
 
 
 def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):
     script(tmp_path, monkeypatch, "import sys; print('why', file=sys.stderr); sys.exit(1)")
-    run = trainings.Training(tmp_path / "run", 5, [["a_step"], ["a_step", "never"]])
+    run = trainings.Training({tmp_path / "run": 5}, [["a_step"], ["a_step", "never"]])
     with pytest.raises(UserError, match=rf"run: python -m a_step failed; see {tmp_path}/run.log"):
         trainings.run_all([run], 1, "test")
     assert (tmp_path / "run.log").read_text() == "why\n"
 
 
-def test_seconds_of_a_step(tmp_path):
-    assert trainings.last_step(tmp_path) == 0 and math.isnan(trainings.seconds_of_a_step(tmp_path))
-    lines = [{"step": 20, "seconds": 100.0}, {"step": 40, "seconds": 110.0}, {"step": 60, "seconds": 120.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert trainings.last_step(tmp_path) == 60 and trainings.seconds_of_a_step(tmp_path) == 0.5
+def test_the_last_step_is_that_of_the_last_line(tmp_path):
+    assert trainings.last_step(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (20, 40, 60)))
+    assert trainings.last_step(tmp_path) == 60

@@ -12,6 +12,8 @@ Each object of a scene (`scenes.py`) is in one of nine places. Written are
                          A model from scratch learns by these to see shapes, and to find a place, or an object
     OUT/lessons.json     a conversation about each training picture: its questions, and then one of its lists. A model
                          that reads images whole learns sooner by these: it reads each image once
+    OUT/few_places.json  all questions `at place` and `where` of the training pictures of at most three objects:
+    OUT/places.json      and of the others. A model learns by these, few objects first, to keep in a token what is where
     OUT/held_out.json    about pictures with pairs that training never shows together: a colour and a shape (or two
                          sprites)
     OUT/tokenizer        of the words of all these
@@ -55,8 +57,9 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.atomic import new_directory
 from voco_jax.options import Parser, at_least_1
 
-LIST, LESSON = "list", "lesson"
-TOLD = {"lists": LIST, "lessons": LESSON}  # kinds that are not tested, by their files
+LIST, LESSON, FEW_PLACES, MANY_PLACES = "list", "lesson", "few places", "places"
+TOLD = {"lists": LIST, "lessons": LESSON, "few_places": FEW_PLACES, "places": MANY_PLACES}  # kinds not tested, by file
+FEW = 3  # objects
 SPLITS = ("train", "test", "held_out")
 DIRECTIONS = ("left", "right", "above", "below")
 MOST_COUNTED = 4
@@ -294,7 +297,7 @@ def make_scene(task: Task, split: str, i: int) -> tuple[np.random.Generator, lis
 
 
 def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
-    """Draw some of a split's pictures, and ask about them. Lists and the lesson are a training picture's last rows."""
+    """Draw some of a split's pictures, and ask about them. What is not tested are a training picture's last rows."""
     made = []
     for i in numbers:
         rng, things, questions = make_scene(task, split, i)
@@ -304,7 +307,10 @@ def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
         conversations = [[question] for question in questions]
         if split == "train":
             lists = [by_place(things), by_object(rng, things)]
+            places = FEW_PLACES if len(things) <= FEW else MANY_PLACES
             conversations += [[one] for one in lists] + [[*questions, lists[i % 2]._replace(kind=LESSON)]]
+            both = at_place(rng, task.world, things) + where(rng, task.world, things)
+            conversations += [[one._replace(kind=places)] for one in both]
         for j, asked in enumerate(conversations):
             row = {"id": f"{split}_{i:06d}_{j}", "image": name, "conversations": turns_about(asked)}
             made.append(Made(row | {"kind": asked[-1].kind}, asked[-1], true))
