@@ -17,7 +17,9 @@ def get_config():
     config.model.compressor = "voco"
     with config.unlocked():
         del config.data.train.lists, config.data.train.lessons
-        config.data.train.scenes = source("llava", file="data/scenes_128/train.json", images="data/scenes_128/pictures")
+        for name in ("few_places", "places", "train"):  # at first it learns most from few objects
+            file = f"data/scenes_128/{name}.json"
+            config.data.train[name] = source("llava", file=file, images="data/scenes_128/pictures")
     config.data.batch_size = 16  # packs, each of a picture with its questions, whatever the compressor
     config.data.rows_per_pack = 10
     config.data.conversations_per_record = 10

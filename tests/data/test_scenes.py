@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 import pytest
 
 from configs import scenes as scenes_config
+from configs import scenes_few, scenes_places
 from tests.helpers.commands import run_main
 from voco_jax.data import make_scene_questions as made
 from voco_jax.data.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, World, draw, draw_things, photographs
@@ -169,6 +170,24 @@ def test_lists_tell_what_is_where_and_where_what_is(scenes):
     assert sum(orders) < 40
 
 
+def test_all_places_of_all_pictures_are_asked_for_those_of_few_objects_in_a_file_of_their_own(scenes):
+    """What is there, and where what is that its words mean alone."""
+    lists = {picture: Seen(answer) for picture, answer in what_is_where(scenes).items()}
+    for few, name in ((True, "few_places.json"), (False, "places.json")):
+        asked = Counter()
+        for picture, question, answer, kind in told(scenes, name):
+            assert kind == name.removesuffix(".json").replace("_", " ")
+            [(pattern, match)] = [(p, m) for p in ANSWERS if (m := re.fullmatch(p, question))]
+            assert ANSWERS[pattern](lists[picture], *match.groups()) == answer, (picture, question, answer)
+            asked[picture, question.split()[0]] += 1
+        of_these = {picture: seen for picture, seen in lists.items() if (len(seen.things) <= 3) == few}
+        assert of_these and {picture for picture, _ in asked} == of_these.keys()
+        for picture, seen in of_these.items():
+            words = Counter(thing[1:] for thing in seen.things.values())
+            alone = sum(number == 1 for number in words.values())
+            assert (asked[picture, "what"], asked[picture, "where"]) == (2 * len(seen.things), alone)
+
+
 def test_what_is_in_each_place_is_what_the_picture_shows(scenes):
     """In a place's middle and around it the told color is there, and those of no other place's object are not."""
     shown = 0
@@ -262,7 +281,7 @@ def test_the_same_seed_gives_the_same_files(scenes, tmp_path):
     """With any number of processes; another seed gives others."""
     run_tool(tmp_path / "again", *AMOUNT, "--workers", "2")
     files = sorted(path.relative_to(scenes) for path in scenes.rglob("*") if path.is_file())
-    assert len(files) == 138 + 6 + len(("tokenizer.json", "tokenizer_config.json"))
+    assert len(files) == 138 + 8 + len(("tokenizer.json", "tokenizer_config.json"))
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     for file in files:
         assert (scenes / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
@@ -273,7 +292,7 @@ def test_the_same_seed_gives_the_same_files(scenes, tmp_path):
 def test_rows_are_llavas(scenes):
     """And the tokenizer has a token for each of their words."""
     images = {"images": str(scenes / "pictures")}
-    assert all(len(LlavaSource(str(scenes / f"{name}.json"), **images)) for name in (*SPLITS, "lists", "lessons"))
+    assert all(len(LlavaSource(str(scenes / f"{name}.json"), **images)) for name in (*SPLITS, *made.TOLD))
     tokenizer = load_tokenizer(scenes / "tokenizer")
     vocabulary = tokenizer.get_vocab()
     for words in (*SHAPES, *COLORS, "yes", "no", "left", "below"):
@@ -281,14 +300,22 @@ def test_rows_are_llavas(scenes):
 
 
 @pytest.mark.parametrize("compressor", ["voco", "none", "qformer"])
-def test_a_pack_is_a_picture_with_all_its_questions(scenes, tmp_path, compressor):
+def test_a_pack_is_a_picture_with_some_of_its_questions(scenes, tmp_path, compressor):
     """Whatever the compressor: the rows of `benchmarks/table2.py` train on the same batches."""
-    config = scenes_config.get_config()
-    config.init_from, config.model.compressor = "", compressor
-    config.tokenizer.source, config.data.cache_dir = str(scenes / "tokenizer"), str(tmp_path)
-    config.data.train.scenes.update(file=str(scenes / "train.json"), images=str(scenes / "pictures"))
-    batches = open_training_data(config, log=lambda line: None).batches
-    assert len(batches.loader.plan.packs(0)) == 120
+
+    def packs(config) -> int:
+        config.init_from, config.model.compressor = "", compressor
+        config.tokenizer.source, config.data.cache_dir = str(scenes / "tokenizer"), str(tmp_path)
+        for source in config.data.train.values():
+            source.update(file=str(scenes / Path(source.file).name), images=str(scenes / "pictures"))
+        return len(open_training_data(config, log=lambda line: None).batches.loader.plan.packs(0))
+
+    few, many = (
+        Counter(picture for picture, *_ in told(scenes, name)).values() for name in ("few_places.json", "places.json")
+    )
+    assert packs(scenes_few.get_config()) == len(few)
+    assert packs(scenes_places.get_config()) == len(few) + sum(-(-number // 9) for number in many)
+    assert packs(scenes_config.get_config()) == 120 * 2
 
 
 def test_sprites(sprites, tmp_path):
