@@ -56,7 +56,7 @@ def main() -> None:
     if not DATA.exists():
         sprites = [] if args.sprites is None else ["--sprites", args.sprites]
         _voco("make-scene-questions", DATA, "--size", 128, "--train", args.pictures, *sprites)
-    suite = Suite(args.out, [base_steps], [steps], keys, [BASE_CONFIG], [CONFIG], (*SOURCES, "easyvqa"))
+    suite = Suite(args.out, {BASE_CONFIG: base_steps}, {CONFIG: steps}, keys, (*SOURCES, "easyvqa"))
     names = [name for name in ROWS if name in NAMES]
     suite.run(names, 1, jobs)
     suite.write(names, 1, "smollm2_distillation")

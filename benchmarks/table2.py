@@ -32,8 +32,8 @@ from voco_jax.config import typed
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.optim import make_schedule
 
-BASE_CONFIGS = [configs.DIRECTORY / f"{name}.py" for name in ("scenes_lists", "scenes_base")]
-CONFIGS = [configs.DIRECTORY / f"{name}.py" for name in ("scenes_few", "scenes_places", "scenes")]
+BASE_CONFIGS = tuple(configs.DIRECTORY / f"{name}.py" for name in ("scenes_lists", "scenes_base"))
+CONFIGS = tuple(configs.DIRECTORY / f"{name}.py" for name in ("scenes_few", "scenes_places", "scenes"))
 DATA = Path("data/scenes")
 SOURCES = ("scenes", "held_out")  # of the configs' data.test
 KS = (1, 2, 4, 8)
@@ -103,15 +103,13 @@ ROWS = {row.name: row for row in _rows()}
 class Suite:
     """What all rows have in common. `keys` are config keys of all runs; `sources` those of the configs' data.test.
 
-    Configs are stages, with the steps of each: one begins with the run of the one before, a row with the base model.
+    Stages are configs with their steps: each begins with the run before it, and a row's first with the base model.
     """
 
     out: Path
-    base_steps: Sequence[int]
-    steps: Sequence[int]
+    base_stages: Mapping[Path, int]
+    stages: Mapping[Path, int]
     keys: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    base_configs: Sequence[Path] = tuple(BASE_CONFIGS)
-    configs: Sequence[Path] = tuple(CONFIGS)
     sources: tuple[str, ...] = SOURCES
 
     @property
@@ -123,34 +121,39 @@ class Suite:
         return self.out / "_".join(words) / f"seed{seed}"
 
     def base_training(self) -> Training:
-        return self._training(self.base, dict(zip(self.base_configs, self.base_steps, strict=True)), None, {}, [()])
+        return self._training(self.base, self.base_stages, None, {}, [()])
 
     def training(self, row: Row, seed: int) -> Training:
         own = row.keys | ({"train.distill.teacher": self.base} if row.frozen_teacher else {}) | {"seed": seed}
         asked = [(), *(("--tokens", k) for k in row.read_at), *([("--compressor", "none")] if row.whole else [])]
-        stages = dict(zip(self.configs, self.steps, strict=True))
-        return self._training(self.directory(row.name, seed), stages, self.base, own, asked)
+        return self._training(self.directory(row.name, seed), self.stages, self.base, own, asked)
 
     def _training(
         self, workdir: Path, stages: Mapping[Path, int], before: Path | None, own: Mapping[str, object],
         asked: Sequence[tuple[str, ...]],
     ) -> Training:  # fmt: skip
         """All stages, and those evaluations whose results are not there yet; no commands where all are."""
-        *configs, last = stages
-        workdirs = {config: workdir.with_name(f"{workdir.name}_{config.stem}") for config in configs} | {last: workdir}
+        *_, last = stages
+        runs: dict[Path, int] = {}
         commands = []
         for config, steps in stages.items():
-            begin = {"init_from": before} if before else {}
-            keys = {**own, **begin, "train.steps": steps, "workdir": workdirs[config], **self.keys}
-            commands.append(train_command(config, keys))
-            before = workdirs[config]
+            begin_with = [*runs][-1] if runs else before
+            run = workdir if config == last else workdir.with_name(f"{workdir.name}_{config.stem}")
+            runs[run] = steps
+            keys = own | ({"init_from": begin_with} if begin_with else {}) | {"train.steps": steps, "workdir": run}
+            commands.append(train_command(config, {**keys, **self.keys}))
 
         def is_there(options: tuple[str, ...]) -> bool:
             files = [results_file(workdir, source, options) for source in self.sources]
             return all(file.exists() and json.loads(file.read_text())["step"] == stages[last] for file in files)
 
         missing = [evaluate_command(workdir, *options) for options in asked if not is_there(options)]
-        runs = {workdirs[config]: steps for config, steps in stages.items()}
+        if before and (file := workdir / "config.json").exists():
+            found = json.loads(file.read_text())["init_from"]
+            if found != str(begin_with):
+                raise UserError(
+                    f"{file}: init_from: expected {begin_with}, found {found}, of another recipe; move it away"
+                )
         return Training(runs, [*commands, *missing] if missing else [])
 
     def read(self, workdirs: Sequence[Path], options: Sequence[str] = ()) -> dict | None:
@@ -181,12 +184,17 @@ class Suite:
         return found
 
     def run(self, names: Sequence[str], seeds: int, jobs: int) -> None:
-        """The base model, and then the rows."""
+        """The base model, and then the rows; UserError before them where files of their data are missing."""
+        for config in (*self.base_stages, *self.stages):
+            for file in data_files(config):
+                if not file.exists():
+                    raise UserError(f"{file}: expected a file of {config.name}, found none; make {file.parent} anew")
         self.out.mkdir(parents=True, exist_ok=True)
         run_all([self.base_training()], 1, "base")
         trainings = [self.training(ROWS[name], seed) for seed in range(seeds) for name in names]
-        print(f"{len(trainings)} trainings of {sum(self.steps):,} steps, {jobs} at a time")
-        run_all(trainings, jobs, "rows")
+        left = [training for training in trainings if training.commands]
+        print(f"{len(trainings)} trainings of {sum(self.stages.values()):,} steps, {len(left)} of them to do")
+        run_all(left, jobs, "rows")
 
     def write(self, names: Sequence[str], seeds: int, title: str) -> None:
         """The results as a table, JSON and a chart. UserError where there are none."""
@@ -295,11 +303,11 @@ def main() -> None:
     jobs, names, keys = check_jobs(args.jobs), chosen(args.rows), keys_of(args.set)
     if args.seeds < 1:
         raise UserError(f"--seeds: expected at least 1, found {args.seeds}")
-    base_steps, steps = (
-        [steps_of(config, asked, keys) for config in stages]
-        for stages, asked in ((BASE_CONFIGS, args.base_steps), (CONFIGS, args.steps))
+    base_stages, stages = (
+        {config: steps_of(config, asked, keys) for config in of_stages}
+        for of_stages, asked in ((BASE_CONFIGS, args.base_steps), (CONFIGS, args.steps))
     )
-    suite = Suite(args.out, base_steps, steps, keys)
+    suite = Suite(args.out, base_stages, stages, keys)
     if not args.results:
         if not DATA.exists():
             subprocess.run([sys.executable, "-m", "voco_jax", "make-scene-questions", str(DATA)], check=True)
@@ -313,6 +321,13 @@ def keys_of(given: Sequence[str]) -> dict[str, object]:
         if "=" not in text:
             raise UserError(f"--set: expected KEY=VALUE, found {text!r}")
     return {name: value for name, _, value in (text.partition("=") for text in given)}
+
+
+def data_files(config: Path) -> list[Path]:
+    """What a config trains on and is tested on, as far as it names files."""
+    data = parse_arguments(["", f"--config={config}", "--config.init_from="])[0].data
+    sources = [*data.train.values(), *data.test.values()]
+    return [Path(source.file) for source in sources if "file" in source]
 
 
 def steps_of(config: Path, steps: int | None, keys: Mapping[str, object]) -> int:

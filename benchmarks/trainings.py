@@ -15,16 +15,20 @@ from tqdm import tqdm
 
 from voco_jax.errors import UserError
 
+# Of Linux, for what runs on CPUs (`benchmarks/huge_pages.py` measures what it is worth); the user's own goes first
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 class Training(NamedTuple):
     """Runs, each of which goes on from the one before, and what is done with them: `commands` after `python -m`."""
 
-    steps: Mapping[Path, int]  # by the runs' directories; the last one names it
+    runs: Mapping[Path, int]  # directory → steps
     commands: list[list[str]]
 
     @property
     def workdir(self) -> Path:
-        return list(self.steps)[-1]
+        """The last run's."""
+        return list(self.runs)[-1]
 
 
 def train_command(config: Path, keys: Mapping[str, object]) -> list[str]:
@@ -55,8 +59,7 @@ def run_all(trainings: Sequence[Training], jobs: int, title: str) -> None:
     env = {
         # On one GPU all take a share of its memory; otherwise the first would take three quarters
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}",
-        # On CPUs, Linux: huge pages, with which a small model's step takes 0.7 of the time
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        **HUGE_PAGES,
     } | dict(os.environ)
 
     def work(training: Training) -> None:
@@ -94,7 +97,7 @@ def _run(training: Training, cpus: set[int], env: Mapping[str, str]) -> None:
 
 
 def _show_progress(trainings: Sequence[Training], title: str, done: threading.Event) -> None:
-    steps = {workdir: number for training in trainings for workdir, number in training.steps.items()}
+    steps = {workdir: number for training in trainings for workdir, number in training.runs.items()}
     with tqdm(total=sum(steps.values()), unit="step", desc=title) as bar:
         while True:
             finished = done.wait(timeout=2)

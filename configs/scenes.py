@@ -1,4 +1,4 @@
-"""Scenes, the last stage: a picture's 36 patches become 1 VoCo token, by which all questions are answered.
+"""Scenes, the last stage: a picture's 36 patches become 1 VoCo token, from which all questions are answered.
 
 Hardware: any CPU.
 

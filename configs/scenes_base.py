@@ -1,4 +1,5 @@
-"""Scenes, the second stage: a small LLaVA, which reads all 36 patches of a picture. `scenes` teaches it to compress.
+"""Scenes, the second stage: a small LLaVA, which reads all 36 patches of a picture. `scenes_few`, `scenes_places` and
+`scenes` teach it to compress.
 
 It trains on conversations about pictures: all questions, and then all objects in one answer.
 

@@ -1,6 +1,6 @@
 """Scenes: one VoCo token learns to keep what is at each place, of pictures with at most three objects.
 
-It goes on from `scenes_base`. Large batches matter: with 16 pictures in place of 32 it learned little in these steps.
+It goes on from `scenes_base`. Large batches matter: with 16 pictures in place of 32 it learned little in as many steps.
 
 Hardware: any CPU.
 
@@ -20,7 +20,7 @@ def get_config():
 
     files = {"images": "data/scenes/pictures"}
     config.data.train = sources(few=source("llava", file="data/scenes/few_places.json", **files))
-    config.data.batch_size = 32  # packs, each of a picture with its questions, whatever the compressor
+    config.data.batch_size = 32  # packs, each of a picture with nine of its questions, whatever the compressor
     config.data.rows_per_pack = 9
 
     config.train.steps = 600

@@ -15,12 +15,14 @@ def get_config():
     config.init_from = "runs/smollm2_scenes_base"
 
     config.model.compressor = "voco"
+    files = {"images": "data/scenes_128/pictures"}
     with config.unlocked():
         del config.data.train.lists, config.data.train.lessons
-        for name in ("few_places", "places", "train"):  # at first it learns most from few objects
-            file = f"data/scenes_128/{name}.json"
-            config.data.train[name] = source("llava", file=file, images="data/scenes_128/pictures")
-    config.data.batch_size = 16  # packs, each of a picture with its questions, whatever the compressor
+        config.data.train.scenes = source("llava", file="data/scenes_128/train.json", **files)
+        # A token learns from few objects first to keep what is where
+        config.data.train.few = source("llava", file="data/scenes_128/few_places.json", weight=2.0, **files)
+        config.data.train.places = source("llava", file="data/scenes_128/places.json", weight=0.5, **files)
+    config.data.batch_size = 32  # packs, each of a picture with ten of its questions, whatever the compressor
     config.data.rows_per_pack = 10
     config.data.conversations_per_record = 10
 

@@ -13,7 +13,9 @@ from voco_jax.errors import UserError
 
 
 def suite_in(out: Path, **more) -> table2.Suite:
-    return table2.Suite(out, (30, 40), (50, 60, 800), **more)
+    few, places, last = table2.CONFIGS
+    lists, base = table2.BASE_CONFIGS
+    return table2.Suite(out, {lists: 30, base: 40}, {few: 50, places: 60, last: 800}, **more)
 
 
 def write(workdir: Path, right: int, *options: str, step: int = 800, **more) -> None:
@@ -77,7 +79,7 @@ def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_l
     for row in table2.ROWS.values():
         run = suite.training(row, 2)
         before = suite.base
-        for command, config, (workdir, steps) in zip(run.commands, table2.CONFIGS, run.steps.items(), strict=False):
+        for command, config, (workdir, steps) in zip(run.commands[:3], table2.CONFIGS, run.runs.items(), strict=True):
             first, *given = (argument.removeprefix("--config") for argument in command[1:])
             assert first == f"={config}"
             keys = dict(argument[1:].split("=", 1) for argument in given)
@@ -89,8 +91,8 @@ def test_every_row_begins_with_the_base_model_and_differs_in_the_model_and_the_l
             assert (keys["seed"], keys["train.steps"]) == ("2", str(steps))
             assert (keys.get("train.distill.teacher") == str(suite.base)) == row.frozen_teacher
             before = workdir
-        assert tuple(run.steps.values()) == suite.steps and before == run.workdir == suite.directory(row.name, 2)
-        assert run.commands[3][0] == "voco_jax.evaluate"
+        assert [*run.runs.values()] == [50, 60, 800] and before == run.workdir == suite.directory(row.name, 2)
+        assert run.commands[3] == trainings.evaluate_command(run.workdir)
 
 
 def test_rows_are_chosen_by_a_part_of_their_names():
@@ -135,7 +137,8 @@ def test_what_cannot_be_is_told_before_anything_is_trained(arguments, expected, 
 
 def test_the_configs_of_all_stages_are_of_one_model():
     stages = (*table2.BASE_CONFIGS, *table2.CONFIGS)
-    *others, last = (parse_arguments(["", f"--config={file}"])[0] for file in stages)
+    *others, last = configs = [parse_arguments(["", f"--config={file}"])[0] for file in stages]
+    assert [config.init_from for config in configs] == ["", *(config.workdir for config in others)]
     for other in others:
         assert other.model.llama == last.model.llama and other.model.vision == last.model.vision
         assert other.data.test == last.data.test and set(other.data.test) == set(table2.SOURCES)
@@ -144,8 +147,8 @@ def test_the_configs_of_all_stages_are_of_one_model():
 def test_a_stage_of_the_base_model_begins_with_the_one_before(tmp_path):
     suite = suite_in(tmp_path)
     run = suite.base_training()
-    first, last = run.steps
-    assert tuple(run.steps.values()) == (30, 40) and last == run.workdir == suite.base
+    first, last = run.runs
+    assert [*run.runs.values()] == [30, 40] and last == run.workdir == suite.base
     assert f"--config.init_from={first}" in run.commands[1]
     assert not any("init_from" in argument for argument in run.commands[0])
     assert [command[0] for command in run.commands] == [*["voco_jax.train"] * 2, "voco_jax.evaluate"]
@@ -161,20 +164,51 @@ def script(tmp_path: Path, monkeypatch, text: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_commands_of_a_training_follow_each_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("jobs", range(1, trainings.check_jobs(None) + 1))
+def test_commands_of_a_training_follow_each_other(jobs, tmp_path, monkeypatch):
     """Whatever the number of jobs; their output is in one log."""
     script(tmp_path, monkeypatch, "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); print('said', sys.argv[2])")
     monkeypatch.chdir(tmp_path)
-    first, second = (
+    runs = [
         trainings.Training(
             {tmp_path / "x" / "before": 5, tmp_path / "x" / name: 5}, [["a_step", name, i] for i in "12"]
         )
         for name in ("first", "second")
-    )
-    trainings.run_all([first, second], trainings.check_jobs(None), "test")
+    ]
+    trainings.run_all(runs, jobs, "test")
     for name in ("first", "second"):
         assert (tmp_path / name).read_text() == "12"
         assert (tmp_path / "x" / f"{name}.log").read_text() == "said 1\nsaid 2\n"
+
+
+def test_the_base_model_comes_before_the_rows_and_what_is_done_is_left_out(tmp_path, monkeypatch, capsys):
+    suite, runs = suite_in(tmp_path / "out"), []
+    monkeypatch.setattr(
+        table2, "run_all", lambda trainings, jobs, title: runs.append([one.workdir for one in trainings])
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="lists.json: expected a file of scenes_lists.py, found none; make data/scenes"):
+        suite.run([table2.UPPER], 2, 1)
+    assert not suite.out.exists()
+    Path("data/scenes").mkdir(parents=True)
+    for config in (*table2.BASE_CONFIGS, *table2.CONFIGS):
+        for file in table2.data_files(config):
+            file.touch()
+    write(suite.directory(table2.UPPER, 0), 90)
+    suite.run([table2.UPPER], 2, 1)
+    assert runs == [[suite.base], [suite.directory(table2.UPPER, 1)]]
+    assert "2 trainings of 910 steps, 1 of them to do" in capsys.readouterr().out
+
+
+def test_a_row_of_another_recipe_is_not_taken(tmp_path):
+    suite, row = suite_in(tmp_path), table2.ROWS[table2.UPPER]
+    workdir = suite.directory(row.name, 0)
+    write(workdir, 90)
+    (workdir / "config.json").write_text(json.dumps({"init_from": str(suite.base)}))
+    with pytest.raises(
+        UserError, match=rf"init_from: expected {workdir}_scenes_places, found {suite.base}, of another"
+    ):
+        suite.training(row, 0)
 
 
 def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):

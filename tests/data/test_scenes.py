@@ -171,12 +171,12 @@ def test_lists_tell_what_is_where_and_where_what_is(scenes):
 
 
 def test_all_places_of_all_pictures_are_asked_for_those_of_few_objects_in_a_file_of_their_own(scenes):
-    """What is there, and where what is that its words mean alone."""
+    """What is there, and each object's place where no other has the same words."""
     lists = {picture: Seen(answer) for picture, answer in what_is_where(scenes).items()}
     for few, name in ((True, "few_places.json"), (False, "places.json")):
         asked = Counter()
         for picture, question, answer, kind in told(scenes, name):
-            assert kind == name.removesuffix(".json").replace("_", " ")
+            assert kind == ("where" if question.startswith("where") else "at place")
             [(pattern, match)] = [(p, m) for p in ANSWERS if (m := re.fullmatch(p, question))]
             assert ANSWERS[pattern](lists[picture], *match.groups()) == answer, (picture, question, answer)
             asked[picture, question.split()[0]] += 1
@@ -230,7 +230,7 @@ def test_no_kind_is_guessed(split_scenes):
     """Neither from the question alone, nor from which attributes occur; no answer is much likelier than another."""
     rows = {
         split: [
-            made.Made({}, question, frozenset(word for thing in things for word in (thing.name, thing.color)))
+            made.Made(split, {}, question, frozenset(word for thing in things for word in (thing.name, thing.color)))
             for things, questions in of_split
             for question in questions
         ]
@@ -299,23 +299,26 @@ def test_rows_are_llavas(scenes):
         assert f"Ġ{words}" in vocabulary, words
 
 
-@pytest.mark.parametrize("compressor", ["voco", "none", "qformer"])
-def test_a_pack_is_a_picture_with_some_of_its_questions(scenes, tmp_path, compressor):
+def test_a_pack_is_a_picture_with_some_of_its_questions(scenes, tmp_path):
     """Whatever the compressor: the rows of `benchmarks/table2.py` train on the same batches."""
 
-    def packs(config) -> int:
+    def packs(stage, compressor: str) -> list:
+        config = stage.get_config()
         config.init_from, config.model.compressor = "", compressor
         config.tokenizer.source, config.data.cache_dir = str(scenes / "tokenizer"), str(tmp_path)
         for source in config.data.train.values():
             source.update(file=str(scenes / Path(source.file).name), images=str(scenes / "pictures"))
-        return len(open_training_data(config, log=lambda line: None).batches.loader.plan.packs(0))
+        plan = open_training_data(config, log=lambda line: None).batches.loader.plan
+        return [plan[i] for i in plan.packs(0)]
 
     few, many = (
         Counter(picture for picture, *_ in told(scenes, name)).values() for name in ("few_places.json", "places.json")
     )
-    assert packs(scenes_few.get_config()) == len(few)
-    assert packs(scenes_places.get_config()) == len(few) + sum(-(-number // 9) for number in many)
-    assert packs(scenes_config.get_config()) == 120 * 2
+    rows = scenes_few.get_config().data.rows_per_pack
+    numbers = [len(few), len(few) + sum(-(-number // rows) for number in many), 120 * 2]
+    for stage, number in zip((scenes_few, scenes_places, scenes_config), numbers, strict=True):
+        found = [packs(stage, compressor) for compressor in ("voco", "none", "qformer")]
+        assert len(found[0]) == number and found[0] == found[1] == found[2]
 
 
 def test_sprites(sprites, tmp_path):

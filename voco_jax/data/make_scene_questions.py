@@ -12,8 +12,9 @@ Each object of a scene (`scenes.py`) is in one of nine places. Written are
                          A model from scratch learns by these to see shapes, and to find a place, or an object
     OUT/lessons.json     a conversation about each training picture: its questions, and then one of its lists. A model
                          that reads images whole learns sooner by these: it reads each image once
-    OUT/few_places.json  all questions `at place` and `where` of the training pictures of at most three objects:
-    OUT/places.json      and of the others. A model learns by these, few objects first, to keep in a token what is where
+    OUT/few_places.json  a row for each question `at place` and `where` about training pictures of three objects or
+                         fewer. From these first a model learns to keep in a token what is where
+    OUT/places.json      the same about the other training pictures
     OUT/held_out.json    about pictures with pairs that training never shows together: a colour and a shape (or two
                          sprites)
     OUT/tokenizer        of the words of all these
@@ -57,8 +58,8 @@ from voco_jax.errors import UserError, one_line_errors
 from voco_jax.io.atomic import new_directory
 from voco_jax.options import Parser, at_least_1
 
-LIST, LESSON, FEW_PLACES, MANY_PLACES = "list", "lesson", "few places", "places"
-TOLD = {"lists": LIST, "lessons": LESSON, "few_places": FEW_PLACES, "places": MANY_PLACES}  # kinds not tested, by file
+LIST, LESSON = "list", "lesson"
+TOLD = ("lists", "lessons", "few_places", "places")  # files about training pictures, beside the split's own
 FEW = 3  # objects
 SPLITS = ("train", "test", "held_out")
 DIRECTIONS = ("left", "right", "above", "below")
@@ -74,8 +75,9 @@ class Question(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A row of a file, its question, and the words that are true of some object in its picture."""
+    """A file's row, its question, and the words that are true of some object in its picture."""
 
+    file: str
     row: dict
     question: Question
     true: frozenset[str]
@@ -274,7 +276,7 @@ def baselines(world: World, train: Sequence[Made], tested: Sequence[Made]) -> di
     guess, words = Guess([one.question for one in train]), {*world.names, *world.colors}
     right: dict[str, Counter[str]] = {"question alone": Counter(), "set of attributes": Counter()}
     total: Counter[str] = Counter()
-    for _, question, true in tested:
+    for _, _, question, true in tested:
         for kind in (question.kind, "overall"):
             total[kind] += 1
             right["question alone"][kind] += guess(question) == question.answer
@@ -297,23 +299,24 @@ def make_scene(task: Task, split: str, i: int) -> tuple[np.random.Generator, lis
 
 
 def make_part(root: Path, task: Task, split: str, numbers: range) -> list[Made]:
-    """Draw some of a split's pictures, and ask about them. What is not tested are a training picture's last rows."""
+    """Draw some of a split's pictures, and ask about them. Rows of `TOLD` come after a training picture's others."""
     made = []
     for i in numbers:
         rng, things, questions = make_scene(task, split, i)
         name = f"{split}_{i:06d}.png"
         draw(rng, task.world, things, task.size, task.backgrounds).save(root / "pictures" / name)
         true = frozenset(word for thing in things for word in (thing.name, thing.color))
-        conversations = [[question] for question in questions]
+        conversations = [(split, [question]) for question in questions]
         if split == "train":
             lists = [by_place(things), by_object(rng, things)]
-            places = FEW_PLACES if len(things) <= FEW else MANY_PLACES
-            conversations += [[one] for one in lists] + [[*questions, lists[i % 2]._replace(kind=LESSON)]]
+            conversations += [("lists", [one]) for one in lists]
+            conversations += [("lessons", [*questions, lists[i % 2]._replace(kind=LESSON)])]
+            file = "few_places" if len(things) <= FEW else "places"
             both = at_place(rng, task.world, things) + where(rng, task.world, things)
-            conversations += [[one._replace(kind=places)] for one in both]
-        for j, asked in enumerate(conversations):
+            conversations += [(file, [one]) for one in both]
+        for j, (file, asked) in enumerate(conversations):
             row = {"id": f"{split}_{i:06d}_{j}", "image": name, "conversations": turns_about(asked)}
-            made.append(Made(row | {"kind": asked[-1].kind}, asked[-1], true))
+            made.append(Made(file, row | {"kind": asked[-1].kind}, asked[-1], true))
     return made
 
 
@@ -321,22 +324,21 @@ def make(root: Path, task: Task, counts: dict[str, int], workers: int) -> dict[s
     """All files; returns the `baselines` of the test split."""
     (root / "pictures").mkdir()
     parts = [(s, range(i, min(i + PART, number))) for s, number in counts.items() for i in range(0, number, PART)]
-    made: dict[str, list[Made]] = {split: [] for split in counts}
+    made: dict[str, list[Made]] = {file: [] for file in (*counts, *TOLD)}
     context = multiprocessing.get_context("spawn")
     total = sum(counts.values())
     with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=total, unit="picture") as bar:
-        for (split, numbers), part in [(part, pool.submit(make_part, root, task, *part)) for part in parts]:
-            made[split] += part.result()
+        for (_, numbers), part in [(part, pool.submit(make_part, root, task, *part)) for part in parts]:
+            for one in part.result():
+                made[one.file].append(one)
             bar.update(len(numbers))
     said = {
         CHAT_TEMPLATES["bare"].exchange(one.question.text, one.question.answer)
-        for of_split in made.values()
-        for one in of_split
+        for of_file in made.values()
+        for one in of_file
     }
-    made |= {name: [one for one in made["train"] if one.question.kind == kind] for name, kind in TOLD.items()}
-    made["train"] = [one for one in made["train"] if one.question.kind not in TOLD.values()]
-    for split, of_split in made.items():
-        (root / f"{split}.json").write_text(json.dumps([one.row for one in of_split], indent=0) + "\n")
+    for file, of_file in made.items():
+        (root / f"{file}.json").write_text(json.dumps([one.row for one in of_file], indent=0) + "\n")
     found = baselines(task.world, made["train"], made["test"])
     (root / "baselines.json").write_text(json.dumps(found, indent=2) + "\n")
     save_tokenizer(train_tokenizer(sorted(said), vocab_size=512), root / "tokenizer")
