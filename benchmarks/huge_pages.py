@@ -48,10 +48,9 @@ def main() -> None:
         rounds.append({name: seconds_of_a_step(env) for name, env in (pair if i % 2 else pair[::-1])})
     before, after = (statistics.median(round[name] for round in rounds) for name in ("without", "with"))
     ratios = sorted(round["with"] / round["without"] for round in rounds)
-    print(
-        f"{before:.3f} s a step without, {after:.3f} s with huge pages: a step takes {statistics.median(ratios):.2f} of "
-        f"the time ({ratios[0]:.2f}–{ratios[-1]:.2f}, {args.rounds} rounds); {machine()}"
-    )
+    spread = f"{ratios[0]:.2f}–{ratios[-1]:.2f}, {args.rounds} rounds"
+    print(f"{before:.3f} s a step without, {after:.3f} s with huge pages, on {machine()}")
+    print(f"with them a step takes {statistics.median(ratios):.2f} of the time ({spread})")
 
 
 if __name__ == "__main__":
