@@ -63,7 +63,7 @@ TAUGHT = tuple(
         ),
         f"7B, K = 1, {name}",
     )
-    for name in ("v5e-64",)
+    for name in ("v5e-64", "v5p-16")
     for who, teacher in (("another 7B", "runs/llava"), ("itself", "self"))
 )
 

@@ -254,29 +254,46 @@ def markdown(results: Mapping[str, dict], sources: Sequence[str] = SOURCES) -> s
 
 
 def draw(results: Mapping[str, dict], path: Path) -> None:
-    """Accuracy by tokens an image, a line for each family that was measured at several; dots for the others."""
+    """Accuracy by tokens an image, a line for each family that was measured at several, and dots for the others; below,
+    that of one token by kind of question."""
+    figure, (by_tokens, by_kind) = plt.subplots(2, 1, figsize=(10, 9))
+    _draw_by_tokens(results, by_tokens)
+    rows = [row.name for row in ROWS.values() if row.k <= 1 and row.name in results]
+    rows = [BASE, *rows] if BASE in results else rows
+    kinds = list(results[rows[0]][SOURCES[0]]) if rows else []
+    for i, name in enumerate(rows):
+        means = [statistics.mean(results[name][SOURCES[0]][kind]) for kind in kinds]
+        places = [j + (i + 0.5) / (len(rows) + 1) for j in range(len(kinds))]
+        color = "#9ca3af" if name == BASE else None
+        by_kind.bar(places, means, 1 / (len(rows) + 1), label=name.removesuffix(", 1 token"), color=color)
+    by_kind.set_xticks([j + 0.5 - 0.5 / (len(rows) + 1) for j in range(len(kinds))], kinds)
+    by_kind.set_xlabel("kind of question, one token")
+    for axis in (by_tokens, by_kind):
+        axis.set_ylabel("test questions right, %")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _draw_by_tokens(results: Mapping[str, dict], axis: plt.Axes) -> None:
     points: dict[str, list[tuple[int, list[float]]]] = {}
     for row in ROWS.values():
         labels = {k: row.read(k) for k in row.read_at if k != "auto"} or {str(row.k): row.name}
         for k, label in labels.items():
             if row.k and label in results:
                 points.setdefault(row.family, []).append((int(k), results[label][SOURCES[0]]["overall"]))
-    figure, axis = plt.subplots(figsize=(8, 5))
     for family, found in points.items():
         ks, values = zip(*sorted(found), strict=True)
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
         axis.errorbar(ks, [statistics.mean(v) for v in values], spread, label=family, marker="o", ms=4, capsize=2)
-    if not math.isnan(upper := overall(results, UPPER)):
-        axis.axhline(upper, color="#9ca3af", linestyle=":", label=UPPER)
+    for name, style in ((BASE, "--"), (UPPER, ":")):
+        if not math.isnan(accuracy := overall(results, name)):
+            axis.axhline(accuracy, color="#9ca3af", linestyle=style, label=name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(KS, [str(k) for k in KS])
     axis.set_xlabel("tokens an image")
-    axis.set_ylabel("test questions right, %")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def chosen(parts: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 The loss is half cross-entropy and half the KL divergence of the answers' tokens; docs/training.md, Distillation.
 
-Hardware: a TPU v5e-64, by the compiler's estimate (the second command, on any Linux machine).
+Hardware: a TPU v5e-64 or v5p-16, by the compiler's estimate (the second command, on any Linux machine).
 
     voco train --config=voco_7b_distill --config.init_from=runs/llava
     voco aot --config=voco_7b_distill --topology=v5e:8x8
