@@ -83,8 +83,8 @@ lint: $(VENV)/.test
 table1: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.table1
 
-# Scenes: a base model, and 75 trainings that begin with it. Some 20 hours on 2 cores, and less on a GPU; for some of the
-# rows, or one seed, see `python -m benchmarks.table2 --help`.
+# Scenes: a base model, and 75 trainings that begin with it: some 20 hours on 2 cores, by the half hour that a row takes on
+# one. For some of the rows, or one seed, see `python -m benchmarks.table2 --help`.
 table2: $(VENV)/.demo,scenes
 	$(BIN)/python -m benchmarks.table2
 
