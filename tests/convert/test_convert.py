@@ -1,5 +1,6 @@
 """Weights in and out through the command line: the golden checkpoint, round trips, and what is on the way."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -58,7 +59,10 @@ def tensors_of(directory: Path) -> dict[str, np.ndarray]:
 
 
 def test_every_parameter_has_one_rule():
-    _, params = abstract_model(CONFIG)
+    """With all switches that add parameters."""
+    _, params = abstract_model(
+        dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, qkv_bias=True, qk_norm=True))
+    )
     covered = {path for path, *_ in layers_of(params)}
     assert covered == {rule.ours for rule in RULES} and len(RULES) == len(covered)
     assert len({(rule.part, rule.theirs) for rule in RULES}) == len(RULES)

@@ -119,9 +119,10 @@ def not_a_number(source):
 
 
 def other_model(source):
-    change_config(source, model_type="mistral")
+    change_config(source, model_type="mixtral")
     (source / "config.json").write_text((source / "config.json").read_text().replace("mm_vision_tower", "x"))
-    return "config.json: model_type: expected one of 'llava_llama', 'llava', 'llama'; found 'mistral'"
+    known = "'llava_llama', 'llava', 'llama', 'mistral', 'qwen2', 'qwen3'"
+    return f"config.json: model_type: expected one of {known}; found 'mixtral'"
 
 
 def other_vision_model(source):
@@ -346,7 +347,7 @@ def test_inspect_tells_what_does_not_fit(source, convert):  # noqa: F811
     status, out, _ = convert("inspect", source)
     assert status == 2
     what = out.split("what does not fit\n")[1].splitlines()
-    assert len(what) == 2 and "q_proj.bias unknown" in what[0] and "(layer 1) missing" in what[1]
+    assert len(what) == 2 and "q_proj.bias unknown" in what[1] and "(layer 1) missing" in what[0]
 
 
 def test_an_existing_destination_stays(source, tmp_path, convert, golden_run):  # noqa: F811
@@ -423,7 +424,7 @@ def test_names_of_the_model_and_of_its_tower(source, tmp_path, convert):  # noqa
     assert convert("verify", tmp_path / "run", source, "--vision-tower", tower)[0] == 0
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "granite"])
+@pytest.mark.parametrize("model_type", ["mixtral", "granite"])
 def test_models_with_the_tensors_of_llama(model_type, source, tmp_path, convert):  # noqa: F811
     """They compute something else."""
     change_config(source, model_type=model_type)

@@ -39,6 +39,13 @@ CASES = {
     "tied embeddings": dict(tie_word_embeddings=True),
     "every head its own": dict(num_key_value_heads=4, vocab_size=437),
     "Llama 3": dict(rope_parameters=LLAMA_3, head_dim=12),
+    "Qwen2": dict(model_type="qwen2", tie_word_embeddings=True, rope_parameters=dict(rope_theta=1e6)),
+    "Qwen3": dict(model_type="qwen3", head_dim=12),
+    "Mistral": dict(model_type="mistral", sliding_window=None),
+    "Mistral v0.1": dict(model_type="mistral", sliding_window=7),
+    "Qwen2, in windows": dict(
+        model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=0, num_key_value_heads=1
+    ),
 }
 
 
@@ -58,10 +65,10 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def make_llava(**text) -> transformers.LlavaForConditionalGeneration:
+def make_llava(model_type: str = "llama", **text) -> transformers.LlavaForConditionalGeneration:
     text = TEXT | text
     config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**text),
+        text_config=transformers.AutoConfig.for_model(model_type, **text),
         vision_config=transformers.CLIPVisionConfig(**VISION),
         image_token_index=IMAGE,
         image_seq_length=PATCHES,

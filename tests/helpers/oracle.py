@@ -82,11 +82,19 @@ def layers(llama: dict, c, sequence: Sequence, x: jax.Array) -> jax.Array:
     """Hidden states [n, D] after all layers."""
     inside = (sequence.segment[:, None] == sequence.segment[None]) & (sequence.segment >= 0)[:, None]
     allowed = sequence.allowed()
+    if c.sliding_window:
+        place = jnp.where(inside, sequence.compress_position[:, None], sequence.read_position[:, None])
+        seen = jnp.where(inside, sequence.compress_position[None], sequence.read_position[None])
+        allowed = allowed & (place - seen < c.sliding_window)
     groups = c.num_attention_heads // c.num_key_value_heads
 
     def layer(x, w):
         y = rms_norm(x, w["input_layernorm"]["scale"])
         q, k, v = (jnp.einsum("nd,dhk->nhk", y, w[f"{name}_proj"]["kernel"]) for name in "qkv")
+        if c.qkv_bias:
+            q, k, v = (x + w[f"{name}_proj"]["bias"] for name, x in zip("qkv", (q, k, v), strict=True))
+        if c.qk_norm:
+            q, k = (rms_norm(x, w[f"{name}_norm"]["scale"]) for name, x in zip("qk", (q, k), strict=True))
         k, v = (jnp.repeat(m, groups, axis=1) for m in (k, v))
 
         def scores(positions):

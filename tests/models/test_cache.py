@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import oracle
-from tests.models.test_two_streams import CONFIG, PATCHES, VOCAB, make, make_model
+from tests.models.test_two_streams import CONFIG, FAMILIES, PATCHES, VOCAB, make, make_model
 from voco_jax.infer.generate import Sampling, SamplingState, StopIds, choose, decode, prefill
 from voco_jax.models.voco import Cache, Memory, VoCoLlama
 
@@ -26,10 +26,11 @@ ROWS = [
 ]
 TURNS = [("text", 4), [("image", 0), ("text", 3)], ("text", 7), ("text", 1)]  # what each row says next
 CASES = {
-    "voco": dict(num_voco_tokens=2),
-    "voco, unrolled, no grouped heads": dict(
-        num_voco_tokens=1, unroll_layers=True, llama=dataclasses.replace(CONFIG.llama, num_key_value_heads=4)
+    "voco, Qwen3": dict(num_voco_tokens=2, llama=FAMILIES["Qwen3"]),
+    "voco, unrolled, no grouped heads, Qwen2": dict(
+        num_voco_tokens=1, unroll_layers=True, llama=dataclasses.replace(FAMILIES["Qwen2"], num_key_value_heads=4)
     ),
+    "voco, Mistral v0.1": dict(num_voco_tokens=2, llama=FAMILIES["Mistral v0.1"]),
     "embeddings": dict(compressor="voco_embedding", num_voco_tokens=2),
     "uncompressed": dict(compressor="none"),
 }

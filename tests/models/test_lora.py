@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.commands import run_main
 from tests.models.test_two_streams import make
-from tests.parallel.test_meshes import BASE, random_batch
+from tests.parallel.test_meshes import BASE, SWITCHES, random_batch
 from tools import convert_weights
 from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.checkpoint.run import load_run
@@ -49,7 +49,7 @@ def merged(params: dict, lora: LoRAConfig) -> dict:
     leaves = {keys: np.asarray(leaf) for keys, leaf in flatten_dict(params).items()}
     plain = {keys: leaf for keys, leaf in leaves.items() if "lora" not in keys}
     for keys, kernel in plain.items():
-        if (*keys[:-1], "lora", "lora_a") in leaves:
+        if keys[-1] == "kernel" and (*keys[:-1], "lora", "lora_a") in leaves:
             a, b = leaves[*keys[:-1], "lora", "lora_a"], leaves[*keys[:-1], "lora", "lora_b"]
             update = lora.alpha / lora.rank * np.einsum("lir,lro->lio", a, b)
             plain[keys] = kernel + update.reshape(kernel.shape).astype(kernel.dtype)
@@ -76,7 +76,7 @@ def test_fresh_matrices_change_nothing():
     [
         ({}, 1e-5),
         (dict(unroll_layers=False, remat="full"), 1e-5),
-        (dict(lora=LoRAConfig(3, 1.5, ("q_proj", "o_proj"))), 1e-5),
+        (dict(lora=LoRAConfig(3, 1.5, ("q_proj", "o_proj")), **SWITCHES), 1e-5),
         (dict(dtype="bfloat16", unroll_layers=False), 0.03),
     ],
 )

@@ -115,6 +115,14 @@ def make_features(rows: int, seed: int = 0) -> np.ndarray:
 # As one program: operation by operation, each test would compile a hundred
 forward = nnx.jit(VoCoLlama.forward)
 
+FAMILIES = {
+    name: dataclasses.replace(CONFIG.llama, **switches)
+    for name, switches in {
+        "Qwen2": dict(qkv_bias=True, tie_word_embeddings=True),
+        "Qwen3": dict(qk_norm=True, head_dim=12),
+        "Mistral v0.1": dict(sliding_window=5),
+    }.items()
+}
 CASES = {
     "one VoCo token, tied embeddings": dict(llama=dataclasses.replace(CONFIG.llama, tie_word_embeddings=True)),
     "three VoCo tokens": dict(num_voco_tokens=3),
@@ -124,6 +132,7 @@ CASES = {
     ),
     "embeddings": dict(compressor="voco_embedding", num_voco_tokens=3),
     "uncompressed": dict(compressor="none"),
+    **{name: dict(num_voco_tokens=2, llama=llama) for name, llama in FAMILIES.items()},
 }  # fmt: skip
 
 

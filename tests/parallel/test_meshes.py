@@ -44,13 +44,14 @@ BASE = dataclasses.replace(
     unroll_layers=True,  # compiles sooner
 )
 TIED = dataclasses.replace(BASE.llama, tie_word_embeddings=True)
+SWITCHES = dict(llama=dataclasses.replace(BASE.llama, qkv_bias=True, qk_norm=True, sliding_window=9))
 EMBEDDING = dict(compressor="voco_embedding")
 
 # Mesh (data, fsdp, frame, tensor), what the model is, and how it is computed (which the one device is not told).
 CASES = {
     "data": ((8, 1, 1, 1), {}, {}),
-    "fsdp, scanned, remat": ((2, 4, 1, 1), {}, dict(unroll_layers=False, remat="full")),
-    "tensor": ((2, 2, 1, 2), {}, {}),
+    "fsdp, scanned, remat, relatives of Llama": ((2, 4, 1, 1), SWITCHES, dict(unroll_layers=False, remat="full")),
+    "tensor, relatives of Llama": ((2, 2, 1, 2), SWITCHES, {}),
     "two frame shards, scanned": ((1, 2, 2, 2), {}, dict(unroll_layers=False)),
     "four frame shards": ((2, 1, 4, 1), {}, {}),
     "embeddings, two frame shards, scanned": ((1, 2, 2, 2), EMBEDDING, dict(unroll_layers=False)),

@@ -14,7 +14,8 @@ with the same functions and name it in `ADAPTERS`.
 
 An adapter that cannot honour a request raises ValueError; nothing falls back. `full` and `cached` are XLA's in every
 adapter: the fused kernels are not made for a few queries a row, as in decoding and short prompts, where reading the
-weights and the cache once is the whole cost. Long prompts are read by `causal`, as whole rows of the cache.
+weights and the cache once is the whole cost. Long prompts are read by `causal`, as whole rows of the cache. Sliding
+windows are XLA's alone.
 
 Under an ambient mesh (`jax.set_mesh`) rows are sharded over data and fsdp, rows of images over frame too, heads over
 tensor. Shapes are those of the legend in `models/voco.py`.
@@ -25,6 +26,7 @@ from typing import Protocol
 import jax
 
 from voco_jax.attention import cudnn, splash, xla
+from voco_jax.attention.windows import Window
 
 
 class Adapter(Protocol):
@@ -32,14 +34,16 @@ class Adapter(Protocol):
 
     PLATFORM: str | None  # 'tpu' or 'gpu', where the kernel is of use; None: anywhere
     FUSED: bool  # `causal` is one kernel, which never has all scores in memory
+    WINDOWS: bool  # sliding windows are computed; where not, `causal` and `chunked` raise ValueError for them
 
     def full(self, q: jax.Array, k: jax.Array, v: jax.Array, /) -> jax.Array:
         """All queries see all keys: q [R, T, N, H], k and v [R, T, G, H] to [R, T, N, H]."""
 
     def causal(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, /, segment_ids: jax.Array | None = None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, /, segment_ids: jax.Array | None = None,
+        window: Window | None = None,
     ) -> jax.Array:  # fmt: skip
-        """Query i sees key j where j ≤ i and both are in the same segment; shapes as `full`.
+        """Query i sees key j where j ≤ i, both are in the same segment, and j is in i's window; shapes as `full`.
 
         segment_ids are integers [R, T]; None means one segment a row. Padding is a segment like any other.
         """
@@ -54,8 +58,10 @@ class Adapter(Protocol):
         nobody.
         """
 
-    def chunked(self, q: jax.Array, k: jax.Array, v: jax.Array, /, chunk: int) -> jax.Array:
+    def chunked(self, q: jax.Array, k: jax.Array, v: jax.Array, /, chunk: int, window: int = 0) -> jax.Array:
         """Causal attention inside segments of `chunk` tokens that follow each other from a row's start.
+
+        A query sees the last `window` tokens up to it (0: all).
 
         q is [R, C, N, H], k and v are [R, C, G, H]: C // chunk segments, then C % chunk places of padding. Padding's
         outputs are finite and mean nothing.
@@ -67,9 +73,12 @@ class Adapter(Protocol):
         Segments a row divide num_segments; C is at least segments a row · chunk.
         """
 
-    def cached(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, /) -> jax.Array:
+    def cached(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, /, window: int = 0
+    ) -> jax.Array:  # fmt: skip
         """Queries [R, T, N, H] see the places of their row's cache [R, C, G, H] up to their own position, and it.
 
+        A query sees the last `window` places up to its own (0: all).
         positions are integers [R, T]; -1 sees nothing, and its output is finite and means nothing.
         """
 

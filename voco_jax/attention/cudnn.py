@@ -17,20 +17,37 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.attention.platform import platform
+from voco_jax.attention.windows import Window, refuse
 from voco_jax.attention.xla import cached, each_chunk, full, joined, row_shape
 from voco_jax.outages import first_line
 
-__all__ = ["FUSED", "PLATFORM", "cached", "causal", "causal_after", "check", "chunked", "evenly", "full", "row_shape"]
+__all__ = [
+    "FUSED",
+    "PLATFORM",
+    "WINDOWS",
+    "cached",
+    "causal",
+    "causal_after",
+    "check",
+    "chunked",
+    "evenly",
+    "full",
+    "row_shape",
+]
 
 PLATFORM: str | None = "gpu"
 FUSED: bool = True
+WINDOWS: bool = False
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+def causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None, window: Window | None = None
+) -> jax.Array:
     """Causal attention inside segments.
 
-    ValueError: not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses.
+    ValueError: a window; not on a GPU; not 16-bit floats; a head size or library that cuDNN refuses.
     """
+    refuse("cudnn", window)
     _check_request(q)
     try:
         return evenly(_fused)(q, k, v, segment_ids)
@@ -68,8 +85,9 @@ def causal_after(
         raise ValueError(f"attention: 'cudnn': {first_line(error)}") from error
 
 
-def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int, window: int = 0) -> jax.Array:
     """Causal attention inside chunks of a row; ValueError as `causal`."""
+    refuse("cudnn", window)
     return each_chunk(partial(causal, segment_ids=None), q, k, v, chunk)
 
 

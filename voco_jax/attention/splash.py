@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.attention.platform import platform
+from voco_jax.attention.windows import Window, refuse
 from voco_jax.attention.xla import cached, check, full
 
 __all__ = [
     "FUSED",
     "PLATFORM",
+    "WINDOWS",
     "Blocks",
     "cached",
     "causal",
@@ -34,6 +36,7 @@ __all__ = [
 
 PLATFORM: str | None = "tpu"
 FUSED: bool = True
+WINDOWS: bool = False
 
 LANES = 128  # the kernel's rows and blocks come in multiples of it
 SUBLANES = 8
@@ -71,8 +74,11 @@ class Blocks(NamedTuple):
 # ---- The adapter's functions -----------------------------------------------------------------------------------
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Causal attention inside segments. ValueError: what `_attend` refuses."""
+def causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None, window: Window | None = None
+) -> jax.Array:
+    """Causal attention inside segments. ValueError: a window, and what `_attend` refuses."""
+    refuse("splash", window)
     return _attend(q, k, v, segment_ids, None, ("data", "fsdp"))
 
 
@@ -105,11 +111,12 @@ def causal_after(
     return _on_each_device(attend, ("data", "fsdp"), q, k, v, segment_ids, before_k, before_v, before_ids)
 
 
-def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int, window: int = 0) -> jax.Array:
     """Causal attention inside chunks of a row; padding is one more segment.
 
-    ValueError: C less than a segment, or what `_attend` refuses.
+    ValueError: a window, C less than a segment, or what `_attend` refuses.
     """
+    refuse("splash", window)
     if (length := q.shape[1]) < chunk:
         raise ValueError(f"attention: 'splash': a row of {length} places does not hold a segment of {chunk} tokens")
     return _attend(q, k, v, None, chunk, ("data", "fsdp", "frame"))

@@ -1,6 +1,7 @@
 """Attention by XLA: any platform, any layout; what every other kernel is compared with. Functions as in `Adapter`."""
 
 from collections.abc import Callable
+import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -8,18 +9,24 @@ import jax.numpy as jnp
 
 from voco_jax.attention import blocks
 from voco_jax.attention.platform import platform
+from voco_jax.attention.windows import Window
 from voco_jax.parallel.mesh import AXES, axis_size
 
 PLATFORM: str | None = None
 FUSED: bool = False
+WINDOWS: bool = True
 QUERIES = 512  # of a prompt, that attend to a cache at once
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Causal attention inside segments."""
-    if _in_blocks(q):
+def causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None, window: Window | None = None
+) -> jax.Array:
+    """Causal attention inside segments and windows."""
+    if window is None and _in_blocks(q):
         return blocks.attend(q, k, v, segment_ids, causal=True)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    if window is not None:
+        mask = window.visible() if mask is None else mask & window.visible()
     return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True), "context")
 
 
@@ -48,9 +55,10 @@ def full(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v)
 
 
-def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int, window: int = 0) -> jax.Array:
     """Causal attention inside chunks of a row; padding's outputs are zeros."""
-    return each_chunk(causal, q, k, v, chunk)
+    inside = Window(window, jnp.arange(chunk)[None]) if window else None
+    return each_chunk(functools.partial(causal, window=inside), q, k, v, chunk)
 
 
 def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
@@ -58,11 +66,14 @@ def row_shape(num_segments: int, chunk: int) -> tuple[int, int]:
     return 1, chunk
 
 
-def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int = 0) -> jax.Array:
     """Queries against a cache, `QUERIES` of them at a time."""
 
     def attend(q, positions):
-        visible = jnp.arange(k.shape[1]) <= positions[..., None]
+        places = jnp.arange(k.shape[1])
+        visible = places <= positions[..., None]
+        if window:
+            visible &= places > positions[..., None] - window
         return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
 
     if q.shape[1] <= QUERIES:

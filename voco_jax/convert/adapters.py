@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from voco_jax.convert.config_keys import NONE, OFF, check_numbers, keys_of, section
-from voco_jax.convert.families import llama, llava
+from voco_jax.convert.families import language_family, llava
 from voco_jax.convert.findings import listing
 from voco_jax.convert.formats import key_of_name
 from voco_jax.convert.torch_files import read_torch
@@ -92,7 +92,9 @@ def trained_beside(path: Path) -> dict[str, Tensor]:
 def check_same_model(model: LlamaConfig, file: Path, base: Path) -> None:
     """UserError where an adapter's config and its base's describe different language models."""
     fields = read_object(base)
-    other = llama.from_hf(section(fields, "text_config", base) or fields, base, llava.KEYS)
+    text = section(fields, "text_config", base) or fields
+    family = language_family(text)
+    other = family.from_hf(text, base, family.KEYS | llava.OWN_KEYS)
     for field in dataclasses.fields(LlamaConfig):
         ours, theirs = getattr(model, field.name), getattr(other, field.name)
         if field.name not in FREE and ours != theirs:

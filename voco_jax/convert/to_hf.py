@@ -14,7 +14,7 @@ from tqdm import tqdm
 from voco_jax.chat_templates import CUSTOM
 from voco_jax.config import default_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
-from voco_jax.convert.families import BY_OURS, clip, llava
+from voco_jax.convert.families import BY_OURS, clip, language_to_hf, llava
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams, StoredRun, of_run
@@ -97,6 +97,12 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
     if others:
         raise UserError(f"{run}: {others[0]}: format {format_name} cannot store compressor {config.compressor}")
     llama = config.llama
+    try:
+        model_type = language_to_hf(llama)["model_type"]
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from None
+    if format_name == "voco" and model_type != "llama":
+        raise UserError(f"{run}: a {model_type}: format voco is Llama's alone; --format llava-hf can store it")
     if format_name == "voco" and llama.head_dim * llama.num_attention_heads != llama.hidden_size:
         raise UserError(
             f"{run}: head_dim {llama.head_dim}: the released code knows only hidden_size / num_attention_heads; "
@@ -187,8 +193,8 @@ def write_configs(
         write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
         return
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = llava.to_hf(llama, vision, dtype, ids, image)
-    config["text_config"]["vocab_size"] = max(llama.vocab_size, len(tokenizer))
+    text_config = language_to_hf(llama) | {"vocab_size": max(llama.vocab_size, len(tokenizer))}
+    config = llava.to_hf(text_config, vision, dtype, ids, image)
     write_json(directory / "config.json", config)
     write_json(directory / "preprocessor_config.json", processor)
     outer = {

@@ -56,14 +56,14 @@ class LoRAConfig:
 
 
 class LoRALinear(nnx.LinearGeneral):
-    """A linear layer without bias; after `add_lora`, plus Flax's `nnx.LoRA` of the same input.
+    """A linear layer; after `add_lora`, plus Flax's `nnx.LoRA` of the same input.
 
     A [inputs, rank] and B [rank, outputs] take heads and head size as one axis.
     """
 
     def __init__(self, in_features: int | tuple[int, int], out_features: int | tuple[int, int], **kwargs: Any):
         axis = (-2, -1) if isinstance(in_features, tuple) else -1
-        super().__init__(in_features, out_features, axis=axis, use_bias=False, dot_general=dot_general, **kwargs)
+        super().__init__(in_features, out_features, axis=axis, dot_general=dot_general, **kwargs)
         self.lora: nnx.LoRA | None = nnx.data(None)
 
     def add_lora(self, config: LoRAConfig, rngs: nnx.Rngs) -> None:

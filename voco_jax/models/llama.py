@@ -71,6 +71,12 @@ class LlamaConfig:
     rope_theta: float = key(10000.0, "base of the rotary positions", low=1)
     rope_scaling: RopeScaling | None = key(None, "of the rotary positions, for longer sequences; None: none")
     tie_word_embeddings: bool = key(False, "the head is the embedding")
+    qkv_bias: bool = key(False, "queries, keys and values have biases (Qwen2)", earlier=False)
+    qk_norm: bool = key(False, "each head's queries and keys are normed before rotary positions (Qwen3)", earlier=False)
+    sliding_window: int = key(
+        0, "a token sees so many positions, its own among them (Mistral v0.1); 0: all before it",
+        low=0, below=2**31, earlier=0,
+    )  # fmt: skip
     initializer_range: float = key(0.02, "standard deviation of random first weights", low=0, on_load="free")
     vocab_multiple: int = key(
         1, "rows of embedding and head are padded to a multiple of it, so that they shard", low=1, below=2**24
@@ -89,6 +95,10 @@ class LlamaConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head (V'); those from `vocab_size` on are never used."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def window(self, length: int) -> int:
+        """The sliding window of a sequence of `length` tokens; 0 where it sees all of it."""
+        return self.sliding_window if self.sliding_window < length else 0
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each matrix product of a decoder layer."""
@@ -176,20 +186,26 @@ class LlamaLayer(nnx.Module):
         # Every layer adds to the residual stream twice; smaller outputs keep its variance level with depth (GPT-2).
         init_out = nnx.initializers.normal(c.initializer_range / math.sqrt(2 * c.num_hidden_layers))
 
-        def linear(shape_in: int | tuple[int, int], shape_out: int | tuple[int, int], kernel_init=init) -> LoRALinear:
+        def linear(
+            shape_in: int | tuple[int, int], shape_out: int | tuple[int, int], kernel_init=init, use_bias=False
+        ) -> LoRALinear:
             return LoRALinear(
-                shape_in, shape_out, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
+                shape_in, shape_out, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype,
+                rngs=rngs,
+            )  # fmt: skip
 
-        def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(c.hidden_size, epsilon=c.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        def norm(size: int) -> nnx.RMSNorm:
+            return nnx.RMSNorm(size, epsilon=c.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        self.input_layernorm = norm()
-        self.q_proj = linear(c.hidden_size, (c.num_attention_heads, c.head_dim))
-        self.k_proj = linear(c.hidden_size, (c.num_key_value_heads, c.head_dim))
-        self.v_proj = linear(c.hidden_size, (c.num_key_value_heads, c.head_dim))
+        self.input_layernorm = norm(c.hidden_size)
+        self.q_proj = linear(c.hidden_size, (c.num_attention_heads, c.head_dim), use_bias=c.qkv_bias)
+        self.k_proj = linear(c.hidden_size, (c.num_key_value_heads, c.head_dim), use_bias=c.qkv_bias)
+        self.v_proj = linear(c.hidden_size, (c.num_key_value_heads, c.head_dim), use_bias=c.qkv_bias)
         self.o_proj = linear((c.num_attention_heads, c.head_dim), c.hidden_size, init_out)
-        self.post_attention_layernorm = norm()
+        if c.qk_norm:
+            self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
+        self.has_qk_norm = c.qk_norm
+        self.post_attention_layernorm = norm(c.hidden_size)
         self.gate_proj = linear(c.hidden_size, c.intermediate_size)
         self.up_proj = linear(c.hidden_size, c.intermediate_size)
         self.down_proj = linear(c.intermediate_size, c.hidden_size, init_out)
@@ -200,11 +216,13 @@ class LlamaLayer(nnx.Module):
     def project_kv(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Hidden states [R, T, D] to keys, before rotary positions, and values, each [R, T, G, H]."""
         y = materialize(self.input_layernorm(x))
-        return self.k_proj(y), self.v_proj(y)
+        k = self.k_proj(y)
+        return self.k_norm(k) if self.has_qk_norm else k, self.v_proj(y)
 
     def project_q(self, x: jax.Array) -> jax.Array:
         """Hidden states [R, T, D] to queries, before rotary positions: [R, T, N, H]."""
-        return self.q_proj(materialize(self.input_layernorm(x)))
+        q = self.q_proj(materialize(self.input_layernorm(x)))
+        return self.q_norm(q) if self.has_qk_norm else q
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Hidden states [R, T, D] and attention's output [R, T, N, H] to the layer's output: projection, SwiGLU MLP."""

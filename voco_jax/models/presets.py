@@ -1,7 +1,19 @@
 """Dimensions of the models people use, by name."""
 
+import dataclasses
+
 from voco_jax.models.llama import LlamaConfig, RopeScaling
 from voco_jax.models.vit import ViTConfig
+
+_LLAMA_3 = LlamaConfig(
+    vocab_size=128256,
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(),
+)
+_LLAMA_3_2 = dataclasses.replace(_LLAMA_3, rope_scaling=RopeScaling(factor=32.0), tie_word_embeddings=True)
 
 LLAMA = {
     # Vicuna v1.5 is Llama 2, fine-tuned.
@@ -9,14 +21,64 @@ LLAMA = {
     "vicuna-13b": LlamaConfig(
         hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
     ),
-    "llama-3.1-8b": LlamaConfig(
-        vocab_size=128256,
+    "llama-3.1-8b": _LLAMA_3,
+    "llama-3.2-1b": dataclasses.replace(
+        _LLAMA_3_2, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64
+    ),
+    "llama-3.2-3b": dataclasses.replace(
+        _LLAMA_3_2, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24
+    ),
+    # v0.3; v0.1 has 32,000 tokens, rope_theta 10,000 and a sliding_window of 4,096
+    "mistral-7b": LlamaConfig(
+        vocab_size=32768,
         intermediate_size=14336,
         num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_theta=500000.0,
-        rope_scaling=RopeScaling(),
+        max_position_embeddings=32768,
+        rope_theta=1e6,
     ),
+    **{
+        f"qwen2.5-{name}": LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            tie_word_embeddings=name != "7b",
+            qkv_bias=True,
+        )
+        for name, vocabulary, width, mlp, layers, heads, groups in (
+            ("0.5b", 151936, 896, 4864, 24, 14, 2),
+            ("1.5b", 151936, 1536, 8960, 28, 12, 2),
+            ("3b", 151936, 2048, 11008, 36, 16, 2),
+            ("7b", 152064, 3584, 18944, 28, 28, 4),
+        )
+    },
+    **{
+        f"qwen3-{name}": LlamaConfig(
+            vocab_size=151936,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            tie_word_embeddings=name != "8b",
+            qk_norm=True,
+        )
+        for name, width, mlp, layers, heads in (
+            ("0.6b", 1024, 3072, 28, 16),
+            ("1.7b", 2048, 6144, 28, 16),
+            ("4b", 2560, 9728, 36, 32),
+            ("8b", 4096, 12288, 36, 32),
+        )
+    },
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

@@ -38,6 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from voco_jax.attention import get_adapter
+from voco_jax.attention.windows import Window
 from voco_jax.models.compressors import COMPRESSORS, EMBEDDINGS, KEYS_AND_VALUES
 from voco_jax.models.config import VoCoConfig
 from voco_jax.models.llama import Llama, apply_rope, rope_tables
@@ -255,7 +256,9 @@ class VoCoLlama(nnx.Module):
             compress_rope = rope_tables(c.llama, jnp.arange(compress.rows.shape[1]) % S)
         if read is not None and compressed:
             read_rope = rope_tables(c.llama, read.positions)
+            window = self._window(read.positions)
         if whole is not None:
+            c.check_whole(whole.positions.shape[1], whole.images.shape[1])
             whole_rope = rope_tables(c.llama, whole.positions)
             image_positions = whole.first_positions[..., None] + jnp.arange(S)  # [R, N, S]
             image_rope = rope_tables(c.llama, image_positions.reshape(len(image_positions), -1))
@@ -277,7 +280,7 @@ class VoCoLlama(nnx.Module):
                     images = [compress.segments(m, S) for m in (k, v)]
                 if not keys_and_values_only:
                     q, k, v = rotate(layer.project_q(rows), k, v, compress_rope)
-                    rows = constrain(layer.finish(rows, adapter.chunked(q, k, v, S)), IMAGES)
+                    rows = constrain(layer.finish(rows, adapter.chunked(q, k, v, S, c.llama.window(S))), IMAGES)
                     if looks_compressed:
                         looked = look_compressed(*(compress.segments(m, S) for m in (q, k)), c.num_voco_tokens, patches)
                 elif looks_compressed:
@@ -287,7 +290,7 @@ class VoCoLlama(nnx.Module):
                 if kept is not None:
                     k, v = (fill_slots(text, slots, read.slot_index) for text, slots in zip((k, v), kept, strict=True))
                 q, k, v = rotate(q, k, v, read_rope)
-                x = constrain(layer.finish(x, adapter.causal(q, k, v, read.segment_ids)), ROWS)
+                x = constrain(layer.finish(x, adapter.causal(q, k, v, read.segment_ids, window)), ROWS)
             whole_looked = None
             if whole is not None:
                 if constant:
@@ -375,7 +378,7 @@ class VoCoLlama(nnx.Module):
             slot_index = None if slot_index is None else write(empty, slot_index, places)
             positions = jnp.broadcast_to(jnp.arange(capacity), empty.shape)
             segment_ids = (positions <= given.max(axis=1, keepdims=True)).astype(jnp.int32)
-        rope = rope_tables(self.config.llama, positions)
+        rope, window = rope_tables(self.config.llama, positions), self._window(positions)
 
         def body(layer, carry, index):
             x, *cached = carry
@@ -384,10 +387,10 @@ class VoCoLlama(nnx.Module):
             new, old = (apply_rope(k, rope), v), [c[index] for c in cached]
             if whole_rows:
                 k, v = (jnp.where(is_text[..., None, None], n, o) for n, o in zip(new, old, strict=True))
-                attended = self.attention.causal(q, k, v, segment_ids)
+                attended = self.attention.causal(q, k, v, segment_ids, window)
             else:
                 k, v = (write(o, n, places) for n, o in zip(new, old, strict=True))
-                attended = self.attention.cached(q, k, v, positions)
+                attended = self.attention.cached(q, k, v, positions, self.config.llama.window(capacity))
             x = constrain(layer.finish(x, attended), ROWS)
             return (x, *(c.at[index].set(here) for c, here in zip(cached, (k, v), strict=True))), None
 
@@ -401,12 +404,18 @@ class VoCoLlama(nnx.Module):
             x = jnp.take_along_axis(x, jnp.maximum(given, 0)[..., None], axis=1)
         return x, Cache(*cached)
 
+    def _window(self, positions: jax.Array) -> Window | None:
+        """That of read rows [R, T], where the language model has one and rows are longer."""
+        size = self.config.llama.window(positions.shape[1])
+        return Window(size, positions) if size else None
+
     def _reads_whole_rows(self, tokens: int, places: int) -> bool:
         """Whether so many tokens are read as whole rows of the cache, together with what is there already.
 
         A fused kernel takes whole rows only. For long prompts it is worth computing some places for nothing.
         """
-        return self.attention.FUSED and tokens >= LONG_PROMPT and 4 * places <= 5 * tokens
+        windowed = self.config.llama.window(places) and not self.attention.WINDOWS
+        return self.attention.FUSED and not windowed and tokens >= LONG_PROMPT and 4 * places <= 5 * tokens
 
 
 class _Streams(NamedTuple):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from voco_jax.convert.config_keys import Keys
-from voco_jax.convert.families import clip, llama, llava
+from voco_jax.convert.families import clip, llama, llava, mistral, qwen2, qwen3
 from voco_jax.convert.rules import Rule
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
@@ -28,7 +28,7 @@ class Family(Protocol[Config]):
 
 
 # By `model_type` of config.json
-LANGUAGE_MODELS: dict[str, Family[LlamaConfig]] = {"llama": llama}
+LANGUAGE_MODELS: dict[str, Family[LlamaConfig]] = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
 VISION_TOWERS: dict[str, Family[ViTConfig]] = {"clip_vision_model": clip, "clip": clip}
 
 # Of all families; several may have one rule
@@ -40,6 +40,14 @@ BY_OURS = {rule.ours: rule for rule in RULES}
 def language_family(fields: dict) -> Family[LlamaConfig]:
     """The family of a config's `model_type`. For an unknown one Llama's, whose `KEYS` then refuse it."""
     return LANGUAGE_MODELS.get(str(fields.get("model_type")), llama)
+
+
+def language_to_hf(config: LlamaConfig) -> dict:
+    """Fields of config.json, of the family that has these switches. ValueError where none has all of them."""
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("llama.qkv_bias and llama.qk_norm: no family has both")
+    switched = {"qwen3": config.qk_norm, "qwen2": config.qkv_bias, "mistral": config.sliding_window}
+    return LANGUAGE_MODELS[next((name for name, value in switched.items() if value), "llama")].to_hf(config)
 
 
 def vision_family(fields: dict) -> Family[ViTConfig]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from voco_jax.convert.config_keys import ANY, NONE, OFF, ONE, Keys, check_numbers, given, keys_of
 from voco_jax.convert.rope import rope_of_hf, rope_to_hf
@@ -61,18 +62,26 @@ KEYS = ANY | keys_of(
 )
 
 
+_SWITCHES = {"qkv_bias", "qk_norm", "sliding_window"}  # of relatives; none of the keys is one
+
+
 def from_hf(
-    fields: dict, file: Path, keys: Keys = KEYS, prefix: str = "", ignored: Collection[str] = ()
+    fields: dict, file: Path, keys: Keys = KEYS, prefix: str = "", ignored: Collection[str] = (), **switches: Any
 ) -> LlamaConfig:
-    """From `LlamaConfig`'s fields; defaults are transformers'. `keys`: what else stands among them (LLaVA's own)."""
+    """From `LlamaConfig`'s fields; defaults are transformers'. `keys`: what else stands among them (LLaVA's own).
+
+    `switches`: fields of our config that make it a relative.
+    """
     keys.check(fields, file, prefix, ignored)
     fields = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02} | given(fields)
     theta, scaling = rope_of_hf(fields, file, fields["max_position_embeddings"], prefix, ignored)
-    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_theta", "rope_scaling", "vocab_multiple"}
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    names -= {"rope_theta", "rope_scaling", "vocab_multiple"} | _SWITCHES
     defaults = {"intermediate_size": 11008, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     values = defaults | {"vocab_size": 32000} | {name: fields[name] for name in names if name in fields}
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    check_numbers(file, values | {"rope_theta": theta}, "llama")
+    window = {"sliding_window": switches["sliding_window"]} if switches.get("sliding_window") else {}
+    check_numbers(file, values | {"rope_theta": theta} | window, "llama")
     if scaling is not None:
         numbers = {key: value for key, value in scaling.items() if key not in ("rope_type", "truncate")}
         check_numbers(file, numbers, f"{prefix}rope_scaling")
@@ -84,16 +93,15 @@ def from_hf(
         values["max_position_embeddings"] = max(longest, values["max_position_embeddings"])
     try:
         rope_scaling = None if scaling is None else RopeScaling(**scaling)
-        return LlamaConfig(**values, rope_theta=theta, rope_scaling=rope_scaling)
+        return LlamaConfig(**values, **switches, rope_theta=theta, rope_scaling=rope_scaling)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def to_hf(config: LlamaConfig) -> dict:
     """Fields that transformers before and after version 5 read."""
-    fields = dataclasses.asdict(config)
-    del fields["vocab_multiple"]  # padding is cut on the way out
-    del fields["rope_scaling"]
+    left_out = _SWITCHES | {"vocab_multiple", "rope_scaling"}  # the vocabulary's padding is cut on the way out
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     if config.rope_scaling is not None:
         fields["rope_scaling"] = rope_to_hf(config.rope_scaling)
     return fields | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "model_type": "llama"}

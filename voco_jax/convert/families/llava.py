@@ -124,12 +124,12 @@ def to_released(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids:
     }
 
 
-def to_hf(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict, image_token_id: int) -> dict:
-    """Of `LlavaForConditionalGeneration`."""
+def to_hf(text_config: dict, vision: ViTConfig, dtype: str, ids: dict, image_token_id: int) -> dict:
+    """Of `LlavaForConditionalGeneration`, whose language model's config is `text_config`."""
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "text_config": llama.to_hf(language_model) | {"torch_dtype": dtype} | ids,
+        "text_config": text_config | {"torch_dtype": dtype} | ids,
         "vision_config": clip.to_hf(vision) | {"torch_dtype": dtype},
         "image_token_index": image_token_id,
         "image_seq_length": vision.num_features,
@@ -137,7 +137,7 @@ def to_hf(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict,
         "multimodal_projector_bias": True,
         "vision_feature_layer": vision.select_layer,
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[vision.select_feature],
-        "tie_word_embeddings": language_model.tie_word_embeddings,
+        "tie_word_embeddings": text_config["tie_word_embeddings"],
         "torch_dtype": dtype,
         **ids,
     }

@@ -1,0 +1,28 @@
+"""Sliding windows: how far back a query sees (Mistral v0.1, arXiv:2310.06825)."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Window(NamedTuple):
+    """A query at position p sees the keys of its segment from position p - size + 1 on.
+
+    `positions` are integers [R, T]. Slots that text cannot see have places in a row, but no positions of their own, so
+    places would not do.
+    """
+
+    size: int
+    positions: jax.Array
+
+    def visible(self) -> jax.Array:
+        """Bool [R, 1, T, T]: not too far back."""
+        distance = self.positions[:, :, None] - self.positions[:, None, :]
+        return (distance < self.size)[:, None]
+
+
+def refuse(adapter: str, window: Window | int | None) -> None:
+    """ValueError for a window (None, 0: there is none), in adapters whose kernel has none."""
+    if window:
+        size = window if isinstance(window, int) else window.size
+        raise ValueError(f"attention: {adapter!r} has no sliding windows, found one of {size} tokens; 'xla' has them")
