@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.convert.test_convert import TOKENIZER, convert  # noqa: F401 (a fixture)
 from tests.helpers import reference
@@ -347,10 +348,74 @@ def test_gguf_factors_of_llama_3(tmp_path):
         read_gguf(tmp_path / "z.gguf")
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_gguf_of_qwen(architecture, tmp_path):
+    """A file under llama.cpp's names: transformers reads it as the model that it was made of, and so do we."""
+    head_dim = {"qwen2": 8, "qwen3": 128}[architecture]  # transformers reads no other of a GGUF file
+    fields = dict(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=64,
+        tie_word_embeddings=architecture == "qwen2",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=2**-20,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(architecture, **fields))
+    state = {name: tensor.normal_().numpy() for name, tensor in model.state_dict().items()}
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), architecture)
+    writer.add_context_length(64), writer.add_embedding_length(32), writer.add_feed_forward_length(48)
+    writer.add_block_count(2), writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_key_length(head_dim)
+    writer.add_layer_norm_rms_eps(2**-20), writer.add_rope_freq_base(1e6), writer.add_vocab_size(50)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 2)
+    for name, values in state.items():
+        if name != "lm_head.weight" or architecture == "qwen3":
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), values)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+    config, tensors = read_gguf(tmp_path / "x.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf").state_dict()
+    assert theirs.keys() == state.keys() and tensors.keys() == state.keys() - (
+        {"lm_head.weight"} if config.tie_word_embeddings else set()
+    )
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor.read(), state[name])
+        np.testing.assert_array_equal(theirs[name].numpy(), state[name])
+    expected = families.LANGUAGE_MODELS[architecture].from_hf(model.config.to_dict(), FILE)
+    assert config == expected and (config.qkv_bias, config.qk_norm) == (
+        architecture == "qwen2",
+        architecture == "qwen3",
+    )
+
+
+@pytest.mark.peer
+def test_gguf_tokenizer_of_qwen(tmp_path):
+    """Text is split as Qwen's own tokenizer does."""
+    tokens = [*bytes_to_unicode().values(), "Ġt", "he", "Ġthe", "ll", "'ll", "<|im_end|>"]
+    merges = ["Ġ t", "h e", "Ġt he", "l l", "' ll"]
+    kinds = [int(gguf.TokenType.NORMAL)] * (len(tokens) - 1) + [int(gguf.TokenType.CONTROL)]
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "qwen2")
+    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("qwen2"), writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_token_list(tokens), writer.add_token_merges(merges), writer.add_token_types(kinds)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 32), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    ours = gguf_tokenizer(tmp_path / "x.gguf")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    theirs = transformers.Qwen2TokenizerFast(vocab=vocabulary, merges=[tuple(m.split(" ")) for m in merges])
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    for text in (
+        "The 1234 they'll see.\n\n  Äpfel\u0308 (the) <|im_end|> 二二\t\r\n end ",
+        "the'LL 'll don't  the",
+        "é e\u0301",
+    ):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"general.architecture": "gemma"}, "general.architecture: expected 'llama', found 'gemma'"),
+        (
+            {"general.architecture": "gemma"},
+            "general.architecture: expected 'llama' or 'qwen2' or 'qwen3', found 'gemma'",
+        ),
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type: expected none, linear or yarn; found 'longrope'"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count: expected 8, the size of a head; found 4"),
         ({"llama.attention.value_length": 4}, "attention.value_length: expected 8, the size of a head; found 4"),

@@ -1,6 +1,6 @@
-"""GGUF files (llama.cpp's format) of Llama models. Quantized tensors are expanded by the `gguf` package."""
+"""GGUF files (llama.cpp's format) of Llama and its relatives. Quantized tensors are expanded by the `gguf` package."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 import dataclasses
 import math
 import operator
@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 from voco_jax.convert.config_keys import check_numbers
-from voco_jax.convert.gguf_keys import KEYS, KINDS
+from voco_jax.convert.gguf_keys import ARCHITECTURES, keys_of, kinds_of
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
 from voco_jax.errors import UserError
 from voco_jax.io.files import SourceFile
@@ -30,13 +30,20 @@ _LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 # Known keys that differ from another known key by one character
 _OTHERS = {f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")}
-_PRE_TOKENIZERS = ("smollm",)  # splits text before byte pairs are merged: digits one by one, then as GPT-2
+_SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # of our config
+# How text is split before byte pairs are merged. smollm: digits one by one, then as GPT-2; qwen2: llama.cpp's pattern
+_PRE_TOKENIZERS = ("smollm", "qwen2")
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Names of a layer's tensors
 _OF_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
 
@@ -49,40 +56,43 @@ def _read_header(file: Path):
     from voco_jax.convert.gguf_header import read_header
 
     header = read_header(file)
+    architecture = header.fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        expected = " or ".join(map(repr, ARCHITECTURES))
+        raise UserError(f"{file}: general.architecture: expected {expected}, found {shortened(architecture)}")
     for key, value in header.fields.items():
-        _check_key(file, key, value)
-    return header
+        _check_key(file, key, value, kinds_of(architecture))
+    return header, architecture
 
 
-def _check_key(file: Path, key: str, value: object) -> None:
+def _check_key(file: Path, key: str, value: object, kinds: Mapping) -> None:
     """UserError for a value of the wrong type, and for a name that differs from a known key by one character: there
     are no such keys, so the file is damaged."""
-    if key in KINDS:
-        expected, is_one = KINDS[key]
+    if key in kinds:
+        expected, is_one = kinds[key]
         if not is_one(value):
             raise UserError(f"{file}: {key}: expected {expected}, found {shortened(value)}")
         return
-    near = next((k for k in KINDS if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
+    near = next((k for k in kinds if len(k) == len(key) and sum(map(operator.ne, k, key)) == 1), None)
     if near is not None and key not in _OTHERS:
         raise UserError(f"{file}: {key}: no such key; {near} damaged?")
 
 
 def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """(dimensions, tensors in float32 under Hugging Face's names). `ignored`: unknown keys to accept."""
-    header = _read_header(file)
+    header, architecture = _read_header(file)
 
-    def field(key: str, default=None):
-        found = header.fields.get(key, default)
+    def field(key: str, default=None):  # `.block_count` is the architecture's
+        name = f"{architecture}{key}"
+        found = header.fields.get(name, default)
         if found is None:
-            raise UserError(f"{file}: key {key!r} is missing")
+            raise UserError(f"{file}: key {name!r} is missing")
         return found
 
-    architecture = field("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{file}: general.architecture: expected 'llama', found {shortened(architecture)}")
+    keys = keys_of(architecture)
     # Without the tokenizer's keys, whose values may be long
-    names = [key for key in header.fields if key in KEYS.expected or not KEYS.harmless.fullmatch(key)]
-    KEYS.check({key: field(key) for key in names}, file, ignored=ignored)
+    names = [key for key in header.fields if key in keys.expected or not keys.harmless.fullmatch(key)]
+    keys.check({key: header.fields[key] for key in names}, file, ignored=ignored)
     embedding = next((entry for entry in header.tensors if entry.name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{file}: token_embd.weight is missing")
@@ -91,45 +101,49 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
         if found != embedding.shape[0]:
             expected = f"{embedding.shape[0]}, as token_embd.weight has rows"
             raise UserError(f"{file}: tokenizer.ggml.{key}: expected {expected}, found {found}")
-    heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+    heads, width = field(".attention.head_count"), field(".embedding_length")
     numbers = {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
+        "intermediate_size": field(".feed_forward_length"),
+        "num_hidden_layers": field(".block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": field("llama.attention.head_count_kv", heads),
-        "head_dim": field("llama.attention.key_length", width // max(heads, 1)),
-        "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("llama.rope.freq_base", 10000.0),
+        "num_key_value_heads": field(".attention.head_count_kv", heads),
+        "head_dim": field(".attention.key_length", width // max(heads, 1)),
+        "max_position_embeddings": field(".context_length"),
+        "rms_norm_eps": field(".attention.layer_norm_rms_epsilon"),
+        "rope_theta": field(".rope.freq_base", 10000.0),
     }
     check_numbers(file, numbers, "llama")
-    rope = {key: value for key, value in header.fields.items() if key.startswith("llama.rope.scaling.yarn_beta")}
-    check_numbers(file, {key.removeprefix("llama.rope.scaling.yarn_"): value for key, value in rope.items()}, "yarn")
+    prefix = f"{architecture}.rope.scaling.yarn_"
+    rope = {key: value for key, value in header.fields.items() if key.startswith(f"{prefix}beta")}
+    check_numbers(file, {key.removeprefix(prefix): value for key, value in rope.items()}, "yarn")
     if numbers["num_hidden_layers"] > len(header.tensors):
         raise UserError(
-            f"{file}: llama.block_count: expected the blocks of {len(header.tensors)} tensors, found "
+            f"{file}: {architecture}.block_count: expected the blocks of {len(header.tensors)} tensors, found "
             f"{numbers['num_hidden_layers']}"
         )
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    for key in (".attention.value_length", ".rope.dimension_count"):
         if field(key, numbers["head_dim"]) != numbers["head_dim"]:
-            raise UserError(f"{file}: {key}: expected {numbers['head_dim']}, the size of a head; found {field(key)}")
+            raise UserError(
+                f"{file}: {architecture}{key}: expected {numbers['head_dim']}, the size of a head; found {field(key)}"
+            )
     scale = numbers["head_dim"] ** -0.5
-    found = field("llama.attention.scale", scale)
+    found = field(".attention.scale", scale)
     if not math.isclose(found, scale, rel_tol=1e-5):
-        raise UserError(f"{file}: llama.attention.scale: expected {scale:.6g}, found {shortened(found)}")
+        raise UserError(f"{file}: {architecture}.attention.scale: expected {scale:.6g}, found {shortened(found)}")
     try:
         config = LlamaConfig(
             **numbers,
-            rope_scaling=rope_of_gguf(field, file),
+            **_SWITCHES[architecture],
+            rope_scaling=rope_of_gguf(field, architecture, file),
             tie_word_embeddings=all(entry.name != "output.weight" for entry in header.tensors),
         )
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     tensors = {}
     for entry in header.tensors:
-        tensor = _tensor(header.file, entry, config)
+        tensor = _tensor(header.file, entry, config, interleaved=architecture == "llama")
         if entry.name == "rope_freqs.weight":
             scaling = rope_of_factors(tensor.read(), config, file)
             config = config if scaling is None else dataclasses.replace(config, rope_scaling=scaling)
@@ -138,8 +152,11 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     return config, tensors
 
 
-def _tensor(file: SourceFile, entry, config: LlamaConfig) -> Tensor:
-    """A tensor as float32. UserError for a type that `gguf` cannot expand, and for another number of heads."""
+def _tensor(file: SourceFile, entry, config: LlamaConfig, *, interleaved: bool) -> Tensor:
+    """A tensor as float32. UserError for a type that `gguf` cannot expand, and for another number of heads.
+
+    `interleaved`: rotary positions pair neighbours, as llama.cpp has it for Llama alone.
+    """
     from gguf import GGML_QUANT_SIZES, quants
 
     of_block, block_bytes = GGML_QUANT_SIZES[entry.type]
@@ -159,7 +176,7 @@ def _tensor(file: SourceFile, entry, config: LlamaConfig) -> Tensor:
     def read() -> np.ndarray:
         with np.errstate(all="ignore"):  # `Findings` reports values that are not finite
             values = quants.dequantize(raw.read(), entry.type).astype(np.float32, copy=False).reshape(shape)
-        if heads:  # rotary positions pair neighbours in llama.cpp, the two halves of a head in Hugging Face
+        if heads and interleaved:  # in Hugging Face they pair the two halves of a head
             values = values.reshape(heads, -1, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
         return np.ascontiguousarray(values)
 
@@ -177,11 +194,11 @@ def _hf_name(name: str) -> str:
 
 def gguf_tokenizer(file: Path):
     """The byte-pair tokenizer inside a GGUF file, as a Hugging Face tokenizer."""
-    fields = _read_header(file).fields
+    fields = _read_header(file)[0].fields
     content = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     from gguf import TokenType
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     for key, known in (("model", ("gpt2",)), ("pre", _PRE_TOKENIZERS)):
@@ -205,9 +222,14 @@ def gguf_tokenizer(file: Path):
             expected = "expected two tokens that make a third"
             raise UserError(f"{file}: tokenizer.ggml.merges: {expected}, found {shortened(merge)}")
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    if content["pre"] == "qwen2":
+        bpe.normalizer = normalizers.NFC()
+        splits = pre_tokenizers.Split(tokenizers.Regex(_QWEN2), behavior="isolated")
+        parts = [splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        parts = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(parts)
     bpe.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, types, strict=True))
     bpe.add_special_tokens([token for token, kind in kinds if kind == TokenType.CONTROL])

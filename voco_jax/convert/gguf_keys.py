@@ -1,10 +1,16 @@
-"""Keys of GGUF's metadata: the types of their values, and the values that the model computes."""
+"""Keys of GGUF's metadata: the types of their values, and the values that the model computes.
+
+Most of them begin with the architecture's name: `qwen2.block_count`. The tables here leave it out: `.block_count`.
+"""
 
 from collections.abc import Callable, Mapping
+import functools
 import math
 import re
 
 from voco_jax.convert.config_keys import Keys
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say "llama"
 
 
 def _is_list_of(kind: type) -> Callable[[object], bool]:
@@ -17,30 +23,30 @@ _FLAG = "true or false", lambda value: type(value) is bool
 _TEXT = "text", lambda value: type(value) is str
 
 # Types of the keys that are read, from the format's description: in words, and as a test of a value
-KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+_KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     key: kind
     for kind, keys in (
         (
             _WHOLE,
-            "general.alignment general.file_type general.quantization_version split.count split.no llama.vocab_size "
-            "llama.context_length llama.embedding_length llama.feed_forward_length llama.block_count "
-            "llama.attention.head_count llama.attention.head_count_kv llama.attention.key_length "
-            "llama.attention.value_length llama.attention.sliding_window llama.rope.dimension_count "
-            "llama.rope.scaling.original_context_length llama.expert_count llama.expert_used_count llama.pooling_type "
-            "llama.leading_dense_block_count tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id "
+            "general.alignment general.file_type general.quantization_version split.count split.no .vocab_size "
+            ".context_length .embedding_length .feed_forward_length .block_count "
+            ".attention.head_count .attention.head_count_kv .attention.key_length "
+            ".attention.value_length .attention.sliding_window .rope.dimension_count "
+            ".rope.scaling.original_context_length .expert_count .expert_used_count .pooling_type "
+            ".leading_dense_block_count tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id "
             "tokenizer.ggml.padding_token_id",
         ),
         (
             _NUMBER,
-            "llama.attention.layer_norm_rms_epsilon llama.attention.scale llama.attention.clamp_kqv "
-            "llama.attention.max_alibi_bias llama.rope.freq_base llama.rope.scale_linear llama.rope.scaling.factor "
-            "llama.rope.scaling.attn_factor llama.rope.scaling.yarn_log_multiplier llama.rope.scaling.yarn_beta_fast "
-            "llama.rope.scaling.yarn_beta_slow llama.logit_scale llama.residual_scale llama.embedding_scale",
+            ".attention.layer_norm_rms_epsilon .attention.scale .attention.clamp_kqv "
+            ".attention.max_alibi_bias .rope.freq_base .rope.scale_linear .rope.scaling.factor "
+            ".rope.scaling.attn_factor .rope.scaling.yarn_log_multiplier .rope.scaling.yarn_beta_fast "
+            ".rope.scaling.yarn_beta_slow .logit_scale .residual_scale .embedding_scale",
         ),
-        (_FLAG, "llama.attention.causal llama.use_parallel_residual llama.rope.scaling.finetuned"),
+        (_FLAG, ".attention.causal .use_parallel_residual .rope.scaling.finetuned"),
         (
             _TEXT,
-            "general.architecture general.type llama.rope.scaling.type llama.tensor_data_layout tokenizer.ggml.model "
+            "general.architecture general.type .rope.scaling.type .tensor_data_layout tokenizer.ggml.model "
             "tokenizer.ggml.pre",
         ),
         (("a list of texts", _is_list_of(str)), "tokenizer.ggml.tokens tokenizer.ggml.merges"),
@@ -50,24 +56,37 @@ KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     for key in keys.split()
 }
 
-KEYS = Keys(
-    frozenset(KINDS),
-    {
-        "general.type": ("model",),
-        "split.count": (0, 1),
-        "llama.expert_count": (0,),
-        "llama.expert_used_count": (0,),
-        "llama.attention.sliding_window": (0,),
-        "llama.attention.causal": (True,),
-        "llama.attention.clamp_kqv": (0,),
-        "llama.attention.max_alibi_bias": (0,),
-        "llama.use_parallel_residual": (False,),
-        "llama.pooling_type": (0,),
-        "llama.rope.scaling.attn_factor": (1,),
-        "llama.rope.scaling.yarn_log_multiplier": (0,),
-        "llama.logit_scale": (1,),
-        "llama.residual_scale": (1,),
-        "llama.embedding_scale": (1,),
-    },
-    re.compile(r"(?!llama\.).+"),  # llama.cpp reads only keys under the architecture's name
-)
+_EXPECTED = {
+    "general.type": ("model",),
+    "split.count": (0, 1),
+    ".expert_count": (0,),
+    ".expert_used_count": (0,),
+    ".attention.sliding_window": (0,),
+    ".attention.causal": (True,),
+    ".attention.clamp_kqv": (0,),
+    ".attention.max_alibi_bias": (0,),
+    ".use_parallel_residual": (False,),
+    ".pooling_type": (0,),
+    ".rope.scaling.attn_factor": (1,),
+    ".rope.scaling.yarn_log_multiplier": (0,),
+    ".logit_scale": (1,),
+    ".residual_scale": (1,),
+    ".embedding_scale": (1,),
+}
+
+
+@functools.cache
+def kinds_of(architecture: str) -> Mapping[str, tuple[str, Callable[[object], bool]]]:
+    """The type of each key that is read: in words, and as a test of a value."""
+    return {_named(key, architecture): kind for key, kind in _KINDS.items()}
+
+
+@functools.cache
+def keys_of(architecture: str) -> Keys:
+    """The known keys; llama.cpp reads only those under the architecture's name."""
+    expected = {_named(key, architecture): values for key, values in _EXPECTED.items()}
+    return Keys(frozenset(kinds_of(architecture)), expected, re.compile(rf"(?!{architecture}\.).+"))
+
+
+def _named(key: str, architecture: str) -> str:
+    return f"{architecture}{key}" if key.startswith(".") else key

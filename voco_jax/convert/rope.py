@@ -93,18 +93,21 @@ def rope_to_hf(scaling: RopeScaling) -> dict:
     return fields if scaling.truncate else fields | {"truncate": False}
 
 
-def rope_of_gguf(field: Callable, file: Path) -> RopeScaling | None:
-    """As in llama.cpp: a factor without a type is linear. `field(key, default)` gives the file's metadata."""
-    kind = field("llama.rope.scaling.type", "linear")
-    factor = float(field("llama.rope.scaling.factor", 0.0) or field("llama.rope.scale_linear", 0.0) or 1.0)
+def rope_of_gguf(field: Callable, architecture: str, file: Path) -> RopeScaling | None:
+    """As in llama.cpp: a factor without a type is linear. `field(key, default)` gives the file's metadata, of a key
+    without the architecture's name."""
+    kind = field(".rope.scaling.type", "linear")
+    factor = float(field(".rope.scaling.factor", 0.0) or field(".rope.scale_linear", 0.0) or 1.0)
     if kind == "none" or kind == "linear" and factor == 1:
         return None
     if kind == "linear":
         return RopeScaling(rope_type="linear", factor=factor)
     if kind != "yarn":
-        raise UserError(f"{file}: llama.rope.scaling.type: expected none, linear or yarn; found {shortened(kind)}")
-    original = int(field("llama.rope.scaling.original_context_length", field("llama.context_length")))
-    fast, slow = field("llama.rope.scaling.yarn_beta_fast", 32.0), field("llama.rope.scaling.yarn_beta_slow", 1.0)
+        raise UserError(
+            f"{file}: {architecture}.rope.scaling.type: expected none, linear or yarn; found {shortened(kind)}"
+        )
+    original = int(field(".rope.scaling.original_context_length", field(".context_length")))
+    fast, slow = field(".rope.scaling.yarn_beta_fast", 32.0), field(".rope.scaling.yarn_beta_slow", 1.0)
     return RopeScaling(
         rope_type="yarn", factor=factor, original_max_position_embeddings=original,
         beta_fast=float(fast), beta_slow=float(slow),
