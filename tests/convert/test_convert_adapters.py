@@ -167,6 +167,31 @@ def test_what_is_not_computed_is_refused(change, message, base, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("how", ["lora", "modules_to_save", "resized"])
+def test_adapters_of_tied_embeddings(how, base, tmp_path):
+    """PEFT leaves the head as it was, and a merged embedding would change it; rows that it has only stored may come."""
+    tied, made, config = tmp_path / "tied", matrices(), {}
+    tied.mkdir()
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if name != "lm_head.weight"}, tied / "model.safetensors")
+    fields = json.loads((base / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    rows = tensors["model.embed_tokens.weight"].shape[0]
+    if how == "lora":
+        made["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((RANK, rows), np.float32)
+        made["base_model.model.model.embed_tokens.lora_embedding_B"] = np.zeros((32, RANK), np.float32)
+    else:
+        config = {"modules_to_save": ["embed_tokens"]} if how == "modules_to_save" else {}
+        made["base_model.model.model.embed_tokens.weight"] = np.full((rows + 2, 32), 2, np.float32)
+    adapter = make_adapter(tmp_path / "adapter", made, llava=False, **config)
+    if how == "resized":
+        assert open_source(adapter, None, tied).llama.vocab_size == rows + 2
+        return
+    with pytest.raises(UserError, match=r"embed_tokens: adapters of tied embeddings are not read \(tie_word") as error:
+        open_source(adapter, None, tied)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.peer
 def test_another_base(base, tmp_path):
     """Of other shapes, without the layers, or of another function by its config."""

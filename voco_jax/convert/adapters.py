@@ -116,8 +116,14 @@ def replace(tensors: dict[Key, Tensor], names: dict[Key, str], trained: Mapping[
         raise UserError(f"{path}: {len(unknown)} tensors do not fit the base: {listing(unknown)}")
 
 
-def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path, ignored: Collection[str] = ()) -> None:
-    """Replace tensors of the base by merged ones. UserError for an unknown kind of adapter, and for another base."""
+def apply_adapter(
+    tensors: dict[Key, Tensor], names: dict[Key, str], path: Path, ignored: Collection[str] = (), *, tied: bool = False
+) -> None:  # fmt: skip
+    """Replace tensors of the base by merged ones. UserError for an unknown kind of adapter, and for another base.
+
+    `tied`: the base's head is its embedding. PEFT adapts one of the two and leaves the other as it was; a merged tensor
+    would stand for both.
+    """
     file = path / ADAPTER_CONFIG
     config = read_object(file)
     _KEYS.check(config, file, ignored=ignored)
@@ -138,6 +144,9 @@ def apply_adapter(tensors: dict[Key, Tensor], names: dict[Key, str], path: Path,
                 f"{tensor.file}: {name}: expected one such tensor, found two, apart from what PEFT adds to names"
             )
         place[kind] = tensor
+    adapted = [*modules, *(config.get("modules_to_save") or ())]
+    if tied and (found := [name for name in adapted if str(name).endswith(("embed_tokens", "lm_head"))]):
+        raise UserError(f"{path}: {found[0]}: adapters of tied embeddings are not read (tie_word_embeddings)")
     replace(tensors, names, whole, path)
     problems = []
     for module, matrices in modules.items():

@@ -218,7 +218,7 @@ def _open_adapter(path: Path, vision_tower: Path | None, base: Path | None, igno
         source = open_source(base, vision_tower, ignored=ignored)
         replace(source.tensors, source.names, extra, path)
     if is_adapter(path):
-        apply_adapter(source.tensors, source.names, path, ignored)
+        apply_adapter(source.tensors, source.names, path, ignored, tied=source.llama.tie_word_embeddings)
     if (EMBEDDING, None) in source.tensors:  # the adapter may have replaced it by one with more rows
         rows = source.tensors[EMBEDDING, None].shape[0]
         source.llama = dataclasses.replace(source.llama, vocab_size=rows)
