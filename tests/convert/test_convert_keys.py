@@ -85,6 +85,8 @@ def test_real_configs_are_understood():
         (families.clip.KEYS, OLD | CLIP_TOWER),
         (families.llama.KEYS, transformers.LlamaConfig().to_dict()),
         (families.clip.KEYS, transformers.CLIPVisionConfig().to_dict()),
+        (families.siglip.KEYS, transformers.SiglipVisionConfig().to_dict()),
+        (families.siglip.WHOLE_KEYS, transformers.SiglipConfig().to_dict()),
         (families.llava.HF_KEYS, transformers.LlavaConfig().to_dict() | {"ignore_index": -100, "vocab_size": 32064}),
     ):
         assert keys.problems(fields) == []
@@ -113,10 +115,12 @@ def test_real_configs_are_understood():
         (families.llama.KEYS, "num_local_experts", 8),
         (families.llama.KEYS, "pruned_heads", {"0": [1]}),
         (families.llama.KEYS, "quantization_config", {"quant_method": "gptq", "bits": 4}),
-        (families.clip.KEYS, "hidden_act", "gelu"),
+        (families.clip.KEYS, "hidden_act", "relu"),
+        (families.siglip.KEYS, "hidden_act", "silu"),
+        (families.siglip.KEYS, "num_patches", 256),
         (families.clip.KEYS, "num_channels", 4),
         (families.llava.HF_KEYS, "projector_hidden_act", "relu"),
-        (families.llava.HF_KEYS, "multimodal_projector_bias", False),
+        (families.llava.HF_KEYS, "multimodal_projector_bias", "none"),
         (families.llava.HF_KEYS, "image_grid_pinpoints", [[336, 672]]),
     ],
 )
@@ -138,10 +142,10 @@ def test_the_first_clips_say_it_twice():
     """openai/clip-vit-large-patch14: what `vision_config_dict` says holds, as in transformers."""
     fields = {"model_type": "clip", "vision_config": OLD | CLIP_TOWER, "vision_config_dict": {"image_size": 224}}
     fields |= {"text_config": {}, "text_config_dict": None, "logit_scale_init_value": 2.6592}
-    assert families.clip.from_hf(fields, FILE, -2, "patch").image_size == 224
-    wrong = fields | {"vision_config": CLIP_TOWER | {"hidden_act": "gelu"}}
-    with pytest.raises(UserError, match=r"^config.json: vision_config.hidden_act: expected 'quick_gelu', found 'gelu'"):
-        families.clip.from_hf(wrong, FILE, -2, "patch")
+    assert families.clip.from_hf(fields, FILE).image_size == 224
+    wrong = fields | {"vision_config": CLIP_TOWER | {"hidden_act": "relu"}}
+    with pytest.raises(UserError, match=r"^config.json: vision_config.hidden_act: expected 'quick_gelu' or .*'relu'"):
+        families.clip.from_hf(wrong, FILE)
 
 
 # ---- Checkpoints in the forms they come in ---------------------------------------------------------------------------

@@ -73,7 +73,17 @@ def test_language_presets_have_the_real_sizes(llama, parameters):
 
 
 @pytest.mark.parametrize(
-    ("vision", "parameters", "patches"), [("clip-vit-l-14", 303_179_776, 256), ("clip-vit-l-14-336", 303_507_456, 576)]
+    ("vision", "parameters", "patches"),
+    [
+        # transformers' counts, SigLIP's without the head that pools features.
+        ("clip-vit-b-16", 85_799_424, 196),
+        ("clip-vit-l-14", 303_179_776, 256),
+        ("clip-vit-l-14-336", 303_507_456, 576),
+        ("siglip-base-16-224", 85_797_120, 196),
+        ("siglip-so400m-14-384", 412_987_248, 729),
+        ("siglip2-base-16-256", 85_843_200, 256),
+        ("siglip2-so400m-14-384", 412_987_248, 729),
+    ],
 )
 def test_vision_presets_have_the_real_sizes(vision, parameters, patches):
     config = VoCoConfig(llama=presets.LLAMA["demo"], vision=presets.VIT[vision], voco_token_id=0)
@@ -85,7 +95,14 @@ def test_vision_presets_have_the_real_sizes(vision, parameters, patches):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(patch_size=5), r"^image_size: expected a multiple of patch_size \(5\), found 336"),
+        (dict(image_size=13), r"^image_size: expected at least patch_size \(14\), found 13"),
+        (dict(hidden_size=1000), r"^hidden_size: expected a multiple of num_attention_heads \(16\), found 1000"),
+        (dict(further_layers=(-1, 25)), "^further_layers: expected -25 to 24, found 25"),
+        (dict(hidden_act="relu"), "^hidden_act: expected one of quick_gelu, gelu, gelu_tanh; found 'relu'"),
+        (
+            dict(class_token=False, select_feature="cls_patch"),
+            "^select_feature: expected 'patch', as there is no class token; found 'cls_patch'",
+        ),
         (dict(select_layer=-26), "^select_layer: expected -25 to 24, found -26"),
         (dict(select_feature="cls"), "^select_feature: expected one of patch, cls_patch; found 'cls'"),
     ],

@@ -28,16 +28,26 @@ LENGTHS = {
     "config.model.llama.num_attention_heads": {6, 6 * 10},  # LoRA's have heads and their size as one
     "config.model.llama.num_key_value_heads": {3, 3 * 10},
     "config.model.llama.vocab_multiple": {97},
-    "config.model.vision.hidden_size": {44},
+    "config.model.vision.hidden_size": {44, 2 * 44},  # two selected layers side by side
     "config.model.vision.intermediate_size": {36},
     "config.model.vision.num_attention_heads": {4},
 }
 
 
-@pytest.mark.parametrize("compressor", ["voco", "average_pool", "qformer"])
-def test_every_dimension_that_is_spread_has_a_key(compressor):
+SIGLIP = dict(
+    vision=dataclasses.replace(VISION, class_token=False, patch_bias=True, pre_layernorm=False, further_layers=(0,)),
+    projector_layers=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(compressor=name) for name in ("voco", "average_pool", "qformer")] + [SIGLIP, dict(projector_bias=False)],
+    ids=["voco", "average_pool", "qformer", "SigLIP, two layers", "no biases"],
+)
+def test_every_dimension_that_is_spread_has_a_key(changes):
     lora = LoRAConfig(2, 4.0, LoRAConfig.TARGETS)
-    _, params = abstract_model(dataclasses.replace(MODEL, compressor=compressor, lora=lora))
+    _, params = abstract_model(dataclasses.replace(MODEL, lora=lora, **changes))
     seen = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -46,12 +46,20 @@ BASE = dataclasses.replace(
 TIED = dataclasses.replace(BASE.llama, tie_word_embeddings=True)
 SWITCHES = dict(llama=dataclasses.replace(BASE.llama, qkv_bias=True, qk_norm=True, sliding_window=9))
 EMBEDDING = dict(compressor="voco_embedding")
+SIGLIP = dict(  # its switches, two selected layers, and a rest of two pixels
+    vision=dataclasses.replace(
+        BASE.vision, class_token=False, patch_bias=True, pre_layernorm=False, hidden_act="gelu_tanh",
+        further_layers=(0,), patch_size=3,
+    ),
+    projector_layers=3,
+)  # fmt: skip
+RELATIVES = SWITCHES | SIGLIP  # of Llama and CLIP
 
 # Mesh (data, fsdp, frame, tensor), what the model is, and how it is computed (which the one device is not told).
 CASES = {
     "data": ((8, 1, 1, 1), {}, {}),
-    "fsdp, scanned, remat, relatives of Llama": ((2, 4, 1, 1), SWITCHES, dict(unroll_layers=False, remat="full")),
-    "tensor, relatives of Llama": ((2, 2, 1, 2), SWITCHES, {}),
+    "fsdp, scanned, remat, relatives": ((2, 4, 1, 1), RELATIVES, dict(unroll_layers=False, remat="full")),
+    "tensor, relatives": ((2, 2, 1, 2), RELATIVES, {}),
     "two frame shards, scanned": ((1, 2, 2, 2), {}, dict(unroll_layers=False)),
     "four frame shards": ((2, 1, 4, 1), {}, {}),
     "embeddings, two frame shards, scanned": ((1, 2, 2, 2), EMBEDDING, dict(unroll_layers=False)),

@@ -48,7 +48,8 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigD
     prompt of plain LLaVA. UserError, which calls the run `name`, for a config that asks for others."""
     config, default = config.copy_and_resolve_references(), default_config()
     with config.unlocked():
-        _take_over(config.model, run.model, default.model, ("llama", "vision", "projector_layers"), name)
+        keys = "llama", "vision", "projector_layers", "projector_bias"
+        _take_over(config.model, run.model, default.model, keys, name)
         if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
             keys = "aspect_ratio", "transparency", "processor"
             _take_over(config.data, run.data, default.data, keys, name, "config.data")

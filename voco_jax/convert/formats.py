@@ -6,38 +6,34 @@ import functools
 from pathlib import Path
 import re
 
-from voco_jax.convert.families import BY_OURS, RULES, clip
+from voco_jax.convert.families import BY_OURS, RULES
+from voco_jax.convert.families.vision import VisionFamily
 from voco_jax.convert.rules import Rule
 from voco_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Prefixes of each part's tensors. `projector_names`: of its linear layers (in a Sequential, '0.' and '2.')."""
+    """Prefixes of each part's tensors. `projector_names`: of its linear layers; in a Sequential '0.', '2.' and '4.'."""
 
     name: str
     llm: str
     head: str
     projector: str
     vision: str
-    projector_names: tuple[str, str] = ("linear_1.", "linear_2.")
-
-    @property
-    def num_projector_layers(self) -> int:
-        """Linear layers of the projector, as its tensors' names tell."""
-        return 1 if self.projector_names == _SINGLE else 2
+    projector_names: tuple[str, ...] = ()  # as ours
 
     def their_name(self, rule: Rule, layer: int | None = None) -> str:
         """The tensor's whole name in this format."""
         name = rule.theirs if layer is None else rule.theirs.format(layer)
         if rule.part == "projector":
-            for ours, theirs in zip(("linear_1.", "linear_2."), self.projector_names, strict=True):
-                name = name.replace(ours, theirs)
+            for number, theirs in enumerate(self.projector_names, start=1):
+                name = name.replace(f"linear_{number}.", theirs)
         return getattr(self, rule.part) + name
 
 
 _LLAVA_VISION = "model.vision_tower.vision_tower.vision_model."
-_SEQUENTIAL, _SINGLE = ("0.", "2."), ("", "linear_2.")
+_SEQUENTIAL, _SINGLE = ("0.", "2.", "4."), ("",)
 
 # The first format of each name is the one that is written
 FORMATS = (
@@ -53,7 +49,7 @@ FORMATS = (
 )
 LLAVA_LINEAR = dataclasses.replace(FORMATS[0], projector_names=_SINGLE)  # the first LLaVA's projector
 LLAMA = Format("llama", "model.", "", "", "")
-VISION = (Format("clip", "", "", "", "vision_model."), Format("clip", "", "", "", ""))
+VISION = (Format("vision", "", "", "", "vision_model."), Format("vision", "", "", "", ""))
 _PROJECTOR_PREFIXES = ("model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector.", "")
 PROJECTOR = (
     *(Format("projector", "", "", prefix, "", _SEQUENTIAL) for prefix in _PROJECTOR_PREFIXES),
@@ -65,9 +61,12 @@ PROJECTOR = (
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?embeddings\.position_ids")
 
 
-def passed_over(name: str, format: Format) -> bool:
-    """Whether a tensor need not be read."""
-    return bool(_BUFFERS.fullmatch(name) or format.name == "clip" and re.fullmatch(clip.NOT_READ, name))
+def passed_over(name: str, format: Format, tower: VisionFamily | None = None) -> bool:
+    """Whether a tensor need not be read; `tower`: the family of the vision tower, where that is among the parts."""
+    if tower is None:
+        return bool(_BUFFERS.fullmatch(name))
+    patterns = [_BUFFERS.pattern, re.escape(format.vision) + tower.HEAD] + [tower.NOT_READ] * (format.name == "vision")
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def key_of_name(name: str) -> tuple[str, int | None] | None:

@@ -70,6 +70,7 @@ def problems_of(source: Source) -> list[str]:
         llama=source.llama,
         vision=source.vision or ViTConfig(),
         projector_layers=source.projector_layers,
+        projector_bias=source.projector_bias,
         voco_token_id=0,
     )
     return [f"{part} missing" for part in source.missing_parts()] + check_source(source, config)

@@ -8,11 +8,12 @@ classes ("Fast" before version 5) have the same fields; their resized values dif
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from PIL import Image
 
 from voco_jax.convert.config_keys import Keys
+from voco_jax.convert.families.llava import hf_strategy
 from voco_jax.convert.findings import listing
 from voco_jax.data.images import ImageProcessor
 from voco_jax.errors import UserError
@@ -50,19 +51,19 @@ _TEXT_KEYS = frozenset({"image_processor", "image_token", "chat_template", "num_
 
 
 def processor_of_llava_hf(directory: Path, vision: ViTConfig, ignored: Collection[str] = ()) -> ImageProcessor:
-    """The processor of a Hugging Face LLaVA. Where it has none, images are padded, as in LLaVA-1.5's training.
+    """The processor of a Hugging Face LLaVA. Where it has none, images are padded, as in LLaVA-1.5's training,
+    and then prepared as for CLIP or SigLIP.
 
     `ignored`: unknown keys to accept. UserError for what is not computed here, and for another image size than the
     vision tower's.
     """
     file = directory / "processor_config.json"
     if file.exists():
-        strategy = {"patch": "default", "cls_patch": "full"}[vision.select_feature]
-        expected = {"patch_size": (vision.patch_size,), "vision_feature_select_strategy": (strategy,)}
+        expected = {"patch_size": (vision.patch_size,), "vision_feature_select_strategy": (hf_strategy(vision),)}
         Keys(_TEXT_KEYS, expected, _HARMLESS).check(read_object(file), file, ignored=ignored)
     found = _find(directory)
     if found is None:
-        return ImageProcessor(vision.image_size, transparency="white")
+        return processor_of_tower([], vision)
     return processor_from_hf(*found, vision.image_size, "LlavaImageProcessor", ignored=ignored)
 
 
@@ -71,7 +72,7 @@ def processor_of_llava(
 ) -> ImageProcessor:
     """The processor of a released LLaVA: config.json says whether to pad; the vision tower's processor follows.
 
-    That one is in the `tower`'s directory, or beside the config; else it is CLIP's. UserError as above.
+    That one is in the `tower`'s directory, or beside the config; else it is CLIP's or SigLIP's. UserError as above.
     """
     ratio = fields.get("image_aspect_ratio")
     if ratio not in ("pad", "square", None):
@@ -87,10 +88,13 @@ def processor_of_tower(
     transparency: str = "white",
     ignored: Collection[str] = (),
 ) -> ImageProcessor:
-    """The first image processor in the directories, or CLIP's, after padding. UserError as above."""
+    """The first image processor in the directories, after padding. Without one, it is that of CLIP, and of a tower
+    without class token SigLIP's. UserError as above."""
     found = next(filter(None, (_find(directory) for directory in directories if directory)), None)
-    fields, where = found or ({"size": vision.image_size, "crop_size": vision.image_size}, "")
-    return processor_from_hf(fields, where, vision.image_size, pad=pad, transparency=transparency, ignored=ignored)
+    size, kind = vision.image_size, "CLIPImageProcessor" if vision.class_token else "SiglipImageProcessor"
+    sides = size if vision.class_token else {"height": size, "width": size}
+    fields, where = found or ({"size": sides, "crop_size": size}, "")
+    return processor_from_hf(fields, where, size, kind, pad=pad, transparency=transparency, ignored=ignored)
 
 
 def _find(directory: Path) -> tuple[dict, str] | None:
@@ -235,12 +239,15 @@ def processor_to_hf(processor: ImageProcessor, run: Path, format_name: str) -> d
         mean, normalize = (red, green, blue), False
     sides = processor.resize_to or (size,)
     square = processor.aspect_ratio != "stretch" and len(sides) == 1
-    pads = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
-    return (pads if pad and format_name == "llava-hf" else {"image_processor_type": "CLIPImageProcessor"}) | {
+    kind: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
+    if format_name == "llava-hf" and pad:
+        kind |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    elif format_name == "llava-hf" and not square and sides == (size,) and processor.do_resize:
+        kind = {"image_processor_type": "SiglipImageProcessor"}
+    return kind | {
         "size": {"shortest_edge": sides[0]} if square else {"height": sides[0], "width": sides[-1]},
-        "crop_size": {"height": size, "width": size},
+        **({"crop_size": {"height": size, "width": size}} if "do_center_crop" in kind else {}),
         "do_resize": processor.do_resize,
-        "do_center_crop": True,
         "do_rescale": True,
         "do_normalize": normalize,
         "do_convert_rgb": True,

@@ -4,11 +4,13 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from pathlib import Path
 import re
+from typing import Any
 
 from voco_jax.convert import formats, processors
 from voco_jax.convert.adapters import Key, apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
 from voco_jax.convert.config_keys import section
-from voco_jax.convert.families import LANGUAGE_MODELS, RULES, clip, language_family, llava, vision_family
+from voco_jax.convert.families import LANGUAGE_MODELS, RULES, language_family, llava
+from voco_jax.convert.families.vision import family_of_tower, from_name, vision_family
 from voco_jax.convert.formats import Format, recognise
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.tensors import inside, name_leads_out, same_bytes
@@ -40,6 +42,7 @@ class Source:
     processor: ImageProcessor | None = None  # None: the default
     whole: bool = False  # the format has all parts; in others vision tower and projector may be missing
     projector_layers: int = 2
+    projector_bias: bool = True
     notes: list[str] = dataclasses.field(default_factory=list)  # files that were not read
 
     def parts(self) -> set[str]:
@@ -69,8 +72,9 @@ class Source:
                 self.tensors[key], self.names[key] = left.pop(name), name
         if "head" in parts and self.llama.tie_word_embeddings:
             self._drop_tied_head()
+        tower = family_of_tower(self.vision) if self.vision and "vision" in parts else None
         self.problems += [
-            f"{name} unknown ({left[name].file.name})" for name in left if not formats.passed_over(name, format)
+            f"{name} unknown ({left[name].file.name})" for name in left if not formats.passed_over(name, format, tower)
         ]
 
     def _drop_tied_head(self) -> None:
@@ -168,8 +172,8 @@ def open_source(
 ) -> Source:
     """A LLaVA or VoCo-LLaMA directory, released or Hugging Face's; a language model; or an adapter with its base.
 
-    `vision_tower`: a CLIP directory, for released checkpoints that only name theirs. `base`: the checkpoint that a LoRA
-    adapter, or a projector trained alone, belongs to. `ignored`: unknown config keys to accept.
+    `vision_tower`: a CLIP or SigLIP directory, for released checkpoints that only name theirs. `base`: the checkpoint
+    that a LoRA adapter, or a projector trained alone, belongs to. `ignored`: unknown config keys to accept.
     """
     if not path.exists():
         hint = "; if this is a name on Hugging Face's hub, download it first: "
@@ -234,7 +238,7 @@ def _open_llava(
     file = path / "config.json"
     llama = language_family(fields).from_hf(fields, file, llava.KEYS, ignored=ignored)
     projector_layers = llava.projector_layers(fields, file)
-    layer, feature = llava.features(fields, file)
+    selected = llava.features(fields, file)
     if base is not None:
         check_same_model(llama, file, base / "config.json")
     tensors = read_directory(base or path) | dict(extra or {})
@@ -246,9 +250,9 @@ def _open_llava(
     if not beside and name and not name_leads_out(name) and _exists(path / name / "config.json", file):
         beside = path / name
     if beside:
-        vision = _read_vision(beside, layer, feature, ignored)
+        vision = _read_vision(beside, ignored, **selected)
     else:
-        vision = clip.from_name(name, file, layer, feature)
+        vision = from_name(name, file, **selected)
     source = Source("voco", path, llama, vision, _tokenizer(path), whole=True, projector_layers=projector_layers)
     source.notes += unread_weights(path)
     source.processor = processors.processor_of_llava(fields, file, beside, vision, ignored)
@@ -267,14 +271,14 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     if vision_tower:
         raise UserError(f"{path}: has its vision tower inside; --vision-tower is for checkpoints without")
     llava.HF_KEYS.check(fields, file, ignored=ignored)
-    layer, feature = llava.hf_features(fields, file)
     text = section(fields, "text_config", file)
     # transformers 5 writes the value at the top, and a default into text_config
     tied = bool(fields.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    vision = llava.hf_vision(fields, file, layer, feature, ignored)
+    vision = llava.hf_vision(fields, file, ignored)
     text = text | {"tie_word_embeddings": tied}
     llama = language_family(text).from_hf(text, file, prefix="text_config.", ignored=ignored)
-    source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True)
+    bias = fields.get("multimodal_projector_bias") in (True, None)
+    source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True, projector_bias=bias)
     source.processor = processors.processor_of_llava_hf(path, vision, ignored)
     source.notes += unread_weights(path)
     tensors = read_directory(path)
@@ -287,7 +291,7 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
 def open_parts(
     llm: Path, vision_tower: Path | None = None, projector: Path | None = None, ignored: Collection[str] = ()
 ) -> Source:
-    """A language model, and perhaps a CLIP vision tower and a projector, each from a place of its own."""
+    """A language model, and perhaps a vision tower and a projector, each from a place of its own."""
     if llm.suffix == ".gguf":
         llama, tensors = read_gguf(llm, ignored)
         source = Source("gguf", llm, llama, tokenizer=llm)
@@ -300,27 +304,30 @@ def open_parts(
         source = Source("llama", llm, llama, None, _tokenizer(llm), notes=unread_weights(llm))
         source.take(read_directory(llm), formats.LLAMA, ("llm", "head"))
     if vision_tower:
-        source.vision = _read_vision(vision_tower, -2, "patch", ignored)
+        source.vision = _read_vision(vision_tower, ignored)
         source.processor = processors.processor_of_tower([vision_tower], source.vision, ignored=ignored)
         _take_vision(source, vision_tower)
     if projector:
         tensors = read_safetensors(projector) if projector.suffix == ".safetensors" else read_torch(projector)
         format = recognise(tensors, formats.PROJECTOR, ("projector",), projector, "mm_projector.0.weight …")
-        source.projector_layers = format.num_projector_layers
         source.take(tensors, format, ("projector",))
+        names = [path for path, _ in source.tensors if path.startswith("projector.")]
+        source.projector_layers = sum(path.endswith(".kernel") for path in names)
+        source.projector_bias = any(path.endswith(".bias") for path in names)
     return source
 
 
-def _read_vision(directory: Path, layer: int, feature: str, ignored: Collection[str]) -> ViTConfig:
-    """The config of a vision tower, of which LLaVA takes this layer and these features."""
+def _read_vision(directory: Path, ignored: Collection[str], **selected: Any) -> ViTConfig:
+    """The config of a vision tower; `selected`: ViTConfig's choices of features, by default LLaVA's."""
     file = directory / "config.json"
     fields = read_object(file)
-    return vision_family(fields).from_hf(fields, file, layer, feature, ignored)
+    return vision_family(fields, file).from_hf(fields, file, ignored, **selected)
 
 
 def _take_vision(source: Source, directory: Path) -> None:
     tensors = read_directory(directory)
-    source.take(tensors, recognise(tensors, formats.VISION, ("vision",), directory, "a CLIP vision tower"), ("vision",))
+    format = recognise(tensors, formats.VISION, ("vision",), directory, "a CLIP or SigLIP vision tower")
+    source.take(tensors, format, ("vision",))
 
 
 def _tokenizer(directory: Path) -> Path | None:

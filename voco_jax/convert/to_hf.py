@@ -15,6 +15,7 @@ from voco_jax.chat_templates import CUSTOM
 from voco_jax.config import default_config
 from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
 from voco_jax.convert.families import BY_OURS, clip, language_to_hf, llava
+from voco_jax.convert.families.vision import family_of_tower
 from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams, StoredRun, of_run
@@ -91,8 +92,17 @@ def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: 
             f"{run}: format {format_name} cannot store LoRA; merge it first: "
             f"voco convert merge {shlex.quote(str(run))} DST"
         )
-    if config.projector_layers not in ((1, 2) if format_name == "voco" else (2,)):
-        raise UserError(f"{run}: projector_layers {config.projector_layers}: format {format_name} cannot store it")
+    tower = family_of_tower(config.vision)
+    released = format_name == "voco"
+    for found, can in (
+        (f"projector_layers {config.projector_layers}", config.projector_layers in ((1, 2, 3) if released else (2,))),
+        (f"projector_bias {config.projector_bias}", config.projector_bias or not released),
+        (f"vision.further_layers {config.vision.further_layers}", not config.vision.further_layers or not released),
+        ("a vision tower that is not CLIP's", tower is clip or not released),
+        ("a vision tower that is neither CLIP's nor SigLIP's", tower is not None),
+    ):
+        if not can:
+            raise UserError(f"{run}: {found}: format {format_name} cannot store it")
     others = sorted(path for path in stored.shapes if path not in BY_OURS)
     if others:
         raise UserError(f"{run}: {others[0]}: format {format_name} cannot store compressor {config.compressor}")
@@ -188,20 +198,21 @@ def write_configs(
     }
     if format_name == "voco":
         config = llava.to_released(llama, vision, dtype, ids, aspect_ratio)
-        config["mm_projector_type"] = {1: "linear", 2: "mlp2x_gelu"}[model_config.projector_layers]
+        layers = model_config.projector_layers
+        config["mm_projector_type"] = "linear" if layers == 1 else f"mlp{layers}x_gelu"
         write_json(directory / "config.json", config)
         write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
         return
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text_config = language_to_hf(llama) | {"vocab_size": max(llama.vocab_size, len(tokenizer))}
-    config = llava.to_hf(text_config, vision, dtype, ids, image)
+    config = llava.to_hf(text_config, vision, model_config.projector_bias, dtype, ids, image)
     write_json(directory / "config.json", config)
     write_json(directory / "preprocessor_config.json", processor)
     outer = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
         "patch_size": vision.patch_size,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": int(vision.class_token),
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     }
     write_json(directory / "processor_config.json", outer)

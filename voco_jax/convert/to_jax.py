@@ -219,6 +219,7 @@ def run_config(source: Source, vocabulary: int, options: Options, run: Path) -> 
         # Parts may differ; what they are restored to must hold the values of all
         config.model.param_dtype = options.dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
         config.model.projector_layers = source.projector_layers
+        config.model.projector_bias = source.projector_bias
         default = 0 if options.is_llava else 1
         config.model.num_voco_tokens = default if options.num_voco_tokens is None else options.num_voco_tokens
         config.model.compressor = options.compressor

@@ -35,6 +35,7 @@ class ModelConfig:
         2, "linear layers with GELU between (2: LLaVA-1.5's mlp2x_gelu; 1: the first LLaVA's)",
         low=1, below=2**6, earlier=2,
     )  # fmt: skip
+    projector_bias: bool = key(True, "biases in the projector", earlier=True)
     param_dtype: str = key(
         "float32", "dtype in which parameters are stored and updated; or 'bfloat16'", one_of=DTYPES, on_load="free"
     )
@@ -129,7 +130,7 @@ class VoCoConfig(ModelConfig):
     def projector_flops(self, images: int) -> float:
         """FLOPs of the projector, forward."""
         width = self.llama.hidden_size
-        inputs = self.vision.hidden_size + (self.projector_layers - 1) * width
+        inputs = self.vision.feature_size + (self.projector_layers - 1) * width
         return images * self.vision.num_features * 2 * inputs * width
 
     def compress_flops(self, images: int) -> float:

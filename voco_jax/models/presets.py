@@ -106,9 +106,41 @@ LLAMA = {
 LLAMA["llama-2-7b"] = LLAMA["vicuna-7b"]
 LLAMA["llama-2-13b"] = LLAMA["vicuna-13b"]
 
+_CLIP_BASE = ViTConfig(
+    image_size=224,
+    patch_size=16,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+)
+_SIGLIP_BASE = dataclasses.replace(
+    _CLIP_BASE,
+    class_token=False,
+    patch_bias=True,
+    pre_layernorm=False,
+    hidden_act="gelu_tanh",
+    layer_norm_eps=1e-6,
+)
+_SIGLIP_SO400M = dataclasses.replace(
+    _SIGLIP_BASE,
+    image_size=384,  # 27 × 27 patches of 14 pixels, and 6 pixels left over
+    patch_size=14,
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+)
+
 VIT = {
+    "clip-vit-b-16": _CLIP_BASE,
     "clip-vit-l-14": ViTConfig(image_size=224),
     "clip-vit-l-14-336": ViTConfig(),
+    "siglip-base-16-224": _SIGLIP_BASE,
+    "siglip-so400m-14-384": _SIGLIP_SO400M,
+    # SigLIP 2 of fixed resolution differs in its weights alone
+    "siglip2-base-16-256": dataclasses.replace(_SIGLIP_BASE, image_size=256),
+    "siglip2-so400m-14-384": _SIGLIP_SO400M,
     "demo": ViTConfig(
         image_size=64,
         patch_size=8,

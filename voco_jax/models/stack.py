@@ -40,6 +40,7 @@ def scan_layers(
     xs: Any = None,
     *,
     dtype: Any,
+    start: int = 0,
     count: int | None = None,
     last: Callable | None = None,
     unroll: bool = False,
@@ -47,11 +48,11 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Run `carry, y = body(layer, carry, x)` over the layers; returns the last carry and the stacked ys.
 
-    `xs` is a pytree with a leading layer axis. Only the first `count` layers are run (None: all); if `last` is given,
-    it is the body of the last of them. `unroll` makes straight-line code: it compiles longer, runs faster for the few
-    small layers of a CPU model, and is the only way for layers that `part_layers` has parted. `remat` is 'none' (all
-    values are kept for the backward pass) or a line of `REMAT`. Kernels that are spread over devices are gathered in
-    `dtype`, one layer at a time.
+    `xs` is a pytree with a leading layer axis. Only the first `count` layers are run (None: all), and of them those
+    from `start` on; if `last` is given, it is the body of the last of them. `unroll` makes straight-line code: it
+    compiles longer, runs faster for the few small layers of a CPU model, and is the only way for layers that
+    `part_layers` has parted. `remat` is 'none' (all values are kept for the backward pass) or a line of `REMAT`. Kernels
+    that are spread over devices are gathered in `dtype`, one layer at a time.
     """
     graphdef, stacked = nnx.split(layers)
     params = nnx.to_pure_dict(stacked)
@@ -80,11 +81,11 @@ def scan_layers(
     looped = count if last is None else count - 1
     ys = []
     if unroll:
-        for index in range(looped):
+        for index in range(start, looped):
             carry, y = remembering(body)(carry, at(index))
             ys.append(jax.tree.map(lambda leaf: leaf[None], y))
-    elif looped:
-        some = inputs if looped == num_layers else jax.tree.map(lambda leaf: leaf[:looped], inputs)
+    elif looped > start:
+        some = inputs if looped - start == num_layers else jax.tree.map(lambda leaf: leaf[start:looped], inputs)
         carry, y = jax.lax.scan(remembering(body, in_loop=True), carry, some)
         ys.append(y)
     if last is not None:

@@ -103,7 +103,8 @@ class VoCoLlama(nnx.Module):
         kwargs: dict[str, Any] = dict(dtype=jnp.dtype(c.dtype), param_dtype=jnp.dtype(c.param_dtype), rngs=rngs)
         self.attention = get_adapter(c.attention)
         self.vision_tower = ViT(c.vision, attention=c.attention, unroll=c.unroll_layers, remat=c.remat, **kwargs)
-        self.projector = Projector(c.vision.hidden_size, c.llama.hidden_size, c.projector_layers, **kwargs)
+        widths = c.vision.feature_size, c.llama.hidden_size
+        self.projector = Projector(*widths, c.projector_layers, use_bias=c.projector_bias, **kwargs)
         self.llama = Llama(c.llama, c.lora, **kwargs)
         self.compressor = c.compressor_class(c, **kwargs)
 

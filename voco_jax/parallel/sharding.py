@@ -32,7 +32,7 @@ RULES = (
     (r"\b(q|k|v)_proj\.bias|attention\.(query|key|value)\.bias", ("tensor", None), "heads head_dim"),
     (r"\b(o|out)_proj\.kernel|attention\.out\.kernel", ("tensor", None, PARAMS), "heads head_dim hidden_size"),
     (r"linear_1\.kernel", (PARAMS, "tensor"), "vision.hidden_size hidden_size"),
-    (r"linear_2\.kernel", ("tensor", PARAMS), "hidden_size hidden_size"),
+    (r"linear_\d+\.kernel", ("tensor", PARAMS), "hidden_size hidden_size"),
     (r"(gate_proj|up_proj|fc1)\.kernel", (PARAMS, "tensor"), "hidden_size intermediate_size"),
     (r"linear_1\.bias", ("tensor",), "hidden_size"),
     (r"fc1\.bias", ("tensor",), "intermediate_size"),

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from voco_jax.convert.config_keys import Keys
-from voco_jax.convert.families import clip, llama, llava, mistral, qwen2, qwen3
+from voco_jax.convert.families import llama, llava, mistral, qwen2, qwen3
+from voco_jax.convert.families.vision import VISION_TOWERS
 from voco_jax.convert.rules import Rule
 from voco_jax.models.llama import LlamaConfig
-from voco_jax.models.vit import ViTConfig
 
 Config = TypeVar("Config")
 
@@ -29,7 +29,6 @@ class Family(Protocol[Config]):
 
 # By `model_type` of config.json
 LANGUAGE_MODELS: dict[str, Family[LlamaConfig]] = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
-VISION_TOWERS: dict[str, Family[ViTConfig]] = {"clip_vision_model": clip, "clip": clip}
 
 # Of all families; several may have one rule
 _RULES = [family.RULES for family in LANGUAGE_MODELS.values()] + [family.RULES for family in VISION_TOWERS.values()]
@@ -48,8 +47,3 @@ def language_to_hf(config: LlamaConfig) -> dict:
         raise ValueError("llama.qkv_bias and llama.qk_norm: no family has both")
     switched = {"qwen3": config.qk_norm, "qwen2": config.qkv_bias, "mistral": config.sliding_window}
     return LANGUAGE_MODELS[next((name for name, value in switched.items() if value), "llama")].to_hf(config)
-
-
-def vision_family(fields: dict) -> Family[ViTConfig]:
-    """The family of a config's `model_type`. For an unknown one CLIP's, whose `KEYS` then refuse it."""
-    return VISION_TOWERS.get(str(fields.get("model_type")), clip)

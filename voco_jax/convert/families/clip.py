@@ -1,15 +1,13 @@
 """CLIP's vision towers: tensors, config keys and dimensions, as Hugging Face's `CLIPVisionModel` has them."""
 
-from collections.abc import Collection
-import dataclasses
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
-from voco_jax.convert.config_keys import ANY, check_numbers, given, keys_of, section
+from voco_jax.convert.config_keys import ANY, Keys, check_numbers, given, keys_of, section
 from voco_jax.convert.rules import COPY, FROM_HEADS, HEAD_BIAS, KERNEL, PATCHES, Rule
 from voco_jax.errors import UserError
-from voco_jax.models import presets
 from voco_jax.models.vit import ViTConfig
-from voco_jax.terminal import shortened
 
 RULES: tuple[Rule, ...] = (
     Rule("vision_tower.patch_embedding.kernel", "vision", "embeddings.patch_embedding.weight", PATCHES),
@@ -36,13 +34,18 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 NOT_READ = r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale"  # of a whole CLIP
+HEAD = ""  # nothing of the tower is passed over
+SWITCHES = {"class_token": True, "patch_bias": False, "pre_layernorm": True}
+
+# ViTConfig's names of activations by transformers'
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 KEYS = ANY | keys_of(
     "image_size patch_size hidden_size intermediate_size num_hidden_layers num_attention_heads layer_norm_eps "
     "initializer_range",
     {
         "model_type": ("clip_vision_model", "clip"),
-        "hidden_act": ("quick_gelu",),
+        "hidden_act": tuple(ACTIVATIONS),
         "num_channels": (3,),
         "attention_bias": (True, None),
         "tie_word_embeddings": (True, False, None),
@@ -55,48 +58,45 @@ WHOLE_KEYS = ANY | keys_of(  # a whole CLIP, of which we take the vision tower
     ("text_config", "text_config_dict", "projection_dim", "logit_scale_init_value", "initializer_range"),
 )
 
-# What LLaVA's configs call a vision tower that is not part of the checkpoint.
-HUB_TOWERS = {
-    "openai/clip-vit-large-patch14-336": "clip-vit-l-14-336",
-    "openai/clip-vit-large-patch14": "clip-vit-l-14",
-}
-
-# Fields of ViTConfig that CLIPVisionConfig has not: LLaVA's choices, and what only a training from scratch asks for.
-NOT_CLIPS = {"select_layer", "select_feature", "position_init"}
+DEFAULTS = {  # transformers'
+    "image_size": 224, "patch_size": 32, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "layer_norm_eps": 1e-5, "initializer_range": 0.02, "hidden_act": "quick_gelu",
+}  # fmt: skip
 
 
-def from_hf(fields: dict, file: Path, select_layer, select_feature: str, ignored: Collection[str] = ()) -> ViTConfig:
-    """From `CLIPVisionConfig`'s fields, or a whole CLIP's."""
-    prefix = ""
-    if fields.get("vision_config"):
-        WHOLE_KEYS.check(fields, file, ignored=ignored)
-        # What the first versions wrote beside it holds, where it says anything
-        fields = section(fields, "vision_config", file) | given(section(fields, "vision_config_dict", file))
-        prefix = "vision_config."
+def from_hf(fields: dict, file: Path, ignored: Collection[str] = (), **selected: Any) -> ViTConfig:
+    """From `CLIPVisionConfig`'s fields, or a whole CLIP's; `selected`: ViTConfig's choices of features."""
+    prefix, fields = tower_of(fields, file, WHOLE_KEYS, ignored)
     KEYS.check(fields, file, prefix, ignored)
-    names = {field.name for field in dataclasses.fields(ViTConfig)} - NOT_CLIPS
-    defaults = {  # transformers'
-        "image_size": 224, "patch_size": 32, "hidden_size": 768, "intermediate_size": 3072,
-        "num_hidden_layers": 12, "num_attention_heads": 12,
-    }  # fmt: skip
-    values = defaults | {name: fields[name] for name in names if fields.get(name) is not None}
+    return config_of(fields, file, DEFAULTS, SWITCHES | selected)
+
+
+def tower_of(fields: dict, file: Path, whole: Keys, ignored: Collection[str]) -> tuple[str, dict]:
+    """(what to write before its keys, the vision tower's fields) of a tower's config, or of that of a `whole` model."""
+    if not fields.get("vision_config"):
+        return "", fields
+    whole.check(fields, file, ignored=ignored)
+    # What the first versions wrote beside it holds, where it says anything
+    return "vision_config.", section(fields, "vision_config", file) | given(section(fields, "vision_config_dict", file))
+
+
+def config_of(fields: dict, file: Path, defaults: dict, others: dict) -> ViTConfig:
+    """The config for fields under transformers' names, which `KEYS` has checked; `others` are under ours."""
+    values = defaults | {name: fields[name] for name in defaults if fields.get(name) is not None}
+    activation = ACTIVATIONS[values.pop("hidden_act")]
     check_numbers(file, values, "vision")
     try:
-        return ViTConfig(**values, select_layer=select_layer, select_feature=select_feature)
+        return ViTConfig(**values, hidden_act=activation, **others)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
 
 
-def from_name(name: str, file: Path, select_layer: int, select_feature: str) -> ViTConfig:
-    if name not in HUB_TOWERS:
-        raise UserError(f"{file}: mm_vision_tower {shortened(name)} is not known; give it with --vision-tower DIR")
-    preset = presets.VIT[HUB_TOWERS[name]]
-    try:
-        return dataclasses.replace(preset, select_layer=select_layer, select_feature=select_feature)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
-
-
 def to_hf(config: ViTConfig) -> dict:
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_CLIPS}
-    return fields | {"hidden_act": "quick_gelu", "num_channels": 3, "model_type": "clip_vision_model"}
+    return fields_of(config, DEFAULTS) | {"model_type": "clip_vision_model"}
+
+
+def fields_of(config: ViTConfig, names: Iterable[str]) -> dict:
+    """A tower's fields of these of transformers' names."""
+    fields = {name: getattr(config, name) for name in names}
+    (act,) = (theirs for theirs, ours in ACTIVATIONS.items() if ours == config.hidden_act)
+    return fields | {"hidden_act": act, "num_channels": 3}

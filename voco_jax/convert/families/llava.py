@@ -1,10 +1,13 @@
 """LLaVA: what joins a vision tower and a language model; the released code's checkpoints, and Hugging Face's."""
 
 from collections.abc import Collection
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-from voco_jax.convert.config_keys import ANY, NONE, OFF, ONE, keys_of
-from voco_jax.convert.families import clip, llama
+from voco_jax.convert.config_keys import ANY, NONE, OFF, ONE, keys_of, section
+from voco_jax.convert.families import llama
+from voco_jax.convert.families.vision import family_of_tower, from_name, vision_family
 from voco_jax.convert.rules import COPY, KERNEL, Rule
 from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig
@@ -13,7 +16,7 @@ from voco_jax.terminal import shortened
 
 RULES = tuple(  # the projector's
     Rule(f"projector.linear_{i}.{ours}", "projector", f"linear_{i}.{theirs}", transform)
-    for i in (1, 2)
+    for i in (1, 2, 3)
     for ours, theirs, transform in (("kernel", "weight", KERNEL), ("bias", "bias", COPY))
 )
 
@@ -53,7 +56,7 @@ HF_KEYS = ANY | keys_of(
     "text_config vision_config image_token_index image_token_id vision_feature_layer tie_word_embeddings",
     {
         "projector_hidden_act": ("gelu",),
-        "multimodal_projector_bias": (True,),
+        "multimodal_projector_bias": (True, False),
         "vision_feature_select_strategy": ("default", "full"),
         "image_grid_pinpoints": NONE,
         "use_image_newline_parameter": OFF,
@@ -62,12 +65,15 @@ HF_KEYS = ANY | keys_of(
 )
 
 # LLaVA's projectors that are linear layers with GELU between, by the number of those layers.
-PROJECTORS = {"mlp2x_gelu": 2, "linear": 1, "mlp1x_gelu": 1}
+PROJECTORS = {"mlp2x_gelu": 2, "mlp3x_gelu": 3, "linear": 1, "mlp1x_gelu": 1}
 
 
-def features(fields: dict, file: Path) -> tuple[int, str]:
-    """(layer, 'patch' or 'cls_patch') that a released LLaVA config selects."""
-    return _layer(fields, "mm_vision_select_layer", file), fields.get("mm_vision_select_feature") or "patch"
+def features(fields: dict, file: Path) -> dict[str, Any]:
+    """ViTConfig's choices of features, as a released LLaVA config has them."""
+    layers = _layers(fields, "mm_vision_select_layer", file)
+    if len(layers) > 1:
+        raise UserError(f"{file}: mm_vision_select_layer: expected one layer, found {shortened(list(layers))}")
+    return {"select_layer": layers[0], "select_feature": fields.get("mm_vision_select_feature") or "patch"}
 
 
 def projector_layers(fields: dict, file: Path) -> int:
@@ -78,29 +84,37 @@ def projector_layers(fields: dict, file: Path) -> int:
     return PROJECTORS[kind]
 
 
-def _layer(fields: dict, key: str, file: Path) -> int:
-    layer = fields.get(key)
-    layer = -2 if layer is None else layer
-    if isinstance(layer, list) and len(layer) == 1:
-        (layer,) = layer
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise UserError(f"{file}: {key}: expected one layer, found {shortened(layer)}")
-    return layer
+def _layers(fields: dict, key: str, file: Path) -> tuple[int, ...]:
+    """One layer or several."""
+    layers = fields.get(key)
+    layers = -2 if layers is None else layers
+    listed = layers if isinstance(layers, list) and layers else [layers]
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
+        raise UserError(f"{file}: {key}: expected a layer or a list of layers, found {shortened(layers)}")
+    return tuple(listed)
 
 
-def hf_features(fields: dict, file: Path) -> tuple[int, str]:
-    """(layer, 'patch' or 'cls_patch') that a `LlavaConfig` selects."""
-    strategy = fields.get("vision_feature_select_strategy") or "default"
-    return _layer(fields, "vision_feature_layer", file), {"default": "patch", "full": "cls_patch"}[strategy]
-
-
-def hf_vision(
-    fields: dict, file: Path, select_layer: int, select_feature: str, ignored: Collection[str] = ()
-) -> ViTConfig:
+def hf_vision(fields: dict, file: Path, ignored: Collection[str] = ()) -> ViTConfig:
     """Of `LlavaConfig`; without a vision_config it has transformers' default, ViT-L/14 at 336."""
-    if not fields.get("vision_config"):
-        return clip.from_name("openai/clip-vit-large-patch14-336", file, select_layer, select_feature)
-    return clip.from_hf({"vision_config": fields["vision_config"]}, file, select_layer, select_feature, ignored)
+    first, *others = _layers(fields, "vision_feature_layer", file)
+    selected: dict[str, Any] = {"select_layer": first, "further_layers": tuple(others)}
+    tower = section(fields, "vision_config", file)
+    if tower:
+        family = vision_family(tower, file, "vision_config.")
+        vision = family.from_hf({"vision_config": tower}, file, ignored, **selected)
+    else:
+        vision = from_name("openai/clip-vit-large-patch14-336", file, **selected)
+    strategy = fields.get("vision_feature_select_strategy") or "default"
+    if strategy == "default" and not vision.class_token:
+        why = "this vision tower has no class token, and 'default' would leave out the first patch"
+        raise UserError(f"{file}: vision_feature_select_strategy: expected 'full', found 'default': {why}")
+    feature = "cls_patch" if strategy == "full" and vision.class_token else "patch"
+    return dataclasses.replace(vision, select_feature=feature)
+
+
+def hf_strategy(vision: ViTConfig) -> str:
+    """transformers' `vision_feature_select_strategy`: 'default' leaves out the first feature, the class token."""
+    return "default" if vision.class_token and vision.select_feature == "patch" else "full"
 
 
 def to_released(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids: dict, aspect_ratio: str) -> dict:
@@ -124,19 +138,24 @@ def to_released(language_model: LlamaConfig, vision: ViTConfig, dtype: str, ids:
     }
 
 
-def to_hf(text_config: dict, vision: ViTConfig, dtype: str, ids: dict, image_token_id: int) -> dict:
-    """Of `LlavaForConditionalGeneration`, whose language model's config is `text_config`."""
+def to_hf(
+    text_config: dict, vision: ViTConfig, projector_bias: bool, dtype: str, ids: dict, image_token_id: int
+) -> dict:  # fmt: skip
+    """Of `LlavaForConditionalGeneration`, for a language model's config and a vision tower that is of some family."""
+    family = family_of_tower(vision)
+    assert family is not None
+    layers = [vision.select_layer, *vision.further_layers]
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "text_config": text_config | {"torch_dtype": dtype} | ids,
-        "vision_config": clip.to_hf(vision) | {"torch_dtype": dtype},
+        "vision_config": family.to_hf(vision) | {"torch_dtype": dtype},
         "image_token_index": image_token_id,
         "image_seq_length": vision.num_features,
         "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": vision.select_layer,
-        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[vision.select_feature],
+        "multimodal_projector_bias": projector_bias,
+        "vision_feature_layer": layers if len(layers) > 1 else layers[0],
+        "vision_feature_select_strategy": hf_strategy(vision),
         "tie_word_embeddings": text_config["tie_word_embeddings"],
         "torch_dtype": dtype,
         **ids,
