@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from safetensors.numpy import load_file, save_file
 import torch
@@ -33,6 +34,14 @@ SIDE, PATCH, GRID = 31, 9, 3  # a rest of four pixels, which no patch has
 TOWER = dict(
     hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=SIDE, patch_size=PATCH
 )
+PROCESSORS = {
+    "clip_vision_model": {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIDE}, "crop_size": SIDE
+    },
+    "siglip_vision_model": {
+        "image_processor_type": "SiglipImageProcessor", "size": {"height": SIDE, "width": SIDE}, "resample": 2
+    },
+}  # fmt: skip
 FILE = Path("config.json")
 
 
@@ -65,6 +74,7 @@ def test_llava(case, tmp_path, tokenizer, convert):  # noqa: F811
     )  # fmt: skip
     model = randomized(transformers.LlavaForConditionalGeneration(config))
     model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[tower.model_type]))
     arguments = [tmp_path / "theirs", tmp_path / "run", "--tokenizer", tokenizer, "--compressor", "none"]
     status, _, err = convert("to-jax", *arguments)
     assert status == 0, err
@@ -74,7 +84,8 @@ def test_llava(case, tmp_path, tokenizer, convert):  # noqa: F811
     with torch.no_grad():
         states = model.model.vision_tower(torch.tensor(pixels), output_hidden_states=True).hidden_states
     chosen = [states[layer][0, int(dropped) :].numpy() for layer in np.atleast_1d(layers)]
-    ours = jax.jit(load_run(tmp_path / "run").model.vision_tower)(pixels.transpose(0, 2, 3, 1))[0]
+    run = load_run(tmp_path / "run")
+    ours = jax.jit(run.model.vision_tower)(pixels.transpose(0, 2, 3, 1))[0]
     np.testing.assert_allclose(np.asarray(ours), np.concatenate(chosen, axis=-1), atol=1e-4, rtol=0)
     assert all(np.abs(x).max() > 1 for x in chosen)
     ids = np.concatenate([[1], text[:4], np.full(count, IMAGE), text[4:]]).astype(np.int32)
@@ -92,8 +103,11 @@ def test_llava(case, tmp_path, tokenizer, convert):  # noqa: F811
     assert again.config.vision_feature_layer == layers and again.config.vision_feature_select_strategy == strategy
     ids = np.where(ids == IMAGE, again.config.image_token_id, ids)
     np.testing.assert_allclose(their_logits(again.eval(), ids, pixels), expected, atol=1e-6, rtol=0)
-    processor = json.loads((tmp_path / "back" / "processor_config.json").read_text())
-    assert processor["num_additional_image_tokens"] - (strategy == "default") == count - GRID**2
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
+    picture = Image.fromarray(rng.integers(0, 256, (23, 47, 3), np.uint8))
+    made = processor(text="what is <image>?", images=picture, return_tensors="np")
+    np.testing.assert_allclose(made["pixel_values"][0].transpose(1, 2, 0), run.processor(picture), atol=1e-6, rtol=0)
+    assert (made["input_ids"] == again.config.image_token_id).sum() == run.model.config.vision.num_features == count
 
 
 @pytest.mark.peer
@@ -107,34 +121,47 @@ def test_the_last_hidden_state_is_before_the_last_norm():
 
 
 @pytest.mark.peer
-def test_parts(tmp_path, tokenizer, convert):  # noqa: F811
-    """A whole SigLIP, of which only the tower is read, and a projector of three layers without biases (mlp3x_gelu)."""
+@pytest.mark.parametrize("kind", ["SigLIP", "CLIP"])
+def test_parts(kind, tmp_path, tokenizer, convert):  # noqa: F811
+    """A whole SigLIP or CLIP, of which only the tower is read, and a projector of three layers (mlp3x_gelu).
+
+    SigLIP's has no biases; the other goes through the released code's format, and comes back the same.
+    """
     text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-    config = transformers.SiglipConfig(text_config=text, vision_config=siglip().to_dict())
-    whole = randomized(transformers.SiglipModel(config))
-    layers = [torch.nn.Linear(24, 32, bias=False)] + [torch.nn.Linear(32, 32, bias=False) for _ in range(2)]
+    if kind == "SigLIP":
+        config = transformers.SiglipConfig(text_config=text, vision_config=siglip().to_dict())
+        whole = randomized(transformers.SiglipModel(config))
+    else:
+        config = transformers.CLIPConfig(text_config=text, vision_config=clip(hidden_act="gelu").to_dict())
+        whole = randomized(transformers.CLIPModel(config))
+    layers = [torch.nn.Linear(inputs, 32, bias=kind == "CLIP") for inputs in (24, 32, 32)]
     projector = randomized(torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1], torch.nn.GELU(), layers[2]))
     llm = randomized(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)))
-    whole.save_pretrained(tmp_path / "siglip"), llm.save_pretrained(tmp_path / "llm")
+    whole.save_pretrained(tmp_path / "tower"), llm.save_pretrained(tmp_path / "llm")
     torch.save({f"mm_projector.{name}": x for name, x in projector.state_dict().items()}, tmp_path / "projector.bin")
     status, _, err = convert(
-        "to-jax", tmp_path / "run", "--llm", tmp_path / "llm", "--vision-tower", tmp_path / "siglip",
+        "to-jax", tmp_path / "run", "--llm", tmp_path / "llm", "--vision-tower", tmp_path / "tower",
         "--projector", tmp_path / "projector.bin", "--tokenizer", tokenizer,
     )  # fmt: skip
     assert status == 0, err
     run = load_run(tmp_path / "run")
-    assert run.processor.mean == (0.5, 0.5, 0.5) and run.processor.aspect_ratio == "pad"
+    assert (run.processor.mean == (0.5, 0.5, 0.5)) == (kind == "SigLIP") and run.processor.aspect_ratio == "pad"
     pixels = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
     with torch.no_grad():
         hidden = whole.vision_model(torch.tensor(pixels), output_hidden_states=True).hidden_states[-2]
-        expected = projector(hidden)[0].numpy()
-    features = run.model.encode_images(pixels.transpose(0, 2, 3, 1)[None])[0, 0]
+        expected = projector(hidden[:, int(kind == "CLIP") :])[0].numpy()
+    features = jax.jit(run.model.encode_images)(pixels.transpose(0, 2, 3, 1)[None])[0, 0]
     np.testing.assert_allclose(np.asarray(features), expected, atol=1e-4, rtol=0)
-
-    tensors = load_file(tmp_path / "siglip" / "model.safetensors")
+    if kind == "CLIP":
+        assert convert("to-hf", tmp_path / "run", tmp_path / "back", "--format", "voco")[0] == 0
+        assert json.loads((tmp_path / "back" / "config.json").read_text())["mm_projector_type"] == "mlp3x_gelu"
+        status, out, _ = convert("verify", tmp_path / "run", tmp_path / "back")
+        assert status == 0, out
+        return
+    tensors = load_file(tmp_path / "tower" / "model.safetensors")
     name = next(name for name in tensors if name.endswith("vision_model.post_layernorm.bias"))
-    save_file(tensors | {f"{name}.more": tensors[name]}, tmp_path / "siglip" / "model.safetensors")
-    status, out, _ = convert("inspect", "--llm", tmp_path / "llm", "--vision-tower", tmp_path / "siglip")
+    save_file(tensors | {f"{name}.more": tensors[name]}, tmp_path / "tower" / "model.safetensors")
+    status, out, _ = convert("inspect", "--llm", tmp_path / "llm", "--vision-tower", tmp_path / "tower")
     assert status == 2 and f"{name}.more unknown" in out
 
 

@@ -57,6 +57,9 @@ PROCESSORS = {
     "unpadded": LLAVA | {"do_pad": False, "processor_class": "LlavaProcessor"},
     "SigLIP": SIGLIP | {"do_convert_rgb": None},
     "SigLIP, other grey": SIGLIP | {"image_mean": [0.48, 0.46, 0.41], "resample": 2, "rescale_factor": 0.004},
+    "SigLIP 2": SIGLIP | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "do_convert_rgb": None},
+    "SigLIP, padded": LLAVA | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2},
+    "SigLIP, cropped": CLIP | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
 }
 
 
@@ -215,6 +218,32 @@ def test_a_released_llava_pads_before_its_towers_processor(tmp_path):
     assert written["image_processor_type"] == "CLIPImageProcessor" and "do_pad" not in written
     write(tower, preprocessor_config=written)
     assert processor_of_llava({"image_aspect_ratio": "pad"}, config, tower, VISION) == found
+
+
+def test_siglips_pictures(tmp_path):
+    """A run without a file of its own: stretched, or padded with grey by the LLaVA around it; and back."""
+    vision = dataclasses.replace(VISION, class_token=False)
+    config, tower = tmp_path / "config.json", tmp_path / "tower"
+    theirs = transformers.SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    for ratio in "pad", "square":
+        ours = processor_of_llava({"image_aspect_ratio": ratio}, config, None, vision)
+        for i, size in enumerate([(1, 90), (77, 31), (30, 29), (2, 3)]):
+            picture = noise(*size, seed=i)
+            shown = pad_to_square(picture, (127,) * 3) if ratio == "pad" else picture
+            expected = theirs(shown, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+            np.testing.assert_allclose(ours(picture), expected, rtol=1e-6, atol=1e-6, err_msg=str(size))
+    written = processor_to_hf(ours, tmp_path, "llava-hf")
+    assert written["image_processor_type"] == "SiglipImageProcessor" and "crop_size" not in written
+    assert processor_to_hf(ours, tmp_path, "voco")["crop_size"] == {"height": SIZE, "width": SIZE}  # read as CLIP's
+    assert processor_of_llava_hf(tmp_path, vision) == ImageProcessor(
+        SIZE, "pad", (0.5,) * 3, (0.5,) * 3, transparency="white"
+    )
+    untyped = {key: value for key, value in SIGLIP.items() if key != "image_processor_type"}
+    write(tower, preprocessor_config=untyped)  # an untyped file is that of the tower's family
+    assert processor_of_tower([tower], vision, pad=False).aspect_ratio == "stretch"
+    write(tower, preprocessor_config={"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256})
+    with pytest.raises(UserError, match="image_processor_type: expected .*, found 'Siglip2ImageProcessor'"):
+        processor_of_tower([tower], vision)
 
 
 def test_a_run_keeps_its_processor(tmp_path):

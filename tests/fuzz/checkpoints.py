@@ -26,7 +26,8 @@ from voco_jax.convert.to_jax import Options, run_config
 _MORE = {
     "config.json": "rope_scaling rope_parameters rope_theta original_max_position_embeddings max_sequence_length "
     "head_dim initializer_range mm_vision_select_feature image_aspect_ratio quantization_config tie_word_embeddings "
-    "text_config vision_config vision_feature_layer vision_feature_select_strategy image_processor",
+    "text_config vision_config vision_feature_layer vision_feature_select_strategy image_processor hidden_act "
+    "multimodal_projector_bias vision_use_head num_patches mm_projector_type",
     "preprocessor_config.json": "image_processor_type feature_extractor_type size crop_size pad_size resample do_pad "
     "rescale_factor image_mean image_std do_resize do_center_crop default_to_square",
     "adapter_config.json": "rank_pattern alpha_pattern use_rslora use_dora bias lora_bias base_model_name_or_path",

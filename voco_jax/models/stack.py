@@ -51,8 +51,8 @@ def scan_layers(
     `xs` is a pytree with a leading layer axis. Only the first `count` layers are run (None: all), and of them those
     from `start` on; if `last` is given, it is the body of the last of them. `unroll` makes straight-line code: it
     compiles longer, runs faster for the few small layers of a CPU model, and is the only way for layers that
-    `part_layers` has parted. `remat` is 'none' (all values are kept for the backward pass) or a line of `REMAT`. Kernels
-    that are spread over devices are gathered in `dtype`, one layer at a time.
+    `part_layers` has parted. `remat` is 'none' (all values are kept for the backward pass) or a line of `REMAT`.
+    Kernels that are spread over devices are gathered in `dtype`, one layer at a time.
     """
     graphdef, stacked = nnx.split(layers)
     params = nnx.to_pure_dict(stacked)
