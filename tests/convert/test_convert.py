@@ -60,9 +60,9 @@ def tensors_of(directory: Path) -> dict[str, np.ndarray]:
 
 def test_every_parameter_has_one_rule():
     """With all switches that add parameters."""
-    _, params = abstract_model(
-        dataclasses.replace(CONFIG, llama=dataclasses.replace(CONFIG.llama, qkv_bias=True, qk_norm=True))
-    )
+    llama = dataclasses.replace(CONFIG.llama, qkv_bias=True, qk_norm=True)
+    vision = dataclasses.replace(CONFIG.vision, patch_bias=True)
+    _, params = abstract_model(dataclasses.replace(CONFIG, llama=llama, vision=vision, projector_layers=3))
     covered = {path for path, *_ in layers_of(params)}
     assert covered == {rule.ours for rule in RULES} and len(RULES) == len(covered)
     assert len({(rule.part, rule.theirs) for rule in RULES}) == len(RULES)
