@@ -53,11 +53,15 @@ def clip(**changes) -> transformers.CLIPVisionConfig:
     return transformers.CLIPVisionConfig(**TOWER | {"layer_norm_eps": 1e-3} | changes)
 
 
-# Vision tower, strategy, layers, biases of the projector. Hidden states are 0 (the embeddings) to 3.
+# Vision tower, strategy, layers, biases of the projector, language model. Hidden states are 0 (the embeddings) to 3.
+# The language models with CLIP's tower as LLaVA-1.5 has it: test_convert_parity.py
 CASES = {
-    "SigLIP, every layer": (siglip(), "full", [-1, 0, -3, 2], False),
-    "CLIP, every layer": (clip(hidden_act="gelu"), "default", [1, -2, -4, 3], True),
-    "CLIP with the class token": (clip(hidden_act="gelu_pytorch_tanh"), "full", -1, False),
+    "SigLIP, every layer": (siglip(), "full", [-1, 0, -3, 2], False, "llama"),
+    "SigLIP and Qwen2, as LLaVA-Interleave": (siglip(vision_use_head=False), "full", -1, True, "qwen2"),
+    "SigLIP and Qwen3": (siglip(), "full", -2, True, "qwen3"),
+    "SigLIP and Mistral": (siglip(), "full", [-2, -1], True, "mistral"),
+    "CLIP, every layer": (clip(hidden_act="gelu"), "default", [1, -2, -4, 3], True, "qwen2"),
+    "CLIP with the class token": (clip(hidden_act="gelu_pytorch_tanh"), "full", -1, False, "qwen3"),
 }
 
 
@@ -65,11 +69,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_llava(case, tmp_path, tokenizer, convert):  # noqa: F811
     """Features and logits; and back: the same bytes, but for the head that pools SigLIP's features."""
-    tower, strategy, layers, bias = CASES[case]
+    tower, strategy, layers, bias, language = CASES[case]
     with_class, dropped = tower.model_type == "clip_vision_model", strategy == "default"
     count = GRID**2 + with_class - dropped
     config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**TEXT), vision_config=tower, image_token_index=IMAGE,
+        text_config=transformers.AutoConfig.for_model(language, **TEXT), vision_config=tower, image_token_index=IMAGE,
         vision_feature_layer=layers, vision_feature_select_strategy=strategy, multimodal_projector_bias=bias,
     )  # fmt: skip
     model = randomized(transformers.LlavaForConditionalGeneration(config))

@@ -46,10 +46,10 @@ BASE = dataclasses.replace(
 TIED = dataclasses.replace(BASE.llama, tie_word_embeddings=True)
 SWITCHES = dict(llama=dataclasses.replace(BASE.llama, qkv_bias=True, qk_norm=True, sliding_window=9))
 EMBEDDING = dict(compressor="voco_embedding")
-SIGLIP = dict(  # its switches, two selected layers, and a rest of two pixels
+SIGLIP = dict(  # its switches, three selected layers, and a rest of two pixels
     vision=dataclasses.replace(
         BASE.vision, class_token=False, patch_bias=True, pre_layernorm=False, hidden_act="gelu_tanh",
-        further_layers=(0,), patch_size=3,
+        further_layers=(0, -1), patch_size=3,
     ),
     projector_layers=3,
 )  # fmt: skip
