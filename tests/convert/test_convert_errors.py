@@ -121,7 +121,7 @@ def not_a_number(source):
 def other_model(source):
     change_config(source, model_type="mixtral")
     (source / "config.json").write_text((source / "config.json").read_text().replace("mm_vision_tower", "x"))
-    known = "'llava_llama', 'llava', 'llama', 'mistral', 'qwen2', 'qwen3'"
+    known = "'llava_llama', 'llava', 'llava_next', 'llava_onevision', 'llama', 'mistral', 'qwen2', 'qwen3'"
     return f"config.json: model_type: expected one of {known}; found 'mixtral'"
 
 

@@ -114,6 +114,60 @@ def test_llava(case, tmp_path, tokenizer, convert):  # noqa: F811
     assert (made["input_ids"] == again.config.image_token_id).sum() == run.model.config.vision.num_features == count
 
 
+TILED = {
+    "llava_next": (
+        clip(),
+        dict(vision_feature_layer=-2),
+        "mistral",
+        dict(size={"shortest_edge": SIDE}, crop_size=SIDE),
+    ),
+    "llava_onevision": (siglip(vision_use_head=False), {}, "qwen2", dict(size={"height": SIDE, "width": SIDE})),
+}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", TILED)
+def test_models_of_tiles(kind, tmp_path, tokenizer, convert):  # noqa: F811
+    """Language model, tower and projector of LLaVA-NeXT and LLaVA-OneVision, and their view of the whole picture."""
+    tower, selected, language, sizes = TILED[kind]
+    text = transformers.AutoConfig.for_model(language, **TEXT)
+    grid = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=text, vision_config=tower, image_token_index=IMAGE, image_grid_pinpoints=grid, **selected
+    )
+    model = randomized(transformers.AutoModelForImageTextToText.from_config(config))
+    model.save_pretrained(tmp_path / "theirs")
+    name = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[kind]
+    processor = getattr(transformers, f"{name}ImageProcessorPil")(image_grid_pinpoints=grid, **sizes)
+    processor.save_pretrained(tmp_path / "theirs")
+    arguments = [tmp_path / "theirs", tmp_path / "run", "--tokenizer", tokenizer, "--compressor", "none"]
+    status, _, err = convert("to-jax", *arguments)
+    assert status == 0 and "image_newline is not read: pictures are looked at as a whole, without tiles" in err
+
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (23, 47, 3), np.uint8))
+    run = load_run(tmp_path / "run")
+    pixels = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])[:1]
+    np.testing.assert_allclose(pixels[0].transpose(1, 2, 0), run.processor(picture), atol=1.01 / 255 / 0.26, rtol=0)
+    # A LLaVA of the same parts is what looks at whole pictures alone
+    same = transformers.LlavaConfig(
+        text_config=text, vision_config=tower, image_token_index=IMAGE,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+    )  # fmt: skip
+    llava = transformers.LlavaForConditionalGeneration(same).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "image_newline" not in name}
+    llava.load_state_dict(state)
+    words = rng.integers(3, IMAGE, size=9)
+    ids = np.concatenate([[1], words[:4], np.full(GRID**2, IMAGE), words[4:]]).astype(np.int32)
+    expected = their_logits(llava, ids, pixels)
+    np.testing.assert_allclose(our_logits(tmp_path / "run", ids, pixels), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(their_logits(model, words), their_logits(llava, words), atol=1e-6, rtol=0)
+    assert convert("to-hf", tmp_path / "run", tmp_path / "back", "--format", "llava-hf")[0] == 0
+    status, out, _ = convert("verify", tmp_path / "theirs", tmp_path / "back")
+    assert status == 0, out
+
+
 @pytest.mark.peer
 def test_the_last_hidden_state_is_before_the_last_norm():
     """In transformers, whose numbers we follow: SigLIP's, as CLIP's."""

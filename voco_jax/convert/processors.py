@@ -37,7 +37,11 @@ DEFAULTS = {
         "do_center_crop": False, "size": {"height": 224, "width": 224}, "image_mean": (0.5,) * 3,
         "image_std": (0.5,) * 3,
     },
+    # Of the view of the whole picture, which comes before the tiles. Their do_pad is about tiles
+    "LlavaNextImageProcessor": _ALL,
+    "LlavaOnevisionImageProcessor": _ALL | {"do_center_crop": False, "size": {"height": 384, "width": 384}},
 }  # fmt: skip
+_TILED = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
 
 # Fields that change no pixel. do_convert_rgb is one: our images are always RGB.
 _HARMLESS = re.compile(
@@ -46,8 +50,14 @@ _HARMLESS = re.compile(
     "_?name_or_path|transformers_version|_commit_hash"
 )
 _KEYS = Keys(frozenset(_ALL), {}, _HARMLESS)
+_TILES_KEYS = Keys(frozenset(_ALL) | {"image_grid_pinpoints"}, {}, _HARMLESS)
 # Fields of processor_config.json itself, which are about text
-_TEXT_KEYS = frozenset({"image_processor", "image_token", "chat_template", "num_additional_image_tokens"})
+_TEXT_KEYS = frozenset(
+    {
+        "image_processor", "image_token", "chat_template", "num_additional_image_tokens", "num_image_tokens",
+        "video_processor", "video_token", "vision_aspect_ratio",
+    }
+)  # fmt: skip
 
 
 def processor_of_llava_hf(directory: Path, vision: ViTConfig, ignored: Collection[str] = ()) -> ImageProcessor:
@@ -119,12 +129,18 @@ def processor_from_hf(
     read = _Fields(fields, where, kind, ignored)
     square, shown = (image_size, image_size), f"{image_size} × {image_size} pixels, as the vision tower takes"
     resized = read.sides("size", square=False) if read.flag("do_resize") else ()
+    if read.kind in _TILED and len(resized) == 1:  # the whole picture is resized to a square, not cut
+        resized *= 2
     if read.flag("default_to_square") and isinstance(read.values["size"], int):  # versions of transformers differ
         read.refuse("default_to_square", "false, or a size with height and width")
     if read.flag("do_pad"):
         if read.kind == "LlavaImageProcessor":
             pad = True
-        elif read.values["pad_size"] is not None and read.sides("pad_size", square=True) != square:
+        elif (
+            read.kind not in _TILED
+            and read.values["pad_size"] is not None
+            and read.sides("pad_size", square=True) != square
+        ):
             read.refuse("pad_size", shown)
     if read.flag("use_square_size"):
         read.refuse("use_square_size", "false")
@@ -171,7 +187,8 @@ class _Fields:
         given = {key: value for key, value in fields.items() if value is not None}
         self.values = DEFAULTS[self.kind] | given
         steps = {key: value for key, value in given.items() if value is not False or not key.startswith("do_")}
-        if problems := _KEYS.problems(steps, where, ignored):
+        keys = _TILES_KEYS if self.kind in _TILED else _KEYS
+        if problems := keys.problems(steps, where, ignored):
             raise UserError(listing(problems))
 
     def refuse(self, key: str, expected: str) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 
 from voco_jax.convert import formats, processors
 from voco_jax.convert.adapters import Key, apply_adapter, base_of, check_same_model, is_adapter, replace, trained_beside
-from voco_jax.convert.config_keys import section
+from voco_jax.convert.config_keys import given, section
 from voco_jax.convert.families import LANGUAGE_MODELS, RULES, language_family, llava
 from voco_jax.convert.families.vision import family_of_tower, from_name, vision_family
 from voco_jax.convert.formats import Format, recognise
@@ -190,11 +190,11 @@ def open_source(
     kind = fields.get("model_type")
     if _is_llava(fields):
         return _open_llava(path, fields, vision_tower, ignored)
-    if kind == "llava":
+    if kind in llava.HF_DEFAULTS:
         return _open_llava_hf(path, fields, vision_tower, ignored)
     if kind in LANGUAGE_MODELS:
         return open_parts(path, vision_tower, ignored=ignored)
-    known = ", ".join(map(repr, ("llava_llama", "llava", *LANGUAGE_MODELS)))
+    known = ", ".join(map(repr, ("llava_llama", *llava.HF_DEFAULTS, *LANGUAGE_MODELS)))
     raise UserError(f"{file}: model_type: expected one of {known}; found {shortened(kind)}")
 
 
@@ -270,7 +270,10 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     file = path / "config.json"
     if vision_tower:
         raise UserError(f"{path}: has its vision tower inside; --vision-tower is for checkpoints without")
-    llava.HF_KEYS.check(fields, file, ignored=ignored)
+    kind = fields["model_type"]
+    keys = llava.HF_KEYS if kind == "llava" else llava.TILED_KEYS
+    keys.check(fields, file, ignored=ignored)
+    fields = llava.HF_DEFAULTS[kind] | given(fields)
     text = section(fields, "text_config", file)
     # transformers 5 writes the value at the top, and a default into text_config
     tied = bool(fields.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
@@ -282,6 +285,9 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     source.processor = processors.processor_of_llava_hf(path, vision, ignored)
     source.notes += unread_weights(path)
     tensors = read_directory(path)
+    if kind != "llava" and (newline := next((name for name in llava.IMAGE_NEWLINE if name in tensors), None)):
+        del tensors[newline]
+        source.notes.append(f"{path}: {newline} is not read: pictures are looked at as a whole, without tiles")
     parts = ("llm", "projector", "vision")
     format = recognise(tensors, formats.FORMATS[1:], parts, path, "tensors of LlavaForConditionalGeneration")
     source.take(tensors, format, (*parts, "head"))

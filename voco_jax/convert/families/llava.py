@@ -64,6 +64,26 @@ HF_KEYS = ANY | keys_of(
     ("image_seq_length", "vocab_size", "initializer_range", "text_config_dict", "hidden_size"),
 )
 
+# LLaVA-NeXT's and LLaVA-OneVision's look at tiles of a picture beside all of it. Here all of it is looked at, alone.
+TILED_KEYS = HF_KEYS | keys_of(
+    "image_grid_pinpoints vision_aspect_ratio video_token_index video_token_id use_image_newline_parameter", {}, ()
+)
+IMAGE_NEWLINE = ("image_newline", "model.image_newline")  # the tensor that ends a row of patches of tiles
+# transformers' defaults by model_type
+HF_DEFAULTS: dict[str, dict] = {
+    "llava": {},
+    "llava_next": {},
+    "llava_onevision": {
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14,
+            "image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False,
+        },
+    },
+}  # fmt: skip
+
 # LLaVA's projectors that are linear layers with GELU between, by the number of those layers.
 PROJECTORS = {"mlp2x_gelu": 2, "mlp3x_gelu": 3, "linear": 1, "mlp1x_gelu": 1}
 
