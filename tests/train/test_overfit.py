@@ -3,16 +3,21 @@ language model frozen. The latter two begin with a run that was trained for a mi
 
 import json
 from pathlib import Path
+import re
 
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
+import torch
 
+from tools import convert_weights
 from voco_jax.api import Model
+from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.checkpoint.run import load_run
 from voco_jax.command_line import parse_arguments
 from voco_jax.config import source, sources
 from voco_jax.data.sources import easyvqa, open_sources
+from voco_jax.data.tokenizer import train_tokenizer
 from voco_jax.eval.by_kind import THIS_RUN, score_by_kind
 from voco_jax.eval.scoring import OVERALL
 from voco_jax.train.loop import train
@@ -65,8 +70,10 @@ def write_questions(file: Path, split: str, num_pictures: int, per_picture: int)
     return file
 
 
-def config_of(workdir: Path, questions: Path, changes: dict) -> ConfigDict:
-    keys = COMMON | changes | {"workdir": workdir}
+def config_of(workdir: Path, questions: Path, changes: dict, *, dimensions: bool = True) -> ConfigDict:
+    """`dimensions`: those of `COMMON`."""
+    common = {key: value for key, value in COMMON.items() if dimensions or not re.match(r"model\.(llama|vision)", key)}
+    keys = common | changes | {"workdir": workdir}
     arguments = [f"--config={CONFIG_FILE}", *(f"--config.{key}={value}" for key, value in keys.items())]
     config = parse_arguments(["train", *arguments])[0]
     images = Path(easyvqa.load(questions.stem)[0].images[0].file).parent
@@ -109,6 +116,39 @@ def learned(run: Path, questions: Path) -> float:
 
 def test_all_parameters_from_scratch(questions, tmp_path):
     assert learned(train(config_of(tmp_path / "run", questions, FULL)), questions) >= 0.99
+
+
+RELATIVES = {"Qwen3 and SigLIP": ("qwen3", "siglip_vision_model"), "Mistral and CLIP": ("mistral", "clip_vision_model")}
+
+
+@pytest.mark.parametrize("models", RELATIVES)
+def test_all_parameters_of_converted_relatives(models, questions, tmp_path, monkeypatch):
+    """Random models of transformers' classes, converted, and trained from there."""
+    import transformers
+
+    said = [turn["value"] for row in json.loads(questions.read_text()) for turn in row["conversations"]]
+    tokenizer = train_tokenizer([CHAT_TEMPLATES["voco_v1"].exchange(*said[:2]), *said], 400)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    language, tower = RELATIVES[models]
+    text = transformers.AutoConfig.for_model(
+        language, **sizes, head_dim=32, num_key_value_heads=1, initializer_range=0.125, vocab_size=len(tokenizer),
+        max_position_embeddings=1024, sliding_window=None,
+    )  # fmt: skip
+    vision = transformers.AutoConfig.for_model(tower, **sizes, image_size=64, patch_size=16, initializer_range=0.125)
+    strategy = "full" if tower.startswith("siglip") else "default"
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, vision_feature_layer=-1, vision_feature_select_strategy=strategy,
+        image_token_index=len(tokenizer) - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    arguments = ["to-jax", tmp_path / "theirs", tmp_path / "converted", "--num-voco-tokens", 4]
+    monkeypatch.setattr("sys.argv", list(map(str, ["tool", *arguments])))
+    convert_weights.main()
+    keys = FULL | {"init_from": tmp_path / "converted"}
+    run = train(config_of(tmp_path / "run", questions, keys, dimensions=False))
+    assert learned(run, questions) >= 0.99
 
 
 def test_lora(base, questions, tmp_path):

@@ -28,7 +28,7 @@ KEYS = ANY | keys_of(
         "num_channels": (3,),
         "tie_word_embeddings": (True, False, None),
     },
-    ("vision_use_head",),
+    ("vision_use_head|initializer_(range|factor)",),  # of the first weights
 )
 WHOLE_KEYS = ANY | keys_of(
     "vision_config", {"model_type": ("siglip",), "tie_word_embeddings": (True, False, None)}, ("text_config",)
