@@ -23,7 +23,7 @@ import ml_collections
 from ml_collections import ConfigDict
 
 from voco_jax import configs
-from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER
 from voco_jax.config import (
     GROUPS_AND_KEYS,
     KEYS,
@@ -291,7 +291,7 @@ def _all_keys_in_words(width: int) -> str:
             "Sources for config.data.train and config.data.test, in a config file: sources(NAME=source(KIND, KEY=…))",
             *_columns(kinds, width),
             "",
-            f"Templates: {', '.join(CHAT_TEMPLATES)}, custom",
+            *textwrap.wrap(f"Templates: {', '.join((*CHAT_TEMPLATES, CUSTOM, TOKENIZER))}", width),
         ]
     )
 

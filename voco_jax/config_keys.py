@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, ChatTemplate
+from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate
 from voco_jax.keys import DEFAULT, key
 from voco_jax.models.config import ModelConfig
 from voco_jax.parallel.compilation_cache import DIRECTORY
@@ -50,6 +50,11 @@ class TemplateConfig:
     end: str = key(ChatTemplate.end, "after an answer")
     image: str = key(ChatTemplate.image, "an image before a question, and what follows each")
     after_images: str = key(ChatTemplate.after_images, "after all images before a question")
+    without_images: str = key(ChatTemplate.without_images, "before a question that begins with no image")
+    with_system: str = key(
+        ChatTemplate.with_system, "all before the first question, with a system text '{system}' in it; '': it has none"
+    )
+    keeps_newlines: bool = key(ChatTemplate.keeps_newlines, "of turns about images; the released code drops them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +103,19 @@ class DataConfig:
         {}, "sources by name; empty: none, or easy-VQA's own where it alone is trained on", on_resume="free"
     )
     template: str = key(
-        "voco_v1", "text around questions and answers, by name (chat_templates.py), or 'custom'",
-        one_of=(*CHAT_TEMPLATES, CUSTOM), on_load="told",
+        "voco_v1", "text around questions and answers, by name (chat_templates.py); 'custom'; 'tokenizer': its own",
+        one_of=(*CHAT_TEMPLATES, CUSTOM, TOKENIZER), on_load="told",
     )  # fmt: skip
     custom_template: TemplateConfig = key(
         TemplateConfig(), "exact text, spaces too; '{eos}' is the end-of-sequence token",
         on_load="told", earlier=DEFAULT,
+    )  # fmt: skip
+    system: str | None = key(
+        None, "the system text, in place of the template's; None: its own", on_load="told", earlier=DEFAULT
+    )
+    image_position: str = key(
+        "front", "of a conversation's only image: before all text, or where its 'text' has it (plain LLaVA: always)",
+        one_of=("front", "text"), on_load="told", earlier=DEFAULT,
     )  # fmt: skip
     aspect_ratio: str = key(
         "pad", "to a square with the mean colour; or 'crop' its middle, or 'stretch' it", on_load="told"

@@ -34,7 +34,7 @@ from voco_jax.config import typed
 from voco_jax.config_keys import DataConfig
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
-from voco_jax.data.from_config import make_encoder, make_model_config
+from voco_jax.data.from_config import make_encoder, make_model_config, take_template
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.pipeline import Batches, Loading, PackLoader
 from voco_jax.data.plan import PackedExample, Plan, cheapest_rows
@@ -222,6 +222,7 @@ def prepare(
         raise UserError(f"--run: {name}: expected the tokenizer of the config, found another vocabulary")
     if k > len(tokenizer):
         raise UserError(f"--k: expected at most {len(tokenizer)}, the vocabulary; found {k}")
+    take_template(config, tokenizer)
     maker = make_sample_maker(data, make_encoder(config, tokenizer, make_model_config(config, tokenizer)))
     indices = make_indices(data, "train", sources, maker, print)
     names = sorted(data.train)

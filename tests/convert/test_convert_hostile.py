@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from tests.fuzz import gguf_files
 from tests.fuzz.gguf_files import GGUF
-from voco_jax.convert.chat_templates import read_chat_template
 from voco_jax.convert.gguf_files import gguf_tokenizer, read_gguf
 from voco_jax.convert.sources import open_source
 from voco_jax.convert.torch_files import read_torch
+from voco_jax.data.template_reader import read_chat_template
 from voco_jax.data.tokenizer import train_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.safetensors import read_index, read_safetensors

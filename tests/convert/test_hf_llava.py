@@ -16,11 +16,12 @@ from voco_jax.api import Request
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.config import default_config, find_problem, load_config
-from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
+from voco_jax.convert.chat_templates import write_chat_template
 from voco_jax.convert.sources import Source
-from voco_jax.convert.to_jax import Options, set_template
+from voco_jax.convert.to_jax import Options, choose_template
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import template_of
+from voco_jax.data.template_reader import read_chat_template
 from voco_jax.data.tokenizer import load_tokenizer
 from voco_jax.models.llama import LlamaConfig
 
@@ -116,7 +117,7 @@ def processor_of(directory):
 def encoder_of(directory) -> tuple[Encoder, list[str]]:
     """As `to_jax` makes a run's of such a directory; and its warnings."""
     config, tokenizer = default_config(), load_tokenizer(directory)
-    warnings = set_template(
+    warnings = choose_template(
         config.data, Source("llava-hf", directory, LlamaConfig()), tokenizer, Options(compressor="none")
     )
     return Encoder(tokenizer, template_of(config), 0, PATCHES, compressed=False, verbatim=True), warnings

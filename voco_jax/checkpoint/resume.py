@@ -12,6 +12,7 @@ import shlex
 from ml_collections import ConfigDict
 import numpy as np
 
+from voco_jax.chat_templates import TOKENIZER, ChatTemplate
 from voco_jax.checkpoint.init_from import inherit
 from voco_jax.config import (
     ADDED_LATER,
@@ -24,6 +25,7 @@ from voco_jax.config import (
     with_earlier_values,
 )  # fmt: skip
 from voco_jax.config_keys import OWN_TEACHERS
+from voco_jax.data.from_config import template_of
 from voco_jax.data.tokenizer import load_run_tokenizer, load_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_bytes
@@ -48,10 +50,12 @@ def continued(config: ConfigDict, workdir: AnyPath) -> ConfigDict:
     config.data.rows_per_pack = config.data.rows_per_pack or stored.data.rows_per_pack  # 0: as the data chose them then
     if stored.init_from:
         _check_base(config.init_from, stored.init_from, workdir)
-        config = inherit(config, stored, workdir)
+        config = inherit(config, stored, workdir, load_run_tokenizer(workdir))
         config.init_from, config.tokenizer.source = stored.init_from, stored.tokenizer.source
     elif _same_tokenizer(config.tokenizer.source, stored.tokenizer.source, workdir):
         config.tokenizer.source = stored.tokenizer.source
+    if config.data.template == stored.data.template == TOKENIZER and template_of(config) == ChatTemplate():
+        config.data.custom_template = stored.data.custom_template  # as it was read when the run began
     return config
 
 

@@ -19,7 +19,7 @@ import shlex
 import sys
 from typing import Any
 
-from voco_jax.chat_templates import CHAT_TEMPLATES
+from voco_jax.chat_templates import CHAT_TEMPLATES, TOKENIZER
 from voco_jax.convert.inspect import describe, describe_run
 from voco_jax.convert.merge import merge
 from voco_jax.convert.sources import Source, open_parts, open_source
@@ -76,7 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="VoCo tokens an image (default 1; the released code has 2; 0 with --compressor none)",
     )  # fmt: skip
     option("--compressor", choices=("voco", "none"), default="voco", help="'none' makes plain LLaVA")
-    option("--template", choices=tuple(CHAT_TEMPLATES), help="chat template (default: see docs/converting.md)")
+    option(
+        "--template", choices=(*CHAT_TEMPLATES, TOKENIZER),
+        help="chat template; 'tokenizer': the checkpoint's own (default: see docs/converting.md)",
+    )  # fmt: skip
     add_path(command, "--tokenizer", "DIR", "tokenizer (default: the one in SRC)")
     option("--init-missing", action="store_true", help="draw a missing projector or vision tower at random")
     option(

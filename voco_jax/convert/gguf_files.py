@@ -246,5 +246,6 @@ def gguf_tokenizer(file: Path):
         bos_token=token("bos_token_id"),
         eos_token=token("eos_token_id"),
         pad_token=token("padding_token_id"),
+        chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )

@@ -1,7 +1,7 @@
 """A run of ours to a PyTorch checkpoint: the released code's format, or Hugging Face's LLaVA."""
 
 from collections.abc import Collection, Iterator
-import contextlib
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.chat_templates import CUSTOM
+from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate
 from voco_jax.config import default_config
-from voco_jax.convert.chat_templates import read_chat_template, write_chat_template
+from voco_jax.convert.chat_templates import write_chat_template
 from voco_jax.convert.families import BY_OURS, clip, language_to_hf, llava
 from voco_jax.convert.families.vision import family_of_tower
 from voco_jax.convert.findings import Findings
@@ -23,6 +23,7 @@ from voco_jax.convert.processors import processor_to_hf
 from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import is_llava, make_encoder, make_processor
+from voco_jax.data.template_reader import named_alike, read_chat_template
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
@@ -78,11 +79,14 @@ def _to_hf(
 
 def _lost(config: ConfigDict) -> list[str]:
     """What is left out, and how `to-jax` gets it again."""
-    template = config.data.template
-    if is_llava(config) or template == default_config().data.template:
+    data, default, lost = config.data, default_config().data, []
+    if is_llava(config):
         return []
-    again = f"--template {template}" if template != CUSTOM else "config.data.custom_template"
-    return [f"chat template {template!r}: the format cannot store it; to-jax sets it again with {again}"]
+    if data.template not in (default.template, TOKENIZER):
+        again = f"--template {data.template}" if data.template != CUSTOM else "config.data.custom_template"
+        lost = [f"chat template {data.template!r}: the format cannot store it; to-jax sets it again with {again}"]
+    others = [key for key in ("system", "image_position") if data[key] != default[key]]
+    return lost + [f"config.data.{key} = {data[key]!r}: the format cannot store it" for key in others]
 
 
 def check_run(run: Path, stored: StoredParams, config: VoCoConfig, format_name: str) -> None:
@@ -147,10 +151,18 @@ def named_tensors(
 
 def set_chat_template(tokenizer, encoder: Encoder) -> None:
     """Give the tokenizer the run's prompt as a chat template, unless its own renders the same."""
-    with contextlib.suppress(UserError):
-        if tokenizer.chat_template and read_chat_template(tokenizer.chat_template, tokenizer) == encoder.template:
-            return
-    tokenizer.chat_template = write_chat_template(encoder)
+    own = tokenizer.chat_template
+    if not own or encoder.system is not None or not _is_alike(own, tokenizer, encoder.template):
+        tokenizer.chat_template = write_chat_template(encoder)
+
+
+def _is_alike(own: str, tokenizer, template: ChatTemplate) -> bool:
+    """Whether a chat template is the one that a run's was read from, by this version or an earlier one."""
+    try:
+        read = read_chat_template(own, tokenizer)
+    except UserError:
+        return CHAT_TEMPLATES.get(named_alike(own, tokenizer) or "") == template
+    return template in (read, dataclasses.replace(read, with_system="", keeps_newlines=False))
 
 
 def add_image_token(tokenizer, model_config: VoCoConfig) -> int:

@@ -9,16 +9,17 @@ from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.chat_templates import CUSTOM
+from voco_jax.chat_templates import CHAT_TEMPLATES, TOKENIZER
 from voco_jax.config import default_config, load_config, save_config, vision_preset
-from voco_jax.convert.chat_templates import chat_template_of, image_token_of, read_chat_template
+from voco_jax.convert.chat_templates import chat_template_of, image_token_of
 from voco_jax.convert.families import BY_OURS
 from voco_jax.convert.findings import Findings, listing
 from voco_jax.convert.gguf_files import gguf_tokenizer
 from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
 from voco_jax.convert.sources import Source
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
-from voco_jax.data.from_config import make_model_config, set_processor
+from voco_jax.data.from_config import TODAY, make_model_config, set_processor, set_template
+from voco_jax.data.template_reader import marks_turns, named_alike, read_chat_template
 from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
@@ -33,7 +34,7 @@ class Options:
     """`dtype` None: as stored. `voco_init`: rows of added tokens are random ('normal') or the mean of all ('mean').
 
     `num_voco_tokens` None: 1, or 0 with compressor 'none', which makes plain LLaVA. `vocab_multiple`: zeros pad the
-    vocabulary to a multiple of it, so that it can be sharded. `template` None: plain LLaVA keeps its chat template.
+    vocabulary to a multiple of it, so that it can be sharded. `template`: `choose_template`.
     `vision`: the preset whose dimensions a vision tower has that is drawn; None: CLIP ViT-L/14's at 336 pixels.
     """
 
@@ -110,7 +111,7 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
         raise UserError(f"--vision {options.vision}: expected a vision tower to draw, found {found}")
     tokenizer, tokens = load_source_tokenizer(source, tokenizer_dir)
     config = run_config(source, len(tokenizer), options, destination)
-    warnings = set_template(config.data, source, tokenizer, options)
+    warnings = choose_template(config.data, source, tokenizer, options)
     model_config = make_model_config(config, tokenizer)
     _, ours = abstract_model(model_config)
     missing = [part for part in ours if part not in source.parts()]
@@ -139,27 +140,42 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
         return source.notes + warnings + findings.finish(source.path)
 
 
-def set_template(data: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
-    """Set the run's prompt: that of VoCo training, or for plain LLaVA that of the source's chat template. Returns
-    warnings."""
-    found = chat_template_of(source.path, tokenizer)
+def choose_template(data: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
+    """Set the run's prompt: the one asked for; else the source's chat template, of plain LLaVA, and of a language model
+    whose turns begin with control tokens; else that of VoCo training. Returns warnings.
+
+    UserError where the chat template is asked for, and cannot be followed.
+    """
+    found, asked = chat_template_of(source.path, tokenizer), options.template
     if found is not None:
         tokenizer.chat_template = found[0]  # stored with the tokenizer, for `to-hf`
-    if options.template is not None or not options.is_llava:
-        data.template = options.template or data.template
+    if asked not in (None, TOKENIZER):
+        data.template = asked
         return []
-    data.template = "llava_v1"
+    if options.is_llava:
+        data.template = "llava_v1"
     if found is None:
+        if asked == TOKENIZER:
+            raise UserError(f"--template {TOKENIZER}: {source.path}: no chat template")
         return []
-    text, file = found
-    hint = f"the prompt is {data.template}'s; --template chooses another"
+    (text, file), image_token = found, image_token_of(source.path)
     try:
-        template = read_chat_template(text, tokenizer, image_token_of(source.path))
+        template = read_chat_template(text, tokenizer, image_token)
     except UserError as error:
-        return [f"{file}: a chat template that cannot be followed ({error}): {hint}"]
-    data.template = CUSTOM
-    data.custom_template.update({key: getattr(template, key) for key in data.custom_template})
-    return [f"{file}: the chat template has a date in it: today's is kept"] if "strftime_now" in text else []
+        alike, reason = named_alike(text, tokenizer, image_token), f"a chat template that cannot be followed ({error})"
+        if asked == TOKENIZER:
+            hint = alike or f"one of {', '.join(CHAT_TEMPLATES)}"
+            raise UserError(f"--template {TOKENIZER}: {file}: {reason}; --template {hint} is another") from None
+        data.template = alike or data.template
+        how = ", which asks a first question alike" if alike else ""
+        return [f"{file}: {reason}: the prompt is {data.template}'s{how}; --template chooses another"]
+    if asked is None and not (options.is_llava or marks_turns(template, tokenizer)):
+        return []
+    set_template(data, template)
+    said = (
+        [] if options.is_llava or asked else [f"{file}: the prompt is this chat template's; --template voco_v1: VoCo's"]
+    )
+    return said + ([f"{file}: {TODAY}"] if "strftime_now" in text else [])
 
 
 def has_voco_row(source: Source, voco: int) -> bool:

@@ -6,8 +6,9 @@ One image in the first human turn, wherever it stands there, gives the released 
     <s> image \\n <voco>×K \\n {system}{user}What is this?{assistant} A bus.</s>{user}…
 
 What stands before the first `<voco>` belongs to the compress stream (see `models/voco.py`), the rest to the read
-stream. With more images, or one in a later turn, every image stays where it stands, with a newline after its VoCo
-tokens. All other newlines of a conversation with images are dropped, as they are in the released code.
+stream. With more images, or one in a later turn, or with `image_position` 'text', every image stays where it stands,
+with a newline after its VoCo tokens. All other newlines of a conversation with images are dropped, as they are in the
+released code; a template of control tokens keeps them. BOS, where the tokenizer has one, is the first token of all.
 
 Plain LLaVA (compressor 'none' without VoCo tokens) has every image and newline where the text has them:
 
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from voco_jax.chat_templates import EOS, ChatTemplate
+from voco_jax.chat_templates import EOS, SYSTEM, ChatTemplate
 from voco_jax.data.control_tokens import ControlTokens, Piece
 from voco_jax.data.records import NO_ANSWER, WRONG_FORM
 from voco_jax.data.tokenizer import VOCO_TOKEN, PromptIds, prompt_ids
-from voco_jax.data.turns import IMAGE, ConversationError, Marker, Parts, check_turns, parse, text_of
+from voco_jax.data.turns import IMAGE, ConversationError, Marker, Parts, check_turns, parse, split_system, text_of
 
 if TYPE_CHECKING:  # seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +66,9 @@ class Encoder:
     num_voco_tokens: K, VoCo tokens an image in the text. num_visual_tokens: M, places an image takes in the read
     stream. compressed: whether those places are the VoCo tokens themselves (M = K; two streams) or stand before them
     (LLaVA and external compressors, where everything is in the read stream). verbatim: text, newlines and images stay
-    as and where they are: plain LLaVA.
+    as and where they are: plain LLaVA. system: the system text of conversations without their own (None: the
+    template's). image_position: where the only image of a conversation stands, in its first question: before all text
+    ('front'), or where its 'text' has it.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -74,6 +77,8 @@ class Encoder:
     num_visual_tokens: int
     compressed: bool
     verbatim: bool = False
+    system: str | None = None
+    image_position: str = "front"
     ids: PromptIds = dataclasses.field(init=False, repr=False, compare=False)
     _texts: ChatTemplate = dataclasses.field(init=False, repr=False, compare=False)  # with the tokenizer's tokens
     _control_tokens: ControlTokens = dataclasses.field(init=False, repr=False, compare=False)
@@ -85,6 +90,8 @@ class Encoder:
             raise ValueError("compressed images take as many places as they have VoCo tokens")
         if self.verbatim and (self.compressed or self.num_voco_tokens):
             raise ValueError("verbatim text has no VoCo tokens")
+        if self.system is not None and not self.template.with_system:
+            raise ValueError("the template has no place for a system text")
         eos = self.tokenizer.eos_token
         texts: dict[str, Any] = {
             name: text.replace(EOS, eos)
@@ -92,6 +99,11 @@ class Encoder:
             if isinstance(text, str)
         }
         template = dataclasses.replace(self.template, **texts)
+        bos = self.tokenizer.bos_token
+        if not self.verbatim and bos and template.system.startswith(bos) and bos not in template.user:
+            # It is no turn's: the first token of all, which may stand before an image
+            first = {name: getattr(template, name).removeprefix(bos) for name in ("system", "with_system")}
+            template = dataclasses.replace(template, **first)
         control_tokens = ControlTokens(self.tokenizer, template.texts)
         object.__setattr__(self, "ids", prompt_ids(self.tokenizer))
         object.__setattr__(self, "_texts", template)
@@ -117,14 +129,17 @@ class Encoder:
         A last human turn without answer makes a prompt, which ends in the template's `assistant`.
         Every other answer ends in the token that ends it, a label too. Raises ConversationError.
         """
+        system, turns = split_system(turns)
         values = check_turns(turns, num_images)
         if self.template.plain:
-            pieces = self._plain(values)
+            pieces = self._plain(values, system)
         else:
-            pieces = self.dialogue(values)
+            pieces = self.dialogue(values, system)
             if self.verbatim:
                 return self._tokenize_verbatim(pieces, num_images)
-        if num_images and not (self.template.plain and not self.num_voco_tokens):
+        if self.template.keeps_newlines:
+            pieces = _without_newline_after_images(pieces)
+        elif num_images and not (self.template.plain and not self.num_voco_tokens):
             pieces = [p if isinstance(p, Marker) else p._replace(text=p.text.replace("\n", "")) for p in pieces]
         return self._tokenize(pieces, num_images)
 
@@ -140,31 +155,45 @@ class Encoder:
         """The prompt that asks a question about images which stand before it."""
         return self.encode([{"from": "human", "value": self.question(question, num_images)}], num_images)
 
-    def dialogue(self, values: list[Parts]) -> list[Piece | Marker]:
-        """The turns with the template's text around them."""
+    def dialogue(self, values: list[Parts], system: str | None = None) -> list[Piece | Marker]:
+        """The turns with the template's text around them; `system`: the conversation's own system text."""
         for i, parts in enumerate(values):
             if not text_of(parts):
                 reason = f"turn {i} ({'gpt' if i % 2 else 'human'}): expected text beside {IMAGE.value}, found none"
                 raise ConversationError(reason, NO_ANSWER if i % 2 else WRONG_FORM)
         t = self._texts
         pieces: list[Piece | Marker] = []
-        if not self.verbatim and values[0].count(IMAGE) == sum(parts.count(IMAGE) for parts in values) == 1:
+        only = values[0].count(IMAGE) == sum(parts.count(IMAGE) for parts in values) == 1
+        if only and self.image_position == "front" and not self.verbatim:
             values = [(text_of(values[0]),), *values[1:]]
             pieces.append(IMAGE)
-        pieces.append(Piece(t.system, is_prompt=True))
+        pieces += self._before_first(self.system if system is None else system)
         asks = len(values) % 2 == 1
         stop = self._stop or ("" if asks else self.tokenizer.eos_token)
         for i, parts in enumerate(values):
             if i % 2 == 0:
-                pieces += [Piece(t.user, is_prompt=True), *_said(parts), Piece(t.assistant, is_prompt=True)]
+                before = (t.user if i else "") + ("" if parts[0] is IMAGE else t.without_images)
+                pieces += [Piece(before, is_prompt=True), *_said(parts), Piece(t.assistant, is_prompt=True)]
                 continue
             pieces += [Piece(t.answer, True, True), *_said(parts, True), Piece(stop, True, True)]
             if i < len(values) - 1:
                 pieces.append(Piece(t.end.removeprefix(self._stop or ""), is_prompt=True))
         return [piece for piece in pieces if isinstance(piece, Marker) or piece.text]
 
-    def _plain(self, values: list[Parts]) -> list[Piece | Marker]:
+    def _before_first(self, system: str | None) -> list[Piece | Marker]:
+        """The system text, the template's own or another, and what stands before a question."""
+        t = self._texts
+        if system is None:
+            return [Piece(t.system + t.user, is_prompt=True)]
+        if not t.with_system:
+            raise ConversationError("a system turn: the chat template has no place for one")
+        before, _, after = t.with_system.partition(SYSTEM)
+        return [Piece(before, is_prompt=True), Piece(system), Piece(after, is_prompt=True)]
+
+    def _plain(self, values: list[Parts], system: str | None) -> list[Piece | Marker]:
         images = values[0].count(IMAGE)
+        if system is not None:
+            raise ConversationError("a system turn: the plain template has no place for one")
         if len(values) != 2 or not images:
             raise ConversationError("the plain template expects one turn with <image> and one caption")
         return [*[IMAGE] * images, *_said(values[1], True), Piece("\n", True, True)]
@@ -190,6 +219,8 @@ class Encoder:
                 continue
             ids, is_label = self._control_tokens.encode(chunk)
             before = [*self.ids.prefix_ids]
+            if before and ids[:1] == before and chunk[0].is_prompt:  # the template's first turn begins with this token
+                before = []
             if i > 0:
                 before = [] if self.compressed else [self.ids.pad_token_id] * self.num_visual_tokens
                 slot_index += range((i - 1) * self.num_visual_tokens, i * self.num_visual_tokens)
@@ -232,6 +263,16 @@ class Encoder:
         own = self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id]
         has_bos = isinstance(first, Piece) and own and first.text.startswith(self.tokenizer.bos_token)
         return self.ids.prefix_ids if own and not has_bos else ()
+
+
+def _without_newline_after_images(pieces: list[Piece | Marker]) -> list[Piece | Marker]:
+    """An image's VoCo tokens have a newline after them already."""
+    return [
+        piece._replace(text=piece.text.removeprefix("\n"))
+        if isinstance(piece, Piece) and not piece.is_prompt and i and isinstance(pieces[i - 1], Marker)
+        else piece
+        for i, piece in enumerate(pieces)
+    ]
 
 
 def _said(parts: Parts, is_label: bool = False) -> list[Piece | Marker]:

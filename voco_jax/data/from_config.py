@@ -2,10 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from voco_jax.chat_templates import ChatTemplate, get_chat_template
+from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate, get_chat_template
 from voco_jax.config import typed
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor
+from voco_jax.data.template_reader import chat_template_text, named_alike, read_chat_template
 from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models import build
@@ -78,14 +79,28 @@ def set_processor(config: ConfigDict, processor: ImageProcessor) -> None:
 
 
 def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Encoder:
-    """The prompt rules of a config for the kind of visual tokens its model has."""
+    """The prompt rules of a config for the kind of visual tokens its model has.
+
+    UserError for a template of control tokens that the tokenizer lacks, and for a system text that has no place in it.
+    """
+    template, name = template_of(config), config.data.template
+    known = tokenizer.get_added_vocab()
+    if name in CHAT_TEMPLATES and (missing := [token for token in template.control_tokens if token not in known]):
+        raise UserError(
+            f"config.data.template: {name!r} needs a tokenizer with the token {missing[0]!r}; this one has none"
+        )
+    if config.data.system is not None and not template.with_system:
+        key = "; config.data.custom_template.with_system says where" if name in (CUSTOM, TOKENIZER) else ""
+        raise UserError(f"config.data.system: template {name!r} has no place for a system text{key}")
     return Encoder(
         tokenizer=tokenizer,
-        template=template_of(config),
+        template=template,
         num_voco_tokens=model_config.num_voco_tokens if model_config.compressor_class.has_voco_tokens else 0,
         num_visual_tokens=model_config.num_visual_tokens,
         compressed=model_config.has_compress_stream,
         verbatim=is_llava(config),
+        system=config.data.system,
+        image_position=config.data.image_position,
     )
 
 
@@ -99,9 +114,43 @@ def reads_whole(config: ConfigDict, teacher: ConfigDict) -> bool:
     the same text, VoCo tokens included. If not, it needs rows of its own."""
     has_slots = make_model_config(config, None).compress_length > 0
     has_voco_tokens = COMPRESSORS[teacher.model.compressor].has_voco_tokens and not is_llava(teacher)
-    return has_slots and has_voco_tokens and template_of(config) == template_of(teacher)
+    ours, theirs = (
+        (template_of(one), one.data.system, one.data.image_position) for one in (config, teacher)
+    )  # fmt: skip
+    return has_slots and has_voco_tokens and ours == theirs
 
 
 def template_of(config: ConfigDict) -> ChatTemplate:
     """The text around a conversation's turns."""
     return get_chat_template(config.data.template, config.data.custom_template)
+
+
+def take_template(config: ConfigDict, tokenizer) -> list[str]:
+    """Write the tokenizer's own chat template into a config that asks for it and has it not yet. Returns warnings.
+
+    UserError for a tokenizer without one, and for one that cannot be followed.
+    """
+    data = config.data
+    if data.template != TOKENIZER or template_of(config) != ChatTemplate():
+        return []
+    key, name = f"config.data.template: {TOKENIZER!r}", tokenizer.name_or_path or "this one"
+    text = chat_template_text(tokenizer)
+    if text is None:
+        raise UserError(f"{key}: expected a tokenizer with a chat template; {name} has none")
+    try:
+        template = read_chat_template(text, tokenizer)
+    except UserError as error:
+        alike = named_alike(text, tokenizer)
+        hint = f"{alike!r} asks a first question alike" if alike else f"name one of {', '.join(CHAT_TEMPLATES)}"
+        raise UserError(f"{key}: the chat template of {name} cannot be followed ({error}); {hint}") from None
+    set_template(data, template)
+    return [TODAY] if "strftime_now" in text else []
+
+
+TODAY = "the chat template has a date in it: today's is kept"
+
+
+def set_template(data: ConfigDict, template: ChatTemplate, name: str = TOKENIZER) -> None:
+    """Store a template, of no name in the table, in `config.data`."""
+    data.template = name
+    data.custom_template.update({key: getattr(template, key) for key in data.custom_template})

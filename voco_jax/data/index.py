@@ -34,7 +34,7 @@ from voco_jax.terminal import log_once
 CHUNK = 256  # records that a worker process looks at in one go
 WORTH_WORKERS = 10_000  # records; with fewer it takes longer to start the workers than to look at all
 KEPT_FROM = 5.0  # seconds; an index that took longer is kept in the cache directory
-VERSION = 6  # of the arrays' meaning: an older cache is made anew
+VERSION = 7  # of the arrays' meaning: an older cache is made anew
 
 
 _OF_CONVERSATIONS = ("conversations", "lengths", "digests", "answers")
@@ -228,11 +228,11 @@ def _cache_file(source: Source, maker: SampleMaker, directory: str | os.PathLike
     parts = (
         VERSION, source.fingerprint(), encoder.tokenizer.backend_tokenizer.to_str(), encoder.template,
         encoder.num_voco_tokens, encoder.num_visual_tokens, encoder.compressed, encoder.verbatim,
+        encoder.system, encoder.image_position,
         maker.row_length, maker.max_images, maker.sampling, maker.timestamps, maker.incomplete,
     )  # fmt: skip
-    # In the names of caches made earlier a ChatTemplate is called Template
-    text = repr(parts).replace(", ChatTemplate(", ", Template(", 1)
-    return Path(os.path.expanduser(directory)) / f"index-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Path(os.path.expanduser(directory)) / f"index-{digest[:24]}.npz"
 
 
 def _save(index: Index, file: Path) -> None:

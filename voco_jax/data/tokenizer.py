@@ -1,6 +1,6 @@
 """Tokenizers: any Hugging Face tokenizer, with one `<voco>` token; or a small one trained on the spot."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -126,8 +126,9 @@ def prompt_ids(tokenizer) -> PromptIds:
     )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """A byte-pair tokenizer of the texts, `<s>`, `</s>` and `<voco>` included; any text can be encoded.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, control_tokens: Sequence[str] = ()):
+    """A byte-pair tokenizer of the texts, `<s>`, `</s>`, `<voco>` and a template's `control_tokens` included; any text
+    can be encoded.
 
     For models trained from scratch. The same texts give the same tokenizer.
     """
@@ -138,7 +139,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>", VOCO_TOKEN],
+        special_tokens=["<pad>", "<s>", "</s>", VOCO_TOKEN, *control_tokens],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

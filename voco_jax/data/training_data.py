@@ -21,7 +21,14 @@ from voco_jax.data.augment import Augmentation
 from voco_jax.data.best_fit import PackShape
 from voco_jax.data.contents import contents_of
 from voco_jax.data.conversations import Encoder
-from voco_jax.data.from_config import check_elastic_k, make_encoder, make_model_config, make_processor, template_of
+from voco_jax.data.from_config import (
+    check_elastic_k,
+    make_encoder,
+    make_model_config,
+    make_processor,
+    take_template,
+    template_of,
+)
 from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, Loading, PackLoader
@@ -60,15 +67,17 @@ def open_training_data(
 ) -> TrainingData:
     """Look at the training set of a config, and plan its first epoch.
 
-    `run` is a directory whose tokenizer is taken, `shard` the packs of every batch that this process loads, `teacher`
-    the form of prompts in which batches have the conversations too. `log` gets lines about what was found. UserError
-    for what cannot be trained on.
+    A config that asks for the tokenizer's chat template gets it. `run` is a directory whose tokenizer is taken, `shard`
+    the packs of every batch that this process loads, `teacher` the form of prompts in which batches have the
+    conversations too. `log` gets lines about what was found. UserError for what cannot be trained on.
     """
     data = typed(config).data
     _check(data)
     check_elastic_k(config)
     sources, weights = open_sources(data, "train")
     tokenizer = make_tokenizer(config, sources, run)
+    for said in take_template(config, tokenizer):
+        log(f"data: {said}")
     model_config = make_model_config(config, tokenizer)
     maker = make_sample_maker(data, make_encoder(config, tokenizer, model_config))
     indices = make_indices(data, "train", sources, maker, log)
@@ -200,7 +209,7 @@ def make_tokenizer(config: ConfigDict, sources: Sequence[Source], run: Path | No
     texts = {text for source in sources for i in range(len(source)) for text in _texts(source, i)}
     template = template_of(config)
     prompts = (template.exchange(text, text) for text in sorted(texts))
-    return train_tokenizer(prompts, config.tokenizer.vocab_size)
+    return train_tokenizer(prompts, config.tokenizer.vocab_size, template.control_tokens)
 
 
 def _texts(source: Source, i: int) -> list[str]:

@@ -92,6 +92,31 @@ def spread_video(turns: Sequence[dict], frames: Sequence[str]) -> list[dict]:
     return spread
 
 
+def split_system(turns: Sequence[dict]) -> tuple[str | None, Sequence[dict]]:
+    """(system text of a conversation that begins with one, the turns after it); ConversationError for one that is none.
+
+    >>> split_system([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}])
+    ('Be brief.', [{'from': 'human', 'value': 'Why?'}])
+    """
+    if not isinstance(turns, Sequence) or not turns or not isinstance(turns[0], dict):
+        return None, turns
+    if turns[0].get("from") != "system":
+        return None, turns
+    text = turns[0].get("value")
+    if not isinstance(text, str) or not text.strip():
+        raise ConversationError(f"turn 0 (system): expected text, found {shortened(text) if text else 'none'}")
+    check_utf8(text, "turn 0 (system)")
+    if len(turns) == 1:
+        raise ConversationError("conversation: expected a human turn, found none")
+    return text, turns[1:]
+
+
+def check_utf8(text: str, where: str) -> None:
+    """ConversationError for half of a character."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConversationError(f"{where}: half of a surrogate pair, which is no text", NOT_UTF8)
+
+
 def check_turns(turns: Sequence[dict], num_images: int) -> list[Parts]:
     """What each turn says, from the first human one on, one by a human and one by the model in alternation.
 
@@ -120,8 +145,7 @@ def check_turns(turns: Sequence[dict], num_images: int) -> list[Parts]:
         if not parts or (not text.strip() and IMAGE not in parts):
             kind = NO_ANSWER if i % 2 else WRONG_FORM
             raise ConversationError(f"turn {i} ({turn['from']}): expected text, found none", kind)
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConversationError(f"turn {i} ({turn['from']}): half of a surrogate pair, which is no text", NOT_UTF8)
+        check_utf8(text, f"turn {i} ({turn['from']})")
         values.append(parts)
     found = sum(parts.count(IMAGE) for parts in values)
     if found != num_images:

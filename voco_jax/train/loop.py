@@ -110,6 +110,8 @@ def _set_up(config: ConfigDict) -> _Setup:
     resuming = check_workdir(workdir, config)
     if note := kept_values(asked, config, workdir) if resuming else other_pixels(config.init_from, config.data):
         log(note)
+    if config.data.template != asked.data.template:
+        log(f"config.data.template: {config.data.template!r}, as in {config.init_from}")
     mesh = make_mesh(config.mesh)
     # Whatever can be wrong with these shows itself before data is read, which may take minutes
     optimizer = make_optimizer(config)

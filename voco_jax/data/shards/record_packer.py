@@ -23,7 +23,7 @@ from voco_jax.data.records import (
 )
 from voco_jax.data.sources.array_records import pack_record
 from voco_jax.data.sources.roots import check_file, open_file, unread
-from voco_jax.data.turns import check_turns, spread_video
+from voco_jax.data.turns import check_turns, split_system, spread_video
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.io.paths import AnyPath
 
@@ -94,7 +94,8 @@ class RecordPacker:
 
 def check_conversations(record: Record) -> None:
     """BadRecord unless every conversation is one, with markers for the record's pictures or video."""
-    for turns in record.conversations:
+    for conversation in record.conversations:
+        _, turns = split_system(conversation)
         if record.video is None:
             check_turns(turns, len(record.images))
         else:
