@@ -139,8 +139,8 @@ def _change(config: ConfigDict, key: str, text: str) -> None:
 
 def _value(text: str, expected: Any) -> Any:
     """A text as a value of a type; ValueError, SyntaxError or KeyError where it is none."""
-    if expected is str:
-        return text
+    if expected in (str, str | None):
+        return None if text == "None" and expected is not str else text
     if expected is bool:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if expected in (int, float):

@@ -29,8 +29,9 @@ def chat_template_of(directory: Path, tokenizer) -> tuple[str, str] | None:
         raise UserError(f"{own}: cannot be read: {first_line(error)}") from None
     if older.exists():
         return _text(read_object(older).get("chat_template"), older), older.name
+    file = directory if directory.suffix == ".gguf" else directory / "tokenizer_config.json"
     found = chat_template_text(tokenizer)
-    return None if not found else (_text(found, directory / "tokenizer_config.json"), "tokenizer_config.json")
+    return None if not found else (_text(found, file), file.name)
 
 
 def image_token_of(directory: Path) -> str:

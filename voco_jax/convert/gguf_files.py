@@ -12,6 +12,7 @@ import numpy as np
 from voco_jax.convert.config_keys import check_numbers
 from voco_jax.convert.gguf_keys import ARCHITECTURES, keys_of, kinds_of
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
+from voco_jax.data.tokenizer import set_stop_ids
 from voco_jax.errors import UserError
 from voco_jax.io.files import SourceFile
 from voco_jax.io.tensors import Tensor, raw_tensor
@@ -241,7 +242,7 @@ def gguf_tokenizer(file: Path):
             raise UserError(f"{file}: tokenizer.ggml.{key}: expected a token's id below {len(tokens)}, found {i}")
         return None if i is None else tokens[i]
 
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=token("bos_token_id"),
         eos_token=token("eos_token_id"),
@@ -249,3 +250,6 @@ def gguf_tokenizer(file: Path):
         chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+    if token("eot_token_id") is not None:  # ends an answer too
+        set_stop_ids(tokenizer, (content["eot_token_id"],))
+    return tokenizer

@@ -24,7 +24,7 @@ from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import is_llava, make_encoder, make_processor
 from voco_jax.data.template_reader import named_alike, read_chat_template
-from voco_jax.data.tokenizer import save_tokenizer
+from voco_jax.data.tokenizer import save_tokenizer, set_stop_ids
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
 from voco_jax.io.safetensors import write_safetensors
@@ -50,9 +50,12 @@ def _to_hf(
     format, num_image_rows, tokens = WRITTEN[format_name], 0, set(tokenizer.get_vocab().values())
     if model_config.projector_layers == 1:
         format = LLAVA_LINEAR
+    encoder = make_encoder(config, tokenizer, model_config)
+    if encoder.stop_ids != (tokenizer.eos_token_id,):  # those that the source had, and the template's
+        set_stop_ids(tokenizer, tuple(dict.fromkeys([*tokenizer.origin.stop_ids, *encoder.stop_ids])))
     if format_name == "llava-hf":
         if is_llava(config):
-            set_chat_template(tokenizer, make_encoder(config, tokenizer, model_config))
+            set_chat_template(tokenizer, encoder)
         num_image_rows = add_image_token(tokenizer, model_config)
     findings = Findings()
     tensors = list(named_tensors(read, format, DTYPES[dtype] if dtype else None, findings, num_image_rows, tokens))

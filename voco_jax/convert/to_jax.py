@@ -18,9 +18,10 @@ from voco_jax.convert.gguf_files import gguf_tokenizer
 from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
 from voco_jax.convert.sources import Source
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
-from voco_jax.data.from_config import TODAY, make_model_config, set_processor, set_template
+from voco_jax.data.from_config import TODAY, make_encoder, make_model_config, set_processor, set_template
 from voco_jax.data.template_reader import marks_turns, named_alike, read_chat_template
-from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer
+from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer, set_stop_ids
+from voco_jax.data.tokenizer_files import stop_ids_of
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
 from voco_jax.io.tensors import DTYPES
@@ -98,6 +99,8 @@ def load_source_tokenizer(source: Source, given: Path | None):
     if place is None:
         raise UserError(f"{source.path}: no tokenizer inside; give one with --tokenizer DIR")
     tokenizer = gguf_tokenizer(place) if place.suffix == ".gguf" else load_tokenizer(place, add_voco=False)
+    if given is not None and (stop_ids := stop_ids_of(source.path, tokenizer.backend_tokenizer)):
+        set_stop_ids(tokenizer, stop_ids)  # the model's
     tokens = set(tokenizer.get_vocab().values())
     add_voco_token(tokenizer)
     return tokenizer, tokens
@@ -113,6 +116,7 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
     config = run_config(source, len(tokenizer), options, destination)
     warnings = choose_template(config.data, source, tokenizer, options)
     model_config = make_model_config(config, tokenizer)
+    make_encoder(config, tokenizer, model_config)  # raises for a template of other control tokens
     _, ours = abstract_model(model_config)
     missing = [part for part in ours if part not in source.parts()]
     if missing and ("llama" in missing or not options.init_missing):
@@ -172,9 +176,8 @@ def choose_template(data: ConfigDict, source: Source, tokenizer, options: Option
     if asked is None and not (options.is_llava or marks_turns(template, tokenizer)):
         return []
     set_template(data, template)
-    said = (
-        [] if options.is_llava or asked else [f"{file}: the prompt is this chat template's; --template voco_v1: VoCo's"]
-    )
+    told = f"{file}: the prompt is this chat template's; --template voco_v1 chooses that of the released code"
+    said = [] if options.is_llava or asked else [told]
     return said + ([f"{file}: {TODAY}"] if "strftime_now" in text else [])
 
 

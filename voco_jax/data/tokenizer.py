@@ -95,6 +95,11 @@ def add_voco_token(tokenizer) -> int:
     return tokenizer.convert_tokens_to_ids(VOCO_TOKEN)
 
 
+def set_stop_ids(tokenizer, stop_ids: tuple[int, ...]) -> None:
+    """What ends an answer beside the end-of-sequence token, for `prompt_ids` and for copies that are saved."""
+    tokenizer.origin = dataclasses.replace(getattr(tokenizer, "origin", NO_ORIGIN), stop_ids=stop_ids)
+
+
 def save_tokenizer(tokenizer, directory: Path) -> None:
     """Write a tokenizer for every version of transformers, the released code's of early 2024 included."""
     named = {key: getattr(tokenizer, key) for key in tokenizer_files.NAMED}

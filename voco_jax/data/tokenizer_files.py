@@ -35,10 +35,10 @@ _DEFAULTS = {
     "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
-_CHAT_TEMPLATE = "chat_template.jinja"
+_CHAT_TEMPLATE, _GENERATION = "chat_template.jinja", "generation_config.json"
 # What a run's tokenizer is read from; and any other, which transformers may read
 OF_RUNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-           _CHAT_TEMPLATE, "config.json", "generation_config.json")  # fmt: skip
+           _CHAT_TEMPLATE, "config.json", _GENERATION)  # fmt: skip
 FILES = (*OF_RUNS, "vocab.json", "merges.txt")
 _NAMING = ("auto_map", "name_or_path", "_name_or_path")  # keys of configs, beside those that end with _file
 MOST = 2**26  # bytes of a file, 33 MB being the largest that is known (Gemma's)
@@ -114,13 +114,18 @@ def read(directory: Path, *, of_run: bool = False):
         raise UserError(f"{directory / 'tokenizer.json'}: not found")
     else:
         backend, named = _through_transformers(directory, named)
-    stop_ids = _stop_ids(directory)
+    stop_ids, stop_file = _stop_ids(directory)
     if not named.get("eos_token") and stop_ids:
         named["eos_token"] = backend.id_to_token(stop_ids[0])
     backend = _add_tokens(directory, backend, config, named)
-    # A config may have the default of its class, which is some word to this tokenizer
-    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    return backend, named, Origin(config, model, tuple(i for i in stop_ids if i in special))
+    return backend, named, Origin(config, model, _known(stop_ids, stop_file, backend))
+
+
+def stop_ids_of(directory: Path, backend) -> tuple[int, ...]:
+    """The ids that end an answer by a checkpoint's `generation_config.json`, for a tokenizer from elsewhere; UserError
+    for ids that it does not have."""
+    ids, file = _stop_ids(directory)
+    return _known(ids, file, backend) if file.name == _GENERATION else ()
 
 
 def edited(backend, edit: Callable[[dict], None]):
@@ -165,7 +170,7 @@ def write(directory: Path, backend, named: dict[str, str | None], origin: Origin
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     if origin.stop_ids:
-        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [*origin.stop_ids]}) + "\n")
+        (directory / _GENERATION).write_text(json.dumps({"eos_token_id": [*origin.stop_ids]}) + "\n")
     if origin.model is not None:
         (directory / "tokenizer.model").write_bytes(origin.model)
     if isinstance(chat_template, str):  # where transformers of 2025 and later look first
@@ -328,9 +333,9 @@ def _without_logs() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _stop_ids(directory: Path) -> tuple[int, ...]:
-    """The ids that end what the checkpoint generates, beside the tokenizer's own."""
-    for name in ("generation_config.json", "config.json"):
+def _stop_ids(directory: Path) -> tuple[tuple[int, ...], Path]:
+    """(the ids that end what the checkpoint generates, beside the tokenizer's own; the file that has them)."""
+    for name in (_GENERATION, "config.json"):
         fields = _optional(directory, name)
         text = fields.get("text_config")
         ids = fields.get("eos_token_id")
@@ -338,8 +343,18 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
             ids = text.get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if all(type(i) is int and 0 <= i <= _HIGHEST for i in ids):
-            return tuple(ids)
-    return ()
+            return tuple(ids), directory / name
+    return (), directory
+
+
+def _known(ids: tuple[int, ...], file: Path, backend) -> tuple[int, ...]:
+    """Those that are special tokens: a config may have the default of its class, which is some word to this tokenizer.
+    UserError for one of `generation_config.json` that is no token."""
+    unknown = next((i for i in ids if file.name == _GENERATION and backend.id_to_token(i) is None), None)
+    if unknown is not None:
+        raise UserError(f"{file}: eos_token_id: expected ids of the tokenizer's tokens, found {unknown}")
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    return tuple(i for i in ids if i in special)
 
 
 def _add_tokens(directory: Path, backend, config: dict, named: dict[str, str]):
