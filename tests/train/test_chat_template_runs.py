@@ -1,7 +1,6 @@
 """Runs with a tokenizer's own chat template: trained from a config, continued, and asked from memories."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +9,11 @@ from tests.data.test_chat_families import BRIEF, BRIEFLY, CHATML, SAID, turns
 from tests.helpers import tiny
 from tests.helpers.chat_families import tokenizer_files
 import voco_jax
+from voco_jax.checkpoint.resume import continued
+from voco_jax.checkpoint.run import load_run
+from voco_jax.checkpoint.workdir import check_workdir
 from voco_jax.config import load_config
 from voco_jax.data.packing import pack_row
-from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.infer.prompts import Prompt, score
 from voco_jax.models.voco import Read
 from voco_jax.train.loop import train
@@ -21,47 +22,43 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def qwen_run(tmp_path_factory):
-    """Of a tokenizer without BOS, trained for three steps, and for a fourth when the tokenizer's template is another."""
+def qwen(tmp_path_factory):
+    """(run, its config by the arguments): of a tokenizer without BOS, whose chat template is another since then."""
     directory = tmp_path_factory.mktemp("qwen")
     tokenizer = tokenizer_files(directory / "tokenizer", "qwen2.5")
-    changes = {
-        "tokenizer__source": tokenizer, "data__template": "tokenizer", "data__system": BRIEF,
-        "model__num_voco_tokens": 2, "train__checkpoint_every": 2, "optim__schedule": "constant",
-    }  # fmt: skip
-    train(tiny.config(directory / "run", **changes, train__steps=3))
-    stored = load_config(directory / "run" / "config.json")
-    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ 'none' }}"}))
-    train(tiny.config(directory / "run", **changes, train__steps=4))
-    shutil.rmtree(tokenizer)
-    return directory / "run", stored
+    config = tiny.config(
+        directory / "run", tokenizer__source=tokenizer, data__template="tokenizer", data__system=BRIEF,
+        model__num_voco_tokens=2, train__checkpoint_every=3, train__steps=3,
+    )  # fmt: skip
+    train(config)
+    fields = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(fields | {"chat_template": "{{ 'none' }}"}))
+    return directory / "run", config
 
 
-def test_the_template_is_the_runs_own(qwen_run):
-    run, stored = qwen_run
-    kept = load_config(run / "config.json")
-    assert kept.data.custom_template == stored.data.custom_template and kept.data.template == "tokenizer"
-    assert kept.data.custom_template.user == "<|im_start|>user\n" and kept.train.steps == 4
-    model = voco_jax.load(run)
-    assert model.run.model.config.prefix_ids == ()
-    encoder = model.run.encoder
+def test_the_template_is_the_runs_own(qwen):
+    run, config = qwen
+    stored = load_config(run / "config.json").data
+    assert stored.template == "tokenizer" and stored.custom_template.user == "<|im_start|>user\n"
+    assert config.data.custom_template != stored.custom_template == continued(config, run).data.custom_template
+    assert check_workdir(run, continued(config, run))  # it may go on
+    model = load_run(run)
+    assert model.model.config.prefix_ids == ()
+    encoder = model.encoder
     assert encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids) == ["<|im_end|>", "<|endoftext|>"]
-    asked = encoder.encode_question(SAID[0])
-    assert encoder.tokenizer.decode(asked.tokens) == f"<voco><voco>\n{BRIEFLY}{CHATML[0]}"
-    assert load_run_tokenizer(run).chat_template is not None
+    assert encoder.tokenizer.decode(encoder.encode_question(SAID[0]).tokens) == f"<voco><voco>\n{BRIEFLY}{CHATML[0]}"
 
 
-def test_a_memory_is_good_for_every_conversation(qwen_run, picture, tmp_path):
+def test_a_memory_is_good_for_every_conversation(qwen, picture, tmp_path):
     """No text is in it: compressed once, it gives the same bits in each, before and after others and from its file;
     and the numbers of the whole sequence, where the picture stands in its text too."""
-    model = voco_jax.load(qwen_run[0])
+    model = voco_jax.load(qwen[0])
     engine, encoder = model.engine, model.run.encoder
     memory = model.compress([picture])
     conversations = [
         encoder.encode(turns(f"<image>\n{SAID[0]}", *SAID[1:]), 1),
         encoder.encode(turns("Why <image> so?", "Because.", system="You know birds."), 1),
-        encoder.encode(turns("Hi", "Hello", f"<image>\n{SAID[0]}", SAID[1], system="Speak."), 1),
+        encoder.encode(turns("Hi", "Hello", f"<image>\n{SAID[0]}", SAID[1]), 1),
     ]
 
     def scores(images, order=(0, 1, 2)) -> dict[int, float]:
@@ -73,10 +70,10 @@ def test_a_memory_is_good_for_every_conversation(qwen_run, picture, tmp_path):
     model.save(memory, tmp_path / "one.voco")
     assert first == scores(model.open(tmp_path / "one.voco")) and len(set(first.values())) == 3
 
-    pixels = model.run.processor(model.run.processor.load(picture))[None, None]
+    row = pack_row(conversations, sum(map(len, conversations)))
+    pixels = model.run.processor(model.run.processor.load(picture))[None].repeat(3, axis=0)[None]
+    logits = np.asarray(model.run.model(Read(*(getattr(row, name)[None] for name in Read._fields)), pixels))[0]
+    logits = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     for i, sample in enumerate(conversations):
-        row = pack_row([sample], len(sample))
-        logits = np.asarray(model.run.model(Read(*(getattr(row, name)[None] for name in Read._fields)), pixels))[0]
-        logits = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-        labels = np.flatnonzero(sample.labels)
-        assert abs(logits[labels - 1, sample.tokens[labels]].sum() - first[i]) < 1e-4
+        labels = sum(map(len, conversations[:i])) + np.flatnonzero(sample.labels)
+        assert abs(logits[labels - 1, sample.tokens[sample.labels]].sum() - first[i]) < 1e-4
