@@ -11,6 +11,8 @@ from tools import convert_weights
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
+from voco_jax.infer.engine import Engine
+from voco_jax.infer.prompts import encode_prompt, generate
 from voco_jax.models.voco import Read
 
 pytestmark = pytest.mark.slow
@@ -62,3 +64,18 @@ def test_loss_on_a_sentence(smollm2):
     logits = logits - logits.max(-1, keepdims=True)
     picked = logits[np.arange(len(ids) - 1), ids[1:]]
     assert np.mean(np.log(np.exp(logits[:-1]).sum(-1)) - picked) < 2.6
+
+
+def test_its_own_prompt(smollm2):
+    """The chat template in the file, whose turns begin and end with control tokens: asked so, it answers and stops."""
+    encoder = smollm2.encoder
+    said = [{"from": "human", "value": "What is the capital of France?"}, {"from": "gpt", "value": "Paris."}]
+    sample = encoder.encode(said, 0)
+    assert encoder.tokenizer.decode(sample.tokens) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\nParis.<|im_end|>"
+    )
+    assert encoder.tokenizer.decode(sample.tokens[sample.labels]) == "Paris.<|im_end|>"
+    engine = Engine(smollm2.model, encoder)
+    (answer,) = generate(engine, [encode_prompt(engine, said[0]["value"])], max_new_tokens=16)
+    assert answer == "The capital of France is Paris."
