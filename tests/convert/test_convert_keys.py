@@ -392,19 +392,26 @@ def test_gguf_of_qwen(architecture, tmp_path):
 
 @pytest.mark.peer
 def test_gguf_tokenizer_of_qwen(tmp_path):
-    """Text is split as Qwen's own tokenizer does."""
-    tokens = [*bytes_to_unicode().values(), "Ġt", "he", "Ġthe", "ll", "'ll", "<|im_end|>"]
+    """Text is split as Qwen's own tokenizer does; it has no BOS, whatever the file names, and two stop tokens."""
+    tokens = [*bytes_to_unicode().values(), "Ġt", "he", "Ġthe", "ll", "'ll", "<|endoftext|>", "<|im_end|>"]
     merges = ["Ġ t", "h e", "Ġt he", "l l", "' ll"]
-    kinds = [int(gguf.TokenType.NORMAL)] * (len(tokens) - 1) + [int(gguf.TokenType.CONTROL)]
+    kinds = [int(gguf.TokenType.NORMAL)] * (len(tokens) - 2) + [int(gguf.TokenType.CONTROL)] * 2
     writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "qwen2")
     writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("qwen2"), writer.add_eos_token_id(len(tokens) - 1)
+    (
+        writer.add_bos_token_id(len(tokens) - 2),
+        writer.add_eot_token_id(len(tokens) - 2),
+        writer.add_chat_template("{{ 1 }}"),
+    )
     writer.add_token_list(tokens), writer.add_token_merges(merges), writer.add_token_types(kinds)
     writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 32), np.float32))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     ours = gguf_tokenizer(tmp_path / "x.gguf")
+    assert (ours.bos_token, ours.chat_template) == (None, "{{ 1 }}")
+    assert ours.origin.stop_ids == (len(tokens) - 2,)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     theirs = transformers.Qwen2TokenizerFast(vocab=vocabulary, merges=[tuple(m.split(" ")) for m in merges])
-    theirs.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    theirs.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", "<|im_end|>"]})
     for text in (
         "The 1234 they'll see.\n\n  Äpfel\u0308 (the) <|im_end|> 二二\t\r\n end ",
         "the'LL 'll don't  the",

@@ -11,7 +11,11 @@ from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTempl
 from voco_jax.config import default_config
 from voco_jax.data.conversations import ConversationError, Encoder
 from voco_jax.data.from_config import make_encoder, make_model_config, set_template, take_template, template_of
+from voco_jax.data.records import Record
+from voco_jax.data.samples import SampleMaker
+from voco_jax.data.shards.record_packer import check_conversations
 from voco_jax.data.template_reader import marks_turns, named_alike, read_chat_template
+from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 
 SAID = "What is it?", "A bus.", "Red?", "No."
@@ -261,6 +265,20 @@ def test_a_system_text_in_the_released_prompt(small_tokenizer):
         Encoder(small_tokenizer, CHAT_TEMPLATES["plain"], 2, 2, compressed=True).encode(
             turns("<image>", "a cat", system=BRIEF), 1
         )
+
+
+def test_a_record_with_a_system_turn():
+    """In training, as a question of evaluation, and on its way into shards."""
+    record = Record(conversations=[turns(*SAID[:2], system=BRIEF), turns(SAID[0], SAID[1])])
+    maker = SampleMaker(encoder_of("qwen3"), 0, 1, FrameSampling(1))
+    asked = f"{CHATML[0]}<think>\n\n</think>\n\n"
+    for conversation, begin in enumerate((BRIEFLY, USER)):
+        sample, prompt = maker.sample(record, conversation, None).sample, maker.prompt(record, conversation, None)
+        assert text_of("qwen3", prompt) == f"{begin}{asked}"
+        assert text_of("qwen3", sample) == f"{begin}{asked}{CHATML[1]}"
+    check_conversations(record)
+    with pytest.raises(ConversationError, match=r"turn 0 \(system\): expected text"):
+        check_conversations(Record(conversations=[turns(*SAID[:2], system=" ")]))
 
 
 def test_which_templates_mark_turns():

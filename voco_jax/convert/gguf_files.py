@@ -38,7 +38,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 # Known keys that differ from another known key by one character
-_OTHERS = {f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")}
+_OTHERS = {"tokenizer.ggml.eom_token_id"}
 _SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # of our config
 # How text is split before byte pairs are merged. smollm: digits one by one, then as GPT-2; qwen2: llama.cpp's pattern
 _PRE_TOKENIZERS = ("smollm", "qwen2")
@@ -242,9 +242,11 @@ def gguf_tokenizer(file: Path):
             raise UserError(f"{file}: tokenizer.ggml.{key}: expected a token's id below {len(tokens)}, found {i}")
         return None if i is None else tokens[i]
 
+    # Qwen has none; what its files name is the default of its config.json
+    has_bos = content["pre"] != "qwen2" or content.get("add_bos_token") is True
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        bos_token=token("bos_token_id"),
+        bos_token=token("bos_token_id") if has_bos else None,
         eos_token=token("eos_token_id"),
         pad_token=token("padding_token_id"),
         chat_template=fields.get("tokenizer.chat_template"),

@@ -34,7 +34,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
             ".attention.value_length .attention.sliding_window .rope.dimension_count "
             ".rope.scaling.original_context_length .expert_count .expert_used_count .pooling_type "
             ".leading_dense_block_count tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id "
-            "tokenizer.ggml.padding_token_id",
+            "tokenizer.ggml.eot_token_id tokenizer.ggml.padding_token_id",
         ),
         (
             _NUMBER,
@@ -47,7 +47,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
         (
             _TEXT,
             "general.architecture general.type .rope.scaling.type .tensor_data_layout tokenizer.ggml.model "
-            "tokenizer.ggml.pre",
+            "tokenizer.ggml.pre tokenizer.chat_template",
         ),
         (("a list of texts", _is_list_of(str)), "tokenizer.ggml.tokens tokenizer.ggml.merges"),
         (("a list of numbers", _is_list_of(float)), "tokenizer.ggml.scores"),
