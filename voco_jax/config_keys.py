@@ -124,6 +124,10 @@ class DataConfig:
         "white", "transparent parts become white; or 'drop': show their stored colours (LLaVA)",
         on_load="told", earlier="drop",
     )  # fmt: skip
+    image_grid: int = key(
+        1, "from 2 on a picture is looked at as a whole and in so many rows and columns of tiles, each an image",
+        low=1, below=9, on_load="told", earlier=1,
+    )  # fmt: skip
     processor: ProcessorConfig = key(
         ProcessorConfig(), "the rest of what makes pixel values: voco_jax/data/images.py",
         on_load="told", earlier=DEFAULT,

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -85,7 +86,8 @@ class JSONRows(Target):
             for i in range(min(len(source), 50)):
                 try:
                     record = source[i]
-                    self.maker.load_images(record, self.maker.frame_times(record), lambda picture: picture)
+                    unopened = SimpleNamespace(load=lambda picture, on_warning: picture)
+                    self.maker.load_images(record, self.maker.frame_times(record), unopened)
                 except BadRecord:
                     pass
 

@@ -65,6 +65,7 @@ def make_processor(config: ConfigDict) -> ImageProcessor:
             transparency=data.transparency,
             max_pixels=data.limits.picture_pixels,
             max_side=data.limits.picture_side,
+            grid=data.image_grid,
             **fields,
         )
     except ValueError as error:

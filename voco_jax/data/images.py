@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from voco_jax.data.picture_headers import asks_too_much
-from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture
+from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture, views_of
 from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.io.paths import as_path
 
@@ -63,6 +63,7 @@ class ImageProcessor:
     pad_color: grey levels of red, green and blue around a padded picture; `()` for the mean colour.
     transparency: 'white' shows what is transparent on white, 'drop' shows the colours that are stored behind it.
     max_pixels, max_side: of a larger picture nothing is read.
+    grid: from 2 on a picture is looked at several times, as a whole and in grid × grid tiles (`views`).
     """
 
     size: int = 336
@@ -77,6 +78,7 @@ class ImageProcessor:
     transparency: str = "drop"
     max_pixels: int = MAX_PIXELS
     max_side: int = MAX_SIDE
+    grid: int = 1
 
     def __post_init__(self):
         """ValueError for a value that cannot be, under the name of its key in `config.data`."""
@@ -93,6 +95,8 @@ class ImageProcessor:
         )
         sound = len(self.std) == 3 and all(0 < value < math.inf for value in self.std)
         _check("processor.image_std", sound, "3 numbers above 0", self.std)
+        tiles_alike = self.grid == 1 or (self.do_resize and not self.resize_to)
+        _check("image_grid", tiles_alike, "1 with processor.resize_to or without do_resize", self.grid)
         _check("processor.rescale_factor", 0 < self.rescale_factor < math.inf, "above 0", self.rescale_factor)
         if self.aspect_ratio == "pad":
             sound = len(self.colour) == 3 and all(0 <= level <= 255 for level in self.colour)
@@ -103,9 +107,38 @@ class ImageProcessor:
         """Grey levels around a padded picture."""
         return self.pad_color or tuple(int(value * 255) for value in self.mean)
 
+    @property
+    def views(self) -> tuple[tuple[int, int, int], ...]:
+        """What is looked at of a picture, as `Picture.tile` names it."""
+        return views_of(self.grid)
+
     def load(self, picture: PictureLike, on_warning: Callable[[str], None] | None = None) -> Image.Image:
-        """`load_image`, with transparency as this processor wants it."""
-        return load_image(picture, on_warning, self.transparency, self.max_pixels, self.max_side)
+        """`load_image`, with transparency as this processor wants it; of a `Picture` its tile."""
+        image = load_image(picture, on_warning, self.transparency, self.max_pixels, self.max_side)
+        tile = picture.tile if isinstance(picture, Picture) else None
+        return image if tile is None else self.cut(image, tile)
+
+    def cut(self, image: Image.Image, tile: tuple[int, int, int]) -> Image.Image:
+        """A tile of an RGB picture, padded or cropped as `square` does it, before it is resized."""
+        row, column, n = tile
+        if n == 1:
+            return image
+        if self.aspect_ratio == "pad":
+            image = pad_to_square(image, self.colour)
+        left, top, (width, height) = 0, 0, image.size
+        if self.aspect_ratio == "crop":
+            side = min(image.size)
+            left, top, width, height = (width - side) // 2, (height - side) // 2, side, side
+        across, down = ([size * i // n for i in range(n + 1)] for size in (width, height))
+        right, bottom = max(across[column + 1], across[column] + 1), max(down[row + 1], down[row] + 1)
+        return image.crop((left + across[column], top + down[row], left + right, top + bottom))
+
+    def squares(self, picture: PictureLike) -> list[np.ndarray]:
+        """`square` of each of a picture's `views`, or of the tile that a `Picture` is."""
+        image = self.load(picture)
+        if isinstance(picture, Picture) and picture.tile is not None:
+            return [self.square(image)]
+        return [self.square(self.cut(image, tile)) for tile in self.views]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """`pixel_values` [size, size, 3], float32, of an RGB picture."""

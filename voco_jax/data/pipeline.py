@@ -4,10 +4,9 @@ The batches have a fixed shape; threads and worker processes load them. A batch 
 number of hosts, workers and threads. So that number is the whole state of the iterator, and a run can go on anywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -111,12 +110,9 @@ class PackLoader(grain.transforms.Map):
                     raise BadRecord(TOO_LONG, "conversation: has more images than when the index was made")
                 if images is None:  # all of an item have the same; the first that can be read gives them
                     warned: list[str] = []
-                    load = functools.partial(self.processor.load, on_warning=warned.append)
-                    images = self.maker.load_images(record, times, load)
+                    images = self.maker.load_images(record, times, self.processor, warned.append, self._change(p))
                     for kind in warned:
                         report.add_warned(kind, source.where(p.record))
-                    if self.augmentation.changes_pictures:
-                        images = [self.augmentation(image, self._rng(p)) for image in images]  # all frames alike
                     images_of = sample.num_images
                 if sample.num_images != images_of:
                     raise BadRecord(TOO_LONG, "conversation: has other images than when the index was made")
@@ -133,6 +129,12 @@ class PackLoader(grain.transforms.Map):
         except BadRecord as error:
             report.add_warned(error.kind, f"{self.sources[p.source].where(p.record)}: {error}")
             return None
+
+    def _change(self, p: PackedExample) -> Callable[[Image.Image], Image.Image] | None:
+        """What augmentation makes of a picture; all frames of a clip are changed alike."""
+        if not self.augmentation.changes_pictures:
+            return None
+        return lambda image: self.augmentation(image, self._rng(p))
 
     def _rng(self, p: PackedExample) -> np.random.Generator:
         return np.random.default_rng((self.plan.seed, p.epoch, p.source, p.record))

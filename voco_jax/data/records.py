@@ -50,8 +50,17 @@ class Encoded:
         return self.name or str(self.file)
 
 
+@dataclasses.dataclass(frozen=True)
 class Picture(Encoded):
-    """An encoded picture."""
+    """An encoded picture, or a tile of it: (row, column, n) of n × n; (0, 0, 1) is all of it."""
+
+    tile: tuple[int, int, int] | None = None
+
+
+def views_of(grid: int) -> tuple[tuple[int, int, int], ...]:
+    """What is looked at of a picture, by `Picture.tile`: all of it, and from `grid` 2 on its tiles, row by row."""
+    tiles = ((row, column, grid) for row in range(grid) for column in range(grid))
+    return ((0, 0, 1), *(tiles if grid > 1 else ()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.data.conversations import Encoder, Sample
+from voco_jax.data.images import ImageProcessor
 from voco_jax.data.packing import truncate
 from voco_jax.data.records import (
     NO_ANSWER,
@@ -129,16 +130,23 @@ class SampleMaker:
         return Sampled(kept, len(sample) - len(kept), answers)
 
     def load_images(
-        self, record: Record, times: np.ndarray | None, load: Callable[[Picture], Image.Image]
-    ) -> list[Image.Image]:
-        """The record's pictures, or its video's frames at `times`, in RGB; BadRecord for what cannot be read.
-
-        `load` opens a picture: `ImageProcessor.load`.
-        """
-        if record.video is None or times is None:
-            return [load(picture) for picture in record.images]
-        video = self._clip(record.video) if isinstance(record.video, Clip) else record.video
-        return read_frames(video, times)
+        self, record: Record, times: np.ndarray | None, processor: ImageProcessor,
+        on_warning: Callable[[str], None] | None = None, change: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
+        """The record's pictures, or tiles of them, or its video's frames at `times`, in RGB; BadRecord for what cannot
+        be read. `change` is made of whole pictures and frames: tiles of one are changed alike."""
+        change = change or (lambda image: image)
+        if record.video is not None and times is not None:
+            video = self._clip(record.video) if isinstance(record.video, Clip) else record.video
+            return [change(frame) for frame in read_frames(video, times)]
+        images: list[Image.Image] = []
+        opened: tuple[Picture, Image.Image] | None = None  # tiles of a picture follow each other
+        for picture in record.images:
+            whole = dataclasses.replace(picture, tile=None)
+            if opened is None or opened[0] != whole:
+                opened = whole, change(processor.load(whole, on_warning))
+            images.append(opened[1] if picture.tile is None else processor.cut(opened[1], picture.tile))
+        return images
 
 
 def _text_of(turns) -> tuple:

@@ -4,7 +4,7 @@ The first question of each conversation is answered (greedily) and compared with
 the conversation's answers, in nats a token, as training has it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from voco_jax.api import Model
-from voco_jax.data.records import BadRecord, Picture, Source
+from voco_jax.data.images import ImageProcessor
+from voco_jax.data.records import BadRecord, Source
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.turns import first_question, text_of
@@ -62,7 +63,7 @@ def score_conversations(
     cannot be used, or none can.
     """
     images, report = model.image_encoder, Report()
-    cache = ImageCache(images, tokens=tokens)
+    cache = ImageCache(images, tokens=tokens, in_views=False)
     engine = model.engine if tokens is None else model.engine.for_tokens(tokens)
     encoder = engine.encoder
     data, limits, key = model.run.config.data, model.run.config.eval, f"config.data.test.{name}"
@@ -75,7 +76,7 @@ def score_conversations(
         with tqdm(total=count, unit="record", desc=f"evaluating {name}".strip(), mininterval=0.5) as bar:
             for i in range(count):
                 # Questions are read before those that are asked with them are answered
-                of_record = _read(maker, source, i, images.processor.load, report, len(answers) < SHOWN)
+                of_record = _read(maker, source, i, images.processor, report, len(answers) < SHOWN)
                 report.check(data.max_skipped_fraction, count, name=key)
                 yield from of_record
                 bar.update()
@@ -143,7 +144,7 @@ def _truths(source: Source, count: int) -> set[str]:
 
 
 def _read(
-    maker: SampleMaker, source: Source, i: int, load: Callable[[Picture], Image.Image], report: Report, shown: bool
+    maker: SampleMaker, source: Source, i: int, processor: ImageProcessor, report: Report, shown: bool
 ) -> list[Question[_Asked]]:
     """A record's conversations that can be asked; the report hears of all."""
     if (read := maker.read(source, i, report)) is None:
@@ -161,7 +162,7 @@ def _read(
     if not usable:
         return []
     try:
-        pictures = maker.load_images(record, times, load)
+        pictures = maker.load_images(record, times, processor)
     except BadRecord as error:
         for _ in usable:
             report.add_skipped(error, where)

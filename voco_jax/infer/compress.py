@@ -114,6 +114,9 @@ def compress_to_file(
     then is kept. TryAgain where another process writes the file.
     """
     images.require_memories()
+    if images.processor.grid > 1:
+        expected = "expected 1, for a file with one memory a picture"
+        raise UserError(f"{images.name}: config.data.image_grid: {expected}; found {images.processor.grid}")
     try:
         Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: no path at all

@@ -18,7 +18,7 @@ import warnings
 import numpy as np
 
 from voco_jax.data.images import PictureLike
-from voco_jax.data.records import BadRecord, Clip, Encoded, Frames
+from voco_jax.data.records import BadRecord, Clip, Encoded, Frames, Picture
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 from voco_jax.infer.image_encoder import ImageEncoder
@@ -44,12 +44,14 @@ class _Found:
 class ImageCache:
     """Encoded images by their content; `directory` is for memories, not embeddings.
 
-    `tokens` of each are read, of the K that are kept. `compressed` counts images that the model has been given.
+    `tokens` of each are read, of the K that are kept. Pictures are looked at in the views of the run's processor; where
+    not `in_views`, they are such views already, or frames. `compressed` counts images that the model has been given.
     """
 
     def __init__(
         self, images: ImageEncoder, *, tokens: int | None = None, sampling: FrameSampling | None = None,
         host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
+        in_views: bool = True,
     ):  # fmt: skip
         if not (c := images.engine.config).has_compress_stream:
             for name, value in (("tokens", tokens), ("cache", directory)):
@@ -58,7 +60,7 @@ class ImageCache:
                     raise UserError(f"{name}: {images.name} {expected}")
         check_tokens("tokens", tokens, images.num_voco_tokens)
         self.images, self.compressed = images, 0
-        self._tokens, self._sampling = tokens, sampling or images.sampling
+        self._tokens, self._sampling, self._in_views = tokens, sampling or images.sampling, in_views
         self._host_bytes, self._batch_size = host_bytes, batch_size
         self._kept: OrderedDict[str, EncodedImages] = OrderedDict()  # one image each, the oldest first
         self._kept_bytes = 0
@@ -134,6 +136,8 @@ class ImageCache:
         """A view's images, and their squares by key; none where a file is known and what is in it kept."""
         file = view.file if isinstance(view, Encoded) else view if isinstance(view, str | os.PathLike) else None
         stamp = None if file is None else _stamp(file)
+        if stamp is not None and isinstance(view, Picture):
+            stamp = (*stamp, view.tile)
         if not anew and stamp in self._files and all(map(self._has, self._files[stamp].keys)):
             return self._files[stamp], {}
         if isinstance(view, _VIDEO):
@@ -141,8 +145,8 @@ class ImageCache:
             squares = list(frames)
             items = [Item(str(view), time=float(time)) for time in times]
         else:
-            squares = [self.images.square(view)]
-            items = [Item("" if file is None else str(file))]
+            squares = self.images.processor.squares(view) if self._in_views else [self.images.square(view)]
+            items = [Item("" if file is None else str(file))] * len(squares)
         keys = [hashlib.sha256(np.ascontiguousarray(square).data).hexdigest() for square in squares]
         found = _Found(keys, items)
         if stamp is not None:
@@ -247,7 +251,7 @@ class _Directory:
 
 def _identity(view: View) -> tuple:
     if isinstance(view, Encoded):
-        return (type(view), str(view.file), view.data)
+        return (type(view), str(view.file), view.data, view.tile if isinstance(view, Picture) else None)
     return ("file", os.fspath(view)) if isinstance(view, str | os.PathLike) else ("object", id(view))
 
 

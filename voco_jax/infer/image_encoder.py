@@ -51,14 +51,20 @@ class ImageEncoder:
     def encode_images(
         self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32
     ) -> EncodedImages:  # fmt: skip
-        """Of one image or several: files, bytes, PIL images or arrays (see `data.images.load_image`).
+        """Of one image or several: files, bytes, PIL images or arrays (see `data.images.load_image`). Each becomes as
+        many as the processor has `views`.
 
         BadRecord (a UserError) names an image that cannot be read.
         """
         several = [cast(PictureLike, pictures)] if is_picture(pictures) else cast(Iterable[PictureLike], pictures)
         local = [local_path(p) if isinstance(p, str) else p for p in several]
-        items = [Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("") for p in local]
-        return self.encode_pixels((self.square(p) for p in local), items, batch_size)
+        items = [
+            Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("")
+            for p in local
+            for _ in (self.processor.views if getattr(p, "tile", None) is None else (p,))
+        ]
+        squares = (square for p in local for square in self.processor.squares(p))
+        return self.encode_pixels(squares, items, batch_size)
 
     def encode_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,

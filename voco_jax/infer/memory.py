@@ -309,7 +309,7 @@ def fingerprint(
 # what held before. Those memories stay readable.
 _ADDED_LATER = {
     "resize_to": (), "do_resize": True, "resample": "bicubic", "rescale_factor": 1 / 255, "pad_color": (),
-    "transparency": "drop", "max_pixels": MAX_PIXELS, "max_side": MAX_SIDE,
+    "transparency": "drop", "max_pixels": MAX_PIXELS, "max_side": MAX_SIDE, "grid": 1,
     "rope_type": "llama3", "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0, "truncate": True,
     "qkv_bias": False, "qk_norm": False, "sliding_window": 0,
     "further_layers": (), "class_token": True, "patch_bias": False, "pre_layernorm": True, "hidden_act": "quick_gelu",

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from voco_jax.data.conversations import Sample
-from voco_jax.data.turns import VIDEO, spread_video
+from voco_jax.data.turns import IMAGE, VIDEO, spread_video
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError
 from voco_jax.infer.engine import GREEDY, Engine, GeneratedAnswer, Score, Visual, bucket
@@ -46,6 +46,8 @@ def encode_prompt(
     """
     check_question(question)
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
+    if interleaved and images is not None and not images.is_video and question.count(IMAGE.value) < count:
+        question = question.replace(IMAGE.value, IMAGE.value * engine.num_views)  # a marker a picture
     turns: list[dict] = [{"from": "human", "value": question}]
     if images is not None and images.is_video and not (interleaved and VIDEO.value not in question):
         turns = turns if interleaved else [{"from": "human", "value": (VIDEO, f"\n{question}")}]

@@ -230,7 +230,7 @@ class Evaluator:
         if len(prompt) + room > self._max_positions:
             raise BadRecord(TOO_LONG, f"a question of {len(prompt)} tokens and {room} for the answer")
         tokens = tokenizer(truth, add_special_tokens=False).input_ids
-        images = loader.maker.load_images(record, times, loader.processor.load)
+        images = loader.maker.load_images(record, times, loader.processor)
         pixels = np.zeros((len(images), loader.processor.size, loader.processor.size, 3), np.uint8)
         for i, image in enumerate(images):
             pixels[i] = loader.processor.square(image)

@@ -12,6 +12,7 @@ from voco_jax.data.sources.array_records import ArrayRecordSource
 from voco_jax.data.sources.easyvqa import EasyVqaSource
 from voco_jax.data.sources.llava import LlavaSource, VideoQuestionSource
 from voco_jax.data.sources.tfds import TfdsSource
+from voco_jax.data.sources.tiled import TiledSource
 from voco_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _OF_JSON_ROWS = ("llava", "video_qa")  # which take `data.limits.row_bytes` too
 def open_sources(data: "DataConfig", key: str) -> tuple[list[Source], list[float]]:
     """The sources of `config.data.<key>` (train or test), by name, and their weights; UserError names what is wrong.
 
-    Of the rest of `config.data` only `limits` is read.
+    Of the rest of `config.data` only `limits` and `image_grid` are read.
     """
     from voco_jax.config_keys import SOURCE_KEYS  # here, as worker processes import this module, and need no flax
 
@@ -51,6 +52,8 @@ def open_sources(data: "DataConfig", key: str) -> tuple[list[Source], list[float
             sources.append(SOURCES[keys.kind](**arguments, **limits))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if data.image_grid > 1:
+            sources[-1] = TiledSource(sources[-1], data.image_grid)
         weights.append(keys.weight)
     if not sources:
         raise UserError(f"config.data.{key}: expected at least one source, found none")
