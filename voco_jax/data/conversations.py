@@ -261,8 +261,8 @@ class Encoder:
     def _prefix_of_text(self, first: Piece | Marker) -> tuple[int, ...]:
         """BOS where the tokenizer puts it before a text; not a second one where the text begins with it."""
         own = self.tokenizer("x").input_ids[:1] == [self.tokenizer.bos_token_id]
-        begins = isinstance(first, Piece) and first.is_prompt
-        has_bos = begins and own and first.text.startswith(self.tokenizer.bos_token)
+        text = first.text if isinstance(first, Piece) and first.is_prompt else ""
+        has_bos = own and text.startswith(self.tokenizer.bos_token)
         return self.ids.prefix_ids if own and not has_bos else ()
 
 

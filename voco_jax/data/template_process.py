@@ -29,12 +29,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     seconds = math.ceil(time.process_time()) + SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    rendered = []
+    rendered: list[list] = []
     for messages, asks in asked["conversations"]:
         try:
-            (text,), spans = render_jinja_template([messages], add_generation_prompt=asks, **options)
-            text, error = (text, None) if len(text) <= LONGEST else (None, f"it gives {len(text)} characters")
-            rendered.append([text, spans[0] if spans else [], error])
+            texts, spans = render_jinja_template([messages], add_generation_prompt=asks, **options)
+            if len(texts[0]) > LONGEST:
+                rendered.append([None, [], f"it gives {len(texts[0])} characters"])
+            else:
+                rendered.append([texts[0], spans[0] if spans else [], None])
         except MemoryError:
             rendered.append([None, [], "it takes too much memory"])
         except Exception as error:  # of Jinja, or what the template itself raises

@@ -84,7 +84,7 @@ def _read(render: "_Renderer", tokenizer) -> ChatTemplate:
         system=begin.removesuffix(user), user=user, assistant=assistant, answer=between.removeprefix(assistant),
         end=end.replace(eos, EOS), with_system=render.with_system(), keeps_newlines=True,
     )  # fmt: skip
-    template = dataclasses.replace(template, **render.images(asked, template, tokenizer))
+    template = render.with_images(template, tokenizer)
     for count in _COUNTS:
         for images in _IMAGES:
             ours, theirs = _ours(tokenizer, template, count, images), render(WORDS[:count], images)
@@ -189,8 +189,9 @@ class _Renderer:
         form = forms.pop()
         return form if rest and not forms and form.count(SYSTEM) == 1 else ""
 
-    def images(self, asked: str, template: ChatTemplate, tokenizer) -> dict[str, str]:
-        """The texts for each image before a question, after all of them, and in their place."""
+    def with_images(self, template: ChatTemplate, tokenizer) -> ChatTemplate:
+        """The template with its texts for each image before a question, after all of them, and in their place."""
+        asked = WORDS[0]
         begin, rest = template.system + template.user, asked + template.assistant
         with_images = [self([asked], n) for n in (1, 2)]
         same = os.path.commonprefix([begin, *with_images])
@@ -204,11 +205,13 @@ class _Renderer:
         special = ControlTokens(tokenizer).ids.keys() - {IMAGE.value}
         if any(token in one for token in special):
             raise UserError(f"an image before a question: expected {IMAGE.value} and text, found {one!r}")
-        texts = {"image": image, "after_images": one.removeprefix(image), "without_images": without}
         with_system = template.with_system
         if without and with_system:
             with_system = with_system.removesuffix(without) if with_system.endswith(without) else ""
-        return {"user": user.removesuffix(without), "with_system": with_system, **texts}
+        return dataclasses.replace(
+            template, user=user.removesuffix(without), with_system=with_system, image=image,
+            after_images=one.removeprefix(image), without_images=without,
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)  # one that is refused is asked for again, to find one that is alike
