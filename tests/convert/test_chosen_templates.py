@@ -88,6 +88,7 @@ def test_stop_tokens_go_along(tmp_path):
             load()
 
 
+@pytest.mark.slow
 def test_there_and_back(tmp_path, convert):  # noqa: F811
     """A language model with control tokens: its stop tokens are in the export, which makes a run with its prompt."""
     tokenizer = load_tokenizer(DATA / "llama_tokenizer")
