@@ -52,8 +52,8 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath, tokenizer)
     config that asks for others."""
     config, default = config.copy_and_resolve_references(), default_config()
     with config.unlocked():
-        keys = "llama", "vision", "projector_layers", "projector_bias"
-        _take_over(config.model, run.model, default.model, keys, name)
+        of_model = "llama", "vision", "projector_layers", "projector_bias"
+        _take_over(config.model, run.model, default.model, of_model, name)
         if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
             keys = "aspect_ratio", "transparency", "processor"
             _take_over(config.data, run.data, default.data, keys, name, "config.data")

@@ -1,6 +1,6 @@
 """Which vision tower is of which family: by the `model_type` of its config, by its name, and by its switches."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ class VisionFamily(Protocol):
     KEYS: Keys
     NOT_READ: str  # a pattern of tensors of a whole model that are not the tower's
     HEAD: str  # a pattern of the tower's own tensors that no feature depends on; '' for none
-    SWITCHES: Mapping[str, bool]  # of `ViTConfig`
+    SWITCHES: dict[str, bool]  # of `ViTConfig`
 
     def from_hf(self, fields: dict, file: Path, ignored: Collection[str] = (), **selected: Any) -> ViTConfig:
         """The config for fields of config.json; `selected`: ViTConfig's choices of features. UserError for what is not
