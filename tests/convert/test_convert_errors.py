@@ -128,8 +128,8 @@ def other_model(source):
 def other_vision_model(source):
     (source / "vision_tower").unlink()
     (source / "vision_tower").mkdir()
-    (source / "vision_tower" / "config.json").write_text('{"model_type": "siglip_vision_model"}')
-    return "model_type: expected 'clip_vision_model' or 'clip', found 'siglip_vision_model'"
+    (source / "vision_tower" / "config.json").write_text('{"model_type": "dinov2"}')
+    return "model_type: expected 'clip_vision_model' or 'clip' or 'siglip_vision_model' or 'siglip', found 'dinov2'"
 
 
 def no_projector(source):
@@ -260,7 +260,7 @@ CONFIG_FAULTS = {
     "other_projector": (
         "mm_projector_type",
         "cabstractor",
-        "config.json: mm_projector_type: expected mlp2x_gelu, linear, mlp1x_gelu; found 'cabstractor'",
+        "config.json: mm_projector_type: expected mlp2x_gelu, mlp3x_gelu, linear, mlp1x_gelu; found 'cabstractor'",
     ),
     "projector_of_one_layer": (
         "mm_projector_type",
