@@ -21,6 +21,11 @@ class Window(NamedTuple):
         return (distance < self.size)[:, None]
 
 
+def window_of(size: int, positions: jax.Array) -> Window | None:
+    """A window over read rows of these positions [R, T]; None where there is none (0), or no row is longer."""
+    return Window(size, positions) if 0 < size < positions.shape[1] else None
+
+
 def refuse(adapter: str, window: Window | int | None) -> None:
     """ValueError for a window (None, 0: there is none), in adapters whose kernel has none."""
     if window:

@@ -145,8 +145,9 @@ def apply_adapter(
             )
         place[kind] = tensor
     adapted = [*modules, *(config.get("modules_to_save") or ())]
-    if tied and (found := [name for name in adapted if str(name).endswith(("embed_tokens", "lm_head"))]):
-        raise UserError(f"{path}: {found[0]}: adapters of tied embeddings are not read (tie_word_embeddings)")
+    of_vocabulary = [name for name in adapted if str(name).endswith(("embed_tokens", "lm_head"))]
+    if tied and of_vocabulary:
+        raise UserError(f"{path}: {of_vocabulary[0]}: adapters of tied embeddings are not read (tie_word_embeddings)")
     replace(tensors, names, whole, path)
     problems = []
     for module, matrices in modules.items():

@@ -32,7 +32,8 @@ def main() -> None:
     rendered: list[list] = []
     for messages, asks in asked["conversations"]:
         try:
-            texts, spans = render_jinja_template([messages], add_generation_prompt=asks, **options)
+            found: tuple = render_jinja_template([messages], add_generation_prompt=asks, **options)  # type: ignore
+            texts, spans = found
             if len(texts[0]) > LONGEST:
                 rendered.append([None, [], f"it gives {len(texts[0])} characters"])
             else:

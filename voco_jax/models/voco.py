@@ -38,7 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from voco_jax.attention import get_adapter
-from voco_jax.attention.windows import Window
+from voco_jax.attention.windows import window_of
 from voco_jax.models.compressors import COMPRESSORS, EMBEDDINGS, KEYS_AND_VALUES
 from voco_jax.models.config import VoCoConfig
 from voco_jax.models.llama import Llama, apply_rope, rope_tables
@@ -257,7 +257,7 @@ class VoCoLlama(nnx.Module):
             compress_rope = rope_tables(c.llama, jnp.arange(compress.rows.shape[1]) % S)
         if read is not None and compressed:
             read_rope = rope_tables(c.llama, read.positions)
-            window = self._window(read.positions)
+            window = window_of(c.llama.sliding_window, read.positions)
         if whole is not None:
             c.check_whole(whole.positions.shape[1], whole.images.shape[1])
             whole_rope = rope_tables(c.llama, whole.positions)
@@ -379,7 +379,8 @@ class VoCoLlama(nnx.Module):
             slot_index = None if slot_index is None else write(empty, slot_index, places)
             positions = jnp.broadcast_to(jnp.arange(capacity), empty.shape)
             segment_ids = (positions <= given.max(axis=1, keepdims=True)).astype(jnp.int32)
-        rope, window = rope_tables(self.config.llama, positions), self._window(positions)
+        rope = rope_tables(self.config.llama, positions)
+        window = window_of(self.config.llama.sliding_window, positions)
 
         def body(layer, carry, index):
             x, *cached = carry
@@ -404,11 +405,6 @@ class VoCoLlama(nnx.Module):
         if whole_rows:
             x = jnp.take_along_axis(x, jnp.maximum(given, 0)[..., None], axis=1)
         return x, Cache(*cached)
-
-    def _window(self, positions: jax.Array) -> Window | None:
-        """That of read rows [R, T], where the language model has one and rows are longer."""
-        size = self.config.llama.window(positions.shape[1])
-        return Window(size, positions) if size else None
 
     def _reads_whole_rows(self, tokens: int, places: int) -> bool:
         """Whether so many tokens are read as whole rows of the cache, together with what is there already.
