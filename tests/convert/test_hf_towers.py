@@ -30,6 +30,8 @@ from voco_jax.models import presets
 from voco_jax.models.vit import ViTConfig
 from voco_jax.models.voco import VoCoConfig
 
+pytestmark = pytest.mark.peer
+
 SIDE, PATCH, GRID = 31, 9, 3  # a rest of four pixels, which no patch has
 TOWER = dict(
     hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=SIDE, patch_size=PATCH
@@ -65,7 +67,6 @@ CASES = {
 }
 
 
-@pytest.mark.peer
 @pytest.mark.parametrize("case", CASES)
 def test_llava(case, tmp_path, tokenizer, convert):  # noqa: F811
     """Features and logits; and back: the same bytes, but for the head that pools SigLIP's features."""
@@ -125,7 +126,6 @@ TILED = {
 }
 
 
-@pytest.mark.peer
 @pytest.mark.parametrize("kind", TILED)
 def test_models_of_tiles(kind, tmp_path, tokenizer, convert):  # noqa: F811
     """Language model, tower and projector of LLaVA-NeXT and LLaVA-OneVision, and their view of the whole picture."""
@@ -168,7 +168,6 @@ def test_models_of_tiles(kind, tmp_path, tokenizer, convert):  # noqa: F811
     assert status == 0, out
 
 
-@pytest.mark.peer
 def test_the_last_hidden_state_is_before_the_last_norm():
     """In transformers, whose numbers we follow: SigLIP's, as CLIP's."""
     tower = randomized(transformers.SiglipVisionModel(siglip()))
@@ -178,7 +177,6 @@ def test_the_last_hidden_state_is_before_the_last_norm():
     assert (made.hidden_states[-1] - made.last_hidden_state).abs().max() > 0.1
 
 
-@pytest.mark.peer
 @pytest.mark.parametrize("kind", ["SigLIP", "CLIP"])
 def test_parts(kind, tmp_path, tokenizer, convert):  # noqa: F811
     """A whole SigLIP or CLIP, of which only the tower is read, and a projector of three layers (mlp3x_gelu).
@@ -276,7 +274,6 @@ def test_towers_that_are_refused(fields, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.peer
 @pytest.mark.parametrize("name", ["siglip2-base-16-256", "siglip2-so400m-14-384"])
 def test_siglip_2_of_fixed_resolution_is_siglip(name):
     """As the hub has it: what a config leaves out is transformers' default."""

@@ -8,7 +8,6 @@ import re
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
-import torch
 
 from tools import convert_weights
 from voco_jax.api import Model
@@ -124,6 +123,7 @@ RELATIVES = {"Qwen3 and SigLIP": ("qwen3", "siglip_vision_model"), "Mistral and 
 @pytest.mark.parametrize("models", RELATIVES)
 def test_all_parameters_of_converted_relatives(models, questions, tmp_path, monkeypatch):
     """Random models of transformers' classes, converted, and trained from there."""
+    import torch
     import transformers
 
     said = [turn["value"] for row in json.loads(questions.read_text()) for turn in row["conversations"]]
