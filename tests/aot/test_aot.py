@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
@@ -16,7 +18,8 @@ from voco_jax.aot.report import advice, make_report, render
 from voco_jax.config import default_config, source, sources
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
-from voco_jax.parallel.chips import CHIPS
+from voco_jax.parallel.chips import CHIPS, topology_devices
+from voco_jax.parallel.mesh import AXES
 
 CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
 
@@ -25,7 +28,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "easyvqa.py"
     ("arguments", "message"),
     [
         ([], "--topology=CHIP:SHAPE is missing, for example --topology=v5e:8x8"),
-        (["--topology=v5e:8"], "--topology: expected a chip of v5e, v5p, v6e and a shape, for example v5e:2x2,"),
+        (["--topology=v5e:8"], "--topology: expected a chip of v5e, v5p, v6e, tpu7x and a shape, for example v5e:2x2,"),
         (["--topology=v5e:2x2", "--step=fly"], "train, compress, read, decode|train|compress|read|decode"),
         (["--topology=v5e:2x2", "--fast"], "fast"),
         (["--topology=v5e:2x2", "more"], "'more' is not an option; options: --help, --config,"),
@@ -52,13 +55,17 @@ class Small:
     compress_tokens: int = 30
 
 
-def small_program(mesh, rows: int) -> Small:
+FSDP = P("fsdp")
+
+
+def small_program(mesh, rows: int, weights: P = FSDP) -> Small:
     def step(x, w):
         return jnp.tanh(x @ w)
 
-    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-    shapes = ((rows, 1024), (1024, 1024))
-    return Small(jax.jit(step), tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spec) for shape in shapes))
+    def array(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    return Small(jax.jit(step), (array((rows, 1024), FSDP), array((1024, 1024), weights)))
 
 
 ABOUT = {"step": "train", "chips": 4, "compile_seconds": 1.0, "jax": "0", "libtpu": "0"}
@@ -94,12 +101,35 @@ def test_what_the_compiler_lets_through_may_still_be_too_large(tpu_mesh):
 
 
 @pytest.mark.tpu_compile
-def test_too_large(tpu_mesh):
-    program = small_program(tpu_mesh, 2**25)  # 16 GiB a device come in, and as much goes out
+@pytest.mark.parametrize(
+    ("topology", "gib"), [("v5e:2x2", 16), ("v5p:2x2x1", 96), ("v6e:2x2", 32), ("tpu7x:2x2x1", 96)]
+)
+def test_too_large(topology, gib):
+    """A device's HBM is the compiler's own number."""
+    chip, devices = topology_devices(topology)
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1, 1), AXES)
+    program = small_program(mesh, len(devices) * gib * 2**19)  # so many GiB a device come in, and as much goes out
     with pytest.raises(DoesNotFit) as found:
-        compile_step(program, tpu_mesh, CHIPS["v5e"])
-    assert found.value.needed > 16 * 2**30 > found.value.available > 15 * 2**30
-    assert argument_bytes(program) == pytest.approx(16 * 2**30, rel=1e-3)
+        compile_step(program, mesh, chip)
+    assert found.value.needed > gib * 2**30 > found.value.available == chip.hbm_bytes > 0.95 * gib * 2**30
+    assert argument_bytes(program) == pytest.approx(gib * 2**30, rel=1e-3)
+
+
+@pytest.mark.tpu_compile
+def test_a_chip_of_two_devices():
+    """Four chips of tpu7x: each device does its rows at half of the chip's peak."""
+    chip, devices = topology_devices("tpu7x:2x2x1")
+    assert len(devices) == 4 * chip.devices_per_chip and {device.device_kind for device in devices} == {"TPU7x"}
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(1, -1, 1, 1), AXES)
+    program = small_program(mesh, 8 * 4096, weights=P())
+    compiled, _ = compile_step(program, mesh, chip)
+    report = make_report(program, compiled, chip, len(devices))
+    assert report["program_flops"] == 8 * program.model_flops
+    low, high = report["step_seconds"]
+    assert report["mfu"] == pytest.approx([program.model_flops / (4 * 2307e12 * s) for s in (high, low)])  # of 4 chips
+    assert program.model_flops / (2307e12 / 2) < report["classes"]["matmul"][0] <= low
+    text = render(ABOUT | report, "headline")
+    assert "of 94.75" in text and f"tokens/s a chip       {(4096 + 30) / high / 4:>9,.0f}" in text
 
 
 def test_advice():
@@ -161,6 +191,21 @@ def test_the_image_stage_on_sixteen_chips(monkeypatch, capsys):
     sent = {collective["kind"]: collective["bytes"] for collective in report["collectives"]}
     gathered = 2 * 4 * (4 * 512 * 512 + 3 * 512 * 1408) / 2 * 2 * 7 / 8
     assert gathered < sent["all-gather"] < 1.25 * gathered
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_the_command_counts_chips(monkeypatch, capsys):
+    """And shares the work among their devices, two each."""
+    sizes = ["--config.data.row_length=64", "--config.data.rows_per_pack=1", "--config.data.batch_size=8"]
+    arguments = [f"--config={CONFIG}", *sizes, "--step=decode", "--topology=tpu7x:1x1x1"]
+    status, output, error = run_main(aot, monkeypatch, capsys, *arguments)
+    assert (status, output.splitlines()[0].split(": ")[1]) == (
+        0,
+        "decode on tpu7x:1x1x1, 1 chips of 2 devices (mesh",
+    ), error
+    tokens = [line.rsplit("  ", 1)[1] for line in output.splitlines() if line.startswith("  tokens/s")]
+    assert len(tokens) == 2 and tokens[0] == tokens[1]  # of all chips, and of one
 
 
 def test_a_shape_that_the_data_choose(tmp_path, capsys):

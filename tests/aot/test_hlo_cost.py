@@ -200,6 +200,28 @@ def test_an_asynchronous_collective_counts_once():
     assert alone.exposed_seconds == alone.seconds == gathered.seconds
 
 
+def test_a_collective_that_the_sparsecores_run():
+    """As libtpu prints it for tpu7x, shortened; the other cores work on meanwhile."""
+    text = """%called (p: bf16[256,2048], t: token[]) -> bf16[2048,2048] {
+  %t = token[] parameter(1)
+  %p = bf16[256,2048]{1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %g = bf16[2048,2048] all-gather(%p), channel_id=4, replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}
+}, execution_thread="sparsecore"
+
+ENTRY %e (a: bf16[256,2048]) -> bf16[2048,2048] {
+  %a = bf16[256,2048]{1,0:T(16,128)(2,1)} parameter(0)
+  %b = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %c = token[] custom-call(%b), custom_call_target="PrepareAsyncCallDone"
+  %s = ((bf16[256,2048], token[]), bf16[2048,2048]) call-start(%a, %c), to_apply=%called
+  ROOT %d = bf16[2048,2048] call-done(%s)
+}"""
+    cost = estimate(text, CHIPS["tpu7x"])
+    (gathered,) = cost.collectives
+    assert (gathered.kind, gathered.count, gathered.bytes) == ("all-gather", 1, 7 * 256 * 2048 * 2)
+    assert (gathered.seconds, gathered.exposed_seconds) == (gathered.bytes / 600e9, 0)
+    assert not cost.left_out and not cost.copied_bytes
+
+
 @pytest.mark.parametrize(
     ("kind", "result", "sent"),
     [
@@ -264,9 +286,9 @@ def test_names_are_short():
     assert shorten("jit(step)/jvp(VoCo)/while/body/closed_call/cond/branch_1_fun/mul") == "fwd VoCo/mul"
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:8", "v5e:2x2x2", "v9:2x2", "v5p:4x4", "v5e:0x4"])
+@pytest.mark.parametrize("name", ["v5e", "v5e:8", "v5e:2x2x2", "v9:2x2", "v5p:4x4", "tpu7x:2x2", "v5e:0x4"])
 def test_a_topology_that_is_none(name):
-    with pytest.raises(UserError, match="--topology: expected a chip of v5e, v5p, v6e and a shape, .*; found"):
+    with pytest.raises(UserError, match="--topology: expected a chip of v5e, v5p, v6e, tpu7x and a shape, .*; found"):
         parse_topology(name)
 
 

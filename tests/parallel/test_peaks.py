@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from voco_jax.parallel.chips import CHIPS
 from voco_jax.parallel.peaks import peak_flops
 
 
@@ -38,3 +39,8 @@ def test_a_chip_that_is_split():
     assert peak_flops([device("TPU v4", num_cores=2)]) == 275e12
     assert peak_flops([device("TPU v4", num_cores=1)] * 2) == 275e12
     assert peak_flops([device("TPU7x", num_cores=1)] * 2) == 2307e12
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_clock_is_what_the_peak_makes_it(chip):
+    assert chip.flops_per_cycle * chip.clock_hz == pytest.approx(chip.peak_flops, rel=0.003)

@@ -83,19 +83,21 @@ def main() -> None:
     for line in lines:
         print(line, file=sys.stderr)
     assumed = "; ".join(lines) or None
+    num_chips = len(devices) // chip.devices_per_chip
     program = make_program(config, step, mesh, tokenizer)
     about: dict[str, object] = {
         "config": args.config,
         "step": step,
         "topology": topology,
-        "chips": len(devices),
+        "chips": num_chips,
+        "devices": len(devices),
         "mesh": dict(mesh.shape),
         "assumed": assumed,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
     }
     try:
-        with telling_time(f"compiling for {len(devices)} × {chip.name} …"):
+        with telling_time(f"compiling for {num_chips} × {chip.name} …"):
             compiled, seconds = compile_step(program, mesh, chip, options)
     except DoesNotFit as error:
         arguments = argument_bytes(program)
@@ -108,7 +110,8 @@ def main() -> None:
         sys.exit(1)
     report = about | {"compile_seconds": seconds} | make_report(program, compiled, chip, len(devices))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    headline = f"{about['config']}: {step} on {topology}, {len(devices)} chips (mesh: {axes})"
+    slice_ = f"{num_chips} chips" + (f" of {chip.devices_per_chip} devices" if chip.devices_per_chip > 1 else "")
+    headline = f"{about['config']}: {step} on {topology}, {slice_} (mesh: {axes})"
     print(json.dumps(report) if args.json else render(report, headline))
 
 

@@ -11,8 +11,8 @@ of another project, 16B on v5e-256 and 32B on v5p-128, the measured step lay bet
 **What is counted.** Instructions that the device executes one after the other: the entry computation's, loop bodies' ×
 their turns. A fusion counts by its own cycles, never by its inside's.
 `x-start`/`x-done` pairs (copies, slices, collectives) run beside the others and carry no cycles: bytes only. An
-`async-start` that wraps a whole computation is walked like a call, so that cycles found there are in A and B (no
-overlap assumed); the libtpu versions tried print none of that kind in these programs.
+`async-start` or `call-start` that wraps a whole computation is walked like a call, so that cycles found there are in A
+and B (no overlap assumed). On tpu7x the collectives are such calls, which the SparseCores run.
 
 **Conditionals.** The dearest branch counts.
 
@@ -28,6 +28,7 @@ on v6e). The softmax is not in this minimum.
 **Collectives.** Bytes that a device sends a step around a ring of n: all-gather and reduce-scatter (n−1)/n of the whole
 array, all-reduce twice that, all-to-all (n−1)/n of the device's own, collective-permute its operand. Time: these bytes
 over the chip's whole ICI bandwidth. It is a lower bound: a ring along one axis of the torus uses two of its links. It
+holds where a chip is two devices: a ring passes through both, and only one of them sends to another chip. The time
 is not in A or B: the compiler gives these no cycles. What is synchronous, with nothing running beside it, is exposed
 and lengthens the step; the rest does where it takes longer than the compute beside it.
 """
@@ -55,7 +56,10 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
     *("opt-barrier", "domain", "add-dependency"),
 }
-FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
+FREE_TARGETS = {
+    *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"),
+    *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
+}
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,10 @@ class _Walk:
                 ops += _scaled(self.ops(Frame(body, instruction, frame)), turns)
             elif instruction.opcode == "conditional":
                 ops += self.conditional(instruction, frame)
-            elif instruction.opcode in ("call", "async-start"):
+            elif instruction.opcode in ("call", "call-start", "async-start"):
                 called = self.module.computations[instruction.called("to_apply", "calls", "called_computations")[0]]
-                ops += self.ops(Frame(called, instruction, frame))
+                inside = self.ops(Frame(called, instruction, frame))
+                ops += inside if instruction.opcode == "call" else [replace(op, synchronous=False) for op in inside]
             elif instruction.opcode not in FREE:
                 ops += self.op(instruction, frame.computation)
         return ops

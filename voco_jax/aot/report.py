@@ -16,7 +16,7 @@ from voco_jax.parallel.chips import Chip
 GIB = 2**30
 
 
-def make_report(program: Program, compiled: Compiled, chip: Chip, num_chips: int) -> dict[str, Any]:
+def make_report(program: Program, compiled: Compiled, chip: Chip, num_devices: int) -> dict[str, Any]:
     """What `--json` prints of a step that fits: bytes and seconds; ranges are [lower, upper].
 
     UserError where the HLO cannot be read.
@@ -37,10 +37,10 @@ def make_report(program: Program, compiled: Compiled, chip: Chip, num_chips: int
         "compress_tokens": program.compress_tokens,
         "images": program.images,
         "model_flops": program.model_flops,
-        "program_flops": (cost.matmul_flops + cost.attention_flops) * num_chips,
+        "program_flops": (cost.matmul_flops + cost.attention_flops) * num_devices,
         "step_seconds": seconds,
         "tokens_per_second": [(program.tokens + program.compress_tokens) / s for s in reversed(seconds)],
-        "mfu": [program.model_flops / (s * num_chips * chip.peak_flops) for s in reversed(seconds)],
+        "mfu": [program.model_flops / (s * num_devices * chip.peak_flops) for s in reversed(seconds)],
         "classes": {kind: [cost.classes_b[kind], cost.classes_a[kind]] for kind in cost.classes_a},
         "attention_share": [cost.attention_seconds / s for s in reversed(seconds)],
         "dearest": [asdict(dear) for dear in cost.dearest[:10]],

@@ -1,8 +1,9 @@
 """TPU chips in numbers, and a topology's devices for compiling where there is no TPU.
 
 Peaks, HBM's speed and links are those of Google's pages on each generation (cloud.google.com/tpu/docs), HBM's size is
-what libtpu's own messages say of it. The clock is what the peak and the matrix units make it: 131,072 FLOP a cycle ×
-1.50 GHz = 197 TFLOP/s (v5e), 262,144 × 1.75 (v5p), 524,288 × 1.75 (v6e). v4 is not in the table: nothing here was
+what libtpu's own messages say of it. Links count in one direction: half of what a page calls bidirectional. The clock
+is what the peak and the matrix units make it: 131,072 FLOP a cycle × 1.50 GHz = 197 TFLOP/s (v5e), 262,144 × 1.75
+(v5p), 524,288 × 1.75 (v6e), 524,288 × 2.20 (a device of tpu7x, Ironwood). v4 is not in the table: nothing here was
 checked on it.
 """
 
@@ -17,16 +18,21 @@ from voco_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of TPU chip, as the compiler sees it (a v5p chip's two cores are one device)."""
+    """One kind of TPU chip, as the compiler sees it.
+
+    A chip is one device of jax's (the two cores of a v5p are one), or two, each with half of the chip's HBM (tpu7x).
+    Numbers are a device's, where nothing else is said.
+    """
 
     name: str  # 'v5e'
+    devices_per_chip: int
     hbm_bytes: float  # that a program may use, by the compiler; a little less than is there
     peak_flops: float  # bfloat16 FLOP/s
     clock_hz: float
     flops_per_cycle: int  # of all matrix units together
     mxu_width: int  # rows and columns of a matrix unit: a smaller contraction or output leaves the rest idle
     hbm_bandwidth: float  # bytes/s
-    ici_bandwidth: float  # bytes/s a chip, all links together
+    ici_bandwidth: float  # bytes/s that a chip sends, all links together
     dimensions: int  # of the torus
     accelerator_type: str  # TPU_ACCELERATOR_TYPE, {} is the number of cores as the name counts them
     cores_per_chip: int  # in that name
@@ -38,6 +44,7 @@ CHIPS = {
     for chip in (
         Chip(
             name="v5e",
+            devices_per_chip=1,
             hbm_bytes=15.75 * 2**30,
             peak_flops=197e12,
             clock_hz=1.50e9,
@@ -52,6 +59,7 @@ CHIPS = {
         ),
         Chip(
             name="v5p",
+            devices_per_chip=1,
             hbm_bytes=95.74 * 2**30,
             peak_flops=459e12,
             clock_hz=1.75e9,
@@ -66,6 +74,7 @@ CHIPS = {
         ),
         Chip(
             name="v6e",
+            devices_per_chip=1,
             hbm_bytes=31.25 * 2**30,
             peak_flops=918e12,
             clock_hz=1.75e9,
@@ -76,6 +85,21 @@ CHIPS = {
             dimensions=2,
             accelerator_type="v6e-{}",
             cores_per_chip=1,
+            chips_per_host=(2, 2, 1),
+        ),
+        Chip(
+            name="tpu7x",
+            devices_per_chip=2,
+            hbm_bytes=94.75 * 2**30,
+            peak_flops=2307e12 / 2,
+            clock_hz=2.20e9,
+            flops_per_cycle=524_288,
+            mxu_width=256,
+            hbm_bandwidth=7380e9 / 2,
+            ici_bandwidth=600e9,
+            dimensions=3,
+            accelerator_type="tpu7x-{}",
+            cores_per_chip=2,
             chips_per_host=(2, 2, 1),
         ),
     )
@@ -110,6 +134,8 @@ def topology_devices(topology: str) -> tuple[Chip, list]:
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_SKIP_MDS_QUERY="1",  # no metadata server is asked what this machine is
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # compiling takes no chip: several processes may
+        # libtpu 0.0.42 overflows its usual stacks on whole steps for tpu7x. Of a flag given twice the last holds
+        LIBTPU_INIT_ARGS=f"--fibers_default_thread_stack_size={2**22} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
         JAX_PLATFORMS="cpu",
     )
     import jax  # not at the top: the environment comes first

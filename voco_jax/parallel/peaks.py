@@ -11,7 +11,7 @@ import jax
 
 from voco_jax.parallel.chips import CHIPS
 
-# By `device_kind`: of a chip, and its TensorCores, which are one jax device (v4, v5p) or one each (v7x).
+# By `device_kind`: of a jax device as it mostly is, and its TensorCores. That is a chip, or half of one (TPU7x).
 TPUS = {
     "TPU v4": (275e12, 2),
     "TPU v5 lite": (CHIPS["v5e"].peak_flops, 1),
@@ -20,7 +20,7 @@ TPUS = {
     "TPU v5p": (CHIPS["v5p"].peak_flops, 2),
     "TPU v6 lite": (CHIPS["v6e"].peak_flops, 1),
     "TPU v6e": (CHIPS["v6e"].peak_flops, 1),
-    "TPU7x": (2307e12, 2),
+    "TPU7x": (CHIPS["tpu7x"].peak_flops, 1),
 }
 
 # By words of `device_kind`, which goes on with memory and socket ("NVIDIA H100 80GB HBM3"); the first that matches.
@@ -52,9 +52,9 @@ def peak_flops(devices: Iterable[jax.Device]) -> float | None:
 def _peak(device: jax.Device) -> float | None:
     kind = device.device_kind
     if kind in TPUS:
-        chip, cores = TPUS[kind]
+        peak, cores = TPUS[kind]
         # TensorCores of this device, as libtpu says: a v4 or v5p chip may also be split into two devices
-        return chip * (getattr(device, "num_cores", None) or (1 if kind == "TPU7x" else cores)) / cores
+        return peak * (getattr(device, "num_cores", None) or cores) / cores
     if not kind.startswith("NVIDIA"):
         return None
     return next((peak for words, peak in GPUS if re.search(words, kind)), None)
