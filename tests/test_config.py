@@ -116,7 +116,7 @@ def test_a_config_file_that_is_not_there(tmp_path, monkeypatch):
         parse()
     with pytest.raises(UserError, match=r"--config=easyvqaa: not found; .*; did you mean easyvqa\?$"):
         parse("--config=easyvqaa")
-    with pytest.raises(UserError, match=r"--config=nothing.py: not found; .* one of easyvqa, .*, voco_llama31_8b$"):
+    with pytest.raises(UserError, match=r"--config=nothing.py: not found; .* one of easyvqa, .*, voco_qwen3_8b$"):
         parse("--config=nothing.py")
     with pytest.raises(UserError, match=f"--config={tmp_path}: is a directory; expected a Python file or one of "):
         parse(f"--config={tmp_path}")
