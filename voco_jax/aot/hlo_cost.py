@@ -23,7 +23,7 @@ turns them on TPU. Padding counts nothing, as a window's tap that falls on it is
 forward and backward. A visit costs 2 matmuls forward, 3 in the dq kernel, 4 in the dkv kernel, 5 where one kernel does
 the whole backward pass; each is 2·bq·bkv·head_dim FLOPs, times the heads and rows of the q operand. Every one of these
 matmuls has head_dim as the contraction or as the output's width, so head_dim is rounded up to the matrix unit's (256
-on v6e). The softmax is not in this minimum.
+on v6e and tpu7x). The softmax is not in this minimum.
 
 **Collectives.** Bytes that a device sends a step around a ring of n: all-gather and reduce-scatter (n−1)/n of the whole
 array, all-reduce twice that, all-to-all (n−1)/n of the device's own, collective-permute its operand. Time: these bytes
