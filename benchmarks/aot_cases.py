@@ -26,7 +26,7 @@ class Peer:
 
 
 IMAGE_STAGE, VIDEO = "configs/voco_7b.py", "configs/video_7b.py"
-DISTILLED = "configs/voco_7b_distill.py"
+DISTILLED, QWEN = "configs/voco_7b_distill.py", "configs/voco_qwen3_8b.py"
 
 # ---- Does it fit? Global batches of 128 conversations, a picture each, as LLaVA-1.5 is fine-tuned ----------------
 
@@ -44,6 +44,7 @@ FITS = (
         for k in (1, 128)
     ),
     Case("13B, K = 1, v5p-32", "configs/voco_13b.py", "v5p:2x2x4"),
+    Case("Qwen3-8B and SigLIP 2, K = 1, v5e-64", QWEN, "v5e:8x8"),
     Case("projector, v5e-16", "configs/projector_7b.py", "v5e:4x4"),
     Case("video, K = 8, v5e-64", VIDEO, "v5e:8x8"),
     Case("compress 128 pictures, v5e-64", IMAGE_STAGE, "v5e:8x8", "compress"),

@@ -80,7 +80,7 @@ def fits_table(rows: Rows) -> str:
             continue
         cells = [
             f"{hbm['arguments'] / GIB:.2f} + {hbm['temporaries'] / GIB:.2f} = {hbm['total'] / GIB:.2f} "
-            f"({hbm['share']:.0%} of the chip's)",
+            f"({hbm['share']:.0%} of the device's)",
             span(result["step_seconds"], 1e3, ",.1f"),
             span(tokens_per_second(result), 1 / result["chips"], ",.0f"),
             span(result["mfu"], 100, ".1f"),

@@ -1,6 +1,6 @@
 """VoCo on Qwen3 8B (grouped heads, norms of queries and keys) with SigLIP 2's 729 patches, for the rest as `voco_7b`.
 
-Hardware: half a host of TPU7x, or more, by the compiler's estimate (the last command).
+Hardware: a TPU v5e-64 by the compiler's estimate (the last command): 14.9 of 15.75 GiB.
 
     voco convert to-jax --llm DIR --vision-tower DIR runs/qwen3 --init-missing
     voco train --config=voco_qwen3_8b --config.init_from=runs/qwen3

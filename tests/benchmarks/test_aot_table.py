@@ -70,7 +70,7 @@ def test_what_is_there_is_kept(few, monkeypatch, capsys, tmp_path):
     lines = output.splitlines()
     # 100 tokens on 4 chips in 12.5 to 10 ms
     assert (
-        "| small | train | v5e:2x2 | 1.00 + 2.00 = 3.00 (19% of the chip's) | 10.0–12.5 | 2,000–2,500 | 48.0–60.0 "
+        "| small | train | v5e:2x2 | 1.00 + 2.00 = 3.00 (19% of the device's) | 10.0–12.5 | 2,000–2,500 | 48.0–60.0 "
         "| 8–10 | 1.50 | 2.0 | 12 |"
     ) in lines
     assert "| large | train | v5e:2x2 | does not fit: at least 17.00 of 15.75 |" + " – |" * 7 in lines
