@@ -85,6 +85,16 @@ def test_a_loop_is_multiplied_out():
     assert dot.excess_seconds == pytest.approx(5 * (3000 - 2 * 256 * 512 * 512 / 131072) / 1.5e9)
 
 
+def test_no_estimate_is_no_time():
+    """The largest number of 64 bits stands where libtpu for tpu7x has none."""
+    copy, matmul = 2 * 256 * 512 * 2 / 819e9, 2 * 256 * 512 * 512 / V5E.peak_flops
+    cost = estimate(LOOP.replace('"900000"', '"9223372036854775807"'), V5E)
+    assert cost.classes_a["the rest"] == cost.classes_b["the rest"] == pytest.approx(5 * copy)
+    assert cost.classes_a["matmul"] == pytest.approx(5 * 3000 / 1.5e9)
+    cost = estimate(LOOP.replace('"3000"', '"9223372036854775807"'), V5E)
+    assert cost.classes_a["matmul"] == pytest.approx(5 * matmul, rel=0.003)
+
+
 def test_a_computation_of_another_thread():
     """Its last line says which; what comes after it is still read."""
     text = LOOP.replace("dim_labels=bf_io->bf\n}", 'dim_labels=bf_io->bf\n}, execution_thread="sparsecore"', 1)

@@ -14,6 +14,9 @@ their turns. A fusion counts by its own cycles, never by its inside's.
 `async-start` or `call-start` that wraps a whole computation is walked like a call, so that cycles found there are in A
 and B (no overlap assumed). On tpu7x the collectives are such calls, which the SparseCores run.
 
+libtpu gives some copies and transposes for tpu7x the largest number of 64 bits, which is none: they count as long as
+HBM needs, in A and B (a matmul, as long as the matrix units).
+
 **Conditionals.** The dearest branch counts.
 
 **Matmul FLOPs** come from shapes, 2 × multiply-adds, and serve as a check: dots, and the convolutions into which XLA
@@ -48,6 +51,7 @@ CLASSES = ("matmul", "attention", "collectives", "the rest")
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
 SPLASH = re.compile(r"splash_f(\d+)x(\d+)x(\d+)_b(\d+)x(\d+)x(\d+)")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+NO_CYCLES = 2**63 - 1  # stands there where libtpu has no estimate
 SCAFFOLDING = re.compile(
     r"while|body|cond|closed_call|eval_jaxpr|checkpoint|shard_map|branch_\d+_fun|jit\((?!silu).*\)|pallas_call|vmap\(.*\)"
 )
@@ -224,14 +228,17 @@ class _Walk:
             roofline=math.inf,
             flops=sum(matmul_flops(part, of) for part, of in inside),
         )
+        no_cycles = found is not None and int(found[1]) == NO_CYCLES
         sent = [part for part in inside if self.is_sent(*part)]
         ops = [self.collective(op, instruction, *part) for part in sent]
         if op.flops:
-            return [*ops, replace(op, kind="matmul")]
+            cycles = op.flops / self.chip.flops_per_cycle if no_cycles else op.cycles
+            return [*ops, replace(op, kind="matmul", cycles=cycles)]
         if found:
             bytes_moved = self.bytes_moved(instruction, computation)
             roofline = bytes_moved / self.chip.hbm_bandwidth * self.chip.clock_hz
-            return [*ops, replace(op, roofline=roofline, kind="collectives" if sent else "the rest")]
+            cycles = roofline if no_cycles else op.cycles
+            return [*ops, replace(op, cycles=cycles, roofline=roofline, kind="collectives" if sent else "the rest")]
         if sent or opcode.endswith(("-done", "-update")):
             return ops
         if opcode.endswith("-start"):  # of a copy or slice
