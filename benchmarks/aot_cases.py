@@ -44,7 +44,10 @@ FITS = (
         for k in (1, 128)
     ),
     Case("13B, K = 1, v5p-32", "configs/voco_13b.py", "v5p:2x2x4"),
-    Case("Qwen3-8B and SigLIP 2, K = 1, v5e-64", QWEN, "v5e:8x8"),
+    *(
+        Case(f"Qwen3-8B and SigLIP 2, K = 1, {name}", QWEN, topology)
+        for name, topology in (("v5e-64", "v5e:8x8"), ("v6e-64", "v6e:8x8"))
+    ),
     Case("projector, v5e-16", "configs/projector_7b.py", "v5e:4x4"),
     Case("video, K = 8, v5e-64", VIDEO, "v5e:8x8"),
     Case("compress 128 pictures, v5e-64", IMAGE_STAGE, "v5e:8x8", "compress"),
