@@ -91,7 +91,7 @@ class Model:
         video = run.config.data.video
         sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
         self.fingerprint = fingerprint(self.config, run.checksums, run.processor, run.vocabulary)
-        engine = Engine(run.model, run.encoder, run.mesh, video.timestamps, len(run.processor.views))
+        engine = Engine(run.model, run.encoder, run.mesh, video.timestamps, len(run.processor.tiles))
         self.engine = engine
         self.image_encoder = ImageEncoder(engine, run.processor, sampling, self.fingerprint, str(run.directory))
 
@@ -219,7 +219,7 @@ class Model:
         encoded = self.encode(images)
         if encoded is None:
             raise UserError("images: expected at least one to ask about, found none")
-        together = 1 if encoded.is_video else self.engine.num_views  # images that a picture is
+        together = 1 if encoded.is_video else self.engine.num_tiles  # images that a picture is
         requests = [Request(question, encoded[i : i + together]) for i in range(0, len(encoded), together)]
         return self.answers(requests, tokens=tokens, max_new_tokens=max_new_tokens, sampling=sampling)
 

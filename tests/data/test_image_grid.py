@@ -13,6 +13,7 @@ from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.config import source, sources
 from voco_jax.data.images import ImageProcessor
+from voco_jax.data.plan import Pack
 from voco_jax.data.records import Picture
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
@@ -40,14 +41,14 @@ def test_tiles_together_are_the_square(aspect_ratio, size):
     whole, *tiles = processor.squares(image)
     np.testing.assert_array_equal(whole, processor.square(image))
     larger = dataclasses.replace(processor, size=2 * SIDE, grid=1).square(image)
-    assert len(tiles) == 4 and processor.views == ((0, 0, 1), (0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2))
+    assert len(tiles) == 4 and processor.tiles == ((0, 0, 1), (0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2))
     if aspect_ratio != "crop":  # whose square is cut out of the resized picture, and the tiles' before it is resized
         parts = larger.reshape(2, SIDE, 2, SIDE, 3).swapaxes(1, 2).reshape(4, SIDE, SIDE, 3)
         assert np.mean(np.array(tiles) == parts) > 0.9  # but where quarters meet
     for tile, level in zip(tiles, (10, 20, 30, 40), strict=True):
         assert np.median(tile) == level
     # The same, asked for one by one, as records have them
-    for tile, expected in zip(processor.views, [whole, *tiles], strict=True):
+    for tile, expected in zip(processor.tiles, [whole, *tiles], strict=True):
         np.testing.assert_array_equal(processor.square(processor.cut(image, tile)), expected)
 
 
@@ -110,8 +111,36 @@ def test_training_looks_at_all_views(rows, tmp_path):
     views = [np.stack(processor.squares(Image.open(rows / f"{name}.png"))).tobytes() for name in "ab"]
     assert {*seen} == {*views}
     config.data.images_per_pack = 4
-    with pytest.raises(UserError, match="no usable conversation|more than"):
+    expected = r"images_per_pack: expected at least 5, for all of a picture and its 4 tiles .*image_grid = 2\); found 4"
+    with pytest.raises(UserError, match=expected):
         open_training_data(config, log=lambda line: None)
+
+
+def test_augmentation_changes_tiles_alike(rows, tmp_path):
+    """They are cut out of the changed picture: a crop of the quarters is no crop of each tile."""
+    config = config_of(rows, tmp_path)
+    config.data.random_crop = 0.5
+    loader = open_training_data(config, log=lambda line: None).batches.loader
+    record, changed = loader.sources[0][0], []
+
+    def change(image):
+        changed.append(image.crop((12, 12, 36, 36)))  # the middle, where all quarters meet
+        return changed[-1]
+
+    images = loader.maker.load_images(record, None, loader.processor, change=change)
+    assert len(changed) == 1 and len(images) == 5
+    for image, tile in zip(images, loader.processor.tiles, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(loader.processor.cut(changed[0], tile)))
+    (example,) = [p for pack in loader.plan.packs(0) for p in loader.plan[pack] if p.record == 0]
+    pack = next(number for number in loader.plan.packs(0) if example in loader.plan[number])
+    pixels = loader.map(Pack(pack, loader.plan[pack]))["pixel_values"]
+    whole = loader.processor.load(rows / "a.png")
+    ours = [
+        loader.processor.square(loader.processor.cut(loader.augmentation(whole, loader._rng(example)), t))
+        for t in loader.processor.tiles
+    ]
+    assert any((pixels[i : i + 5] == np.stack(ours)).all() for i in range(len(pixels) - 4))
+    assert not (np.stack(ours) == np.stack(loader.processor.squares(whole))).all()
 
 
 def test_asking_looks_at_the_same(rows, run):
@@ -136,7 +165,7 @@ def test_asking_looks_at_the_same(rows, run):
     assert len(answers) == 4 and [answer.given for answer in answers[:2]] == given
     taught.close()
     assert model.ask_each("what is it?", [picture, other]) == [model.ask("what is it?", p) for p in (picture, other)]
-    assert [p.tile for p in about_a.images] == list(model.run.processor.views) and isinstance(
+    assert [p.tile for p in about_a.images] == list(model.run.processor.tiles) and isinstance(
         about_a.images[0], Picture
     )
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.attention.platform import platform
-from voco_jax.attention.windows import Window, refuse
+from voco_jax.attention.windows import Window, binding, refuse
 from voco_jax.attention.xla import cached, each_chunk, full, joined, row_shape
 from voco_jax.outages import first_line
 
@@ -87,7 +87,7 @@ def causal_after(
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int, window: int = 0) -> jax.Array:
     """Causal attention inside chunks of a row; ValueError as `causal`."""
-    refuse("cudnn", window)
+    refuse("cudnn", binding(window, chunk))
     return each_chunk(partial(causal, segment_ids=None), q, k, v, chunk)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.attention.platform import platform
-from voco_jax.attention.windows import Window, refuse
+from voco_jax.attention.windows import Window, binding, refuse
 from voco_jax.attention.xla import cached, check, full
 
 __all__ = [
@@ -116,7 +116,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int, window: int = 
 
     ValueError: a window, C less than a segment, or what `_attend` refuses.
     """
-    refuse("splash", window)
+    refuse("splash", binding(window, chunk))
     if (length := q.shape[1]) < chunk:
         raise ValueError(f"attention: 'splash': a row of {length} places does not hold a segment of {chunk} tokens")
     return _attend(q, k, v, None, chunk, ("data", "fsdp", "frame"))

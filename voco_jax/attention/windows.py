@@ -21,9 +21,14 @@ class Window(NamedTuple):
         return (distance < self.size)[:, None]
 
 
+def binding(size: int, length: int) -> int:
+    """A window's size for a sequence of `length` tokens; 0 where there is none (0), or it shows all of them."""
+    return size if size < length else 0
+
+
 def window_of(size: int, positions: jax.Array) -> Window | None:
-    """A window over read rows of these positions [R, T]; None where there is none (0), or no row is longer."""
-    return Window(size, positions) if 0 < size < positions.shape[1] else None
+    """A window over read rows of these positions [R, T]; None where it is not `binding`."""
+    return Window(size, positions) if binding(size, positions.shape[1]) else None
 
 
 def refuse(adapter: str, window: Window | int | None) -> None:

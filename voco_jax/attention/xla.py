@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from voco_jax.attention import blocks
 from voco_jax.attention.platform import platform
-from voco_jax.attention.windows import Window
+from voco_jax.attention.windows import Window, binding, window_of
 from voco_jax.parallel.mesh import AXES, axis_size
 
 PLATFORM: str | None = None
@@ -57,7 +57,7 @@ def full(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int, window: int = 0) -> jax.Array:
     """Causal attention inside chunks of a row; padding's outputs are zeros."""
-    inside = Window(window, jnp.arange(chunk)[None]) if window else None
+    inside = window_of(window, jnp.arange(chunk)[None])
     return each_chunk(functools.partial(causal, window=inside), q, k, v, chunk)
 
 
@@ -72,7 +72,7 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, windo
     def attend(q, positions):
         places = jnp.arange(k.shape[1])
         visible = places <= positions[..., None]
-        if window:
+        if binding(window, k.shape[1]):
             visible &= places > positions[..., None] - window
         return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
 

@@ -65,7 +65,9 @@ def passed_over(name: str, format: Format, tower: VisionFamily | None = None) ->
     """Whether a tensor need not be read; `tower`: the family of the vision tower, where that is among the parts."""
     if tower is None:
         return bool(_BUFFERS.fullmatch(name))
-    patterns = [_BUFFERS.pattern, re.escape(format.vision) + tower.HEAD] + [tower.NOT_READ] * (format.name == "vision")
+    patterns = [_BUFFERS.pattern, re.escape(format.vision) + tower.POOLING] + [tower.NOT_READ] * (
+        format.name == "vision"
+    )
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 

@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from voco_jax.convert.config_keys import check_numbers
+from voco_jax.convert.families import LANGUAGE_MODELS
 from voco_jax.convert.gguf_keys import ARCHITECTURES, keys_of, kinds_of
 from voco_jax.convert.rope import rope_of_factors, rope_of_gguf
 from voco_jax.data.tokenizer import set_stop_ids
@@ -39,7 +40,6 @@ _LAYER_NAMES = {
 }
 # Known keys that differ from another known key by one character
 _OTHERS = {"tokenizer.ggml.eom_token_id"}
-_SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # of our config
 # How text is split before byte pairs are merged. smollm: digits one by one, then as GPT-2; qwen2: llama.cpp's pattern
 _PRE_TOKENIZERS = ("smollm", "qwen2")
 _QWEN2 = (
@@ -136,7 +136,7 @@ def read_gguf(file: Path, ignored: Collection[str] = ()) -> tuple[LlamaConfig, d
     try:
         config = LlamaConfig(
             **numbers,
-            **_SWITCHES[architecture],
+            **LANGUAGE_MODELS[architecture].SWITCHES,
             rope_scaling=rope_of_gguf(field, architecture, file),
             tie_word_embeddings=all(entry.name != "output.weight" for entry in header.tensors),
         )

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from voco_jax.data.picture_headers import asks_too_much
-from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture, views_of
+from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture, tiles_of
 from voco_jax.data.sources.roots import local_path, open_file
 from voco_jax.io.paths import as_path
 
@@ -63,7 +63,7 @@ class ImageProcessor:
     pad_color: grey levels of red, green and blue around a padded picture; `()` for the mean colour.
     transparency: 'white' shows what is transparent on white, 'drop' shows the colours that are stored behind it.
     max_pixels, max_side: of a larger picture nothing is read.
-    grid: from 2 on a picture is looked at several times, as a whole and in grid × grid tiles (`views`).
+    grid: from 2 on a picture is looked at several times, as a whole and in grid × grid tiles (`tiles`).
     """
 
     size: int = 336
@@ -108,9 +108,9 @@ class ImageProcessor:
         return self.pad_color or tuple(int(value * 255) for value in self.mean)
 
     @property
-    def views(self) -> tuple[tuple[int, int, int], ...]:
+    def tiles(self) -> tuple[tuple[int, int, int], ...]:
         """What is looked at of a picture, as `Picture.tile` names it."""
-        return views_of(self.grid)
+        return tiles_of(self.grid)
 
     def load(self, picture: PictureLike, on_warning: Callable[[str], None] | None = None) -> Image.Image:
         """`load_image`, with transparency as this processor wants it; of a `Picture` its tile."""
@@ -134,11 +134,11 @@ class ImageProcessor:
         return image.crop((left + across[column], top + down[row], left + right, top + bottom))
 
     def squares(self, picture: PictureLike) -> list[np.ndarray]:
-        """`square` of each of a picture's `views`, or of the tile that a `Picture` is."""
+        """`square` of each of a picture's `tiles`, or of the tile that a `Picture` is."""
         image = self.load(picture)
         if isinstance(picture, Picture) and picture.tile is not None:
             return [self.square(image)]
-        return [self.square(self.cut(image, tile)) for tile in self.views]
+        return [self.square(self.cut(image, tile)) for tile in self.tiles]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """`pixel_values` [size, size, 3], float32, of an RGB picture."""

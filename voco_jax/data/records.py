@@ -57,7 +57,7 @@ class Picture(Encoded):
     tile: tuple[int, int, int] | None = None
 
 
-def views_of(grid: int) -> tuple[tuple[int, int, int], ...]:
+def tiles_of(grid: int) -> tuple[tuple[int, int, int], ...]:
     """What is looked at of a picture, by `Picture.tile`: all of it, and from `grid` 2 on its tiles, row by row."""
     tiles = ((row, column, grid) for row in range(grid) for column in range(grid))
     return ((0, 0, 1), *(tiles if grid > 1 else ()))

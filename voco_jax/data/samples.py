@@ -134,7 +134,7 @@ class SampleMaker:
         on_warning: Callable[[str], None] | None = None, change: Callable[[Image.Image], Image.Image] | None = None,
     ) -> list[Image.Image]:  # fmt: skip
         """The record's pictures, or tiles of them, or its video's frames at `times`, in RGB; BadRecord for what cannot
-        be read. `change` is made of whole pictures and frames: tiles of one are changed alike."""
+        be read. `change` is applied to whole pictures and frames, before tiles are cut."""
         change = change or (lambda image: image)
         if record.video is not None and times is not None:
             video = self._clip(record.video) if isinstance(record.video, Clip) else record.video

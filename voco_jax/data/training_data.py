@@ -33,7 +33,7 @@ from voco_jax.data.index import Index, make_index
 from voco_jax.data.packing import WEIGHTINGS
 from voco_jax.data.pipeline import Batches, Loading, PackLoader
 from voco_jax.data.plan import Plan, cheapest_rows
-from voco_jax.data.records import BadRecord, Source
+from voco_jax.data.records import BadRecord, Source, tiles_of
 from voco_jax.data.reports import Report
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.sources import open_sources
@@ -73,6 +73,7 @@ def open_training_data(
     """
     data = typed(config).data
     _check(data)
+    processor = make_processor(config)
     check_elastic_k(config)
     sources, weights = open_sources(data, "train")
     tokenizer = make_tokenizer(config, sources, run)
@@ -95,8 +96,9 @@ def open_training_data(
         teaching = open_stored_logits(distill.logits, data, by_name, vocabulary, distill.top_k, log)
     elif teacher is not None:
         teaching = make_teacher_rows(teacher, maker, plan, by_name, data.cache_dir, data.num_workers, log)
-    processor, elastic_k = make_processor(config), config.train.elastic_k
-    loader = PackLoader(sources, maker, plan, processor, data.loss_weighting, augmentation, elastic_k, teaching)
+    loader = PackLoader(
+        sources, maker, plan, processor, data.loss_weighting, augmentation, config.train.elastic_k, teaching
+    )
     loading = Loading(data.num_workers, data.num_threads, data.prefetch, data.max_skipped_fraction)
     contents = {name: contents_of(source, index) for name, (source, index) in by_name.items()}
     batches = Batches(loader, loading, data.batch_size, shard, config.train.steps, contents)
@@ -114,6 +116,12 @@ def _check(data: DataConfig) -> None:
     if data.loss_weighting not in WEIGHTINGS:
         expected = f"expected {' or '.join(WEIGHTINGS)}"
         raise UserError(f"config.data.loss_weighting: {expected}, found {data.loss_weighting!r}")
+    needed = len(tiles_of(data.image_grid))
+    if data.image_grid > 1 and data.images_per_pack < needed:
+        raise UserError(
+            f"config.data.images_per_pack: expected at least {needed}, for all of a picture and its {needed - 1} tiles "
+            f"(config.data.image_grid = {data.image_grid}); found {data.images_per_pack}"
+        )
     if not data.video.num_frames and not data.video.fps:
         raise UserError("config.data.video: expected num_frames or fps above 0, found neither")
 

@@ -179,7 +179,7 @@ def read_questions(source: Source, report: Report, max_about: int | None = None)
                 report.add_skipped(error, source.where(i))
                 continue
             number = numbers.setdefault(about, len(numbers))
-            name = ", ".join(map(str, _views(record)))
+            name = ", ".join(dict.fromkeys(map(str, _views(record))))  # tiles of a picture have one name
             asked.append(Asked(i, number, value, truth, kind, name, source.where(i)))
     if any(question.kind for question in asked):
         asked = [q if q.kind else dataclasses.replace(q, kind=NO_KIND) for q in asked]

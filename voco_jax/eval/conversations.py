@@ -63,7 +63,7 @@ def score_conversations(
     cannot be used, or none can.
     """
     images, report = model.image_encoder, Report()
-    cache = ImageCache(images, tokens=tokens, in_views=False)
+    cache = ImageCache(images, tokens=tokens, in_tiles=False)
     engine = model.engine if tokens is None else model.engine.for_tokens(tokens)
     encoder = engine.encoder
     data, limits, key = model.run.config.data, model.run.config.eval, f"config.data.test.{name}"

@@ -44,14 +44,14 @@ class _Found:
 class ImageCache:
     """Encoded images by their content; `directory` is for memories, not embeddings.
 
-    `tokens` of each are read, of the K that are kept. Pictures are looked at in the views of the run's processor; where
-    not `in_views`, they are such views already, or frames. `compressed` counts images that the model has been given.
+    `tokens` of each are read, of the K that are kept. Pictures are looked at in the tiles of the run's processor; where
+    not `in_tiles`, they are such tiles already, or frames. `compressed` counts images that the model has been given.
     """
 
     def __init__(
         self, images: ImageEncoder, *, tokens: int | None = None, sampling: FrameSampling | None = None,
         host_bytes: int = HOST_BYTES, directory: str | os.PathLike | None = None, batch_size: int = 32,
-        in_views: bool = True,
+        in_tiles: bool = True,
     ):  # fmt: skip
         if not (c := images.engine.config).has_compress_stream:
             for name, value in (("tokens", tokens), ("cache", directory)):
@@ -60,7 +60,7 @@ class ImageCache:
                     raise UserError(f"{name}: {images.name} {expected}")
         check_tokens("tokens", tokens, images.num_voco_tokens)
         self.images, self.compressed = images, 0
-        self._tokens, self._sampling, self._in_views = tokens, sampling or images.sampling, in_views
+        self._tokens, self._sampling, self._in_tiles = tokens, sampling or images.sampling, in_tiles
         self._host_bytes, self._batch_size = host_bytes, batch_size
         self._kept: OrderedDict[str, EncodedImages] = OrderedDict()  # one image each, the oldest first
         self._kept_bytes = 0
@@ -145,7 +145,7 @@ class ImageCache:
             squares = list(frames)
             items = [Item(str(view), time=float(time)) for time in times]
         else:
-            squares = self.images.processor.squares(view) if self._in_views else [self.images.square(view)]
+            squares = self.images.processor.squares(view) if self._in_tiles else [self.images.square(view)]
             items = [Item("" if file is None else str(file))] * len(squares)
         keys = [hashlib.sha256(np.ascontiguousarray(square).data).hexdigest() for square in squares]
         found = _Found(keys, items)

@@ -52,7 +52,7 @@ class ImageEncoder:
         self, pictures: PictureLike | Iterable[PictureLike], *, batch_size: int = 32
     ) -> EncodedImages:  # fmt: skip
         """Of one image or several: files, bytes, PIL images or arrays (see `data.images.load_image`). Each becomes as
-        many as the processor has `views`.
+        many as the processor has `tiles`.
 
         BadRecord (a UserError) names an image that cannot be read.
         """
@@ -61,7 +61,7 @@ class ImageEncoder:
         items = [
             Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("")
             for p in local
-            for _ in (self.processor.views if getattr(p, "tile", None) is None else (p,))
+            for _ in (self.processor.tiles if getattr(p, "tile", None) is None else (p,))
         ]
         squares = (square for p in local for square in self.processor.squares(p))
         return self.encode_pixels(squares, items, batch_size)

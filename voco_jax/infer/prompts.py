@@ -46,8 +46,9 @@ def encode_prompt(
     """
     check_question(question)
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
-    if interleaved and images is not None and not images.is_video and question.count(IMAGE.value) < count:
-        question = question.replace(IMAGE.value, IMAGE.value * engine.num_views)  # a marker a picture
+    is_a_marker_each = question.count(IMAGE.value) == count // engine.num_tiles  # of the pictures
+    if interleaved and is_a_marker_each and not (images is not None and images.is_video):
+        question = question.replace(IMAGE.value, IMAGE.value * engine.num_tiles)
     turns: list[dict] = [{"from": "human", "value": question}]
     if images is not None and images.is_video and not (interleaved and VIDEO.value not in question):
         turns = turns if interleaved else [{"from": "human", "value": (VIDEO, f"\n{question}")}]

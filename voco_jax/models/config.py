@@ -3,7 +3,7 @@
 import dataclasses
 
 from voco_jax.attention import ADAPTERS, get_adapter
-from voco_jax.attention.windows import refuse
+from voco_jax.attention.windows import binding, refuse
 from voco_jax.errors import UserError
 from voco_jax.keys import all_keys, key
 from voco_jax.models import presets
@@ -108,7 +108,7 @@ class VoCoConfig(ModelConfig):
         `whole_images`: a row reads so many images whole.
         """
         adapter = get_adapter(self.attention)
-        if self.llama.window(max(row_length, self.compress_length)) and not adapter.WINDOWS:
+        if binding(self.llama.sliding_window, max(row_length, self.compress_length)) and not adapter.WINDOWS:
             refuse(self.attention, self.llama.sliding_window)
         if whole_images:
             self.check_whole(row_length, whole_images)
@@ -121,7 +121,7 @@ class VoCoConfig(ModelConfig):
     def check_whole(self, row_length: int, images: int) -> None:
         """ValueError where text that reads so many images whole would not see all of them."""
         longest = row_length + images * self.compress_length
-        if self.llama.window(longest):
+        if binding(self.llama.sliding_window, longest):
             raise ValueError(
                 f"llama.sliding_window: expected at least {longest} where images are read whole, found "
                 f"{self.llama.sliding_window}"

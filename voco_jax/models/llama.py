@@ -96,10 +96,6 @@ class LlamaConfig:
         """Rows of the embedding and of the head (V'); those from `vocab_size` on are never used."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
-    def window(self, length: int) -> int:
-        """The sliding window of a sequence of `length` tokens; 0 where it sees all of it."""
-        return self.sliding_window if self.sliding_window < length else 0
-
     def projections(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each matrix product of a decoder layer."""
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim

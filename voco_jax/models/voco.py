@@ -38,7 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from voco_jax.attention import get_adapter
-from voco_jax.attention.windows import window_of
+from voco_jax.attention.windows import binding, window_of
 from voco_jax.models.compressors import COMPRESSORS, EMBEDDINGS, KEYS_AND_VALUES
 from voco_jax.models.config import VoCoConfig
 from voco_jax.models.llama import Llama, apply_rope, rope_tables
@@ -281,7 +281,7 @@ class VoCoLlama(nnx.Module):
                     images = [compress.segments(m, S) for m in (k, v)]
                 if not keys_and_values_only:
                     q, k, v = rotate(layer.project_q(rows), k, v, compress_rope)
-                    rows = constrain(layer.finish(rows, adapter.chunked(q, k, v, S, c.llama.window(S))), IMAGES)
+                    rows = constrain(layer.finish(rows, adapter.chunked(q, k, v, S, c.llama.sliding_window)), IMAGES)
                     if looks_compressed:
                         looked = look_compressed(*(compress.segments(m, S) for m in (q, k)), c.num_voco_tokens, patches)
                 elif looks_compressed:
@@ -392,7 +392,7 @@ class VoCoLlama(nnx.Module):
                 attended = self.attention.causal(q, k, v, segment_ids, window)
             else:
                 k, v = (write(o, n, places) for n, o in zip(new, old, strict=True))
-                attended = self.attention.cached(q, k, v, positions, self.config.llama.window(capacity))
+                attended = self.attention.cached(q, k, v, positions, self.config.llama.sliding_window)
             x = constrain(layer.finish(x, attended), ROWS)
             return (x, *(c.at[index].set(here) for c, here in zip(cached, (k, v), strict=True))), None
 
@@ -411,7 +411,7 @@ class VoCoLlama(nnx.Module):
 
         A fused kernel takes whole rows only. For long prompts it is worth computing some places for nothing.
         """
-        windowed = self.config.llama.window(places) and not self.attention.WINDOWS
+        windowed = binding(self.config.llama.sliding_window, places) and not self.attention.WINDOWS
         return self.attention.FUSED and not windowed and tokens >= LONG_PROMPT and 4 * places <= 5 * tokens
 
 

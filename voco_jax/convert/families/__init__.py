@@ -1,5 +1,6 @@
 """Model families of other projects: tensors, config keys and dimensions. docs/converting.md says how to add one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ class Family(Protocol[Config]):
 
     RULES: tuple[Rule, ...]
     KEYS: Keys
+    SWITCHES: Mapping[str, bool]  # of the config, by which the family is told from others
 
     def from_hf(self, fields: dict, file: Path, *args: Any, **kwargs: Any) -> Config:
         """The config for fields of config.json. UserError for what is not computed here."""

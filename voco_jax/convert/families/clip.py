@@ -34,7 +34,7 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 NOT_READ = r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale"  # of a whole CLIP
-HEAD = ""  # nothing of the tower is passed over
+POOLING = ""  # nothing of the tower is passed over
 SWITCHES = {"class_token": True, "patch_bias": False, "pre_layernorm": True}
 
 # ViTConfig's names of activations by transformers'

@@ -1,6 +1,6 @@
 """Llama: tensors, config keys and dimensions, as Hugging Face's `LlamaForCausalLM` has them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ KEYS = ANY | keys_of(
 )
 
 
-_SWITCHES = {"qkv_bias", "qk_norm", "sliding_window"}  # of relatives; none of the keys is one
+SWITCHES: Mapping[str, bool] = {}  # fields of our config that make it this family
+_OF_RELATIVES = {"qkv_bias", "qk_norm", "sliding_window"}  # none of the keys is one
 
 
 def from_hf(
@@ -76,7 +77,7 @@ def from_hf(
     fields = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02} | given(fields)
     theta, scaling = rope_of_hf(fields, file, fields["max_position_embeddings"], prefix, ignored)
     names = {field.name for field in dataclasses.fields(LlamaConfig)}
-    names -= {"rope_theta", "rope_scaling", "vocab_multiple"} | _SWITCHES
+    names -= {"rope_theta", "rope_scaling", "vocab_multiple"} | _OF_RELATIVES
     defaults = {"intermediate_size": 11008, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     values = defaults | {"vocab_size": 32000} | {name: fields[name] for name in names if name in fields}
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
@@ -100,7 +101,7 @@ def from_hf(
 
 def to_hf(config: LlamaConfig) -> dict:
     """Fields that transformers before and after version 5 read."""
-    left_out = _SWITCHES | {"vocab_multiple", "rope_scaling"}  # the vocabulary's padding is cut on the way out
+    left_out = _OF_RELATIVES | {"vocab_multiple", "rope_scaling"}  # the vocabulary's padding is cut on the way out
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     if config.rope_scaling is not None:
         fields["rope_scaling"] = rope_to_hf(config.rope_scaling)

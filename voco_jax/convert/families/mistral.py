@@ -1,6 +1,6 @@
 """Mistral: Llama, whose tokens see a window of the last positions in v0.1; as `MistralForCausalLM` has it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from voco_jax.convert.config_keys import Keys, keys_of
@@ -8,6 +8,7 @@ from voco_jax.convert.families import llama
 from voco_jax.models.llama import LlamaConfig
 
 RULES = llama.RULES
+SWITCHES: Mapping[str, bool] = llama.SWITCHES
 KEYS = llama.KEYS | keys_of("sliding_window", {"model_type": ("mistral",)}, ("max_window_layers",))
 DEFAULTS = {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: Llama with biases on queries, keys and values; as `Qwen2ForCausalLM` has it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from voco_jax.convert.config_keys import Keys, keys_of
@@ -17,6 +17,7 @@ RULES = (
         for name in ("q_proj", "k_proj", "v_proj")
     ),
 )
+SWITCHES: Mapping[str, bool] = {"qkv_bias": True}
 _WINDOWS = "use_sliding_window sliding_window max_window_layers layer_types"
 KEYS = llama.KEYS | keys_of(_WINDOWS, {"model_type": ("qwen2",), "use_mrope": (False, None)}, ())
 DEFAULTS = {
@@ -29,7 +30,7 @@ def from_hf(
 ) -> LlamaConfig:
     """From `Qwen2Config`'s fields."""
     window = sliding_window(fields, file, prefix)
-    return llama.from_hf(DEFAULTS | fields, file, keys, prefix, ignored, qkv_bias=True, sliding_window=window)
+    return llama.from_hf(DEFAULTS | fields, file, keys, prefix, ignored, **SWITCHES, sliding_window=window)
 
 
 def sliding_window(fields: dict, file: Path, prefix: str) -> int:

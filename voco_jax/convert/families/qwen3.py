@@ -1,6 +1,6 @@
 """Qwen3: Llama with norms on each head's queries and keys; as `Qwen3ForCausalLM` has it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from voco_jax.convert.config_keys import OFF, Keys, keys_of
@@ -15,6 +15,7 @@ RULES = (
         for name in ("q_norm", "k_norm")
     ),
 )
+SWITCHES: Mapping[str, bool] = {"qk_norm": True}
 KEYS = qwen2.KEYS | keys_of("", {"model_type": ("qwen3",), "attention_bias": OFF}, ())
 
 
@@ -24,7 +25,7 @@ def from_hf(
     """From `Qwen3Config`'s fields."""
     window = qwen2.sliding_window(fields, file, prefix)
     fields = qwen2.DEFAULTS | {"head_dim": 128} | fields
-    return llama.from_hf(fields, file, keys, prefix, ignored, qk_norm=True, sliding_window=window)
+    return llama.from_hf(fields, file, keys, prefix, ignored, **SWITCHES, sliding_window=window)
 
 
 def to_hf(config: LlamaConfig) -> dict:

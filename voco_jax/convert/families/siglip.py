@@ -17,7 +17,7 @@ RULES: tuple[Rule, ...] = (
     Rule("vision_tower.patch_embedding.bias", "vision", "embeddings.patch_embedding.bias", COPY),
 )
 NOT_READ = r"text_model\..*|logit_(scale|bias)"  # of a whole SigLIP
-HEAD = r"head\..*"  # pools the features to one vector
+POOLING = r"head\..*"  # pools the features to one vector
 SWITCHES = {"class_token": False, "patch_bias": True, "pre_layernorm": False}
 
 KEYS = ANY | keys_of(

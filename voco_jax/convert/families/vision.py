@@ -20,7 +20,7 @@ class VisionFamily(Protocol):
     RULES: tuple[Rule, ...]
     KEYS: Keys
     NOT_READ: str  # a pattern of tensors of a whole model that are not the tower's
-    HEAD: str  # a pattern of the tower's own tensors that no feature depends on; '' for none
+    POOLING: str  # a pattern of the tower's own tensors that no feature depends on; '' for none
     SWITCHES: dict[str, bool]  # of `ViTConfig`
 
     def from_hf(self, fields: dict, file: Path, ignored: Collection[str] = (), **selected: Any) -> ViTConfig:

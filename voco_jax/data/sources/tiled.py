@@ -6,16 +6,19 @@ LLaVA-NeXT's idea, with one grid for all pictures. Every view is an image of its
 import dataclasses
 from typing import Any
 
-from voco_jax.data.records import Record, Source, views_of
+from voco_jax.data.records import Record, Source, tiles_of
 from voco_jax.data.turns import IMAGE
 
 
 class TiledSource:
-    """A source whose records have each picture in its views, and as many `<image>` markers. Clips stay as they are."""
+    """A source whose records have all of a picture and its tiles in its place, and as many `<image>` markers.
+
+    Clips stay as they are.
+    """
 
     def __init__(self, source: Source, grid: int):
         self._source, self._grid = source, grid
-        self._views = views_of(grid)
+        self._tiles = tiles_of(grid)
 
     def __len__(self):
         return len(self._source)
@@ -24,7 +27,7 @@ class TiledSource:
         record = self._source[i]
         if not record.images:
             return record
-        images = [dataclasses.replace(picture, tile=tile) for picture in record.images for tile in self._views]
+        images = [dataclasses.replace(picture, tile=tile) for picture in record.images for tile in self._tiles]
         conversations = [[self._turn(turn) for turn in turns] for turns in record.conversations]
         return dataclasses.replace(record, images=images, conversations=conversations)
 
@@ -32,7 +35,7 @@ class TiledSource:
         value = turn.get("value") if isinstance(turn, dict) else None
         if not isinstance(value, str):  # for whoever reads it to refuse
             return turn
-        return turn | {"value": value.replace(IMAGE.value, IMAGE.value * len(self._views))}
+        return turn | {"value": value.replace(IMAGE.value, IMAGE.value * len(self._tiles))}
 
     def where(self, i: int) -> str:
         return self._source.where(i)

@@ -174,7 +174,8 @@ class VoCoJax(lmms):
         `<image>` is text."""
         context, count = asked.context, 0 if images is None else len(images)
         markers = context.count(IMAGE.value)
-        interleaved = 0 < markers == count // self._engine.num_views
+        together = 1 if images is None or images.is_video else self._engine.num_tiles
+        interleaved = 0 < markers == count // together
         if markers and count and not interleaved:
             warnings.warn(
                 f"{asked.where}: {markers} {IMAGE.value} markers for {count} images: the images stand before the text",
