@@ -37,16 +37,18 @@ SLICES = {  # chips: topology, and what makes the batch divide
     "v6e-16": ("v6e:4x4", {}),
     "v6e-64": ("v6e:8x8", {}),
 }
+IRONWOOD = "tpu7x:2x2x1"  # a host: 4 chips of 2 devices
 FITS = (
     *(
         Case(f"7B, K = {k}, {name}", IMAGE_STAGE, topology, "train", {"model.num_voco_tokens": k} | overrides)
         for name, (topology, overrides) in SLICES.items()
         for k in (1, 128)
     ),
+    Case("7B, K = 1, tpu7x-8", IMAGE_STAGE, IRONWOOD),
     Case("13B, K = 1, v5p-32", "configs/voco_13b.py", "v5p:2x2x4"),
     *(
         Case(f"Qwen3-8B and SigLIP 2, K = 1, {name}", QWEN, topology)
-        for name, topology in (("v5e-64", "v5e:8x8"), ("v6e-64", "v6e:8x8"))
+        for name, topology in (("v5e-64", "v5e:8x8"), ("v6e-64", "v6e:8x8"), ("tpu7x-8", IRONWOOD))
     ),
     Case("projector, v5e-16", "configs/projector_7b.py", "v5e:4x4"),
     Case("video, K = 8, v5e-64", VIDEO, "v5e:8x8"),
