@@ -12,10 +12,13 @@ from PIL import Image
 import pytest
 
 from tests.helpers import tiny
+from tests.helpers.chat_families import tokenizer_of
 from tests.helpers.commands import run_main
 from voco_jax.command_line import parse_arguments
+from voco_jax.config import save_config
 from voco_jax.data.conversations import Sample
 from voco_jax.data.packing import pack_row
+from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.data.training_data import open_training_data
 from voco_jax.preview import __main__ as preview
 from voco_jax.preview.page import render
@@ -219,6 +222,16 @@ def test_records_that_are_skipped_are_told(tmp_path, monkeypatch, capsys):
     lines = [line for line in said.splitlines() if line.startswith("batch 0: ")]
     assert status == 0 and lines[0].endswith("conversations: 0 good, 2 skipped"), said
     assert "skipped: missing file" in lines[1] and "cat.png" in lines[1]
+
+
+def test_a_prompt_of_the_base_is_told(tmp_path, monkeypatch, capsys):
+    base = parse_arguments(["", f"--config={tiny.CONFIG_FILE}", "--config.data.template=chatml"])[0]
+    save_tokenizer(tokenizer_of("smollm2"), tmp_path / "base" / "tokenizer")
+    save_config(base, tmp_path / "base" / "config.json")
+    arguments = [f"--config={tiny.CONFIG_FILE}", f"--config.init_from={tmp_path}/base", "--config.data.template=voco_v1"]
+    status, said, _ = run_main(preview, monkeypatch, capsys, *arguments, "--out", tmp_path / "page.html")
+    line = f"config.data.template: 'chatml', as in {tmp_path}/base; for 'voco_v1', convert the base with to-jax "
+    assert status == 0 and said.splitlines()[0] == f"{line}--template voco_v1"
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ import pytest
 
 from tests.helpers.chat_families import FAMILIES, tokenizer_of
 from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate
-from voco_jax.config import default_config
+from voco_jax.checkpoint.init_from import begin_with_run, inherited_prompt, other_pixels
+from voco_jax.config import default_config, save_config
 from voco_jax.data.conversations import ConversationError, Encoder
 from voco_jax.data.from_config import make_encoder, make_model_config, set_template, take_template, template_of
 from voco_jax.data.records import Record
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.shards.record_packer import check_conversations
 from voco_jax.data.template_reader import marks_turns, named_alike, read_chat_template
+from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 
@@ -234,6 +236,47 @@ def test_the_tokenizers_own_is_stored():
     assert take_template(config, tokenizer_of("llama3.2")) == ["the chat template has a date in it: today's is kept"]
 
 
+def test_training_goes_on_with_a_runs_prompt(tmp_path):
+    """Of control tokens: template, system text and place of images, where the config has the defaults; and says so."""
+    base = config_of(template="chatml", system=BRIEF, image_position="text", image_grid=2)
+    save_tokenizer(tokenizer_of("smollm2"), tmp_path / "tokenizer")
+
+    def begun(**data):
+        save_config(base, tmp_path / "config.json")
+        config = config_of(**data)
+        config.init_from = str(tmp_path)
+        begun = begin_with_run(config)
+        return begun, inherited_prompt(config, begun)
+
+    config, said = begun()
+    assert (config.data.template, config.data.system, config.data.image_position) == ("chatml", BRIEF, "text")
+    assert said == (
+        f"config.data.template: 'chatml'; config.data.system: 'Be brief.'; config.data.image_position: 'text', "
+        f"as in {tmp_path}; for 'voco_v1', convert the base with to-jax --template voco_v1"
+    )
+    assert other_pixels(str(tmp_path), config.data) == (
+        f"config.data.image_grid: {tmp_path} has 2, this config 1: the weights were trained on other pixels"
+    )
+    config, said = begun(system="Speak.", template="chatml")
+    assert config.data.system == "Speak." and said == f"config.data.image_position: 'text', as in {tmp_path}"
+    config, said = begun(template="bare")
+    assert (config.data.template, config.data.system, config.data.image_position, said) == ("bare", None, "front", "")
+    base.data.template = "voco_v1"
+    config, said = begun()
+    assert (config.data.template, config.data.system, said) == ("voco_v1", None, "")
+
+
+def test_texts_beside_the_tokenizers_own_are_refused():
+    """They would be taken for those that were read when the run began."""
+    config = config_of(template=TOKENIZER)
+    assert begin_with_run(config).data.custom_template == config.data.custom_template
+    config.data.custom_template.user = "Q: "
+    with pytest.raises(UserError, match="^config.data.custom_template.user: expected none with .*; found 'Q: ', which"):
+        begin_with_run(config)
+    config.data.template = CUSTOM
+    assert template_of(begin_with_run(config)).user == "Q: "
+
+
 def test_what_cannot_be_followed_is_refused(small_tokenizer):
     with pytest.raises(UserError, match="expected a tokenizer with a chat template; this one has none"):
         take_template(config_of(template=TOKENIZER), small_tokenizer)
@@ -245,7 +288,7 @@ def test_what_cannot_be_followed_is_refused(small_tokenizer):
         made(config_of(template="llama3"), "qwen3")
     config = config_of(system=BRIEF)
     set_template(config.data, chosen("mistral-v0.3")[1])
-    with pytest.raises(UserError, match="config.data.system: template 'tokenizer' has no place for a system text"):
+    with pytest.raises(UserError, match="config.data.system: template 'tokenizer' has no place for a system text$"):
         made(config, "mistral-v0.3")
     with pytest.raises(UserError, match="config.data.system: template 'custom' has no place .*; config.data.custom_t"):
         made(config_of(template=CUSTOM, system=BRIEF), "qwen3")

@@ -4,6 +4,7 @@ import shlex
 
 from ml_collections import ConfigDict
 
+from voco_jax.chat_templates import CUSTOM, TOKENIZER
 from voco_jax.config import default_config, first_difference, load_config
 from voco_jax.data.from_config import is_llava, make_model_config, template_of
 from voco_jax.data.template_reader import marks_turns
@@ -16,11 +17,18 @@ from voco_jax.models.compressors import COMPRESSORS
 def begin_with_run(config: ConfigDict) -> ConfigDict:
     """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one. Plain
     LLaVA that goes on as such has its prompt too, where the config names no other, and so has a language model with a
-    chat template of control tokens.
+    chat template of control tokens: its template, system text and place of images.
 
-    UserError for a config that asks for other dimensions than the run has, where the run has LoRA for other LoRA, and
-    where its compressor has parameters for another compressor.
+    UserError for a config that asks for other dimensions than the run has, where the run has LoRA for other LoRA, where
+    its compressor has parameters for another compressor, and for texts beside the tokenizer's own chat template.
     """
+    texts = first_difference(default_config().data.custom_template, config.data.custom_template)
+    if config.data.template == TOKENIZER and texts:  # a run that goes on has them, as they were read when it began
+        key, _, found = texts
+        raise UserError(
+            f"config.data.custom_template.{key}: expected none with config.data.template {TOKENIZER!r}, which reads "
+            f"them from the tokenizer; found {found!r}, which {CUSTOM!r} takes"
+        )
     if not config.init_from:
         return config
     directory = as_path(config.init_from)
@@ -62,7 +70,20 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath, tokenizer)
     goes_on = is_llava(config) and is_llava(run) or marks_turns(template_of(run), tokenizer)
     if goes_on and unnamed and data.custom_template == default.data.custom_template:
         data.template, data.custom_template = theirs.template, theirs.custom_template
+        for key in ("system", "image_position"):
+            data[key] = theirs[key] if data[key] == default.data[key] else data[key]
     return config
+
+
+def inherited_prompt(asked: ConfigDict, config: ConfigDict) -> str:
+    """A line about the prompt that the config `asked` for got from its base; '' where it got none."""
+    keys = [key for key in ("template", "system", "image_position") if config.data[key] != asked.data[key]]
+    if not keys:
+        return ""
+    said = "; ".join(f"config.data.{key}: {config.data[key]!r}" for key in keys)
+    default = asked.data.template  # any other name in it would have been kept
+    other = f"; for {default!r}, convert the base with to-jax --template {default}" if "template" in keys else ""
+    return f"{said}, as in {config.init_from}{other}"
 
 
 def other_pixels(init_from: str, data: ConfigDict) -> str:
@@ -70,7 +91,7 @@ def other_pixels(init_from: str, data: ConfigDict) -> str:
     if not init_from:
         return ""
     there = load_config(as_path(init_from) / "config.json").data
-    differing = [key for key in ("aspect_ratio", "transparency") if there[key] != data[key]]
+    differing = [key for key in ("aspect_ratio", "transparency", "image_grid") if there[key] != data[key]]
     said = [f"config.data.{key}: {init_from} has {there[key]!r}, this config {data[key]!r}" for key in differing]
     return f"{'; '.join(said)}: the weights were trained on other pixels" if said else ""
 

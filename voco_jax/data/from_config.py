@@ -91,7 +91,7 @@ def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Enc
             f"config.data.template: {name!r} needs a tokenizer with the token {missing[0]!r}; this one has none"
         )
     if config.data.system is not None and not template.with_system:
-        key = "; config.data.custom_template.with_system says where" if name in (CUSTOM, TOKENIZER) else ""
+        key = "; config.data.custom_template.with_system says where" if name == CUSTOM else ""
         raise UserError(f"config.data.system: template {name!r} has no place for a system text{key}")
     return Encoder(
         tokenizer=tokenizer,
@@ -127,7 +127,8 @@ def template_of(config: ConfigDict) -> ChatTemplate:
 
 
 def take_template(config: ConfigDict, tokenizer) -> list[str]:
-    """Write the tokenizer's own chat template into a config that asks for it and has it not yet. Returns warnings.
+    """Write the tokenizer's own chat template into a config that asks for it and has it not yet: of a run that begins
+    (`begin_with_run` refuses texts beside it), not of one that goes on. Returns warnings.
 
     UserError for a tokenizer without one, and for one that cannot be followed.
     """

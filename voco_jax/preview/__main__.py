@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from voco_jax.checkpoint.init_from import begin_with_run
+from voco_jax.checkpoint.init_from import begin_with_run, inherited_prompt
 from voco_jax.command_line import parse_arguments
 from voco_jax.data.packing import PADDING_SEGMENT
 from voco_jax.data.reports import Report
@@ -71,7 +71,10 @@ def main() -> None:
     if not 0 <= number < config.train.steps:
         raise UserError(f"--batch: expected 0 to {config.train.steps - 1} (config.train.steps), found {number}")
     check_out(out, ".html")
-    data = open_training_data(begin_with_run(config))
+    asked, config = config, begin_with_run(config)
+    if note := inherited_prompt(asked, config):
+        print(note)
+    data = open_training_data(config)
     batch, report = data.batches.dataset()[number], Report()
     for said in batch.pop("report"):
         report.merge(Report.from_dict(json.loads(said)))

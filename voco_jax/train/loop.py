@@ -16,7 +16,7 @@ import optax
 
 from voco_jax.attention import interpreted
 from voco_jax.checkpoint.checkpointer import Checkpointer
-from voco_jax.checkpoint.init_from import begin_with_run, other_pixels
+from voco_jax.checkpoint.init_from import begin_with_run, inherited_prompt, other_pixels
 from voco_jax.checkpoint.resume import BASE, TEACHER, base_of, continued, kept_values
 from voco_jax.checkpoint.run_files import VERSIONS
 from voco_jax.checkpoint.workdir import Workdir, check_workdir, checkpointed_steps, open_workdir, workdir_path
@@ -110,8 +110,8 @@ def _set_up(config: ConfigDict) -> _Setup:
     resuming = check_workdir(workdir, config)
     if note := kept_values(asked, config, workdir) if resuming else other_pixels(config.init_from, config.data):
         log(note)
-    if config.data.template != asked.data.template:
-        log(f"config.data.template: {config.data.template!r}, as in {config.init_from}")
+    if note := inherited_prompt(asked, config):
+        log(note)
     mesh = make_mesh(config.mesh)
     # Whatever can be wrong with these shows itself before data is read, which may take minutes
     optimizer = make_optimizer(config)
