@@ -228,8 +228,8 @@ def test_a_prompt_of_the_base_is_told(tmp_path, monkeypatch, capsys):
     base = parse_arguments(["", f"--config={tiny.CONFIG_FILE}", "--config.data.template=chatml"])[0]
     save_tokenizer(tokenizer_of("smollm2"), tmp_path / "base" / "tokenizer")
     save_config(base, tmp_path / "base" / "config.json")
-    arguments = [f"--config={tiny.CONFIG_FILE}", f"--config.init_from={tmp_path}/base", "--config.data.template=voco_v1"]
-    status, said, _ = run_main(preview, monkeypatch, capsys, *arguments, "--out", tmp_path / "page.html")
+    arguments = [f"--config.init_from={tmp_path}/base", "--config.data.template=voco_v1", f"--out={tmp_path}/page.html"]
+    status, said, _ = run_main(preview, monkeypatch, capsys, f"--config={tiny.CONFIG_FILE}", *arguments)
     line = f"config.data.template: 'chatml', as in {tmp_path}/base; for 'voco_v1', convert the base with to-jax "
     assert status == 0 and said.splitlines()[0] == f"{line}--template voco_v1"
 

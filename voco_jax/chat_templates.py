@@ -42,12 +42,12 @@ class ChatTemplate:
 
     @property
     def control_tokens(self) -> list[str]:
-        """Those of the form `<|…|>` in it, which a tokenizer must have.
+        """Those of the form `<|…|>`, `<s>` and Qwen3's `<think>` in it, which a tokenizer must have.
 
         >>> CHAT_TEMPLATES["chatml"].control_tokens
         ['<|im_start|>', '<|im_end|>']
         """
-        return list(dict.fromkeys(re.findall(r"<\|[^<>|]+\|>", "".join(self.texts))))
+        return list(dict.fromkeys(re.findall(r"<\|[^<>|]+\|>|<s>|</?think>", "".join(self.texts))))
 
     def exchange(self, question: str, answer: str) -> str:
         """One question and its answer, without `end`: text to train a tokenizer on.

@@ -24,21 +24,21 @@ from voco_jax.data.tokenizer import load_tokenizer, prompt_ids, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig
 
-OWN = "chat template's; --template voco_v1 chooses that of the released code"
-OWN = f"tokenizer_config.json: the prompt is this {OWN}"
+OWN = "the run's prompt follows the checkpoint's chat template (--template voco_v1: the released code's)"
 
 
 def choice(family: str, directory, **options) -> tuple[str, list[str], object]:
-    """(name of the template, warnings, the template) of a run that is made of a family's language model."""
+    """(name of the template, what is told and warned of, the template) of a run made of a family's language model."""
     config = default_config()
     source = Source("llama", directory, LlamaConfig())
-    warnings = choose_template(config.data, source, tokenizer_of(family), Options(**options))
-    return config.data.template, warnings, template_of(config)
+    told: list[str] = []
+    warnings = choose_template(config.data, source, tokenizer_of(family), Options(**options), told.append)
+    return config.data.template, told + warnings, template_of(config)
 
 
 def test_the_default_is_what_the_model_knows(tmp_path):
     """Its own chat template, where turns begin with control tokens; else the prompt of the released code."""
-    today = "tokenizer_config.json: the chat template has a date in it: today's is kept"
+    today = "tokenizer_config.json: the chat template prints today's date; the run keeps the date of today"
     for family, warnings in (("qwen2.5", [OWN]), ("mistral-v0.3", [OWN]), ("llama3.2", [OWN, today])):
         assert choice(family, tmp_path) == (TOKENIZER, warnings, chosen(family)[1]), family
     for family in ("vicuna", "mistral-v0.1"):
@@ -52,12 +52,17 @@ def test_the_default_is_what_the_model_knows(tmp_path):
 
 
 def test_the_one_that_is_asked_for_or_none(tmp_path):
-    with pytest.raises(UserError, match="^--template tokenizer: tokenizer_config.json: .*; --template qwen3 is"):
+    with pytest.raises(
+        UserError, match="^--template tokenizer: tokenizer_config.json: .*; choose another with --template: qwen3$"
+    ):
         choice("qwen3", tmp_path, template=TOKENIZER)
     source, tokenizer = (
         Source("llama", tmp_path, LlamaConfig()),
         load_tokenizer(tokenizer_files(tmp_path / "t", "vicuna")),
     )
+    tokenizer.chat_template = "{{ 'none' }}"  # those that this tokenizer has the tokens of
+    with pytest.raises(UserError, match="; choose another with --template: voco_v1, .*, bare, plain, mistral$"):
+        choose_template(default_config().data, source, tokenizer, Options(template=TOKENIZER))
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="^--template tokenizer: .*: no chat template$"):
         choose_template(default_config().data, source, tokenizer, Options(template=TOKENIZER))
@@ -96,8 +101,8 @@ def test_there_and_back(tmp_path, convert):  # noqa: F811
     tokenizer.chat_template = SMOLLM2
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
     template, end = read_chat_template(SMOLLM2, tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
-    status, _, err = convert("to-jax", reference.DIRECTORY, tmp_path / "run", "--tokenizer", tmp_path / "tokenizer")
-    assert status == 0 and f"warning: {OWN}\n" in err
+    status, out, err = convert("to-jax", reference.DIRECTORY, tmp_path / "run", "--tokenizer", tmp_path / "tokenizer")
+    assert status == 0 and OWN in out.splitlines() and OWN not in err
     file = tmp_path / "run" / "config.json"
     assert template_of(load_config(file)) == template
     changed = json.loads(file.read_text())

@@ -1,5 +1,6 @@
 """Chat templates of language models' families: literal prompts and labels, with and without picture and system text."""
 
+import copy
 import dataclasses
 import functools
 
@@ -11,12 +12,18 @@ from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTempl
 from voco_jax.checkpoint.init_from import begin_with_run, inherited_prompt, other_pixels
 from voco_jax.config import default_config, save_config
 from voco_jax.data.conversations import ConversationError, Encoder
-from voco_jax.data.from_config import make_encoder, make_model_config, set_template, take_template, template_of
+from voco_jax.data.from_config import TODAY, make_encoder, make_model_config, set_template, take_template, template_of
 from voco_jax.data.records import Record
 from voco_jax.data.samples import SampleMaker
 from voco_jax.data.shards.record_packer import check_conversations
-from voco_jax.data.template_reader import marks_turns, named_alike, read_chat_template
-from voco_jax.data.tokenizer import save_tokenizer
+from voco_jax.data.template_reader import (
+    fitting_templates,
+    marks_turns,
+    missing_tokens,
+    named_alike,
+    read_chat_template,
+)
+from voco_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from voco_jax.data.video import FrameSampling
 from voco_jax.errors import UserError
 
@@ -102,7 +109,7 @@ def chosen(family: str) -> tuple[str, ChatTemplate]:
     try:
         return TOKENIZER, read_chat_template(tokenizer.chat_template, tokenizer)
     except UserError:
-        name = named_alike(tokenizer.chat_template, tokenizer)
+        name = named_alike(tokenizer.chat_template, tokenizer, about_images=True)
         return name, CHAT_TEMPLATES[name]
 
 
@@ -233,7 +240,7 @@ def test_the_tokenizers_own_is_stored():
     sample = made(config, "smollm2").encode_question(SAID[0])
     assert text_of("smollm2", sample) == f"{BRIEFLY}{VOCO}{CHATML[0]}"
     config = config_of(template=TOKENIZER)
-    assert take_template(config, tokenizer_of("llama3.2")) == ["the chat template has a date in it: today's is kept"]
+    assert take_template(config, tokenizer_of("llama3.2")) == [TODAY]
 
 
 def test_training_goes_on_with_a_runs_prompt(tmp_path):
@@ -277,6 +284,16 @@ def test_texts_beside_the_tokenizers_own_are_refused():
     assert template_of(begin_with_run(config)).user == "Q: "
 
 
+def test_a_system_text_has_one_place():
+    config = config_of(template=CUSTOM)
+    for text in ("Be brief. USER: ", "{system} {system} USER: "):
+        config.data.custom_template.with_system = text
+        with pytest.raises(UserError, match=r"^config.data.custom_template.with_system: expected '\{system\}' in"):
+            made(config, "qwen3")
+    config.data.custom_template.with_system = "{system} USER: "
+    assert made(config, "qwen3").template.with_system == "{system} USER: "
+
+
 def test_what_cannot_be_followed_is_refused(small_tokenizer):
     with pytest.raises(UserError, match="expected a tokenizer with a chat template; this one has none"):
         take_template(config_of(template=TOKENIZER), small_tokenizer)
@@ -286,6 +303,11 @@ def test_what_cannot_be_followed_is_refused(small_tokenizer):
     assert "<think>" in str(error.value) and str(error.value).endswith("; 'qwen3' asks a first question alike")
     with pytest.raises(UserError, match=r"template: 'llama3' needs a tokenizer with the token '<\|begin_of_text\|>'"):
         made(config_of(template="llama3"), "qwen3")
+    for name, family, token in (
+        ("mistral", "qwen3", "<s>"), ("qwen3", "qwen2.5", "<think>"), ("chatml", "vicuna", r"<\|im_start\|>"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"template: '{name}' needs a tokenizer with the token '{token}'"):
+            made(config_of(template=name), family)
     config = config_of(system=BRIEF)
     set_template(config.data, chosen("mistral-v0.3")[1])
     with pytest.raises(UserError, match="config.data.system: template 'tokenizer' has no place for a system text$"):
@@ -294,6 +316,59 @@ def test_what_cannot_be_followed_is_refused(small_tokenizer):
         made(config_of(template=CUSTOM, system=BRIEF), "qwen3")
     with pytest.raises(ConversationError, match="a system turn: the chat template has no place for one"):
         encoder_of("mistral-v0.3").encode(turns("Why?", system=BRIEF), 0)
+
+
+def test_a_trained_tokenizer_has_the_control_tokens():
+    for name, added in (("qwen3", ["<think>", "</think>"]), ("mistral", ["<s>"]), ("llama3", ["<|begin_of_text|>"])):
+        template = CHAT_TEMPLATES[name]
+        tokenizer = train_tokenizer(["a bus"], 300, template.control_tokens)
+        assert not missing_tokens(template, tokenizer) and set(added) <= set(template.control_tokens)
+        assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+        asked = Encoder(tokenizer, template, 2, 2, compressed=True).encode(turns("a bus", "<think> <s>"), 0).tokens
+        found = tokenizer.convert_ids_to_tokens(asked)
+        assert [found.count(token) for token in added] == [1] * len(added), name
+    assert fitting_templates(tokenizer_of("vicuna")) == [*list(CHAT_TEMPLATES)[:7], "mistral"]
+
+
+def in_parts(text: str, said: str) -> str:
+    """A chat template of Qwen2.5's form that takes a message's text, and `said` of a list of parts."""
+    of_parts = "{% for part in message.content %}" + said + "{% endfor %}"
+    content = "{% if message.content is string %}{{ message.content }}{% else %}" + of_parts + "{% endif %}"
+    return (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+        + content
+        + text
+        + ("{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    )
+
+
+def test_images_that_parts_lose_may_be_in_text():
+    tokenizer, end = tokenizer_of("qwen2.5"), "{{ '<|im_end|>\n' }}"
+    found = read_chat_template(in_parts(end, "{{ part.text }}{{ ' ' if part.type == 'image' }}"), tokenizer)
+    assert found == dataclasses.replace(CHAT_TEMPLATES["chatml"], end="{eos}\n")
+    assert (found.image, found.after_images) == ("<image>", "\n")
+    # Other text for an image is no loss
+    with pytest.raises(UserError, match=r"an image before a question: expected <image>, found '<\|endoftext\|>'"):
+        read_chat_template(in_parts(end, "{{ '<|endoftext|>' if part.type == 'image' else part.text }}"), tokenizer)
+    neither = in_parts(end, "{{ part.text }}").replace("{{ message.content }}", "{{ 'x' }}")
+    with pytest.raises(UserError, match="^an image before a question: expected <image>, found none$"):
+        read_chat_template(neither, tokenizer)
+
+
+def test_a_template_is_alike_without_images():
+    """Of which VoCo prompts have the place alone; plain LLaVA has what stands around them too."""
+    tokenizer = tokenizer_of("qwen3")
+    refused = "{%- if '<image>' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    text = refused + tokenizer.chat_template
+    assert [named_alike(text, tokenizer, about_images=images) for images in (False, True)] == ["qwen3", None]
+    changed = copy.copy(tokenizer)
+    changed.chat_template = text
+    with pytest.raises(UserError, match="; 'qwen3' asks a first question alike$"):
+        take_template(config_of(template=TOKENIZER), changed)
+    config = config_of(template=TOKENIZER)
+    config.model.compressor, config.model.num_voco_tokens = "none", 0
+    with pytest.raises(UserError, match="; name one of voco_v1, .*, plain, chatml, qwen3, llava_qwen$"):
+        take_template(config, changed)
 
 
 def test_a_system_text_in_the_released_prompt(small_tokenizer):

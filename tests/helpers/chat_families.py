@@ -202,7 +202,7 @@ _BEGINS = "llama3.1", "llama3.2", "mistral-v0.1", "mistral-v0.3", "vicuna"  # wh
 def tokenizer_files(path: Path, family: str) -> Path:
     """A directory as a checkpoint of the family has it."""
     template, special, named, stop = FAMILIES[family]
-    backend = byte_level()
+    backend = byte_level([token for token in ("<s>", "</s>") if token in special])
     backend.add_special_tokens(list(special))
     if family in _BEGINS:
         bos = named["bos_token"]

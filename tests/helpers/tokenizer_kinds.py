@@ -1,5 +1,6 @@
 """Small tokenizers of the kinds that checkpoints have, and directories of them."""
 
+from collections.abc import Sequence
 import io
 import json
 from pathlib import Path
@@ -33,14 +34,14 @@ def sentencepiece_model(model_type: str = "bpe", **options) -> bytes:
     return written.getvalue()
 
 
-def byte_level() -> tokenizers.Tokenizer:
-    """Byte pairs as Llama 3's."""
+def byte_level(special: Sequence[str] = ("<s>", "</s>")) -> tokenizers.Tokenizer:
+    """Byte pairs as Llama 3's, with special tokens."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(TEXTS, trainer)
     return bpe

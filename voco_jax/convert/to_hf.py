@@ -164,7 +164,7 @@ def _is_alike(own: str, tokenizer, template: ChatTemplate) -> bool:
     try:
         read = read_chat_template(own, tokenizer)
     except UserError:
-        return CHAT_TEMPLATES.get(named_alike(own, tokenizer) or "") == template
+        return CHAT_TEMPLATES.get(named_alike(own, tokenizer, about_images=True) or "") == template
     return template in (read, dataclasses.replace(read, with_system="", keeps_newlines=False))
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Collection
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.chat_templates import CHAT_TEMPLATES, TOKENIZER
+from voco_jax.chat_templates import TOKENIZER
 from voco_jax.config import default_config, load_config, save_config, vision_preset
 from voco_jax.convert.chat_templates import chat_template_of, image_token_of
 from voco_jax.convert.families import BY_OURS
@@ -19,7 +20,7 @@ from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
 from voco_jax.convert.sources import Source
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
 from voco_jax.data.from_config import TODAY, make_encoder, make_model_config, set_processor, set_template
-from voco_jax.data.template_reader import marks_turns, named_alike, read_chat_template
+from voco_jax.data.template_reader import fitting_templates, marks_turns, named_alike, read_chat_template
 from voco_jax.data.tokenizer import add_voco_token, load_tokenizer, save_tokenizer, set_stop_ids
 from voco_jax.data.tokenizer_files import stop_ids_of
 from voco_jax.errors import UserError
@@ -106,15 +107,20 @@ def load_source_tokenizer(source: Source, given: Path | None):
     return tokenizer, tokens
 
 
-def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, options: Options) -> list[str]:
-    """Write a run directory with checkpoint 0; returns warnings. One UserError names everything that does not fit."""
+def to_jax(
+    source: Source, destination: Path, tokenizer_dir: Path | None, options: Options, log: Callable[[str], Any] = print
+) -> list[str]:  # fmt: skip
+    """Write a run directory with checkpoint 0; returns warnings. One UserError names everything that does not fit.
+
+    `log` gets a line about the prompt that was chosen.
+    """
     check_is_new(destination)
     if options.vision is not None and (source.vision is not None or not options.init_missing):
         found = f"{source.path} with its own" if source.vision is not None else "no --init-missing"
         raise UserError(f"--vision {options.vision}: expected a vision tower to draw, found {found}")
     tokenizer, tokens = load_source_tokenizer(source, tokenizer_dir)
     config = run_config(source, len(tokenizer), options, destination)
-    warnings = choose_template(config.data, source, tokenizer, options)
+    warnings = choose_template(config.data, source, tokenizer, options, log)
     model_config = make_model_config(config, tokenizer)
     make_encoder(config, tokenizer, model_config)  # raises for a template of other control tokens
     _, ours = abstract_model(model_config)
@@ -144,7 +150,9 @@ def to_jax(source: Source, destination: Path, tokenizer_dir: Path | None, option
         return source.notes + warnings + findings.finish(source.path)
 
 
-def choose_template(data: ConfigDict, source: Source, tokenizer, options: Options) -> list[str]:
+def choose_template(
+    data: ConfigDict, source: Source, tokenizer, options: Options, log: Callable[[str], Any] = print
+) -> list[str]:  # fmt: skip
     """Set the run's prompt: the one asked for; else the source's chat template, of plain LLaVA, and of a language model
     whose turns begin with control tokens; else that of VoCo training. Returns warnings.
 
@@ -166,19 +174,22 @@ def choose_template(data: ConfigDict, source: Source, tokenizer, options: Option
     try:
         template = read_chat_template(text, tokenizer, image_token)
     except UserError as error:
-        alike, reason = named_alike(text, tokenizer, image_token), f"a chat template that cannot be followed ({error})"
+        alike = named_alike(text, tokenizer, image_token, about_images=options.is_llava)
+        reason = f"a chat template that cannot be followed ({error})"
         if asked == TOKENIZER:
-            hint = alike or f"one of {', '.join(CHAT_TEMPLATES)}"
-            raise UserError(f"--template {TOKENIZER}: {file}: {reason}; --template {hint} is another") from None
+            names = alike or ", ".join(fitting_templates(tokenizer))
+            raise UserError(
+                f"--template {TOKENIZER}: {file}: {reason}; choose another with --template: {names}"
+            ) from None
         data.template = alike or data.template
         how = ", which asks a first question alike" if alike else ""
         return [f"{file}: {reason}: the prompt is {data.template}'s{how}; --template chooses another"]
     if asked is None and not (options.is_llava or marks_turns(template, tokenizer)):
         return []
     set_template(data, template)
-    told = f"{file}: the prompt is this chat template's; --template voco_v1 chooses that of the released code"
-    said = [] if options.is_llava or asked else [told]
-    return said + ([f"{file}: {TODAY}"] if "strftime_now" in text else [])
+    if not options.is_llava and asked is None:
+        log("the run's prompt follows the checkpoint's chat template (--template voco_v1: the released code's)")
+    return [f"{file}: {TODAY}"] if "strftime_now" in text else []
 
 
 def has_voco_row(source: Source, voco: int) -> bool:

@@ -2,11 +2,17 @@
 
 from ml_collections import ConfigDict
 
-from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate, get_chat_template
+from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, SYSTEM, TOKENIZER, ChatTemplate, get_chat_template
 from voco_jax.config import typed
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.images import ImageProcessor
-from voco_jax.data.template_reader import chat_template_text, named_alike, read_chat_template
+from voco_jax.data.template_reader import (
+    chat_template_text,
+    fitting_templates,
+    missing_tokens,
+    named_alike,
+    read_chat_template,
+)
 from voco_jax.data.tokenizer import prompt_ids
 from voco_jax.errors import UserError
 from voco_jax.models import build
@@ -85,8 +91,7 @@ def make_encoder(config: ConfigDict, tokenizer, model_config: VoCoConfig) -> Enc
     UserError for a template of control tokens that the tokenizer lacks, and for a system text that has no place in it.
     """
     template, name = template_of(config), config.data.template
-    known = tokenizer.get_added_vocab()
-    if name in CHAT_TEMPLATES and (missing := [token for token in template.control_tokens if token not in known]):
+    if name in CHAT_TEMPLATES and (missing := missing_tokens(template, tokenizer)):
         raise UserError(
             f"config.data.template: {name!r} needs a tokenizer with the token {missing[0]!r}; this one has none"
         )
@@ -122,8 +127,12 @@ def reads_whole(config: ConfigDict, teacher: ConfigDict) -> bool:
 
 
 def template_of(config: ConfigDict) -> ChatTemplate:
-    """The text around a conversation's turns."""
-    return get_chat_template(config.data.template, config.data.custom_template)
+    """The text around a conversation's turns; UserError for one that has not one place for a system text."""
+    template = get_chat_template(config.data.template, config.data.custom_template)
+    if template.with_system and template.with_system.count(SYSTEM) != 1:
+        expected = f"expected {SYSTEM!r} in it once, or '' for no place"
+        raise UserError(f"config.data.custom_template.with_system: {expected}; found {template.with_system!r}")
+    return template
 
 
 def take_template(config: ConfigDict, tokenizer) -> list[str]:
@@ -142,14 +151,15 @@ def take_template(config: ConfigDict, tokenizer) -> list[str]:
     try:
         template = read_chat_template(text, tokenizer)
     except UserError as error:
-        alike = named_alike(text, tokenizer)
-        hint = f"{alike!r} asks a first question alike" if alike else f"name one of {', '.join(CHAT_TEMPLATES)}"
+        alike = named_alike(text, tokenizer, about_images=is_llava(config))
+        names = ", ".join(fitting_templates(tokenizer))
+        hint = f"{alike!r} asks a first question alike" if alike else f"name one of {names}"
         raise UserError(f"{key}: the chat template of {name} cannot be followed ({error}); {hint}") from None
     set_template(data, template)
     return [TODAY] if "strftime_now" in text else []
 
 
-TODAY = "the chat template has a date in it: today's is kept"
+TODAY = "the chat template prints today's date; the run keeps the date of today"
 
 
 def set_template(data: ConfigDict, template: ChatTemplate, name: str = TOKENIZER) -> None:

@@ -45,16 +45,30 @@ def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> 
     return _read(_Renderer(text, tokenizer, image_token), tokenizer)
 
 
-def named_alike(text: str, tokenizer, image_token: str = IMAGE.value) -> str | None:
+def missing_tokens(template: ChatTemplate, tokenizer) -> list[str]:
+    """Control tokens of a template that a tokenizer has not."""
+    known = tokenizer.get_added_vocab()
+    return [token for token in template.control_tokens if token not in known]
+
+
+def fitting_templates(tokenizer) -> list[str]:
+    """Names of the templates whose control tokens a tokenizer has."""
+    return [name for name, template in CHAT_TEMPLATES.items() if not missing_tokens(template, tokenizer)]
+
+
+def named_alike(text: str, tokenizer, image_token: str = IMAGE.value, *, about_images: bool) -> str | None:
     """The template of ours, by name, with which a first question is asked as with a chat template that
-    `read_chat_template` refuses; None for none."""
+    `read_chat_template` refuses; None for none. `about_images`: also a question about images, whose text plain LLaVA
+    alone has from its template."""
+    counts = _IMAGES if about_images else (0,)
     try:
         render = _Renderer(text, tokenizer, image_token)
-        asked = [render(WORDS[:1], images) for images in _IMAGES]
+        asked = [render(WORDS[:1], images) for images in counts]
     except UserError:
         return None
-    for name, template in CHAT_TEMPLATES.items():
-        if template.keeps_newlines and asked == [_ours(tokenizer, template, 1, images) for images in _IMAGES]:
+    for name in fitting_templates(tokenizer):
+        template = CHAT_TEMPLATES[name]
+        if template.keeps_newlines and asked == [_ours(tokenizer, template, 1, images) for images in counts]:
             return name
     return None
 
@@ -165,10 +179,18 @@ class _Renderer:
             if rendered is None:
                 problem = problem or error
                 continue
+            if in_parts and asked.images and self._loses_images(asked, rendered):  # text may keep them
+                problem = f"an image before a question: expected {IMAGE.value}, found none"
+                continue
             rendered = rendered.replace(self._image_token, IMAGE.value)
             if all(rendered.count(said) == 1 for said in words) and "'text'" not in rendered:
                 return rendered, spans
         raise UserError(problem or "the turns' texts are not in what it renders")
+
+    def _loses_images(self, asked: _Asked, rendered: str) -> bool:
+        """Whether a conversation is rendered as one without images, spaces aside."""
+        without = self._rendered[asked._replace(images=0)][0]
+        return without is not None and rendered.split() == without.split()
 
     def marked(self, turns: int) -> list[tuple[int, int]] | None:
         """What the template marks of so many turns; None for a template that marks nothing."""
