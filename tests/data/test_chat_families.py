@@ -205,6 +205,10 @@ def test_generation_marks_what_is_trained_on():
     newline = tokenizer("\n", add_special_tokens=False).input_ids  # after the last answer, which nothing follows
     assert [*ours.tokens, *newline] == theirs.input_ids
     assert [*ours.labels.astype(int), 0] == theirs.assistant_masks
+    # More that is marked, the header, is no label
+    header, marks = "{{- '<|im_start|>assistant\\n' }}", "{%- generation %}"
+    more = tokenizer.chat_template.replace(f"{header}\n        {marks}", f"{marks}{header}")
+    assert more != tokenizer.chat_template and read_chat_template(more, tokenizer) == chosen("qwen2.5")[1]
     for said, found in (
         ("{{ m.content }}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}", "['<|im_end|>', '<|im_end|>']"),
         ("{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}", "['Which is it', 'A hen']"),
