@@ -10,7 +10,8 @@ import pytest
 from tests.helpers.chat_families import FAMILIES, tokenizer_of
 from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate
 from voco_jax.checkpoint.init_from import begin_with_run, inherited_prompt, other_pixels
-from voco_jax.config import default_config, save_config
+from voco_jax.checkpoint.resume import continued
+from voco_jax.config import default_config, first_difference, save_config
 from voco_jax.data.conversations import ConversationError, Encoder
 from voco_jax.data.from_config import TODAY, make_encoder, make_model_config, set_template, take_template, template_of
 from voco_jax.data.records import Record
@@ -268,6 +269,12 @@ def test_training_goes_on_with_a_runs_prompt(tmp_path):
     assert other_pixels(str(tmp_path), config.data) == (
         f"config.data.image_grid: {tmp_path} has 2, this config 1: the weights were trained on other pixels"
     )
+    # A run that goes on has them too, whatever became of its base
+    save_tokenizer(tokenizer_of("smollm2"), tmp_path / "run" / "tokenizer")
+    save_config(config, tmp_path / "run" / "config.json")
+    asked = config_of()
+    asked.init_from = str(tmp_path)
+    assert first_difference(continued(asked, tmp_path / "run"), config) is None
     config, said = begun(system="Speak.", template="chatml")
     assert config.data.system == "Speak." and said == f"config.data.image_position: 'text', as in {tmp_path}"
     config, said = begun(template="bare")
