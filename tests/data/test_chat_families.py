@@ -372,6 +372,8 @@ def test_a_template_is_alike_without_images():
     refused = "{%- if '<image>' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
     text = refused + tokenizer.chat_template
     assert [named_alike(text, tokenizer, about_images=images) for images in (False, True)] == ["qwen3", None]
+    without_thinking = tokenizer_of("qwen2.5")
+    assert named_alike(tokenizer.chat_template, without_thinking, about_images=False) is None
     changed = copy.copy(tokenizer)
     changed.chat_template = text
     with pytest.raises(UserError, match="; 'qwen3' asks a first question alike$"):

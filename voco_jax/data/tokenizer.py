@@ -144,7 +144,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, control_tokens: Seque
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(dict.fromkeys(["<pad>", "<s>", "</s>", VOCO_TOKEN, *control_tokens])),
+        special_tokens=["<pad>", "<s>", "</s>", VOCO_TOKEN, *control_tokens],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
