@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 
 import pytest
 
@@ -128,3 +129,14 @@ def test_a_pipe_is_not_held(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(UserError, match="lock: expected a file, found a pipe"), holding(tmp_path / ".lock", ""):
         pass
+
+
+def test_a_thread_that_writes_on_leaves_nothing(tmp_path):
+    """As TensorStore's do for a moment after the block has raised."""
+    writers: list[threading.Timer] = []
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "run") as directory:
+        writers.append(threading.Timer(0.15, lambda: (directory / "late").mkdir(parents=True)))
+        writers[0].start()
+        raise KeyboardInterrupt
+    writers[0].join()
+    assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from pathlib import Path
 import secrets
 import shutil
 import tempfile
+import time
 from typing import BinaryIO
 
 from voco_jax.errors import UserError
@@ -119,8 +120,21 @@ def new_directory(destination: Path) -> Iterator[Path]:
         check_is_new(destination)
         temporary.rename(destination)
         sync(destination.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory, and what threads that have not heard of the end yet (TensorStore's) write into it after that:
+    until nothing has come for some tenths of a second."""
+    quiet = 0
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        quiet = 0 if directory.exists() else quiet + 1
+        if quiet == 4:
+            return
+        time.sleep(0.1)
 
 
 def check_is_new(destination: Path) -> None:
