@@ -18,7 +18,7 @@
 #     --type v6e-64 --slices 2 --workdir gs://my-bucket/runs/voco_7b -- --config=configs/voco_7b.py
 #
 # Options:
-#   --type T            v5litepod-64, v5p-16, v6e-64, v4-8 …; or VOCO_TPU_TYPE
+#   --type T            v5litepod-64, v5p-16, v6e-64, v4-8 …; with --gke also tpu7x-8 (4 chips); or VOCO_TPU_TYPE
 #   --workdir gs://B/P  the run directory; or VOCO_WORKDIR; or --config.workdir among the arguments
 #   --project P, --zone Z   or VOCO_PROJECT, VOCO_ZONE. SkyPilot takes the project of gcloud, and any zone where none is given
 #   --max-restarts K    new starts after other errors than status 75 (SkyPilot: 0, for it counts errors that you must fix
@@ -75,7 +75,7 @@ read_options() {
 check_options() {
   check_name "NAME of the run" "$name"
   if [[ $type == v5e-* ]]; then fail "--type: $type: Google calls it v5litepod-${type#v5e-}"; fi
-  check_form "--type (or VOCO_TPU_TYPE)" "$type" '(v[234]|v5litepod|v5p|v6e)-[1-9][0-9]{0,4}' v5litepod-64
+  check_form "--type (or VOCO_TPU_TYPE)" "$type" '(v[234]|v5litepod|v5p|v6e|tpu7x)-[1-9][0-9]{0,4}' v5litepod-64
   if [[ -n $max_restarts ]]; then check_number --max-restarts "$max_restarts" 0 1000000; fi
   if [[ -n $zone || -n $cluster ]]; then check_zone "$zone"; fi
   check_extras "$extras"
@@ -89,6 +89,7 @@ check_options() {
     need_program xpk "pip install xpk"
   else
     if ((slices > 1)); then fail "--slices: expected --gke; a job of SkyPilot has one slice"; fi
+    if [[ $type == tpu7x-* ]]; then fail "--type: $type: expected --gke; SkyPilot does not list this TPU"; fi
     need_program sky "pip install 'skypilot[gcp]'"
   fi
   check_trainer_arguments "${trainer[@]}"

@@ -235,6 +235,8 @@ def test_dry_run_on_gke(bench):
         "--restart-on-exit-codes=75 --termination-grace-period-seconds=300 "
         "--project=my-project --zone=us-west4-a --cluster=my-cluster"
     ]
+    (ironwood,) = bench.dry("tpu_pod.sh", "my-run", *made, "--type=tpu7x-8", "--slices=1")
+    assert "--tpu-type=tpu7x-8 --num-slices=1" in ironwood
 
 
 def test_what_runs_is_what_a_dry_run_prints(bench):
@@ -386,6 +388,7 @@ GKE = [*POD, f"--image={IMAGE}", "--gke=my-cluster"]
         ("tpu_pod.sh", ["my-run", "--type=v5e-64"], "--type: v5e-64: Google calls it v5litepod-64"),
         ("tpu_pod.sh", ["my-run", "--type=h100"], "--type (or VOCO_TPU_TYPE): expected something like v5litepod-64, f"),
         ("tpu_pod.sh", [*POD, "--slices=2", "--", *TRAINER], "--slices: expected --gke; a job of SkyPilot has one sl"),
+        ("tpu_pod.sh", [*POD, "--type=tpu7x-8", "--", *TRAINER], "--type: tpu7x-8: expected --gke; SkyPilot does not"),
         ("tpu_pod.sh", [*POD[:2], "--", *TRAINER], "--workdir (or VOCO_WORKDIR): missing; expected something like gs:"),
         ("tpu_pod.sh", [*POD, "--workdir=runs/x", "--", *TRAINER], "expected something like gs://my-bucket/runs/voco_"),
         ("tpu_pod.sh", [*POD, "--", *TRAINER, "--config.workdir=gs://b"], "--config.workdir: expected something like"),
