@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server whose pictures are compressed once: `voco serve`."""
