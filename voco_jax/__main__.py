@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("voco_jax.evaluate:main", "score a run on its test set"),
     "ask": ("voco_jax.ask:main", "ask questions about images or a video"),
     "chat": ("voco_jax.chat:main", "hold a conversation about images"),
+    "serve": ("voco_jax.serve.__main__:main", "answer questions over HTTP, as OpenAI's API does"),
     "compress": ("voco_jax.compress:main", "compress images and videos into a memory file"),
     "memory": ("voco_jax.memory:main", "list, check and merge memory files"),
     "preview": ("voco_jax.preview.__main__:main", "draw a training batch"),

@@ -74,11 +74,11 @@ class Engine:
     ):  # fmt: skip
         self.encoder, self.mesh, self.timestamps, self.num_tiles = encoder, mesh, timestamps, num_tiles
         self.config = model.config
-        graphdef, state = nnx.split(model)
+        self.graphdef, state = nnx.split(model)
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"
         self.params = nnx.to_pure_dict(state)
-        self._encode_images, self._prefill, self._decode, self._score = _programs(graphdef)
-        self._whole = np.asarray if mesh is None else jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+        self._encode_images, self._prefill, self._decode, self._score = _programs(self.graphdef)
+        self.whole = np.asarray if mesh is None else jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
     @property
     def params(self) -> dict:
@@ -86,12 +86,12 @@ class Engine:
 
     @params.setter
     def params(self, params: dict) -> None:
-        self._params = self._parted = params
+        self._params = self.parted = params
         self._by_tokens: dict[int, Engine] = {}  # copies with these parameters
         # Shapes alone may be given first, as training does
         if self._is_one_cpu and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
             llama = params["llama"]
-            self._parted = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
+            self.parted = params | {"llama": llama | {"layers": part_layers(llama["layers"])}}
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """Makes the engine's mesh the ambient one."""
@@ -117,7 +117,7 @@ class Engine:
 
         Over a mesh, B and I must be multiples of the devices along the rows' axes and along the frame axis.
         """
-        return self._encode_images(self._parted, pixel_values)
+        return self._encode_images(self.parted, pixel_values)
 
     def generate(
         self, prompts: Sequence[Sample], visual: Visual, pictures: Sequence[Sequence[int]], max_new_tokens: int,
@@ -142,13 +142,13 @@ class Engine:
         limit = min(PIECE, max_new_tokens) if until else max_new_tokens
         while True:
             state = self.decode(state, limit)
-            answers = np.asarray(self._whole(state.output))[: len(prompts), :limit]
-            ended = np.asarray(self._whole(state.ended))[: len(prompts)]
+            answers = np.asarray(self.whole(state.output))[: len(prompts), :limit]
+            ended = np.asarray(self.whole(state.ended))[: len(prompts)]
             if limit == max_new_tokens or all(
                 is_whole or any(end in self.sure_text(ids.tolist()) for end in until)
                 for ids, is_whole in zip(answers, ended, strict=True)
             ):
-                sure = np.asarray(self._whole(state.log_probabilities))
+                sure = np.asarray(self.whole(state.log_probabilities))
                 return [self._answer(ids.tolist(), row, until) for ids, row in zip(answers, sure, strict=False)]
             limit = min(limit + PIECE, max_new_tokens)
 
@@ -169,7 +169,7 @@ class Engine:
             before[row, : len(places)] = places - 1  # where a label is predicted
             labels[row, : len(places)] = samples[i].tokens[in_text][places]
         scores = self._score(visual is None, self.params, _in_one_row(visual), laid_out, before, labels)
-        total, is_greedy = (np.asarray(self._whole(x)) for x in scores)
+        total, is_greedy = (np.asarray(self.whole(x)) for x in scores)
         counts = (labels >= 0).sum(axis=1)
         return [Score(float(total[i]), int(counts[i]), bool(is_greedy[i])) for i in range(len(samples))]
 
@@ -211,11 +211,11 @@ class Engine:
             )  # fmt: skip
         if not apart:
             visual = _in_one_row(visual)
-        return self._prefill(max_new_tokens, visual is None, self._parted, visual, laid_out, stop, drawn, cache)
+        return self._prefill(max_new_tokens, visual is None, self.parted, visual, laid_out, stop, drawn, cache)
 
     def decode(self, state: DecodeState, limit: int) -> DecodeState:
         """Append tokens until the answers have `limit` tokens each, or all have ended. The state given is used up."""
-        return self._decode(self._parted, state, np.int32(limit))
+        return self._decode(self.parted, state, np.int32(limit))
 
     def stream(self, state: DecodeState, keep: Callable[[DecodeState, int], None]) -> Generator[str, None, None]:
         """The text of one answer in pieces, each as soon as no later token can change it. Joined, they are the answer.
@@ -255,6 +255,10 @@ class Engine:
     def sure_text(self, ids: Sequence[int]) -> str:
         """The text that an answer with these first tokens begins with, whatever tokens follow."""
         return self._detokenizer.sure(self._until_end(ids))
+
+    def token(self, i: int) -> tuple[str, bytes | None]:
+        """A token's text, with the space before it, and its bytes, None where it is some of a letter's."""
+        return self._detokenizer.token(i)
 
     @functools.cached_property
     def _detokenizer(self) -> Detokenizer:

@@ -44,7 +44,8 @@ class Sampling:
 
 
 class SamplingState(NamedTuple):
-    """A `Sampling` as arrays. `streams` [R]: each row draws from the random stream of this number."""
+    """A `Sampling` as arrays, of all rows, or [R] of each. `streams` [R]: each row draws from the random stream of this
+    number."""
 
     temperature: Array
     top_k: Array
@@ -80,24 +81,31 @@ class DecodeState(NamedTuple):
 
 
 def choose(logits: jax.Array, sampling: SamplingState | None, count: jax.Array) -> jax.Array:
-    """Token ids [R] of logits [R, V]: the likeliest, or drawn. `count` tells a row's tokens apart."""
+    """Token ids [R] of logits [R, V]: the likeliest, or drawn, but for rows of temperature 0. `count`, of all rows or
+    [R], tells a row's tokens apart."""
+    greedy = logits.argmax(-1).astype(jnp.int32)
     if sampling is None:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+        return greedy
+    temperature, top_k, top_p, seed, streams, count = (
+        jnp.broadcast_to(x, (len(logits),)) for x in (*sampling, count)
+    )  # fmt: skip
+    is_drawn = temperature > 0
+    logits = logits / jnp.where(is_drawn, temperature, 1)[:, None]
     likeliest = -jnp.sort(-logits)
-    k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
+    k = jnp.where(top_k > 0, top_k, logits.shape[-1])[:, None]
     among_k = jnp.arange(logits.shape[-1]) < k
     probabilities = jax.nn.softmax(jnp.where(among_k, likeliest, -jnp.inf))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the tokens that are likelier
-    kept = among_k & (before < sampling.top_p)
+    kept = among_k & (before < top_p[:, None])
     kept = kept.at[:, 0].set(True)
     least = jnp.where(kept, likeliest, jnp.inf).min(axis=-1, keepdims=True)
 
-    def draw(logits, stream):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), stream), count)
+    def draw(logits, seed, stream, count):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), count)
         return jax.random.categorical(key, logits)
 
-    return jax.vmap(draw)(jnp.where(logits >= least, logits, -jnp.inf), sampling.streams).astype(jnp.int32)
+    drawn = jax.vmap(draw)(jnp.where(logits >= least, logits, -jnp.inf), seed, streams, count)
+    return jnp.where(is_drawn, drawn, greedy).astype(jnp.int32)
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -148,6 +148,13 @@ class MemoryBank:
         check_tokens("tokens", count, self.num_tokens)
         return self._changed(lambda array: array[:, :count])
 
+    def with_room(self, count: int) -> "MemoryBank":
+        """With so many tokens of every picture: zeros after its own."""
+        more = count - self.num_tokens
+        return self if more <= 0 else self._changed(
+            lambda array: np.pad(array, [(0, 0), (0, more)] + [(0, 0)] * (array.ndim - 2))
+        )  # fmt: skip
+
     def copy(self) -> "MemoryBank":
         """In arrays of its own: it keeps no larger bank in memory that it was cut out of."""
         return self._changed(np.copy)

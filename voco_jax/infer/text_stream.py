@@ -42,6 +42,20 @@ class Detokenizer:
             ids = kept
         return self._decode(ids).removesuffix("\N{REPLACEMENT CHARACTER}").strip()
 
+    def token(self, i: int) -> tuple[str, bytes | None]:
+        """A token by itself, with the space before it; and its bytes, None where it is some of a letter's."""
+        if (piece := self._backend.id_to_token(int(i))) is None:
+            return "", None
+        if _BYTE.fullmatch(piece):
+            byte = bytes([int(piece[3:5], 16)])
+            return (byte.decode(), byte) if byte.isascii() else (f"bytes:\\x{byte[0]:02x}", byte)
+        if i in self._special:
+            return piece, piece.encode()
+        text = self._backend.decode([int(i)], skip_special_tokens=False)
+        if piece.startswith(("\N{LOWER ONE EIGHTH BLOCK}", "Ġ")) and not text.startswith(" "):
+            text = f" {text}"
+        return text, None if "\N{REPLACEMENT CHARACTER}" in text else text.encode()
+
     def _decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
