@@ -52,7 +52,8 @@ setup(
         "scenes": ["scikit-image>=0.26"],  # photographs, for `voco make-scene-questions`
         "serve": [  # `voco serve`
             "fastapi>=0.115",
-            "httpx>=0.28",  # pictures from the web
+            "httpcore>=1.0,<2",  # pictures from the web
+            "httpx>=0.28",  # their URLs
             "prometheus-client>=0.21",
             "python-multipart>=0.0.18",  # uploads
             "uvicorn>=0.34",
@@ -64,10 +65,12 @@ setup(
         "test": [  # of `make test` and `make lint`
             "av>=18,<19",
             "build>=1.2",  # the wheel, which a test installs
+            "cryptography>=42",  # certificates of servers that tests start
             "easy-vqa==1.0",
             "fastapi>=0.115",
             "gcsfs>=2025.3",
             "gguf>=0.17",
+            "httpcore>=1.0,<2",
             "httpx>=0.28",
             "import-linter>=2.5",  # which way imports point
             "mypy>=1.15",

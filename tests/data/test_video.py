@@ -150,6 +150,14 @@ def test_what_lies_between_is_not_decoded(tmp_path, decoded, name):
     assert len(decoded) <= 14
 
 
+def test_frames_are_viewed_as_they_come(tmp_path, decoded):
+    """So that large ones need not be in memory together."""
+    clip = write_clip(tmp_path / "clip.mp4", gop=12)
+    viewed = read_frames(clip, [2.0, 0.0, 1.0, 1.0], lambda image: (number(image), len(decoded)))
+    assert [frame for frame, _ in viewed] == [50, 0, 25, 25]
+    assert viewed[1][1] < viewed[2][1] == viewed[3][1] < viewed[0][1]
+
+
 def test_a_keyframe_alone_is_decoded_alone(tmp_path, decoded):
     clip = write_clip(tmp_path / "clip.avi", "mjpeg")
     assert numbers(clip, [0.41, 1.0, 1.8]) == [10, 25, 45]

@@ -7,7 +7,6 @@ Sizes and rounding are those of transformers' image processors on Pillow (`CLIPI
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
-import io
 import math
 import os
 import struct
@@ -19,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import TOO_LARGE, UNREADABLE_PICTURE, BadRecord, Picture, tiles_of
-from voco_jax.data.sources.roots import local_path, open_file
+from voco_jax.data.sources.roots import local_path, open_encoded
 from voco_jax.io.paths import as_path
 
 # Formats that are opened, by a file's content: Pillow would have Ghostscript run PostScript. JPEG includes MPO.
@@ -261,7 +260,7 @@ def load_image(
         with _naming("picture"):
             return _as_seen(picture, "picture", warn, transparency, max_pixels, max_side)
     picture = _encoded(picture)
-    file = open_file(picture.file, whole=True) if picture.data is None else io.BytesIO(picture.data)
+    file = open_encoded(picture, whole=True)
     if found := asks_too_much(file):
         raise BadRecord(TOO_LARGE, f"{picture}: {found}")
     if max_pixels > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow refuses twice that by itself

@@ -1,25 +1,27 @@
 """Pictures or videos? By their content; `endings.py` is for looking for files."""
 
-from pathlib import Path
+import math
 
 from PIL import Image
 
 from voco_jax.data.endings import PICTURES, VIDEOS, has_ending
 from voco_jax.data.images import FORMATS, UNREADABLE
 from voco_jax.data.picture_headers import asks_too_much
-from voco_jax.data.records import BadRecord, Clip
-from voco_jax.data.sources.roots import open_file
+from voco_jax.data.records import BadRecord, Clip, Encoded
+from voco_jax.data.sources.roots import open_encoded
 from voco_jax.data.video_file import open_video
 from voco_jax.errors import UserError
+from voco_jax.io.paths import AnyPath
 
 PICTURE, ANIMATION, VIDEO, NEITHER = "picture", "animation", "video", "neither"
 
 
-def kind_of(file: Path) -> str:
+def kind_of(file: AnyPath | Encoded) -> str:
     """PICTURE, ANIMATION (a picture in several frames that can be looked at as a video: GIF, PNG, AVIF), VIDEO; NEITHER
     for a file that is not there or not readable as one of these."""
+    encoded = file if isinstance(file, Encoded) else Encoded(file)
     try:
-        with open_file(file) as stream:
+        with open_encoded(encoded) as stream:
             if asks_too_much(stream, whole=False):  # a picture that is refused when it is looked at
                 return PICTURE
             with Image.open(stream, formats=FORMATS) as image:
@@ -32,13 +34,14 @@ def kind_of(file: Path) -> str:
     except UNREADABLE:  # not a picture
         pass
     try:
-        with open_video(Clip(file, incomplete=True)):
-            return VIDEO
+        until = encoded.until if isinstance(encoded, Clip) else math.inf
+        with open_video(Clip(encoded.file, encoded.data, encoded.name, incomplete=True, until=until)) as video:
+            return ANIMATION if video.is_a("gif", "apng") else VIDEO  # damaged
     except UserError:  # not readable, or nothing is installed to read it with
         return NEITHER
 
 
-def is_video(file: Path) -> bool:
+def is_video(file: AnyPath) -> bool:
     """Whether a file is to be looked at as a video; one that cannot be read is what the ending of its name says."""
     kind = kind_of(file)
     if kind == NEITHER:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class Encoded:
     """A file, or the bytes of one (then `name` is for messages)."""
 
     file: Path | None = None
-    data: bytes | None = None
+    data: bytes | None = dataclasses.field(default=None, repr=False)
     name: str = ""
 
     def __str__(self):
@@ -65,9 +66,11 @@ def tiles_of(grid: int) -> tuple[tuple[int, int, int], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Clip(Encoded):
-    """An encoded video; `incomplete`: of a file that is cut off, what is there is the clip."""
+    """An encoded video; `incomplete`: of a file that is cut off, what is there is the clip. After `until`, a time of
+    `time.monotonic`, no more of it is read: BadRecord."""
 
     incomplete: bool = False
+    until: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ Clips are read with PyAV in one thread; several processes can read several clips
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -115,8 +115,11 @@ def probe(clip: Clip | Frames) -> VideoInfo:
         return VideoInfo(video.seconds(end), num_frames)
 
 
-def read_frames(clip: Clip | Frames, times: Sequence[float] | np.ndarray) -> list[Image.Image]:
-    """The pictures shown at `times` (seconds after the first frame, in any order): RGB, upright, one for each time.
+def read_frames(
+    clip: Clip | Frames, times: Sequence[float] | np.ndarray, view: Callable[[Image.Image], Any] = lambda image: image
+) -> list:
+    """The pictures shown at `times` (seconds after the first frame, in any order): RGB, upright, one for each time; or
+    what `view` makes of each, so that large frames are not in memory together.
 
     That is the last frame that begins at the time or before it; the last of all where the clip is over, the first
     where the time is negative. A frame wanted twice is decoded once and is one object. BadRecord: MISSING, or
@@ -126,10 +129,10 @@ def read_frames(clip: Clip | Frames, times: Sequence[float] | np.ndarray) -> lis
     if times.ndim != 1 or not np.isfinite(times).all():
         raise ValueError(f"times: expected finite seconds [n], found {times}")
     if isinstance(clip, Frames):
-        return _read_pictures(clip, times)
+        return _read_pictures(clip, times, view)
     with open_video(clip) as video:
         ticks = [video.ticks(float(time)) for time in times]
-        shown = _pictures(video, sorted(set(ticks)))
+        shown = _pictures(video, sorted(set(ticks)), view)
     return [shown[tick] for tick in ticks]
 
 
@@ -143,13 +146,13 @@ def _relative_times(frames: Frames) -> np.ndarray:
     return times - times[0]
 
 
-def _read_pictures(frames: Frames, times: np.ndarray) -> list[Image.Image]:
+def _read_pictures(frames: Frames, times: np.ndarray, view: Callable[[Image.Image], Any]) -> list:
     places = np.maximum(np.searchsorted(_relative_times(frames), times, side="right") - 1, 0)
     shown = {}
     for place in set(places.tolist()):
         picture = frames.pictures[place]
         try:
-            shown[place] = load_image(picture)
+            shown[place] = view(load_image(picture))
         except BadRecord as error:
             kind = MISSING if error.kind == MISSING else UNREADABLE_VIDEO
             raise BadRecord(kind, f"{picture}: expected a video's frame, found: {error}") from None
@@ -248,15 +251,15 @@ def _decode(decoder, packet) -> list:
     return decoder.decode(packet)
 
 
-def _pictures(video: VideoFile, wanted: list[int]) -> dict[int, Image.Image]:
-    """The picture shown at each of the ascending ticks `wanted`."""
+def _pictures(video: VideoFile, wanted: list[int], view: Callable[[Image.Image], Any]) -> dict[int, Any]:
+    """What `view` makes of the picture shown at each of the ascending ticks `wanted`."""
     times, keys = None, dict.fromkeys(wanted)
     if video.untimed:
         video.rewind()
         times = sorted(packet.dts for packet in video.packets() if packet.dts is not None)
     else:
         keys = video.seek_keys(wanted)
-    shown: dict[int, Image.Image] = {}
+    shown: dict[int, Any] = {}
     run, last = None, None
     for tick in wanted:
         key = keys[tick]
@@ -275,6 +278,6 @@ def _pictures(video: VideoFile, wanted: list[int]) -> dict[int, Image.Image]:
         if frame is None:
             raise video.error(f"expected a frame at {video.seconds(tick)} s, found none that can be decoded")
         if frame is not last:
-            last, image = frame, to_picture(frame, video.aspect)
+            last, image = frame, view(to_picture(frame, video.aspect))
         shown[tick] = image  # a frame wanted twice is one object
     return shown

@@ -6,8 +6,8 @@ A file comes from anywhere: what it is, its content shows, and no other file is 
 from collections.abc import Iterator
 import contextlib
 from fractions import Fraction
-import io
 import math
+import time
 from typing import BinaryIO
 
 from PIL import Image
@@ -19,7 +19,7 @@ from voco_jax.data.images import MAX_SIDE, UNREADABLE
 from voco_jax.data.mp4_boxes import check_counts
 from voco_jax.data.picture_headers import asks_too_much
 from voco_jax.data.records import UNREADABLE_VIDEO, BadRecord, Clip
-from voco_jax.data.sources.roots import in_bucket, open_file
+from voco_jax.data.sources.roots import in_bucket, open_encoded
 from voco_jax.errors import UserError
 from voco_jax.outages import first_line
 
@@ -37,6 +37,7 @@ MAX_PIXELS = 8192 * 4608  # of a frame: a header may claim any size, and memory 
 # FFmpeg reads; and those when all of a file is read through anyway
 LOOK, MOVIE_LOOK, THOROUGH_LOOK = 16, 2**14, 2**20
 MAX_STREAMS = 200  # FFmpeg begins to decode each of them, to know what it is
+INCOMPLETE_HINT = "; --incomplete or config.data.video.incomplete takes what is there"
 LOOKAHEAD = 64  # packets read before they are decoded; reordering reaches 16 frames at most
 
 
@@ -54,7 +55,7 @@ def open_video(clip: Clip, thorough: bool = False) -> Iterator["VideoFile"]:
         found = f"found {av.__version__}; pip install 'av>=18,<19' brings it"
         raise UserError(f"{clip}: expected the package av 18 or later, {found}")
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_file(clip.file) if clip.data is None else io.BytesIO(clip.data))
+        file = stack.enter_context(open_encoded(clip))
         try:
             yield VideoFile(clip, file, stack, thorough and not in_bucket(clip))
         except BadRecord:
@@ -168,8 +169,7 @@ class VideoFile:
     def not_whole(self, message: str) -> None:
         """BadRecord, unless incomplete clips are wanted."""
         if not self.clip.incomplete:
-            hint = "--incomplete or config.data.video.incomplete takes what is there"
-            raise self.error(f"{message}: the file is cut off or damaged; {hint}")
+            raise self.error(f"{message}: the file is cut off or damaged{INCOMPLETE_HINT}")
 
     def packets(self) -> Iterator:
         """The stream's packets from where the container stands, without the empty one at the end."""
@@ -180,7 +180,10 @@ class VideoFile:
         import av
 
         try:
-            yield from self.container.demux(self.stream)
+            for packet in self.container.demux(self.stream):
+                if time.monotonic() > self.clip.until:
+                    raise self.error("expected a clip that is decoded in the time allowed, found one that takes longer")
+                yield packet
         except av.FFmpegError:
             if not self.clip.incomplete:
                 raise

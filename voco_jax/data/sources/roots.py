@@ -10,7 +10,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from voco_jax.data.records import MISSING, OUTSIDE, BadRecord
+from voco_jax.data.records import MISSING, OUTSIDE, BadRecord, Encoded
 from voco_jax.errors import UserError
 from voco_jax.io.files import check_regular, open_regular
 from voco_jax.io.paths import AnyPath, file_state, in_bucket
@@ -80,6 +80,11 @@ def open_file(file: AnyPath, *, whole: bool = False) -> BinaryIO:
             return open_regular(file)
         with open_regular(file) as stream:
             return io.BytesIO(stream.read())
+
+
+def open_encoded(encoded: Encoded, *, whole: bool = False) -> BinaryIO:
+    """`open_file` of a picture's or a clip's file, or its bytes as a file."""
+    return open_file(encoded.file, whole=whole) if encoded.data is None else io.BytesIO(encoded.data)
 
 
 def state(file: AnyPath) -> tuple:
