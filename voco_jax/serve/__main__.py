@@ -8,7 +8,6 @@ by content, and found there after a restart. Keys, one a line, in --api-keys or 
 """
 
 import argparse
-import contextlib
 import ipaddress
 import logging
 import math
@@ -17,14 +16,11 @@ from pathlib import Path
 import re
 import signal
 import sys
-import threading
-import time
 
 from voco_jax import interrupts
 from voco_jax.api import Model
 from voco_jax.arguments import add_model_arguments, load_model
 from voco_jax.errors import UserError, cannot, one_line_errors
-from voco_jax.infer.continuous import ContinuousBatch
 from voco_jax.io.files import read_text
 from voco_jax.options import Parser, at_least_1
 
@@ -98,8 +94,8 @@ def _parser() -> Parser:
     network.add_argument("--log-prompts", action="store_true", help="write questions into the log")
     store = parser.add_argument_group("memories")
     store.add_argument(
-        "--store", metavar="DIR", help="directory or gs://… for memories; several servers may share it; 'none': they are "
-        "kept on the host alone (default: memories in the user's cache directory)",
+        "--store", metavar="DIR", help="directory or gs://… for memories; servers may share it; 'none': kept on the "
+        "host alone (default: in the user's cache directory)",
     )  # fmt: skip
     store.add_argument("--store-size", type=byte_size, default=byte_size("20GiB"), help="of --store (default 20GiB)")
     store.add_argument("--host-size", type=byte_size, default=byte_size("4GiB"), help="on the host (default 4GiB)")
@@ -164,77 +160,36 @@ def _store_directory(text: str | None) -> str | None:
 def _serve(args: argparse.Namespace, model: Model, keys: tuple[str, ...]) -> None:
     import uvicorn
 
-    from voco_jax.serve.app import Access, Server, make_app
-    from voco_jax.serve.jobs import Jobs
+    from voco_jax.serve.build import Options, make_server
     from voco_jax.serve.limits import MediaLimits
-    from voco_jax.serve.metrics import Metrics
-    from voco_jax.serve.scheduler import Scheduler
-    from voco_jax.serve.service import Defaults, Service
-    from voco_jax.serve.store import MemoryStore
+    from voco_jax.serve.service import Defaults
 
-    metrics = Metrics()
-    batch = ContinuousBatch(
-        model.engine, most_rows=args.rows, most_places=args.context, device_bytes=args.device_size
-    )  # fmt: skip
-    scheduler = Scheduler(model.image_encoder, batch, most_waiting=args.max_waiting, watcher=metrics)
-    store = None
-    if model.config.has_compress_stream:
-        store = MemoryStore(
-            model.fingerprint, model.config.memory_kind, directory=_store_directory(args.store),
-            host_bytes=args.host_size, disk_bytes=args.store_size, on_event=metrics.memory_event,
-        )  # fmt: skip
-    elif args.store not in (None, "none"):
-        raise UserError(f"--store: a model with compressor {model.config.compressor!r} has no memories to keep")
-    limits = MediaLimits(tuple(args.allowed_media_domains), max_frames=args.most_frames)
-    defaults = Defaults(args.max_new_tokens, args.temperature, args.deadline)
-    service = Service(model, scheduler, store, limits, defaults, embedding_bytes=args.host_size)
-    name = args.name or Path(str(args.run)).name or "voco"
-    server = Server(
-        service, name, Access(keys, args.isolate), metrics, Jobs(), int(time.time()), log_prompts=args.log_prompts
-    )  # fmt: skip
-    _watch(metrics, server)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    has_store = model.config.has_compress_stream or args.store not in (None, "none")
+    options = Options(
+        name=args.name or "",
+        keys=keys,
+        isolate=args.isolate,
+        limits=MediaLimits(tuple(args.allowed_media_domains), max_frames=args.most_frames),
+        defaults=Defaults(args.max_new_tokens, args.temperature, args.deadline),
+        store=_store_directory(args.store) if has_store else None,
+        store_bytes=args.store_size,
+        host_bytes=args.host_size,
+        device_bytes=args.device_size,
+        rows=args.rows,
+        context=args.context,
+        max_waiting=args.max_waiting,
+        cors_origins=tuple(args.cors_origins),
+        log_prompts=args.log_prompts,
+        grace=args.grace,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app):
-        def warm_up() -> None:
-            began = time.monotonic()
-            scheduler.warm_up()
-            server.is_ready = True
-            print(f"ready after {time.monotonic() - began:.1f} s", flush=True)
-
-        scheduler.start()
-        threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
-        yield
-        server.is_closing = True
-        server.jobs.cancel_all()
-        scheduler.close(args.grace)
-        if store is not None and not store.close(args.grace):
-            logging.getLogger(__name__).error("memories could not all be written to %s", args.store)
-
-    app = make_app(server, lifespan)
-    if args.cors_origins:
-        from fastapi.middleware.cors import CORSMiddleware
-
-        app.add_middleware(CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"])
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, access_log=False, log_config=None, server_header=False,
-        timeout_graceful_shutdown=max(1, math.ceil(args.grace)), timeout_keep_alive=75,
+        make_server(model, options), host=args.host, port=args.port, access_log=False, log_config=None,
+        server_header=False, timeout_graceful_shutdown=max(1, math.ceil(args.grace)), timeout_keep_alive=75,
     )  # fmt: skip
     with interrupts.at_once(False, signal.SIGINT, signal.SIGTERM):
         uvicorn.Server(config).run()
-
-
-def _watch(metrics, server) -> None:
-    scheduler, store = server.service.scheduler, server.service.store
-    metrics.watch("running", "requests that are being answered", lambda: scheduler.running)
-    metrics.watch("waiting", "requests that wait for a row", lambda: scheduler.waiting)
-    metrics.watch("cache_bytes", "of the devices' cache, and of images there", lambda: scheduler.batch.nbytes)
-    for level in ("host", "waiting", "disk") if store is not None else ():
-        metrics.watch(
-            "held_bytes", "of memories, by level", lambda level=level: store.usage()[level].bytes, level=level
-        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The HTTP routes: OpenAI's chat completions and models, memories and jobs, health and metrics."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 import contextlib
 import dataclasses
 import hashlib
@@ -38,6 +38,8 @@ from voco_jax.serve.service import Prepared, Seen, Service
 from voco_jax.serve.store import Entry
 
 log = logging.getLogger(__name__)
+
+Updates = AsyncGenerator[tuple[int, Update]]  # of choices, by their numbers
 
 _COPY = 1 << 20  # bytes of an upload that are copied at once
 _LONGEST_PAGE = 100
@@ -211,7 +213,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
 
 
 async def _whole(
-    updates: AsyncIterator[tuple[int, Update]], completion: Completion, prepared: Prepared
+    updates: Updates, completion: Completion, prepared: Prepared
 ) -> dict:  # fmt: skip
     choices: dict[int, list[Update]] = {i: [] for i in range(len(prepared.asks))}
     async with contextlib.aclosing(updates):
@@ -223,14 +225,14 @@ async def _whole(
     return completion.whole(choices)
 
 
-async def _again(first: tuple[int, Update], rest: AsyncIterator) -> AsyncIterator[tuple[int, Update]]:
+async def _again(first: tuple[int, Update], rest: Updates) -> Updates:
     async with contextlib.aclosing(rest):
         yield first
         async for one in rest:
             yield one
 
 
-async def _counted(events: AsyncIterator[str], metrics: Metrics) -> AsyncIterator[str]:
+async def _counted(events: AsyncGenerator[str], metrics: Metrics) -> AsyncGenerator[str]:
     async with contextlib.aclosing(events):
         try:
             async for event in events:
@@ -241,8 +243,8 @@ async def _counted(events: AsyncIterator[str], metrics: Metrics) -> AsyncIterato
 
 
 async def _timed(
-    updates: AsyncIterator[tuple[int, Update]], metrics: Metrics, began: float
-) -> AsyncIterator[tuple[int, Update]]:  # fmt: skip
+    updates: Updates, metrics: Metrics, began: float
+) -> Updates:  # fmt: skip
     first: float | None = None
     tokens = 0
     async with contextlib.aclosing(updates):

@@ -1,6 +1,6 @@
 """Answers as OpenAI's API has them: `chat.completion` objects, and the events of a stream."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 import json
 import secrets
 import time
@@ -77,7 +77,7 @@ class Completion:
         options = self._request.stream_options
         return chunk | {"usage": usage} if options is not None and options.include_usage else chunk
 
-    async def events(self, updates: AsyncIterator[tuple[int, Update]]) -> AsyncIterator[str]:
+    async def events(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[str]:
         """Server-sent events of all that comes; an error after the first is an event too."""
         begun: set[int] = set()
         async for i, update in updates:

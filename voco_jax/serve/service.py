@@ -2,7 +2,7 @@
 prompts, prompts to answers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from voco_jax.infer.generate import Sampling
 from voco_jax.infer.memory import EncodedImages, Item, MemoryBank, check_tokens, join_images
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.serve import requests
-from voco_jax.serve.answer import Update
+from voco_jax.serve.answer import Token, Update
 from voco_jax.serve.errors import ApiError, bad
 from voco_jax.serve.ids import picture_id, upload_id, video_id
 from voco_jax.serve.lru import Lru
@@ -112,7 +112,6 @@ class Service:
             checked = await decode(check_picture, media, self.model.run.processor)
             id = picture_id(*checked.squares)
         known = await asyncio.to_thread(self._known, id, owner)
-        is_known = known is not None
         if known is None:
             key = (owner, id)
             if key not in self._making:
@@ -120,14 +119,16 @@ class Service:
                     self._make(key, media, checked, sampling, sha256, name, is_upload, progress)
                 )
                 self._making[key].add_done_callback(lambda _: self._making.pop(key, None))
-            known = await asyncio.shield(self._making[key])
+            made: EncodedImages = await asyncio.shield(self._making[key])
+        else:
+            made = known
         entry = None
         if self.store is not None and (name or is_upload):
             entry = await asyncio.to_thread(
-                self.store.put, id, cast(MemoryBank, known), name=name, sha256=sha256, owner=owner, durable=is_upload,
+                self.store.put, id, cast(MemoryBank, made), name=name, sha256=sha256, owner=owner, durable=is_upload,
                 kind="video" if video else "picture",
             )  # fmt: skip
-        return Seen(id, known, is_known, entry)
+        return Seen(id, made, known is not None, entry)
 
     def _known(self, id: str, owner: str) -> EncodedImages | None:
         return self._embeddings.get((owner, id)) if self.store is None else self.store.get(id, owner)
@@ -203,9 +204,7 @@ class Service:
         return await loop.run_in_executor(self._tokenizer, self._prompt, request, parts, seen, owner)
 
     async def _see_part(self, part, owner: str) -> Seen:
-        given = {
-            requests.ImageUrl: "image_url", requests.VideoUrl: "video_url", requests.InputVideo: "input_video"
-        }[type(part)]  # fmt: skip
+        given: str = part.type
         content, is_video = getattr(part, given), given != "image_url"
         if content is None:
             if part.uuid is None:
@@ -313,7 +312,7 @@ class Service:
 
     # ---- Answers -----------------------------------------------------------------------------------------------
 
-    async def answers(self, prepared: Prepared) -> AsyncIterator[tuple[int, Update]]:
+    async def answers(self, prepared: Prepared) -> AsyncGenerator[tuple[int, Update]]:
         """What is new of each choice, by its number, until all have ended. Who stops listening frees their rows."""
         deadline = time.monotonic() + self.defaults.seconds
         if prepared.auto is not None:
@@ -325,7 +324,7 @@ class Service:
 
     async def _answers(
         self, asks: Sequence[Ask], until: Sequence[str], deadline: float
-    ) -> AsyncIterator[tuple[int, Update]]:  # fmt: skip
+    ) -> AsyncGenerator[tuple[int, Update]]:  # fmt: skip
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Update]]()
 
         def tell(i: int, update: Update) -> None:
@@ -349,7 +348,9 @@ class Service:
         update = Update()
         for tokens in auto.steps(ask.tokens):
             cut = dataclasses.replace(ask, sample=ask.sample.first_tokens(ask.tokens, tokens), tokens=tokens)
-            text, told, sure = "", [], []
+            text = ""
+            told: list[Token] = []
+            sure: list[float] = []
             async for _, update in self._answers([cut], prepared.until, deadline):
                 text += update.text
                 told += update.tokens
