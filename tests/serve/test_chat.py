@@ -13,6 +13,8 @@ from tests.serve.conftest import part, running, said, until
 from voco_jax.api import Request
 from voco_jax.infer.generate import Sampling
 
+# An answer that goes on and on: at this temperature nearly all tokens are equally likely
+LONG = {"messages": said("what?"), "max_tokens": 3000, "temperature": 2.0, "seed": 1}
 QUESTIONS = ["what shape is in the image?", "is there a red circle?", "what color is the shape?", "is it?"]
 
 
@@ -91,12 +93,13 @@ def test_drawn_answers_are_those_of_ask(server, model, pictures):
 
 
 def test_stop_texts(server, model, pictures):
-    whole = model.ask(QUESTIONS[0], pictures[0], max_new_tokens=30)
+    how = dict(max_new_tokens=30, sampling=Sampling(2.0, seed=3))
+    (whole,) = model.answers([Request(QUESTIONS[0], pictures[0])], **how)
     words = whole.split()
-    assert len(words) > 2
-    stop = words[1]
-    (expected,) = model.answers([Request(QUESTIONS[0], pictures[0])], max_new_tokens=30, until=[stop])
-    given = dict(max_tokens=30, stop=[stop, "never said"])
+    assert len(words) > 4
+    stop = words[3]
+    (expected,) = model.answers([Request(QUESTIONS[0], pictures[0])], until=[stop], **how)
+    given = dict(max_tokens=30, stop=[stop, "never said"], temperature=2.0, seed=3)
     assert ask(server, QUESTIONS[0], pictures[0], **given) == expected
     stream = server.client().chat.completions.create(
         model="tiny", messages=said(QUESTIONS[0], pictures[0]), stream=True, **given
@@ -224,23 +227,21 @@ def test_fewer_tokens_and_auto(server, model, pictures):
 def test_who_goes_away_frees_a_row(model):
     """From a stream, and from an answer as a whole."""
     with running(model, rows=1) as server:
-        body = {"messages": said("what?"), "max_tokens": 3000, "stop": ["never said"]}
-        with httpx.stream(
-            "POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True}, timeout=60
-        ) as stream:
+        url = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=LONG | {"stream": True}, timeout=60) as stream:
             next(stream.iter_lines())
-            was_running = server.scheduler.running
+            assert server.scheduler.running == 1
         until(lambda: server.scheduler.running == 0, "a client that has gone keeps its row")
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
+            httpx.post(url, json=LONG, timeout=0.3)
         until(lambda: server.scheduler.running == 0, "a client that has gone keeps its row")
-        assert was_running <= 1 and ask(server, "what?", max_tokens=2)
+        assert ask(server, "what?", max_tokens=2)
 
 
 def test_too_many_wait(model):
     """429 with Retry-After for those that find the queue full; those that wait are answered."""
     with running(model, rows=1, max_waiting=3) as server:
-        long = {"messages": said("what?"), "max_tokens": 200}
+        long = LONG | {"max_tokens": 200}
         with ThreadPoolExecutor(16) as pool:
             post = lambda _: httpx.post(f"{server.url}/v1/chat/completions", json=long, timeout=60)  # noqa: E731
             responses = list(pool.map(post, range(16)))
@@ -255,7 +256,7 @@ def test_an_answer_that_takes_too_long(model):
     from voco_jax.serve.service import Defaults
 
     with running(model, defaults=dataclasses.replace(Defaults(), seconds=0.001)) as server:
-        response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": said("what?"), "max_tokens": 500})
+        response = httpx.post(f"{server.url}/v1/chat/completions", json=LONG)
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
 
 
@@ -272,7 +273,7 @@ def test_a_failure_of_the_devices_fails_its_requests_alone(model, monkeypatch):
 def test_stopping_lets_answers_end(model):
     """Those that run are answered; /ready says no; new ones find nobody."""
     with running(model, grace=30) as server, ThreadPoolExecutor(1) as pool:
-        body = {"messages": said("what?"), "max_tokens": 60}
+        body = LONG | {"max_tokens": 60}
         future = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=body, timeout=60)
         until(lambda: server.scheduler.running == 1 or future.done(), "it is not running")
         server._uvicorn.should_exit = True
