@@ -181,6 +181,33 @@ def test_what_a_row_has_read_is_not_read_again(small_tokenizer, monkeypatch):
     assert read[4] == whole  # all of it comes after the image
 
 
+def test_a_beginning_is_read_once_for_all_rows(small_tokenizer, monkeypatch):
+    """A system text that a row has read, also one that is being answered, is not read by the others."""
+    engine = engine_of(small_tokenizer, num_voco_tokens=2)
+    batch = ContinuousBatch(engine, most_rows=4)
+    read = []
+    extend = batch._extend
+    monkeypatch.setattr(
+        batch, "_extend", lambda reading, texts: (read.append([len(t) for t in texts]), extend(reading, texts))[1]
+    )
+    system = "what is it? a red cat " * 6
+    asks = [
+        Ask(engine.encoder.encode_question(f"{system} {last}", 0), (), 2, 12) for last in ("is it?", "a cat?", "red?")
+    ]
+    found = {}
+    for some in (asks[:1], asks[1:]):
+        for row in batch.admit(some):
+            found[row] = []
+        for row, step in batch.read_on():
+            found[row] += step.ids.tolist()
+    assert read[0][0] > 30 and max(read[1]) < 12
+    while any(len(ids) < 12 and not {*ids} & {*engine.encoder.stop_ids} for ids in found.values()):
+        for row, step in batch.decode():
+            found[row] += step.ids.tolist()
+    for row, ids in found.items():
+        assert trim(ids, engine.encoder.stop_ids) == alone(engine, row.ask)[0]
+
+
 def test_what_no_row_has_room_for(small_tokenizer):
     engine = engine_of(small_tokenizer)
     batch = ContinuousBatch(engine, most_places=40)
