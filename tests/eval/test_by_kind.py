@@ -24,11 +24,11 @@ from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.eval import by_kind
 from voco_jax.eval.auto_scores import compare
 from voco_jax.eval.by_kind import (
+    FRAMES_SHOWN,
     GUESS,
     MAJORITY,
     NOTHING,
     THIS_RUN,
-    VIEWS,
     has_kinds,
     read_questions,
     score_by_kind,
@@ -203,7 +203,7 @@ def test_guesses_of_rows_of_any_form(tmp_path):
 
 
 def test_each_column_has_a_colour():
-    assert len(set(BARS)) >= len({*VIEWS, NOTHING, GUESS, MAJORITY})
+    assert len(set(BARS)) >= len({*FRAMES_SHOWN, NOTHING, GUESS, MAJORITY})
 
 
 def test_baselines_want_kinds(tiny_run, tmp_path, monkeypatch, capsys):
