@@ -2,13 +2,19 @@
 
 from collections import deque
 import dataclasses
+import sys
 
+from flax import nnx
+import jax
 import numpy as np
 import pytest
 
+from tests.helpers.eight_devices import failures_of, run_checks
 from tests.models.test_two_streams import CONFIG, FAMILIES, make_model
+from tests.parallel.test_meshes import mesh_of
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data.conversations import Encoder
+from voco_jax.data.tokenizer import train_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.infer import continuous
 from voco_jax.infer.continuous import Ask, ContinuousBatch
@@ -16,6 +22,7 @@ from voco_jax.infer.engine import GREEDY, Engine
 from voco_jax.infer.generate import Sampling, trim
 from voco_jax.infer.memory import Embeddings, Item, from_memory, join_images
 from voco_jax.infer.prompts import gather
+from voco_jax.parallel.sharding import param_shardings
 
 WORDS = ["what", "is", "it?", "a", "red", "cat"]
 CASES = {
@@ -27,14 +34,16 @@ CASES = {
 SLOW = ("embeddings", "a window")
 
 
-def engine_of(tokenizer, **changes) -> Engine:
+def engine_of(tokenizer, mesh=None, **changes) -> Engine:
     config = dataclasses.replace(CONFIG, **changes)
     k = config.num_voco_tokens if config.has_compress_stream else 0
     encoder = Encoder(tokenizer, CHAT_TEMPLATES["bare"], k, config.num_visual_tokens, config.has_compress_stream)
-    llama = dataclasses.replace(config.llama, vocab_size=len(tokenizer), max_position_embeddings=512)
-    return Engine(
-        make_model(dataclasses.replace(config, llama=llama, voco_token_id=encoder.ids.voco_token_id)), encoder
-    )
+    llama = dataclasses.replace(config.llama, vocab_size=len(tokenizer), max_position_embeddings=512, vocab_multiple=16)
+    model = make_model(dataclasses.replace(config, llama=llama, voco_token_id=encoder.ids.voco_token_id))
+    if mesh is not None:
+        graphdef, params = nnx.split(model)
+        model = nnx.merge(graphdef, jax.device_put(params, param_shardings(mesh, params)))
+    return Engine(model, encoder, mesh)
 
 
 def images_of(engine: Engine, count: int):
@@ -219,3 +228,33 @@ def test_what_no_row_has_room_for(small_tokenizer):
         batch.check(Ask(sample, (), 1, 40))
     with pytest.raises(UserError, match="rows: expected at least 1, found 0"):
         ContinuousBatch(engine, most_rows=0)
+
+
+def rows_over_a_mesh_are_those_of_one_device():
+    """A program for eight devices: rows along data and fsdp, heads along tensor."""
+    tokenizer = train_tokenizer(["USER: what is it? ASSISTANT: a red cat\n"] * 9, vocab_size=400)
+    continuous.PIECES, continuous.LEAST_PLACES = (64,), 256
+    one = engine_of(tokenizer, num_voco_tokens=2)
+    spread = engine_of(tokenizer, mesh_of((2, 2, 1, 2)), num_voco_tokens=2)
+    rng = np.random.default_rng(0)
+    asks = asks_of(one, images_of(one, 4), rng, 5)
+    batch = ContinuousBatch(spread, most_rows=4)
+    found = run(batch, asks, rng)
+    for i, ask in enumerate(asks):
+        ids, sure = (np.concatenate([getattr(step, x) for step in found[i]]) for x in ("ids", "log_probabilities"))
+        expected, expected_sure = alone(one, ask)
+        assert trim(ids, [one.encoder.ids.eos_token_id]) == expected, i
+        np.testing.assert_allclose(sure, expected_sure, atol=5e-5)
+    assert len(batch._state.cache.keys.sharding.device_set) == 8
+
+
+CHECKS = {"rows over a mesh": rows_over_a_mesh_are_those_of_one_device}
+
+
+@pytest.mark.multiprocess
+def test_over_eight_devices():
+    assert not failures_of(__name__)
+
+
+if __name__ == "__main__":
+    run_checks(CHECKS, sys.argv[1:])
