@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import datetime
 import http.server
 import itertools
 import json
@@ -24,6 +25,7 @@ class BucketServer(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("localhost", 0), _Handler)
         self.objects: dict[str, tuple[bytes, int]] = {}
+        self.times: dict[str, str] = {}
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.forbidden: bool | str = False
         self.lock, self.numbers = threading.RLock(), itertools.count(1)
@@ -56,6 +58,7 @@ def bucket_server() -> Iterator[BucketServer]:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client to acknowledge its head
     server: BucketServer
 
     def log_message(self, *_):
@@ -177,11 +180,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation
 
     def _put(self, name: str, content: bytes):
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self.server.objects[name] = content, next(self.server.numbers)
+        self.server.times[name] = now.replace("+00:00", "Z")
 
     def _resource(self, name: str) -> dict:
         content, generation = self.server.objects[name]
-        time = "2026-01-01T00:00:00.000Z"
+        time = self.server.times.get(name, "2026-01-01T00:00:00.000Z")
         return {
             "kind": "storage#object", "name": name, "bucket": BUCKET, "size": str(len(content)),
             "generation": str(generation), "metageneration": "1", "updated": time, "timeCreated": time,

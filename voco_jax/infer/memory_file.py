@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 import weakref
 
 import numpy as np
@@ -51,14 +51,18 @@ _IMAGES = 1 << 14  # at most in a piece
 T = TypeVar("T")
 
 
+class DamagedMemory(UserError):
+    """A memory file's bytes are not those that were written. (What cannot be read is another UserError.)"""
+
+
 class MemoryFile:
     """A memory file, opened for reading: the header and the items are read and checked at once, memories on request.
 
     `items` says what each memory is of, `model` is the fingerprint of the model that made them, `version` that of the
     format. `kind`, `shape` and `dtype` are those of a `MemoryBank` of all of it, `size` the bytes of the file.
 
-    UserError for what is not a memory file, is cut off, or differs from what was written. TryAgain where another
-    program writes into the file while it is read.
+    DamagedMemory for what is not a memory file, is cut off, or differs from what was written; UserError for what cannot
+    be read. TryAgain where another program writes into the file while it is read.
     """
 
     def __init__(self, file: str | os.PathLike):
@@ -212,14 +216,14 @@ class _Opened:
         self._stream.close()
 
     def checked(self, read: Callable[[], T]) -> T:
-        """What `read()` gives; what is wrong with the file's bytes is a UserError."""
+        """What `read()` gives; what is wrong with the file's bytes is a DamagedMemory."""
         try:
             try:
                 return read()
             except Damaged as error:
                 now = os.fstat(self._stream.fileno())
                 if state_of(now) == self.state:
-                    raise UserError(f"{self._file}: {error}") from None
+                    raise DamagedMemory(f"{self._file}: {error}") from None
                 raise TryAgain(f"{self._file}: another program wrote into the memory file while it was read") from None
         except OSError as error:
             raise _unread(self._file, error) from None
@@ -291,8 +295,17 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
 
     The others are read a piece at a time, and checked. UserError where they do not go together.
     """
+    try:
+        with open_for_writing(real) as stream:
+            write_parts(stream, parts)
+    except OSError as error:
+        raise cannot(f"{real}: the memory file cannot be written", error) from error
+
+
+def write_parts(stream: BinaryIO, parts: Sequence[Part]) -> None:
+    """Write the bytes of a memory file, as `write_memory`, to a stream that is empty and may seek."""
     if not parts:
-        raise UserError(f"{real}: expected memories, found none")
+        raise UserError("memories: expected at least one, found none")
     model, kind, shape, dtype = _common(parts)
     text = bytearray()
     num, version = 0, VERSION
@@ -302,21 +315,17 @@ def write_memory(real: Path, parts: Sequence[Part]) -> None:
             num, version = num + 1, version if item.tile is None else WITH_TILES
     layout = Layout((num, *shape), dtype, len(text), kind)
     head, entries = header(layout, model, text, version), layout.entries()
-    try:
-        with open_for_writing(real) as stream:
-            stream.write(head)
-            done = 0
-            for bank in _banks(parts):
-                tensors, lines = tensors_of(bank), list(map(line_of, bank.items))
-                tensors["checksums"] = checksums(tensors, begun(layout, model, lines))
-                for name, array in tensors.items():
-                    stream.seek(len(head) + entries[name].begin + done * layout.shape[1] * layout.bytes_of(name))
-                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                done += len(bank)
-            stream.seek(len(head) + entries["items"].begin)
-            stream.write(text)
-    except OSError as error:
-        raise cannot(f"{real}: the memory file cannot be written", error) from error
+    stream.write(head)
+    done = 0
+    for bank in _banks(parts):
+        tensors, lines = tensors_of(bank), list(map(line_of, bank.items))
+        tensors["checksums"] = checksums(tensors, begun(layout, model, lines))
+        for name, array in tensors.items():
+            stream.seek(len(head) + entries[name].begin + done * layout.shape[1] * layout.bytes_of(name))
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        done += len(bank)
+    stream.seek(len(head) + entries["items"].begin)
+    stream.write(text)
 
 
 def _common(parts: Sequence[Part]) -> tuple[str, str, tuple[int, ...], np.dtype]:

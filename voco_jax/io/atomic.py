@@ -67,9 +67,9 @@ def replacing(file: AnyPath, *, shared: bool = False, synced: bool = True) -> It
 
 
 @contextlib.contextmanager
-def open_for_writing(file: AnyPath, *, shared: bool = False) -> Iterator[BinaryIO]:
+def open_for_writing(file: AnyPath, *, shared: bool = False, synced: bool = True) -> Iterator[BinaryIO]:
     """A binary stream, which may seek; what is written is the file after the block. Otherwise as `replacing`."""
-    with replacing(file, shared=shared) as temporary, open(temporary, "xb") as stream:
+    with replacing(file, shared=shared, synced=synced) as temporary, open(temporary, "xb") as stream:
         yield stream
 
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from urllib.request import getproxies
 
 from etils import epath
@@ -214,6 +214,42 @@ def files_below(directory: AnyPath) -> list[AnyPath]:
     if not in_bucket(directory):
         return sorted(path for path in directory.rglob("*") if path.is_file())
     return sorted(as_path(f"gs://{entry['name']}") for entry in _entries(directory, recursive=True))
+
+
+class Listed(NamedTuple):
+    """A file below a directory: its path from there (with `/`), bytes, and in nanoseconds since 1970 the times when it
+    was changed (`made`) and last read (`used`, which is `made` in a bucket)."""
+
+    path: str
+    size: int
+    made: int
+    used: int
+
+
+def listed_below(directory: AnyPath, ending: str = "") -> Iterator[Listed]:
+    """All files below a directory whose names end so, one directory after the other; none where it is not there. Others
+    may change it meanwhile. Links are left out, and not followed. OSError, or a UserError of a bucket, where it cannot
+    be listed."""
+    if in_bucket(directory):
+        start = len(str(directory).removeprefix("gs://")) + 1
+        for fields in _entries(directory, recursive=True):
+            if fields["name"].endswith(ending):
+                made = round(fields["ctime"].timestamp() * 1000) * 10**6
+                yield Listed(fields["name"][start:], fields["size"], made, made)
+        return
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory / below) as found:
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{below}{entry.name}/")
+                elif entry.name.endswith(ending) and entry.is_file(follow_symlinks=False):
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    yield Listed(below + entry.name, status.st_size, status.st_mtime_ns, status.st_atime_ns)
 
 
 def _entries(directory: AnyPath, recursive: bool) -> list[dict]:
