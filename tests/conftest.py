@@ -18,7 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"
 # What one test, process or run of the tests has compiled, the others load
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Read by workers and by the processes that tests start
 EVERY_PROCESS = Path(__file__).parent / "helpers" / "every_process"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EVERY_PROCESS), os.environ.get("PYTHONPATH")]))
