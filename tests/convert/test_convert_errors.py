@@ -429,7 +429,7 @@ def test_models_with_the_tensors_of_llama(model_type, source, tmp_path, convert)
     """They compute something else."""
     change_config(source, model_type=model_type)
     status, _, err = convert("to-jax", tmp_path / "run", "--llm", source, "--init-missing", *TOKENIZER)
-    assert_one_line(status, err, f"model_type: expected 'llama' or 'llava_llama' or 'llava', found '{model_type}'")
+    assert_one_line(status, err, f"model_type: expected llama, mistral, qwen2, qwen3; found '{model_type}'")
 
 
 def test_inspect_tells_of_missing_parts(source, convert):  # noqa: F811

@@ -88,6 +88,10 @@ EXPECTED = {
     ),
     "llama3.1": LLAMA_3_1,
     "llama3.2": LLAMA_3_1,  # with another date
+    "llama2": Expected(  # BOS is what its turns begin with
+        TOKENIZER, "", "<s>[INST] ", f"<s>[INST] <<SYS>>\n{BRIEF}\n<</SYS>>\n\n",
+        ("What is it? [/INST]", " A bus. </s>", "<s>[INST] Red? [/INST]", " No. </s>"), " A bus. </s> No. </s>",
+    ),
     "mistral-v0.1": Expected(
         TOKENIZER, "<s>", " [INST] ", f" [INST] {BRIEF}\n\n",
         ("What is it? [/INST]", " A bus.</s>", " [INST] Red? [/INST]", " No.</s>"), " A bus.</s> No.</s>",
@@ -414,4 +418,4 @@ def test_a_record_with_a_system_turn():
 
 def test_which_templates_mark_turns():
     marked = {family for family in FAMILIES if marks_turns(chosen(family)[1], tokenizer_of(family))}
-    assert FAMILIES.keys() - marked == {"vicuna", "mistral-v0.1"}
+    assert FAMILIES.keys() - marked == {"vicuna", "mistral-v0.1", "llama2"}
