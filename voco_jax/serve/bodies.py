@@ -76,7 +76,12 @@ class BodyLimit:
 
 
 async def parse_json(request: Request) -> Any:
-    """The body's JSON; ApiError 400 for what is not strictly JSON in UTF-8."""
+    """The body's JSON; ApiError 400 for what is not strictly JSON in UTF-8, and 415 for what is not said to be JSON: so
+    a web page of others cannot have a browser send it."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        found = shortened(content_type) if content_type else "none"
+        raise ApiError(415, f"expected the content type application/json, found {found}")
     try:
         body = await request.body()
     except ClientDisconnect:

@@ -29,7 +29,7 @@ from voco_jax.serve.ids import picture_id, upload_id, video_id
 from voco_jax.serve.lru import Lru
 from voco_jax.serve.media import Checked, Media, MediaLimits, check_picture, check_video, decode, fetch
 from voco_jax.serve.scheduler import TOGETHER, Scheduler
-from voco_jax.serve.store import Entry, MemoryStore
+from voco_jax.serve.store import Entry, MemoryStore, check_name
 
 MOST_MEDIA = 64  # pictures and clips of a request
 
@@ -128,6 +128,7 @@ class Service:
             id = picture_id(*checked.squares)
         if name.lower() in (id, sha256):  # it is found by these in any case
             name = ""
+        check_name(name)
         known = await asyncio.to_thread(self._known, id, owner)
         if known is None:
             key = (owner, id)

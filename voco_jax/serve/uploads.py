@@ -3,6 +3,7 @@ them, and one is open at a time."""
 
 import asyncio
 from collections.abc import Mapping
+import logging
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,8 @@ MOST_FILES = 1000
 _MOST_HEADERS = 1 << 14  # bytes, of a part
 _LONGEST_NAME = 1 << 12  # bytes
 _PIECE = 1 << 20  # bytes that are parsed and written at once
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # strangers would fill the log
 
 
 def is_multipart(content_type: str) -> bool:
