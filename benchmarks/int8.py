@@ -25,11 +25,11 @@ def main() -> None:
     ]
     given = {}
     for name, stored in (("as computed", bank), ("int8", bank.to_int8())):
-        one = [stored[i] for i in range(len(stored))]
+        one = stored.pictures()
         requests = [Request(question, one[i]) for i, question, _ in asked]
         given[name] = model.answers(requests, max_new_tokens=8, batch_size=256)
         right = sum(normalize(a) == normalize(truth) for a, (*_, truth) in zip(given[name], asked, strict=True))
-        print(f"{name}: {stored.nbytes / len(stored):,.0f} bytes a picture, {right:,} of {len(asked):,} right")
+        print(f"{name}: {stored.nbytes / len(records):,.0f} bytes a picture, {right:,} of {len(asked):,} right")
     other = sum(a != b for a, b in zip(*given.values(), strict=True))
     print(f"{other} answers differ")
 

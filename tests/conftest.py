@@ -1,6 +1,7 @@
 import ctypes
 import gc
 import importlib.metadata
+import json
 import os
 from pathlib import Path
 import platform
@@ -163,6 +164,19 @@ def two_tokens_run(tmp_path_factory) -> Path:
     """With two tokens a picture. Tests must not write into it."""
     changes = dict(model__num_voco_tokens=2, train__steps=3, train__checkpoint_every=3)
     return make_once(tmp_path_factory, "two_tokens", lambda directory: train(tiny.config(directory, **changes)))
+
+
+@pytest.fixture(scope="session")
+def tiles_run(two_tokens_run, tmp_path_factory) -> Path:
+    """The run of two tokens as if it had been trained on pictures in 2 × 2 tiles. Tests must not write into it."""
+
+    def make(directory: Path) -> None:
+        shutil.copytree(two_tokens_run, directory)
+        config = json.loads((directory / "config.json").read_text())
+        config["data"] |= dict(image_grid=2, images_per_pack=5)
+        (directory / "config.json").write_text(json.dumps(config))
+
+    return make_once(tmp_path_factory, "tiles", make)
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class Request:
 
     `images` is what `Model.compress` or `encode_images` returned, or images themselves (one or several, as `compress`
     takes them), which are then encoded for each call. They stand before the question, and all of its text is text. With
-    `interleaved` they stand at the question's `<image>` markers, one image each.
+    `interleaved` they stand at the question's `<image>` markers, one picture each, or one image.
     """
 
     question: str
@@ -91,7 +91,7 @@ class Model:
         video = run.config.data.video
         sampling = FrameSampling(video.num_frames, video.fps, video.max_frames)
         self.fingerprint = fingerprint(self.config, run.checksums, run.processor, run.vocabulary)
-        engine = Engine(run.model, run.encoder, run.mesh, video.timestamps, len(run.processor.tiles))
+        engine = Engine(run.model, run.encoder, run.mesh, video.timestamps)
         self.engine = engine
         self.image_encoder = ImageEncoder(engine, run.processor, sampling, self.fingerprint, str(run.directory))
 
@@ -105,7 +105,8 @@ class Model:
     def compress(
         self, pictures: PictureLike | Iterable[PictureLike], *, tokens: int | None = None, batch_size: int = 32
     ) -> MemoryBank:
-        """The memories of images: files, bytes, PIL images or arrays, one or several (see `data.images.load_image`).
+        """The memories of images: files, bytes, PIL images or arrays, one or several (see `data.images.load_image`). A
+        run with tiles (`data.image_grid`) makes several of each, which `pictures()` of the bank keeps together.
 
         `tokens` keeps the first so many of the model's K. BadRecord (a UserError) names an image that cannot be read.
         """
@@ -156,7 +157,7 @@ class Model:
         if images is not None:
             if not len(images):
                 raise UserError("images: expected at least one to ask about, found none")
-            self.image_encoder.check(images)
+            images = self.image_encoder.checked(images)
         return images
 
     def _encode(self, about: ImageInput | None) -> EncodedImages | None:
@@ -167,9 +168,7 @@ class Model:
             return self.open(path) if path.endswith(SUFFIX) else self.encode_video(path)
         if isinstance(about, list | tuple) and any(isinstance(x, EncodedImages) or _names_several(x) for x in about):
             parts = [encoded for one in about if (encoded := self._encode(one)) is not None]
-            for part in parts:
-                self.image_encoder.check(part)
-            return join_images(parts)
+            return join_images([self.image_encoder.checked(part) for part in parts])
         if not is_picture(about) and not isinstance(about, Iterable):
             raise UserError(f"images: expected one or several, found {type(about).__name__}")
         return self.encode_images(cast(Sequence[PictureLike], about))
@@ -183,8 +182,7 @@ class Model:
     def open(self, file: str | os.PathLike, *, tokens: int | None = None) -> MemoryBank:
         """Read a memory file; UserError for one that is damaged, of another model, or not of the kind that it reads."""
         bank = load_memory(file, self.fingerprint, tokens, self.config.memory_kind)
-        self.image_encoder.check(bank)
-        return bank
+        return cast(MemoryBank, self.image_encoder.checked(bank))
 
     # ---- Asking ------------------------------------------------------------------------------------------------
 
@@ -215,12 +213,11 @@ class Model:
         self, question: str, images: ImageInput, *, tokens: Tokens = None, max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
     ) -> list[str]:  # fmt: skip
-        """The answers to one question, asked about each image by itself."""
+        """The answers to one question, asked about each picture (all its tiles together) or frame by itself."""
         encoded = self.encode(images)
         if encoded is None:
             raise UserError("images: expected at least one to ask about, found none")
-        together = 1 if encoded.is_video else self.engine.num_tiles  # images that a picture is
-        requests = [Request(question, encoded[i : i + together]) for i in range(0, len(encoded), together)]
+        requests = [Request(question, one) for one in encoded.pictures()]
         return self.answers(requests, tokens=tokens, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def answers(

@@ -27,7 +27,7 @@ from voco_jax.data.sources.roots import check_file, local_path
 from voco_jax.data.video import probe
 from voco_jax.errors import UserError, one_line_errors
 from voco_jax.infer.auto_tokens import AUTO
-from voco_jax.infer.memory import EncodedImages, MemoryBank, check_tokens
+from voco_jax.infer.memory import EncodedImages, MemoryBank, check_tokens, count_of_pictures, pictures_of
 from voco_jax.infer.memory_file import MemoryFile
 from voco_jax.io.paths import as_path
 from voco_jax.options import Parser
@@ -62,7 +62,7 @@ def main() -> None:
     if each and images is None:
         raise UserError("--each: expected images, found none")
     note_images(model, images, together=not each)
-    about = [images[i] for i in range(len(images))] if each and images is not None else [images]
+    about = images.pictures() if each and images is not None else [images]
     names = [f"{describe(one)}: " if each and one is not None else "" for one in about]
     for question in args.question:
         requests = [Request(question, one) for one in about]
@@ -114,7 +114,7 @@ def encode_arguments(model: Model, args: argparse.Namespace) -> EncodedImages | 
     if args.memory:
         file = MemoryFile(args.memory)
         chosen = _chosen(file, getattr(args, "picture", None))
-        return file.read(chosen, tokens, model.fingerprint, model.config.memory_kind)
+        return model.encode(file.read(chosen, tokens, model.fingerprint, model.config.memory_kind))
     if args.video:
         images = model.encode_video(args.video, sampling=frame_sampling(args, model), incomplete=args.incomplete)
     else:
@@ -129,7 +129,9 @@ def note_images(model: Model, images: EncodedImages | None, together: bool = Tru
         known = f", and {directory} was trained with an image in every conversation"
         print(f"note: no image is given{known if saw_single_questions(model) else ''}", file=sys.stderr)
     elif together and len(images) > trained:
-        note = f"note: {count_of(len(images), 'image')} together: {directory} was trained with at most {trained}"
+        pictures = len([*pictures_of(images.items)])
+        count = count_of_pictures(pictures, len(images)) if pictures < len(images) else count_of(pictures, "image")
+        note = f"note: {count} together: {directory} was trained with at most {trained}"
         print(note, file=sys.stderr)
 
 
@@ -143,13 +145,13 @@ def saw_single_questions(model: Model) -> bool:
 
 
 def describe(images: EncodedImages) -> str:
-    """A picture's path, or a frame's with its time."""
+    """The path of a picture in its tiles, or a frame's with its time."""
     item = images.items[0]
     return item.source if item.time is None else f"{item.source} at {item.time:.1f} s"
 
 
 def _chosen(file: MemoryFile, names: list[str] | None) -> list[int] | None:
-    """Places of the pictures that are named."""
+    """Places of the pictures that are named, each with all its tiles."""
     if not len(file):
         raise UserError(f"{file.file}: expected pictures, found none")
     if not names:

@@ -9,10 +9,11 @@ import numpy as np
 from voco_jax.data.sources.roots import path_here
 from voco_jax.data.video import format_time
 from voco_jax.errors import UserError, one_line_errors
+from voco_jax.infer.memory import pictures_of
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.infer.memory_format import tensors_of
 from voco_jax.options import Parser, check_out
-from voco_jax.terminal import printable
+from voco_jax.terminal import count_of, printable
 
 _HELD = 256  # files that are kept open at once: a process may have a thousand or so
 
@@ -39,16 +40,18 @@ def main() -> None:
 
 
 def show(path: Path, command: str) -> None:
-    """Print what a file is; for `list` also what each memory is of, for `check` that all of it could be read."""
+    """Print what a file is; for `list` also what its memories are of, for `check` that all of it could be read."""
     with MemoryFile(path) as file:
         if command == "check":
             for _ in file.pieces(range(len(file))):
                 pass
         print(printable(file.summary()) + (": every byte as it was written" if command == "check" else ""))
         if command == "list":
-            for item in file.items:
-                time = "" if item.time is None else f"  {format_time(item.time)}"
-                print(printable(f"  {item.source}{time}  {item.sha256[:12]}"))
+            for picture in pictures_of(file.items):
+                item = picture.items[0]
+                about = "" if item.time is None else f"  {format_time(item.time)}"
+                about += "" if item.tile is None else f"  {count_of(len(picture.items), 'tile')}"
+                print(printable(f"  {item.source}{about}  {item.sha256[:12]}"))
 
 
 def merge(files: Sequence[Path], out: Path) -> None:
@@ -73,10 +76,13 @@ def merge(files: Sequence[Path], out: Path) -> None:
 
 
 def _identify(file: MemoryFile, into: np.ndarray) -> None:
-    """16 bytes of each picture, S16: the same for the same one in another file."""
+    """16 bytes of each image, S16: the same for the same one in another file, of a tile for that of the same tiles."""
     is_unnamed = np.zeros(len(file), bool)
-    for i, item in enumerate(file.items):
-        into[i], is_unnamed[i] = item.identity, not item.sha256
+    in_tiles: list[slice] = []
+    for picture in pictures_of(file.items):
+        into[picture.places] = [item.identity for item in picture.items]
+        is_unnamed[picture.places] = not picture.items[0].sha256
+        in_tiles += [picture.places] if len(picture.items) > 1 else []
     unnamed = np.flatnonzero(is_unnamed).tolist()
     # What was no file when it was compressed (an array, a frame of a camera) has no hash: its memory tells it apart
     done = 0
@@ -88,6 +94,9 @@ def _identify(file: MemoryFile, into: np.ndarray) -> None:
                 digest.update(array)
             into[unnamed[done]] = digest.digest()
             done += 1
+    for places in in_tiles:  # which stay together, or go
+        together = hashlib.blake2b(into[places].tobytes(), digest_size=16).digest()
+        into[places] = [hashlib.blake2b(together + one, digest_size=16).digest() for one in into[places].tolist()]
 
 
 if __name__ == "__main__":

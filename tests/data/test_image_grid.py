@@ -18,7 +18,6 @@ from voco_jax.data.records import Picture
 from voco_jax.data.training_data import open_training_data
 from voco_jax.errors import UserError
 from voco_jax.eval.conversations import score_conversations
-from voco_jax.infer import compress
 from voco_jax.train.loop import train
 
 GREY = ((0, 0, 0), (1, 1, 1))
@@ -35,7 +34,7 @@ def quarters(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("aspect_ratio", ["pad", "crop", "stretch"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (33, 57)])
 def test_tiles_together_are_the_square(aspect_ratio, size):
-    """Each tile has twice the pixels of its part of the whole view."""
+    """Each has twice the pixels of its part of the whole picture."""
     processor = ImageProcessor(SIDE, aspect_ratio, *GREY, resample="nearest", grid=2)
     image = quarters(*size)
     whole, *tiles = processor.squares(image)
@@ -94,8 +93,8 @@ def run(rows, tmp_path_factory) -> Path:
     return train(config_of(rows, tmp_path_factory.mktemp("runs") / "run"))
 
 
-def test_training_looks_at_all_views(rows, tmp_path):
-    """Each with its slots, in order; augmentation changes a picture's views alike."""
+def test_training_looks_at_all_tiles(rows, tmp_path):
+    """Each with its slots, in order."""
     config = config_of(rows, tmp_path)
     data = open_training_data(config, log=lambda line: None)
     processor = data.batches.loader.processor
@@ -108,8 +107,8 @@ def test_training_looks_at_all_views(rows, tmp_path):
         assert sorted({*used.tolist()}) == list(range(2 * count)) and count % 5 == 0
         seen += [pixels[i : i + 5].tobytes() for i in range(0, count, 5)]
     data.batches.close()
-    views = [np.stack(processor.squares(Image.open(rows / f"{name}.png"))).tobytes() for name in "ab"]
-    assert {*seen} == {*views}
+    expected = [np.stack(processor.squares(Image.open(rows / f"{name}.png"))).tobytes() for name in "ab"]
+    assert {*seen} == {*expected}
     config.data.images_per_pack = 4
     expected = r"images_per_pack: expected at least 5, for all of a picture and its 4 tiles .*image_grid = 2\); found 4"
     with pytest.raises(UserError, match=expected):
@@ -168,12 +167,3 @@ def test_asking_looks_at_the_same(rows, run):
     assert [p.tile for p in about_a.images] == list(model.run.processor.tiles) and isinstance(
         about_a.images[0], Picture
     )
-
-
-def test_an_album_has_one_memory_a_picture(rows, run, tmp_path):
-    entries = compress.find_entries([str(rows / "a.png")])
-    with pytest.raises(
-        UserError, match=r"config.data.image_grid: expected 1, for a file with one memory a picture; fo"
-    ):
-        compress.compress_to_file(Model(load_run(run)).image_encoder, entries, tmp_path / "album.voco")
-    assert not (tmp_path / "album.voco").exists()

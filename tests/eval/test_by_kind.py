@@ -1,5 +1,6 @@
 """Questions about pictures, in rows of any source with a `kind`: what is asked about each, and the scores."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,24 +12,24 @@ from tests.eval.test_answering import with_random_parameters
 from tests.eval.test_video_evaluation import run_of
 from tests.helpers.commands import run_main
 from voco_jax import evaluate
-from voco_jax.api import Model
+from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
-from voco_jax.config import default_config, source, sources
+from voco_jax.config import default_config, source, sources, typed
 from voco_jax.data.images import load_image
 from voco_jax.data.records import BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.shards import __main__ as build_records
-from voco_jax.data.sources import easyvqa
+from voco_jax.data.sources import easyvqa, open_sources
 from voco_jax.data.sources.array_records import ArrayRecordSource, unpack_record
 from voco_jax.data.sources.llava import LlavaSource
 from voco_jax.eval import by_kind
 from voco_jax.eval.auto_scores import compare
 from voco_jax.eval.by_kind import (
+    FRAMES_SHOWN,
     GUESS,
     MAJORITY,
     NOTHING,
     THIS_RUN,
-    VIEWS,
     has_kinds,
     read_questions,
     score_by_kind,
@@ -203,7 +204,7 @@ def test_guesses_of_rows_of_any_form(tmp_path):
 
 
 def test_each_column_has_a_colour():
-    assert len(set(BARS)) >= len({*VIEWS, NOTHING, GUESS, MAJORITY})
+    assert len(set(BARS)) >= len({*FRAMES_SHOWN, NOTHING, GUESS, MAJORITY})
 
 
 def test_baselines_want_kinds(tiny_run, tmp_path, monkeypatch, capsys):
@@ -260,6 +261,59 @@ def test_as_many_tokens_as_needed(two_tokens_run, pictures, tmp_path, monkeypatc
     (run / "config.json").write_text(json.dumps(config))
     status, _, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--tokens", "auto")
     assert status == 2 and "error: --tokens auto: expected sources whose rows carry a kind of question: " in err
+
+
+@pytest.fixture(scope="module")
+def tiles_model(tiles_run) -> Model:
+    run = with_random_parameters(load_run(tiles_run))
+    run.config.eval.update(batch_size=4, max_new_tokens=6)
+    return Model(run)
+
+
+@pytest.mark.parametrize("tokens", [None, 1, AutoTokens(0.5)])
+def test_pictures_in_tiles(tiles_model, pictures, shards, monkeypatch, tokens):
+    """Each question is asked about all tiles of its picture, which are encoded once; pictures are counted, not tiles.
+    Rows of files, and shards, whose pictures are bytes."""
+    caches = []
+
+    class Watched(by_kind.ImageCache):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            caches.append(self)
+
+    monkeypatch.setattr(by_kind, "ImageCache", Watched)
+    keys = dict(rows=source("llava", file=str(pictures / "rows.json"), images=str(pictures / "images")))
+    if tokens is None:
+        keys["shards"] = source("array_record", files=str(shards))
+    data = dataclasses.replace(typed(tiles_model.run.config).data, test=sources(**keys))
+    opened, _ = open_sources(data, "test")
+    for one in opened:
+        results, found, report = score_by_kind(tiles_model, one, max_about=3, tokens=tokens, baselines=tokens is None)
+        assert not report.skipped and (results["pictures"], results["clips"]) == (3, 0)
+        seen = {
+            row["image"]: tiles_model.encode_images(pictures / "images" / row["image"]) for row in rows_of(pictures)
+        }
+        distinct = {array.tobytes() for i in range(3) for array in seen[f"{i}.png"].keys}
+        assert caches[-1].compressed == len(distinct) > 9
+        assert len(found.asked) == 9 and {len(question.name.split(", ")) for question in found.asked} == {1}
+        # By the number of the picture: in shards it has another name
+        requests = [Request(f"{q.text}\n<image>", seen[f"{q.about}.png"], interleaved=True) for q in found.asked]
+        expected = tiles_model.answers(requests, tokens=tokens, max_new_tokens=6)
+        given = [answer.given for answer in found.answers[THIS_RUN]]
+        assert given == expected and len(set(expected)) > 3, "the comparison would say little"
+        if tokens is None:
+            blind = tiles_model.answers([Request(question.text) for question in found.asked], max_new_tokens=6)
+            assert [answer.given for answer in found.answers[NOTHING]] == blind
+
+
+def test_the_command_with_tiles(tiles_run, pictures, tmp_path, monkeypatch, capsys):
+    rows = source("llava", file=str(pictures / "rows.json"), images=str(pictures / "images"))
+    run = run_of(tiles_run, tmp_path, dict(a=rows), dict(a=rows))
+    status, out, err = run_main(evaluate, monkeypatch, capsys, "--run", run, "--max-records", 2, "--baselines")
+    assert status == 0, err
+    assert "| overall | 6 |" in out and "answers.a.first2.png" in out
+    with Image.open(run / "answers.a.first2.png") as drawn:
+        assert len(drawn.convert("L").getcolors()) > 50
 
 
 def test_what_any_confidence_would_have_taken():

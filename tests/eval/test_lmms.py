@@ -146,11 +146,30 @@ def test_pictures_stand_at_their_markers(adapter, model):
     given = lm.generate_until(requests(lm, "interleaved", asked))
     (at_markers,) = model.answers([Request(asked[0][0], model.encode_images(pair), interleaved=True)], max_new_tokens=5)
     assert given == [at_markers, *directly(model, [("what is it?", pair[:1]), asked[2]])]
-    with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 images"):
+    with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 pictures"):
         given = lm.generate_until(requests(lm, "odd", [("what is <image> it?", pair)]))
     assert given == directly(model, [("what is  it?", pair)])
     spelled = [("what is <image> or </s>?", None), ("is <voco> one?", pair[:1])]  # text, without pictures and with them
     assert lm.generate_until(requests(lm, "spelled", spelled)) == directly(model, spelled)
+
+
+def test_pictures_in_tiles(tiles_run):
+    """Each picture is all of its tiles, before the question or at its marker."""
+    model = Model(with_random_parameters(load_run(tiles_run)))
+    lm, pair = adapter_of(model), list(map(str, PICTURES[:2]))
+    asked = [*ASKED[:4], ("how many?", pair), ("<image>\nwhat is it?", pair[:1]), ("is <image> as <image> is?", pair)]
+    given = lm.generate_until(requests(lm, "tiles", asked))
+    (at_markers,) = model.answers([Request(asked[-1][0], pair, interleaved=True)], max_new_tokens=5)
+    assert given == [*directly(model, asked[:5]), *directly(model, [("what is it?", pair[:1])]), at_markers]
+    distinct = {array.tobytes() for array in model.compress(pair).keys}
+    assert len(distinct) > 2 and lm._cache.compressed == len(distinct)
+    with pytest.warns(UserWarning, match=r"odd\[0\]: 1 <image> markers for 2 pictures"):
+        assert lm.generate_until(requests(lm, "odd", [("what <image> is it?", pair)])) == directly(
+            model, [("what  is it?", pair)]
+        )
+    (scored,) = lm.loglikelihood(requests(lm, "scored", asked[-1:], "red", "loglikelihood"))
+    (score,) = model.scores([Request(asked[-1][0], pair, interleaved=True)], ["red"])
+    assert scored.text[0] == pytest.approx(-score.log_probability / score.num_tokens, abs=1e-4)
 
 
 def test_videos(adapter, model, tmp_path):

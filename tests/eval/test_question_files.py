@@ -109,6 +109,21 @@ def test_as_many_tokens_as_needed(two_tokens_run, album, tmp_path):
         answer_questions(model, questions, file, tokens=AutoTokens(1.0), max_new_tokens=6, batch_size=4)
 
 
+def test_pictures_in_tiles(tiles_run, album, tmp_path):
+    """Answers are those about all of a picture's tiles; a question that is too long with them is told before any."""
+    model, file = voco_jax.load(tiles_run), tmp_path / "tiles.jsonl"
+    questions = read_questions(album / "questions.jsonl", album / "images")[:6]
+    answer_questions(model, questions, file, max_new_tokens=4, batch_size=4)
+    given = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert given == [model.ask(q.asked, q.picture, max_new_tokens=4) for q in questions]
+    alone, found = (len(model.engine.encoder.encode_question(questions[0].asked, count)) for count in (1, 5))
+    limit = model.config.llama.max_position_embeddings - alone
+    message = f"^{questions[0].where}: question: expected at most .* found {found} and {limit} for the answer"
+    with pytest.raises(UserError, match=message):
+        answer_questions(model, questions[:1], tmp_path / "none.jsonl", max_new_tokens=limit)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
 def test_a_json_array(model, album, tmp_path):
     """ScienceQA's, and rows as lines have them; `<image>` is text but at a question's ends."""
     said = [

@@ -23,7 +23,7 @@ from voco_jax.data.sources.array_records import ArrayRecordSource
 from voco_jax.data.sources.llava import VideoQuestionSource
 from voco_jax.eval import by_kind as asking
 from voco_jax.eval import runner
-from voco_jax.eval.by_kind import ONE_FRAME, VIEWS, SourceAnswers, read_questions, score_by_kind, shuffled
+from voco_jax.eval.by_kind import FRAMES_SHOWN, ONE_FRAME, SourceAnswers, read_questions, score_by_kind, shuffled
 from voco_jax.eval.kind_pictures import choose_clips, draw_strip
 from voco_jax.eval.pictures import RIGHT, WRONG
 from voco_jax.eval.scoring import Answer, Guesser
@@ -201,7 +201,7 @@ def test_shuffled_frames_have_ascending_times_and_never_their_own_order():
 
 
 def test_one_frame_is_the_middle_one_with_its_time():
-    one = VIEWS[ONE_FRAME](bank(8), 0)
+    one = FRAMES_SHOWN[ONE_FRAME](bank(8), 0)
     assert one.keys.ravel().tolist() == [4] and one.items == (Item("a.mp4", time=4.5),)
 
 

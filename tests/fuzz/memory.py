@@ -1,8 +1,9 @@
-"""Memory files: `voco_jax/infer/memory_file.py`, versions 1 to 3, and the command that lists, checks and joins."""
+"""Memory files: `voco_jax/infer/memory_file.py`, versions 1 to 4, and the command that lists, checks and joins."""
 
 from collections.abc import Callable
 import contextlib
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,17 @@ from voco_jax import memory as command
 from voco_jax.data.video import format_time
 from voco_jax.infer.memory import ARRAYS, AXES, Item, MemoryBank
 from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory
-from voco_jax.infer.memory_format import OF_MEMORIES, Layout, begun, checksums, header, line_of, tensors_of
+from voco_jax.infer.memory_format import (
+    OF_MEMORIES,
+    VERSION,
+    WITH_TILES,
+    Layout,
+    begun,
+    checksums,
+    header,
+    line_of,
+    tensors_of,
+)
 from voco_jax.terminal import printable
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -99,7 +110,8 @@ def forged(bank: MemoryBank, lines: list[bytes]) -> bytes:
     layout = Layout(bank.shape, bank.dtype, len(text), bank.kind)
     tensors = tensors_of(bank)
     tensors["checksums"] = checksums(tensors, begun(layout, bank.model, lines))
-    return header(layout, bank.model, text) + b"".join(array.tobytes() for array in tensors.values()) + text
+    version = VERSION if all(item.tile is None for item in bank.items) else WITH_TILES
+    return header(layout, bank.model, text, version) + b"".join(array.tobytes() for array in tensors.values()) + text
 
 
 class MemoryFiles(Target):
@@ -109,6 +121,7 @@ class MemoryFiles(Target):
         rng = np.random.default_rng(0)
         items = [Item(f"album/{i}.png", f"{i:064x}", i / 2 if i % 2 else None) for i in range(5)]
         items[3] = Item("n\xe4me\udcff\n\x1b[2J.png")
+        tiles = [*items[:2], *(Item("album/t.png", "0" * 64, tile=tile) for tile in ((0, 0, 1), (0, 0, 2), (1, 1, 2)))]
         keys, values, embeddings = rng.normal(size=(3, 5, 3, 8)).astype(np.float32)
         kinds = {
             "keys and values": {"keys": keys.reshape(5, 3, 2, 1, 4), "values": values.reshape(5, 3, 2, 1, 4)},
@@ -118,9 +131,10 @@ class MemoryFiles(Target):
         for dtype in (np.float32, ml_dtypes.bfloat16, np.int8):
             name = np.dtype(dtype).name
             files = {f"version {version}, {name}": FIXTURES / f"memory_v{version}" / f"{name}.voco" for version in "12"}
-            for kind, arrays in kinds.items():
-                files[f"version 3, {name} {kind}"] = file = directory / f"{name} {kind}.voco"
-                save_memory(file, MemoryBank(arrays, tuple(items), _MODEL).astype(dtype))
+            for version, kind in itertools.product("34", kinds):
+                files[f"version {version}, {name} {kind}"] = file = directory / f"{version} {name} {kind}.voco"
+                bank = MemoryBank(kinds[kind], tuple(items if version == "3" else tiles), _MODEL)
+                save_memory(file, bank.astype(dtype))
             for name, file in files.items():
                 self._banks[name], self._sound[name] = load_memory(file), file.read_bytes()
         self._file = directory / "case.voco"
@@ -154,7 +168,7 @@ class MemoryFiles(Target):
             data = parts.together()
             tells = not name.startswith("version 1")
         elif kind == "odd and all recomputed":
-            name = str(rng.choice([name for name in self._sound if name.startswith("version 3")]))
+            name = str(rng.choice([name for name in self._sound if name[:9] in ("version 3", "version 4")]))
             bank = self._banks[name]
             lines = list(map(line_of, bank.items))
             i = int(rng.integers(len(lines)))
@@ -280,7 +294,7 @@ class MemoryFiles(Target):
         pieces = int(rng.choice([1, 32, 256] if what != "hole" else [256, 1 << 20]))
         piece = b"" if what == "hole" else what.encode() * ((1 << 20) // len(what))
         size = pieces * (len(piece) or 1 << 20)
-        version = str(rng.choice(["1", "2"]))  # 3 is read as 2 is
+        version = str(rng.choice(["1", "2"]))  # later ones are read as 2 is
         parts = Parts(self._sound[f"version {version}, float32"])
         metadata = parts.header["__metadata__"]
         metadata.pop("checksum")
@@ -363,6 +377,8 @@ class MemoryFiles(Target):
         for item in bank.items:
             if not isinstance(item.source, str) or not isinstance(item.sha256, str):
                 return f"an item of other types: {item!r:.200}"
+            if item.tile is not None and not all(isinstance(number, int) for number in item.tile):
+                return f"a tile that is none: {item!r:.200}"
             if item.time is not None and not (isinstance(item.time, float) and np.isfinite(item.time)):
                 return f"a time that is none: {item!r:.200}"
         if sound is None or how == "few" and _same(bank, sound[:2].first_tokens(1)):
@@ -371,8 +387,12 @@ class MemoryFiles(Target):
 
 
 def _listed(bank: MemoryBank) -> list[str]:
-    times = ["" if item.time is None else f"  {format_time(item.time)}" for item in bank.items]
-    return [printable(f"  {i.source}{time}  {i.sha256[:12]}") for i, time in zip(bank.items, times, strict=True)]
+    lines = []
+    for first, *others in (one.items for one in bank.pictures()):
+        about = "" if first.time is None else f"  {format_time(first.time)}"
+        about += f"  {1 + len(others)} tiles" if others else ""
+        lines.append(printable(f"  {first.source}{about}  {first.sha256[:12]}"))
+    return lines
 
 
 def _same(a: MemoryBank, b: MemoryBank) -> bool:

@@ -195,7 +195,7 @@ def test_another_model_and_other_forms(run, album, tmp_path, tiny_run, monkeypat
     before = out.read_bytes()
     for arguments, message in (
         ((tiny_run, "--images", album), "; give another --out, or delete this file first"),
-        ((run, "--images", album, "--tokens", 2), "holds 1 tokens a picture, expected the 2 asked for"),
+        ((run, "--images", album, "--tokens", 2), "holds 1 tokens an image, expected the 2 asked for"),
     ):
         status, _, err = command(monkeypatch, capsys, *arguments, "--out", out)
         assert status == 2 and message in err and err.splitlines()[-1].startswith("error: ")

@@ -2,13 +2,19 @@
 
 from collections import deque
 import dataclasses
+import sys
 
+from flax import nnx
+import jax
 import numpy as np
 import pytest
 
+from tests.helpers.eight_devices import failures_of, run_checks
 from tests.models.test_two_streams import CONFIG, FAMILIES, make_model
+from tests.parallel.test_meshes import mesh_of
 from voco_jax.chat_templates import CHAT_TEMPLATES
 from voco_jax.data.conversations import Encoder
+from voco_jax.data.tokenizer import train_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.infer import continuous
 from voco_jax.infer.continuous import Ask, ContinuousBatch
@@ -16,6 +22,7 @@ from voco_jax.infer.engine import GREEDY, Engine
 from voco_jax.infer.generate import Sampling, trim
 from voco_jax.infer.memory import Embeddings, Item, from_memory, join_images
 from voco_jax.infer.prompts import gather
+from voco_jax.parallel.sharding import param_shardings
 
 WORDS = ["what", "is", "it?", "a", "red", "cat"]
 CASES = {
@@ -27,14 +34,16 @@ CASES = {
 SLOW = ("embeddings", "a window")
 
 
-def engine_of(tokenizer, **changes) -> Engine:
+def engine_of(tokenizer, mesh=None, **changes) -> Engine:
     config = dataclasses.replace(CONFIG, **changes)
     k = config.num_voco_tokens if config.has_compress_stream else 0
     encoder = Encoder(tokenizer, CHAT_TEMPLATES["bare"], k, config.num_visual_tokens, config.has_compress_stream)
-    llama = dataclasses.replace(config.llama, vocab_size=len(tokenizer), max_position_embeddings=512)
-    return Engine(
-        make_model(dataclasses.replace(config, llama=llama, voco_token_id=encoder.ids.voco_token_id)), encoder
-    )
+    llama = dataclasses.replace(config.llama, vocab_size=len(tokenizer), max_position_embeddings=512, vocab_multiple=16)
+    model = make_model(dataclasses.replace(config, llama=llama, voco_token_id=encoder.ids.voco_token_id))
+    if mesh is not None:
+        graphdef, params = nnx.split(model)
+        model = nnx.merge(graphdef, jax.device_put(params, param_shardings(mesh, params)))
+    return Engine(model, encoder, mesh)
 
 
 def images_of(engine: Engine, count: int):
@@ -181,6 +190,33 @@ def test_what_a_row_has_read_is_not_read_again(small_tokenizer, monkeypatch):
     assert read[4] == whole  # all of it comes after the image
 
 
+def test_a_beginning_is_read_once_for_all_rows(small_tokenizer, monkeypatch):
+    """A system text that a row has read, also one that is being answered, is not read by the others."""
+    engine = engine_of(small_tokenizer, num_voco_tokens=2)
+    batch = ContinuousBatch(engine, most_rows=4)
+    read = []
+    extend = batch._extend
+    monkeypatch.setattr(
+        batch, "_extend", lambda reading, texts: (read.append([len(t) for t in texts]), extend(reading, texts))[1]
+    )
+    system = "what is it? a red cat " * 6
+    asks = [
+        Ask(engine.encoder.encode_question(f"{system} {last}", 0), (), 2, 12) for last in ("is it?", "a cat?", "red?")
+    ]
+    found = {}
+    for some in (asks[:1], asks[1:]):
+        for row in batch.admit(some):
+            found[row] = []
+        for row, step in batch.read_on():
+            found[row] += step.ids.tolist()
+    assert read[0][0] > 30 and max(read[1]) < 12
+    while any(len(ids) < 12 and not {*ids} & {*engine.encoder.stop_ids} for ids in found.values()):
+        for row, step in batch.decode():
+            found[row] += step.ids.tolist()
+    for row, ids in found.items():
+        assert trim(ids, engine.encoder.stop_ids) == alone(engine, row.ask)[0]
+
+
 def test_what_no_row_has_room_for(small_tokenizer):
     engine = engine_of(small_tokenizer)
     batch = ContinuousBatch(engine, most_places=40)
@@ -192,3 +228,33 @@ def test_what_no_row_has_room_for(small_tokenizer):
         batch.check(Ask(sample, (), 1, 40))
     with pytest.raises(UserError, match="rows: expected at least 1, found 0"):
         ContinuousBatch(engine, most_rows=0)
+
+
+def rows_over_a_mesh_are_those_of_one_device():
+    """A program for eight devices: rows along data and fsdp, heads along tensor."""
+    tokenizer = train_tokenizer(["USER: what is it? ASSISTANT: a red cat\n"] * 9, vocab_size=400)
+    continuous.PIECES, continuous.LEAST_PLACES = (64,), 256
+    one = engine_of(tokenizer, num_voco_tokens=2)
+    spread = engine_of(tokenizer, mesh_of((2, 2, 1, 2)), num_voco_tokens=2)
+    rng = np.random.default_rng(0)
+    asks = asks_of(one, images_of(one, 4), rng, 5)
+    batch = ContinuousBatch(spread, most_rows=4)
+    found = run(batch, asks, rng)
+    for i, ask in enumerate(asks):
+        ids, sure = (np.concatenate([getattr(step, x) for step in found[i]]) for x in ("ids", "log_probabilities"))
+        expected, expected_sure = alone(one, ask)
+        assert trim(ids, [one.encoder.ids.eos_token_id]) == expected, i
+        np.testing.assert_allclose(sure, expected_sure, atol=5e-5)
+    assert len(batch._state.cache.keys.sharding.device_set) == 8
+
+
+CHECKS = {"rows over a mesh": rows_over_a_mesh_are_those_of_one_device}
+
+
+@pytest.mark.multiprocess
+def test_over_eight_devices():
+    assert not failures_of(__name__)
+
+
+if __name__ == "__main__":
+    run_checks(CHECKS, sys.argv[1:])

@@ -14,8 +14,9 @@ import safetensors.numpy
 from tests.fuzz.memory import Parts, forged
 from tests.helpers.commands import run_main
 from voco_jax import memory as memory_command
+from voco_jax.data.records import tiles_of
 from voco_jax.errors import UserError
-from voco_jax.infer.memory import Item, MemoryBank, join
+from voco_jax.infer.memory import Item, MemoryBank, join, pictures_of, with_tiles
 from voco_jax.infer.memory_file import MemoryFile, load_memory, save_memory
 from voco_jax.infer.memory_format import Layout, header
 
@@ -125,10 +126,11 @@ def old_items() -> tuple[Item, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("version", ["1", "2"])
+@pytest.mark.parametrize("version", ["1", "2", "3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_earlier_versions(tmp_path, dtype, version):
-    """Files that were written before there was another: read, found damaged, and joined to one of version 3."""
+    """Files that were written before there was another: read, found damaged, and joined to one of version 3. What has
+    no tiles is written as before there were any, byte for byte."""
     content = (FIXTURES / f"memory_v{version}" / f"{dtype}.voco").read_bytes()
     tensors = safetensors.numpy.load_file(FIXTURES / "memory_v1" / "float32.voco")
     arrays = {name: tensors[name] for name in ("keys", "values")}
@@ -147,6 +149,72 @@ def test_earlier_versions(tmp_path, dtype, version):
     file.write_bytes(content)
     save_memory(file, (MemoryFile(file), range(7)), expected[:2])
     assert MemoryFile(file).version == "3" and same(load_memory(file), expected + expected[:2])
+    save_memory(file, expected)
+    assert file.read_bytes() == (FIXTURES / "memory_v3" / f"{dtype}.voco").read_bytes()
+
+
+def tiles_bank(name="p", pictures=2, seed=0) -> MemoryBank:
+    """Pictures in 2 × 2 tiles, and a frame of a clip between the first two."""
+    of_picture = lambda i: [Item(f"{name}{i}.png", f"{i:064x}", tile=tile) for tile in tiles_of(2)]  # noqa: E731
+    items = [
+        *of_picture(0),
+        Item("clip.mp4", "1" * 64, 0.5),
+        *(item for i in range(1, pictures) for item in of_picture(i)),
+    ]
+    return dataclasses.replace(make_bank(seed, shape=(len(items), 2, 1, 1, 2)), items=tuple(items))
+
+
+def test_tiles(tmp_path):
+    """A file of version 4, which earlier programs refuse: each memory says which tile it is, and is bound to it."""
+    bank, file = tiles_bank(), tmp_path / "a.voco"
+    save_memory(file, bank)
+    assert MemoryFile(file).version == "4" and same(load_memory(file, "m1"), bank)
+    assert [len(one) for one in bank.pictures()] == [5, 1, 5] and same(join(bank.pictures()), bank)
+    assert f"{file}: 3 pictures as 11 images, 2 tokens each, " in MemoryFile(file).summary()
+    assert "3 pictures as 11 images: p0.png, clip.mp4, p1.png, 2 tokens each" in repr(bank)
+    assert len({item.identity for item in bank.items}) == 11
+    save_memory(file, (MemoryFile(file), [5]))
+    assert MemoryFile(file).version == "3" and same(load_memory(file), bank[5])
+    save_memory(file, bank)
+    parts = Parts(file.read_bytes())
+    parts.items = [item | {"tile": [1, 0, 2]} if item.get("tile") == [0, 1, 2] else item for item in parts.items]
+    file.write_bytes(parts.together())
+    with pytest.raises(UserError, match="damaged: p0.png: keys and values are not as they were written"):
+        load_memory(file)
+
+
+def test_which_tiles_are_of_one_picture():
+    """Without hashes and names too; the same picture twice is two."""
+    bank = tiles_bank()
+    nameless = dataclasses.replace(bank, items=tuple(dataclasses.replace(i, source="", sha256="") for i in bank.items))
+    for one in bank, nameless:
+        again = join([one[:5], one[:5], one[6:], one[[8, 7]]])
+        assert [len(picture) for picture in again.pictures()] == [5, 5, 5, 1, 1]
+    # What an earlier version kept says nothing of tiles
+    of_before = (Item("a.png"),) * 5 + (Item("a.png"), Item("b.png", time=1.0)) + (Item(""),) * 12
+    found = with_tiles(of_before, tiles_of(2))
+    assert [len(one.items) for one in pictures_of(found)] == [5, 1, 1, 5, 5, 1, 1]
+    assert with_tiles(bank.items, tiles_of(2)) == bank.items
+
+
+def test_a_picture_is_merged_with_all_its_tiles(tmp_path, monkeypatch, capsys):
+    """Once, in order, with or without a hash; and with fewer tiles it is another."""
+    for sha256 in ("x", ""):
+        a, b = (
+            dataclasses.replace(bank, items=tuple(dataclasses.replace(i, sha256=sha256) for i in bank.items))
+            for bank in (tiles_bank("a"), tiles_bank("b", 3, seed=1))
+        )
+        for name, bank in (("a", a), ("b", b), ("fewer", a[1:4]), ("both", b[6:11] + a[:5])):
+            save_memory(tmp_path / f"{name}.voco", bank)
+        files = [tmp_path / f"{name}.voco" for name in ("fewer", "a", "both", "b")]
+        status, out, err = run_main(memory_command, monkeypatch, capsys, "merge", *files, "--out", tmp_path / "c.voco")
+        assert status == 0, err
+        frame = b[5:6] if not sha256 else b[:0]  # of another memory, where there is no hash
+        assert same(load_memory(tmp_path / "c.voco"), join([a[1:4], a, b[6:11], b[:5], frame, b[11:]]))
+        listed = run_main(memory_command, monkeypatch, capsys, "list", tmp_path / "c.voco")[1].splitlines()[1:]
+        assert [line.split()[:3] for line in listed[:3]] == [
+            ["a0.png", "3", "tiles"], ["a0.png", "5", "tiles"], ["clip.mp4", "00:00.5", *(["x"] if sha256 else [])]
+        ]  # fmt: skip
 
 
 def test_a_memory_of_the_other_kind_is_refused(tmp_path):
@@ -219,17 +287,33 @@ def test_of_each_place_the_memory_that_was_written_there(tmp_path):
         (b'{"source": "a", "time": NaN}', "time: expected seconds, found nan"),
         (b'{"source": "a", "time": 1' + b"0" * 400 + b"}", "time: expected seconds"),
         (b'{"source": "a", "time": true}', "time: expected seconds, found True"),
-        (b'{"source": "a", "more": 1}', "expected source, sha256 and time, found other fields"),
-        (b'["a"]', "expected source, sha256 and time, found other fields"),
-        (b'{"source": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "what it is of is not readable as JSON"),
-        (b'{"source": "a"', "what it is of is not readable as JSON"),
+        *(
+            (b'{"source": "a", "tile": %s}' % tile, "tile: expected .row, column, n. of n × n, found ")
+            for tile in (
+                b"1",
+                b"[0, 1]",
+                b"[0, 2, 2]",
+                b"[-1, 0, 2]",
+                b"[0, 0, 0]",
+                b"[0.0, 0, 1]",
+                b"[true, 0, 2]",
+                b"[0, 0, 1" + b"0" * 400 + b"]",
+                b'"001"',
+                b"{}",
+            )
+        ),
+        (b'{"source": "a", "time": 1.5, "tile": [0, 0, 1]}', "tile: expected none of a frame, which has a time"),
+        (b'{"source": "a", "more": 1}', "expected source, sha256, time and tile, found other fields"),
+        (b'["a"]', "expected source, sha256, time and tile, found other fields"),
+        (b'{"source": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not readable as JSON"),
+        (b'{"source": "a"', "not readable as JSON"),
     ],
 )
 def test_items_of_other_kinds(tmp_path, line, message):
     """With all checksums right, as a hostile file has them."""
     file = tmp_path / "a.voco"
     file.write_bytes(forged(make_bank(shape=(1, 1, 1, 1, 2)), [line + b"\n"]))
-    with pytest.raises(UserError, match=f"a.voco: picture 0: {message}"):
+    with pytest.raises(UserError, match=f"a.voco: item 0: {message}"):
         load_memory(file)
 
 
@@ -264,7 +348,7 @@ def test_a_file_of_holes_is_refused_at_its_first_bytes(tmp_path):
     with open(tmp_path / "b.voco", "wb") as stream:
         stream.write(header(Layout((1, 1, 1, 1, 1), np.dtype(np.float32), 2**40), "m", b""))
         stream.truncate(stream.tell() + 12 + 2**40)
-    with pytest.raises(UserError, match="damaged: what its pictures are is not as it was written"):
+    with pytest.raises(UserError, match="damaged: what its items are is not as it was written"):
         MemoryFile(tmp_path / "b.voco")
 
 
@@ -287,12 +371,13 @@ def test_what_is_no_file(tmp_path):
     [
         (dict(items=(Item(5),)), "source: expected text, found int"),
         (dict(items=(Item("a", time=np.inf),)), "time: expected seconds, found inf"),
+        (dict(items=(Item("a", tile=(0, 2, 2)),)), r"tile: expected \[row, column, n\] of n × n, found \(0, 2, 2\)"),
         (dict(items=(Item("x" * 2**20),)), "expected a name of less than"),
         (dict(model=None), "memory: expected the fingerprint of a model, found NoneType"),
         (dict(model="x" * 2**16), "model: expected a fingerprint, found text of 65536 characters"),
         (dict(arrays=dict.fromkeys(("keys", "values"), np.zeros((1, 1, 1, 1, 2)))), r"und \[1, 1, 1, 2\] in float64"),
         (dict(arrays=dict.fromkeys(("keys", "values"), np.zeros((1, 0, 1, 1, 2)))), r"und \[0, 1, 1, 2\] in float64"),
-        (dict(arrays={"embeddings": np.zeros((1, 1, 2))}), r"embeddings of pictures \[K, D\] .* \[1, 2\] in float64"),
+        (dict(arrays={"embeddings": np.zeros((1, 1, 2))}), r"embeddings of images \[K, D\] .* \[1, 2\] in float64"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, change, message):
@@ -364,8 +449,8 @@ def test_other_files(tmp_path, content, message):
 def test_a_later_version(tmp_path):
     save_memory(tmp_path / "a.voco", make_bank())
     content = (tmp_path / "a.voco").read_bytes()
-    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "3"', b'"version": "4"'))
-    with pytest.raises(UserError, match="expected a memory file of version 1 to 3, found '4'"):
+    (tmp_path / "a.voco").write_bytes(content.replace(b'"version": "3"', b'"version": "5"'))
+    with pytest.raises(UserError, match="expected a memory file of version 1 to 4, found '5'"):
         MemoryFile(tmp_path / "a.voco")
 
 
@@ -384,7 +469,7 @@ def test_files_are_joined(tmp_path):
     ("other", "message"),
     [
         (dict(model="m2"), "expected model m1 as in memory, found m2"),
-        (dict(shape=(1, 2, 2, 2, 4)), r"expected shape of a picture \(3, 2, 2, 4\)"),
+        (dict(shape=(1, 2, 2, 2, 4)), r"expected shape of a memory \(3, 2, 2, 4\)"),
         (dict(dtype=np.float16), "expected dtype float32 as in memory, found float16"),
     ],
 )

@@ -95,7 +95,8 @@ def test_domains(entry, yes, no):
 @pytest.mark.parametrize(
     "entry",
     ["", "*", ".", "*.", "*example.com", "a.*.com", "https://example.com", "example.com/a", "me@example.com",
-     "example.com?a", "*.93.184.216.34", "0177.0.0.1", "2130706433", "a..b", "-a.com", "a b.com", "example.com:x"],
+     "example.com?a", "*.93.184.216.34", "0177.0.0.1", "2130706433", "a..b", "-a.com", "a b.com", "example.com:x",
+     "[2606::1%25eth0]"],
 )  # fmt: skip
 def test_entries_that_are_no_hosts(entry):
     with pytest.raises(UserError, match="--allowed-media-domains: expected a host"):
@@ -460,7 +461,7 @@ def test_long_percent_encoding():
         ("data:image/png;base64,%zz", "expected base64"),
         ("data:image/png;base64,é", "expected ASCII"),
         ("data:image/png;base64,\ud800", "expected ASCII"),
-        ("data:image/png;base64," + "A" * 2672, "expected 2000 bytes at most"),
+        ("data:image/png;base64," + "A" * 2672, "expected 2000 bytes at most, found more"),  # before it is decoded
         ("data:image/png;base64," + "A" * 10**5, "expected 2000 bytes at most"),
         ("data:image/png;base64," + " " * 10**5, "expected 2000 bytes at most"),
         ("data:," + "a" * 2001, "expected 2000 bytes at most, found 2001"),

@@ -22,7 +22,7 @@ from voco_jax.errors import UserError
 from voco_jax.infer.memory import MemoryBank
 from voco_jax.infer.memory_file import load_memory, save_memory
 from voco_jax.models.compressors import KEYS_AND_VALUES
-from voco_jax.serve import ids
+from voco_jax.serve import ids, store_directory
 from voco_jax.serve.store import Entry, MemoryStore
 
 SHAPE = (1, 2, 2, 1, 8)
@@ -149,7 +149,7 @@ def test_a_writer_that_is_behind(tmp_path):
     store.put(id_of(0), bank_of(0))
     assert stuck.wait(20)  # after the first
     for number in range(1, 6):
-        store.put(id_of(number), bank_of(number), name=str(number))
+        store.put(id_of(number), bank_of(number), name=str(number), sha256=id_of(99))
         assert len(files(tmp_path)) == 1 + max(0, number - 3)
         assert store.usage()["waiting"].memories == min(number, 3)
     assert listed(store) == [id_of(number) for number in (5, 4, 3, 2, 1, 0)] and store.find("2") == id_of(2)
@@ -162,6 +162,33 @@ def test_a_writer_that_is_behind(tmp_path):
     assert store.usage()["host"] == (1, BYTES) and store.get(id_of(2)) is None and store.get(id_of(3)) is not None
     store.put(id_of(7), bank_of(7))  # closed
     assert len(files(tmp_path)) == 6
+    again = make_store(tmp_path)  # in the order in which they were put, not written
+    assert listed(again) == [id_of(number) for number in (7, 5, 4, 3, 1, 0)] and again.find(id_of(99)) == id_of(5)
+
+
+def test_deleted_while_it_is_written_or_read(tmp_path, monkeypatch):
+    writes, go_on, write_parts = threading.Event(), threading.Event(), store_directory.write_parts
+
+    def slow(*arguments):
+        writes.set()
+        go_on.wait(20)
+        write_parts(*arguments)
+
+    monkeypatch.setattr(store_directory, "write_parts", slow)
+    store = make_store(tmp_path)
+    store.put(id_of(1), bank_of(1), name="x")
+    assert writes.wait(20)
+    deletes = threading.Thread(target=store.delete, args=(id_of(1),))
+    deletes.start()
+    deletes.join(0.05)
+    go_on.set()
+    deletes.join(20)
+    assert store.get(id_of(1)) is store.find("x") is None and files(tmp_path) == files(tmp_path, ".json") == []
+    assert store.flush(20) and store.usage()["waiting"] == store.usage()["host"] == (0, 0)
+
+    store = make_store(on_event=lambda *event: event == ("host", "hit") and store.delete(id_of(1)))
+    store.put(id_of(1), bank_of(1))
+    assert store.on_device(id_of(1)) is not None and store.on_device(id_of(1)) is None
 
 
 # ---- Names ---------------------------------------------------------------------------------------------------------
@@ -474,10 +501,8 @@ def test_a_directory_that_refuses(tmp_path, capsys):
 
 
 def test_many_threads(tmp_path):
-    size = 1500
-    store = make_store(
-        tmp_path, host_bytes=6 * BYTES, device_bytes=3 * BYTES, waiting_bytes=4 * BYTES, disk_bytes=12 * size
-    )
+    limits = dict(host_bytes=6 * BYTES, device_bytes=3 * BYTES, waiting_bytes=4 * BYTES, disk_bytes=12_000)
+    store = make_store(tmp_path, **limits)
     banks = {id_of(number): bank_of(number) for number in range(16)}
     wrong: list[str] = []
     ends = time.monotonic() + 1.5
@@ -514,7 +539,9 @@ def test_many_threads(tmp_path):
     assert wrong == [] and store.flush(20) and store.errors == 0
     usage = store.usage()
     assert usage["host"].bytes <= 6 * BYTES and usage["device"].bytes <= 3 * BYTES and usage["waiting"] == (0, 0)
-    assert usage["disk"] == (len(files(tmp_path)), sum(file.stat().st_size for file in files(tmp_path)))
+    again = make_store(tmp_path, **limits)
+    assert again.flush(20) and again.usage()["disk"].memories == len(files(tmp_path))
+    assert sum(file.stat().st_size for file in files(tmp_path)) == again.usage()["disk"].bytes <= 12_000
     for owner in ("", "b"):
         for id in listed(store, owner):
             assert same(store.get(id, owner), banks[id]) and store.delete(id, owner)

@@ -10,8 +10,11 @@ from voco_jax.data.from_config import is_llava, make_model_config, template_of
 from voco_jax.data.template_reader import marks_turns
 from voco_jax.data.tokenizer import load_run_tokenizer
 from voco_jax.errors import UserError
-from voco_jax.io.paths import AnyPath, as_path
+from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists
 from voco_jax.models.compressors import COMPRESSORS
+
+TILES = "tiles.json"  # of a run's directory: what was kept of a LLaVA-NeXT or LLaVA-OneVision (`convert/tiles.py`)
+PIXELS = ("aspect_ratio", "transparency", "processor")  # of `config.data`
 
 
 def begin_with_run(config: ConfigDict) -> ConfigDict:
@@ -55,16 +58,18 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
 
 
 def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath, tokenizer) -> ConfigDict:
-    """A copy with what goes with a run's parameters: their dimensions, pixels that no config has by default, and the
-    prompt of plain LLaVA or of control tokens of the run's tokenizer. UserError, which calls the run `name`, for a
-    config that asks for others."""
+    """A copy with what goes with a run's parameters: their dimensions, pixels that no config has by default or that go
+    with what was kept about tiles, and the prompt of plain LLaVA or of control tokens of the run's tokenizer.
+    `name`: the run's directory. UserError for a config that asks for others."""
     config, default = config.copy_and_resolve_references(), default_config()
+    with bucket_errors(as_path(name)):
+        keeps_tiles = exists(as_path(name) / TILES)
     with config.unlocked():
         of_model = "llama", "vision", "projector_layers", "projector_bias"
         _take_over(config.model, run.model, default.model, of_model, name)
-        if first_difference(run.data.processor, default.data.processor):  # pixels that no config has by default
-            keys = "aspect_ratio", "transparency", "processor"
-            _take_over(config.data, run.data, default.data, keys, name, "config.data")
+        # Pixels that no config has by default, and those of the processor that goes back with tiles
+        if first_difference(run.data.processor, default.data.processor) or keeps_tiles:
+            _take_over(config.data, run.data, default.data, PIXELS, name, "config.data")
     data, theirs = config.data, run.data
     unnamed = data.template in (default.data.template, theirs.template)
     goes_on = is_llava(config) and is_llava(run) or marks_turns(template_of(run), tokenizer)

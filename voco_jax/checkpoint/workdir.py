@@ -15,13 +15,15 @@ import time
 import jax
 from ml_collections import ConfigDict
 
+from voco_jax.checkpoint.init_from import TILES
 from voco_jax.checkpoint.resume import BASE, TEACHER, check_same_run
 from voco_jax.config import save_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError, cannot
 from voco_jax.io import paths
 from voco_jax.io.atomic import temporary_name
-from voco_jax.io.files import check_regular
+from voco_jax.io.files import check_regular, read_bytes
+from voco_jax.io.json_files import MOST
 from voco_jax.io.locks import holding
 from voco_jax.io.paths import AnyPath, as_path, bucket_errors, exists, in_bucket, upload
 from voco_jax.outages import passing
@@ -29,7 +31,7 @@ from voco_jax.parallel.distributed import together
 
 # What training writes before its first checkpoint; a directory of these alone has nothing to keep.
 _LOGS = ("metrics.jsonl", "goodput.json", "tensorboard", "wandb", "answers", "profile")
-_BEGINNINGS = {".lock", "tokenizer", "config.json", BASE, TEACHER, "checkpoints", *_LOGS}
+_BEGINNINGS = {".lock", "tokenizer", TILES, "config.json", BASE, TEACHER, "checkpoints", *_LOGS}
 # And what a killed process left of them (`.new` without a dot: earlier versions)
 _BEGINNINGS |= {unfinished for name in _BEGINNINGS for unfinished in (f"{name}.new", temporary_name(Path(name)).name)}
 
@@ -153,9 +155,11 @@ def open_workdir(workdir: AnyPath, config: ConfigDict, tokenizer) -> Iterator[Wo
                 if resuming and bucket:
                     _fetch_logs(workdir, logs)
                 if not resuming:
-                    for name in ("metrics.jsonl", "goodput.json", BASE, TEACHER):
+                    for name in ("metrics.jsonl", "goodput.json", BASE, TEACHER, TILES):
                         (workdir / name).unlink(missing_ok=True)
                     _save_tokenizer(tokenizer, workdir / "tokenizer")
+                    if config.init_from:
+                        _copy_tiles(as_path(config.init_from), workdir)
                     save_config(config, workdir / "config.json")
         run = Workdir(workdir, logs, descriptor)
         try:
@@ -180,6 +184,13 @@ def _fetch_logs(workdir: AnyPath, logs: Path) -> None:
         if (workdir / name).exists():
             (logs / name).parent.mkdir(exist_ok=True)
             (logs / name).write_bytes((workdir / name).read_bytes())
+
+
+def _copy_tiles(base: AnyPath, workdir: AnyPath) -> None:
+    with bucket_errors(base):
+        kept = read_bytes(base / TILES, MOST) if exists(base / TILES) else None
+    if kept is not None:
+        (workdir / TILES).write_bytes(kept)
 
 
 def _save_tokenizer(tokenizer, directory: AnyPath) -> None:

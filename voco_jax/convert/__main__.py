@@ -7,9 +7,9 @@
     voco convert merge RUN DST
     voco convert verify A B
 
-SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LlavaForConditionalGeneration directory, a Llama
-directory, a Llama GGUF file, or a LoRA adapter (with --base). Nothing in it is ever run, and nothing is written until
-all of it is understood.
+SRC: a released LLaVA-1.5 or VoCo-LLaMA directory, a Hugging Face LLaVA, LLaVA-NeXT or LLaVA-OneVision directory,
+a Llama directory, a Llama GGUF file, or a LoRA adapter (with --base). Nothing in it is ever run, and nothing is
+written until all of it is understood.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
     option = command.add_argument
     option(
         "--format", choices=WRITTEN, required=True,
-        help="llava-hf: for transformers' LlavaForConditionalGeneration; voco: for the released code",
+        help="llava-hf: for transformers' LlavaForConditionalGeneration; llava-next, llava-onevision: for the class "
+        "that the run was converted from, with its image_newline; voco: for the released code",
     )  # fmt: skip
     option("--dtype", **dtype)
     option("--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a file (default 5GB)")

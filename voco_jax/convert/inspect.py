@@ -7,6 +7,7 @@ from pathlib import Path
 
 from voco_jax.convert.jax_checkpoint import StoredRun, of_run
 from voco_jax.convert.sources import Source
+from voco_jax.convert.tiles import Tiles, read_tiles
 from voco_jax.convert.to_jax import check_source
 from voco_jax.convert.vocabulary import VOCABULARY
 from voco_jax.models.vit import ViTConfig
@@ -23,6 +24,7 @@ def describe(source: Source) -> tuple[str, bool]:
     parameters = sum(tensor.size for tensor in source.tensors.values())
     size = sum(tensor.nbytes for tensor in source.tensors.values())
     lines += ["", f"{len(source.tensors)} tensors, {parameters:,} parameters, {size / 1e9:.2f} GB", ""]
+    lines += _about(source.tiles)
     layers = Counter(path for path, layer in source.tensors if layer is not None)
     rows: dict[str, list[str]] = {}  # of a stack, the first layer that is there
     for (path, layer), tensor in source.tensors.items():
@@ -51,8 +53,13 @@ def _describe_run(run: StoredRun) -> str:
     lines += _configuration("llama", llama) + _configuration("vision", model.vision)
     count = f"{parameters - padding:,} parameters" + (f" and {padding:,} of padding" if padding else "")
     lines += ["", f"{len(stored.shapes)} arrays, {count}, {size / 1e9:.2f} GB", ""]
+    lines += _about(read_tiles(run.path, llama.hidden_size))
     lines += _columns([[p, stored.dtype(p).name, str(list(s))] for p, s in stored.shapes.items()])
     return "\n".join(map(printable, lines))
+
+
+def _about(tiles: Tiles | None) -> list[str]:
+    return [] if tiles is None else [str(tiles), ""]
 
 
 def _configuration(part: str, config) -> list[str]:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from voco_jax.config import save_config
 from voco_jax.convert.jax_checkpoint import Parameter, StoredParams, StoredRun, of_run, write_checkpoint
+from voco_jax.convert.tiles import read_tiles, write_tiles
 from voco_jax.data.from_config import make_model_config
 from voco_jax.data.tokenizer import save_tokenizer
 from voco_jax.errors import UserError
@@ -35,11 +36,14 @@ def _merge(read: StoredRun, destination: Path) -> None:
     _, plain = abstract_model(make_model_config(config, tokenizer))
     shapes = {name: leaf.shape for name, leaf in flatten_dict(plain, sep=".").items()}
     parameters = {name: _parameter(stored, name, shape, lora) for name, shape in shapes.items()}
+    tiles = read_tiles(read.path, config.model.llama.hidden_size)
     total = sum(parameter.nbytes for parameter in parameters.values())
     check_space(destination, total)
     with new_directory(destination) as directory, tqdm(total=total, unit="B", unit_scale=True, desc="merge") as bar:
         save_config(config, directory / "config.json")
         save_tokenizer(tokenizer, directory / "tokenizer")
+        if tiles is not None:
+            write_tiles(directory, tiles)
         write_checkpoint(directory, unflatten_dict(parameters, sep="."), config, bar.update)
         stored.check()
 

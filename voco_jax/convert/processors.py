@@ -37,7 +37,7 @@ DEFAULTS = {
         "do_center_crop": False, "size": {"height": 224, "width": 224}, "image_mean": (0.5,) * 3,
         "image_std": (0.5,) * 3,
     },
-    # Of the view of the whole picture, which comes before the tiles. Their do_pad is about tiles
+    # Of the whole picture, which comes before the tiles. Their do_pad is about tiles
     "LlavaNextImageProcessor": _ALL,
     "LlavaOnevisionImageProcessor": _ALL | {"do_center_crop": False, "size": {"height": 384, "width": 384}},
 }  # fmt: skip

@@ -14,6 +14,7 @@ from voco_jax.convert.families.vision import family_of_tower, from_name, vision_
 from voco_jax.convert.formats import Format, recognise
 from voco_jax.convert.gguf_files import read_gguf
 from voco_jax.convert.tensors import inside, name_leads_out, same_bytes
+from voco_jax.convert.tiles import Tiles, tiles_of
 from voco_jax.convert.torch_files import read_torch
 from voco_jax.convert.vocabulary import EMBEDDING, HEAD
 from voco_jax.data.images import ImageProcessor
@@ -21,7 +22,7 @@ from voco_jax.errors import UserError
 from voco_jax.io.files import readable
 from voco_jax.io.json_files import read_object
 from voco_jax.io.safetensors import read_index, read_safetensors
-from voco_jax.io.tensors import Tensor
+from voco_jax.io.tensors import DTYPES, Tensor
 from voco_jax.models.llama import LlamaConfig
 from voco_jax.models.vit import ViTConfig
 from voco_jax.terminal import shortened
@@ -40,6 +41,7 @@ class Source:
     names: dict[Key, str] = dataclasses.field(default_factory=dict)  # as the checkpoint has them
     problems: list[str] = dataclasses.field(default_factory=list)  # tensors that are unknown or appear twice
     processor: ImageProcessor | None = None  # None: the default
+    tiles: Tiles | None = None  # what a LLaVA-NeXT or LLaVA-OneVision has for them
     whole: bool = False  # the format has all parts; in others vision tower and projector may be missing
     projector_layers: int = 2
     projector_bias: bool = True
@@ -286,12 +288,24 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     source.notes += unread_weights(path)
     tensors = read_directory(path)
     if kind != "llava" and (newline := next((name for name in llava.IMAGE_NEWLINE if name in tensors), None)):
-        del tensors[newline]
-        source.notes.append(f"{path}: {newline} is not read: pictures are looked at as a whole, without tiles")
+        _keep_tiles(source, fields, newline, tensors.pop(newline))
     parts = ("llm", "projector", "vision")
     format = recognise(tensors, formats.FORMATS[1:], parts, path, "tensors of LlavaForConditionalGeneration")
     source.take(tensors, format, (*parts, "head"))
     return source
+
+
+def _keep_tiles(source: Source, fields: dict, name: str, newline: Tensor) -> None:
+    size = source.llama.hidden_size
+    if newline.shape != (size,) or newline.dtype not in DTYPES.values():
+        found = f"{newline.dtype} {list(newline.shape)}"
+        source.problems.append(f"{name}: expected {', '.join(DTYPES)} of shape [{size}]; found {found}")
+        return
+    source.tiles = tiles_of(source.path, fields, newline.read())
+    source.notes.append(
+        f"{source.path}: pictures are looked at as a whole, without tiles; {name} is kept for to-hf --format "
+        f"{source.tiles.format}"
+    )
 
 
 def open_parts(

@@ -1,4 +1,4 @@
-"""A run of ours to a PyTorch checkpoint: the released code's format, or Hugging Face's LLaVA."""
+"""A run of ours to a PyTorch checkpoint: the released code's format, or Hugging Face's LLaVA, -NeXT or -OneVision."""
 
 from collections.abc import Collection, Iterator
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from voco_jax.chat_templates import CHAT_TEMPLATES, CUSTOM, TOKENIZER, ChatTemplate
+from voco_jax.checkpoint.init_from import TILES
 from voco_jax.config import default_config
 from voco_jax.convert.chat_templates import write_chat_template
 from voco_jax.convert.families import BY_OURS, clip, language_to_hf, llava
@@ -20,6 +21,7 @@ from voco_jax.convert.findings import Findings
 from voco_jax.convert.formats import FORMATS, LLAVA_LINEAR, VISION, Format
 from voco_jax.convert.jax_checkpoint import StoredParams, StoredRun, of_run
 from voco_jax.convert.processors import processor_to_hf
+from voco_jax.convert.tiles import Tiles, check_tiles, read_tiles
 from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import is_llava, make_encoder, make_processor
@@ -32,6 +34,7 @@ from voco_jax.io.tensors import DTYPES, Tensor
 from voco_jax.models.voco import VoCoConfig
 
 WRITTEN = {format.name: format for format in reversed(FORMATS)}  # the first of each name
+WRITTEN |= dict.fromkeys(llava.TILED, WRITTEN["llava-hf"])
 IMAGE_TOKEN = "<image>"
 
 
@@ -46,14 +49,16 @@ def _to_hf(
 ) -> list[str]:  # fmt: skip
     run, config, tokenizer, model_config, stored = read
     check_run(run, stored, model_config, format_name)
-    aspect_ratio, processor = config.data.aspect_ratio, processor_to_hf(make_processor(config), run, format_name)
+    kept = read_tiles(run, model_config.llama.hidden_size)
+    tiles = check_tiles(kept, run, config, format_name) if format_name in llava.TILED else None
+    processor = {} if tiles else processor_to_hf(make_processor(config), run, format_name)
     format, num_image_rows, tokens = WRITTEN[format_name], 0, set(tokenizer.get_vocab().values())
     if model_config.projector_layers == 1:
         format = LLAVA_LINEAR
     encoder = make_encoder(config, tokenizer, model_config)
     if encoder.stop_ids != (tokenizer.eos_token_id,):  # those that the source had, and the template's
         set_stop_ids(tokenizer, tuple(dict.fromkeys([*tokenizer.origin.stop_ids, *encoder.stop_ids])))
-    if format_name == "llava-hf":
+    if format_name != "voco":
         if is_llava(config):
             set_chat_template(tokenizer, encoder)
         num_image_rows = add_image_token(tokenizer, model_config)
@@ -62,10 +67,13 @@ def _to_hf(
     # The released code reads the vision tower from a directory of its own
     beside = [(n.removeprefix(format.vision), t) for n, t in tensors if n.startswith(format.vision)]
     beside = [(VISION[0].vision + n, t) for n, t in beside] if format_name == "voco" else []
-    total = sum(tensor.nbytes for _, tensor in tensors + beside)
-    check_space(destination, total)
     dtypes = {tensor.dtype.name for _, tensor in tensors}
     written_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    if tiles:
+        newline = tiles.cast(dtype, findings).newline
+        tensors.append((llava.IMAGE_NEWLINE[0], Tensor(newline.shape, newline.dtype, run / TILES, lambda: newline)))
+    total = sum(tensor.nbytes for _, tensor in tensors + beside)
+    check_space(destination, total)
     with new_directory(destination) as directory, tqdm(total=total, unit="B", unit_scale=True, desc="to-hf") as bar:
         if beside:
             tower = directory / "vision_tower"
@@ -74,20 +82,29 @@ def _to_hf(
             fields = clip.to_hf(model_config.vision) | {"architectures": ["CLIPVisionModel"]}
             write_json(tower / "config.json", fields | {"torch_dtype": beside[0][1].dtype.name})
         write_shards(directory, tensors, max_shard_size, bar.update)
-        write_configs(directory, format_name, model_config, aspect_ratio, processor, tokenizer, written_dtype)
+        if format_name == "voco":
+            write_released_configs(
+                directory, model_config, config.data.aspect_ratio, processor, tokenizer, written_dtype
+            )
+        else:
+            write_hf_configs(directory, model_config, tiles, processor, tokenizer, written_dtype)
         save_tokenizer(tokenizer, directory)
         stored.check()
-        return findings.finish(run) + _lost(config)
+        return findings.finish(run) + _lost(config, kept, tiles)
 
 
-def _lost(config: ConfigDict) -> list[str]:
-    """What is left out, and how `to-jax` gets it again."""
+def _lost(config: ConfigDict, kept: Tiles | None, written: Tiles | None) -> list[str]:
+    """What is left out, and how it comes in again. `kept`: what the run has for tiles; `written`: what is written."""
     data, default, lost = config.data, default_config().data, []
+    if kept and not written:
+        lost = [f"image_newline is left out; --format {kept.format} writes it"]
+    elif written and not written.files:
+        lost = ["no processor is written: the checkpoint that was converted had none"]
     if is_llava(config):
-        return []
+        return lost
     if data.template not in (default.template, TOKENIZER):
         again = f"--template {data.template}" if data.template != CUSTOM else "config.data.custom_template"
-        lost = [f"chat template {data.template!r}: the format cannot store it; to-jax sets it again with {again}"]
+        lost += [f"chat template {data.template!r}: the format cannot store it; to-jax sets it again with {again}"]
     others = [key for key in ("system", "image_position") if data[key] != default[key]]
     return lost + [f"config.data.{key} = {data[key]!r}: the format cannot store it" for key in others]
 
@@ -199,30 +216,25 @@ def write_shards(directory: Path, tensors: list[tuple[str, Tensor]], max_shard_s
     write_json(directory / "model.safetensors.index.json", index)
 
 
-def write_configs(
-    directory: Path, format_name: str, model_config: VoCoConfig, aspect_ratio: str, processor: dict, tokenizer,
-    dtype: str,
+def write_released_configs(
+    directory: Path, model_config: VoCoConfig, aspect_ratio: str, processor: dict, tokenizer, dtype: str
 ) -> None:  # fmt: skip
-    """config.json and what the image processor needs to know."""
+    """config.json and what the image processor needs to know, for the released code."""
+    config = llava.to_released(model_config.llama, model_config.vision, dtype, _ids(tokenizer), aspect_ratio)
+    layers = model_config.projector_layers
+    config["mm_projector_type"] = "linear" if layers == 1 else f"mlp{layers}x_gelu"
+    write_json(directory / "config.json", config)
+    write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
+
+
+def write_hf_configs(
+    directory: Path, model_config: VoCoConfig, tiles: Tiles | None, processor: dict, tokenizer, dtype: str
+) -> None:  # fmt: skip
+    """config.json and the processor's files, for transformers. With `tiles` these are the ones that were kept."""
     llama, vision = model_config.llama, model_config.vision
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        # Without a padding token, <unk>, as in the released code
-        "pad_token_id": tokenizer.unk_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    }
-    if format_name == "voco":
-        config = llava.to_released(llama, vision, dtype, ids, aspect_ratio)
-        layers = model_config.projector_layers
-        config["mm_projector_type"] = "linear" if layers == 1 else f"mlp{layers}x_gelu"
-        write_json(directory / "config.json", config)
-        write_json(directory / "vision_tower" / "preprocessor_config.json", processor)
-        return
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text_config = language_to_hf(llama) | {"vocab_size": max(llama.vocab_size, len(tokenizer))}
-    config = llava.to_hf(text_config, vision, model_config.projector_bias, dtype, ids, image)
-    write_json(directory / "config.json", config)
-    write_json(directory / "preprocessor_config.json", processor)
+    config = llava.to_hf(text_config, vision, model_config.projector_bias, dtype, _ids(tokenizer), image)
     outer = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
@@ -230,7 +242,23 @@ def write_configs(
         "num_additional_image_tokens": int(vision.class_token),
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     }
-    write_json(directory / "processor_config.json", outer)
+    files = {"preprocessor_config.json": processor, "processor_config.json": outer}
+    if tiles is not None:
+        del config["image_seq_length"]  # kept where there was one
+        config |= tiles.config | {"architectures": [llava.TILED[tiles.format][1]]}
+        token = {"image_token": IMAGE_TOKEN}
+        files = {name: file | (token if "image_token" in file else {}) for name, file in tiles.files.items()}
+    for name, content in {"config.json": config, **files}.items():
+        write_json(directory / name, content)
+
+
+def _ids(tokenizer) -> dict[str, int | None]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        # Without a padding token, <unk>, as in the released code
+        "pad_token_id": tokenizer.unk_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -18,6 +18,7 @@ from voco_jax.convert.findings import Findings, listing
 from voco_jax.convert.gguf_files import gguf_tokenizer
 from voco_jax.convert.jax_checkpoint import Parameter, write_checkpoint
 from voco_jax.convert.sources import Source
+from voco_jax.convert.tiles import pixels_of, write_tiles
 from voco_jax.convert.vocabulary import EMBEDDING, VOCABULARY, with_fresh_rows
 from voco_jax.data.from_config import TODAY, make_encoder, make_model_config, set_processor, set_template
 from voco_jax.data.template_reader import fitting_templates, marks_turns, named_alike, read_chat_template
@@ -145,6 +146,9 @@ def to_jax(
         save_config(config, run / "config.json")
         load_config(run / "config.json")  # raises for a config that could not be loaded later
         save_tokenizer(tokenizer, run / "tokenizer")
+        if source.tiles is not None:
+            pixels = pixels_of(config) if source.tiles.files else {}
+            write_tiles(run, dataclasses.replace(source.tiles.cast(options.dtype, findings), pixels=pixels))
         with tqdm(total=total, unit="B", unit_scale=True, desc="to-jax") as bar:
             write_checkpoint(run, unflatten_dict(parameters, sep="."), config, bar.update)
         return source.notes + warnings + findings.finish(source.path)

@@ -14,6 +14,7 @@ from voco_jax.convert.inspect import problems_of
 from voco_jax.convert.jax_checkpoint import StoredRun, of_run
 from voco_jax.convert.sources import Key, Source, open_source
 from voco_jax.convert.tensors import same_bytes, worst_difference
+from voco_jax.convert.tiles import Tiles, read_tiles
 from voco_jax.convert.to_hf import IMAGE_TOKEN
 from voco_jax.convert.to_jax import has_voco_row, load_source_tokenizer
 from voco_jax.convert.vocabulary import VOCABULARY
@@ -21,6 +22,7 @@ from voco_jax.data.tokenizer import VOCO_TOKEN
 from voco_jax.errors import UserError
 from voco_jax.io.json_files import read_object
 
+_NEWLINE: Key = ("image_newline", None)
 _ADDED = {VOCO_TOKEN, IMAGE_TOKEN, "<pad>"}  # tokens that conversions add
 
 
@@ -34,6 +36,15 @@ class Side:
     read: Callable[[Key], np.ndarray]
     tokens: Mapping[int, str] | None = None  # by row; None: there is no tokenizer
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def with_tiles(self, tiles: Tiles | None) -> "Side":
+        """Its `image_newline` is one more tensor."""
+        if tiles is None:
+            return self
+        config = self.config | {f"config.json: {key}": value for key, value in tiles.config.items()}
+        shapes = self.shapes | {_NEWLINE: tiles.newline.shape}
+        read = lambda key: tiles.newline if key == _NEWLINE else self.read(key)  # noqa: E731
+        return dataclasses.replace(self, config=config, shapes=shapes, read=read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +82,7 @@ def open_side(
         raise UserError(f"{path}: {len(problems)} tensors do not fit: {listing(problems)}")
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     configs = _flat(llama=source.llama, vision=source.vision)
-    side = Side(path, configs, shapes, lambda key: source.tensors[key].read())
+    side = Side(path, configs, shapes, lambda key: source.tensors[key].read()).with_tiles(source.tiles)
     try:
         return dataclasses.replace(side, tokens=None if source.tokenizer is None else _tokens_of(source))
     except UserError as error:  # only the meaning of rows is unknown then
@@ -85,7 +96,8 @@ def _side_of_run(run: StoredRun) -> Side:
     stored.check()
     shapes = {key: run.their_shape(*key) for key in stored.layers()}
     configs = _flat(llama=model.llama, vision=model.vision)
-    return Side(run.path, configs, shapes, lambda key: run.read_theirs(*key), _tokens(run.tokenizer))
+    side = Side(run.path, configs, shapes, lambda key: run.read_theirs(*key), _tokens(run.tokenizer))
+    return side.with_tiles(read_tiles(run.path, model.llama.hidden_size))
 
 
 def _tokens_of(source: Source) -> dict[int, str]:
@@ -121,6 +133,9 @@ def verify(a: Side, b: Side, *, allow_more_rows: bool = False) -> Comparison:
         if a.config[key] != b.config[key]:
             problems.append(f"{key}: {a.config[key]!r} and {b.config[key]!r}")
     keys = sorted(a.shapes.keys() | b.shapes.keys(), key=lambda key: (key[0], key[1] or 0))
+    if len(alone := [side.path for side in (a, b) if _NEWLINE in side.shapes]) == 1:  # not every format has it
+        keys.remove(_NEWLINE)
+        notes.append(f"image_newline: in {alone[0]} alone, and not compared")
     for key in tqdm(keys, unit="tensor", desc="verify"):
         name = key[0] if key[1] is None else f"{key[0]} (layer {key[1]})"
         lacking = next((side.path for side in (a, b) if key not in side.shapes), None)

@@ -80,7 +80,7 @@ def shuffled(images: EncodedImages, number: int) -> EncodedImages:
 
 THIS_RUN, SHUFFLED, ONE_FRAME, NOTHING = "this run", "frames shuffled", "one frame", "question only"
 GUESS, MAJORITY = "guess from the question", "most frequent answer"  # without a model
-VIEWS: dict[str, Callable[[EncodedImages, int], EncodedImages]] = {  # of a clip, by its number
+FRAMES_SHOWN: dict[str, Callable[[EncodedImages, int], EncodedImages]] = {  # of a clip, by its number
     THIS_RUN: lambda images, number: images,
     SHUFFLED: shuffled,
     ONE_FRAME: lambda images, number: images[len(images) // 2],
@@ -127,7 +127,7 @@ def score_by_kind(
     results = {
         "step": model.run.step,
         "compressor": model.config.compressor,
-        # Of each picture or frame
+        # Of each image
         "tokens": AUTO if isinstance(tokens, AutoTokens) else tokens or model.run.encoder.num_visual_tokens,
         "accuracy": right / total,
         "counts": counts,
@@ -179,7 +179,7 @@ def read_questions(source: Source, report: Report, max_about: int | None = None)
                 report.add_skipped(error, source.where(i))
                 continue
             number = numbers.setdefault(about, len(numbers))
-            name = ", ".join(dict.fromkeys(map(str, _views(record))))  # tiles of a picture have one name
+            name = ", ".join(dict.fromkeys(map(str, _media(record))))  # tiles of a picture have one name
             asked.append(Asked(i, number, value, truth, kind, name, source.where(i)))
     if any(question.kind for question in asked):
         asked = [q if q.kind else dataclasses.replace(q, kind=NO_KIND) for q in asked]
@@ -190,7 +190,8 @@ def answer_questions(
     model: Model, source: Source, asked: Sequence[Asked], report: Report, check: Callable[[], None],
     less: Iterable[str] = (), *, name: str = "", tokens: int | AutoTokens | None = None,
 ) -> SourceAnswers:  # fmt: skip
-    """Greedy answers to the questions, of a clip with the run's frames; also with less to go by (`VIEWS`, `NOTHING`).
+    """Greedy answers to the questions, of a clip with the run's frames; also with less to go by (`FRAMES_SHOWN`,
+    `NOTHING`).
 
     A picture, clip or question that cannot be used goes to the report, and `check` is called: it may raise.
     """
@@ -206,10 +207,10 @@ def answer_questions(
     runner = Runner(engine, cache, limits.batch_size, limit, window=max(1, window), auto=auto)
     last: tuple = (None, None)  # a record's number, and the record: several questions may be of one
 
-    def views(i: int) -> Sequence[Picture | Clip | Frames]:
+    def media(i: int) -> Sequence[Picture | Clip | Frames]:
         nonlocal last
         last = last if last[0] == i else (i, source[i])
-        return _views(last[1], config.data.video.incomplete)
+        return _media(last[1], config.data.video.incomplete)
 
     def ask(column: str, asked: Sequence[Asked]) -> Iterator[Answered[Asked]]:
         shown: tuple = (None, None, None)  # what was asked about before, its images, and what is shown of them
@@ -219,12 +220,12 @@ def answer_questions(
             if images is None:
                 return encode_prompt(engine, question.text)
             if shown[0] != question.about or shown[1] is not images:
-                view = VIEWS[column if images.is_video else THIS_RUN]
-                shown = question.about, images, view(images, question.about)
+                show = FRAMES_SHOWN[column if images.is_video else THIS_RUN]
+                shown = question.about, images, show(images, question.about)
             return encode_prompt(engine, question.value, shown[2], interleaved=True)
 
         questions = (
-            Question(q, [] if column == NOTHING else views(q.record), q.where, partial(prompt, q)) for q in asked
+            Question(q, [] if column == NOTHING else media(q.record), q.where, partial(prompt, q)) for q in asked
         )
         bar_name = " ".join(f"evaluating {name} ({column})".split())
         with tqdm(total=len(asked), unit="question", desc=bar_name, mininterval=0.5) as bar:
@@ -255,7 +256,7 @@ def answer_questions(
     return found
 
 
-def _views(record: Record, incomplete: bool = False) -> Sequence[Picture | Clip | Frames]:
+def _media(record: Record, incomplete: bool = False) -> Sequence[Picture | Clip | Frames]:
     if isinstance(record.video, Clip):
         return [dataclasses.replace(record.video, incomplete=incomplete)]
     return list(record.images) if record.video is None else [record.video]
@@ -263,7 +264,7 @@ def _views(record: Record, incomplete: bool = False) -> Sequence[Picture | Clip 
 
 def _content(record: Record) -> Hashable:
     """What tells a record's pictures or clip from others; None where it has none."""
-    return tuple(_of_file(one) for one in _views(record)) or None
+    return tuple(_of_file(one) for one in _media(record)) or None
 
 
 def _of_file(one: Picture | Clip | Frames) -> Hashable:

@@ -88,7 +88,7 @@ def answer_questions(
     tokens = tokens if isinstance(tokens, int) else None
     cache = ImageCache(model.image_encoder, tokens=tokens)
     engine = model.engine if tokens is None else model.engine.for_tokens(tokens)
-    _check_lengths(engine, questions, max_new_tokens)
+    _check_lengths(engine, questions, len(model.image_encoder.processor.tiles), max_new_tokens)
     settings = {
         "model": model.fingerprint, "step": model.run.step,
         "tokens": tokens or model.run.encoder.num_visual_tokens if auto is None else AUTO,
@@ -185,11 +185,11 @@ def _first_turn(row: dict) -> tuple[str, object]:
     return "conversations", turns
 
 
-def _check_lengths(engine: Engine, questions: Sequence[QuestionRow], max_new_tokens: int) -> None:
-    """UserError for a question that the model cannot be asked, before any is."""
+def _check_lengths(engine: Engine, questions: Sequence[QuestionRow], tiles: int, max_new_tokens: int) -> None:
+    """UserError for a question that the model cannot be asked, before any is. A picture is so many images."""
     for question in questions:
         try:
-            prompt = engine.encoder.encode_question(question.asked, 0 if question.picture is None else 1)
+            prompt = engine.encoder.encode_question(question.asked, 0 if question.picture is None else tiles)
             engine.check_length(len(prompt), max_new_tokens)
         except UserError as error:
             raise UserError(f"{question.where}: {error}") from None

@@ -26,14 +26,14 @@ MakePrompt = Callable[[Any], Prompt]  # of the encoded images; may raise UserErr
 
 @dataclasses.dataclass(frozen=True)
 class Question(Generic[Id]):
-    """What is asked about some views (pictures and videos). `id` is the caller's own, `where` is for messages.
+    """What is asked about some media (pictures and videos). `id` is the caller's own, `where` is for messages.
 
     `prompt` is answered, with random numbers of the stream `stream`; the labels of `conversation` are scored. Either
     may be None.
     """
 
     id: Id
-    views: Sequence | np.ndarray
+    media: Sequence | np.ndarray
     where: str = ""
     prompt: MakePrompt | None = None
     conversation: MakePrompt | None = None
@@ -59,7 +59,7 @@ class Runner:
 
     A question cannot be asked where its images cannot be read, or its prompt is wrong or too long: it then has an error
     instead of an answer, or with `must_ask` the error is raised before its window is asked. `gather` turns the encoded
-    images of a batch into what the engine reads; without `images` it is given the views. `auto` chooses how many tokens
+    images of a batch into what the engine reads; without `images` it is given the media. `auto` chooses how many tokens
     of each memory an answer is read with.
     """
 
@@ -84,8 +84,8 @@ class Runner:
                     bar.update()
 
     def _ask(self, window: Sequence[Question[Id]]) -> Iterator[Answered[Id]]:
-        views: list[Any] = [question.views for question in window]
-        encoded: Sequence = views if self.images is None else self.images.encode(views)
+        media: list[Any] = [question.media for question in window]
+        encoded: Sequence = media if self.images is None else self.images.encode(media)
         prompts: dict[int, Prompt] = {}
         conversations: dict[int, Prompt] = {}
         errors: dict[int, UserError] = {}

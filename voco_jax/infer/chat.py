@@ -11,7 +11,7 @@ from voco_jax.data.turns import IMAGE
 from voco_jax.infer.auto_tokens import AutoTokens, confidence_of
 from voco_jax.infer.engine import Engine, bucket, grow_cache
 from voco_jax.infer.generate import DecodeState, Sampling
-from voco_jax.infer.memory import EncodedImages, MemoryBank
+from voco_jax.infer.memory import EncodedImages, MemoryBank, pictures_of
 from voco_jax.infer.prompts import Prompt, check_question, encode_prompt, gather
 from voco_jax.models.voco import Cache
 
@@ -54,7 +54,9 @@ class Chat:
             else:
                 state = self._as_sure(self._auto, sample, whole)
         said: list[str] = []
-        markers = IMAGE.value * len(self._images) + "\n" if is_first and self._images is not None else ""
+        # One for each picture, as data have it, however many tiles that is
+        pictures = () if self._images is None else pictures_of(self._images.items)
+        markers = IMAGE.value * len([*pictures]) + "\n" if is_first and self._images is not None else ""
         turn = {"from": "human", "value": markers + question}
 
         def keep(state: DecodeState, count: int) -> None:

@@ -29,7 +29,7 @@ from voco_jax.data.sources.roots import local_path, open_file, state
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import TryAgain, UserError, cannot
 from voco_jax.infer.image_encoder import ImageEncoder
-from voco_jax.infer.memory import Item, MemoryBank
+from voco_jax.infer.memory import Item, MemoryBank, PictureItems, pictures_of
 from voco_jax.infer.memory_file import MemoryFile, write_memory, writing
 from voco_jax.io.files import read_text
 from voco_jax.io.paths import AnyPath, as_path, files_below, in_bucket, matching
@@ -49,12 +49,20 @@ class Entry:
         return is_video(self.path)
 
 
+class Loaded(NamedTuple):
+    """A picture in the run's tiles, or a frame: an item and a square for each of its images (None: it is known)."""
+
+    items: list[Item]
+    squares: list[np.ndarray] | None
+
+
 class Job(NamedTuple):
-    """A picture, or some frames of a video. `load()` returns each item with its pixels (None: it is known)."""
+    """A picture, or some frames of a video: how many, of how many images each, and what loads them."""
 
     entry: Entry
-    size: int
-    load: Callable[[], list[tuple[Item, np.ndarray | None]]]
+    pictures: int
+    tiles: int
+    load: Callable[[], list[Loaded]]
 
 
 @dataclasses.dataclass
@@ -104,19 +112,16 @@ def compress_to_file(
     log: Callable[[str], None] = print,
     incomplete: bool = False,
 ) -> Outcome:
-    """Compress what the file `out` does not hold yet, and add it.
+    """Compress what the file `out` does not hold yet, and add it. A picture of a run with tiles has a memory for each.
 
     An existing file keeps what it has, except pictures whose bytes have changed and videos of which other frames are
-    asked for. It also decides the dtype and the `tokens` a picture; a new file has all tokens, in the dtype of the
+    asked for. It also decides the dtype and the `tokens` an image; a new file has all tokens, in the dtype of the
     computation, unless told otherwise. `incomplete`: of a video that is cut off, take the frames that are there.
 
     UserError for a file of another model, and for a picture that was named and cannot be read; what was done until
     then is kept. TryAgain where another process writes the file.
     """
     images.require_memories()
-    if images.processor.grid > 1:
-        expected = "expected 1, for a file with one memory a picture"
-        raise UserError(f"{images.name}: config.data.image_grid: {expected}; found {images.processor.grid}")
     try:
         Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: no path at all
@@ -125,20 +130,20 @@ def compress_to_file(
         old = MemoryFile(real) if real.exists() else None
         parts = [_part(file) for file in sorted(directory.glob("*.voco"))]
         tokens, dtype = _form(images, [old, *parts], tokens, int8)
-        have = {item.identity for file in [old, *parts] if file is not None for item in file.items}
+        have = {picture.identity for file in [old, *parts] if file is not None for picture in pictures_of(file.items)}
         sampling = sampling or images.sampling
         wanted = _Wanted(have, images, sampling, batch_size, incomplete)
         outcome = Outcome()
         jobs = wanted.jobs(entries)
         with tqdm(total=wanted.total, unit="picture", desc="compressing", mininterval=0.5) as bar:
             number = max((int(part.file.stem) + 1 for part in parts if part.file.stem.isdecimal()), default=0)
-            for items, squares in _batches(jobs, batch_size, threads, outcome, bar, log):
+            for pictures, items, squares in _batches(jobs, batch_size, threads, outcome, bar, log):
                 bank = cast(MemoryBank, images.encode_pixels(squares, items, batch_size)).first_tokens(tokens)
                 file = directory / f"{number:06d}.voco"
                 write_memory(file, [bank if dtype is None else bank.astype(dtype)])
                 parts.append(_part(file))
-                outcome.new, number = outcome.new + len(items), number + 1
-                bar.update(len(items))
+                outcome.new, number = outcome.new + pictures, number + 1
+                bar.update(pictures)
         if wanted.total and outcome.skipped == wanted.total:
             raise UserError(f"{out}: none of {wanted.total} pictures could be read")
         _write(real, old, parts, wanted, outcome)
@@ -159,25 +164,25 @@ def _write(real: Path, old: MemoryFile | None, parts: list[MemoryFile], wanted: 
     for file in [old, *parts]:
         if file is None:
             continue
-        which = []
-        for i, item in enumerate(file.items):
-            key = item.identity
+        which: list[int] = []
+        for picture in pictures_of(file.items):
+            key, source = picture.identity, picture.items[0].source
             # The parts of a run that was killed when it had just made the file. In that itself all stay: what came from
             # Python as arrays has no names to be told apart by
             if file is not old and key in seen:
                 continue
-            if item.source in wanted.keys and key not in wanted.keys[item.source]:
+            if source in wanted.keys and key not in wanted.keys[source]:  # also one that lacks tiles
                 outcome.dropped += file is old
                 continue
             seen.add(key)
-            which.append(i)
+            which += range(len(file))[picture.places]
         taken.append((file, which))
     if old is None or outcome.dropped or any(which for file, which in taken if file is not old):
         write_memory(real, [(file, which) for file, which in taken if which])
 
 
 class _Wanted:
-    """What the entries come to: keys of items by source, and the jobs that load them."""
+    """What the entries come to: identities of pictures and frames by source, and the jobs that load them."""
 
     def __init__(self, have: set[bytes], images: ImageEncoder, sampling: FrameSampling, chunk: int, incomplete: bool):
         self._have, self._images, self._sampling, self._chunk = have, images, sampling, chunk
@@ -190,25 +195,27 @@ class _Wanted:
         jobs: list[Job] = []
         for entry in entries:
             if not entry.is_video:
-                jobs.append(Job(entry, 1, functools.partial(self._picture, entry)))
+                tiles = len(self._images.processor.tiles)
+                jobs.append(Job(entry, 1, tiles, functools.partial(self._picture, entry)))
                 continue
             try:
                 jobs += self._frames(entry)
             except BadRecord as error:
                 if entry.named:
                     raise
-                jobs.append(Job(entry, 1, functools.partial(_raise, error)))
-        self.total = sum(job.size for job in jobs)
+                jobs.append(Job(entry, 1, 1, functools.partial(_raise, error)))
+        self.total = sum(job.pictures for job in jobs)
         return jobs
 
-    def _picture(self, entry: Entry) -> list[tuple[Item, np.ndarray | None]]:
+    def _picture(self, entry: Entry) -> list[Loaded]:
         with open_file(entry.path, whole=True) as stream:
             data = stream.read()
-        item = Item(str(entry.path), hashlib.sha256(data).hexdigest())
-        known = item.identity in self._have
-        square = None if known else self._images.square(Picture(data=data, name=str(entry.path)))
-        self.keys[item.source] = {item.identity}  # only now: where it cannot be read the old one is not replaced
-        return [(item, square)]
+        picture, source = Picture(data=data, name=str(entry.path)), str(entry.path)
+        items = self._images.items_of(picture, source, hashlib.sha256(data).hexdigest())
+        key = PictureItems(0, tuple(items)).identity
+        squares = None if key in self._have else self._images.processor.squares(picture)
+        self.keys[source] = {key}  # only now: where it cannot be read the old one is not replaced
+        return [Loaded(items, squares)]
 
     def _frames(self, entry: Entry) -> Iterator[Job]:
         clip, source = Clip(file=entry.path, incomplete=self._incomplete), str(entry.path)
@@ -228,30 +235,34 @@ class _Wanted:
         time_of = dict(zip(items, times.tolist(), strict=True))
         self.keys[source] = {item.identity for item in items}
 
-        def load(some: list[Item]) -> list[tuple[Item, np.ndarray | None]]:
+        def load(some: list[Item]) -> list[Loaded]:
             new = [item for item in some if item.identity not in self._have]
             frames = read_frames(clip, [time_of[item] for item in new]) if new else []
-            squares = dict(zip(new, map(self._images.processor.square, frames), strict=True))
+            squares = {item: [self._images.processor.square(frame)] for item, frame in zip(new, frames, strict=True)}
             check()
-            return [(item, squares.get(item)) for item in some]
+            return [Loaded([item], squares.get(item)) for item in some]
 
         for start in range(0, len(items), self._chunk):
             some = items[start : start + self._chunk]
-            yield Job(entry, len(some), functools.partial(load, some))
+            yield Job(entry, len(some), 1, functools.partial(load, some))
 
 
 def _batches(
     jobs: Sequence[Job], batch_size: int, threads: int, outcome: Outcome, bar: tqdm, log: Callable[[str], None]
-) -> Iterator[tuple[list[Item], list[np.ndarray]]]:  # fmt: skip
-    """(items, squares) of so many new pictures at a time, loaded ahead by threads, in the jobs' order."""
-    items, squares = [], []
+) -> Iterator[tuple[int, list[Item], list[np.ndarray]]]:  # fmt: skip
+    """How many new pictures, their items and squares: as many as `batch_size` images have room for (but one at least),
+    with all their tiles. Loaded ahead by threads, in the jobs' order."""
+    pictures, items, squares = 0, list[Item](), list[np.ndarray]()
+    most = max((job.tiles for job in jobs), default=1)
     with ThreadPoolExecutor(threads) as pool:
         coming: deque[tuple[Job, Future]] = deque()
         waiting = iter(jobs)
         try:
             while True:
                 # As many ahead as fill the next batch while one computes
-                while sum(job.size for job, _ in coming) < 2 * batch_size and (job := next(waiting, None)) is not None:
+                ahead = sum(job.pictures * job.tiles for job, _ in coming)
+                while ahead < 2 * batch_size and (job := next(waiting, None)) is not None:
+                    ahead += job.pictures * job.tiles
                     coming.append((job, pool.submit(job.load)))
                 if not coming:
                     break
@@ -261,22 +272,23 @@ def _batches(
                 except BadRecord as error:
                     if job.entry.named:
                         raise
-                    outcome.skipped += job.size
-                    bar.update(job.size)
+                    outcome.skipped += job.pictures
+                    bar.update(job.pictures)
                     log(f"left out: {error}")
                     continue
-                for item, pixels in loaded:
-                    if pixels is None:
+                for of_picture in loaded:
+                    if of_picture.squares is None:
                         outcome.known += 1
                         bar.update(1)
                         continue
-                    items.append(item)
-                    squares.append(pixels)
-                    if len(items) == batch_size:
-                        yield items, squares
-                        items, squares = [], []
+                    pictures += 1
+                    items += of_picture.items
+                    squares += of_picture.squares
+                    if len(items) + most > batch_size:
+                        yield pictures, items, squares
+                        pictures, items, squares = 0, [], []
             if items:
-                yield items, squares
+                yield pictures, items, squares
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -284,14 +296,14 @@ def _batches(
 def _form(
     images: ImageEncoder, files: Sequence[MemoryFile | None], tokens: int | None, int8: bool
 ) -> tuple[int | None, np.dtype | None]:  # fmt: skip
-    """Tokens a picture and dtype, as the files that are there have them, else as asked for (None: as computed)."""
+    """Tokens an image and dtype, as the files that are there have them, else as asked for (None: as computed)."""
     dtype = np.dtype(np.int8) if int8 else None
     for file in files:
         if file is None:
             continue
         file.check_model(images.fingerprint, images.memory_kind, "give another --out, or delete this file first")
         if tokens is not None and tokens != file.num_tokens:
-            raise UserError(f"{file.file}: holds {file.num_tokens} tokens a picture, expected the {tokens} asked for")
+            raise UserError(f"{file.file}: holds {file.num_tokens} tokens an image, expected the {tokens} asked for")
         if int8 and file.dtype != np.int8:
             raise UserError(f"{file.file}: holds {file.dtype.name}, expected the int8 asked for")
         tokens, dtype = file.num_tokens, file.dtype

@@ -1,8 +1,9 @@
 """Continuous batching: answers to requests that come at any time, decoded together in the rows of one cache.
 
 A request takes a row as soon as one is free, its prompt is read beside the rows that are being decoded, and the row is
-free again when its answer has ended. What a row gets does not depend on the rows beside it. A free row keeps what it
-has read: a prompt that begins alike (the system text, an earlier turn) reads the rest alone.
+free again when its answer has ended. What a row gets does not depend on the rows beside it. Rows keep what they have
+read: a prompt that begins as one of them does (the system text, an earlier turn) takes that from there, and reads the
+rest alone.
 
 The cache has one of a few sizes (rows × places), so that few programs are compiled; it grows and shrinks with what is
 asked. `ContinuousBatch` is for one thread.
@@ -74,6 +75,7 @@ class Row:
     ask: Ask | None = None
     last: int = 0  # of the answer's tokens, which is not in the cache yet
     is_read: bool = True  # the whole prompt
+    used: int = 0  # when: the number of the request
 
 
 @dataclasses.dataclass
@@ -111,7 +113,7 @@ class ContinuousBatch:
         self._stop = np.array(engine.encoder.stop_ids, np.int32)
         self._images = _OnDevice(engine, device_bytes)
         self._numbers: OrderedDict[tuple[str, int], int] = OrderedDict()  # of images, by key, for `_content`
-        self._next_number = 0
+        self._next_number = self._requests = 0
         self._reading: _Reading | None = None
         self._unused = 0  # calls of `decode` for which a smaller cache would have done
         self._rows = [_empty_row() for _ in range(self._sizes[0])]
@@ -180,23 +182,17 @@ class ContinuousBatch:
         if not together:
             return []
         self._resize(*map(max, self.size, self._needed(together)))
-        rows, alike = [], []  # `alike`: places of each that its row has read already
-        for ask in together:
-            places = self._content(ask)
-            r, count = self._best_row(places, ask)
-            row = Row(places, ask.owner, ask, is_read=False)
-            alike.append((r, count))
-            rows.append(row)
-            self._rows[r] = row
-        index = self._padded([r for r, _ in alike])
+        begun = [self._alike(ask) for ask in together]
+        index = self._padded([r for r, _ in begun])
         texts = [np.flatnonzero(self._is_text(ask)) for ask in together]
-        texts = [text[text >= count] for text, (_, count) in zip(texts, alike, strict=True)]
+        texts = [text[text >= count] for text, (_, count) in zip(texts, begun, strict=True)]
+        rows = [self._give_row(ask, *of_row) for ask, of_row in zip(together, begun, strict=True)]
         with self._engine.on_mesh():
             cache = self._programs.take(self._state.cache, index)
             visual, starts = self._images.gather([ask.images for ask in together])
             if isinstance(visual, Memory):
                 slots = np.full((len(index), self._places), -1, np.int32)
-                for i, (ask, start, (_, count)) in enumerate(zip(together, starts, alike, strict=True)):
+                for i, (ask, start, (_, count)) in enumerate(zip(together, starts, begun, strict=True)):
                     slots[i, count : len(ask.sample)] = self._slot_index(ask, start)[count:]
                 cache = self._programs.fill(self._engine.parted, cache, visual, slots)
         self._reading = _Reading(rows, texts, cache, visual, starts)
@@ -296,17 +292,27 @@ class ContinuousBatch:
             self._numbers.popitem(last=False)
         return number
 
-    def _best_row(self, places: np.ndarray, ask: Ask) -> tuple[int, int]:
-        """The free row that has read most of a prompt's beginning, and how much; of several the one with least else."""
+    def _alike(self, ask: Ask) -> tuple[int, int]:
+        """The row that has read most of a prompt's beginning, and how many places of it."""
+        places = self._content(ask)
         last = int(np.flatnonzero(self._is_text(ask))[-1])  # this token is read in any case
         found = []
         for r, row in enumerate(self._rows):
-            if row.ask is None:
-                count = min(len(row.places), last) if row.owner == ask.owner else 0
-                differs = np.flatnonzero(row.places[:count] != places[:count])
-                found.append((int(differs[0]) if len(differs) else count, -len(row.places), -r))
-        alike, _, r = max(found)
+            count = min(len(row.places), last) if row.owner == ask.owner and row.is_read else 0
+            differs = np.flatnonzero(row.places[:count] != places[:count])
+            found.append((int(differs[0]) if len(differs) else count, -r))
+        alike, r = max(found)
         return -r, alike
+
+    def _give_row(self, ask: Ask, like: int, alike: int) -> Row:
+        """A free row: that which the prompt goes on, or the one that was used last the longest time ago."""
+        free = [r for r, row in enumerate(self._rows) if row.ask is None]
+        r = min(free, key=lambda r: self._rows[r].used)
+        if like in free and 2 * alike > len(self._rows[like].places):
+            r = like
+        self._requests += 1
+        row = self._rows[r] = Row(self._content(ask), ask.owner, ask, is_read=False, used=self._requests)
+        return row
 
     # ---- Reading prompts ---------------------------------------------------------------------------------------
 
@@ -380,8 +386,8 @@ class ContinuousBatch:
         if (rows, places) == self.size:
             return
         self._unused = 0
-        # Those in use come first, then those that have read most
-        order = sorted(self._rows, key=lambda row: (row.ask is None, -len(row.places)))[:rows]
+        # Those in use come first, then those that were used last
+        order = sorted(self._rows, key=lambda row: (row.ask is None, -row.used))[:rows]
         index = [self._rows.index(row) for row in order] + [len(self._rows)] * (rows - len(order))
         with self._engine.on_mesh():
             self._state = self._programs.resize(places, self._state, np.array(index, np.int32))

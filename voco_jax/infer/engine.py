@@ -64,15 +64,14 @@ class Engine:
 
     Shapes are padded to a few sizes, so that questions of any length compile a few times only. Over a `mesh` (enter
     `on_mesh` around each call) all processes ask the same, and all have the answers. `timestamps`: the frames of a
-    video are given with their times. `num_tiles`: images that each picture is. `params` are the model's parameters, a
-    nested dict; others of the same shapes may replace them.
+    video are given with their times. `params` are the model's parameters, a nested dict; others of the same shapes may
+    replace them.
     """
 
     def __init__(
-        self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None, timestamps: bool = False,
-        num_tiles: int = 1,
+        self, model: VoCoLlama, encoder: Encoder, mesh: Mesh | None = None, timestamps: bool = False
     ):  # fmt: skip
-        self.encoder, self.mesh, self.timestamps, self.num_tiles = encoder, mesh, timestamps, num_tiles
+        self.encoder, self.mesh, self.timestamps = encoder, mesh, timestamps
         self.config = model.config
         self.graphdef, state = nnx.split(model)
         self._is_one_cpu = mesh is None and jax.default_backend() == "cpu"

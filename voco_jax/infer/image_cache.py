@@ -30,12 +30,12 @@ _VIDEO = (Clip, Frames)
 _VIDEOS_AHEAD = 4  # that are decoded together
 _LEAST_NEW = 32  # memories that are worth a file of their own; fewer wait for others
 
-View = PictureLike | Clip | Frames  # an image, or a video's frames
+Medium = PictureLike | Clip | Frames  # a picture, or a video's frames
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A view's images: their keys, and what is said of each."""
+    """The images of a picture or video: their keys, and what is said of each."""
 
     keys: list[str]
     items: list[Item]
@@ -67,22 +67,22 @@ class ImageCache:
         self._files: dict[tuple, _Found] = {}  # by path, size and time of change
         self._directory = None if directory is None else _Directory(Path(directory), images.fingerprint)
 
-    def encode(self, views: Sequence[Sequence[View]]) -> list[EncodedImages | BadRecord | None]:
+    def encode(self, media: Sequence[Sequence[Medium]]) -> list[EncodedImages | BadRecord | None]:
         """The encoded images of each question's pictures and videos, in their order; None for a question without any.
 
         Questions about the same have the same object; BadRecord for those about what cannot be read.
         """
         at_hand: dict[str, EncodedImages] = {}  # of these questions: the limit does not touch them
-        found = self._encode(views, at_hand)
+        found = self._encode(media, at_hand)
         together: dict[tuple, EncodedImages] = {}
         given: list[EncodedImages | BadRecord | None] = []
-        for of_question in views:
-            of_views = [found[_identity(view)] for view in of_question]
-            errors = [one for one in of_views if isinstance(one, BadRecord)]
+        for of_question in media:
+            all_found = [found[_identity(medium)] for medium in of_question]
+            errors = [one for one in all_found if isinstance(one, BadRecord)]
             if errors:
                 given.append(errors[0])
                 continue
-            read = [one for one in of_views if isinstance(one, _Found)]
+            read = [one for one in all_found if isinstance(one, _Found)]
             keys = [key for one in read for key in one.keys]
             items = tuple(item for one in read for item in one.items)
             if keys and (*keys, items) not in together:
@@ -98,10 +98,11 @@ class ImageCache:
     # ---- Encoding ----------------------------------------------------------------------------------------------
 
     def _encode(
-        self, views: Sequence[Sequence[View]], at_hand: dict[str, EncodedImages]
+        self, media: Sequence[Sequence[Medium]], at_hand: dict[str, EncodedImages]
     ) -> dict[tuple, _Found | BadRecord]:  # fmt: skip
-        """What each view is, by its identity; its images are at hand then. Threads decode while nothing computes."""
-        distinct = {_identity(view): view for of_question in views for view in of_question}
+        """What each picture or video is, by its identity; its images are at hand then. Threads decode while nothing
+        computes."""
+        distinct = {_identity(medium): medium for of_question in media for medium in of_question}
         found: dict[tuple, _Found | BadRecord] = {}
         new: dict[str, np.ndarray] = {}
         waiting = list(distinct)
@@ -126,27 +127,29 @@ class ImageCache:
         self._compress(new, at_hand, len(new))
         return found
 
-    def _try_to_read(self, view: View) -> tuple[_Found | BadRecord, dict[str, np.ndarray]]:
+    def _try_to_read(self, medium: Medium) -> tuple[_Found | BadRecord, dict[str, np.ndarray]]:
         try:
-            return self._read(view)
+            return self._read(medium)
         except BadRecord as error:
             return error, {}
 
-    def _read(self, view: View, anew: bool = False) -> tuple[_Found, dict[str, np.ndarray]]:
-        """A view's images, and their squares by key; none where a file is known and what is in it kept."""
-        file = view.file if isinstance(view, Encoded) else view if isinstance(view, str | os.PathLike) else None
+    def _read(self, medium: Medium, anew: bool = False) -> tuple[_Found, dict[str, np.ndarray]]:
+        """Its images, and their squares by key; none where a file is known and what is in it kept."""
+        file = medium.file if isinstance(medium, Encoded) else medium if isinstance(medium, str | os.PathLike) else None
         stamp = None if file is None else _stamp(file)
-        if stamp is not None and isinstance(view, Picture):
-            stamp = (*stamp, view.tile)
+        if stamp is not None and isinstance(medium, Picture):
+            stamp = (*stamp, medium.tile)
         if not anew and stamp in self._files and all(map(self._has, self._files[stamp].keys)):
             return self._files[stamp], {}
-        if isinstance(view, _VIDEO):
-            times, frames = self.images.frames(view, self._sampling, self._batch_size)
+        if isinstance(medium, _VIDEO):
+            times, frames = self.images.frames(medium, self._sampling, self._batch_size)
             squares = list(frames)
-            items = [Item(str(view), time=float(time)) for time in times]
+            items = [Item(str(medium), time=float(time)) for time in times]
+        elif self._in_tiles:
+            squares = self.images.processor.squares(medium)
+            items = self.images.items_of(medium, "" if file is None else str(file))
         else:
-            squares = self.images.processor.squares(view) if self._in_tiles else [self.images.square(view)]
-            items = [Item("" if file is None else str(file))] * len(squares)
+            squares, items = [self.images.square(medium)], [Item("" if file is None else str(file))]
         keys = [hashlib.sha256(np.ascontiguousarray(square).data).hexdigest() for square in squares]
         found = _Found(keys, items)
         if stamp is not None:
@@ -249,10 +252,10 @@ class _Directory:
         self._places |= {item.source: (memories, i) for i, item in enumerate(memories.items)}
 
 
-def _identity(view: View) -> tuple:
-    if isinstance(view, Encoded):
-        return (type(view), str(view.file), view.data, view.tile if isinstance(view, Picture) else None)
-    return ("file", os.fspath(view)) if isinstance(view, str | os.PathLike) else ("object", id(view))
+def _identity(medium: Medium) -> tuple:
+    if isinstance(medium, Encoded):
+        return (type(medium), str(medium.file), medium.data, medium.tile if isinstance(medium, Picture) else None)
+    return ("file", os.fspath(medium)) if isinstance(medium, str | os.PathLike) else ("object", id(medium))
 
 
 def _stamp(file: str | os.PathLike) -> tuple | None:

@@ -15,7 +15,15 @@ from voco_jax.data.sources.roots import local_path
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
 from voco_jax.errors import UserError
 from voco_jax.infer.engine import Engine, bucket
-from voco_jax.infer.memory import Embeddings, EncodedImages, Item, MemoryBank, from_memory, join_images
+from voco_jax.infer.memory import (
+    Embeddings,
+    EncodedImages,
+    Item,
+    MemoryBank,
+    from_memory,
+    join_images,
+    with_tiles,
+)
 from voco_jax.io.paths import as_path
 from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.models.voco import Memory
@@ -58,13 +66,18 @@ class ImageEncoder:
         """
         several = [cast(PictureLike, pictures)] if is_picture(pictures) else cast(Iterable[PictureLike], pictures)
         local = [local_path(p) if isinstance(p, str) else p for p in several]
-        items = [
-            Item(str(p)) if isinstance(p, str | os.PathLike | Picture) else Item("")
-            for p in local
-            for _ in (self.processor.tiles if getattr(p, "tile", None) is None else (p,))
-        ]
+        items = [item for p in local for item in self.items_of(p)]
         squares = (square for p in local for square in self.processor.squares(p))
         return self.encode_pixels(squares, items, batch_size)
+
+    def items_of(self, picture: PictureLike, source: str | None = None, sha256: str = "") -> list[Item]:
+        """Of an image's memories, one for each of `processor.squares`: as many as the processor has `tiles`. `source`:
+        its name, where it has no path or another one."""
+        named = isinstance(picture, str | os.PathLike | Picture)
+        source = (str(picture) if named else "") if source is None else source
+        tile = picture.tile if isinstance(picture, Picture) else None
+        tiles = (tile,) if tile is not None or self.processor.grid == 1 else self.processor.tiles
+        return [Item(source, sha256, tile=tile) for tile in tiles]
 
     def encode_video(
         self, video: str | os.PathLike, *, sampling: FrameSampling | None = None, batch_size: int = 32,
@@ -123,15 +136,17 @@ class ImageEncoder:
             expected = "expected 'voco' or 'voco_embedding'"
             raise UserError(f"{self.name}: a model with compressor {c.compressor!r} has no memories: {expected}")
 
-    def check(self, images: EncodedImages) -> None:
-        """UserError for encoded images that are not this model's."""
+    def checked(self, images: EncodedImages) -> EncodedImages:
+        """Encoded images of this model, whose items say which tiles they are; UserError for another's."""
         c = self.engine.config
         kind = MemoryBank if c.has_compress_stream else Embeddings
         if not isinstance(images, kind):
             found = f"found {type(images).__name__}"
             raise UserError(f"images: expected {kind.__name__} (compressor {c.compressor!r}), {found}")
+        if self.processor.grid > 1:
+            images = dataclasses.replace(images, items=with_tiles(images.items, self.processor.tiles))
         if isinstance(images, Embeddings):
-            return
+            return images
         name = f"memory of {images.items[0].source}" if len(images) else "memory"
         if images.kind != c.memory_kind:
             expected = f"expected {c.memory_kind}, which a model with compressor {c.compressor!r} reads"
@@ -148,3 +163,4 @@ class ImageEncoder:
                 f"{name}: expected 1 to {self.num_voco_tokens} tokens of {expected_shape} ({axes}), "
                 f"found {tokens} of {shape}"
             )
+        return images

@@ -1,15 +1,15 @@
 """Memories of pictures on the host: what was compressed once, to be read any number of times.
 
-A `MemoryBank` holds pictures (or a video's frames) in an order, each as the keys (before rotary positions) and values
-of its K VoCo tokens at all layers, or as K embeddings. It can be cut, joined, read with fewer tokens than it has, and
-stored in int8; `memory_file.py` puts it on disk.
+A `MemoryBank` holds images in an order (pictures, their tiles, a video's frames), each as the keys (before rotary
+positions) and values of its K VoCo tokens at all layers, or as K embeddings. It can be cut, joined, read with fewer
+tokens than it has, and stored in int8; `memory_file.py` puts it on disk.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,18 @@ from voco_jax.terminal import count_of, printable
 ARRAYS = {KEYS_AND_VALUES: ("keys", "values"), EMBEDDINGS: ("embeddings",)}  # of a bank, by its kind
 AXES = {KEYS_AND_VALUES: "NKLGH", EMBEDDINGS: "NKD"}  # of each of them
 
-Index = int | slice | Sequence[int] | np.ndarray  # one picture, or several
+Index = int | slice | Sequence[int] | np.ndarray  # one image, or several
 
 
 @dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Item:
-    """What one memory is of: the picture's file (or any name), the SHA-256 of the file's bytes, and for a frame of a
-    video its time in seconds."""
+    """What one memory is of: the picture's file (or any name), the SHA-256 of the file's bytes, for a frame of a video
+    its time in seconds, and where pictures are looked at in tiles which of them it is, as `Picture.tile` names it."""
 
     source: str
     sha256: str = ""
     time: float | None = None
+    tile: tuple[int, int, int] | None = None
 
     @property
     def is_frame(self) -> bool:
@@ -44,8 +45,76 @@ class Item:
     def identity(self) -> bytes:
         """What tells it from others, in 16 bytes."""
         time = None if self.time is None else float(self.time)
-        fields = json.dumps([self.source, self.sha256, time]).encode()
-        return hashlib.blake2b(fields, digest_size=16).digest()
+        fields = [self.source, self.sha256, time, *([] if self.tile is None else [self.tile])]
+        return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
+
+
+class PictureItems(NamedTuple):
+    """The items of one picture (or frame) in a bank or a file: of its tiles in their order, or a single one. `first` is
+    the place of the first."""
+
+    first: int
+    items: tuple[Item, ...]
+
+    @property
+    def places(self) -> slice:
+        return slice(self.first, self.first + len(self.items))
+
+    @property
+    def identity(self) -> bytes:
+        """What tells it from others, and from itself with fewer tiles: 16 bytes of each item."""
+        return b"".join(item.identity for item in self.items)
+
+
+def pictures_of(items: Iterable[Item]) -> Iterator[PictureItems]:
+    """The pictures (and frames) that items are of. Tiles of one lie side by side, in the order of `tiles_of`."""
+    first, together = 0, list[Item]()
+    for item in items:
+        if together and not _goes_on(together[-1], item):
+            yield PictureItems(first, tuple(together))
+            first, together = first + len(together), []
+        together.append(item)
+    if together:
+        yield PictureItems(first, tuple(together))
+
+
+def _goes_on(before: Item, item: Item) -> bool:
+    """Whether it is a later tile of the picture that the one before is of."""
+    if before.tile is None or item.tile is None or (before.source, before.sha256) != (item.source, item.sha256):
+        return False
+    (row, column, n), (next_row, next_column, next_n) = before.tile, item.tile
+    return (n, row, column) < (next_n, next_row, next_column)
+
+
+def with_tiles(items: tuple[Item, ...], tiles: Sequence[tuple[int, int, int]]) -> tuple[Item, ...]:
+    """Items of a model that looks at pictures in these tiles, where they say nothing of it, as those of an earlier
+    version: as many alike as there are tiles become these."""
+    found, i = list(items), 0
+    while i < len(found):
+        alike = found[i : i + len(tiles)]
+        named = len(alike) < len(tiles) or alike[0].is_frame or alike[0].tile is not None or len({*alike}) > 1
+        if not named:
+            found[i : i + len(tiles)] = [dataclasses.replace(alike[0], tile=tile) for tile in tiles]
+        i += 1 if named else len(tiles)
+    return tuple(found)
+
+
+class _OfItems:
+    """What a bank and embeddings know by their items."""
+
+    items: tuple[Item, ...]
+
+    def __getitem__(self, which: Index) -> Self:
+        raise NotImplementedError
+
+    @property
+    def is_video(self) -> bool:
+        """Whether all of it are frames."""
+        return len(self.items) > 0 and all(item.is_frame for item in self.items)
+
+    def pictures(self) -> list[Self]:
+        """Each picture by itself, with all its tiles; each frame of a video."""
+        return [self[one.places] for one in pictures_of(self.items)]
 
 
 def size_of(num_bytes: int) -> str:
@@ -57,8 +126,8 @@ def size_of(num_bytes: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class MemoryBank:
-    """Memories of N pictures, K tokens each.
+class MemoryBank(_OfItems):
+    """Memories of N images, K tokens each.
 
     `arrays` are what is kept, by name: "keys" and "values" [N, K, L, G, H], or "embeddings" [N, K, D], in the dtype
     that the model computes in, or int8; then `scales`, by the same names, are what they are multiplied with, float32
@@ -94,7 +163,7 @@ class MemoryBank:
         return self.shape[0]
 
     def __getitem__(self, which: Index) -> "MemoryBank":
-        """Some of the pictures."""
+        """Some of the images."""
         chosen, items = _chosen(which, self.items)
         return self._changed(lambda array: array[chosen], items=items)
 
@@ -136,13 +205,8 @@ class MemoryBank:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (*self.arrays.values(), *(self.scales or {}).values()))
 
-    @property
-    def is_video(self) -> bool:
-        """Whether all of it are frames."""
-        return len(self) > 0 and all(item.is_frame for item in self.items)
-
     def first_tokens(self, count: int | None) -> "MemoryBank":
-        """Of every picture the first `count` tokens: what compressing to so many would have given."""
+        """Of every image the first `count` tokens: what compressing to so many would have given."""
         if count is None:
             return self
         check_tokens("tokens", count, self.num_tokens)
@@ -182,7 +246,7 @@ class MemoryBank:
 
     def memory(self, places: int | None = None) -> Memory | jax.Array:
         """For the model: one row of all slots, keys and values [L, 1, places·K, G, H], or of all embeddings
-        [1, places, K, D]; zeros after the last picture."""
+        [1, places, K, D]; zeros after the last image."""
         places = len(self) if places is None else places
         bank = self if self.scales is None else self.astype(np.float32)
         room = [(0, places - len(self))] + [(0, 0)] * (len(self.shape) - 1)
@@ -197,7 +261,7 @@ class MemoryBank:
 
 
 def from_memory(memory: Memory | jax.Array, num_tokens: int, items: Sequence[Item], model: str) -> MemoryBank:
-    """The first pictures of a model's memory, [L, B, I·K, G, H] or embeddings [B, I, K, D], B·I of them in the order of
+    """The first images of a model's memory, [L, B, I·K, G, H] or embeddings [B, I, K, D], B·I of them in the order of
     the items."""
     arrays = jax.device_get(memory)
     if isinstance(memory, Memory):
@@ -217,7 +281,7 @@ def join(banks: Iterable[MemoryBank]) -> MemoryBank:
         for what, there, found in (
             ("kind", first.kind, bank.kind),
             ("model", first.model, bank.model),
-            ("tokens a picture", first.num_tokens, bank.num_tokens),
+            ("tokens an image", first.num_tokens, bank.num_tokens),
             ("shape of a token", first.shape[2:], bank.shape[2:]),
             ("dtype", first.dtype.name, bank.dtype.name),
         ):
@@ -233,8 +297,8 @@ def join(banks: Iterable[MemoryBank]) -> MemoryBank:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Embeddings:
-    """What a model without VoCo compression keeps of N pictures: their embeddings [N, P, D], on the devices."""
+class Embeddings(_OfItems):
+    """What a model without VoCo compression keeps of N images: their embeddings [N, P, D], on the devices."""
 
     features: jax.Array | np.ndarray
     items: tuple[Item, ...]
@@ -244,10 +308,6 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.items)
-
-    @property
-    def is_video(self) -> bool:
-        return len(self) > 0 and all(item.is_frame for item in self.items)
 
     def __getitem__(self, which: Index) -> "Embeddings":
         chosen, items = _chosen(which, self.items)
@@ -261,7 +321,7 @@ def _chosen(which: Index, items: tuple[Item, ...]) -> tuple[slice | np.ndarray, 
     """Indices into an array, and the items at these."""
     if isinstance(which, int | np.integer):
         if not -len(items) <= which < len(items):
-            raise IndexError(f"picture {which} of {len(items)}")
+            raise IndexError(f"image {which} of {len(items)}")
         which = slice(int(which), int(which) + 1 or None)
     if isinstance(which, slice):
         return which, items[which]
@@ -339,8 +399,17 @@ def _shown(items: Sequence[Item]) -> str:
     >>> _shown([Item("a.png")]), _shown([Item(f"{i}.png") for i in range(9)])
     ('1 picture: a.png', '9 pictures: 0.png, 1.png, 2.png, …')
     """
-    names = [printable(item.source) or "(no name)" for item in items[:3]] + ["…"] * (len(items) > 3)
-    return f"{count_of(len(items), 'picture')}: {', '.join(names)}"
+    pictures = [one.items[0].source for one in pictures_of(items)]
+    names = [printable(source) or "(no name)" for source in pictures[:3]] + ["…"] * (len(pictures) > 3)
+    return f"{count_of_pictures(len(pictures), len(items))}: {', '.join(names)}"
+
+
+def count_of_pictures(pictures: int, images: int) -> str:
+    """
+    >>> count_of_pictures(1, 1), count_of_pictures(2, 10)
+    ('1 picture', '2 pictures as 10 images')
+    """
+    return count_of(pictures, "picture") + (f" as {count_of(images, 'image')}" if images != pictures else "")
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """Memory files: a `MemoryBank` on disk (`memory_format.py`). All that is read is checked against checksums.
 
-Some of the pictures, or fewer tokens of each, can be read without the others, and files are joined without holding them
+Some of the images, or fewer tokens of each, can be read without the others, and files are joined without holding them
 in memory. One process at a time writes a file, under another name, and renames it when it is complete. An opened file
 stays readable when another one replaces it.
 """
@@ -19,9 +19,11 @@ import numpy as np
 
 from voco_jax.data.sources.roots import path_here
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.infer.memory import ARRAYS, AXES, MemoryBank, check_tokens, size_of
+from voco_jax.infer.memory import ARRAYS, AXES, MemoryBank, check_tokens, count_of_pictures, pictures_of, size_of
 from voco_jax.infer.memory_format import (
     OF_MEMORIES,
+    VERSION,
+    WITH_TILES,
     Contents,
     Damaged,
     Layout,
@@ -44,7 +46,7 @@ from voco_jax.terminal import count_of
 SUFFIX = ".voco"
 PATIENCE = 10.0  # seconds that one writer waits for another
 _PIECE = 64 << 20  # bytes that are read and checked, or copied, at once
-_PICTURES = 1 << 14  # at most in a piece
+_IMAGES = 1 << 14  # at most in a piece
 
 T = TypeVar("T")
 
@@ -82,14 +84,15 @@ class MemoryFile:
 
     def summary(self) -> str:
         """What it holds, in a line."""
-        pictures, tokens, *token = self.shape
+        images, tokens, *token = self.shape
+        pictures = sum(1 for _ in pictures_of(self.items)) if self.version == WITH_TILES else images
         numbers = (
             f"{token[0]} layers × {token[1]} × {token[2]}" if self.kind == KEYS_AND_VALUES else f"{token[0]} numbers"
         )
         layout = self._contents.layout
         token_bytes = layout.token_bytes - layout.bytes_of("checksums")
         return (
-            f"{self.file}: {count_of(pictures, 'picture')}, {count_of(tokens, 'token')} each, {self.dtype.name} "
+            f"{self.file}: {count_of_pictures(pictures, images)}, {count_of(tokens, 'token')} each, {self.dtype.name} "
             f"{self.kind}, {numbers}, {size_of(token_bytes)} a token, {size_of(self.size)}, model {self.model}"
         )
 
@@ -108,7 +111,7 @@ class MemoryFile:
         self, which: Sequence[int] | None = None, tokens: int | None = None, model: str | None = None,
         kind: str | None = None,
     ) -> MemoryBank:  # fmt: skip
-        """The memories of some pictures, or all, with their first `tokens` tokens, or all, as a `MemoryBank`.
+        """The memories of some images, or all, with their first `tokens` tokens, or all, as a `MemoryBank`.
 
         UserError where a checksum says that they are not as they were written, or they are of another model than
         `model` or not of the `kind` that it reads.
@@ -135,7 +138,7 @@ class MemoryFile:
             )
 
     def pieces(self, which: Sequence[int]) -> Iterator[MemoryBank]:
-        """`read`, some pictures at a time."""
+        """`read`, some images at a time."""
         count = self._piece(self.num_tokens)
         with self._open() as opened:
             for start in range(0, len(which), count):
@@ -154,8 +157,8 @@ class MemoryFile:
             yield opened
 
     def _piece(self, tokens: int) -> int:
-        """Pictures of so many tokens that are read at once."""
-        return max(1, min(_PICTURES, _PIECE // (self._contents.layout.token_bytes * tokens)))
+        """Images of so many tokens that are read at once."""
+        return max(1, min(_IMAGES, _PIECE // (self._contents.layout.token_bytes * tokens)))
 
     def _read(self, opened: "_Opened", which: Sequence[int], tokens: int) -> MemoryBank:
         layout = self._contents.layout
@@ -166,11 +169,11 @@ class MemoryFile:
             }
         except MemoryError:
             size = len(which) * tokens * layout.token_bytes
-            raise UserError(f"{self.file}: {len(which)} pictures are more than memory holds: {size} bytes") from None
+            raise UserError(f"{self.file}: {len(which)} images are more than memory holds: {size} bytes") from None
         # Checked before more is read: there may be no end of wrong bytes
-        step, of_picture = self._piece(tokens), min(tokens, max(1, _PIECE // layout.token_bytes))
-        for start, first in itertools.product(range(0, len(which), step), range(0, tokens, of_picture)):
-            part = slice(start, start + step), slice(first, first + of_picture)
+        step, of_image = self._piece(tokens), min(tokens, max(1, _PIECE // layout.token_bytes))
+        for start, first in itertools.product(range(0, len(which), step), range(0, tokens, of_image)):
+            part = slice(start, start + step), slice(first, first + of_image)
             piece = {name: array[part] for name, array in arrays.items()}
             opened.checked(functools.partial(self._fill, opened, piece, which[part[0]], first))
         names, items = ARRAYS[self.kind], tuple(self.items[i] for i in which)
@@ -178,7 +181,7 @@ class MemoryFile:
         return MemoryBank({name: arrays[name] for name in names}, items, self.model, scales)
 
     def _fill(self, opened: "_Opened", piece: dict[str, np.ndarray], which: Sequence[int], first: int) -> None:
-        """Read some pictures' tokens from the `first` on into arrays [n, tokens, …], all of them contiguous; Damaged
+        """Read some images' tokens from the `first` on into arrays [n, tokens, …], all of them contiguous; Damaged
         where their checksums are others."""
         layout, entries = self._contents.layout, self._contents.layout.entries()
         for name, array in piece.items():
@@ -252,7 +255,7 @@ def _path(file: str | os.PathLike) -> Path:
 
 
 def _runs(which: Sequence[int], whole: bool) -> Iterator[tuple[int, int]]:
-    """Parts of `which` that lie side by side in the file: (first, end); of pictures that are not read whole, each."""
+    """Parts of `which` that lie side by side in the file: (first, end); of images that are not read whole, each."""
     first = 0
     for i in range(1, len(which) + 1):
         if i == len(which) or not whole or which[i] != which[i - 1] + 1:
@@ -262,7 +265,7 @@ def _runs(which: Sequence[int], whole: bool) -> Iterator[tuple[int, int]]:
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
 
-Part = MemoryBank | tuple[MemoryFile, Sequence[int]]  # a bank, or some pictures of a file
+Part = MemoryBank | tuple[MemoryFile, Sequence[int]]  # a bank, or some images of a file
 
 
 def save_memory(file: str | os.PathLike, *parts: Part) -> None:
@@ -288,7 +291,7 @@ def writing(file: str | os.PathLike, patience: float | None = None) -> contextli
 
 
 def write_memory(real: Path, parts: Sequence[Part]) -> None:
-    """Write a memory file of banks and of pictures of other files, within `writing`, which gives the path `real`.
+    """Write a memory file of banks and of images of other files, within `writing`, which gives the path `real`.
 
     The others are read a piece at a time, and checked. UserError where they do not go together.
     """
@@ -305,13 +308,13 @@ def write_parts(stream: BinaryIO, parts: Sequence[Part]) -> None:
         raise UserError("memories: expected at least one, found none")
     model, kind, shape, dtype = _common(parts)
     text = bytearray()
-    num = 0
+    num, version = 0, VERSION
     for part in parts:
         for item in part.items if isinstance(part, MemoryBank) else map(part[0].items.__getitem__, part[1]):
             text += line_of(item)
-            num += 1
+            num, version = num + 1, version if item.tile is None else WITH_TILES
     layout = Layout((num, *shape), dtype, len(text), kind)
-    head, entries = header(layout, model, text), layout.entries()
+    head, entries = header(layout, model, text, version), layout.entries()
     stream.write(head)
     done = 0
     for bank in _banks(parts):
@@ -326,13 +329,13 @@ def write_parts(stream: BinaryIO, parts: Sequence[Part]) -> None:
 
 
 def _common(parts: Sequence[Part]) -> tuple[str, str, tuple[int, ...], np.dtype]:
-    """Model, kind, shape of a picture and dtype, which all parts have. UserError where they do not go together."""
+    """Model, kind, shape of a memory and dtype, which all parts have. UserError where they do not go together."""
     sources = [(part, "memory") if isinstance(part, MemoryBank) else (part[0], part[0].file) for part in parts]
     first, name = sources[0]
     model, kind, shape, dtype = first.model, first.kind, first.shape[1:], first.dtype
     for part, other in sources[1:]:
         for what, expected, found in (
-            ("kind", kind, part.kind), ("model", model, part.model), ("shape of a picture", shape, part.shape[1:]),
+            ("kind", kind, part.kind), ("model", model, part.model), ("shape of a memory", shape, part.shape[1:]),
             ("dtype", dtype, part.dtype),
         ):  # fmt: skip
             if expected != found:
@@ -343,7 +346,7 @@ def _common(parts: Sequence[Part]) -> tuple[str, str, tuple[int, ...], np.dtype]
         raise UserError(f"{name}: expected the fingerprint of a model, found {type(model).__name__}")
     if dtype not in OF_MEMORIES.values() or not is_shape([0, *shape], kind):
         known, axes = ", ".join(dtype.name for dtype in OF_MEMORIES.values()), ", ".join(AXES[kind][1:])
-        raise UserError(f"{name}: expected {kind} of pictures [{axes}] in {known}; found {list(shape)} in {dtype}")
+        raise UserError(f"{name}: expected {kind} of images [{axes}] in {known}; found {list(shape)} in {dtype}")
     return model, kind, shape, dtype
 
 

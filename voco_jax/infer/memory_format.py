@@ -3,21 +3,24 @@
     keys, values                  [N, K, L, G, H] BF16, F16, F32 or I8
     keys_scales, values_scales    [N, K, L, G] F32, with I8 only
     checksums                     [N, K] U32: CRC-32 of what a token's keys, values and scales are of, and of these
-    items                         [bytes] U8: a line of JSON for each picture
+    items                         [bytes] U8: a line of JSON for each image
 
 or, of a model that makes memories of embeddings, in place of keys and values
 
     embeddings                    [N, K, D] BF16, F16, F32 or I8
     embeddings_scales             [N, K] F32, with I8 only
 
-What a token is of: the model, dtype and shape, its picture's line in `items`, and its place in the picture. So no part
-of another picture, file or model is taken for this one's. The header's metadata has format, version, the kind of
+An image is a picture, a frame of a video, or a tile of a picture, which may have many. What a token is of: the model,
+dtype and shape, its image's line in `items`, and its place in the image. So no part of another image, file or model is
+taken for this one's. The header's metadata has format, version, the kind of
 memory, the model's fingerprint, K (and L), and checksums of `items` and of the header itself. A header is short, and
 the lines of `items` are decoded one by one as they are asked for: a file of millions of pictures opens in little more
 memory than `items` takes.
 
-Versions 1 and 2 are read as well: they say nothing of the kind, and hold keys and values. The items of version 1 are
-one text in the header, and its checksums are those of the tokens' bytes alone.
+A file with tiles has version 4. One without them has version 3, as before there were tiles: programs of then refuse
+the first by its version, and read the second. Versions 1 and 2 are read as well: they say nothing of the kind, and hold
+keys and values. The items of version 1 are one text in the header, and its checksums are those of the tokens' bytes
+alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,16 +41,19 @@ from voco_jax.io.safetensors import DTYPES, NAMES, Entry, framed, header_text, p
 from voco_jax.models.compressors import KEYS_AND_VALUES
 from voco_jax.terminal import shortened
 
-VERSION = "3"  # that is written
+VERSION, WITH_TILES = "3", "4"  # that are written
+_WITH_KIND = (VERSION, WITH_TILES)
 _FORMAT = "voco_jax.memory"
+_FIELDS = dict.fromkeys(field.name for field in dataclasses.fields(Item)).keys()  # in their order
 OF_MEMORIES = {name: DTYPES[name] for name in ("BF16", "F16", "F32", "I8")}
 # What no honest file has more of
 _LONGEST_HEADER = 1 << 16  # bytes, without the items of version 1
 _LONGEST_ITEMS_1 = 1 << 30  # bytes, in a header of version 1
 _LONGEST_ITEM = 1 << 20  # bytes of JSON: a path has 4096, and six for each where it is escaped
 _LARGEST_TOKEN = 1 << 24  # keys: 175B models have 1.2 million
-_MOST_TOKENS = 1 << 24  # of a picture
+_MOST_TOKENS = 1 << 24  # of an image
 _LATEST = 1e12  # seconds
+_FINEST = 1 << 16  # rows of tiles
 
 Read = Callable[[int, int], bytearray]  # (first byte, how many) of a file; `Damaged` where it has not so many
 
@@ -67,7 +73,7 @@ class Layout:
 
     @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Dtype and shape of those that have a place for each picture."""
+        """Dtype and shape of those that have a place for each image."""
         tensors = {name: (self.dtype, self.shape) for name in ARRAYS[self.kind]}
         if self.dtype == np.int8:
             tensors |= {f"{name}_scales": (np.dtype(np.float32), self.shape[:-1]) for name in ARRAYS[self.kind]}
@@ -106,7 +112,7 @@ def is_shape(shape: Sequence, kind: str) -> bool:
 
 
 class Items:
-    """What each picture of a file is, decoded when it is asked for; UserError then for what is no item."""
+    """What each image of a file is, decoded when it is asked for; UserError then for what is no item."""
 
     def __init__(self, file: Path, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool):
         self._file, self._text, self._starts, self._ends, self._escaped = file, text, starts, ends, escaped
@@ -122,9 +128,9 @@ class Items:
             text = self.line(which).decode("ascii")
             return item_of(json.loads(json.loads(f'"{text}"') if self._escaped else text))
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError):
-            raise UserError(f"{self._file}: picture {which}: what it is of is not readable as JSON") from None
+            raise UserError(f"{self._file}: item {which}: not readable as JSON") from None
         except ValueError as error:
-            raise UserError(f"{self._file}: picture {which}: {error}") from None
+            raise UserError(f"{self._file}: item {which}: {error}") from None
 
     def line(self, i: int) -> bytes:
         """As it stands in the file."""
@@ -133,8 +139,8 @@ class Items:
 
 def item_of(fields: object) -> Item:
     """Of a JSON value; ValueError for what is none."""
-    if not isinstance(fields, dict) or "source" not in fields or not fields.keys() <= {"source", "sha256", "time"}:
-        raise ValueError("expected source, sha256 and time, found other fields")
+    if not isinstance(fields, dict) or "source" not in fields or not fields.keys() <= _FIELDS:
+        raise ValueError("expected source, sha256, time and tile, found other fields")
     for name in ("source", "sha256"):
         if not isinstance(fields.get(name, ""), str):
             raise ValueError(f"{name}: expected text, found {type(fields[name]).__name__}")
@@ -144,16 +150,32 @@ def item_of(fields: object) -> Item:
         if not number or not abs(time) < _LATEST:
             raise ValueError(f"time: expected seconds, found {shortened(time)}")
         time = float(time)
-    return Item(fields["source"], fields.get("sha256", ""), time)
+    tile = fields.get("tile")
+    if tile is not None:
+        if not _is_tile(tile):
+            raise ValueError(f"tile: expected [row, column, n] of n × n, found {shortened(tile)}")
+        if time is not None:
+            raise ValueError("tile: expected none of a frame, which has a time")
+        tile = tuple(map(int, tile))
+    return Item(fields["source"], fields.get("sha256", ""), time, tile)
+
+
+def _is_tile(tile: object) -> bool:
+    if not isinstance(tile, list | tuple) or len(tile) != 3:
+        return False
+    if not all(isinstance(number, int | np.integer) and not isinstance(number, bool) for number in tile):
+        return False
+    row, column, n = tile
+    return 0 <= row < n and 0 <= column < n and n <= _FINEST
 
 
 def line_of(item: Item) -> bytes:
     """JSON of an item, with the end of the line. UserError for what is none."""
     try:
-        item = item_of({"source": item.source, "sha256": item.sha256, "time": item.time})
+        item = item_of({name: getattr(item, name) for name in _FIELDS})
     except ValueError as error:
         raise UserError(f"memory of {item.source!r:.80}: {error}") from None
-    fields = {"source": item.source, "sha256": item.sha256, "time": item.time}
+    fields = {name: getattr(item, name) for name in _FIELDS}
     text = json.dumps({name: value for name, value in fields.items() if name == "source" or value not in ("", None)})
     if len(text) >= _LONGEST_ITEM:
         raise UserError(f"memory of {item.source!r:.80}: expected a name of less than {_LONGEST_ITEM} bytes")
@@ -164,13 +186,13 @@ def line_of(item: Item) -> bytes:
 
 
 def begun(layout: Layout, model: str, lines: Sequence[bytes]) -> list[int]:
-    """Checksums of what each picture is of: those of its tokens go on from them."""
+    """Checksums of what each image is of: those of its tokens go on from them."""
     about = zlib.crc32(json.dumps([model, NAMES[layout.dtype], *layout.shape[1:]]).encode() + b"\n")
     return [zlib.crc32(line, about) for line in lines]
 
 
 def checksums(tensors: dict[str, np.ndarray], begun: Sequence[int] | None, first: int = 0) -> np.ndarray:
-    """CRC-32 of each token from the `first` of its picture on, uint32 [n, k]; `begun` is None in version 1."""
+    """CRC-32 of each token from the `first` of its image on, uint32 [n, k]; `begun` is None in version 1."""
     n, k = next(iter(tensors.values())).shape[:2]
     sums = [0] * (n * k)
     if begun is not None:
@@ -202,18 +224,18 @@ class Contents:
     head: bytes  # a digest of them
 
 
-def header(layout: Layout, model: str, items: bytes | bytearray) -> bytes:
+def header(layout: Layout, model: str, items: bytes | bytearray, version: str = VERSION) -> bytes:
     """All before the tensors. UserError where the model's name is longer than any."""
-    text = framed(_header(layout, model, f"{zlib.crc32(items):08x}"))
+    text = framed(_header(layout, model, f"{zlib.crc32(items):08x}", version))
     if len(text) > _LONGEST_HEADER:
         raise UserError(f"model: expected a fingerprint, found text of {len(model)} characters")
     return text
 
 
-def _header(layout: Layout, model: str, items: str, version: str = VERSION, checksum: str | None = None) -> bytes:
+def _header(layout: Layout, model: str, items: str, version: str, checksum: str | None = None) -> bytes:
     """The one text for a file of this content: one that differs in a letter is damaged."""
     metadata = {"format": _FORMAT, "version": version}
-    if version == VERSION:
+    if version in _WITH_KIND:
         metadata["kind"] = layout.kind
     metadata |= {"model": model, "tokens": str(layout.shape[1])}
     if layout.kind == KEYS_AND_VALUES:
@@ -238,10 +260,10 @@ def read_contents(file: Path, read: Read, size: int) -> Contents:
     version = beginning[1].decode(errors="replace")
     if version == "1":
         contents = _read_1(file, read, length, size)
-    elif version in ("2", VERSION):
+    elif version in ("2", *_WITH_KIND):
         contents = _read_2(file, read, length, size, version)
     else:
-        raise Damaged(f"expected a memory file of version 1 to {VERSION}, found {version!r}")
+        raise Damaged(f"expected a memory file of version 1 to {WITH_TILES}, found {version!r}")
     return contents
 
 
@@ -249,7 +271,7 @@ _CHANGED = "the memory file is damaged: its header is not as it was written"
 
 
 def _read_2(file: Path, read: Read, length: int, size: int, version: str) -> Contents:
-    """Version 2, or 3, which says the kind too."""
+    """Version 2, or a later one, which says the kind too."""
     if length > _LONGEST_HEADER:
         raise Damaged(_CHANGED)
     text = bytes(read(8, length))
@@ -261,7 +283,7 @@ def _read_2(file: Path, read: Read, length: int, size: int, version: str) -> Con
     lines = _read_text(read, 8 + length + layout.entries()["items"].begin, layout.items_bytes or 0)
     num, checksum = lines.count(b"\n"), f"{zlib.crc32(lines):08x}"
     if checksum != metadata["items"] or num != layout.shape[0] or lines and lines[-1] != 10:
-        raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
+        raise Damaged("the memory file is damaged: what its items are is not as it was written")
     ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == 10) + 1
     starts = np.concatenate([np.zeros(min(num, 1), np.intp), ends[:-1]])
     items = _items(file, lines, starts, ends, escaped=False)
@@ -320,7 +342,7 @@ def _parsed(text: bytes, version: str) -> tuple[Layout, str, dict]:
     """Layout, model and metadata of a short header, which is not compared yet with the one of this content."""
     try:
         metadata, entries = parse_header(text)
-        kind, model = metadata["kind"] if version == VERSION else KEYS_AND_VALUES, metadata["model"]
+        kind, model = metadata["kind"] if version in _WITH_KIND else KEYS_AND_VALUES, metadata["model"]
         first = entries[ARRAYS[kind][0]]
         items_bytes = None if version == "1" else entries["items"].shape[0]
         if not is_shape(first.shape, kind) or not {"items", "checksum"} <= metadata.keys():
@@ -342,12 +364,12 @@ def _read_text(read: Read, begin: int, length: int) -> bytearray:
     for start in range(0, length, _LONGEST_ITEM):
         piece = read(begin + start, min(_LONGEST_ITEM, length - start))
         if not piece.isascii() or b"\0" in piece:
-            raise Damaged("the memory file is damaged: what its pictures are is not as it was written")
+            raise Damaged("the memory file is damaged: what its items are is not as it was written")
         text += piece
     return text
 
 
 def _items(file: Path, text: bytearray, starts: np.ndarray, ends: np.ndarray, escaped: bool) -> Items:
     if len(starts) and (ends - starts).max() > _LONGEST_ITEM:
-        raise Damaged("the memory file is damaged: the name of a picture is longer than any")
+        raise Damaged("the memory file is damaged: the name of an image is longer than any")
     return Items(file, text, starts, ends, escaped)

@@ -12,7 +12,7 @@ from voco_jax.data.video import format_time
 from voco_jax.errors import UserError
 from voco_jax.infer.engine import GREEDY, Engine, GeneratedAnswer, Score, Visual, bucket
 from voco_jax.infer.generate import Sampling
-from voco_jax.infer.memory import Embeddings, EncodedImages, MemoryBank, join_images
+from voco_jax.infer.memory import Embeddings, EncodedImages, MemoryBank, join_images, pictures_of
 
 # What several prompts speak of, as the engine reads it, and for each prompt the indices of its images in it
 Gathered = tuple[Visual, list[range]]
@@ -38,17 +38,16 @@ def encode_prompt(
     engine: Engine, question: str, images: EncodedImages | None = None, *, interleaved: bool = False,
     answer: str | None = None,
 ) -> Prompt:  # fmt: skip
-    """A question as training lays it out: images before the text, or with `interleaved` at its `<image>` markers (or
-    `<video>`); the frames of a video with their times where the run was trained so. The tokens of an `answer` are
-    labels.
+    """A question as training lays it out: images before the text, or with `interleaved` at its `<image>` markers (one
+    for each picture, or for each of its tiles) or `<video>`; the frames of a video with their times where the run was
+    trained so. The tokens of an `answer` are labels.
 
     UserError for a question without text.
     """
     check_question(question)
     encoder, count = engine.for_images(images).encoder, 0 if images is None else len(images)
-    is_a_marker_each = question.count(IMAGE.value) == count // engine.num_tiles  # of the pictures
-    if interleaved and is_a_marker_each and not (images is not None and images.is_video):
-        question = question.replace(IMAGE.value, IMAGE.value * engine.num_tiles)
+    if interleaved and images is not None and not images.is_video:
+        question = _with_tiles(question, [len(one.items) for one in pictures_of(images.items)])
     turns: list[dict] = [{"from": "human", "value": question}]
     if images is not None and images.is_video and not (interleaved and VIDEO.value not in question):
         turns = turns if interleaved else [{"from": "human", "value": (VIDEO, f"\n{question}")}]
@@ -59,6 +58,14 @@ def encode_prompt(
     if answer is not None:
         turns.append({"from": "gpt", "value": (answer,)})
     return Prompt(encoder.encode(turns, count), images)
+
+
+def _with_tiles(question: str, images: Sequence[int]) -> str:
+    """A question with a marker for each picture, as one with a marker for each of a picture's images."""
+    if question.count(IMAGE.value) != len(images):
+        return question
+    before, *after = question.split(IMAGE.value)
+    return before + "".join(IMAGE.value * count + text for count, text in zip(images, after, strict=True))
 
 
 def check_question(question: object) -> None:

@@ -77,9 +77,7 @@ def check_picture(media: Media, processor: ImageProcessor) -> Checked:
     return Checked(squares)
 
 
-def check_video(
-    media: Media, processor: ImageProcessor, sampling: FrameSampling, limits: MediaLimits
-) -> Checked:  # fmt: skip
+def check_video(media: Media, processor: ImageProcessor, sampling: FrameSampling, limits: MediaLimits) -> Checked:
     """The frames that `sampling` takes of a clip or an animated picture, decoded and prepared as `processor` does.
 
     MediaError for what is not a video, is cut off or cannot be decoded, is longer than `limits` or takes longer to

@@ -148,9 +148,11 @@ class Service:
             parts.append(await asyncio.wrap_future(self.scheduler.compress(some, is_upload=is_upload)))
             progress(start + len(some), len(squares))
         source = name or media.name
-        times = [None] * len(squares) if checked.times is None else checked.times.tolist()
-        items = tuple(Item(source, sha256, time) for time in times)
-        encoded = dataclasses.replace(join_images(parts), items=items)
+        if checked.times is None:
+            items = self.model.image_encoder.items_of(source, sha256=sha256)
+        else:
+            items = [Item(source, sha256, time) for time in checked.times.tolist()]
+        encoded = dataclasses.replace(join_images(parts), items=tuple(items))
         if isinstance(encoded, MemoryBank):
             encoded = dataclasses.replace(encoded, model=self.model.fingerprint)
         owner, id = key
@@ -176,7 +178,7 @@ class Service:
             assert media.file is not None
             with MemoryFile(media.file) as memories:
                 bank = memories.read(model=self.model.fingerprint, kind=self.model.config.memory_kind)
-            self.model.image_encoder.check(bank)
+            bank = cast(MemoryBank, self.model.image_encoder.checked(bank))
             kind = "video" if bank.is_video else "album"
             return store.put(upload_id(sha256), bank, name=name, sha256=sha256, kind=kind, owner=owner, durable=True)
 

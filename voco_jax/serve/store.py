@@ -91,7 +91,7 @@ class MemoryStore:
         """A memory from the host, or from the directory, checked; None where there is none that can be read."""
         key = owner, id
         with self._changed:
-            held, deletions = self._host.get(key), self._deletions
+            held = self._host.get(key)
         if held is not None and self._still_there(key, held):
             self._event("host", "hit")
             return held.bank
@@ -102,7 +102,7 @@ class MemoryStore:
         self._event("disk", "miss" if bank is None else "hit")
         if bank is not None:
             with self._changed:
-                if self._deletions == deletions and key not in self._host:  # else it may have been this one
+                if key not in self._host:  # where another thread may have put it, with a record
                     self._host.put(key, _Held(bank, None), bank.nbytes)
             self._trim()
         return bank
@@ -120,7 +120,7 @@ class MemoryStore:
             return None
         arrays = bank.memory()
         with self._changed:
-            if self._deletions == deletions:
+            if self._deletions == deletions:  # else it may have been this one, and no directory says so
                 self._devices.put(key, arrays, sum(array.nbytes for array in jax.tree.leaves(arrays)))
         self._trim()
         return arrays

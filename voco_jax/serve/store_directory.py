@@ -26,7 +26,7 @@ from typing import NamedTuple
 from etils import epath
 
 from voco_jax.errors import TryAgain, UserError, cannot
-from voco_jax.infer.memory import MemoryBank
+from voco_jax.infer.memory import MemoryBank, pictures_of
 from voco_jax.infer.memory_file import SUFFIX, DamagedMemory, MemoryFile, load_memory, write_parts
 from voco_jax.io.atomic import open_for_writing, replacing, sync, write_text
 from voco_jax.io.json_files import read_object
@@ -165,7 +165,7 @@ class StoreDirectory:
             return record
         if (bank := self.read(owner, id)) is None:
             return None
-        album = not bank.is_video and len({item.source for item in bank.items}) > 1
+        album = len([*pictures_of(bank.items)]) > 1
         made = 0 if self._bucket else os.stat(file).st_mtime_ns
         kind = "video" if bank.is_video else "album" if album else "picture"
         return Record(id, kind, made, bank.nbytes, len(bank), bank.num_tokens, {})

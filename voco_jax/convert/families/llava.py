@@ -69,6 +69,11 @@ TILED_KEYS = HF_KEYS | keys_of(
     "image_grid_pinpoints vision_aspect_ratio video_token_index video_token_id use_image_newline_parameter", {}, ()
 )
 IMAGE_NEWLINE = ("image_newline", "model.image_newline")  # the tensor that ends a row of patches of tiles
+# model_type and class of each, by the format of `to-hf`
+TILED = {
+    "llava-next": ("llava_next", "LlavaNextForConditionalGeneration"),
+    "llava-onevision": ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+}
 # transformers' defaults by model_type
 HF_DEFAULTS: dict[str, dict] = {
     "llava": {},

@@ -1,6 +1,6 @@
 """Pictures as several images: the whole picture, and tiles of it in more detail (`config.data.image_grid`).
 
-LLaVA-NeXT's idea, with one grid for all pictures. Every view is an image of its own, with K VoCo tokens of its own.
+LLaVA-NeXT's idea, with one grid for all pictures. Each of them is an image of its own, with K VoCo tokens of its own.
 """
 
 import dataclasses

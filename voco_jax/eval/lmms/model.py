@@ -28,8 +28,8 @@ from voco_jax.data.turns import IMAGE
 from voco_jax.errors import UserError
 from voco_jax.eval.lmms.generation import Generation, read_generation
 from voco_jax.eval.runner import Question, Runner
-from voco_jax.infer.image_cache import ImageCache, View
-from voco_jax.infer.memory import EncodedImages
+from voco_jax.infer.image_cache import ImageCache, Medium
+from voco_jax.infer.memory import EncodedImages, pictures_of
 from voco_jax.infer.prompts import Prompt, encode_prompt
 from voco_jax.terminal import shortened
 
@@ -164,21 +164,20 @@ class VoCoJax(lmms):
 
     def _question(self, asked: _Asked, number: int, answer: str | None = None) -> Question[int]:
         """To be answered, or with an `answer` to be scored."""
-        views = _views(asked.visuals(), asked.where, self._incomplete)
+        media = _media(asked.visuals(), asked.where, self._incomplete)
         make = partial(self._prompt, asked, answer)
         prompt, conversation = (make, None) if answer is None else (None, make)
-        return Question(number, views, asked.where, prompt, conversation, stream=number)
+        return Question(number, media, asked.where, prompt, conversation, stream=number)
 
     def _prompt(self, asked: _Asked, answer: str | None, images: EncodedImages | None) -> Prompt:
         """The question with its images at their markers, or before it where the markers are not theirs. Without images
         `<image>` is text."""
-        context, count = asked.context, 0 if images is None else len(images)
+        context, count = asked.context, 0 if images is None else len([*pictures_of(images.items)])
         markers = context.count(IMAGE.value)
-        together = 1 if images is None or images.is_video else self._engine.num_tiles
-        interleaved = 0 < markers == count // together
+        interleaved = 0 < markers == count
         if markers and count and not interleaved:
             warnings.warn(
-                f"{asked.where}: {markers} {IMAGE.value} markers for {count} images: the images stand before the text",
+                f"{asked.where}: {markers} {IMAGE.value} markers for {count} pictures: these stand before the text",
                 stacklevel=2,
             )
             context = context.replace(IMAGE.value, "")
@@ -194,12 +193,12 @@ class VoCoJax(lmms):
         return self.task_dict[task][split][doc_id]
 
 
-def _views(visuals, where: str, incomplete: bool) -> list[View]:
+def _media(visuals, where: str, incomplete: bool) -> list[Medium]:
     """What a task's `doc_to_visual` gives, in lists of any depth, as pictures and videos (`incomplete`: see `Clip`)."""
     if visuals is None:
         return []
     if isinstance(visuals, list | tuple):
-        return [view for visual in visuals for view in _views(visual, where, incomplete)]
+        return [medium for visual in visuals for medium in _media(visual, where, incomplete)]
     if isinstance(visuals, Image.Image | np.ndarray | Picture | Clip):
         return [visuals]
     if isinstance(visuals, dict) and visuals.get("bytes") is not None:  # a picture that datasets has not decoded
