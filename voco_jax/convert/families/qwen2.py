@@ -53,8 +53,10 @@ def sliding_window(fields: dict, file: Path, prefix: str) -> int:
         count = None
     elif size is not None and isinstance(first, int):
         count = layers - min(max(first, 0), layers)
-    if count == 0 or count == layers and size is not None:
-        return size if count else 0
+    if count == 0:
+        return 0
+    if count == layers and size is not None:
+        return size
     key, found = ("max_window_layers", first) if kinds is None else ("layer_types", kinds)
     expected = (
         "in no layer, for use_sliding_window is not set" if size is None else f"in all {layers} layers, or in none"
