@@ -286,6 +286,15 @@ def test_training_goes_on_with_a_runs_prompt(tmp_path):
     base.data.template = "voco_v1"
     config, said = begun()
     assert (config.data.template, config.data.system, said) == ("voco_v1", None, "")
+    # The tokenizer's own, without control tokens: a language model has it because someone asked for it, plain LLaVA
+    # anyway
+    save_tokenizer(tokenizer_of("llama2"), tmp_path / "tokenizer")
+    set_template(base.data, chosen("llama2")[1])
+    config, said = begun()
+    assert template_of(config) == chosen("llama2")[1] and said.startswith("config.data.template: 'tokenizer'; ")
+    base.model.compressor, base.model.num_voco_tokens = "none", 0
+    config, said = begun()
+    assert (config.data.template, said) == ("voco_v1", "")
 
 
 def test_texts_beside_the_tokenizers_own_are_refused():
