@@ -24,6 +24,7 @@ from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.video import FrameSampling
 from voco_jax.infer.memory import MemoryBank
+from voco_jax.serve import bodies
 
 QUESTION = "what shape is in the image?"
 KEYS = ("a key of sixteen letters", "another key of such a length")
@@ -432,8 +433,9 @@ def is_well(server, pictures) -> bool:
     return send(server, pictures[0]).status_code == 201 and bool(answer(server, pictures[0]))
 
 
-def test_limits_of_bodies(model, pictures, tmp_path):
+def test_limits_of_bodies(model, pictures, monkeypatch):
     """413 by the length that is told, and when so much has come; an endless upload ends; one that stops is given up."""
+    monkeypatch.setattr(bodies, "_LINGER", 0.2)
     with running(model, body_bytes=1 << 16, upload_bytes=1 << 21, body_seconds=0.5) as server:
         multipart = {"Content-Type": "multipart/form-data; boundary=x"}
         head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
@@ -450,13 +452,15 @@ def test_limits_of_bodies(model, pictures, tmp_path):
             ("/v1/memories", dict(content=pieces(1 << 17)), 413),
             ("/v1/chat/completions", dict(content=b"a" * (1 << 17)), 413),
             ("/v1/chat/completions", dict(content=pieces(1 << 17)), 413),
-            ("/v1/chat/completions", dict(content=b"a" * (1 << 17), headers=multipart), 413),
+            ("/v1/chat/completions", dict(content=b"a" * (1 << 17), headers=multipart), 415),
+            ("/v1/chat/completions", dict(content=pieces(float("inf")), headers=multipart), 415),
             ("/v1/memories", dict(content=pieces(1 << 17, head), headers=multipart), 400),  # which has no end
             ("/v1/memories", dict(content=head + b"a" * (1 << 21), headers=multipart), 413),
             ("/v1/memories", dict(content=pieces(float("inf"), head), headers=multipart), 413),
             ("/v1/memories", dict(content=pieces(float("inf")), headers=multipart), 400),  # which has no boundary
         ]
         for path, body, status in cases:
+            body = {"headers": {"Content-Type": "application/json"}} | body
             response = httpx.post(f"{server.url}{path}", timeout=60, **body)
             assert response.status_code == status, (path, status, response.text)
             assert response.json()["error"]["type"] == "invalid_request_error"
@@ -478,7 +482,7 @@ def test_uploads_that_are_none(server, pictures):
     file = 'Content-Disposition: form-data; name="file"; filename="a.png"'
     name = 'Content-Disposition: form-data; name="name"'
     html = b"<!doctype html><script>alert(1)</script>"
-    bodies = [
+    bad = [
         (boundary, b""), (boundary, b"{}"), (boundary, b"\xff" * 1000), (boundary, good), ("multipart/form-data", good),
         ("multipart/form-data; boundary=", good), (f"multipart/form-data; boundary={'x' * 5000}", good),
         (boundary, body((file, good), end=b"")), (boundary, body((file, good))[:-9]), (boundary, body()),
@@ -499,7 +503,7 @@ def test_uploads_that_are_none(server, pictures):
         ("application/json", b'{"url": "data:,x", "sampling": 3}'),
     ]  # fmt: skip
     known = get(server, "/v1/memories", limit=100).json()["data"]
-    for content_type, content in bodies:
+    for content_type, content in bad:
         headers = {"Content-Type": content_type}
         response = httpx.post(f"{server.url}/v1/memories", content=content, headers=headers, timeout=60)
         assert response.status_code == 400, (content_type, content[:200], response.text)
