@@ -262,11 +262,12 @@ def test_an_answer_that_takes_too_long(model):
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
 
 
-def test_a_failure_of_the_devices_fails_its_requests_alone(model, monkeypatch):
+@pytest.mark.parametrize("step", ["admit", "read_on", "decode"])
+def test_a_failure_of_the_devices_fails_its_requests_alone(model, monkeypatch, step):
     with running(model) as server:
         assert ask(server, "what?")
         batch = server.scheduler.batch
-        monkeypatch.setattr(batch, "decode", lambda **_: 1 / 0)
+        monkeypatch.setattr(batch, step, lambda *_, **__: 1 / 0)
         response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": said("what?")}, timeout=60)
         assert response.status_code == 500 and "could not compute" in response.json()["error"]["message"]
         assert ask(server, "what?") and server.scheduler.batch is not batch

@@ -7,6 +7,7 @@ import json
 import socket
 
 import numpy as np
+import pytest
 
 from tests.fuzz.mutations import damage
 from tests.serve.conftest import data_uri, part, running, said, until
@@ -52,20 +53,22 @@ def mutated(rng: np.random.Generator, body: dict) -> bytes:
     """With a few values changed, taken out, added or nested deeply; or bytes damaged."""
     body = copy.deepcopy(body)
     for _ in range(rng.integers(1, 4)):
-        *path, last = [p for p in places(body) if p][rng.integers(len([*places(body)]) - 1)]
+        if not (found := [path for path in places(body) if path]):
+            break  # nothing is left
+        *path, last = found[rng.integers(len(found))]
         within = body
         for key in path:
             within = within[key]
-        value = VALUES[rng.integers(len(VALUES))]
+        value = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
         match rng.integers(6):
             case 0 if isinstance(within, dict):
                 del within[last]
             case 1 if isinstance(within, dict):
-                within[str(rng.choice(["a", "", "uuid", "url", "tokens", "n", "\x00"]))] = value
+                within[str(rng.choice(["a", "", "uuid", "url", "tokens", "n", "top_k", "stop", "\x00"]))] = value
             case 2:
-                within[last] = [within[last]] * rng.integers(2, 100)
+                within[last] = [within[last]] * rng.integers(2, 20)
             case 3:
-                for _ in range(rng.integers(1, 300)):
+                for _ in range(rng.integers(1, 100)):
                     within[last] = {"a": within[last]} if rng.integers(2) else [within[last]]
             case _:
                 within[last] = value
@@ -175,6 +178,16 @@ def answered(url: str, content: bytes) -> tuple[int, bytes]:
     assert received, content[:1000]
     head, _, body = received.partition(b"\r\n\r\n")
     return int(head.split()[1]), body
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "seed", "max_tokens", "n", "top_logprobs", "tokens"])
+def test_numbers_beyond_all_limits(server, key):
+    """Of which a float or an int32 would be made."""
+    for value in (10**400, -(10**400), 10**18, -(10**18), 1e308, -1e308):
+        body = {"messages": said("what?"), "max_tokens": 2, "temperature": 1, "logprobs": True} | {key: value}
+        status, said_of_it = answered(server.url, request("POST", CHAT, json.dumps(body).encode()))
+        is_good = isinstance(value, int) and (key == "seed" or (key == "top_k" and value > 0))
+        assert status == (200 if is_good else 400), (value, said_of_it)
 
 
 def test_malformed_requests(model, pictures, tmp_path, caplog):

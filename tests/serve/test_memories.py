@@ -1,5 +1,6 @@
 """Memories over HTTP: made by uploads and in chat, listed, read and deleted, and shared by servers."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import hashlib
@@ -24,6 +25,8 @@ from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.video import FrameSampling
 from voco_jax.infer.memory import MemoryBank
+from voco_jax.serve import bodies, service
+from voco_jax.serve.media import check_video
 
 QUESTION = "what shape is in the image?"
 KEYS = ("a key of sixteen letters", "another key of such a length")
@@ -53,6 +56,13 @@ def ended(server, response: httpx.Response) -> dict:
     assert url.endswith(response.json()["id"])
     until(lambda: httpx.get(url).json()["status"] != "running", "the job does not end")
     return httpx.get(url).json()
+
+
+def begun(server, response: httpx.Response) -> tuple[str, Callable[[], dict]]:
+    """A job's id, and what asks for its state."""
+    assert response.status_code == 202 and response.json()["object"] == "job", response.text
+    id = response.json()["id"]
+    return id, lambda: get(server, f"/v1/jobs/{id}").json()
 
 
 def get(server, path: str, key: str = "none", **query) -> httpx.Response:
@@ -201,43 +211,50 @@ def gate(model, monkeypatch):
 
 
 def test_a_clip_is_a_job(model, gate):
-    """Its progress is told; who cancels it stops the work, unless others wait for the same."""
-    file = ("a.mp4", clip(frames=40))
+    """Its progress is told, and who cancels it stops the work."""
     with running(model) as server, contextlib.closing(gate):
-
-        def state(id: str) -> dict:
-            return get(server, f"/v1/jobs/{id}").json()
-
-        def begun(batches: int) -> str:
-            response = send(server, file, names=["a clip"])
-            assert response.status_code == 202 and response.json()["object"] == "job"
-            until(lambda: gate.batches == batches, "it does not begin")
-            return response.json()["id"]
-
-        id = begun(1)
-        assert (state(id)["status"], state(id)["progress"]) == ("running", {"done": 0, "total": 40})
+        response = send(server, ("a.mp4", clip(frames=40)), names=["a clip"])
+        id, state = begun(server, response)
+        until(lambda: gate.batches == 1, "it does not begin")
+        assert (state()["status"], state()["progress"]) == ("running", {"done": 0, "total": 40})
         gate.let(1)
-        until(lambda: gate.batches == 2 and state(id)["progress"]["done"] == 16, "no progress")
+        until(lambda: gate.batches == 2 and state()["progress"]["done"] == 16, "no progress")
         assert httpx.delete(f"{server.url}/v1/jobs/{id}").is_success
-        until(lambda: state(id)["status"] == "cancelled", "it goes on")
-        assert state(id)["error"] and state(id)["memories"] == []
-        gate.let(1)  # the one that had begun
-        first, second = begun(3), send(server, file).json()["id"]
-        until(lambda: [len(one.listeners) for one in making(server)] == [2], "they do not wait for the same")
-        httpx.delete(f"{server.url}/v1/jobs/{first}")
-        gate.let(3)
-        until(lambda: state(second)["status"] == "done", "it was cancelled with the other")
-        until(lambda: state(first)["status"] == "cancelled", "it goes on")
-        assert state(second)["progress"] == {"done": 40, "total": 40} and gate.batches == 5
-        (entry,) = state(second)["memories"]
-        assert (entry["kind"], entry["images"]) == ("video", 40)
-        assert httpx.delete(f"{server.url}/v1/jobs/{second}").is_success and state(second)["status"] == "done"
+        until(lambda: state()["status"] == "cancelled", "it goes on")
+        assert state()["error"] and state()["memories"] == []
+        gate.let(10)
+        job = ended(server, send(server, ("a.mp4", clip(frames=40)), names=["a clip"]))
+        assert (job["status"], job["progress"]) == ("done", {"done": 40, "total": 40})
+        assert gate.batches == 5  # two of the first, and all of the second
+        (entry,) = job["memories"]
+        assert (entry["name"], entry["kind"], entry["images"]) == ("a clip", "video", 40)
+        assert httpx.delete(f"{server.url}/v1/jobs/{job['id']}").json()["status"] == "done"
         assert get(server, "/v1/jobs/job_nobody's").status_code == 404
-        assert making(server) == []
 
 
-def making(server) -> list:
-    return [*server.server.service._making.values()]
+def test_who_cancels_takes_nothing_from_others(model, clips, monkeypatch):
+    """Of two that wait for the same clip the one whose file is being read."""
+    go, reading = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        reading.set()
+        assert go.wait(60)
+        return check_video(*arguments)
+
+    monkeypatch.setattr(service, "check_video", slow)
+    with running(model) as server:
+        first, first_state = begun(server, send(server, clips[0]))
+        assert reading.wait(60)
+        _, second_state = begun(server, send(server, clips[0]))
+        making = server.server.service._making
+        until(lambda: [len(one.listeners) for one in making.values()] == [2], "they do not wait for the same")
+        httpx.delete(f"{server.url}/v1/jobs/{first}")
+        until(lambda: [len(one.listeners) for one in making.values()] == [1], "it still waits")
+        go.set()
+        until(lambda: second_state()["status"] != "running", "it does not end")
+        assert (second_state()["status"], second_state()["error"]) == ("done", None)
+        until(lambda: first_state()["status"] == "cancelled", "it goes on")
+        assert not making
 
 
 # ---- Memory files --------------------------------------------------------------------------------------------------
@@ -359,7 +376,8 @@ class Process:
 
 def test_processes_share_a_store_and_one_is_killed(two_tokens_run, model, pictures, tmp_path):
     """What one was told to keep the other has; and every memory that was acknowledged outlives a kill -9."""
-    store = tmp_path / "store"
+    store, large = tmp_path / "store", model.compress(pictures)[np.arange(8000) % 4]
+    model.save(large, tmp_path / "large.voco")
     with contextlib.ExitStack() as stack:
         both = [Process(two_tokens_run, store, tmp_path / f"{i}.log") for i in range(2)]
         for one in both:
@@ -394,12 +412,15 @@ def test_processes_share_a_store_and_one_is_killed(two_tokens_run, model, pictur
         with ThreadPoolExecutor(4) as pool:
             working = [pool.submit(go_on, worker) for worker in range(4)]
             until(lambda: len(acknowledged) > 12, "uploads do not end", 120)
+            # Large enough that it would still be written when the answer is there
+            response = send(first, tmp_path / "large.voco")
             first.process.send_signal(signal.SIGKILL)
             first.process.wait()
             stop.set()
             for one in working:
                 one.result()
-        assert len(before) > 2
+        assert len(before) > 2 and response.status_code == 201
+        before[response.json()["id"]] = large
         for id, bank in before.items():
             assert_same(downloaded(second, id, model, tmp_path), bank)
         for id, file in acknowledged:
@@ -432,8 +453,9 @@ def is_well(server, pictures) -> bool:
     return send(server, pictures[0]).status_code == 201 and bool(answer(server, pictures[0]))
 
 
-def test_limits_of_bodies(model, pictures, tmp_path):
+def test_limits_of_bodies(model, pictures, monkeypatch):
     """413 by the length that is told, and when so much has come; an endless upload ends; one that stops is given up."""
+    monkeypatch.setattr(bodies, "_LINGER", 0.2)
     with running(model, body_bytes=1 << 16, upload_bytes=1 << 21, body_seconds=0.5) as server:
         multipart = {"Content-Type": "multipart/form-data; boundary=x"}
         head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
@@ -450,13 +472,15 @@ def test_limits_of_bodies(model, pictures, tmp_path):
             ("/v1/memories", dict(content=pieces(1 << 17)), 413),
             ("/v1/chat/completions", dict(content=b"a" * (1 << 17)), 413),
             ("/v1/chat/completions", dict(content=pieces(1 << 17)), 413),
-            ("/v1/chat/completions", dict(content=b"a" * (1 << 17), headers=multipart), 413),
+            ("/v1/chat/completions", dict(content=b"a" * (1 << 17), headers=multipart), 415),
+            ("/v1/chat/completions", dict(content=pieces(float("inf")), headers=multipart), 415),
             ("/v1/memories", dict(content=pieces(1 << 17, head), headers=multipart), 400),  # which has no end
             ("/v1/memories", dict(content=head + b"a" * (1 << 21), headers=multipart), 413),
             ("/v1/memories", dict(content=pieces(float("inf"), head), headers=multipart), 413),
             ("/v1/memories", dict(content=pieces(float("inf")), headers=multipart), 400),  # which has no boundary
         ]
         for path, body, status in cases:
+            body = {"headers": {"Content-Type": "application/json"}} | body
             response = httpx.post(f"{server.url}{path}", timeout=60, **body)
             assert response.status_code == status, (path, status, response.text)
             assert response.json()["error"]["type"] == "invalid_request_error"
@@ -478,7 +502,7 @@ def test_uploads_that_are_none(server, pictures):
     file = 'Content-Disposition: form-data; name="file"; filename="a.png"'
     name = 'Content-Disposition: form-data; name="name"'
     html = b"<!doctype html><script>alert(1)</script>"
-    bodies = [
+    bad = [
         (boundary, b""), (boundary, b"{}"), (boundary, b"\xff" * 1000), (boundary, good), ("multipart/form-data", good),
         ("multipart/form-data; boundary=", good), (f"multipart/form-data; boundary={'x' * 5000}", good),
         (boundary, body((file, good), end=b"")), (boundary, body((file, good))[:-9]), (boundary, body()),
@@ -499,7 +523,7 @@ def test_uploads_that_are_none(server, pictures):
         ("application/json", b'{"url": "data:,x", "sampling": 3}'),
     ]  # fmt: skip
     known = get(server, "/v1/memories", limit=100).json()["data"]
-    for content_type, content in bodies:
+    for content_type, content in bad:
         headers = {"Content-Type": content_type}
         response = httpx.post(f"{server.url}/v1/memories", content=content, headers=headers, timeout=60)
         assert response.status_code == 400, (content_type, content[:200], response.text)

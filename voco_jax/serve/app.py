@@ -90,7 +90,9 @@ def make_app(
 ) -> FastAPI:  # fmt: skip
     """The application; `most_bytes` of a request's body, and of an upload, of which something comes every so many
     seconds."""
-    app = FastAPI(title="voco_jax", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="voco_jax", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )  # fmt: skip
 
     def most(path: str, content_type: str) -> int:
         return most_upload_bytes if path == _MEMORIES and is_multipart(content_type) else most_bytes
