@@ -21,6 +21,7 @@ from voco_jax import interrupts
 from voco_jax.api import Model
 from voco_jax.arguments import add_model_arguments, load_model
 from voco_jax.errors import UserError, cannot, one_line_errors
+from voco_jax.infer.generate import Sampling
 from voco_jax.io.files import read_text
 from voco_jax.options import Parser, at_least_1
 
@@ -55,6 +56,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def check_temperature(value: float) -> None:
+    """UserError for one that cannot be."""
+    try:
+        Sampling(value)
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+
+
 @one_line_errors
 def main() -> None:
     args = _parser().parse_args()
@@ -66,6 +75,7 @@ def main() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"voco serve needs {error.name}, which is not installed: {MISSING}") from None
+    check_temperature(args.temperature)
     keys = _keys(args.api_keys)
     if args.isolate and not keys:
         raise UserError("--isolate: expected --api-keys, by which memories are told apart")
