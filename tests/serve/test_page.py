@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.browser import chromium
 from tests.serve.conftest import running, until
 from tests.serve.test_media import MP4
-from voco_jax.api import Model
+from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.serve.service import Defaults
 
@@ -102,8 +102,8 @@ def tab(browser, server, **options):
         context.close()
 
 
-def compressed(server) -> int:
-    (count,) = re.findall(r"^voco_compressed_images_total (\S+)", httpx.get(f"{server.url}/metrics").text, re.M)
+def counted(server, what: str) -> int:
+    (count,) = re.findall(rf"^voco_{what}_total (\S+)", httpx.get(f"{server.url}/metrics").text, re.M)
     return int(float(count))
 
 
@@ -128,14 +128,14 @@ def test_a_picture_is_kept_and_asked_about(browser, server, model, pictures):
         one.page.press("#tokens input[type=number]", "Tab")
         assert one.answer(QUESTION) == words(expected[1])
         assert "tokens instead of" in one.page.inner_text("#told")
-    count = compressed(server)
+    count = counted(server, "compressed_images")
     with tab(browser, server) as one:
         one.open().cards().filter(has_text=pictures[0].name).click()
         one.page.wait_for_selector("#chosen figure")
         assert one.answer(QUESTION) == words(expected[0])
         one.drop(pictures[0])
         one.page.wait_for_selector("#chosen :text('Stored already')")
-    assert compressed(server) == count
+    assert counted(server, "compressed_images") == count
 
 
 def test_several_pictures_and_a_clip(browser, server, model, pictures, tmp_path):
@@ -162,12 +162,15 @@ def test_earlier_questions(browser, server, model, pictures):
         box = one.page.get_by_label("Read earlier questions too")
         box.uncheck()
         assert one.answer(QUESTION) == words(model.ask(QUESTION, pictures[0], max_new_tokens=12))
+        (prompt,) = model.prompts([Request(QUESTION, pictures[0])])
+        assert f"The prompt had {len(prompt.sample)} tokens instead of" in one.page.inner_text("#told")
         chat = model.chat(pictures[0], max_new_tokens=12)
         assert words(chat.ask("is it?")) == first
         one.page.get_by_role("button", name="New conversation").click()
         one.page.wait_for_function("document.querySelectorAll('#log .message.bot').length == 0")
         box.check()
         assert [one.answer("is it?"), one.answer(QUESTION)] == [first, words(chat.ask(QUESTION))]
+        assert f"The prompt had {len(prompt.sample)} tokens" not in one.page.inner_text("#told")
 
 
 def test_stop(browser, model, pictures):
@@ -189,6 +192,7 @@ def test_stop(browser, model, pictures):
             one.ask(QUESTION)
             until(lambda: server.scheduler.running == 1, "it was not asked again")
         until(free, "nobody listens any more, and the row is not free")
+        assert (print("N", counted(server, "completion_tokens")) or counted(server, "completion_tokens")) < 3000
 
 
 def test_problems_are_told_in_sentences(browser, server, model, pictures, tmp_path):

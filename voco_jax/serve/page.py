@@ -7,6 +7,7 @@ paths of Gradio there are, is `page_access.py`'s part. Nothing of it is loaded f
 import asyncio
 import atexit
 from collections.abc import AsyncGenerator, Callable, Sequence
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -189,11 +190,12 @@ class _Page:
         for media in medias:
             yield {self.came: view.progress(f"Compressing {media.name}"), self.stop: gr.Button(visible=True)}
             try:
-                async for told in self._run(request, functools.partial(self._work.keep, media, _owner(request))):
-                    if isinstance(told, Shown):
-                        found.append(told)
-                    else:
-                        yield {self.came: view.progress(f"Compressing {media.name}", *told)}
+                async with self._run(request, self._work.keep, media) as telling:
+                    async for told in telling:
+                        if isinstance(told, Shown):
+                            found.append(told)
+                        else:
+                            yield {self.came: view.progress(f"Compressing {media.name}", *told)}
             except Stopped:
                 problems.append("Stopped.")
                 break
@@ -245,12 +247,13 @@ class _Page:
         done: Changes = {self.send: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
         try:
             asked = chat.request(earlier, ("auto" if auto else int(tokens)) if self._may_choose else None)
-            async for told in self._run(request, functools.partial(self._work.answer, asked, _owner(request))):
-                if isinstance(told, Prepared):
-                    places = self._work.places(told)
-                    continue
-                last, chat = told, chat.answered(told.text)
-                yield {self.log: _messages(chat), self.chat: chat, self.told: view.progress("Answering")}
+            async with self._run(request, self._work.answer, asked) as telling:
+                async for told in telling:
+                    if isinstance(told, Prepared):
+                        places = self._work.places(told)
+                        continue
+                    last, chat = told, chat.answered(told.text)
+                    yield {self.log: _messages(chat), self.chat: chat, self.told: view.progress("Answering")}
             status, done[self.told] = 200, view.note(facts(places, last, time.monotonic() - began))
         except Stopped:
             status, done[self.told] = 499, view.note("Stopped.")
@@ -269,8 +272,9 @@ class _Page:
     async def _begin_anew(self, chat: Chat) -> Changes:
         return {self.chat: Chat(chat.pictures), self.log: [], self.told: ""}
 
-    def _run(self, request: gr.Request, work: Callable) -> AsyncGenerator[Any]:
-        return self._work.run(str(request.session_hash), work)
+    def _run(self, request: gr.Request, work: Callable, about: object) -> contextlib.aclosing[AsyncGenerator[Any]]:
+        telling = self._work.run(str(request.session_hash), functools.partial(work, about, _owner(request)))
+        return contextlib.aclosing(telling)
 
 
 def _owner(request: gr.Request) -> str:
