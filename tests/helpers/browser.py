@@ -6,6 +6,7 @@ python -m tests.helpers.browser     # whether one can be started
 import contextlib
 import os
 import shutil
+import sys
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -29,5 +30,10 @@ def chromium():
 
 
 if __name__ == "__main__":
-    with chromium() as browser:
-        print(f"Chromium {browser.version}")
+    from playwright.sync_api import Error
+
+    try:
+        with chromium() as browser:
+            print(f"Chromium {browser.version}")
+    except Error as error:
+        sys.exit(f"Chromium cannot be started: {str(error).splitlines()[0]}")

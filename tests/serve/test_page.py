@@ -1,9 +1,15 @@
 """The page in a real browser: `make page-test` installs what this needs."""
 
 import contextlib
+import os
+from pathlib import Path
 import re
+import stat
+import threading
+import time
 
 import httpx
+from PIL import Image
 import pytest
 
 from tests.helpers.browser import chromium
@@ -148,7 +154,11 @@ def test_several_pictures_and_a_clip(browser, server, model, pictures, tmp_path)
         clip = model.compress_video(str(tmp_path / "clip.mp4"))
         assert f"{len(clip)} images in all" in one.page.inner_text("#chosen") and one.said == []
         assert one.answer("is it?") == words(model.ask("is it?", clip, max_new_tokens=12))
+        model.save(model.compress(list(map(str, pictures[:2]))), tmp_path / "two.voco")
+        one.drop_well(tmp_path / "two.voco")
+        assert one.answer("is it?") == words(model.ask("is it?", pictures[:2], max_new_tokens=12))
         one.cards().filter(has_text="clip.mp4").click()
+        one.page.wait_for_selector("#chosen figcaption:text('clip.mp4')")
         one.page.get_by_role("button", name="Delete from the album").click()
         one.page.wait_for_selector("#chosen .hint:text('Drop a picture')")
         assert one.cards().filter(has_text="clip.mp4").count() == 0
@@ -179,6 +189,8 @@ def test_stop(browser, model, pictures, monkeypatch):
     monkeypatch.setattr(Encoder, "stop_ids", (10**6,))  # no answer ends by itself
     with running(model, rows=4, defaults=LONG, page=True) as server:
         free = lambda: server.scheduler.running == 0  # noqa: E731
+        decode = server.scheduler.batch.decode
+        monkeypatch.setattr(server.scheduler.batch, "decode", lambda **how: (time.sleep(0.1), decode(**how))[1])
         with tab(browser, server) as one:
             one.open().drop_well(pictures[0])
             one.ask(QUESTION)
@@ -195,6 +207,24 @@ def test_stop(browser, model, pictures, monkeypatch):
             until(lambda: server.scheduler.running == 1, "it was not asked again")
         until(free, "nobody listens any more, and the row is not free")
         assert counted(server, "completion_tokens") < 3000
+
+
+def test_while_it_is_compressed(browser, server, monkeypatch, tmp_path):
+    """The page says so, and may be told to stop."""
+    for color in ("blue", "green"):
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{color}.png")
+    encoder, go_on = server.server.service.model.image_encoder, threading.Event()
+    encode = encoder.encode_pixels
+    monkeypatch.setattr(encoder, "encode_pixels", lambda *args: (go_on.wait(60), encode(*args))[1])
+    with tab(browser, server) as one:
+        one.open().drop(tmp_path / "blue.png", tmp_path / "green.png")
+        assert one.page.wait_for_selector(".working").inner_text() == "Compressing blue.png, 1 of 2 …"
+        assert one.page.locator(".working [role=progressbar]").is_visible()
+        one.page.get_by_role("button", name="Stop").click()
+        one.page.wait_for_selector("#came :text('Stopped.')")
+        assert one.page.locator("#chosen figure").count() == 0
+        go_on.set()
+        one.drop_well(tmp_path / "blue.png")
 
 
 def test_problems_are_told_in_sentences(browser, server, model, pictures, tmp_path):
@@ -312,3 +342,13 @@ def test_values_name_no_urls(server, monkeypatch):
 def test_what_gradio_has_beside(server, path):
     response = httpx.get(f"{server.url}/gradio_api/{path}")
     assert response.status_code == 404 and "error" in response.json()
+
+
+def test_uploads_do_not_stay(server, pictures):
+    from voco_jax.serve import page
+
+    (file,) = httpx.post(f"{server.url}/gradio_api/upload", files={"files": pictures[0].read_bytes()}).json()
+    page.delete_files(time.time() - 60)
+    assert Path(file).read_bytes() == pictures[0].read_bytes() and Path(file).is_relative_to(page._FILES)
+    page.delete_files(time.time() + 60)
+    assert os.listdir(page._FILES) == [] and stat.S_IMODE(os.stat(page._FILES).st_mode) == 0o700

@@ -5,7 +5,6 @@ paths of Gradio there are, is `page_access.py`'s part. Nothing of it is loaded f
 """
 
 import asyncio
-import atexit
 from collections.abc import AsyncGenerator, Callable, Sequence
 import contextlib
 import functools
@@ -16,12 +15,9 @@ import tempfile
 import time
 from typing import Any
 
-# Gradio reads these when it is imported, and GRADIO_TEMP_DIR whenever files come
+# Gradio reads these when it is imported
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-if "GRADIO_TEMP_DIR" not in os.environ:
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="voco-page-")  # nobody else may look into it
-    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 from fastapi import FastAPI  # noqa: E402
 import gradio as gr  # noqa: E402
@@ -38,11 +34,16 @@ from voco_jax.serve.service import Prepared  # noqa: E402
 from voco_jax.terminal import count_of  # noqa: E402
 
 _ROUTE = "page"  # its name in /metrics
-_KEPT_FOR = 3600  # seconds that a file stays which came and was not looked at
+_KEPT_FOR = 3000.0  # seconds that an uploaded file stays
+_EVERY = 0.05  # seconds between two looks at a growing answer: browsers are slower than models
 _SELECT = """element.addEventListener('click', event => {
   const card = event.target.closest('[data-id]');
   if (card) trigger('select', {id: card.dataset.id});
 })"""
+
+# Gradio reads this whenever files come. Nobody else may look into it.
+_FILES = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="voco-page-")
+_open: set[FastAPI] = set()  # pages of this process, which share a directory
 
 Changes = dict[Any, Any]  # of Gradio's components
 
@@ -57,11 +58,42 @@ def make_page(server: Server) -> FastAPI:
     theme = gr.themes.Default(
         primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )  # fmt: skip
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_with_files)
     return gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, "/", footer_links=[], run_history=False,
+        app, blocks, "/", footer_links=[], run_history=False,
         show_error=False, max_file_size=server.service.limits.max_video_bytes, ssr_mode=False, mcp_server=False,
         pwa=False, enable_monitoring=False, theme=theme, css=view.CSS,
     )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def _with_files(page: FastAPI) -> AsyncGenerator[None]:
+    """Uploads stay for an hour at most: others may have sent the same file, so it is not deleted with its use."""
+    _open.add(page)
+    os.makedirs(_FILES, mode=0o700, exist_ok=True)
+    tidying = asyncio.create_task(_tidy())
+    try:
+        yield
+    finally:
+        tidying.cancel()
+        _open.remove(page)
+        if not _open:
+            shutil.rmtree(_FILES, ignore_errors=True)
+
+
+async def _tidy() -> None:
+    while True:
+        await asyncio.sleep(_KEPT_FOR / 6)
+        await asyncio.to_thread(delete_files, time.time() - _KEPT_FOR)
+
+
+def delete_files(before: float) -> None:
+    """Delete what came before that time (seconds since 1970)."""
+    for directory, _, names in os.walk(_FILES, topdown=False):
+        for delete, path in [*((os.unlink, os.path.join(directory, name)) for name in names), (os.rmdir, directory)]:
+            with contextlib.suppress(OSError):  # gone already, or a directory with files in it
+                if os.lstat(path).st_ctime < before and path != _FILES:
+                    delete(path)
 
 
 async def _of_this_machine(block: Any, file: str | Path | None) -> str | None:
@@ -77,10 +109,7 @@ class _Page:
         self._work = Work(server)
         self._has_store = self._work.store is not None
         self._may_choose = self._has_store and self._work.tokens > 1
-        with gr.Blocks(
-            title=f"{server.name} · voco_jax", analytics_enabled=False, fill_height=True,
-            delete_cache=(_KEPT_FOR // 6, _KEPT_FOR),
-        ) as self.blocks:  # fmt: skip
+        with gr.Blocks(title=f"{server.name} · voco_jax", analytics_enabled=False, fill_height=True) as self.blocks:
             self._lay_out()
             self._connect()
 
@@ -117,7 +146,7 @@ class _Page:
                     self.album = html(js_on_load=_SELECT, elem_id="album")
             with gr.Column(scale=7, min_width=400):
                 self.log = gr.Chatbot(
-                    label="Conversation", height="calc(100vh - 264px)", min_height=260, buttons=["copy"],
+                    label="Conversation", height="calc(100vh - 264px)", min_height=260, buttons=[],
                     elem_id="log", allow_tags=False, feedback_options=None, latex_delimiters=[],
                     placeholder="Ask about what you have dropped or chosen.",
                 )  # fmt: skip
@@ -131,7 +160,7 @@ class _Page:
                     self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False)
                 with gr.Row(equal_height=True, elem_id="how"):
                     self.tokens = gr.Slider(
-                        1, max(2, work.tokens), work.tokens, step=1, label="Tokens read of an image", scale=3,
+                        1, max(2, work.tokens), work.tokens, step=1, label="Tokens read of an image", scale=6,
                         visible=self._may_choose, elem_id="tokens",
                     )  # fmt: skip
                     with gr.Column(scale=4, min_width=240):
@@ -185,27 +214,25 @@ class _Page:
     async def _take(self, files: list[str] | None, chat: Chat, request: gr.Request) -> AsyncGenerator[Changes]:
         """What was dropped: compressed, kept, and what is asked about from now on."""
         found: list[Shown] = []
-        problems: list[str] = []
+        said: list[str] = []
         medias = [Media(Path(file), None, Path(file).name) for file in files or []]
-        for media in medias:
-            yield {self.came: view.progress(f"Compressing {media.name}"), self.stop: gr.Button(visible=True)}
+        for i, media in enumerate(medias):
+            steps = (i + 1, len(medias))
+            yield {self.came: view.progress(f"Compressing {media.name}", *steps), self.stop: gr.Button(visible=True)}
             try:
                 async with self._run(request, self._work.keep, media) as telling:
                     async for told in telling:
                         if isinstance(told, Shown):
                             found.append(told)
-                        else:
+                        elif len(medias) == 1:
                             yield {self.came: view.progress(f"Compressing {media.name}", *told)}
             except Stopped:
-                problems.append("Stopped.")
+                said.append(view.note("Stopped."))
                 break
             except Exception as error:
-                problems.append(view.sentence(api_error(error), media.name))
-        for media in medias:
-            await asyncio.to_thread(Path(str(media.file)).unlink, missing_ok=True)
+                said.append(view.problem(view.sentence(api_error(error), media.name)))
         changes = await self._show(Chat(tuple(found)), _owner(request)) if found else {}  # else all stays as it is
-        told = "".join(map(view.problem, problems))
-        yield changes | {self.came: told, self.drop: None, self.stop: gr.Button(visible=False)}
+        yield changes | {self.came: "".join(said), self.drop: None, self.stop: gr.Button(visible=False)}
 
     async def _show(self, chat: Chat, owner: str) -> Changes:
         """A new conversation about other pictures."""
@@ -238,7 +265,7 @@ class _Page:
         if not question.strip():
             yield {self.told: view.note("Write a question first.")}
             return
-        before, began, places, last = chat, time.monotonic(), (0, 0), Update()
+        before, began, shown, places, last = chat, time.monotonic(), 0.0, (0, 0), Update()
         chat = chat.asked(question.strip())
         yield {
             self.log: _messages(chat), self.question: "", self.told: view.progress("Reading"),
@@ -253,7 +280,9 @@ class _Page:
                         places = self._work.places(told)
                         continue
                     last, chat = told, chat.answered(told.text)
-                    yield {self.log: _messages(chat), self.chat: chat, self.told: view.progress("Answering")}
+                    if (now := time.monotonic()) > shown + _EVERY:
+                        shown = now
+                        yield {self.log: _messages(chat), self.chat: chat, self.told: view.progress("Answering")}
             status, done[self.told] = 200, view.note(facts(places, last, time.monotonic() - began))
         except Stopped:
             status, done[self.told] = 499, view.note("Stopped.")

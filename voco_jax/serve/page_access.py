@@ -89,7 +89,14 @@ class Gate:
         await response(scope, receive, guarded)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._page(scope, receive, send))
+        last: Message = {}
+
+        async def noted(message: Message) -> None:
+            nonlocal last
+            last = message
+            await send(message)
+
+        work = asyncio.ensure_future(self._page(scope, receive, noted))
         is_endless = scope["path"].startswith(_HEARTBEAT)
         try:
             while not work.done():
@@ -101,7 +108,7 @@ class Gate:
             await asyncio.wait({work})
         if ended:
             work.result()
-        else:
+        elif last.get("more_body"):
             await send({"type": "http.response.body", "body": b""})
 
     async def _session(self, request: Request) -> Response:

@@ -99,9 +99,11 @@ def _view(one: Shown) -> str:
 
 
 def progress(what: str, done: int = 0, total: int = 0) -> str:
-    share = f' value="{done}" max="{total}"' if total > 1 and done else ""
+    """A bar: how far it is, or, of a single thing, that it goes on."""
+    share = f' style="width: {round(100 * done / total)}%"' if total > 1 else ' class="going"'
     counted = f", {done} of {total}" if total > 1 else ""
-    return f'<div class="working" role="status"><span>{_text(what)}{counted} …</span><progress{share}></progress></div>'
+    bar = f'<div role="progressbar"><i{share}></i></div>'
+    return f'<div class="working" role="status"><span>{_text(what)}{counted} …</span>{bar}</div>'
 
 
 def problem(text: str) -> str:
@@ -166,7 +168,8 @@ footer { display: none !important }
 #drop button > div { padding-top: 22px; line-height: 1.2; height: auto; min-height: 0; font-size: .95rem }
 #drop button span { margin: 2px }
 .views, .cards { display: flex; flex-wrap: wrap; gap: 8px }
-.views figure { margin: 0; width: 96px } .views img, .views .blank { width: 96px; height: 96px }
+.views { max-height: 244px; overflow-y: auto } .views figure { margin: 0; width: 96px }
+.views img, .views .blank { width: 96px; height: 96px }
 figcaption, .cards b, .cards span { display: block; font-size: .75rem; line-height: 1.35; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; font-weight: 500 }
 .views img, .cards img { object-fit: cover; border-radius: 6px; background: #8882 }
@@ -180,16 +183,20 @@ figcaption, .cards b, .cards span { display: block; font-size: .75rem; line-heig
 .cost td.kept { font-weight: 700; color: var(--primary-600) } .dark .cost td.kept { color: var(--primary-300) }
 .cost i { display: block; height: 3px; border-radius: 2px; background: var(--neutral-400); margin-top: 2px }
 .cost i.kept { background: var(--primary-500) }
-.cards { max-height: 230px; overflow-y: auto; padding: 3px }
-.cards button { width: 98px; padding: 5px; border-radius: 8px; border: 1px solid var(--border-color-primary);
+.cards { max-height: 240px; overflow-y: auto; padding: 3px }
+.cards button { width: 88px; padding: 5px; border-radius: 8px; border: 1px solid var(--border-color-primary);
   text-align: left; cursor: pointer; color: inherit }
 .cards button:hover, .cards button:focus-visible { border-color: var(--primary-500) }
 .cards button[aria-pressed=true] { outline: 2px solid var(--primary-500) }
-.cards img, .cards .blank { width: 86px; height: 64px } .cards span { color: var(--faint); font-weight: 400 }
+.cards img, .cards .blank { width: 76px; height: 76px } .cards span { color: var(--faint); font-weight: 400 }
 .problem { padding: 8px 12px; border-radius: 8px; border: 1px solid #d97706; background: #f59e0b22; font-size: .9rem;
   margin-bottom: 4px }
-.working { display: flex; gap: 10px; align-items: center; font-size: .9rem } .working progress { flex: 1; height: 8px }
-#how { align-items: center } #how label, #how span { font-size: .85rem }
+.working { display: flex; gap: 10px; align-items: center; font-size: .9rem }
+.working div { flex: 1; height: 6px; border-radius: 3px; background: #8883; overflow: hidden }
+.working i { display: block; height: 100%; border-radius: 3px; background: var(--primary-500) }
+.working .going { width: 30%; animation: going 1.4s ease-in-out infinite alternate }
+@keyframes going { from { margin-left: 0 } to { margin-left: 70% } }
+#how { align-items: center } #how > * { align-self: center } #how label, #how span { font-size: .85rem }
 #how .block, #how .form { padding: 2px;
   border-color: transparent !important; background: none; box-shadow: none }
 """
