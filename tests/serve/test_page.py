@@ -135,6 +135,9 @@ def test_a_picture_is_kept_and_asked_about(browser, server, model, pictures):
         one.page.press("#tokens input[type=number]", "Tab")
         assert one.answer(QUESTION) == words(expected[1])
         assert "tokens instead of" in one.page.inner_text("#told")
+        one.page.get_by_label("As few as a sure answer needs").check()
+        assert one.answer(QUESTION) == words(model.ask(QUESTION, pictures[0], max_new_tokens=12, tokens="auto"))
+        assert re.search(r"It read [12] of each image\.", one.page.inner_text("#told"))
     count = counted(server, "compressed_images")
     with tab(browser, server) as one:
         one.open().cards().filter(has_text=pictures[0].name).click()
