@@ -47,6 +47,14 @@ SIZES = {
         ),
         VIT["clip-vit-l-14-336"],
     ),
+    # LLaVA's picture of 576 tokens, a narrow tower, 70 M parameters: a question takes tens of milliseconds
+    "small": _config(
+        LlamaConfig(
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+            max_position_embeddings=2048,
+        ),
+        ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6),
+    ),
     "tiny": _config(
         LlamaConfig(
             hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

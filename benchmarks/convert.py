@@ -19,6 +19,7 @@ import time
 
 import numpy as np
 
+from benchmarks.machine import memory_of
 from voco_jax.convert.families import clip, llava
 from voco_jax.convert.formats import FORMATS
 from voco_jax.convert.to_hf import write_json, write_shards
@@ -71,15 +72,6 @@ def size_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def peak_memory(pid: int) -> int:
-    """KiB of the largest resident set so far (a child's ru_maxrss would begin with its parent's)."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
-
-
 def measure(name: str, read: list[Path], command: list) -> dict:
     """Run a command; seconds until its output is on the disk, and its peak memory."""
     for directory in read:
@@ -88,13 +80,13 @@ def measure(name: str, read: list[Path], command: list) -> dict:
     process = subprocess.Popen([str(part) for part in command])
     peak = 0
     while process.poll() is None:
-        peak = max(peak, peak_memory(process.pid))
+        peak = max(peak, memory_of(process.pid, "VmHWM"))  # a child's ru_maxrss would begin with its parent's
         time.sleep(0.1)
     os.sync()
     seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"{name}: failed")
-    row = {"step": name, "seconds": seconds, "gb": sum(map(size_of, read)) / 1e9, "peak_mib": peak / 1024}
+    row = {"step": name, "seconds": seconds, "gb": sum(map(size_of, read)) / 1e9, "peak_mib": peak / 2**20}
     print(f"{name}: {seconds:.0f} s", flush=True)
     return row
 

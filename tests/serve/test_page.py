@@ -13,8 +13,7 @@ from PIL import Image
 import pytest
 
 from tests.helpers.browser import chromium
-from tests.serve.conftest import running, until
-from tests.serve.test_media import MP4
+from tests.serve.conftest import clip, running, until
 from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.conversations import Encoder
@@ -149,14 +148,14 @@ def test_a_picture_is_kept_and_asked_about(browser, server, model, pictures):
 
 
 def test_several_pictures_and_a_clip(browser, server, model, pictures, tmp_path):
-    (tmp_path / "clip.mp4").write_bytes(MP4)
+    (tmp_path / "clip.mp4").write_bytes(clip())
     with tab(browser, server) as one:
         one.open().drop_well(*pictures[1:3])
         assert one.answer("is it?") == words(model.ask("is it?", pictures[1:3], max_new_tokens=12))
         one.drop_well(tmp_path / "clip.mp4")
-        clip = model.compress_video(str(tmp_path / "clip.mp4"))
-        assert f"{len(clip)} images in all" in one.page.inner_text("#chosen") and one.said == []
-        assert one.answer("is it?") == words(model.ask("is it?", clip, max_new_tokens=12))
+        frames = model.compress_video(str(tmp_path / "clip.mp4"))
+        assert f"{len(frames)} images in all" in one.page.inner_text("#chosen") and one.said == []
+        assert one.answer("is it?") == words(model.ask("is it?", frames, max_new_tokens=12))
         model.save(model.compress(list(map(str, pictures[:2]))), tmp_path / "two.voco")
         one.drop_well(tmp_path / "two.voco")
         assert one.answer("is it?") == words(model.ask("is it?", pictures[:2], max_new_tokens=12))

@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from tests.serve.conftest import running
 from voco_jax.serve import page_access
 from voco_jax.serve.app import Access
+from voco_jax.serve.bodies import BodyLimit
 from voco_jax.serve.page_access import OWNER, SECONDS, Gate, PageRoute
 
 KEYS = ("the key of the first one", "the key of the second")
@@ -21,6 +22,7 @@ KEYS = ("the key of the first one", "the key of the second")
 async def _page(scope, receive, send) -> None:
     """In place of Gradio's."""
     if "heartbeat" not in scope["path"]:
+        await Request(scope, receive).body()
         await PlainTextResponse(f"{scope['path']} {scope[OWNER]}")(scope, receive, send)
         return
 
@@ -32,13 +34,16 @@ async def _page(scope, receive, send) -> None:
     await StreamingResponse(alive())(scope, receive, send)
 
 
-def client(*keys: str, isolated: bool = False, is_closing=lambda: False, scheme: str = "http") -> httpx.AsyncClient:
+def client(
+    *keys: str, isolated: bool = False, is_closing=lambda: False, scheme: str = "http", most: int = 10_000
+) -> httpx.AsyncClient:  # fmt: skip
     async def other(request: Request):
         return PlainTextResponse("the API's")
 
     app = Starlette()
     app.add_route("/config", other, methods=["PUT"])
     app.router.routes.append(PageRoute(Gate(_page, Access(keys, isolated), is_closing)))
+    app.add_middleware(BodyLimit, most_bytes=lambda path, content_type: most, seconds=0.2)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"{scheme}://server")
 
 
@@ -140,6 +145,23 @@ def test_open_pages_hold_nothing_up():
         await asyncio.wait_for(asked, 20)
 
     asyncio.run(check())
+
+
+def test_bodies_have_limits():
+    """Of which the page says what the API does."""
+    page = client(most=20)
+
+    async def check(content):
+        return await page.post("/gradio_api/upload", content=content)
+
+    async def slow():
+        yield b"a"
+        await asyncio.sleep(60)
+
+    assert asyncio.run(check(b"x" * 20)).status_code == 200
+    for content, status, text in ((b"x" * 21, 413, "at most 20 bytes"), (slow(), 408, "more of it within 0.2 s")):
+        response = asyncio.run(check(content))
+        assert response.status_code == status and text in response.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def main() -> None:
     try:
         import fastapi  # noqa: F401
         import httpx  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"voco serve needs {error.name}, which is not installed: {MISSING}") from None

@@ -1,6 +1,7 @@
 """The whole server of a model, as an ASGI application: for `voco serve`, and for who runs it in another way (Ray Serve,
 gunicorn)."""
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -33,8 +34,9 @@ PAGE_OFF = "The page is off. The API is at /v1."
 class Options:
     """`name` is the model's for clients ('': its run directory's). `store`: a directory or gs://…, None: memories are
     kept on the host alone. `rows` requests are answered at once, each with `context` tokens at most, and `max_waiting`
-    wait. `grace`: seconds for the rest when the server is stopped. `page`: at `/`, where Gradio is installed. Sizes are
-    in bytes."""
+    wait. `body_bytes` of a request's body are taken, and `upload_bytes` of an upload; more of it comes every
+    `body_seconds`. `grace`: seconds for the rest when the server is stopped. `page`: at `/`, where Gradio is installed.
+    Sizes are in bytes."""
 
     name: str = ""
     keys: tuple[str, ...] = ()
@@ -48,6 +50,9 @@ class Options:
     rows: int = 16
     context: int = 4096
     max_waiting: int = 256
+    body_bytes: int = 150 << 20
+    upload_bytes: int = 2 << 30
+    body_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
     log_prompts: bool = False
     warm_up: bool = True
@@ -79,12 +84,12 @@ def make_server(model: Model, options: Options = Options()) -> FastAPI:
         async with contextlib.nullcontext() if page is None else page.router.lifespan_context(page):
             yield
         server.is_closing = True
-        server.jobs.cancel_all()
-        scheduler.close(options.grace)
-        if service.store is not None and not service.store.close(options.grace):
+        await server.jobs.close()
+        await asyncio.to_thread(scheduler.close, options.grace)
+        if service.store is not None and not await asyncio.to_thread(service.store.close, options.grace):
             log.error("memories could not all be written to %s", options.store)
 
-    app = make_app(server, lifespan)
+    app = make_app(server, lifespan, options.body_bytes, options.upload_bytes, options.body_seconds)
     app.state.server = server
     _add_page(app, server, page, NO_PAGE if options.page else PAGE_OFF)
     if options.cors_origins:

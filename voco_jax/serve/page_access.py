@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from voco_jax.serve.app import Access
+from voco_jax.serve.errors import ApiError
 from voco_jax.serve.page_view import login_page
 
 SECONDS = 12 * 3600  # that a cookie is valid
@@ -90,13 +91,23 @@ class Gate:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         last: Message = {}
+        refused: ApiError | None = None
 
         async def noted(message: Message) -> None:
             nonlocal last
             last = message
             await send(message)
 
-        work = asyncio.ensure_future(self._page(scope, receive, noted))
+        async def received() -> Message:
+            nonlocal refused
+            try:
+                return await receive()
+            except ApiError as error:  # of a body that is too long or too slow; Gradio would take it for a fault
+                refused = error
+                work.cancel()
+                return await asyncio.Future()
+
+        work = asyncio.ensure_future(self._page(scope, received, noted))
         is_endless = scope["path"].startswith(_HEARTBEAT)
         try:
             while not work.done():
@@ -104,9 +115,11 @@ class Gate:
                 if is_endless and self._is_closing():
                     break
         finally:
-            ended = not work.cancel()
+            work.cancel()
             await asyncio.wait({work})
-        if ended:
+        if refused is not None and not last:
+            await JSONResponse({"detail": refused.message}, refused.status)(scope, receive, send)
+        elif not work.cancelled():
             work.result()
         elif last.get("more_body"):
             await send({"type": "http.response.body", "body": b""})

@@ -109,7 +109,7 @@ class Work:
     async def keep(self, media: Media, owner: str, tell: Tell) -> None:
         """Compress what came, and keep it; `tell` is given how far it is, (done, total), and last what there is, a
         `Shown`."""
-        service, kind = self._service, await asyncio.to_thread(kind_of_upload, media)
+        service, kind = self._service, await decode(kind_of_upload, media)
         name = f"{NAMED}{media.name}" if self.store is not None else ""
         if kind == "memory":
             tell(Shown.of(await service.take_file(media, owner, name)))
