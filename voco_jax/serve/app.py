@@ -44,6 +44,7 @@ Updates = AsyncGenerator[tuple[int, Update]]  # of choices, by their numbers
 
 _LONGEST_PAGE = 100
 _MEMORIES = "/v1/memories"
+_UPLOADS = (_MEMORIES, "/gradio_api/upload")  # the other one is the page's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +55,34 @@ class Access:
     keys: tuple[str, ...] = ()
     isolated: bool = False
 
+    def known(self, given: str) -> str | None:
+        """The key that somebody gives, if it is one of these."""
+        digest, found = _digest(given), None
+        for key in self.keys:  # all are compared, and each in constant time
+            if hmac.compare_digest(digest, _digest(key)):
+                found = key
+        return found
+
+    def owner_of(self, key: str) -> str:
+        """Whose memories who has this key asks about."""
+        return hashlib.sha256(b"owner of memories:" + _digest(key)).hexdigest() if self.isolated else ""
+
     def owner(self, request: Request) -> str:
         """Whose memories a request is about; ApiError 401 for a stranger."""
         if not self.keys:
             return ""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).digest()
-        # All are compared, and each in constant time
-        known = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in self.keys]
-        if kind.lower() != "bearer" or not any(known):
+        key = self.known(given.strip())
+        if kind.lower() != "bearer" or key is None:
             raise ApiError(
                 401, "expected a known key as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        return hashlib.sha256(b"owner of memories:" + digest).hexdigest() if self.isolated else ""
+        return self.owner_of(key)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 @dataclasses.dataclass
@@ -95,7 +110,7 @@ def make_app(
     )  # fmt: skip
 
     def most(path: str, content_type: str) -> int:
-        return most_upload_bytes if path == _MEMORIES and is_multipart(content_type) else most_bytes
+        return most_upload_bytes if path in _UPLOADS and is_multipart(content_type) else most_bytes
 
     app.add_middleware(BodyLimit, most_bytes=most, seconds=body_seconds)
     _add_errors(app)
@@ -210,7 +225,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
         prepared = await _while_connected(request, service.prepare(asked, owner))
         metrics.prompt(prepared.prompt_tokens, prepared.cached_tokens)
         completion = Completion(asked, prepared, service.model.engine, server.name, service.model.fingerprint)
-        updates = _timed(service.answers(prepared), metrics, began)
+        updates = timed(service.answers(prepared), metrics, began)
         headers = {"X-Voco-Memory-Bytes": str(prepared.memory_bytes)}
         if not asked.stream:
             whole = await _while_connected(request, _whole(updates, completion, prepared))
@@ -253,7 +268,7 @@ async def _counted(events: AsyncGenerator[str], metrics: Metrics) -> AsyncGenera
             raise
 
 
-async def _timed(
+async def timed(
     updates: Updates, metrics: Metrics, began: float
 ) -> Updates:  # fmt: skip
     first: float | None = None
@@ -331,7 +346,7 @@ def _add_memories(app: FastAPI, server: Server) -> None:
     async def keep(
         found: list[tuple[Media, str]], owner: str, directory: tempfile.TemporaryDirectory | None = None
     ) -> Response:  # fmt: skip
-        kinds = [await decode(_kind, media) for media, _ in found]
+        kinds = [await decode(kind_of_upload, media) for media, _ in found]
         if len(found) == 1 and kinds[0] != "video":
             try:
                 entry = await keep_one(*found[0], kinds[0], owner)
@@ -422,7 +437,7 @@ def _nothing(done: int, total: int) -> None:
     pass
 
 
-def _kind(media: Media) -> str:
+def kind_of_upload(media: Media) -> str:
     """'memory' (a `.voco` file), 'video' or 'picture': by its bytes."""
     if media.file is not None and os.path.splitext(media.name)[1].lower() == SUFFIX:
         return "memory"

@@ -100,10 +100,10 @@ class Service:
         return self.store
 
     async def remembered(self, name: str, owner: str) -> Seen:
-        """A memory by its name or id; ApiError 404 where there is none."""
-        store = self.require_store()
-        id = await asyncio.to_thread(store.find, name, owner)
-        bank = None if id is None else await asyncio.to_thread(store.get, id, owner)
+        """A memory by its name or id, or the embeddings of a picture that was seen, by its id; ApiError 404 where there
+        is none."""
+        id = name if self.store is None else await asyncio.to_thread(self.store.find, name, owner)
+        bank = None if id is None else await asyncio.to_thread(self._known, id, owner)
         if id is None or bank is None:
             raise ApiError(
                 404, f"uuid: no memory has the name or id {name[:100]!r}: send the picture", param="uuid",
