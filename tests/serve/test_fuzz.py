@@ -11,6 +11,7 @@ import pytest
 
 from tests.fuzz.mutations import damage
 from tests.serve.conftest import data_uri, part, running, said, until
+from voco_jax.serve import bodies
 from voco_jax.serve.service import Defaults
 
 COUNT, SEED = 1000, 0
@@ -190,11 +191,12 @@ def test_numbers_beyond_all_limits(server, key):
         assert status == (200 if is_good else 400), (value, said_of_it)
 
 
-def test_malformed_requests(model, pictures, tmp_path, caplog):
+def test_malformed_requests(model, pictures, tmp_path, monkeypatch, caplog):
     """1,000 of a seed are answered 4xx, but for those that are good by chance, which are answered; never 5xx, and none
     hangs. Between them good ones are answered right."""
+    monkeypatch.setattr(bodies, "_LINGER", 0.02)
     cases, statuses = Cases(SEED, pictures[0]), []
-    options = dict(rows=4, context=256, defaults=Defaults(max_new_tokens=4), body_seconds=0.3)
+    options = dict(rows=4, context=256, defaults=Defaults(max_new_tokens=4), body_seconds=0.2)
     with running(model, store=str(tmp_path), **options) as server:
         expected = model.ask("what?", pictures[0], max_new_tokens=4)
         good = request("POST", CHAT, json.dumps({"messages": said("what?", pictures[0])}).encode())
