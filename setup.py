@@ -59,6 +59,7 @@ setup(
             "uvicorn>=0.34",
         ],
         "tensorboard": ["tensorboard>=2.18"],  # to look at what training logs
+        "ui": ["gradio>=6.31,<7"],  # the page of `voco serve`
         "wandb": ["wandb>=0.19"],  # to log to Weights & Biases too (train.wandb)
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "video": ["av>=18,<19"],
@@ -88,6 +89,7 @@ setup(
             "tensorflow-datasets>=4.9.10",
             "uvicorn>=0.34",
         ],
+        "test-page": ["playwright>=1.50"],  # drives the browser of `make page-test`
         "test-all": [  # what `make test-all` and `make fuzz` need beside that
             "torch>=2.6",
             "wandb>=0.19",

@@ -20,12 +20,16 @@ os.environ["MPLBACKEND"] = "Agg"
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Read by workers and by the processes that tests start
+EVERY_PROCESS = Path(__file__).parent / "helpers" / "every_process"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EVERY_PROCESS), os.environ.get("PYTHONPATH")]))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.helpers import tiny  # noqa: E402
+from tests.helpers.every_process import sitecustomize  # noqa: E402, F401 (for this process, which has begun)
 from tests.helpers.shared import make_once  # noqa: E402
 from voco_jax.data.tokenizer import load_tokenizer, train_tokenizer  # noqa: E402
 from voco_jax.parallel.chips import topology_devices  # noqa: E402
@@ -85,6 +89,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------------
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: collections need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

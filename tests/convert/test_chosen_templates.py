@@ -1,5 +1,6 @@
 """Which prompt, and which stop tokens, a converted run has; what `to-hf` makes of them."""
 
+import copy
 import json
 import shutil
 
@@ -16,10 +17,11 @@ from voco_jax.checkpoint.init_from import begin_with_run
 from voco_jax.config import default_config, load_config
 from voco_jax.convert.chat_templates import write_chat_template
 from voco_jax.convert.sources import Source
+from voco_jax.convert.to_hf import set_chat_template
 from voco_jax.convert.to_jax import Options, choose_template, load_source_tokenizer
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import template_of
-from voco_jax.data.template_reader import read_chat_template
+from voco_jax.data.template_reader import read_chat_template, takes_parts
 from voco_jax.data.tokenizer import load_tokenizer, prompt_ids, save_tokenizer
 from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig
@@ -121,6 +123,24 @@ def test_there_and_back(tmp_path, convert):  # noqa: F811
     assert template_of(begin_with_run(more)) == template
     more.data.template = "bare"
     assert begin_with_run(more).data.template == "bare"
+
+
+def test_a_processors_template_takes_parts():
+    """A language model's takes text alone, and would lose the images that come in parts: an export has another."""
+    for family, has_parts in (("qwen2.5", False), ("qwen3", False), ("llama3.1", False), ("llava_qwen", True)):
+        tokenizer, template = copy.deepcopy(tokenizer_of(family)), chosen(family)[1]
+        own = tokenizer.chat_template
+        encoder = Encoder(tokenizer, template, 0, 1, compressed=False, verbatim=True)
+        set_chat_template(tokenizer, encoder)
+        assert (tokenizer.chat_template == own) == takes_parts(own, tokenizer) == has_parts, family
+        assert takes_parts(tokenizer.chat_template, tokenizer)
+        sample = encoder.encode_question("Why?")
+        text = tokenizer.decode(sample.tokens[sample.slot_index < 0])
+        image = [{"type": "image"}, {"type": "text", "text": "Why?"}]
+        for content in (image, "<image>\nWhy?")[: 1 if has_parts else 2]:
+            asked = [{"role": "user", "content": content}]
+            rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            assert rendered.replace("<image>", "") == text, (family, content)
 
 
 def test_a_prompt_as_a_chat_template():

@@ -429,7 +429,14 @@ def test_models_with_the_tensors_of_llama(model_type, source, tmp_path, convert)
     """They compute something else."""
     change_config(source, model_type=model_type)
     status, _, err = convert("to-jax", tmp_path / "run", "--llm", source, "--init-missing", *TOKENIZER)
-    assert_one_line(status, err, f"model_type: expected 'llama' or 'llava_llama' or 'llava', found '{model_type}'")
+    assert_one_line(status, err, f"model_type: expected llama, mistral, qwen2, qwen3; found '{model_type}'")
+
+
+def test_a_language_model_alone(source, tmp_path, convert):  # noqa: F811
+    change_config(source, model_type="llama")
+    change_tensors(source, lambda t: [t.pop(n) for n in list(t) if "vision" in n or "mm_projector" in n])
+    status, _, err = convert("to-jax", tmp_path / "run", "--llm", source, *TOKENIZER)
+    assert_one_line(status, err, "source: no projector and no vision_tower; --init-missing draws them at random")
 
 
 def test_inspect_tells_of_missing_parts(source, convert):  # noqa: F811

@@ -68,7 +68,7 @@ OF_DEFAULTS = {
 
 
 def read(fields: dict) -> LlamaConfig:
-    return language_family(fields).from_hf(fields, FILE)
+    return language_family(fields, FILE).from_hf(fields, FILE)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,25 @@ def test_configs_as_their_authors_wrote_them(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (QWEN2_5_0_5B | {"use_sliding_window": True}, "max_window_layers: expected a sliding window in all layers"),
+        (QWEN2_5_0_5B | {"use_sliding_window": True}, "max_window_layers: expected a sliding window in all 24"),
         (QWEN3_8B | {"use_sliding_window": True, "sliding_window": "4k", "max_window_layers": 0}, "llama.sliding_w"),
+        (QWEN3_8B | {"use_sliding_window": "no"}, "use_sliding_window: expected True or False or None, found 'no'"),
+        (
+            QWEN3_8B | {"layer_types": ["sliding_attention"] * 36},
+            "layer_types: expected a .* use_sliding_window is not",
+        ),
+        (
+            QWEN3_8B | {"layer_types": ["full_attention"] * 35},
+            "layer_types: expected a sliding window in no layer, for",
+        ),
         (QWEN3_8B | {"attention_bias": True}, "attention_bias: expected False or None, found True"),
         (QWEN2_5_0_5B | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24]}}, "rope_scaling.mrope_section"),
         (QWEN2_5_0_5B | {"use_mrope": True}, "use_mrope: expected False or None, found True"),
         (QWEN3_8B | {"num_experts": 128}, "num_experts: expected 0 or 1 or None, found 128"),
-        (QWEN3_8B | {"model_type": "qwen3_moe", "num_experts": 128}, "model_type: expected 'llama'"),
+        (
+            QWEN3_8B | {"model_type": "qwen3_moe", "num_experts": 128},
+            "model_type: expected llama, mistral, qwen2, qwen3; found 'qwen3_m",
+        ),
         (MISTRAL_V0_1 | {"sliding_window": -1}, "llama.sliding_window: expected a whole number above 0, found -1"),
     ],
 )
@@ -117,10 +129,14 @@ def test_windows_of_some_layers():
         ({"max_window_layers": 36}, 0),
         ({"layer_types": ["sliding_attention"] * 36}, 512),
         ({"layer_types": ["full_attention"] * 36}, 0),
+        ({"layer_types": ["full_attention"] * 36, "use_sliding_window": False}, 0),
     ):
         assert read(QWEN3_8B | window | fields).sliding_window == expected
-    with pytest.raises(UserError, match="a sliding window in all layers, or none"):
-        read(QWEN3_8B | window | {"layer_types": ["sliding_attention", "full_attention"] * 18})
+    for kinds in (["sliding_attention", "full_attention"] * 18, ["sliding_attention"], ["linear_attention"] * 36, "x"):
+        with pytest.raises(
+            UserError, match="layer_types: expected a sliding window in all 36 layers, or in none; found"
+        ):
+            read(QWEN3_8B | window | {"layer_types": kinds})
 
 
 def test_no_family_has_all_switches():

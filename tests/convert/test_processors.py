@@ -169,6 +169,16 @@ def test_what_is_not_computed_is_refused_by_name(fields, message):
         processor_from_hf(fields, "file: ", SIZE)
 
 
+def test_how_tiles_are_cut_is_named_by_the_first_llava_next():
+    """In the files of all its checkpoints; no version of transformers reads the key."""
+    fields = CLIP | {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": [[28, 56]]}
+    named = fields | {"aspect_ratio_setting": "anyres"}
+    assert processor_from_hf(named, "file: ", SIZE) == processor_from_hf(fields, "file: ", SIZE)
+    for other in (fields | {"aspect_ratio_setting": "pad"}, CLIP | {"aspect_ratio_setting": "anyres"}):
+        with pytest.raises(UserError, match="^file: aspect_ratio_setting: .*found"):
+            processor_from_hf(other, "file: ", SIZE)
+
+
 def write(directory, **files) -> None:
     directory.mkdir(exist_ok=True)
     for name, fields in files.items():

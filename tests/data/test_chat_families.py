@@ -88,6 +88,10 @@ EXPECTED = {
     ),
     "llama3.1": LLAMA_3_1,
     "llama3.2": LLAMA_3_1,  # with another date
+    "llama2": Expected(  # BOS is what its turns begin with
+        TOKENIZER, "", "<s>[INST] ", f"<s>[INST] <<SYS>>\n{BRIEF}\n<</SYS>>\n\n",
+        ("What is it? [/INST]", " A bus. </s>", "<s>[INST] Red? [/INST]", " No. </s>"), " A bus. </s> No. </s>",
+    ),
     "mistral-v0.1": Expected(
         TOKENIZER, "<s>", " [INST] ", f" [INST] {BRIEF}\n\n",
         ("What is it? [/INST]", " A bus.</s>", " [INST] Red? [/INST]", " No.</s>"), " A bus.</s> No.</s>",
@@ -282,6 +286,15 @@ def test_training_goes_on_with_a_runs_prompt(tmp_path):
     base.data.template = "voco_v1"
     config, said = begun()
     assert (config.data.template, config.data.system, said) == ("voco_v1", None, "")
+    # The tokenizer's own, without control tokens: a language model has it because someone asked for it, plain LLaVA
+    # anyway
+    save_tokenizer(tokenizer_of("llama2"), tmp_path / "tokenizer")
+    set_template(base.data, chosen("llama2")[1])
+    config, said = begun()
+    assert template_of(config) == chosen("llama2")[1] and said.startswith("config.data.template: 'tokenizer'; ")
+    base.model.compressor, base.model.num_voco_tokens = "none", 0
+    config, said = begun()
+    assert (config.data.template, said) == ("voco_v1", "")
 
 
 def test_texts_beside_the_tokenizers_own_are_refused():
@@ -414,4 +427,4 @@ def test_a_record_with_a_system_turn():
 
 def test_which_templates_mark_turns():
     marked = {family for family in FAMILIES if marks_turns(chosen(family)[1], tokenizer_of(family))}
-    assert FAMILIES.keys() - marked == {"vicuna", "mistral-v0.1"}
+    assert FAMILIES.keys() - marked == {"vicuna", "mistral-v0.1", "llama2"}

@@ -158,6 +158,17 @@ MISTRAL_1 = """{%- if messages[0]["role"] == "system" %}
 """
 MISTRAL_3 = MISTRAL_1.replace("loop.first and system_message", "loop.last and system_message")
 MISTRAL_3 = MISTRAL_3.replace('" [INST] "', '"[INST] "').replace('" [/INST]"', '"[/INST]"')
+# Of Llama 2's chat models: a space stands before the token that ends an answer
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
@@ -192,11 +203,19 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, str | None], tuple[str
     "llava_qwen": (LLAVA_QWEN, (*_QWEN, "<image>"), _QWEN_NAMED, ("<|im_end|>",)),
     "llama3.1": (LLAMA_3_1, _LLAMA_3, _LLAMA_3_NAMED, ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")),
     "llama3.2": (LLAMA_3_2, _LLAMA_3, _LLAMA_3_NAMED, ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")),
+    "llama2": (LLAMA_2, ("<unk>", "<s>", "</s>"), _MISTRAL_NAMED, ("</s>",)),
     "mistral-v0.1": (MISTRAL_1, ("<unk>", "<s>", "</s>"), _MISTRAL_NAMED, ("</s>",)),
     "mistral-v0.3": (MISTRAL_3, ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"), _MISTRAL_NAMED, ("</s>",)),
     "vicuna": (VICUNA, ("<unk>", "<s>", "</s>"), _MISTRAL_NAMED, ("</s>",)),
 }  # fmt: skip
-_BEGINS = "llama3.1", "llama3.2", "mistral-v0.1", "mistral-v0.3", "vicuna"  # whose tokenizers put BOS before a text
+_BEGINS = (
+    "llama2",
+    "llama3.1",
+    "llama3.2",
+    "mistral-v0.1",
+    "mistral-v0.3",
+    "vicuna",
+)  # whose tokenizers put BOS before a text
 
 
 def tokenizer_files(path: Path, family: str) -> Path:

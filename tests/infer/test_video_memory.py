@@ -126,7 +126,7 @@ for mesh in ("frame=4", "data=2,frame=2", "data=4"):
 def test_over_four_devices(run, model, six, tmp_path):
     """Frames spread over them: six over four, so two places are empty."""
     model.save(six, tmp_path / "one.voco")
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, run, BIKES, tmp_path / "one.voco", tmp_path / "out", *QUESTIONS],
         env=dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu"), capture_output=True, text=True,

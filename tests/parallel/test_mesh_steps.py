@@ -47,8 +47,6 @@ CASES = {
         (1, 2, 2, 2), SCANNED,
         {"train.loss": "distillation", "train.distill.teacher": "ema", "train.freeze": ("llama.embed_tokens",)},
     ),
-}  # fmt: skip
-SLOW_CASES = {
     "embeddings, lora": (
         (1, 2, 2, 2), dataclasses.replace(ADAPTED, compressor="voco_embedding"), {"train.freeze": ("vision_tower",)}
     ),
@@ -62,7 +60,7 @@ def lora_is_that_of_one_device():
 
 def a_step_is_that_of_one_device(case):
     """Loss, gradient norm and parameters; what is frozen stays to the bit; all leaves where it came from."""
-    shape, model, changes = (CASES | SLOW_CASES)[case]
+    shape, model, changes = CASES[case]
     config, mesh = default_config(), mesh_of(shape)
     config.update_from_flattened_dict(changes | {"optim.warmup_steps": 0, "optim.learning_rate": 1e-2})
     with mock.patch("voco_jax.train.optimizer.FACTORED_FROM", 8):
@@ -110,9 +108,6 @@ CHECKS = {"lora_is_that_of_one_device": lora_is_that_of_one_device} | {
 }
 
 
-SLOW_CHECKS = {case: functools.partial(a_step_is_that_of_one_device, case) for case in SLOW_CASES}
-
-
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     return failures_of(__name__)
@@ -123,12 +118,5 @@ def test_eight_devices(failures, name):
     assert name not in failures, failures[name]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW_CHECKS)
-def test_eight_devices_in_other_ways(name):
-    failures = failures_of(__name__, name)
-    assert name not in failures, failures[name]
-
-
 if __name__ == "__main__":
-    run_checks(CHECKS | SLOW_CHECKS, sys.argv[1:] or [*CHECKS])
+    run_checks(CHECKS, sys.argv[1:])

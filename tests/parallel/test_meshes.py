@@ -64,8 +64,6 @@ CASES = {
     "four frame shards": ((2, 1, 4, 1), {}, {}),
     "embeddings, two frame shards, scanned": ((1, 2, 2, 2), EMBEDDING, dict(unroll_layers=False)),
     "uncompressed, tied embeddings": ((1, 2, 2, 2), dict(compressor="none", llama=TIED), {}),
-}
-SLOW_CASES = {
     "embeddings, data": ((8, 1, 1, 1), EMBEDDING, {}),
     "embeddings, fsdp, scanned, remat": ((2, 4, 1, 1), EMBEDDING, dict(unroll_layers=False, remat="full")),
     "embeddings, tensor": ((2, 2, 1, 2), EMBEDDING, {}),
@@ -127,7 +125,7 @@ def assert_close(found, expected, tolerance: float):
 
 
 def loss_and_gradients_are_those_of_one_device(case):
-    shape, model, computing = (CASES | SLOW_CASES)[case]
+    shape, model, computing = CASES[case]
     config = dataclasses.replace(BASE, **model)
     found = loss_and_gradients(dataclasses.replace(config, **computing), random_batch(config), shape)
     assert_close(found, on_one_device(config), 1e-5)
@@ -283,17 +281,9 @@ CHECKS = {case: functools.partial(loss_and_gradients_are_those_of_one_device, ca
 }
 
 
-SLOW_CHECKS = {case: functools.partial(loss_and_gradients_are_those_of_one_device, case) for case in SLOW_CASES}
-
-
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     return failures_of(__name__)
-
-
-@pytest.fixture(scope="module")
-def slow_failures() -> dict[str, str]:
-    return failures_of(__name__, *SLOW_CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -301,11 +291,5 @@ def test_eight_devices(failures, name):
     assert name not in failures, failures[name]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW_CHECKS)
-def test_eight_devices_in_other_ways(slow_failures, name):
-    assert name not in slow_failures, slow_failures[name]
-
-
 if __name__ == "__main__":
-    run_checks(CHECKS | SLOW_CHECKS, sys.argv[1:] or [*CHECKS])
+    run_checks(CHECKS, sys.argv[1:])

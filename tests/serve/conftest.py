@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import av
 import numpy as np
 from openai import OpenAI
 from PIL import Image
@@ -97,6 +98,22 @@ def said(*content) -> list[dict]:
         {"type": "text", "text": c} if isinstance(c, str) else c if isinstance(c, dict) else part(c) for c in content
     ]
     return [{"role": "user", "content": parts}]
+
+
+def shown(i: int = 0) -> Image.Image:
+    y, x = np.mgrid[:48, :64]
+    return Image.fromarray(np.stack([4 * x + i, 5 * y - i, x * y // 16 + 3 * i], axis=-1).astype(np.uint8))
+
+
+def clip(container: str = "mp4", codec: str = "libx264", frames: int = 24, rate: int = 8) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(frames):
+            output.mux(stream.encode(av.VideoFrame.from_image(shown(i))))
+        output.mux(stream.encode())
+    return file.getvalue()
 
 
 def png(size=(8, 8)) -> bytes:

@@ -15,6 +15,7 @@ from voco_jax.infer.generate import Sampling
 
 # An answer that goes on and on: at this temperature nearly all tokens are equally likely
 LONG = {"messages": said("what?"), "max_tokens": 3000, "temperature": 2.0, "seed": 1}
+JSON = {"Content-Type": "application/json"}
 QUESTIONS = ["what shape is in the image?", "is there a red circle?", "what color is the shape?", "is it?"]
 
 
@@ -187,7 +188,7 @@ def test_a_conversation_is_that_of_training(server, model, pictures, monkeypatch
 def test_what_cannot_be_answered(server, changes, status, message):
     """OpenAI's error objects, with a line that says what is wrong; the next request is answered."""
     body = json.dumps({"model": "tiny", "messages": said("a")} | changes)
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=60)
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=JSON, timeout=60)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error["message"].startswith(message) and "\n" not in error["message"] and error["type"]
@@ -198,7 +199,7 @@ def test_what_cannot_be_answered(server, changes, status, message):
     "body", [b"", b"{", b"[]", b"null", b'{"a":' * 5000, b"\xff", b'{"messages": NaN}', b"1" * 10000]
 )
 def test_what_is_not_json(server, body):
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=body)
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
@@ -261,11 +262,12 @@ def test_an_answer_that_takes_too_long(model):
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
 
 
-def test_a_failure_of_the_devices_fails_its_requests_alone(model, monkeypatch):
+@pytest.mark.parametrize("step", ["admit", "read_on", "decode"])
+def test_a_failure_of_the_devices_fails_its_requests_alone(model, monkeypatch, step):
     with running(model) as server:
         assert ask(server, "what?")
         batch = server.scheduler.batch
-        monkeypatch.setattr(batch, "decode", lambda **_: 1 / 0)
+        monkeypatch.setattr(batch, step, lambda *_, **__: 1 / 0)
         response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": said("what?")}, timeout=60)
         assert response.status_code == 500 and "could not compute" in response.json()["error"]["message"]
         assert ask(server, "what?") and server.scheduler.batch is not batch

@@ -5,13 +5,12 @@ import threading
 import time
 import zlib
 
-import av
 import numpy as np
-from PIL import Image
 import pytest
 
 from tests.fuzz.mutations import damage
 from tests.fuzz.pictures import _BOMBS
+from tests.serve.conftest import clip, shown
 from voco_jax.data.images import ImageProcessor
 from voco_jax.data.records import Clip
 from voco_jax.data.video import FrameSampling, probe, read_frames, sample_times
@@ -23,25 +22,9 @@ SAMPLING = FrameSampling(4)
 LIMITS = MediaLimits()
 
 
-def shown(i: int = 0) -> Image.Image:
-    y, x = np.mgrid[:48, :64]
-    return Image.fromarray(np.stack([4 * x + i, 5 * y - i, x * y // 16 + 3 * i], axis=-1).astype(np.uint8))
-
-
 def encoded(kind: str, frames: int = 1, **options) -> bytes:
     file, pictures = io.BytesIO(), [shown(i) for i in range(frames)]
     pictures[0].save(file, kind, save_all=frames > 1, append_images=pictures[1:], **options)
-    return file.getvalue()
-
-
-def clip(container: str = "mp4", codec: str = "libx264", frames: int = 24, rate: int = 8) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(frames):
-            output.mux(stream.encode(av.VideoFrame.from_image(shown(i))))
-        output.mux(stream.encode())
     return file.getvalue()
 
 

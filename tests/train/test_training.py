@@ -179,7 +179,7 @@ def test_a_directory_held_by_another_process(tmp_path):
         ),
         (dict(optim__decayed="('kernels',)"), "config.optim.decayed: expected some of .*embedding.*; found 'kernels'"),
         (dict(optim__warmup_steps=40), r"optim.warmup_steps: expected 0 to 39 \(train.steps is 40\); found 40"),
-        (dict(data__row_length=5), "data: 38575 of the first 38575 records cannot be used.*× does not fit: .*= 5 tok"),
+        (dict(data__row_length=5), "data: 9673 of the first 9673 records cannot be used.*× does not fit: .*= 5 tok"),
         (dict(data__template="chat"), "^--config.data.template: expected one of voco_v1, .*; found 'chat'"),
         (dict(data__train__easyvqa__kind="coco"), "config.data.train.easyvqa.kind: expected one of .*; found 'coco'"),
         (dict(data__layout="heap"), "config.data.layout: expected pack or group, found 'heap'"),

@@ -20,7 +20,7 @@ PIXELS = ("aspect_ratio", "transparency", "processor")  # of `config.data`
 def begin_with_run(config: ConfigDict) -> ConfigDict:
     """A config with the dimensions and the tokenizer of the run that `init_from` names, or as it is without one. Plain
     LLaVA that goes on as such has its prompt too, where the config names no other, and so has a language model with a
-    chat template of control tokens: its template, system text and place of images.
+    chat template of control tokens, or with its tokenizer's: its template, system text and place of images.
 
     UserError for a config that asks for other dimensions than the run has, where the run has LoRA for other LoRA, where
     its compressor has parameters for another compressor, and for texts beside the tokenizer's own chat template.
@@ -59,7 +59,7 @@ def begin_with_run(config: ConfigDict) -> ConfigDict:
 
 def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath, tokenizer) -> ConfigDict:
     """A copy with what goes with a run's parameters: their dimensions, pixels that no config has by default or that go
-    with what was kept about tiles, and the prompt of plain LLaVA or of control tokens of the run's tokenizer.
+    with what was kept about tiles, and the prompt of plain LLaVA, of control tokens, or of the run's tokenizer.
     `name`: the run's directory. UserError for a config that asks for others."""
     config, default = config.copy_and_resolve_references(), default_config()
     with bucket_errors(as_path(name)):
@@ -72,7 +72,8 @@ def inherit(config: ConfigDict, run: ConfigDict, name: str | AnyPath, tokenizer)
             _take_over(config.data, run.data, default.data, PIXELS, name, "config.data")
     data, theirs = config.data, run.data
     unnamed = data.template in (default.data.template, theirs.template)
-    goes_on = is_llava(config) and is_llava(run) or marks_turns(template_of(run), tokenizer)
+    goes_on = is_llava(config) if is_llava(run) else theirs.template == TOKENIZER  # which someone asked for
+    goes_on = goes_on or marks_turns(template_of(run), tokenizer)
     if goes_on and unnamed and data.custom_template == default.data.custom_template:
         data.template, data.custom_template = theirs.template, theirs.custom_template
         for key in ("system", "image_position"):

@@ -93,7 +93,7 @@ def check_same_model(model: LlamaConfig, file: Path, base: Path) -> None:
     """UserError where an adapter's config and its base's describe different language models."""
     fields = read_object(base)
     text = section(fields, "text_config", base) or fields
-    family = language_family(text)
+    family = language_family(text, base)
     other = family.from_hf(text, base, family.KEYS | llava.OWN_KEYS)
     for field in dataclasses.fields(LlamaConfig):
         ours, theirs = getattr(model, field.name), getattr(other, field.name)

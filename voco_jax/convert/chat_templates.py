@@ -42,7 +42,10 @@ def image_token_of(directory: Path) -> str:
 
 
 def write_chat_template(encoder: Encoder) -> str:
-    """A chat template that renders a plain LLaVA's conversations as its prompt, for a tokenizer with an image token."""
+    """A chat template that renders a plain LLaVA's conversations as its prompt, for a tokenizer with an image token.
+
+    Turns come in parts, or as text.
+    """
     t, tokenizer = encoder.template, encoder.tokenizer
     after = t.after_images
     if IMAGE.value not in ControlTokens(tokenizer).ids:  # text after an image begins as a text does, or a word more
@@ -51,6 +54,7 @@ def write_chat_template(encoder: Encoder) -> str:
         if tokenizer(f"{VOCO_TOKEN}{spaced}x", add_special_tokens=False).input_ids[1:] == expected:
             after = spaced
     text = "{% for part in turn['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    text = f"{{% if turn['content'] is string %}}{{{{ turn['content'] }}}}{{% else %}}{text}{{% endif %}}"
     image = f"{_said(t.image)}{{% if loop.last %}}{_said(after)}{{% endif %}}{{% else %}}{_said(t.without_images)}"
     images = "{% for part in turn['content'] if part['type'] == 'image' %}" + image + "{% endfor %}"
     asks = "{% if not loop.last or add_generation_prompt %}" + _said(t.assistant) + "{% endif %}"

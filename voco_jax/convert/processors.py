@@ -50,7 +50,8 @@ _HARMLESS = re.compile(
     "_?name_or_path|transformers_version|_commit_hash"
 )
 _KEYS = Keys(frozenset(_ALL), {}, _HARMLESS)
-_TILES_KEYS = Keys(frozenset(_ALL) | {"image_grid_pinpoints"}, {}, _HARMLESS)
+# The first LLaVA-NeXT checkpoints name the way to cut tiles; no version of transformers reads it
+_TILES_KEYS = Keys(frozenset(_ALL) | {"image_grid_pinpoints"}, {"aspect_ratio_setting": ("anyres",)}, _HARMLESS)
 # Fields of processor_config.json itself, which are about text
 _TEXT_KEYS = frozenset(
     {

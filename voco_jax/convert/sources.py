@@ -238,7 +238,7 @@ def _open_llava(
 ) -> Source:  # fmt: skip
     """With `base`, the weights are the base's; `extra` replaces some of them."""
     file = path / "config.json"
-    llama = language_family(fields).from_hf(fields, file, llava.KEYS, ignored=ignored)
+    llama = LANGUAGE_MODELS["llama"].from_hf(fields, file, llava.KEYS, ignored=ignored)
     projector_layers = llava.projector_layers(fields, file)
     selected = llava.features(fields, file)
     if base is not None:
@@ -281,7 +281,7 @@ def _open_llava_hf(path: Path, fields: dict, vision_tower: Path | None, ignored:
     tied = bool(fields.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     vision = llava.hf_vision(fields, file, ignored)
     text = text | {"tie_word_embeddings": tied}
-    llama = language_family(text).from_hf(text, file, prefix="text_config.", ignored=ignored)
+    llama = language_family(text, file, "text_config.").from_hf(text, file, prefix="text_config.", ignored=ignored)
     bias = fields.get("multimodal_projector_bias") in (True, None)
     source = Source("llava-hf", path, llama, vision, _tokenizer(path), whole=True, projector_bias=bias)
     source.processor = processors.processor_of_llava_hf(path, vision, ignored)
@@ -319,7 +319,7 @@ def open_parts(
     else:
         file = llm / "config.json"
         fields = read_object(file)
-        family = language_family(fields)
+        family = language_family(fields, file)
         llama = family.from_hf(fields, file, family.KEYS | llava.OWN_KEYS, ignored=ignored)
         source = Source("llama", llm, llama, None, _tokenizer(llm), notes=unread_weights(llm))
         source.take(read_directory(llm), formats.LLAMA, ("llm", "head"))

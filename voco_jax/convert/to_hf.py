@@ -25,7 +25,7 @@ from voco_jax.convert.tiles import Tiles, check_tiles, read_tiles
 from voco_jax.convert.vocabulary import VOCABULARY, with_fresh_rows
 from voco_jax.data.conversations import Encoder
 from voco_jax.data.from_config import is_llava, make_encoder, make_processor
-from voco_jax.data.template_reader import named_alike, read_chat_template
+from voco_jax.data.template_reader import named_alike, read_chat_template, takes_parts
 from voco_jax.data.tokenizer import save_tokenizer, set_stop_ids
 from voco_jax.errors import UserError
 from voco_jax.io.atomic import check_is_new, check_space, new_directory
@@ -170,15 +170,18 @@ def named_tensors(
 
 
 def set_chat_template(tokenizer, encoder: Encoder) -> None:
-    """Give the tokenizer the run's prompt as a chat template, unless its own renders the same."""
+    """Give the tokenizer the run's prompt as a chat template, unless its own renders the same, images in parts too."""
     own = tokenizer.chat_template
     if not own or encoder.system is not None or not _is_alike(own, tokenizer, encoder.template):
         tokenizer.chat_template = write_chat_template(encoder)
 
 
 def _is_alike(own: str, tokenizer, template: ChatTemplate) -> bool:
-    """Whether a chat template is the one that a run's was read from, by this version or an earlier one."""
+    """Whether a chat template is a processor's, and the one that a run's was read from, by this version or an earlier
+    one."""
     try:
+        if not takes_parts(own, tokenizer):
+            return False
         read = read_chat_template(own, tokenizer)
     except UserError:
         return CHAT_TEMPLATES.get(named_alike(own, tokenizer, about_images=True) or "") == template

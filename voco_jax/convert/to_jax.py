@@ -127,8 +127,9 @@ def to_jax(
     _, ours = abstract_model(model_config)
     missing = [part for part in ours if part not in source.parts()]
     if missing and ("llama" in missing or not options.init_missing):
-        hint = "" if "llama" in missing else "; --init-missing draws it at random"
-        raise UserError(f"{source.path}: no {listing(missing)}{hint}")
+        drawn = "them" if len(missing) > 1 else "it"
+        hint = "" if "llama" in missing else f"; --init-missing draws {drawn} at random"
+        raise UserError(f"{source.path}: no {' and no '.join(missing)}{hint}")
     problems = check_source(source, model_config, same_dtypes=options.dtype is None)
     if problems:
         raise UserError(f"{source.path}: {len(problems)} tensors do not fit: {listing(problems)}")

@@ -56,10 +56,10 @@ class ControlTokens:
     def __setstate__(self, state):
         self.__init__(state["_tokenizer"], state["texts"])
 
-    def at_start(self, text: str) -> str | None:
-        """The control token that a text of the prompt begins with."""
-        found = self._pattern.match(text)
-        return found and found[0]
+    def first(self, text: str) -> tuple[str, int] | None:
+        """A text of the prompt up to its first control token, with it, and that token's id; None where it has none."""
+        found = self._pattern.search(text)
+        return found and (text[: found.end()], self.ids[found[0]])
 
     def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         """Ids of the joined text, and which tokens begin inside a label piece.

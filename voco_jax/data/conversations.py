@@ -82,7 +82,9 @@ class Encoder:
     ids: PromptIds = dataclasses.field(init=False, repr=False, compare=False)
     _texts: ChatTemplate = dataclasses.field(init=False, repr=False, compare=False)  # with the tokenizer's tokens
     _control_tokens: ControlTokens = dataclasses.field(init=False, repr=False, compare=False)
-    _stop: str | None = dataclasses.field(init=False, repr=False, compare=False)  # ends an answer that is not the last
+    _stop: tuple[str, int] | None = dataclasses.field(
+        init=False, repr=False, compare=False
+    )  # ends an answer; its token
     _image_id: int | None = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class Encoder:
         object.__setattr__(self, "ids", prompt_ids(self.tokenizer))
         object.__setattr__(self, "_texts", template)
         object.__setattr__(self, "_control_tokens", control_tokens)
-        object.__setattr__(self, "_stop", control_tokens.at_start(template.end))
+        object.__setattr__(self, "_stop", control_tokens.first(template.end))
         image_id = control_tokens.ids.get(IMAGE.value)
         found = self.tokenizer(f"x{IMAGE.value}\nx{IMAGE.value}x").input_ids  # some find one after a space alone
         object.__setattr__(self, "_image_id", image_id if found.count(image_id) == 2 else None)
@@ -116,7 +118,7 @@ class Encoder:
     @property
     def stop_id(self) -> int | None:
         """The token that ends an answer in the conversation that goes on; None where the template has none there."""
-        return None if self._stop is None else self._control_tokens.ids[self._stop]
+        return self._stop and self._stop[1]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -169,7 +171,7 @@ class Encoder:
             pieces.append(IMAGE)
         pieces += self._before_first(self.system if system is None else system)
         asks = len(values) % 2 == 1
-        stop = self._stop or ("" if asks else self.tokenizer.eos_token)
+        stop = self._stop[0] if self._stop else "" if asks else self.tokenizer.eos_token
         for i, parts in enumerate(values):
             if i % 2 == 0:
                 before = (t.user if i else "") + ("" if parts[0] is IMAGE else t.without_images)
@@ -177,7 +179,7 @@ class Encoder:
                 continue
             pieces += [Piece(t.answer, True, True), *_said(parts, True), Piece(stop, True, True)]
             if i < len(values) - 1:
-                pieces.append(Piece(t.end.removeprefix(self._stop or ""), is_prompt=True))
+                pieces.append(Piece(t.end.removeprefix(self._stop[0] if self._stop else ""), is_prompt=True))
         return [piece for piece in pieces if isinstance(piece, Marker) or piece.text]
 
     def _before_first(self, system: str | None) -> list[Piece | Marker]:

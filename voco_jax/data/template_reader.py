@@ -45,6 +45,13 @@ def read_chat_template(text: str, tokenizer, image_token: str = IMAGE.value) -> 
     return _read(_Renderer(text, tokenizer, image_token), tokenizer)
 
 
+def takes_parts(text: str, tokenizer) -> bool:
+    """Whether a chat template renders messages in parts, images among them, as processors do; a language model's takes
+    text alone. UserError for a template that cannot be rendered at all."""
+    render = _Renderer(text, tokenizer, IMAGE.value)
+    return all(isinstance(render.find(_Asked(1, images)), tuple) for images in _IMAGES)
+
+
 def missing_tokens(template: ChatTemplate, tokenizer) -> list[str]:
     """Control tokens of a template that a tokenizer has not."""
     known = tokenizer.get_added_vocab()
@@ -173,19 +180,26 @@ class _Renderer:
 
     def _find(self, asked: _Asked) -> tuple[str, list[tuple[int, int]]]:
         """(text, places of `{% generation %}` in it)"""
-        words, problem = [*WORDS[: asked.turns], *[SYSTEM_WORDS] * asked.system], None
-        for in_parts in (True, False):
-            rendered, spans, error = self._rendered[asked._replace(in_parts=in_parts)]
-            if rendered is None:
-                problem = problem or error
-                continue
-            if in_parts and asked.images and self._loses_images(asked, rendered):  # text may keep them
-                problem = f"an image before a question: expected {IMAGE.value}, found none"
-                continue
-            rendered = rendered.replace(self._image_token, IMAGE.value)
-            if all(rendered.count(said) == 1 for said in words) and "'text'" not in rendered:
-                return rendered, spans
+        problem = None
+        for in_parts in (True, False):  # text may keep what parts lose
+            found = self.find(asked._replace(in_parts=in_parts))
+            if isinstance(found, tuple):
+                return found
+            problem = problem or found
         raise UserError(problem or "the turns' texts are not in what it renders")
+
+    def find(self, asked: _Asked) -> tuple[str, list[tuple[int, int]]] | str | None:
+        """The same of parts or of text alone, or what is wrong; None where it does not render what is said."""
+        rendered, spans, error = self._rendered[asked]
+        if rendered is None:
+            return error
+        if asked.in_parts and asked.images and self._loses_images(asked, rendered):
+            return f"an image before a question: expected {IMAGE.value}, found none"
+        rendered = rendered.replace(self._image_token, IMAGE.value)
+        words = [*WORDS[: asked.turns], *[SYSTEM_WORDS] * asked.system]
+        if all(rendered.count(said) == 1 for said in words) and "'text'" not in rendered:
+            return rendered, spans
+        return None
 
     def _loses_images(self, asked: _Asked, rendered: str) -> bool:
         """Whether a conversation is rendered as one without images, spaces aside."""

@@ -3,8 +3,9 @@
     voco serve --run runs/easyvqa
     curl http://127.0.0.1:8000/v1/models
 
-Ask it with any OpenAI client (base URL http://127.0.0.1:8000/v1). Memories of pictures and clips are kept in --store,
-by content, and found there after a restart. Keys, one a line, in --api-keys or $VOCO_API_KEYS.
+Ask it with any OpenAI client (base URL http://127.0.0.1:8000/v1), or on its page, http://127.0.0.1:8000. Memories of
+pictures and clips are kept in --store, by content, and found there after a restart. Keys, one a line, in --api-keys or
+$VOCO_API_KEYS.
 """
 
 import argparse
@@ -16,11 +17,13 @@ from pathlib import Path
 import re
 import signal
 import sys
+from types import FrameType
 
 from voco_jax import interrupts
 from voco_jax.api import Model
 from voco_jax.arguments import add_model_arguments, load_model
 from voco_jax.errors import UserError, cannot, one_line_errors
+from voco_jax.infer.generate import Sampling
 from voco_jax.io.files import read_text
 from voco_jax.options import Parser, at_least_1
 
@@ -55,17 +58,26 @@ def seconds(text: str) -> float:
     return value
 
 
+def check_temperature(value: float) -> None:
+    """UserError for one that cannot be."""
+    try:
+        Sampling(value)
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+
+
 @one_line_errors
 def main() -> None:
     args = _parser().parse_args()
     try:
         import fastapi  # noqa: F401
         import httpx  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"voco serve needs {error.name}, which is not installed: {MISSING}") from None
+    check_temperature(args.temperature)
     keys = _keys(args.api_keys)
     if args.isolate and not keys:
         raise UserError("--isolate: expected --api-keys, by which memories are told apart")
@@ -91,6 +103,7 @@ def _parser() -> Parser:
         "--cors-origins", nargs="+", default=[], metavar="ORIGIN",
         help="web pages that may ask, such as https://example.com (default: none)",
     )  # fmt: skip
+    network.add_argument("--no-page", action="store_true", help="the API alone, without the page at /")
     network.add_argument("--log-prompts", action="store_true", help="write questions into the log")
     store = parser.add_argument_group("memories")
     store.add_argument(
@@ -181,15 +194,23 @@ def _serve(args: argparse.Namespace, model: Model, keys: tuple[str, ...]) -> Non
         cors_origins=tuple(args.cors_origins),
         log_prompts=args.log_prompts,
         grace=args.grace,
+        page=not args.no_page,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs URLs
+    app = make_server(model, options)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.server.is_closing = True  # at once: /ready says so, and pages that are open hold nothing up
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
-        make_server(model, options), host=args.host, port=args.port, access_log=False, log_config=None,
+        app, host=args.host, port=args.port, access_log=False, log_config=None,
         server_header=False, timeout_graceful_shutdown=max(1, math.ceil(args.grace)), timeout_keep_alive=75,
     )  # fmt: skip
     with interrupts.at_once(False, signal.SIGINT, signal.SIGTERM):
-        uvicorn.Server(config).run()
+        Server(config).run()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ import time
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from voco_jax.data.media import ANIMATION, VIDEO, kind_of
 from voco_jax.errors import TryAgain, UserError
@@ -30,19 +29,22 @@ from voco_jax.serve.completions import Completion, error_of
 from voco_jax.serve.errors import ApiError, bad
 from voco_jax.serve.ids import is_id
 from voco_jax.serve.jobs import Job, Jobs
-from voco_jax.serve.media import Media, fetch
+from voco_jax.serve.media import Media, decode, fetch
 from voco_jax.serve.metrics import Metrics
 from voco_jax.serve.requests import ChatRequest, MemoryRequest
 from voco_jax.serve.scheduler import Busy, Closed
 from voco_jax.serve.service import Prepared, Seen, Service
 from voco_jax.serve.store import Entry
+from voco_jax.serve.uploads import is_multipart, read_upload
+from voco_jax.terminal import shortened
 
 log = logging.getLogger(__name__)
 
 Updates = AsyncGenerator[tuple[int, Update]]  # of choices, by their numbers
 
-_COPY = 1 << 20  # bytes of an upload that are copied at once
 _LONGEST_PAGE = 100
+_MEMORIES = "/v1/memories"
+_UPLOADS = (_MEMORIES, "/gradio_api/upload")  # the other one is the page's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +55,34 @@ class Access:
     keys: tuple[str, ...] = ()
     isolated: bool = False
 
+    def known(self, given: str) -> str | None:
+        """The key that somebody gives, if it is one of these."""
+        digest, found = _digest(given), None
+        for key in self.keys:  # all are compared, and each in constant time
+            if hmac.compare_digest(digest, _digest(key)):
+                found = key
+        return found
+
+    def owner_of(self, key: str) -> str:
+        """Whose memories who has this key asks about."""
+        return hashlib.sha256(b"owner of memories:" + _digest(key)).hexdigest() if self.isolated else ""
+
     def owner(self, request: Request) -> str:
         """Whose memories a request is about; ApiError 401 for a stranger."""
         if not self.keys:
             return ""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).digest()
-        # All are compared, and each in constant time
-        known = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in self.keys]
-        if kind.lower() != "bearer" or not any(known):
+        key = self.known(given.strip())
+        if kind.lower() != "bearer" or key is None:
             raise ApiError(
                 401, "expected a known key as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        return hashlib.sha256(b"owner of memories:" + digest).hexdigest() if self.isolated else ""
+        return self.owner_of(key)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 @dataclasses.dataclass
@@ -85,12 +101,18 @@ class Server:
 
 
 def make_app(
-    server: Server, lifespan: Callable[[FastAPI], Any] | None = None, most_bytes: int = 150 << 20,
-    most_upload_bytes: int = 2 << 30,
+    server: Server, lifespan: Callable[[FastAPI], Any], most_bytes: int, most_upload_bytes: int, body_seconds: float
 ) -> FastAPI:  # fmt: skip
-    """The application; `most_bytes` of a request's body, and of an upload."""
-    app = FastAPI(title="voco_jax", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(BodyLimit, most_bytes=most_bytes, most_upload_bytes=most_upload_bytes)
+    """The application; `most_bytes` of a request's body, and of an upload, of which something comes every so many
+    seconds."""
+    app = FastAPI(
+        title="voco_jax", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )  # fmt: skip
+
+    def most(path: str, content_type: str) -> int:
+        return most_upload_bytes if path in _UPLOADS and is_multipart(content_type) else most_bytes
+
+    app.add_middleware(BodyLimit, most_bytes=most, seconds=body_seconds)
     _add_errors(app)
     _add_health(app, server)
     _add_chat(app, server)
@@ -114,6 +136,10 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, UserError):
         return bad(str(error))
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return bad(f"{name}: {first['msg']}", name)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     log.error("a request has failed", exc_info=error)
@@ -126,7 +152,7 @@ async def _respond(request: Request, error: Exception) -> Response:
 
 
 def _add_errors(app: FastAPI) -> None:
-    for kind in (ApiError, Busy, Closed, UserError, HTTPException, Exception):
+    for kind in (ApiError, Busy, Closed, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _respond)
 
 
@@ -199,7 +225,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
         prepared = await _while_connected(request, service.prepare(asked, owner))
         metrics.prompt(prepared.prompt_tokens, prepared.cached_tokens)
         completion = Completion(asked, prepared, service.model.engine, server.name, service.model.fingerprint)
-        updates = _timed(service.answers(prepared), metrics, began)
+        updates = timed(service.answers(prepared), metrics, began)
         headers = {"X-Voco-Memory-Bytes": str(prepared.memory_bytes)}
         if not asked.stream:
             whole = await _while_connected(request, _whole(updates, completion, prepared))
@@ -242,7 +268,7 @@ async def _counted(events: AsyncGenerator[str], metrics: Metrics) -> AsyncGenera
             raise
 
 
-async def _timed(
+async def timed(
     updates: Updates, metrics: Metrics, began: float
 ) -> Updates:  # fmt: skip
     first: float | None = None
@@ -295,34 +321,23 @@ def _described_job(job: Job) -> dict:
 def _add_memories(app: FastAPI, server: Server) -> None:
     service = server.service
 
-    @app.post("/v1/memories")
+    @app.post(_MEMORIES)
     async def make(request: Request) -> Response:
         """A picture's memory (201), or a job (202) for a clip or several files."""
         owner = server.access.owner(request)
         service.require_store()
         service.scheduler.check_room(0)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if is_multipart(request.headers.get("content-type", "")):
             return await upload(request, owner)
         asked = validated(MemoryRequest, await parse_json(request))
         media = await fetch(asked.url, service.limits, video=True)
         return await keep([(media, asked.name or "")], owner)
 
     async def upload(request: Request, owner: str) -> Response:
-        directory = tempfile.TemporaryDirectory(prefix="voco-upload-")
+        # Where the server is being stopped, a thread may still write into it
+        directory = tempfile.TemporaryDirectory(prefix="voco-upload-", ignore_cleanup_errors=True)
         try:
-            form = await _form(request)
-            files = [file for file in form.getlist("file") if isinstance(file, UploadFile)]
-            names = [name for name in form.getlist("name") if isinstance(name, str)]
-            if not files or len(names) not in (0, len(files)) or set(form) - {"file", "name"}:
-                raise bad("expected one or several files as 'file', and a 'name' for each or none", "file")
-            found = []
-            for i, file in enumerate(files):
-                path = Path(directory.name) / str(i)
-                await asyncio.to_thread(_copy, file, path)
-                shown = Path(file.filename or f"file {i}").name[:100]
-                media = Media(path, None, shown, (file.content_type or "").partition(";")[0])
-                found.append((media, names[i] if names else ""))
-            await form.close()
+            found = await read_upload(request, Path(directory.name))
             return await keep(found, owner, directory)
         except BaseException:
             directory.cleanup()
@@ -331,7 +346,7 @@ def _add_memories(app: FastAPI, server: Server) -> None:
     async def keep(
         found: list[tuple[Media, str]], owner: str, directory: tempfile.TemporaryDirectory | None = None
     ) -> Response:  # fmt: skip
-        kinds = [_kind(media) for media, _ in found]
+        kinds = [await decode(kind_of_upload, media) for media, _ in found]
         if len(found) == 1 and kinds[0] != "video":
             try:
                 entry = await keep_one(*found[0], kinds[0], owner)
@@ -366,9 +381,11 @@ def _add_memories(app: FastAPI, server: Server) -> None:
         assert seen.entry is not None
         return seen.entry
 
-    @app.get("/v1/memories")
+    @app.get(_MEMORIES)
     async def listed(request: Request, limit: int = 20, after: str = "") -> Response:
         owner, store = server.access.owner(request), service.require_store()
+        if unknown := set(request.query_params) - {"limit", "after"}:
+            raise bad(f"{shortened(min(unknown))}: expected limit or after")
         if not 1 <= limit <= _LONGEST_PAGE:
             raise bad(f"limit: expected 1 … {_LONGEST_PAGE}, found {limit}", "limit")
         entries, more = await asyncio.to_thread(store.entries, owner, after=after, limit=limit)
@@ -420,24 +437,10 @@ def _nothing(done: int, total: int) -> None:
     pass
 
 
-def _kind(media: Media) -> str:
+def kind_of_upload(media: Media) -> str:
     """'memory' (a `.voco` file), 'video' or 'picture': by its bytes."""
     if media.file is not None and os.path.splitext(media.name)[1].lower() == SUFFIX:
         return "memory"
     kind = kind_of(media)
     is_clip = kind == VIDEO or (kind == ANIMATION and not media.label.startswith("image/"))
     return "video" if is_clip else "picture"
-
-
-async def _form(request: Request):
-    try:
-        return await request.form(max_files=1000, max_fields=1000)
-    except (MultiPartException, HTTPException, ClientDisconnect) as error:
-        message = getattr(error, "message", "") or getattr(error, "detail", "") or str(error)
-        raise bad(f"multipart/form-data: {message}") from None
-
-
-def _copy(file: UploadFile, path: Path) -> None:
-    with open(path, "wb") as out:
-        while piece := file.file.read(_COPY):
-            out.write(piece)

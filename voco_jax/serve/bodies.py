@@ -1,11 +1,14 @@
-"""Bodies of requests: how long they may be, JSON, and what is said of one that is not as expected."""
+"""Bodies of requests: how long they and their pauses may be, JSON, and what is said of one that is not as expected."""
 
+import asyncio
+from collections.abc import Callable
+import contextlib
 import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from voco_jax.serve.errors import ApiError, bad
@@ -13,55 +16,72 @@ from voco_jax.terminal import shortened
 
 M = TypeVar("M", bound=BaseModel)
 
-
-class _TooLong(Exception):
-    pass
+_LINGER = 2.0  # seconds for which what comes after an answer is thrown away, for a client that reads when it has sent
 
 
 class BodyLimit:
-    """Refuses longer bodies with status 413: by their length, or when so much has come. Uploads (multipart/form-data)
-    have a limit of their own."""
+    """Refuses bodies that are longer than `most_bytes(path, content type)` (413), told by their length or when so much
+    has come, and those of which nothing comes for `seconds` (408): what reads the body gets an ApiError.
 
-    def __init__(self, app: ASGIApp, most_bytes: int, most_upload_bytes: int):
-        self._app, self._most, self._most_upload = app, most_bytes, most_upload_bytes
+    Whoever is answered before the whole body has come is told that the connection is closed then.
+    """
+
+    def __init__(self, app: ASGIApp, most_bytes: Callable[[str, str], int], seconds: float):
+        self._app, self._most, self._seconds = app, most_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        is_upload = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
-        most = self._most_upload if is_upload else self._most
-        length = headers.get(b"content-length", b"")
-        got, has_begun = 0, False
+        headers = Headers(scope=scope)
+        most = self._most(scope["path"], headers.get("content-type", ""))
+        length = headers.get("content-length", "0")
+        too_long = ApiError(413, f"body: expected at most {most} bytes", code="request_too_large")
+        got, is_whole = 0, length == "0" and "transfer-encoding" not in headers
 
         async def counted() -> Message:
-            nonlocal got
-            message = await receive()
+            nonlocal got, is_whole
+            if not is_whole and length.isdigit() and int(length[:20]) > most:
+                raise too_long
+            try:
+                async with asyncio.timeout(None if is_whole else self._seconds):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"body: expected more of it within {self._seconds:g} s") from None
             got += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if got > most:
-                raise _TooLong
+                raise too_long
             return message
 
         async def sent(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+            if is_whole:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                await send({**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]})
+            elif message.get("more_body") or "expect" in headers:
+                await send(message)
+            else:
+                await send({**message, "more_body": True})
+                await linger()
+                await send({"type": "http.response.body"})
 
-        error = ApiError(413, f"body: expected at most {most} bytes", code="request_too_large")
-        response = JSONResponse(error.body, error.status, {"Connection": "close"})
-        if length.isdigit() and int(length[:20]) > most:
-            await response(scope, receive, send)
-            return
-        try:
-            await self._app(scope, counted, sent)
-        except _TooLong:
-            if not has_begun:
-                await response(scope, receive, send)
+        async def linger() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER):
+                    while (await receive()).get("more_body"):
+                        pass
+
+        await self._app(scope, counted, sent)
 
 
 async def parse_json(request: Request) -> Any:
-    """The body's JSON; ApiError 400 for what is not strictly JSON in UTF-8."""
+    """The body's JSON; ApiError 400 for what is not strictly JSON in UTF-8, and 415 for what is not said to be JSON: so
+    a web page of others cannot have a browser send it."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        found = shortened(content_type) if content_type else "none"
+        raise ApiError(415, f"expected the content type application/json, found {found}")
     try:
         body = await request.body()
     except ClientDisconnect:

@@ -1,7 +1,8 @@
 """Errors that a client is told: OpenAI's error objects, with the status of HTTP that goes with them."""
 
-from voco_jax.terminal import printable
+from voco_jax.terminal import one_line
 
+_LONGEST = 1000  # characters
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -13,7 +14,7 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ):  # fmt: skip
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, printable(message), param, code
+        self.status, self.message, self.param, self.code = status, one_line(message, _LONGEST), param, code
         self.headers = headers or {}
 
     @property

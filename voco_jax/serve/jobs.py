@@ -63,10 +63,12 @@ class Jobs:
             raise ApiError(404, f"no job has the id {id[:100]!r}", code="job_not_found")
         return job
 
-    def cancel_all(self) -> None:
-        for job in self._jobs.values():
-            if job.task is not None:
-                job.task.cancel()
+    async def close(self) -> None:
+        """Cancel all, and wait until they have ended."""
+        tasks = [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
         try:

@@ -126,7 +126,9 @@ class ChatRequest(_Strict):
     @field_validator("temperature", "top_p", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+            return float(value)
+        return value
 
     @field_validator("stop")
     @classmethod

@@ -24,7 +24,7 @@ from voco_jax.serve.answer import Answer, Update
 log = logging.getLogger(__name__)
 
 TOGETHER = (1, 4, 16)  # images that are compressed at once
-_PATIENCE = 0.05  # seconds between two looks for deadlines while nothing happens
+_FAILED = Update(finish="error", error="the server could not compute this answer")
 
 
 class Busy(Exception):
@@ -215,7 +215,7 @@ class Scheduler:
         except Exception:  # of the program or the devices: these requests fail, and the next begin anew
             log.exception("answers have failed")
             for ticket in [*self._running.values()]:
-                self._finish(ticket, Update(finish="error", error="the server could not compute this answer"))
+                self._finish(ticket, _FAILED)
             self._running.clear()
             self.batch = self.batch.anew()
 
@@ -237,7 +237,14 @@ class Scheduler:
         if self._waiting and batch.free and not batch.is_reading:
             with self._changed:
                 first = [ticket for ticket, _ in zip(self._waiting, range(batch.free), strict=False)]
-            rows = batch.admit([ticket.ask for ticket in first])
+            try:
+                rows = batch.admit([ticket.ask for ticket in first])
+            except Exception:  # or they would be tried again for ever
+                with self._changed:
+                    self._waiting = deque(ticket for ticket in self._waiting if ticket not in first)
+                for ticket in first:
+                    self._finish(ticket, _FAILED)
+                raise
             with self._changed:
                 for row in rows:
                     ticket = self._waiting.popleft()
@@ -286,7 +293,7 @@ class Scheduler:
             room = TOGETHER[-1]
             while queue and room:
                 work = queue[0]
-                if work.future.cancelled() or not work.squares:
+                if not (work.squares and _is_wanted(work.future)):
                     queue.popleft()
                     continue
                 count = min(room, len(work.squares))
@@ -319,7 +326,7 @@ class Scheduler:
             work.done.append(encoded[at : at + count])
             at += count
             del work.squares[:count]
-            if not work.squares and not work.future.cancelled():
+            if not work.squares:
                 work.future.set_result(join_images(work.done))
 
     def _finish(self, ticket: Ticket, update: Update) -> None:
@@ -344,5 +351,10 @@ class Scheduler:
         for ticket in tickets:
             self._finish(ticket, Update(finish="error", error=why))
         for work in works:
-            if not work.future.done():
+            if _is_wanted(work.future):
                 work.future.set_exception(Closed(why))
+
+
+def _is_wanted(future: Future) -> bool:
+    """Whether nobody has cancelled it; from then on nobody can."""
+    return future.running() or future.set_running_or_notify_cancel()

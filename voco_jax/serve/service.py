@@ -2,13 +2,13 @@
 prompts, prompts to answers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
 import secrets
 import time
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,9 +29,23 @@ from voco_jax.serve.ids import picture_id, upload_id, video_id
 from voco_jax.serve.lru import Lru
 from voco_jax.serve.media import Checked, Media, MediaLimits, check_picture, check_video, decode, fetch
 from voco_jax.serve.scheduler import TOGETHER, Scheduler
-from voco_jax.serve.store import Entry, MemoryStore
+from voco_jax.serve.store import Entry, MemoryStore, check_name
 
 MOST_MEDIA = 64  # pictures and clips of a request
+
+Progress = Callable[[int, int], None]  # is told how many images are done, and of how many
+
+
+@dataclasses.dataclass(eq=False)
+class _Making:
+    """A picture or clip that is being compressed, and who wants to know how far it is."""
+
+    listeners: list[Progress] = dataclasses.field(default_factory=list)
+    task: asyncio.Task[EncodedImages] = dataclasses.field(init=False)
+
+    def tell(self, done: int, total: int) -> None:
+        for listener in self.listeners:
+            listener(done, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Service:
         self.model, self.scheduler, self.store = model, scheduler, store
         self.limits, self.defaults = limits, defaults
         self._embeddings: Lru[tuple[str, str], EncodedImages] = Lru(embedding_bytes)
-        self._making: dict[tuple[str, str], asyncio.Task] = {}
+        self._making: dict[tuple[str, str], _Making] = {}
         self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     # ---- Pictures and clips ------------------------------------------------------------------------------------
@@ -91,10 +105,10 @@ class Service:
         return self.store
 
     async def remembered(self, name: str, owner: str) -> Seen:
-        """A memory by its name or id; ApiError 404 where there is none."""
-        store = self.require_store()
-        id = await asyncio.to_thread(store.find, name, owner)
-        bank = None if id is None else await asyncio.to_thread(store.get, id, owner)
+        """A memory by its name or id, or the embeddings of a picture that was seen, by its id; ApiError 404 where there
+        is none."""
+        id = name if self.store is None else await asyncio.to_thread(self.store.find, name, owner)
+        bank = None if id is None else await asyncio.to_thread(self._known, id, owner)
         if id is None or bank is None:
             raise ApiError(
                 404, f"uuid: no memory has the name or id {name[:100]!r}: send the picture", param="uuid",
@@ -104,45 +118,72 @@ class Service:
 
     async def see(
         self, media: Media, owner: str, *, video: bool, name: str = "", is_upload: bool = False,
-        sampling: FrameSampling | None = None, progress: Callable[[int, int], None] = lambda done, total: None,
+        sampling: FrameSampling | None = None, progress: Progress = lambda done, total: None,
     ) -> Seen:  # fmt: skip
         """A picture, or a clip, compressed unless it is known. With a store it is kept there, an upload on disk before
         this returns. MediaError for what is not one, Busy where too many wait."""
         sampling = sampling or self.model.image_encoder.sampling
         sha256 = await asyncio.to_thread(_sha256, media)
+        is_kept = bool(name) or is_upload
         checked: Checked | None = None
         if video:
             id = video_id(sha256, sampling)
         else:
             checked = await decode(check_picture, media, self.model.run.processor)
             id = picture_id(*checked.squares)
+        if name.lower() in (id, sha256):  # it is found by these in any case
+            name = ""
+        check_name(name)
         known = await asyncio.to_thread(self._known, id, owner)
         if known is None:
             key = (owner, id)
-            if key not in self._making:
-                self._making[key] = asyncio.create_task(
-                    self._make(key, media, checked, sampling, sha256, name, is_upload, progress)
-                )
-                self._making[key].add_done_callback(lambda _: self._making.pop(key, None))
-            made: EncodedImages = await asyncio.shield(self._making[key])
+            made = await self._once(
+                key, progress,
+                lambda tell: self._make(key, media, checked, sampling, sha256, name, is_upload, tell),
+            )  # fmt: skip
         else:
             made = known
         entry = None
-        if self.store is not None and (name or is_upload):
+        if self.store is not None and is_kept:
             entry = await asyncio.to_thread(
                 self.store.put, id, cast(MemoryBank, made), name=name, sha256=sha256, owner=owner, durable=is_upload,
                 kind="video" if video else "picture",
             )  # fmt: skip
         return Seen(id, made, known is not None, entry)
 
+    async def _once(
+        self, key: tuple[str, str], progress: Progress, make: Callable[[Progress], Coroutine[Any, Any, EncodedImages]]
+    ) -> EncodedImages:  # fmt: skip
+        """What `make` gives, made once for all who ask for it meanwhile; it is cancelled when nobody waits any more."""
+        making = self._making.get(key)
+        is_first = making is None
+        if making is None:
+            making = self._making[key] = _Making()
+            making.task = asyncio.create_task(make(making.tell))
+            making.task.add_done_callback(lambda _: self._made(key, making))
+        making.listeners.append(progress)
+        try:
+            return await asyncio.shield(making.task)
+        finally:
+            making.listeners.remove(progress)
+            if not making.listeners:
+                self._made(key, making)
+                making.task.cancel()
+            if is_first:  # its file is read until then
+                await asyncio.wait([making.task])
+
+    def _made(self, key: tuple[str, str], making: "_Making") -> None:
+        if self._making.get(key) is making:
+            del self._making[key]
+
     def _known(self, id: str, owner: str) -> EncodedImages | None:
         return self._embeddings.get((owner, id)) if self.store is None else self.store.get(id, owner)
 
     async def _make(
         self, key: tuple[str, str], media: Media, checked: Checked | None, sampling: FrameSampling, sha256: str,
-        name: str, is_upload: bool, progress: Callable[[int, int], None],
+        name: str, is_upload: bool, progress: Progress,
     ) -> EncodedImages:  # fmt: skip
-        """Compress; whoever else asks for the same meanwhile waits for this."""
+        """Compress, and keep it."""
         video = checked is None
         if checked is None:
             checked = await decode(check_video, media, self.model.run.processor, sampling, self.limits)
@@ -181,9 +222,12 @@ class Service:
         def read() -> Entry:
             sha256 = _sha256(media)
             assert media.file is not None
-            with MemoryFile(media.file) as memories:
-                bank = memories.read(model=self.model.fingerprint, kind=self.model.config.memory_kind)
-            bank = cast(MemoryBank, self.model.image_encoder.checked(bank))
+            try:
+                with MemoryFile(media.file) as memories:
+                    bank = memories.read(model=self.model.fingerprint, kind=self.model.config.memory_kind)
+                bank = cast(MemoryBank, self.model.image_encoder.checked(bank))
+            except UserError as error:
+                raise bad(str(error).replace(str(media.file), media.name)) from None
             kind = "video" if bank.is_video else "album"
             return store.put(upload_id(sha256), bank, name=name, sha256=sha256, kind=kind, owner=owner, durable=True)
 
@@ -241,7 +285,8 @@ class Service:
         temperature = self.defaults.temperature if request.temperature is None else request.temperature
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
         top_p = 1.0 if request.top_p is None else request.top_p
-        sampling = Sampling(temperature, request.top_k or 0, top_p, seed if temperature else 0)
+        top_k = min(request.top_k or 0, self.model.config.llama.vocab_size)
+        sampling = Sampling(temperature, top_k, top_p, seed if temperature else 0)
         ask = Ask(sample, images, tokens, new, sampling, 0, bool(request.top_logprobs), owner)
         asks = [dataclasses.replace(ask, stream=i) for i in range(request.n)]
         try:

@@ -37,6 +37,14 @@ Key = tuple[str, str]  # owner and id
 OnDevice = Memory | jax.Array
 
 
+def check_name(name: str) -> None:
+    """UserError for a name that no memory can be given."""
+    if is_id(name.lower()):
+        raise UserError(f"name: expected another name than 64 hex digits, which are an id; found {name}")
+    if len(name) > _LONGEST_NAME:
+        raise UserError(f"name: expected at most {_LONGEST_NAME} characters, found {len(name)}")
+
+
 class Usage(NamedTuple):
     """What a level holds."""
 
@@ -239,10 +247,7 @@ class MemoryStore:
     def _new_record(self, id: str, bank: MemoryBank, name: str, sha256: str, kind: str) -> Record:
         if not is_id(id) or kind not in KINDS or (sha256 and not is_id(sha256)):
             raise ValueError(f"expected an id, a kind of {KINDS} and a SHA-256; found {id!r}, {kind!r}, {sha256!r}")
-        if is_id(name.lower()):
-            raise UserError(f"name: expected another name than 64 hex digits, which are an id; found {name}")
-        if len(name) > _LONGEST_NAME:
-            raise UserError(f"name: expected at most {_LONGEST_NAME} characters, found {len(name)}")
+        check_name(name)
         for what, expected, found in (("model", self._model, bank.model), ("kind", self._kind, bank.kind)):
             if expected != found:
                 raise UserError(f"memory: expected {what} {expected}, found {found}; compress the pictures again")

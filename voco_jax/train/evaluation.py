@@ -23,7 +23,6 @@ from voco_jax.data.records import TOO_LONG, BadRecord
 from voco_jax.data.reports import Report
 from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
-from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_sheet
 from voco_jax.eval.runner import Question, Runner
 from voco_jax.eval.scoring import LONGEST_LIMIT, Answer, longest_answer
 from voco_jax.infer.engine import Engine
@@ -243,6 +242,9 @@ class Evaluator:
 
     def _draw(self, step: int, answers: list[Answer], right: list[bool], path: Path) -> None:
         """Draw the first answers. The questions are the same every time, so that sheets can be compared."""
+        # Not at the top: with matplotlib, training would begin almost half a second later
+        from voco_jax.eval.pictures import SHEET_COLUMNS, SHEET_ROWS, draw_sheet
+
         shown = SHEET_COLUMNS * SHEET_ROWS
         title = f"step {step:,}"
         if right:

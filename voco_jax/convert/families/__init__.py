@@ -8,7 +8,9 @@ from voco_jax.convert.config_keys import Keys
 from voco_jax.convert.families import llama, llava, mistral, qwen2, qwen3
 from voco_jax.convert.families.vision import VISION_TOWERS
 from voco_jax.convert.rules import Rule
+from voco_jax.errors import UserError
 from voco_jax.models.llama import LlamaConfig
+from voco_jax.terminal import shortened
 
 Config = TypeVar("Config")
 
@@ -38,9 +40,14 @@ RULES = tuple(dict.fromkeys(rule for rules in (*_RULES, llava.RULES) for rule in
 BY_OURS = {rule.ours: rule for rule in RULES}
 
 
-def language_family(fields: dict) -> Family[LlamaConfig]:
-    """The family of a config's `model_type`. For an unknown one Llama's, whose `KEYS` then refuse it."""
-    return LANGUAGE_MODELS.get(str(fields.get("model_type")), llama)
+def language_family(fields: dict, file: Path, prefix: str = "") -> Family[LlamaConfig]:
+    """The family of a config's `model_type`, Llama's where there is none. UserError for an unknown one."""
+    kind = fields.get("model_type") or "llama"
+    if kind in llama.KEYS.expected["model_type"]:  # of a released LLaVA too
+        return llama
+    if not isinstance(kind, str) or kind not in LANGUAGE_MODELS:
+        raise UserError(f"{file}: {prefix}model_type: expected {', '.join(LANGUAGE_MODELS)}; found {shortened(kind)}")
+    return LANGUAGE_MODELS[kind]
 
 
 def language_to_hf(config: LlamaConfig) -> dict:

@@ -18,8 +18,10 @@ RULES = (
     ),
 )
 SWITCHES: Mapping[str, bool] = {"qkv_bias": True}
-_WINDOWS = "use_sliding_window sliding_window max_window_layers layer_types"
-KEYS = llama.KEYS | keys_of(_WINDOWS, {"model_type": ("qwen2",), "use_mrope": (False, None)}, ())
+_KINDS = "full_attention", "sliding_attention"
+_WINDOWS = "sliding_window max_window_layers layer_types"
+_EXPECTED = {"model_type": ("qwen2",), "use_sliding_window": (True, False, None), "use_mrope": (False, None)}
+KEYS = llama.KEYS | keys_of(_WINDOWS, _EXPECTED, ())
 DEFAULTS = {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
 }  # fmt: skip
@@ -36,21 +38,30 @@ def from_hf(
 def sliding_window(fields: dict, file: Path, prefix: str) -> int:
     """The window of all layers, or 0. UserError where only some layers have one.
 
-    Qwen's configs name a window that `use_sliding_window` switches on, for the layers from `max_window_layers` on.
+    Qwen's configs name a window that `use_sliding_window` switches on, for the layers from `max_window_layers` on, or
+    for those that `layer_types` names.
     """
-    size = fields.get("sliding_window", 4096)
-    if not fields.get("use_sliding_window") or size is None:
+    size = fields.get("sliding_window", 4096) if fields.get("use_sliding_window") else None
+    layers, first, kinds = (fields.get(key) for key in ("num_hidden_layers", "max_window_layers", "layer_types"))
+    layers, first = 32 if layers is None else layers, 28 if first is None else first
+    if not isinstance(layers, int):
+        return 0  # refused with the other numbers
+    count = 0 if size is None else None  # of layers with a window; None: neither key says
+    if isinstance(kinds, list) and len(kinds) == layers and all(kind in _KINDS for kind in kinds):
+        count = kinds.count(_KINDS[1])
+    elif kinds is not None:
+        count = None
+    elif size is not None and isinstance(first, int):
+        count = layers - min(max(first, 0), layers)
+    if count == 0:
         return 0
-    layers, first = fields.get("num_hidden_layers", 32), fields.get("max_window_layers", 28)
-    kinds = fields.get("layer_types")
-    if not isinstance(kinds, list) and isinstance(layers, int) and isinstance(first, int):
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(min(layers, 2**12))]
-    if kinds and all(kind == "full_attention" for kind in kinds):
-        return 0
-    if not kinds or any(kind != "sliding_attention" for kind in kinds):
-        found = f"{shortened(first)} of {shortened(layers)} layers without one"
-        raise UserError(f"{file}: {prefix}max_window_layers: expected a sliding window in all layers, or none; {found}")
-    return size
+    if count == layers and size is not None:
+        return size
+    key, found = ("max_window_layers", first) if kinds is None else ("layer_types", kinds)
+    expected = (
+        "in no layer, for use_sliding_window is not set" if size is None else f"in all {layers} layers, or in none"
+    )
+    raise UserError(f"{file}: {prefix}{key}: expected a sliding window {expected}; found {shortened(found)}")
 
 
 def to_hf(config: LlamaConfig) -> dict:

@@ -11,7 +11,6 @@ from pathlib import Path
 import re
 
 from voco_jax.data.records import Picture, Record
-from voco_jax.data.turns import text_of
 from voco_jax.errors import UserError
 from voco_jax.io.files import read_text
 from voco_jax.outages import first_line
@@ -24,18 +23,19 @@ def load(split: str) -> list[Record]:
     if split not in SPLITS:
         raise UserError(f"easyvqa: expected a split of {', '.join(SPLITS)}; found {split!r}")
     root = _package_data() / split
-    by_picture = defaultdict(list)
+    by_picture, kinds = defaultdict(list), defaultdict(list)
     file = root / "questions.json"
     try:
         for question, answer, picture in json.loads(read_text(file)):
             turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
             by_picture[int(picture)].append(turns)
+            kinds[int(picture)].append(question_kind(question))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not as the package easy-vqa has it ({first_line(error)}); install it anew") from None
     return [
         Record(
             [Picture(root / "images" / f"{i}.png")], conversations=by_picture[i], name=f"easyvqa/{split}[{n}]",
-            kinds=[question_kind(text_of(turns[0]["value"])) for turns in by_picture[i]],
+            kinds=kinds[i],
         )
         for n, i in enumerate(sorted(by_picture))
     ]  # fmt: skip
