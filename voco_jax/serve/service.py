@@ -94,6 +94,11 @@ class Service:
 
     # ---- Pictures and clips ------------------------------------------------------------------------------------
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Held on the host, of a model without memories."""
+        return self._embeddings.bytes
+
     def require_store(self) -> MemoryStore:
         if self.store is None:
             raise bad(f"this model (compressor {self.model.config.compressor}) has no memories to keep")
