@@ -67,7 +67,6 @@ def main() -> None:
         figures |= soak(args.run, directory, material, args.minutes * 60, args.clients, args.seed, problems)
         if args.minutes >= LEAST_MINUTES and figures["growth"] > GROWTH:
             problems.add("memory has grown", figures=figures)
-        import shutil; shutil.copytree(directory, "/tmp/sb/soakdir", dirs_exist_ok=True)
         figures["acknowledged"] = crash(args.run, directory, material, args.kills, args.seed, problems)
     print(json.dumps(figures, indent=2))
     if args.out:

@@ -109,6 +109,12 @@ def test_stop_texts(server, model, pictures):
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
     assert chunks[-1].choices[0].finish_reason == "stop"
+    # Its tokens are those up to the one that ends the stop text, whatever is decoded beside it
+    found = server.client().chat.completions.create(
+        model="tiny", messages=said(QUESTIONS[0], pictures[0]), logprobs=True, **given
+    )
+    told = [token.token for token in found.choices[0].logprobs.content]
+    assert stop in "".join(told) and stop not in "".join(told[:-1]) and found.usage.completion_tokens == len(told)
 
 
 def test_a_conversation_is_that_of_training(server, model, pictures, monkeypatch):
@@ -167,6 +173,7 @@ def test_a_conversation_is_that_of_training(server, model, pictures, monkeypatch
         (dict(messages=said("a \ud800")), 400, "body: expected JSON in UTF-8"),
         (dict(messages=said(" ")), 400, "messages: turn 0 (human): expected text, found none"),
         (dict(messages=said("word " * 9000)), 400, "question: expected at most "),
+        (dict(messages=said("word " * 10**6)), 400, "question: expected at most "),
         (dict(model="gpt-4"), 404, "model: expected 'tiny', found 'gpt-4'"),
         (dict(temperature=-1), 400, "temperature: Input should be greater than or equal to 0; found -1"),
         (dict(temperature="hot"), 400, "temperature: Input should be a valid number; found 'hot'"),

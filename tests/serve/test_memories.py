@@ -453,6 +453,14 @@ def is_well(server, pictures) -> bool:
     return send(server, pictures[0]).status_code == 201 and bool(answer(server, pictures[0]))
 
 
+def test_a_web_page_of_others_cannot_upload(server, pictures):
+    """Of an upload a browser does not ask the server first: it says where the page is from."""
+    file = {"file": pictures[0].read_bytes()}
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 201), ("none", 201)):
+        headers = {"Sec-Fetch-Site": site, "Origin": "https://example.com"}
+        assert httpx.post(f"{server.url}/v1/memories", files=file, headers=headers).status_code == status
+
+
 def test_limits_of_bodies(model, pictures, monkeypatch):
     """413 by the length that is told, and when so much has come; an endless upload ends; one that stops is given up."""
     monkeypatch.setattr(bodies, "_LINGER", 0.2)

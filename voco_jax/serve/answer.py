@@ -65,9 +65,20 @@ class Answer:
         whole = self._engine.text(self.ids) if finish else self._engine.sure_text(self.ids)
         if self._until:
             whole, ended = self._before_until(whole, bool(finish))
-            finish = "stop" if ended else finish
+            if ended:  # what came with it, after it, is none of the answer's
+                finish, count = "stop", self._count_until(len(self.ids) - len(tokens))
+                tokens = tokens[: len(tokens) - (len(self.ids) - count)]
+                i = len(tokens) - 1
+                del self.ids[count:]
         said, self.text = self.text, whole if len(whole) > len(self.text) else self.text
         return Update(self.text[len(said) :], tuple(tokens), finish, log_probabilities=tuple(sure[: i + 1]))
+
+    def _count_until(self, before: int) -> int:
+        """How many tokens it takes for the first of `until` to stand in the text."""
+        counts = range(before + 1, len(self.ids))
+        return next(
+            (n for n in counts if any(end in self._engine.text(self.ids[:n]) for end in self._until)), len(self.ids)
+        )  # fmt: skip
 
     def _before_until(self, text: str, is_all: bool) -> tuple[str, bool]:
         """The text up to the first of `until`, and whether there is one; else without what may be the beginning of

@@ -25,7 +25,7 @@ from voco_jax.errors import TryAgain, UserError
 from voco_jax.infer.memory_file import SUFFIX, save_memory
 from voco_jax.serve.answer import Update
 from voco_jax.serve.bodies import BodyLimit, parse_json, validated
-from voco_jax.serve.completions import Completion, error_of
+from voco_jax.serve.completions import Completion, error_of, too_late
 from voco_jax.serve.errors import ApiError, bad
 from voco_jax.serve.ids import is_id
 from voco_jax.serve.jobs import Job, Jobs
@@ -96,6 +96,8 @@ class Server:
     jobs: Jobs
     created: int
     log_prompts: bool = False
+    cors_origins: tuple[str, ...] = ()
+    preparing: int = 0  # requests whose pictures are being read, or their text
     is_ready: bool = False
     is_closing: bool = False
 
@@ -222,10 +224,14 @@ def _add_chat(app: FastAPI, server: Server) -> None:
         _check_model(server, asked.model)
         if server.log_prompts:
             log.info("asked: %s", [m.content if isinstance(m.content, str) else "…" for m in asked.messages])
-        prepared = await _while_connected(request, service.prepare(asked, owner))
+        try:
+            async with asyncio.timeout(service.defaults.seconds):
+                prepared = await _while_connected(request, service.prepare(asked, owner))
+        except TimeoutError:
+            raise too_late() from None
         metrics.prompt(prepared.prompt_tokens, prepared.cached_tokens)
         completion = Completion(asked, prepared, service.model.engine, server.name, service.model.fingerprint)
-        updates = timed(service.answers(prepared), metrics, began)
+        updates = timed(service.answers(prepared, began + service.defaults.seconds), metrics, began)
         headers = {"X-Voco-Memory-Bytes": str(prepared.memory_bytes)}
         if not asked.stream:
             whole = await _while_connected(request, _whole(updates, completion, prepared))
@@ -234,7 +240,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
         if (error := error_of(first[1])) is not None:
             await updates.aclose()
             raise error
-        events = completion.events(_again(first, updates))
+        events = completion.events(_again(first, updates), api_error)
         return StreamingResponse(_counted(events, metrics), media_type="text/event-stream", headers=headers)
 
 
@@ -327,6 +333,7 @@ def _add_memories(app: FastAPI, server: Server) -> None:
         owner = server.access.owner(request)
         service.require_store()
         service.scheduler.check_room(0)
+        _check_site(request, server)
         if is_multipart(request.headers.get("content-type", "")):
             return await upload(request, owner)
         asked = validated(MemoryRequest, await parse_json(request))
@@ -427,6 +434,13 @@ def _add_memories(app: FastAPI, server: Server) -> None:
         if job.task is not None:
             job.task.cancel()
         return JSONResponse(_described_job(job))
+
+
+def _check_site(request: Request, server: Server) -> None:
+    """ApiError 403 for what a browser sends for a web page of others: of uploads it does not ask first."""
+    site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin", "")
+    if site not in ("none", "same-origin") and origin not in server.cors_origins:
+        raise ApiError(403, "web pages of other hosts may not upload (--cors-origins)")
 
 
 def _no_memory(id: str) -> ApiError:

@@ -72,7 +72,7 @@ def make_server(model: Model, options: Options = Options()) -> FastAPI:
     )  # fmt: skip
     server = Server(
         service, options.name or model.run.directory.name or "voco", Access(options.keys, options.isolate), metrics,
-        Jobs(), int(time.time()), options.log_prompts,
+        Jobs(), int(time.time()), options.log_prompts, options.cors_origins,
     )  # fmt: skip
     _watch(metrics, service)
     page = _page_of(server) if options.page else None

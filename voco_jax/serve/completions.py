@@ -1,6 +1,7 @@
 """Answers as OpenAI's API has them: `chat.completion` objects, and the events of a stream."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+import contextlib
 import json
 import secrets
 import time
@@ -18,10 +19,16 @@ _FINISH = {"stop": "stop", "length": "length"}
 def error_of(update: Update) -> ApiError | None:
     """The error that an answer ended with, if it did."""
     if update.finish == "deadline":
-        return ApiError(504, "the answer took longer than the server allows", code="timeout")
+        return too_late()
     if update.finish in ("error", "cancelled"):
         return ApiError(503 if "stopped" in update.error else 500, update.error or "the request was cancelled")
     return None
+
+
+def too_late() -> ApiError:
+    """The client need not try again: it would take as long."""
+    message = "the answer took longer than the server allows"
+    return ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 class Completion:
@@ -31,6 +38,7 @@ class Completion:
         self._request, self._prepared, self._engine = request, prepared, engine
         self._top = request.top_logprobs or 0
         self._completion_tokens = 0
+        self._read_with: int | None = None  # tokens of each image, where that was chosen
         self._first = {
             "id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model,
             "system_fingerprint": fingerprint,
@@ -39,12 +47,17 @@ class Completion:
     def add(self, update: Update) -> None:
         """Count an update's tokens, the one that ended it too."""
         self._completion_tokens += len(update.log_probabilities)
+        self._read_with = update.read_with or self._read_with
 
     def usage(self) -> dict:
         prompt, completion = self._prepared.prompt_tokens, self._completion_tokens
+        cached, whole = self._prepared.cached_tokens, self._prepared.asks[0]
+        if self._read_with is not None:
+            prompt = len(whole.sample.first_tokens(whole.tokens, self._read_with))
+            cached = cached * self._read_with // whole.tokens
         return {
             "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self._prepared.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
     def whole(self, choices: dict[int, list[Update]]) -> dict:
@@ -77,16 +90,23 @@ class Completion:
         options = self._request.stream_options
         return chunk | {"usage": usage} if options is not None and options.include_usage else chunk
 
-    async def events(self, updates: AsyncGenerator[tuple[int, Update]]) -> AsyncGenerator[str]:
-        """Server-sent events of all that comes; an error after the first is an event too."""
+    async def events(
+        self, updates: AsyncGenerator[tuple[int, Update]], told: Callable[[Exception], ApiError]
+    ) -> AsyncGenerator[str]:  # fmt: skip
+        """Server-sent events of all that comes; an error after the first is an event too, as `told`."""
         begun: set[int] = set()
-        async for i, update in updates:
-            self.add(update)
-            if (error := error_of(update)) is not None:
-                yield _event(error.body)
-                return
-            yield _event(self.chunk(i, update, is_first=i not in begun))
-            begun.add(i)
+        try:
+            async with contextlib.aclosing(updates):
+                async for i, update in updates:
+                    self.add(update)
+                    if (error := error_of(update)) is not None:
+                        yield _event(error.body)
+                        return
+                    yield _event(self.chunk(i, update, is_first=i not in begun))
+                    begun.add(i)
+        except Exception as error:
+            yield _event(told(error).body)
+            return
         options = self._request.stream_options
         if options is not None and options.include_usage:
             yield _event(self._chunk([], self.usage()))

@@ -10,6 +10,7 @@ import time
 
 from voco_jax.errors import UserError
 from voco_jax.serve.errors import ApiError
+from voco_jax.serve.scheduler import Busy, Closed
 from voco_jax.serve.store import Entry
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Jobs:
             job.status = "done"
         except asyncio.CancelledError:
             job.status, job.error = "cancelled", "the job was cancelled"
-        except (UserError, ApiError) as error:
+        except (UserError, ApiError, Busy, Closed) as error:
             job.status, job.error = "failed", str(error)
         except Exception:
             log.exception("a job has failed")

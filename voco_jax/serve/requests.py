@@ -116,6 +116,8 @@ class ChatRequest(_Strict):
             return value
         kept = {}
         for key, x in value.items():
+            if x is None and key in ("n", "stream"):  # OpenAI's schema has null for the default
+                continue
             if key in _IGNORED or (key in _NOTHING and (x is None or x in _NOTHING[key])):
                 continue
             if key in _NOTHING:

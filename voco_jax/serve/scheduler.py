@@ -310,6 +310,13 @@ class Scheduler:
         try:
             padded = [*squares, *squares[:1] * (size - len(squares))]
             encoded = self._encoder.encode_pixels(padded, [Item("")] * size, size)
+            at = 0
+            for work, count in taken:
+                work.done.append(encoded[at : at + count])
+                at += count
+                del work.squares[:count]
+                if not work.squares:
+                    work.future.set_result(join_images(work.done))
         except Exception as error:
             log.exception("images could not be compressed")
             with self._changed:
@@ -317,17 +324,11 @@ class Scheduler:
                     if work in queue:
                         queue.remove(work)
             for work, _ in taken:
-                work.future.set_exception(error)
+                if not work.future.done():
+                    work.future.set_exception(error)
             return
         if self._watcher:
             self._watcher.compressed(len(squares), time.monotonic() - began)
-        at = 0
-        for work, count in taken:
-            work.done.append(encoded[at : at + count])
-            at += count
-            del work.squares[:count]
-            if not work.squares:
-                work.future.set_result(join_images(work.done))
 
     def _finish(self, ticket: Ticket, update: Update) -> None:
         ticket.done = True

@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import functools
 import hashlib
 import secrets
 import time
@@ -137,7 +138,7 @@ class Service:
         if name.lower() in (id, sha256):  # it is found by these in any case
             name = ""
         check_name(name)
-        known = await asyncio.to_thread(self._known, id, owner)
+        known = await self._known(id, owner)
         if known is None:
             key = (owner, id)
             made = await self._once(
@@ -179,8 +180,10 @@ class Service:
         if self._making.get(key) is making:
             del self._making[key]
 
-    def _known(self, id: str, owner: str) -> EncodedImages | None:
-        return self._embeddings.get((owner, id)) if self.store is None else self.store.get(id, owner)
+    async def _known(self, id: str, owner: str) -> EncodedImages | None:
+        if self.store is None:  # in this thread alone
+            return self._embeddings.get((owner, id))
+        return await asyncio.to_thread(self.store.get, id, owner)
 
     async def _make(
         self, key: tuple[str, str], media: Media, checked: Checked | None, sampling: FrameSampling, sha256: str,
@@ -212,7 +215,8 @@ class Service:
             )  # fmt: skip
         else:
             assert not isinstance(encoded, MemoryBank)
-            encoded = dataclasses.replace(encoded, features=np.asarray(encoded.features))
+            features = await asyncio.to_thread(np.asarray, encoded.features)
+            encoded = dataclasses.replace(encoded, features=features)
             self._embeddings.put(key, encoded, encoded.features.nbytes)
             self._embeddings.trim()
         return encoded
@@ -278,6 +282,7 @@ class Service:
         tokens, auto = self._tokens(request, [encoded for _, encoded in images])
         engine = self.model.engine.for_tokens(tokens) if self.store is not None else self.model.engine
         turns = self._turns(request.messages, {id(p): one for p, one in zip(parts, seen, strict=True)}, engine.encoder)
+        self._check_characters(turns)
         try:
             sample = engine.encoder.encode(turns, sum(len(encoded) for _, encoded in images))
         except BadRecord as error:
@@ -302,6 +307,24 @@ class Service:
             asks, request.until, auto, len(sample), int(is_known[slots].sum()),
             sum(encoded.nbytes for _, encoded in images if isinstance(encoded, MemoryBank)),
         )  # fmt: skip
+
+    def _check_characters(self, turns: Sequence[dict]) -> None:
+        """ApiError for more text than any prompt has room for, before it is cut into tokens."""
+        said = [
+            part for turn in turns for part in ([turn["value"]] if isinstance(turn["value"], str) else turn["value"])
+        ]
+        found = sum(len(part) for part in said if isinstance(part, str))
+        most = self.scheduler.batch.most_places * self._longest_token
+        if found > most:
+            raise bad(
+                f"question: expected at most {self.scheduler.batch.most_places} tokens with the answer, found "
+                f"{found:,} characters", "messages", "context_length_exceeded",
+            )  # fmt: skip
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.model.run.encoder.tokenizer.get_vocab()))
 
     def _tokens(
         self, request: requests.ChatRequest, images: Sequence[EncodedImages]
@@ -367,9 +390,12 @@ class Service:
 
     # ---- Answers -----------------------------------------------------------------------------------------------
 
-    async def answers(self, prepared: Prepared) -> AsyncGenerator[tuple[int, Update]]:
-        """What is new of each choice, by its number, until all have ended. Who stops listening frees their rows."""
-        deadline = time.monotonic() + self.defaults.seconds
+    async def answers(
+        self, prepared: Prepared, deadline: float | None = None
+    ) -> AsyncGenerator[tuple[int, Update]]:  # fmt: skip
+        """What is new of each choice, by its number, until all have ended. Who stops listening frees their rows.
+        `deadline`, of time.monotonic(): by default so many seconds from now as a request may take."""
+        deadline = time.monotonic() + self.defaults.seconds if deadline is None else deadline
         if prepared.auto is not None:
             for i, ask in enumerate(prepared.asks):
                 yield i, await self._auto(ask, prepared, deadline)
