@@ -217,9 +217,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
         metrics.answered(route, response.status_code)
         return response
 
-    async def answer(request: Request) -> Response:
-        began = time.monotonic()
-        owner = server.access.owner(request)
+    async def prepare(request: Request, owner: str) -> tuple[ChatRequest, Prepared]:
         asked = validated(ChatRequest, await parse_json(request))
         _check_model(server, asked.model)
         if server.log_prompts:
@@ -229,6 +227,17 @@ def _add_chat(app: FastAPI, server: Server) -> None:
                 prepared = await _while_connected(request, service.prepare(asked, owner))
         except TimeoutError:
             raise too_late() from None
+        return asked, prepared
+
+    async def answer(request: Request) -> Response:
+        began = time.monotonic()
+        owner = server.access.owner(request)
+        service.scheduler.check_room(server.preparing + 1)
+        server.preparing += 1
+        try:
+            asked, prepared = await prepare(request, owner)
+        finally:
+            server.preparing -= 1
         metrics.prompt(prepared.prompt_tokens, prepared.cached_tokens)
         completion = Completion(asked, prepared, service.model.engine, server.name, service.model.fingerprint)
         updates = timed(service.answers(prepared, began + service.defaults.seconds), metrics, began)
