@@ -192,7 +192,10 @@ class Sides:
             self._warm.add((name, case))
             if case == SHARED and name != PEER:  # it keeps nothing of them
                 side.ask(case, [Question(i, "What is it?") for i in range(PICTURES)])
-            side.ask(case, questions_of(case, 0, 2 * self.load.clients))
+            # `Model.answers` compiles for what it gets in one call
+            side.ask(
+                case, questions_of(case, 0, len(questions) if isinstance(side, Offline) else 2 * self.load.clients)
+            )
         result = side.ask(case, questions)
         self.memory[name] = side.memory()
         return result

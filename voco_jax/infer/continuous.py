@@ -143,9 +143,14 @@ class ContinuousBatch:
         return self._reading is not None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the cache, and of the images on the devices."""
-        return sum(x.nbytes for x in self._state.cache) + self._images.nbytes
+    def cache_bytes(self) -> int:
+        """Of the rows' keys and values."""
+        return sum(x.nbytes for x in self._state.cache)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images that are kept on the devices."""
+        return self._images.nbytes
 
     def anew(self) -> "ContinuousBatch":
         """Another one, with nothing in it."""

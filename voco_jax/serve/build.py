@@ -147,11 +147,14 @@ def _watch(metrics: Metrics, service: Service) -> None:
     scheduler, store = service.scheduler, service.store
     metrics.watch("running", "requests that are being answered", lambda: scheduler.running)
     metrics.watch("waiting", "requests that wait for a row", lambda: scheduler.waiting)
-    metrics.watch("cache_bytes", "of the cache on the devices, and of images there", lambda: scheduler.batch.nbytes)
-    if store is not None:
-        for level in ("host", "waiting", "disk"):
-            held = functools.partial(_held_bytes, store, level)
-            metrics.watch("held_bytes", "of memories, by level", held, level=level)
+    metrics.watch("cache_bytes", "of the cache on the devices", lambda: scheduler.batch.cache_bytes)
+    what = "of memories, or of embeddings where the model has no memories, by level"
+    metrics.watch("held_bytes", what, lambda: scheduler.batch.image_bytes, level="device")
+    if store is None:
+        metrics.watch("held_bytes", what, lambda: service.embedding_bytes, level="host")
+        return
+    for level in ("host", "waiting", "disk"):
+        metrics.watch("held_bytes", what, functools.partial(_held_bytes, store, level), level=level)
 
 
 def _held_bytes(store: MemoryStore, level: str) -> float:

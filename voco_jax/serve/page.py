@@ -150,6 +150,7 @@ class _Page:
                     elem_id="log", allow_tags=False, feedback_options=None, latex_delimiters=[],
                     placeholder="Ask about what you have dropped or chosen.",
                 )  # fmt: skip
+                self.ready = html(elem_id="ready")
                 self.told = html(elem_id="told")
                 with gr.Row(equal_height=True):
                     self.question = gr.Textbox(
@@ -184,7 +185,7 @@ class _Page:
 
         shown = [self.chat, self.chosen, self.forget, self.album, self.log, self.told, self.came]
         on([self.blocks.load, self.refresh.click], self._look, [self.chat], [self.album])
-        on([self.timer.tick], self._wait_until_ready, [], [self.timer, self.told])
+        on([self.timer.tick], self._wait_until_ready, [], [self.timer, self.ready])
         on([self.drop.upload], self._take, [self.drop, self.chat], [*shown, self.drop, self.stop])
         on([self.album.select], self._choose, [self.chat], shown)
         on([self.forget.click], self._forget, [self.chat], shown)
@@ -198,8 +199,8 @@ class _Page:
 
     async def _wait_until_ready(self) -> Changes:
         if self._work.server.is_ready:
-            return {self.timer: gr.Timer(active=False), self.told: ""}
-        return {self.told: view.progress("The model is getting ready; answers wait for it")}
+            return {self.timer: gr.Timer(active=False), self.ready: ""}
+        return {self.ready: view.progress("The model is getting ready; answers wait for it")}
 
     async def _look(self, chat: Chat, request: gr.Request) -> Changes:
         return {self.album: await self._album(chat, _owner(request))}

@@ -94,16 +94,24 @@ class Service:
 
     # ---- Pictures and clips ------------------------------------------------------------------------------------
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Held on the host, of a model without memories."""
+        return self._embeddings.bytes
+
     def require_store(self) -> MemoryStore:
         if self.store is None:
             raise bad(f"this model (compressor {self.model.config.compressor}) has no memories to keep")
         return self.store
 
     async def remembered(self, name: str, owner: str) -> Seen:
-        """A memory by its name or id, or the embeddings of a picture that was seen, by its id; ApiError 404 where there
-        is none."""
-        id = name if self.store is None else await asyncio.to_thread(self.store.find, name, owner)
-        bank = None if id is None else await asyncio.to_thread(self._known, id, owner)
+        """A memory by its name or id, ApiError 404 where there is none; of a model without memories the embeddings of a
+        picture, by its id, while they are held."""
+        if (embeddings := self._embeddings.get((owner, name))) is not None:
+            return Seen(name, embeddings, True)
+        store = self.require_store()
+        id = await asyncio.to_thread(store.find, name, owner)
+        bank = None if id is None else await asyncio.to_thread(store.get, id, owner)
         if id is None or bank is None:
             raise ApiError(
                 404, f"uuid: no memory has the name or id {name[:100]!r}: send the picture", param="uuid",
