@@ -96,6 +96,7 @@ class StoreDirectory:
         self._model, self._kind, self._limit = model, kind, limit
         self._bucket = in_bucket(self._root)
         self._lock = threading.Lock()
+        self._turns = [threading.RLock() for _ in range(1024)]  # of the threads that write or delete, by file
         self.bytes = self.count = self._since = 0
         self._seen: dict[AnyPath, float] = {}  # memories of a bucket that were there, and when
         self._synced: set[AnyPath] = set()  # directories
@@ -166,7 +167,10 @@ class StoreDirectory:
         if (bank := self.read(owner, id)) is None:
             return None
         album = len([*pictures_of(bank.items)]) > 1
-        made = 0 if self._bucket else os.stat(file).st_mtime_ns
+        try:
+            made = 0 if self._bucket else os.stat(file).st_mtime_ns
+        except FileNotFoundError:
+            return None
         kind = "video" if bank.is_video else "album" if album else "picture"
         return Record(id, kind, made, bank.nbytes, len(bank), bank.num_tokens, {})
 
@@ -176,7 +180,7 @@ class StoreDirectory:
         """Keep a memory, or give more labels to one that is there; the record that it has then. `durable`: what was
         there is checked first, and all of it is there after a loss of power too."""
         id, file = record.id, self._file(owner, record.id)
-        with _errors(file, "cannot be written"):
+        with self._turn(file), _errors(file, "cannot be written"):
             there = self._is_there(file) and self.touch(owner, id)
             there = there and not (durable and self.read(owner, id) is None)
             if (old := _read_record(file, id)) is not None:
@@ -191,7 +195,10 @@ class StoreDirectory:
                 if not there:
                     self._write(file, record, bank, durable)
                 elif durable and not self._bucket:
-                    sync(Path(file))
+                    try:
+                        sync(Path(file))
+                    except FileNotFoundError:  # deleted meanwhile, by another server or for the limit
+                        return self.write(owner, record, bank, durable)
             except BaseException:
                 with contextlib.suppress(OSError, UserError), bucket_errors(file):  # the first error is told
                     if not exists(file):
@@ -202,7 +209,7 @@ class StoreDirectory:
     def delete(self, owner: str, id: str) -> bool:
         """Whether it was there."""
         file = self._file(owner, id)
-        with _errors(file, "cannot be deleted"):
+        with self._turn(file), _errors(file, "cannot be deleted"):
             return self._is_there(file) and self._remove(file)
 
     def log(self, about: str, line: str) -> None:
@@ -250,8 +257,8 @@ class StoreDirectory:
                     with trying():
                         (self._root / found.path).unlink()
             for path in beside.difference(path.rpartition(".")[0] for _, _, path in memories):
-                with trying():
-                    self._forget(self._root / f"{path}{SUFFIX}")
+                with self._turn(file := self._root / f"{path}{SUFFIX}"), trying():
+                    self._forget(file)
             with self._lock:
                 self.bytes, self.count = sum(size for _, size, _ in memories), len(memories)
             limit = self.bytes if self._limit is None else self._limit
@@ -262,7 +269,7 @@ class StoreDirectory:
                 if self.bytes <= wanted:
                     break
                 file = self._root / path
-                with trying():
+                with self._turn(file), trying():
                     if (self._bucket or os.lstat(file).st_atime_ns <= used) and self._remove(file, size):
                         evicted()
             if refused:
@@ -284,6 +291,10 @@ class StoreDirectory:
 
     def _names(self, owner: str, label: str) -> AnyPath:
         return _names(self._space(owner), label)
+
+    def _turn(self, file: AnyPath) -> threading.RLock:
+        """Held while a memory and what stands beside it are written or deleted, so that the one is with the other."""
+        return self._turns[hash(file) % len(self._turns)]
 
     def _is_own(self, path: AnyPath) -> bool:
         """Whether no link is on the way."""
