@@ -201,7 +201,7 @@ class Scheduler:
 
     def _once(self) -> None:
         """A little of everything: images, a piece of prompts, a few tokens."""
-        if self._warm_up is not None:
+        if self._warm_up is not None and not self._running:  # it uses the rows
             self._compile(self._warm_up)
         self._drop_those_who_left()
         if self._images:
