@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -25,7 +26,7 @@ from voco_jax.api import Model, Request
 from voco_jax.checkpoint.run import load_run
 from voco_jax.data.video import FrameSampling
 from voco_jax.infer.memory import MemoryBank
-from voco_jax.serve import bodies, service
+from voco_jax.serve import bodies, service, uploads
 from voco_jax.serve.media import check_video
 
 QUESTION = "what shape is in the image?"
@@ -280,7 +281,7 @@ def test_memory_files(server, model, pictures, clips, tmp_path):
             refused = send(server, ("other.voco", bad))
             assert refused.status_code == 400, refused.text
             message = refused.json()["error"]["message"]
-            assert message.startswith("other.voco: ") and "voco-upload" not in message
+            assert message.startswith("other.voco: ") and "voco-serve" not in message
 
 
 # ---- Lists and deletion --------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ class Process:
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "voco_jax", "serve", "--run", run, *options], stdout=output, stderr=output,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(log.parent)},
             )  # fmt: skip
 
     def ready(self) -> "Process":
@@ -536,7 +537,7 @@ def test_uploads_that_are_none(server, pictures):
         response = httpx.post(f"{server.url}/v1/memories", content=content, headers=headers, timeout=60)
         assert response.status_code == 400, (content_type, content[:200], response.text)
         message = response.json()["error"]["message"]
-        assert message and "\n" not in message and "voco-upload" not in message
+        assert message and "\n" not in message and "voco-serve" not in message
     for content_type in ("", "text/plain", "multipart/mixed; boundary=x", "application/x-www-form-urlencoded"):
         for content in (body((file, good)), b'{"url": "data:,x"}'):
             headers = {"Content-Type": content_type}
@@ -554,6 +555,24 @@ def test_uploads_that_are_none(server, pictures):
     )
     assert case.status_code == 201
     assert is_well(server, pictures)
+
+
+def test_uploads_do_not_stay(model, pictures, clips, tmp_path, monkeypatch):
+    """Neither those that have ended, nor those of a server that was killed; one that another server reads stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with uploads.work_directory() as in_use:
+        left, new, other = (tmp_path / name for name in ("voco-serve-left", "voco-serve-new", "other"))
+        for directory in (in_use, left, new, other):
+            directory.mkdir(exist_ok=True)
+            (directory / "0").write_bytes(b"a")
+            os.utime(directory, (0, 0) if directory != new else None)
+        with running(model) as server:
+            assert {*tmp_path.iterdir()} == {in_use, new, other} and (in_use / "0").exists()
+            assert send(server, pictures[0]).status_code == 201
+            assert send(server, ("a.png", b"none")).status_code == 400
+            assert ended(server, send(server, *pictures[:2], clips[1]))["status"] == "done"
+            assert downloaded(server, send(server, pictures[0]).json()["id"], model, tmp_path / "other")
+            until(lambda: {*tmp_path.iterdir()} == {in_use, new, other}, "an upload stays")
 
 
 # ---- A model without memories --------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ import hashlib
 import hmac
 import logging
 import os
-from pathlib import Path
-import tempfile
 import time
 from typing import Any
 
@@ -35,7 +33,7 @@ from voco_jax.serve.requests import ChatRequest, MemoryRequest
 from voco_jax.serve.scheduler import Busy, Closed
 from voco_jax.serve.service import Prepared, Seen, Service
 from voco_jax.serve.store import Entry
-from voco_jax.serve.uploads import is_multipart, read_upload
+from voco_jax.serve.uploads import is_multipart, read_upload, work_directory
 from voco_jax.terminal import shortened
 
 log = logging.getLogger(__name__)
@@ -343,47 +341,28 @@ def _add_memories(app: FastAPI, server: Server) -> None:
         service.require_store()
         service.scheduler.check_room(0)
         _check_site(request, server)
-        if is_multipart(request.headers.get("content-type", "")):
-            return await upload(request, owner)
-        asked = validated(MemoryRequest, await parse_json(request))
-        media = await fetch(asked.url, service.limits, video=True)
-        return await keep([(media, asked.name or "")], owner)
+        with contextlib.ExitStack() as files:
+            if is_multipart(request.headers.get("content-type", "")):
+                found = await read_upload(request, files.enter_context(work_directory()))
+            else:
+                asked = validated(MemoryRequest, await parse_json(request))
+                found = [(await fetch(asked.url, service.limits, video=True), asked.name or "")]
+            kinds = [await decode(kind_of_upload, media) for media, _ in found]
+            if len(found) == 1 and kinds[0] != "video":
+                return JSONResponse(_described(await keep_one(*found[0], kinds[0], owner)), 201)
+            kept = contextlib.ExitStack()
 
-    async def upload(request: Request, owner: str) -> Response:
-        # Where the server is being stopped, a thread may still write into it
-        directory = tempfile.TemporaryDirectory(prefix="voco-upload-", ignore_cleanup_errors=True)
-        try:
-            found = await read_upload(request, Path(directory.name))
-            return await keep(found, owner, directory)
-        except BaseException:
-            directory.cleanup()
-            raise
+            async def work(job: Job) -> None:
+                with kept:
+                    job.progress(0, len(found))
+                    for i, ((media, name), kind) in enumerate(zip(found, kinds, strict=True)):
+                        progress = job.progress if len(found) == 1 else _nothing
+                        job.memories.append(await keep_one(media, name, kind, owner, progress))
+                        if len(found) > 1:
+                            job.progress(i + 1, len(found))
 
-    async def keep(
-        found: list[tuple[Media, str]], owner: str, directory: tempfile.TemporaryDirectory | None = None
-    ) -> Response:  # fmt: skip
-        kinds = [await decode(kind_of_upload, media) for media, _ in found]
-        if len(found) == 1 and kinds[0] != "video":
-            try:
-                entry = await keep_one(*found[0], kinds[0], owner)
-            finally:
-                if directory is not None:
-                    directory.cleanup()
-            return JSONResponse(_described(entry), 201)
-
-        async def work(job: Job) -> None:
-            try:
-                job.progress(0, len(found))
-                for i, ((media, name), kind) in enumerate(zip(found, kinds, strict=True)):
-                    progress = job.progress if len(found) == 1 else _nothing
-                    job.memories.append(await keep_one(media, name, kind, owner, progress))
-                    if len(found) > 1:
-                        job.progress(i + 1, len(found))
-            finally:
-                if directory is not None:
-                    directory.cleanup()
-
-        job = server.jobs.start(owner, work)
+            job = server.jobs.start(owner, work)
+            kept.enter_context(files.pop_all())
         return JSONResponse(_described_job(job), 202, {"Location": f"/v1/jobs/{job.id}"})
 
     async def keep_one(
@@ -416,15 +395,11 @@ def _add_memories(app: FastAPI, server: Server) -> None:
         bank = await asyncio.to_thread(store.get, id, owner) if is_id(id) else None
         if bank is None:
             raise _no_memory(id)
-        directory = tempfile.TemporaryDirectory(prefix="voco-download-")
-        file = Path(directory.name) / f"{id}{SUFFIX}"
-        await asyncio.to_thread(save_memory, file, bank)
-        return FileResponse(
-            file,
-            media_type="application/octet-stream",
-            filename=file.name,
-            background=BackgroundTask(directory.cleanup),
-        )
+        with contextlib.ExitStack() as files:
+            file = files.enter_context(work_directory()) / f"{id}{SUFFIX}"
+            await asyncio.to_thread(save_memory, file, bank)
+            sent = BackgroundTask(files.pop_all().close)
+        return FileResponse(file, media_type="application/octet-stream", filename=file.name, background=sent)
 
     @app.delete("/v1/memories/{id}")
     async def delete(request: Request, id: str) -> Response:

@@ -23,6 +23,7 @@ from voco_jax.serve.page_access import Gate, PageRoute
 from voco_jax.serve.scheduler import Scheduler
 from voco_jax.serve.service import Defaults, Service
 from voco_jax.serve.store import MemoryStore
+from voco_jax.serve.uploads import delete_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def make_server(model: Model, options: Options = Options()) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
+        await asyncio.to_thread(delete_leftovers)
         scheduler.start()
         threading.Thread(target=_warm_up, args=(server, options.warm_up), name="warm-up", daemon=True).start()
         async with contextlib.nullcontext() if page is None else page.router.lifespan_context(page):

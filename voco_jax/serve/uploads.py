@@ -2,14 +2,22 @@
 them, and one is open at a time."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import logging
+import os
 from pathlib import Path
+import shutil
+import stat
+import tempfile
+import time
 from typing import BinaryIO
 
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from voco_jax.errors import UserError
+from voco_jax.io.locks import holding
 from voco_jax.serve.errors import ApiError, bad
 from voco_jax.serve.limits import Media
 from voco_jax.terminal import shortened
@@ -17,9 +25,32 @@ from voco_jax.terminal import shortened
 MOST_FILES = 1000
 _MOST_HEADERS = 1 << 14  # bytes, of a part
 _LONGEST_NAME = 1 << 12  # bytes
+_PREFIX = "voco-serve-"
+_NEW = 60.0  # seconds
 _PIECE = 1 << 20  # bytes that are parsed and written at once
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # strangers would fill the log
+
+
+@contextlib.contextmanager
+def work_directory() -> Iterator[Path]:
+    """A temporary directory, locked for the time of the block."""
+    # Where the server is being stopped, a thread may still write into it
+    directory = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+    with directory as name, holding(Path(name), f"{name}: in use"):
+        yield Path(name)
+
+
+def delete_leftovers() -> None:
+    """Delete the work directories of servers that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        # Others' may not be deleted, those that are used are locked, and one may be gone by now
+        with contextlib.suppress(OSError, UserError):
+            state = path.lstat()
+            is_new = time.time() - state.st_mtime < _NEW  # and perhaps not locked yet
+            if stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid() and not is_new:
+                with holding(path, f"{path}: in use"):
+                    shutil.rmtree(path)
 
 
 def is_multipart(content_type: str) -> bool:
